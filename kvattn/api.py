@@ -1,0 +1,553 @@
+"""The specification: every public function is a signature, a promise and one call.
+
+For every framework, score and normaliser::
+
+    attention(q, D) = sum_i a(q, k_i) v_i      weights = normalize(score(query, key));  output = weights @ value
+
+Axis letters: ``...`` batch and heads, n queries, m key-value pairs, d and v features, h hidden units, s selected keys.
+Arrays are any one framework's; NumPy arrays, lists and numbers are neutral data, converted for the backend that serves
+the call: the ``backend=`` argument, else the arrays' own, else ``use_backend``, ``set_backend``, KVATTN_BACKEND, numpy.
+
+Where every backend must agree:
+
+- Half precision (float16, bfloat16) is computed in float32; scores come back as float32, other results in the dtype of
+  the arguments. float64 stays float64. Mixed dtypes and integers are TypeErrors.
+- A query with nothing to attend to gets zeros, lse -inf and zero gradients.
+- NaN or inf in a key or value that no query of its batch entry may attend to, or in a query with no key, reaches no
+  result and no gradient.
+- Arguments are never written to.
+- Wrong shapes are ValueErrors and wrong types TypeErrors, raised here before any framework's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from kvattn import checks, dispatch
+from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
+
+__all__ = [
+    "asarray", "attention", "attention_grad", "additive_score", "available_backends", "average", "boxcar_kernel",
+    "constant_kernel", "convert", "cosine_score", "distance_score", "dot_score", "epanechnikov_kernel", "gated_score",
+    "gaussian_kernel", "get_backend", "hardmax", "identity", "masked_softmax", "merge_attention", "multiplicative_score",
+    "nadaraya_watson", "proportional", "scaled_dot_score", "set_backend", "softmax", "sparsemax", "to_numpy",
+    "triangular_kernel", "use_backend",
+]  # fmt: skip
+
+Array = Any  # one framework's array, or neutral data
+Score = Callable[..., Array]
+Normalizer = Callable[..., Array]
+
+
+# ---- data
+
+
+def asarray(x: Array, dtype: str | None = None, *, backend: Any = None) -> Array:
+    """``x`` as the array of the backend that serves the call; ``dtype`` as NumPy spells it, or "bfloat16".
+
+    float64 stays float64 in every backend. A backend's own array of that dtype is returned as it is.
+
+    >>> asarray([[1.0, 2.0]], dtype="float32").dtype
+    dtype('float32')
+    """
+    return dispatch.choose(backend, x=x).asarray(x, dtype=dtype)
+
+
+def to_numpy(x: Array) -> Array:
+    """Any framework's array as a NumPy array, detached and on the CPU; bfloat16 comes as float32, which holds it.
+
+    >>> to_numpy([1, 2])
+    array([1, 2])
+    """
+    return dispatch.choose(None, x=x).to_numpy(x)
+
+
+def convert(x: Array, backend: str) -> Array:
+    """Any framework's array as another's, with the same dtype; the way out of "arrays of two frameworks".
+
+    >>> convert([1.5, 2.5], "numpy")
+    array([1.5, 2.5])
+    """
+    source, target = dispatch.choose(None, x=x), dispatch.load(backend)
+    if target.is_array(x):
+        return x
+    dtype = checks.dtype_name(x) if source.is_array(x) else None
+    return target.asarray(source.to_numpy(x), dtype=dtype)
+
+
+# ---- attention
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    score: Score | None = None,
+    normalize: Normalizer | None = None,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    valid_lens: Array | None = None,
+    causal: bool = False,
+    query_offset: Any = 0,
+    window: Any = None,
+    positions: Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    rng: Any = None,
+    return_weights: bool = False,
+    return_lse: bool = False,
+    backend: Any = None,
+) -> Any:
+    """Attention: each query's weighted sum of the values, weighted by how well their keys match it.
+
+    Args:
+        query: (..., n, d); the leading axes are batch, then heads.
+        key: (..., m, d). Fewer heads than the query's (axis -3, dividing) are shared by groups of query heads.
+        value: (..., m, v).
+        score: a function (query, key) -> scores (..., n, m) that treats each pair on its own; default
+            `scaled_dot_score`. Bind parameters with functools.partial.
+        normalize: a function (scores, where=None) -> weights; default `softmax`.
+        mask: bool, broadcastable to (..., n, m): True where a query may attend.
+        bias: added to the scores; the query's dtype, broadcastable to (..., n, m). -inf forbids a pair, as the mask does.
+        valid_lens: int (batch,) or (batch, n): keys from this position on are padding. () or (n,) without a batch axis.
+        causal: query i sees keys up to its position, query_offset + i.
+        query_offset: the position of the first query: an int, or (batch,), negative allowed. 0 aligns the first query
+            with the first key; m - n (or the length of a cache) the last with the last.
+        window: an int w, or (left, right), None for no limit: keys within that distance of the query's position.
+        positions: int, broadcastable to (..., n, s): the only keys each query may attend to, -1 for none; a position
+            given twice counts once, where it stands first. Costs O(n s d); weights are (..., n, s).
+        scale: replaces 1/sqrt(d) of `scaled_dot_score`; multiplies any other score.
+        softcap: softcap * tanh(scores / softcap), after the scale, before bias and mask.
+        dropout: the rate at which weights are dropped; the weights returned are those before.
+        rng: the source of dropout: numpy.random.Generator, torch.Generator, a jax key (required there), an int seed for
+            TensorFlow; MXNet draws from its own global state.
+        return_weights: also return the weights (..., n, m).
+        return_lse: also return the log of the sum of exp(scores), (..., n), float32 for half precision: softmax only.
+        backend: a name, or a backend itself.
+
+    Returns:
+        The output (..., n, v) in the query's dtype; (output, weights), (output, lse) or (output, weights, lse) on request.
+
+    Mask, bias, valid_lens, causal, window and positions compose: a pair is allowed where all allow.
+
+    Raises:
+        ValueError: shapes that do not fit, naming the argument, both shapes and the axis; numbers out of range.
+        TypeError: mixed or integer dtypes, a mask that is not bool, arrays of two frameworks.
+
+    >>> attention([[1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]], [[10.0], [20.0]], normalize=hardmax)
+    array([[10.]])
+
+    Source: Vaswani et al. 2017, "Attention is all you need", equation 1; grouped queries: Ainslie et al. 2023; windows:
+    Beltagy et al. 2020; soft caps: Gemma 2, 2024.
+    """
+    tab = dispatch.choose(
+        backend, query=query, key=key, value=value, mask=mask, bias=bias, valid_lens=valid_lens,
+        query_offset=query_offset, positions=positions,
+    )  # fmt: skip
+    query, key, value, options = _options(
+        tab, query, key, value, score, normalize, mask, bias, valid_lens, causal, query_offset, window, positions, scale,
+        softcap, dropout, rng, return_lse,
+    )  # fmt: skip
+    return tab.attention(
+        query, key, value, **options, return_weights=checks.flag("return_weights", return_weights),
+        return_lse=checks.flag("return_lse", return_lse),
+    )  # fmt: skip
+
+
+def attention_grad(
+    query: Array,
+    key: Array,
+    value: Array,
+    grad_output: Array,
+    *,
+    wrt: Sequence[str] = ("query", "key", "value"),
+    score: Score | None = None,
+    normalize: Normalizer | None = None,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    valid_lens: Array | None = None,
+    causal: bool = False,
+    query_offset: Any = 0,
+    window: Any = None,
+    positions: Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    rng: Any = None,
+    backend: Any = None,
+) -> tuple[Array, ...]:
+    """The gradients of sum(grad_output * attention(query, key, value, ...)), each in its argument's shape and dtype.
+
+    Args:
+        grad_output: (..., n, v), in the query's dtype: the gradient of a loss by attention's output.
+        wrt: what to differentiate by, any of "query", "key", "value", "bias" and the keywords that ``score``, a
+            functools.partial, binds to arrays ("W_q", ...).
+
+    The other arguments are `attention`'s. NumPy's gradients are analytic and recompute the weights; the other backends
+    use their own autodiff, which works through `attention` as well.
+
+    >>> attention_grad([[1.0]], [[1.0], [1.0]], [[2.0], [4.0]], [[1.0]])[2]
+    array([[0.5],
+           [0.5]])
+    """
+    tab = dispatch.choose(
+        backend, query=query, key=key, value=value, grad_output=grad_output, mask=mask, bias=bias, valid_lens=valid_lens,
+        query_offset=query_offset, positions=positions,
+    )  # fmt: skip
+    query, key, value, options = _options(
+        tab, query, key, value, score, normalize, mask, bias, valid_lens, causal, query_offset, window, positions, scale,
+        softcap, dropout, rng, False,
+    )  # fmt: skip
+    grad_output = checks.array(tab, "grad_output", grad_output, like=query)
+    checks.floating("grad_output", grad_output, ("query", query))
+    checks.same_shape("grad_output", grad_output, (*checks.pairs(query, key)[:-1], tuple(value.shape)[-1]), "the output")
+    bindable = {"query", "key", "value"} | ({"bias"} if bias is not None else set())
+    bindable |= {name for name, x in getattr(options["score"], "keywords", {}).items() if tab.is_array(x)}
+    for name in wrt:
+        if name not in bindable:
+            raise ValueError(f"wrt names {name!r}; this call has {', '.join(sorted(bindable))}")
+    return tuple(tab.attention_grad(query, key, value, grad_output, wrt=tuple(wrt), **options))
+
+
+def _options(tab: Any, query: Any, key: Any, value: Any, score: Any, normalize: Any, mask: Any, bias: Any, valid_lens: Any,
+             causal: Any, query_offset: Any, window: Any, positions: Any, scale: Any, softcap: Any, dropout: Any, rng: Any,
+             return_lse: bool) -> tuple[Any, Any, Any, dict[str, Any]]:  # fmt: skip
+    """The checked arguments of attention, as arrays of ``tab``."""
+    query, key, value = _arrays(tab, query=query, key=key, value=value)
+    scores = checks.pairs(query, key, value)
+    if score is None or score is scaled_dot_score or score is dot_score or score is cosine_score:
+        checks.same_features(query, key)
+    if return_lse and (normalize.func if isinstance(normalize, partial) else normalize) not in (None, softmax, tab.softmax):
+        raise ValueError("return_lse needs normalize=softmax: other normalisers have no log-sum-exp")
+    mask, bias = checks.masks(tab, query, scores, mask, bias)
+    options = {
+        "score": tab.scaled_dot_score if score is None else _own(tab, "score", score),
+        "normalize": tab.softmax if normalize is None else _own(tab, "normalize", normalize),
+        "mask": mask,
+        "bias": bias,
+        "valid_lens": None if valid_lens is None else checks.lengths(tab, valid_lens, scores, query),
+        "causal": checks.flag("causal", causal),
+        "query_offset": checks.offset(tab, query_offset, scores, query),
+        "window": None if window is None else checks.window(window),
+        "positions": None if positions is None else checks.positions(tab, positions, scores, query),
+        "scale": None if scale is None else checks.number("scale", scale),
+        "softcap": None if softcap is None else checks.number("softcap", softcap, positive=True),
+        "dropout": checks.probability("dropout", dropout) if dropout else 0.0,
+        "rng": rng,
+    }
+    return query, key, value, options
+
+
+def _arrays(tab: Any, **arguments: Any) -> list[Any]:
+    """The arguments as floating-point arrays of one dtype; lists take the dtype of the arrays beside them."""
+    like = next((x for x in arguments.values() if hasattr(x, "dtype")), None)
+    arrays = {name: checks.array(tab, name, x, like) for name, x in arguments.items()}
+    first = next(iter(arrays.items()))
+    for name, x in arrays.items():
+        checks.floating(name, x, first)
+    return list(arrays.values())
+
+
+def _own(tab: Any, what: str, function: Any) -> Any:
+    return checks.bound(tab, function, what, lambda f: f in _TABBED)
+
+
+def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_lse: bool = False, backend: Any = None) -> Any:
+    """Attention over a set of keys from (output, lse) pairs over disjoint parts of it, exactly.
+
+    Args:
+        outputs: a sequence of (..., n, v), each from ``attention(..., return_lse=True)`` on one part of the keys.
+        lses: a sequence of as many (..., n).
+        return_lse: also return the whole's lse, so that merges nest.
+
+    Raises ValueError for sequences that are empty, of different lengths or of shapes that do not fit.
+
+    >>> q, k, v = [[1.0]], [[1.0], [2.0]], [[3.0], [4.0]]
+    >>> parts = [attention(q, k[:1], v[:1], return_lse=True), attention(q, k[1:], v[1:], return_lse=True)]
+    >>> bool((merge_attention(*zip(*parts)) == attention(q, k, v)).all())
+    True
+
+    Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Dao et al. 2022, "FlashAttention".
+    """
+    if len(outputs) != len(lses) or not len(outputs):
+        raise ValueError(f"merge_attention needs as many outputs as lses, at least one; got {len(outputs)} and {len(lses)}")
+    named = {f"outputs[{i}]": x for i, x in enumerate(outputs)}
+    lse_named = {f"lses[{i}]": x for i, x in enumerate(lses)}
+    tab = dispatch.choose(backend, **named, **lse_named)
+    arrays, lse_arrays = _arrays(tab, **named), _arrays(tab, **lse_named)
+    for (name, x), (lse_name, lse) in zip(zip(named, arrays, strict=True), zip(lse_named, lse_arrays, strict=True), strict=True):
+        checks.same_shape(name, x, tuple(arrays[0].shape), "outputs[0]")
+        checks.same_shape(lse_name, lse, tuple(x.shape)[:-1], f"{name} without its last axis")
+    return tab.merge_attention(arrays, lse_arrays, return_lse=checks.flag("return_lse", return_lse))
+
+
+def nadaraya_watson(x_train: Array, y_train: Array, x: Array, kernel: Score | None = None, *, backend: Any = None) -> tuple[Array, Array]:
+    """Nadaraya-Watson regression: the average of y_train, weighted by how near x_train lies to x.
+
+    Args:
+        x_train: (m,) or (m, d). y_train: (m,) or (m, v). x: (n,) or (n, d).
+        kernel: a similarity, for example ``partial(gaussian_kernel, width=0.5)``; default `gaussian_kernel`.
+
+    Returns:
+        The estimates, (n,) or (n, v), and the attention weights (n, m). Where no training point is near, 0.
+
+    >>> nadaraya_watson([1.0, 2.0, 3.0], [1.0, 4.0, 9.0], [2.0], boxcar_kernel)[0]
+    array([4.])
+
+    Source: Nadaraya 1964; Watson 1964.
+    """
+    tab = dispatch.choose(backend, x_train=x_train, y_train=y_train, x=x)
+    x_train, y_train, x = _arrays(tab, x_train=x_train, y_train=y_train, x=x)
+    column = len(y_train.shape) == 1
+    query, key = (a[:, None] if len(a.shape) == 1 else a for a in (x, x_train))
+    y, weights = attention(
+        query, key, y_train[:, None] if column else y_train, score=kernel or gaussian_kernel, normalize=proportional,
+        return_weights=True, backend=tab,
+    )  # fmt: skip
+    return (y[:, 0] if column else y), weights
+
+
+# ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m); parameters multiply from the right
+
+
+def _score(name: str, query: Any, key: Any, backend: Any, same: bool = True, **parameters: Any) -> Any:
+    tab = dispatch.choose(backend, query=query, key=key, **parameters)
+    query, key = _arrays(tab, query=query, key=key)
+    checks.pairs(query, key)
+    if same:
+        checks.same_features(query, key)
+    for parameter, x in parameters.items():
+        if x is not None and not isinstance(x, float):
+            parameters[parameter] = checks.array(tab, parameter, x, query)
+            checks.floating(parameter, parameters[parameter], ("query", query))
+    checks.parameters(name, query, key, parameters)
+    return getattr(tab, name)(query, key, **parameters)
+
+
+def dot_score(query: Array, key: Array, *, backend: Any = None) -> Array:
+    """q . k
+
+    >>> dot_score([[1.0, 2.0]], [[3.0, 4.0]])
+    array([[11.]])
+
+    Source: Luong et al. 2015, equation 8.
+    """
+    return _score("dot_score", query, key, backend)
+
+
+def scaled_dot_score(query: Array, key: Array, *, backend: Any = None) -> Array:
+    """q . k / sqrt(d)
+
+    >>> scaled_dot_score([[1.0, 1.0, 1.0, 1.0]], [[1.0, 1.0, 1.0, 1.0]])
+    array([[2.]])
+
+    Source: Vaswani et al. 2017, equation 1.
+    """
+    return _score("scaled_dot_score", query, key, backend)
+
+
+def additive_score(query: Array, key: Array, W_q: Array, W_k: Array, w_v: Array, b: Array | None = None, *, backend: Any = None) -> Array:
+    """w_v . tanh(q W_q + k W_k + b)
+
+    query (..., n, d_q), key (..., m, d_k), W_q (d_q, h), W_k (d_k, h), w_v (h,), b (h,).
+
+    >>> additive_score([[0.5]], [[-0.5]], [[1.0]], [[1.0]], [1.0])
+    array([[0.]])
+
+    Source: Bahdanau et al. 2014, appendix A.1.2.
+    """
+    return _score("additive_score", query, key, backend, same=False, W_q=W_q, W_k=W_k, w_v=w_v, b=b)
+
+
+def multiplicative_score(query: Array, key: Array, W: Array, *, backend: Any = None) -> Array:
+    """q W k
+
+    query (..., n, d_q), key (..., m, d_k), W (d_q, d_k).
+
+    >>> multiplicative_score([[1.0, 2.0]], [[3.0]], [[1.0], [1.0]])
+    array([[9.]])
+
+    Source: Luong et al. 2015, equation 8 ("general").
+    """
+    return _score("multiplicative_score", query, key, backend, same=False, W=W)
+
+
+def gated_score(query: Array, key: Array, w_g: Array, *, backend: Any = None) -> Array:
+    """sigmoid(w_g . [q; k]) (q . k)
+
+    w_g (2 d,): its first half meets the query, its second the key; the pairs are never concatenated.
+
+    >>> gated_score([[1.0, 2.0]], [[3.0, 4.0]], [0.0, 0.0, 0.0, 0.0])
+    array([[5.5]])
+
+    Source: the gate of Hochreiter and Schmidhuber 1997, applied to a dot product.
+    """
+    return _score("gated_score", query, key, backend, w_g=w_g)
+
+
+def cosine_score(query: Array, key: Array, *, backend: Any = None) -> Array:
+    """q . k / (|q| |k|); a zero vector scores 0, with zero gradient.
+
+    >>> cosine_score([[2.0, 0.0]], [[3.0, 0.0], [0.0, 0.0]])
+    array([[1., 0.]])
+
+    Source: Graves et al. 2014, "Neural Turing machines", equation 6.
+    """
+    return _score("cosine_score", query, key, backend)
+
+
+def distance_score(query: Array, key: Array, *, backend: Any = None) -> Array:
+    """-|q - k|^2 / 2, from the differences: near vectors of large norm do not cancel.
+
+    >>> distance_score([[1.0, 2.0]], [[1.0, 4.0]])
+    array([[-2.]])
+
+    Source: the exponent of Nadaraya and Watson's Gaussian kernel, 1964.
+    """
+    return _score("distance_score", query, key, backend)
+
+
+# ---- kernels: similarities >= 0 of u = |q - k| / width, for Nadaraya-Watson
+
+
+def gaussian_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
+    """exp(-u^2 / 2), u = |q - k| / width
+
+    >>> gaussian_kernel([[1.0]], [[1.0]])
+    array([[1.]])
+    """
+    return _score("gaussian_kernel", query, key, backend, width=checks.number("width", width, positive=True))
+
+
+def boxcar_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
+    """1 if u < 1 else 0, u = |q - k| / width
+
+    >>> boxcar_kernel([[1.0]], [[1.5], [2.0]])
+    array([[1., 0.]])
+    """
+    return _score("boxcar_kernel", query, key, backend, width=checks.number("width", width, positive=True))
+
+
+def triangular_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
+    """max(1 - u, 0), u = |q - k| / width; d2l calls it "Epanechikov".
+
+    >>> triangular_kernel([[1.0]], [[1.25], [3.0]])
+    array([[0.75, 0.  ]])
+    """
+    return _score("triangular_kernel", query, key, backend, width=checks.number("width", width, positive=True))
+
+
+def epanechnikov_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
+    """max(1 - u^2, 0), u = |q - k| / width
+
+    >>> epanechnikov_kernel([[1.0]], [[1.5]])
+    array([[0.75]])
+
+    Source: Epanechnikov 1969.
+    """
+    return _score("epanechnikov_kernel", query, key, backend, width=checks.number("width", width, positive=True))
+
+
+def constant_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
+    """1: every key counts the same; the width is ignored.
+
+    >>> constant_kernel([[1.0]], [[9.0]])
+    array([[1.]])
+    """
+    return _score("constant_kernel", query, key, backend, width=checks.number("width", width, positive=True))
+
+
+# ---- normalisers: (scores (..., n, m), where=None) -> weights (..., n, m) in the scores' dtype; a row with nothing gets zeros
+
+
+def _normalise(name: str, scores: Any, where: Any, backend: Any, **extra: Any) -> Any:
+    tab = dispatch.choose(backend, scores=scores, where=where, **extra)
+    (scores,) = _arrays(tab, scores=scores)
+    shape = checks.shape("scores", scores, 1)
+    if where is not None:
+        where = checks.where(tab, where, scores)
+    if extra.get("valid_lens") is not None:
+        checks.shape("scores", scores, 2)
+        extra["valid_lens"] = checks.lengths(tab, extra["valid_lens"], shape, scores)
+    return getattr(tab, name)(scores, where=where, **extra)
+
+
+def softmax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
+    """exp(s_i) / sum_j exp(s_j) over the last axis, over the keys where ``where`` is True.
+
+    >>> softmax([[0.0, 0.0, 5.0]], where=[[True, True, False]])
+    array([[0.5, 0.5, 0. ]])
+    """
+    return _normalise("softmax", scores, where, backend)
+
+
+def masked_softmax(scores: Array, valid_lens: Array | None = None, where: Array | None = None, *, backend: Any = None) -> Array:
+    """Softmax over the first ``valid_lens`` keys: (batch,), or (batch, n); length 0 gives zeros.
+
+    >>> masked_softmax([[[0.0, 0.0, 5.0]]], [2])
+    array([[[0.5, 0.5, 0. ]]])
+
+    Source: d2l's function of this name, with other answers at length 0 and for scores below -1e6.
+    """
+    return _normalise("masked_softmax", scores, where, backend, valid_lens=valid_lens)
+
+
+def sparsemax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
+    """The point of the simplex nearest to the scores: convex weights, many of them exactly 0.
+
+    >>> sparsemax([[1.0, 0.5, -3.0]])
+    array([[0.75, 0.25, 0.  ]])
+
+    Source: Martins and Astudillo 2016, algorithm 1.
+    """
+    return _normalise("sparsemax", scores, where, backend)
+
+
+def hardmax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
+    """1 for the best key, the first of equals, and 0 for the rest: a look-up in a database. Its gradient is 0.
+
+    >>> hardmax([[1.0, 3.0, 3.0]])
+    array([[0., 1., 0.]])
+    """
+    return _normalise("hardmax", scores, where, backend)
+
+
+def proportional(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
+    """s_i / sum_j s_j; a row that sums to 0 gets zeros.
+
+    >>> proportional([[1.0, 3.0], [0.0, 0.0]])
+    array([[0.25, 0.75],
+           [0.  , 0.  ]])
+
+    Source: Nadaraya 1964; Watson 1964.
+    """
+    return _normalise("proportional", scores, where, backend)
+
+
+def average(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
+    """1 / m whatever the scores: average pooling.
+
+    >>> average([[7.0, 8.0, 9.0]], where=[[True, False, True]])
+    array([[0.5, 0. , 0.5]])
+    """
+    return _normalise("average", scores, where, backend)
+
+
+def identity(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
+    """The scores themselves: a general linear combination; with scores >= 0, a convex cone.
+
+    >>> identity([[2.0, -1.0]], where=[[True, False]])
+    array([[2., 0.]])
+    """
+    return _normalise("identity", scores, where, backend)
+
+
+_TABBED = frozenset({
+    dot_score, scaled_dot_score, additive_score, multiplicative_score, gated_score, cosine_score, distance_score,
+    gaussian_kernel, boxcar_kernel, triangular_kernel, epanechnikov_kernel, constant_kernel,
+    softmax, masked_softmax, sparsemax, hardmax, proportional, average, identity,
+})  # fmt: skip

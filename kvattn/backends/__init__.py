@@ -1,0 +1,34 @@
+"""What a backend is: a module, or any object, with these functions.
+
+The tabs beside this file are kvattn's own five. A stranger's is named by an entry point in the group
+``kvattn.backends``; ``is_array``, ``asarray``, ``to_numpy`` and ``attention`` are required, every other function is
+offered by having it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Backend(Protocol):
+    """One framework's implementation of :mod:`kvattn.api`; the promises are written there."""
+
+    def is_array(self, x: Any, /) -> bool:
+        """Whether ``x`` is this framework's own array, traced ones included."""
+        ...
+
+    def asarray(self, x: Any, /, dtype: str | None = None, like: Any = None) -> Any:
+        """``x`` as this framework's array, on the device of ``like``."""
+        ...
+
+    def to_numpy(self, x: Any, /) -> Any:
+        """``x`` as a NumPy array; bfloat16 comes as float32, which holds it exactly."""
+        ...
+
+    def peek(self, x: Any, /) -> Any:
+        """``x`` as a NumPy array if that costs no wait and no trace, else None."""
+        ...
+
+    def attention(self, query: Any, key: Any, value: Any, /, **keywords: Any) -> Any:
+        """:func:`kvattn.attention` on arguments that the frontend has checked."""
+        ...

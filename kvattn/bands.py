@@ -1,0 +1,68 @@
+"""Which keys a block of queries can reach: the plan that makes a window cost O(n w). Plain integers, no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Band = tuple[int, int, int, int]
+
+BLOCK = 256  # queries that share one slice of the keys
+
+
+def plan(n: object, m: object, causal: bool, offset: object, window: tuple[int | None, int | None] | None) -> list[Band]:
+    """Blocks (first query, end, first key, end) that hold every allowed pair; [] where blocks would save nothing.
+
+    >>> plan(512, 1024, False, 0, (10, 0))
+    [(0, 256, 0, 256), (256, 512, 246, 512)]
+    """
+    if window is None or not (type(n) is type(m) is type(offset) is int):  # sizes may be unknown, the offset an array
+        return []
+    assert isinstance(n, int) and isinstance(m, int) and isinstance(offset, int)
+    left, right = window
+    right = 0 if causal else right
+    reach = (m if left is None else left) + (m if right is None else right) + min(n, BLOCK)
+    if n <= BLOCK or 2 * reach > m:
+        return []
+    bands = []
+    for start in range(0, n, BLOCK):
+        end = min(start + BLOCK, n)
+        first = 0 if left is None else offset + start - left
+        last = m if right is None else offset + end + right
+        first = min(max(first, 0), m)
+        bands.append((start, end, first, max(first, min(last, m))))
+    return bands
+
+
+def heads(query: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, int]:
+    """(query heads, key heads) of two shapes; (1, 1) where there is no head axis."""
+    return (query[-3], key[-3]) if len(query) > 2 else (1, 1)
+
+
+def lead(query: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading axes (..., h) of the scores: broadcast, but for the heads, which are the query's."""
+    return (*(max(pair) if 0 not in pair else 0 for pair in zip(query[:-3], key[:-3], strict=True)), *query[:-2][-1:])
+
+
+def cuts(steps: list[Band], query: Any, key: Any, value: Any, mask: Any, bias: Any, valid_lens: Any, query_offset: Any) -> Iterator[tuple[tuple[Any, Any, Any], dict[str, Any]]]:
+    """The arguments of each block's own attention: slices, with lengths and offset counted from its first key."""
+    n, m = query.shape[-2], key.shape[-2]
+
+    def cut(x: Any, start: int, end: int, first: int, last: int) -> Any:
+        if x is None or len(x.shape) == 0:
+            return x
+        x = x[..., first:last] if x.shape[-1] == m else x
+        return x[..., start:end, :] if len(x.shape) > 1 and x.shape[-2] == n else x
+
+    for start, end, first, last in steps:
+        block = (query[..., start:end, :], key[..., first:last, :], value[..., first:last, :])
+        lens = valid_lens
+        if lens is not None:
+            per_query = len(lens.shape) == (1 if len(query.shape) < 3 else 2)
+            lens = (lens[..., start:end] if per_query else lens) - first
+        yield block, {
+            "mask": cut(mask, start, end, first, last),
+            "bias": cut(bias, start, end, first, last),
+            "valid_lens": lens,
+            "query_offset": query_offset + start - first,
+        }

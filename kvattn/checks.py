@@ -1,0 +1,277 @@
+"""The one place that says no. Framework-neutral: it reads shapes, dtypes and, where they can be seen, values.
+
+Every function takes the tab that serves the call, converts neutral data for it, and returns what the tab is given.
+Unknown sizes (None, under tf.function) match anything.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from numbers import Integral
+from typing import Any
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+_names: dict[Any, str] = {}
+
+
+def dtype_name(x: Any) -> str:
+    """The dtype of any framework's array, spelled as NumPy spells it."""
+    dtype = x.dtype
+    try:
+        return _names[dtype]
+    except KeyError:
+        name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
+        _names[dtype] = name
+        return name
+
+
+def _shape(x: Any) -> tuple[Any, ...]:
+    return tuple(x.shape)
+
+
+def _show(shape: tuple[Any, ...]) -> str:
+    return "(" + ", ".join("?" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return a is not None and b is not None and a != b
+
+
+def array(tab: Any, name: str, x: Any, like: Any = None) -> Any:
+    """``x`` as an array of ``tab``, on the device of ``like``; lists of floats take its dtype too."""
+    if tab.is_array(x):
+        return x
+    device = like if like is not None and tab.is_array(like) else None
+    try:
+        made = tab.asarray(x, like=device)
+        if like is not None and isinstance(x, (list, tuple, float)) and dtype_name(made) == "float64":
+            made = tab.asarray(x, dtype=dtype_name(like), like=device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array, not {type(x).__name__}: {error}") from error
+    return made
+
+
+def floating(name: str, x: Any, first: tuple[str, Any] | None = None) -> None:
+    """Raises TypeError unless ``x`` is floating point, and of the same dtype as ``first``, a (name, array) pair."""
+    dtype = dtype_name(x)
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} has dtype {dtype}; expected floating point: one of {', '.join(FLOATS)}")
+    if first is not None and dtype != (expected := dtype_name(first[1])):
+        raise TypeError(f"{name} has dtype {dtype} but {first[0]} has {expected}; convert one of them: nothing is promoted silently")
+
+
+def _boolean(name: str, x: Any) -> None:
+    if (dtype := dtype_name(x)) not in ("bool", "bool_"):
+        hint = "a float mask that is added to the scores is bias=" if dtype in FLOATS else f"compare it: {name} != 0"
+        raise TypeError(f"{name} has dtype {dtype}; expected bool, True where a query may attend ({hint})")
+
+
+def _integral(name: str, x: Any) -> None:
+    if (dtype := dtype_name(x)) not in INTEGERS:
+        raise TypeError(f"{name} has dtype {dtype}; expected an integer dtype")
+
+
+def is_integer(x: Any) -> bool:
+    """Whether ``x`` is a Python or NumPy integer, and no bool."""
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def number(name: str, x: Any, *, positive: bool = False) -> float:
+    """``x`` as a finite float. Raises TypeError for what is no number, ValueError for one out of range."""
+    if isinstance(x, (bool, str)) or not hasattr(x, "__float__"):
+        raise TypeError(f"{name} must be a number, not {type(x).__name__}")
+    try:
+        value = float(x)
+    except Exception as error:
+        raise TypeError(f"{name} must be a number that is known now, not {type(x).__name__}") from error
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be finite{' and above 0' if positive else ''}, not {value}")
+    return value
+
+
+def broadcastable(name: str, shape: tuple[Any, ...], full: tuple[Any, ...], what: str) -> None:
+    """Raises ValueError unless ``shape`` broadcasts to ``full``, the shape of ``what``."""
+    if len(shape) > len(full):
+        raise ValueError(f"{name} has shape {_show(shape)}, of more axes than {what} {_show(full)}")
+    for axis in range(-1, -len(shape) - 1, -1):
+        if shape[axis] != 1 and _differ(shape[axis], full[axis]):
+            raise ValueError(
+                f"{name} has shape {_show(shape)}, which does not broadcast to {what} {_show(full)}: "
+                f"axis {axis} is {shape[axis]}, expected 1 or {full[axis]}"
+            )
+
+
+def pairs(query: Any, key: Any, value: Any = None) -> tuple[Any, ...]:
+    """The shape (..., n, m) of the scores. Raises ValueError, naming the argument, both shapes and the axis."""
+    q, k = _shape(query), _shape(key)
+    named = [("query", q), ("key", k)] + ([("value", _shape(value))] if value is not None else [])
+    for name, shape in named:
+        if len(shape) < 2:
+            raise ValueError(f"{name} has shape {_show(shape)}; expected at least 2 axes: (..., {'n' if name == 'query' else 'm'}, features)")
+        if len(shape) != len(q):
+            raise ValueError(f"{name} has shape {_show(shape)} but query has {_show(q)}: expected the same number of axes")
+    if value is not None:
+        v = named[2][1]
+        for axis in range(-2, -len(k) - 1, -1):
+            if _differ(k[axis], v[axis]) and (axis >= -3 or 1 not in (k[axis], v[axis])):
+                raise ValueError(f"value has shape {_show(v)} but key has {_show(k)}: axis {axis} is {v[axis]}, expected {k[axis]}")
+    leading = list(q[:-2])
+    for name, shape in named[1:]:
+        for axis in range(-3, -len(q) - 1, -1):
+            a, b = q[axis], shape[axis]
+            if axis == -3 and a is not None and b is not None:
+                if a != b and (b == 0 or a % b):
+                    raise ValueError(
+                        f"{name} has shape {_show(shape)} but query has {_show(q)}: axis -3 (heads) is {b}, "
+                        f"which does not divide the query's {a}"
+                    )
+            elif _differ(a, b) and 1 not in (a, b):
+                raise ValueError(f"{name} has shape {_show(shape)} but query has {_show(q)}: axis {axis} is {b}, expected {a}")
+            elif axis != -3 and leading[axis + 2] == 1:
+                leading[axis + 2] = b
+    return (*leading, q[-2], k[-2])
+
+
+def shape(name: str, x: Any, least: int) -> tuple[Any, ...]:
+    """The shape of ``x``. Raises ValueError if it has fewer than ``least`` axes."""
+    found = _shape(x)
+    if len(found) < least:
+        raise ValueError(f"{name} has shape {_show(found)}; expected at least {least} axes")
+    return found
+
+
+def same_shape(name: str, x: Any, expected: tuple[Any, ...], what: str) -> None:
+    """Raises ValueError unless ``x`` has the shape of ``what``."""
+    found = _shape(x)
+    if len(found) != len(expected) or any(map(_differ, found, expected)):
+        raise ValueError(f"{name} has shape {_show(found)}; expected {_show(expected)}, as {what}")
+
+
+def parameters(score: str, query: Any, key: Any, given: dict[str, Any]) -> None:
+    """Raises ValueError unless the parameters of a score fit the query, the key and each other."""
+    d_q, d_k = _shape(query)[-1], _shape(key)[-1]
+    h = _shape(given["w_v"])[-1] if score == "additive_score" and _shape(given["w_v"]) else None
+    expected = {"W_q": (d_q, h), "W_k": (d_k, h), "w_v": (h,), "b": (h,), "W": (d_q, d_k)}
+    expected["w_g"] = (None if None in (d_q, d_k) else d_q + d_k,)
+    for name, x in given.items():
+        if name in expected and x is not None:
+            same_shape(name, x, expected[name], f"{score} needs for query {_show(_shape(query))} and key {_show(_shape(key))}")
+
+
+def where(tab: Any, given: Any, scores: Any) -> Any:
+    """``where`` as a bool array of ``tab`` that broadcasts to the scores."""
+    given = array(tab, "where", given, like=scores)
+    _boolean("where", given)
+    broadcastable("where", _shape(given), _shape(scores), "scores")
+    return given
+
+
+def positions(tab: Any, given: Any, scores: tuple[Any, ...], like: Any) -> Any:
+    """positions as an integer array (..., n, s) that broadcasts to the scores' leading axes and queries."""
+    x = array(tab, "positions", given, like=like)
+    _integral("positions", x)
+    found = shape("positions", x, 2)
+    broadcastable("positions", found, (*scores[:-1], found[-1]), "(..., n, s)")
+    seen, m = tab.peek(x), scores[-1]
+    if seen is not None and seen.size and (seen.min() < -1 or (m is not None and seen.max() >= m)):
+        raise ValueError(f"positions must lie in [-1, {m}), -1 for none; got {seen.min()} to {seen.max()}")
+    return x
+
+
+def same_features(query: Any, key: Any) -> None:
+    """Raises ValueError unless query and key have as many features: a dot product needs it."""
+    q, k = _shape(query), _shape(key)
+    if _differ(q[-1], k[-1]):
+        raise ValueError(f"key has shape {_show(k)} but query has {_show(q)}: axis -1 (features) is {k[-1]}, expected {q[-1]}")
+
+
+def lengths(tab: Any, valid_lens: Any, scores: tuple[Any, ...], like: Any) -> Any:
+    """valid_lens as an integer array (batch,) or (batch, n); () or (n,) where there is no batch axis."""
+    x = array(tab, "valid_lens", valid_lens, like=like)
+    _integral("valid_lens", x)
+    shape, batch = _shape(x), scores[:-2][:1]
+    expected = (batch, (*batch, scores[-2]))
+    if len(shape) not in (len(batch), len(batch) + 1) or any(map(_differ, shape, expected[1])):
+        raise ValueError(f"valid_lens has shape {_show(shape)}; expected {_show(expected[0])} or {_show(expected[1])}: (batch,) or (batch, n)")
+    seen = tab.peek(x)
+    if seen is not None and seen.size and seen.min() < 0:
+        raise ValueError(f"valid_lens must not be negative; the smallest is {seen.min()}")
+    return x
+
+
+def offset(tab: Any, query_offset: Any, scores: tuple[Any, ...], like: Any) -> Any:
+    """query_offset as a Python int, or as an integer array (batch,)."""
+    if is_integer(query_offset):
+        return int(query_offset)
+    if isinstance(query_offset, (bool, float, str)):
+        raise TypeError(f"query_offset must be an int or an integer array (batch,), not {type(query_offset).__name__}")
+    x = array(tab, "query_offset", query_offset, like=like)
+    _integral("query_offset", x)
+    shape, batch = _shape(x), scores[:-2][:1]
+    if shape != () and (len(shape) != 1 or not batch or _differ(shape[0], batch[0])):
+        raise ValueError(f"query_offset has shape {_show(shape)}; expected an int, or one per batch entry: {_show(batch)}")
+    return x
+
+
+def window(x: Any) -> tuple[int | None, int | None]:
+    """(left, right), each an int >= 0 or None for no limit."""
+    sides = tuple(x) if isinstance(x, (tuple, list)) else (x, x)
+    if len(sides) != 2:
+        raise ValueError(f"window must be an int or a pair (left, right), not {x!r}")
+    for side in sides:
+        if side is not None and not is_integer(side):
+            raise TypeError(f"window must be an int, a pair (left, right) of ints, or None; got {x!r}")
+        if side is not None and side < 0:
+            raise ValueError(f"window must not be negative; got {x!r}")
+    left, right = (None if side is None else int(side) for side in sides)
+    return left, right
+
+
+def probability(name: str, x: Any) -> float:
+    """``x`` as a float in [0, 1)."""
+    value = number(name, x)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), not {value}")
+    return value
+
+
+def flag(name: str, x: Any) -> bool:
+    """``x`` as a bool."""
+    if x is not True and x is not False:
+        if type(x).__name__ not in ("bool_", "bool"):
+            raise TypeError(f"{name} must be True or False, not {x!r}")
+    return bool(x)
+
+
+def masks(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any) -> tuple[Any, Any]:
+    """mask and bias as arrays of ``tab`` that broadcast to the scores."""
+    if mask is not None:
+        mask = array(tab, "mask", mask, like=query)
+        _boolean("mask", mask)
+        broadcastable("mask", _shape(mask), scores, "the scores")
+    if bias is not None:
+        bias = array(tab, "bias", bias, like=query)
+        floating("bias", bias, ("query", query))
+        broadcastable("bias", _shape(bias), scores, "the scores")
+    return mask, bias
+
+
+def bound(tab: Any, function: Any, name: str, own: Any) -> Any:
+    """A score or normaliser for ``tab``: kvattn's own become the tab's, parameters of a partial become its arrays."""
+    if isinstance(function, partial):
+        inner = bound(tab, function.func, name, own)
+        if inner is function.func:
+            return function
+        convert = {key: _parameter(tab, key, x) for key, x in function.keywords.items()}
+        return partial(inner, *(_parameter(tab, name, x) for x in function.args), **convert)
+    if not callable(function):
+        raise TypeError(f"{name} must be a function, not {function!r}; kvattn.{function} is one" if isinstance(function, str)
+                        else f"{name} must be a function, not {type(function).__name__}")
+    return getattr(tab, function.__name__) if own(function) else function
+
+
+def _parameter(tab: Any, name: str, x: Any) -> Any:
+    return x if x is None or isinstance(x, (int, float)) else array(tab, name, x)

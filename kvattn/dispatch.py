@@ -1,0 +1,233 @@
+"""Which backend serves a call. Imports no framework: it looks at types by name and loads a tab when asked.
+
+The first of these that gives an answer: the ``backend=`` argument, the arrays, ``use_backend``, ``set_backend``,
+the environment variable KVATTN_BACKEND, numpy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+    from kvattn.backends import Backend
+
+ENVIRONMENT = "KVATTN_BACKEND"
+ENTRY_POINTS = "kvattn.backends"
+
+
+# Import statements rather than importlib: torch.compile can trace these.
+def _numpy() -> Any:
+    from kvattn.backends import numpy
+
+    return numpy
+
+
+def _torch() -> Any:
+    from kvattn.backends import torch
+
+    return torch
+
+
+def _tensorflow() -> Any:
+    from kvattn.backends import tensorflow
+
+    return tensorflow
+
+
+def _jax() -> Any:
+    from kvattn.backends import jax
+
+    return jax
+
+
+def _mxnet() -> Any:
+    from kvattn.backends import mxnet
+
+    return mxnet
+
+
+_OURS: dict[str, Callable[[], Any]] = {
+    "numpy": _numpy,
+    "torch": _torch,
+    "tensorflow": _tensorflow,
+    "jax": _jax,
+    "mxnet": _mxnet,
+}
+_ALIASES = {"pytorch": "torch", "tf": "tensorflow"}
+_PACKAGES = {"torch": "torch", "tensorflow": "tensorflow", "jax": "jax", "jaxlib": "jax", "mxnet": "mxnet"}
+
+_loaded: dict[str, Any] = {}
+_homes: dict[type, str | None] = {}  # a plain dict: torch.compile cannot trace lru_cache
+_process: str | None = None
+_context: ContextVar[str | None] = ContextVar("kvattn_backend", default=None)
+
+REQUIRED = ("is_array", "asarray", "to_numpy", "attention")
+
+
+def canonical(name: str) -> str:
+    """The name a backend goes by: aliases resolved, spaces and capitals forgiven."""
+    name = name.strip().lower()
+    return _ALIASES.get(name, name)
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    from importlib.metadata import entry_points  # 20 ms: not at import
+
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in _OURS}
+
+
+def known_backends() -> tuple[str, ...]:
+    """Every name that ``backend=`` takes: ours, then the plugins."""
+    return (*_OURS, *sorted(_plugins()))
+
+
+def available_backends() -> tuple[str, ...]:
+    """The names of the backends whose framework is installed, without importing any.
+
+    >>> "numpy" in available_backends()
+    True
+    """
+    return tuple(name for name in known_backends() if name not in _OURS or importlib.util.find_spec(name))
+
+
+def load(name: str) -> Backend:
+    """The backend called ``name``, imported on first use.
+
+    Raises ValueError for an unknown name, ModuleNotFoundError for a framework that is not installed, ImportError for
+    one that is installed but fails to import, TypeError for a plugin that lacks a required function.
+    """
+    name = canonical(name)
+    if name in _loaded:
+        return _loaded[name]
+    if name in _OURS:
+        try:
+            tab = _OURS[name]()
+        except ImportError as error:
+            if importlib.util.find_spec(name) is None:
+                cure = f"pip install 'kvattn[{name}]'"
+                raise ModuleNotFoundError(f"backend {name!r} needs {name}, which is not installed: {cure}") from error
+            raise ImportError(f"backend {name!r}: {name} is installed but does not import: {error}") from error
+    elif name in (plugins := _plugins()):
+        try:
+            tab = plugins[name].load()
+        except Exception as error:
+            raise ImportError(f"backend {name!r}: the plugin {plugins[name].value} fails to load: {error}") from error
+        verify(tab, name)
+    else:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(known_backends())} (pytorch = torch, tf = tensorflow)")
+    _loaded[name] = tab
+    return tab
+
+
+def verify(tab: Any, name: str) -> None:
+    """Raises TypeError, naming what is missing, if ``tab`` is no backend."""
+    missing = [part for part in REQUIRED if not callable(getattr(tab, part, None))]
+    if missing:
+        raise TypeError(f"backend {name!r} does not satisfy kvattn.backends.Backend; missing: {', '.join(missing)}")
+
+
+def _home(x: Any) -> str | None:
+    """The backend an array belongs to, or None for neutral data; found by walking its class's MRO."""
+    for base in type(x).__mro__:
+        package = base.__module__.partition(".")[0]
+        if package in _PACKAGES:
+            return _PACKAGES[package]
+        if package == "numpy" or base in (list, tuple, float, int, bool):
+            return None
+    for name, point in _plugins().items():  # a plugin is loaded only if it can own this class: it is loaded, or its home
+        if name in _loaded or type(x).__module__.partition(".")[0] == point.value.partition(".")[0]:
+            if load(name).is_array(x):
+                return name
+    return None
+
+
+def home(x: Any) -> str | None:
+    """The name of the backend whose array ``x`` is; None for neutral data: NumPy arrays, lists, numbers."""
+    cls = type(x)
+    try:
+        return _homes[cls]
+    except KeyError:
+        found = _homes[cls] = _home(x)
+        return found
+
+
+def choose(backend: Any, **arrays: Any) -> Backend:
+    """The backend that serves a call with these arguments.
+
+    Raises TypeError, naming both arguments, where the arrays belong to two frameworks, or to another than ``backend``.
+    """
+    owner = first = None
+    for argument, x in arrays.items():
+        if x is not None and (name := home(x)) is not None:
+            if owner is None:
+                owner, first = name, argument
+            elif owner != name:
+                raise TypeError(
+                    f"{first} is an array of {owner} and {argument} of {name}; "
+                    f"convert one of them first: kvattn.convert({argument}, {owner!r})"
+                )
+    if backend is None:
+        return load(owner or get_backend())
+    if not isinstance(backend, str):
+        return backend
+    if owner is not None and owner != canonical(backend):
+        raise TypeError(
+            f"{first} is an array of {owner} but backend={backend!r}; convert it first: kvattn.convert({first}, {backend!r})"
+        )
+    return load(backend)
+
+
+def get_backend() -> str:
+    """The name of the backend that serves neutral data (NumPy arrays, lists, numbers) here and now.
+
+    >>> with use_backend("numpy"):
+    ...     get_backend()
+    'numpy'
+    """
+    return reason()[0]
+
+
+def reason() -> tuple[str, str]:
+    """(name, why): the backend that serves neutral data here and now, and which rule chose it."""
+    if (name := _context.get()) is not None:
+        return name, "use_backend"
+    if _process is not None:
+        return _process, "set_backend"
+    if name := os.environ.get(ENVIRONMENT):
+        return canonical(name), f"the environment variable {ENVIRONMENT}"
+    return "numpy", "the default"
+
+
+def set_backend(name: str | None) -> None:
+    """Choose the backend for neutral data in this process; None takes the choice back.
+
+    Raises what loading the backend raises: ValueError (unknown), ImportError (not installed, or broken).
+    """
+    global _process
+    if name is not None:
+        load(name)
+        name = canonical(name)
+    _process = name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[Backend]:
+    """Choose the backend for neutral data inside a ``with`` block, in this thread or task only.
+
+    >>> with use_backend("numpy") as tab:
+    ...     tab.__name__
+    'kvattn.backends.numpy'
+    """
+    tab = load(name)
+    token = _context.set(canonical(name))
+    try:
+        yield tab
+    finally:
+        _context.reset(token)

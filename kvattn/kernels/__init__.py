@@ -1,0 +1,1 @@
+"""What is fast or long, one file a framework, reached only from its tab."""

@@ -1,0 +1,264 @@
+"""Gradients for the NumPy tab, derived by hand: each score and normaliser has its vector-Jacobian product here.
+
+Writing P for the weights, S for the scores, O = P V and G for the gradient of a loss by O:
+dV = P^T G, dP = G V^T, dS = normaliser's product of dP (softmax: P (dP - sum_j P dP)), and dQ, dK from dS by the score.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+
+from kvattn import bands
+
+
+def _t(x):
+    return x.swapaxes(-1, -2)
+
+
+# ---- normalisers: (tab, weights, scores, allowed, grad_weights) -> grad_scores
+
+
+def softmax(tab, weights, scores, allowed, grad):
+    return weights * (grad - (weights * grad).sum(axis=-1, keepdims=True))
+
+
+def sparsemax(tab, weights, scores, allowed, grad):
+    support = weights > 0
+    count = np.maximum(support.sum(axis=-1, keepdims=True), 1)
+    mean = np.where(support, grad, 0).sum(axis=-1, keepdims=True) / count
+    return np.where(support, grad - mean, 0).astype(weights.dtype)
+
+
+def hardmax(tab, weights, scores, allowed, grad):
+    return np.zeros_like(grad)
+
+
+average = hardmax
+
+
+def proportional(tab, weights, scores, allowed, grad):
+    total = tab.identity(scores, allowed).sum(axis=-1, keepdims=True)
+    grad = (grad - (weights * grad).sum(axis=-1, keepdims=True)) / np.where(total == 0, 1, total)
+    return np.where(total == 0, 0, tab.identity(grad, allowed)).astype(weights.dtype)
+
+
+def identity(tab, weights, scores, allowed, grad):
+    return tab.identity(grad, allowed)
+
+
+# ---- scores: (tab, query, key, grad_scores, **parameters) -> {"query": ..., "key": ..., parameter: ...}
+
+
+def dot_score(tab, query, key, grad):
+    return {"query": grad @ key, "key": _t(grad) @ query}
+
+
+def scaled_dot_score(tab, query, key, grad):
+    return dot_score(tab, query, key, grad / math.sqrt(query.shape[-1]))
+
+
+def additive_score(tab, query, key, grad, W_q, W_k, w_v, b=None):
+    W_q, W_k, w_v = tab._wide(W_q), tab._wide(W_k), tab._wide(w_v)
+    hidden = (query @ W_q)[..., :, None, :] + (key @ W_k)[..., None, :, :]
+    hidden = np.tanh(hidden if b is None else hidden + tab._wide(b))
+    before = grad[..., None] * w_v * (1 - hidden * hidden)  # (..., n, m, h)
+    by_query, by_key = before.sum(axis=-2), before.sum(axis=-3)
+    grads = {
+        "query": by_query @ W_q.T,
+        "key": by_key @ W_k.T,
+        "W_q": _outer(query, by_query),
+        "W_k": _outer(key, by_key),
+        "w_v": _outer(hidden, grad[..., None])[:, 0],
+    }
+    return grads if b is None else {**grads, "b": by_query.reshape(-1, by_query.shape[-1]).sum(axis=0)}
+
+
+def multiplicative_score(tab, query, key, grad, W):
+    W = tab._wide(W)
+    projected = grad @ key
+    return {"query": projected @ W.T, "key": _t(grad) @ (query @ W), "W": _outer(query, projected)}
+
+
+def gated_score(tab, query, key, grad, w_g):
+    w_g, d = tab._wide(w_g), query.shape[-1]
+    gate = tab._sigmoid((query @ w_g[:d])[..., :, None] + (key @ w_g[d:])[..., None, :])
+    grads = dot_score(tab, query, key, grad * gate)
+    by_gate = grad * tab.dot_score(query, key) * gate * (1 - gate)
+    rows, columns = by_gate.sum(axis=-1)[..., None], by_gate.sum(axis=-2)[..., None]
+    both = [_outer(query, rows)[:, 0], _outer(key, columns)[:, 0]]
+    return {
+        "query": grads["query"] + rows * w_g[:d],
+        "key": grads["key"] + columns * w_g[d:],
+        "w_g": np.concatenate(both),
+    }
+
+
+def cosine_score(tab, query, key, grad):
+    grads = dot_score(tab, tab._unit(query), tab._unit(key), grad)
+    return {name: _unit_grad(tab, x, grads[name]) for name, x in (("query", query), ("key", key))}
+
+
+def _unit_grad(tab, x, grad):
+    squares = (x * x).sum(axis=-1, keepdims=True)
+    unit = tab._unit(x)
+    across = grad - unit * (unit * grad).sum(axis=-1, keepdims=True)
+    return np.where(squares == 0, 0, across / np.sqrt(np.where(squares == 0, 1, squares))).astype(x.dtype)
+
+
+def distance_score(tab, query, key, grad):
+    # -(q - k) and (q - k), summed over the pairs; from differences, as the score
+    difference = query[..., :, None, :] - key[..., None, :, :]
+    weighted = grad[..., None] * difference
+    return {"query": -weighted.sum(axis=-2), "key": weighted.sum(axis=-3)}
+
+
+# kernels: each is a function of |q - k|^2, so its gradient is the distance score's, weighted by -2 times the derivative
+
+
+def gaussian_kernel(tab, query, key, grad, width=1.0):
+    return distance_score(tab, query, key, grad * tab.gaussian_kernel(query, key, width) / (width * width))
+
+
+def boxcar_kernel(tab, query, key, grad, width=1.0):
+    return {"query": np.zeros_like(query), "key": np.zeros_like(key)}
+
+
+constant_kernel = boxcar_kernel
+
+
+def triangular_kernel(tab, query, key, grad, width=1.0):
+    distance = np.sqrt(tab._squared_distance(query, key))
+    inside = (distance > 0) & (distance < width)
+    slope = np.where(inside, 1 / (width * np.where(inside, distance, 1)), 0).astype(grad.dtype)
+    return distance_score(tab, query, key, grad * slope)
+
+
+def epanechnikov_kernel(tab, query, key, grad, width=1.0):
+    inside = tab._squared_distance(query, key) < width * width
+    return distance_score(tab, query, key, np.where(inside, grad * (2 / (width * width)), 0).astype(grad.dtype))
+
+
+# ---- attention
+
+
+def _outer(x, grad):
+    """sum over every row of x^T grad: (..., r, a), (..., r, b) -> (a, b)."""
+    x = np.broadcast_to(x, (*np.broadcast_shapes(x.shape[:-1], grad.shape[:-1]), x.shape[-1]))
+    grad = np.broadcast_to(grad, (*x.shape[:-1], grad.shape[-1]))
+    return x.reshape(-1, x.shape[-1]).T @ grad.reshape(-1, grad.shape[-1])
+
+
+def sum_to(x, shape):
+    """``x`` summed over the axes along which an array of ``shape`` was broadcast to it."""
+    if x.shape == tuple(shape):
+        return x
+    x = x.sum(axis=tuple(range(x.ndim - len(shape))))
+    stretched = tuple(axis for axis, size in enumerate(shape) if size == 1 and x.shape[axis] != 1)
+    return x.sum(axis=stretched, keepdims=True)
+
+
+def _product(tab, function, products, what):
+    """The vector-Jacobian product of a score or normaliser, with the parameters that a partial holds."""
+    inner = function.func if isinstance(function, partial) else function
+    if getattr(tab, getattr(inner, "__name__", ""), None) is inner:
+        name = "softmax" if inner is tab.masked_softmax else inner.__name__
+        own = partial(products[name], tab)
+    elif callable(own := getattr(inner, "grad", None)):
+        own = _stranger(own, what)
+    else:
+        raise NotImplementedError(
+            f"{what}: NumPy cannot differentiate {getattr(inner, '__name__', inner)!r}; give it an attribute "
+            f"grad({'query, key, grad_scores' if what == 'score' else 'weights, scores, where, grad_weights'}, ...), or use another backend"
+        )
+    return own
+
+
+def _stranger(grad, what):
+    if what == "normalize":
+        return grad
+    return lambda query, key, grad_scores, *args, **kw: dict(zip(("query", "key"), grad(query, key, grad_scores, *args, **kw), strict=True))
+
+
+def attention_grad(tab, query, key, value, grad_output, wrt, *, positions=None, causal=False, window=None, query_offset=0,
+                   mask=None, bias=None, valid_lens=None, **how):
+    """The gradients named by ``wrt`` of sum(grad_output * attention(...)), as a tuple, each in its argument's dtype."""
+    where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
+    sources = {"query": query, "key": key, "value": value, "bias": bias, **_parameters(how.get("score"))}
+    total = {name: np.zeros(sources[name].shape, tab._wide(sources[name]).dtype) for name in wrt}
+    if positions is not None:
+        raise NotImplementedError("positions")
+    steps = bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
+    m, n = key.shape[-2], query.shape[-2]
+    for (i, j, k, l), (block, at) in zip(steps, bands.cuts(steps, query, key, value, **where), strict=True):
+        grads = _block(tab, *block, grad_output[..., i:j, :], wrt, causal=causal, window=window, **at, **how)
+        for name, grad in zip(wrt, grads, strict=True):
+            if name == "query":
+                total[name][..., i:j, :] += grad
+            elif name in ("key", "value"):
+                total[name][..., k:l, :] += grad
+            elif name == "bias":
+                part = total[name][..., k:l] if bias.shape[-1] == m else total[name]
+                part = part[..., i:j, :] if bias.ndim > 1 and bias.shape[-2] == n else part
+                part += grad
+            else:
+                total[name] += grad
+    if not steps:
+        total = dict(zip(wrt, _block(tab, query, key, value, grad_output, wrt, causal=causal, window=window, **where, **how), strict=True))
+    return tuple(total[name].astype(sources[name].dtype) for name in wrt)
+
+
+def _parameters(score):
+    return dict(score.keywords) if isinstance(score, partial) else {}
+
+
+def _block(tab, query, key, value, grad_output, wrt, *, mask, bias, valid_lens, causal, query_offset, window,
+           score=None, normalize=None, scale=None, softcap=None, dropout=0.0, rng=None):
+    score, normalize = score or tab.scaled_dot_score, normalize or tab.softmax
+    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
+    n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
+    allowed = tab._allowed(n, np.arange(key.shape[-2]), query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+    hidden = tab._hide_padding(allowed, query, key, value)
+    query, key, value = (tab._wide(x) for x in hidden)
+    grad_output = tab._wide(grad_output)
+
+    # forward again
+    scores = tab._scores(query, key, score, scale, softcap, bias)
+    weights = tab._wide(normalize(scores, where=allowed))
+    kept = tab._dropout(np.ones_like(weights), dropout, rng) if dropout else 1
+
+    # and back
+    grad_output = tab._fold(grad_output, kv_heads)
+    grads = {"value": _t(tab._fold(weights * kept, kv_heads)) @ grad_output}
+    grad_weights = tab._unfold(grad_output @ _t(value), heads, n) * kept
+    grad_scores = _product(tab, normalize, NORMALISERS, "normalize")(weights, scores, allowed, grad_weights)
+    grad_scores = tab.identity(grad_scores, allowed)
+    if bias is not None:
+        grads["bias"] = sum_to(np.broadcast_to(grad_scores, np.broadcast_shapes(grad_scores.shape, bias.shape)), bias.shape)
+    if softcap is not None:
+        capped = np.tanh(tab._scores(query, key, score, scale, None, None) / softcap)
+        grad_scores = grad_scores * (1 - capped * capped)
+    if scale is not None:
+        grad_scores = grad_scores * scale
+        score = tab.dot_score if score is tab.scaled_dot_score else score
+    product = _product(tab, score, SCORES, "score")
+    rest = dict(score.keywords) if isinstance(score, partial) else {}
+    args = score.args if isinstance(score, partial) else ()
+    by_score = product(tab._fold(query, kv_heads), key, tab._fold(grad_scores, kv_heads), *args, **rest)
+    grads |= by_score
+    grads["query"] = tab._unfold(grads["query"], heads, n)
+    for name, shape in shapes.items():
+        grads[name] = sum_to(grads[name], shape)
+    return tuple(grads[name] for name in wrt)
+
+
+NORMALISERS = {f.__name__: f for f in (softmax, sparsemax, hardmax, proportional, identity)} | {"average": average}
+SCORES = {
+    f.__name__: f
+    for f in (
+        dot_score, scaled_dot_score, additive_score, multiplicative_score, gated_score, cosine_score, distance_score,
+        gaussian_kernel, boxcar_kernel, triangular_kernel, epanechnikov_kernel,
+    )
+} | {"constant_kernel": constant_kernel}  # fmt: skip
