@@ -29,11 +29,36 @@ from kvattn import checks, dispatch
 from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
 
 __all__ = [
-    "asarray", "attention", "attention_grad", "additive_score", "available_backends", "average", "boxcar_kernel",
-    "constant_kernel", "convert", "cosine_score", "distance_score", "dot_score", "epanechnikov_kernel", "gated_score",
-    "gaussian_kernel", "get_backend", "hardmax", "identity", "masked_softmax", "merge_attention", "multiplicative_score",
-    "nadaraya_watson", "proportional", "scaled_dot_score", "set_backend", "softmax", "sparsemax", "to_numpy",
-    "triangular_kernel", "use_backend",
+    "additive_score",
+    "asarray",
+    "attention",
+    "attention_grad",
+    "available_backends",
+    "average",
+    "boxcar_kernel",
+    "constant_kernel",
+    "convert",
+    "cosine_score",
+    "distance_score",
+    "dot_score",
+    "epanechnikov_kernel",
+    "gated_score",
+    "gaussian_kernel",
+    "get_backend",
+    "hardmax",
+    "identity",
+    "masked_softmax",
+    "merge_attention",
+    "multiplicative_score",
+    "nadaraya_watson",
+    "proportional",
+    "scaled_dot_score",
+    "set_backend",
+    "softmax",
+    "sparsemax",
+    "to_numpy",
+    "triangular_kernel",
+    "use_backend",
 ]  # fmt: skip
 
 Array = Any  # one framework's array, or neutral data
@@ -225,8 +250,8 @@ def _options(tab: Any, query: Any, key: Any, value: Any, score: Any, normalize: 
         raise ValueError("return_lse needs normalize=softmax: other normalisers have no log-sum-exp")
     mask, bias = checks.masks(tab, query, scores, mask, bias)
     options = {
-        "score": tab.scaled_dot_score if score is None else _own(tab, "score", score),
-        "normalize": tab.softmax if normalize is None else _own(tab, "normalize", normalize),
+        "score": tab.scaled_dot_score if score is None else _own(tab, "score", score, query, key),
+        "normalize": tab.softmax if normalize is None else _own(tab, "normalize", normalize, query, key),
         "mask": mask,
         "bias": bias,
         "valid_lens": None if valid_lens is None else checks.lengths(tab, valid_lens, scores, query),
@@ -252,8 +277,8 @@ def _arrays(tab: Any, **arguments: Any) -> list[Any]:
     return list(arrays.values())
 
 
-def _own(tab: Any, what: str, function: Any) -> Any:
-    return checks.bound(tab, function, what, lambda f: f in _TABBED)
+def _own(tab: Any, what: str, function: Any, query: Any, key: Any) -> Any:
+    return checks.bound(tab, function, what, _TABBED.__contains__, query, key)
 
 
 def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_lse: bool = False, backend: Any = None) -> Any:
@@ -279,13 +304,17 @@ def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_l
     lse_named = {f"lses[{i}]": x for i, x in enumerate(lses)}
     tab = dispatch.choose(backend, **named, **lse_named)
     arrays, lse_arrays = _arrays(tab, **named), _arrays(tab, **lse_named)
-    for (name, x), (lse_name, lse) in zip(zip(named, arrays, strict=True), zip(lse_named, lse_arrays, strict=True), strict=True):
+    for (name, x), (lse_name, lse) in zip(
+        zip(named, arrays, strict=True), zip(lse_named, lse_arrays, strict=True), strict=True
+    ):
         checks.same_shape(name, x, tuple(arrays[0].shape), "outputs[0]")
         checks.same_shape(lse_name, lse, tuple(x.shape)[:-1], f"{name} without its last axis")
     return tab.merge_attention(arrays, lse_arrays, return_lse=checks.flag("return_lse", return_lse))
 
 
-def nadaraya_watson(x_train: Array, y_train: Array, x: Array, kernel: Score | None = None, *, backend: Any = None) -> tuple[Array, Array]:
+def nadaraya_watson(
+    x_train: Array, y_train: Array, x: Array, kernel: Score | None = None, *, backend: Any = None
+) -> tuple[Array, Array]:
     """Nadaraya-Watson regression: the average of y_train, weighted by how near x_train lies to x.
 
     Args:
@@ -350,7 +379,9 @@ def scaled_dot_score(query: Array, key: Array, *, backend: Any = None) -> Array:
     return _score("scaled_dot_score", query, key, backend)
 
 
-def additive_score(query: Array, key: Array, W_q: Array, W_k: Array, w_v: Array, b: Array | None = None, *, backend: Any = None) -> Array:
+def additive_score(
+    query: Array, key: Array, W_q: Array, W_k: Array, w_v: Array, b: Array | None = None, *, backend: Any = None
+) -> Array:
     """w_v . tanh(q W_q + k W_k + b)
 
     query (..., n, d_q), key (..., m, d_k), W_q (d_q, h), W_k (d_k, h), w_v (h,), b (h,).

@@ -18,7 +18,9 @@ def plan(n: object, m: object, causal: bool, offset: object, window: tuple[int |
     """
     if window is None or not (type(n) is type(m) is type(offset) is int):  # sizes may be unknown, the offset an array
         return []
-    assert isinstance(n, int) and isinstance(m, int) and isinstance(offset, int)
+    assert isinstance(n, int)
+    assert isinstance(m, int)
+    assert isinstance(offset, int)
     left, right = window
     right = 0 if causal else right
     reach = (m if left is None else left) + (m if right is None else right) + min(n, BLOCK)
@@ -44,7 +46,9 @@ def lead(query: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
     return (*(max(pair) if 0 not in pair else 0 for pair in zip(query[:-3], key[:-3], strict=True)), *query[:-2][-1:])
 
 
-def cuts(steps: list[Band], query: Any, key: Any, value: Any, mask: Any, bias: Any, valid_lens: Any, query_offset: Any) -> Iterator[tuple[tuple[Any, Any, Any], dict[str, Any]]]:
+def cuts(
+    steps: list[Band], query: Any, key: Any, value: Any, mask: Any, bias: Any, valid_lens: Any, query_offset: Any
+) -> Iterator[tuple[tuple[Any, Any, Any], dict[str, Any]]]:
     """The arguments of each block's own attention: slices, with lengths and offset counted from its first key."""
     n, m = query.shape[-2], key.shape[-2]
 
@@ -60,9 +64,12 @@ def cuts(steps: list[Band], query: Any, key: Any, value: Any, mask: Any, bias: A
         if lens is not None:
             per_query = len(lens.shape) == (1 if len(query.shape) < 3 else 2)
             lens = (lens[..., start:end] if per_query else lens) - first
-        yield block, {
-            "mask": cut(mask, start, end, first, last),
-            "bias": cut(bias, start, end, first, last),
-            "valid_lens": lens,
-            "query_offset": query_offset + start - first,
-        }
+        yield (
+            block,
+            {
+                "mask": cut(mask, start, end, first, last),
+                "bias": cut(bias, start, end, first, last),
+                "valid_lens": lens,
+                "query_offset": query_offset + start - first,
+            },
+        )

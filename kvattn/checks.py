@@ -60,7 +60,9 @@ def floating(name: str, x: Any, first: tuple[str, Any] | None = None) -> None:
     if dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {dtype}; expected floating point: one of {', '.join(FLOATS)}")
     if first is not None and dtype != (expected := dtype_name(first[1])):
-        raise TypeError(f"{name} has dtype {dtype} but {first[0]} has {expected}; convert one of them: nothing is promoted silently")
+        raise TypeError(
+            f"{name} has dtype {dtype} but {first[0]} has {expected}; convert one of them: nothing is promoted silently"
+        )
 
 
 def _boolean(name: str, x: Any) -> None:
@@ -77,6 +79,11 @@ def _integral(name: str, x: Any) -> None:
 def is_integer(x: Any) -> bool:
     """Whether ``x`` is a Python or NumPy integer, and no bool."""
     return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _peek(tab: Any, x: Any) -> Any:
+    """The values of ``x`` as a NumPy array where they can be seen, else None; backends need not offer it."""
+    return tab.peek(x) if hasattr(tab, "peek") else None
 
 
 def number(name: str, x: Any, *, positive: bool = False) -> float:
@@ -110,14 +117,18 @@ def pairs(query: Any, key: Any, value: Any = None) -> tuple[Any, ...]:
     named = [("query", q), ("key", k)] + ([("value", _shape(value))] if value is not None else [])
     for name, shape in named:
         if len(shape) < 2:
-            raise ValueError(f"{name} has shape {_show(shape)}; expected at least 2 axes: (..., {'n' if name == 'query' else 'm'}, features)")
+            raise ValueError(
+                f"{name} has shape {_show(shape)}; expected at least 2 axes: (..., {'n' if name == 'query' else 'm'}, features)"
+            )
         if len(shape) != len(q):
             raise ValueError(f"{name} has shape {_show(shape)} but query has {_show(q)}: expected the same number of axes")
     if value is not None:
         v = named[2][1]
         for axis in range(-2, -len(k) - 1, -1):
             if _differ(k[axis], v[axis]) and (axis >= -3 or 1 not in (k[axis], v[axis])):
-                raise ValueError(f"value has shape {_show(v)} but key has {_show(k)}: axis {axis} is {v[axis]}, expected {k[axis]}")
+                raise ValueError(
+                    f"value has shape {_show(v)} but key has {_show(k)}: axis {axis} is {v[axis]}, expected {k[axis]}"
+                )
     leading = list(q[:-2])
     for name, shape in named[1:]:
         for axis in range(-3, -len(q) - 1, -1):
@@ -175,7 +186,7 @@ def positions(tab: Any, given: Any, scores: tuple[Any, ...], like: Any) -> Any:
     _integral("positions", x)
     found = shape("positions", x, 2)
     broadcastable("positions", found, (*scores[:-1], found[-1]), "(..., n, s)")
-    seen, m = tab.peek(x), scores[-1]
+    seen, m = _peek(tab, x), scores[-1]
     if seen is not None and seen.size and (seen.min() < -1 or (m is not None and seen.max() >= m)):
         raise ValueError(f"positions must lie in [-1, {m}), -1 for none; got {seen.min()} to {seen.max()}")
     return x
@@ -195,8 +206,10 @@ def lengths(tab: Any, valid_lens: Any, scores: tuple[Any, ...], like: Any) -> An
     shape, batch = _shape(x), scores[:-2][:1]
     expected = (batch, (*batch, scores[-2]))
     if len(shape) not in (len(batch), len(batch) + 1) or any(map(_differ, shape, expected[1])):
-        raise ValueError(f"valid_lens has shape {_show(shape)}; expected {_show(expected[0])} or {_show(expected[1])}: (batch,) or (batch, n)")
-    seen = tab.peek(x)
+        raise ValueError(
+            f"valid_lens has shape {_show(shape)}; expected (batch,) or (batch, n): {_show(expected[0])} or {_show(expected[1])}"
+        )
+    seen = _peek(tab, x)
     if seen is not None and seen.size and seen.min() < 0:
         raise ValueError(f"valid_lens must not be negative; the smallest is {seen.min()}")
     return x
@@ -240,9 +253,8 @@ def probability(name: str, x: Any) -> float:
 
 def flag(name: str, x: Any) -> bool:
     """``x`` as a bool."""
-    if x is not True and x is not False:
-        if type(x).__name__ not in ("bool_", "bool"):
-            raise TypeError(f"{name} must be True or False, not {x!r}")
+    if x is not True and x is not False and type(x).__name__ not in ("bool_", "bool"):
+        raise TypeError(f"{name} must be True or False, not {x!r}")
     return bool(x)
 
 
@@ -259,19 +271,22 @@ def masks(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any) -
     return mask, bias
 
 
-def bound(tab: Any, function: Any, name: str, own: Any) -> Any:
+def bound(tab: Any, function: Any, name: str, own: Any, query: Any, key: Any) -> Any:
     """A score or normaliser for ``tab``: kvattn's own become the tab's, parameters of a partial become its arrays."""
-    if isinstance(function, partial):
-        inner = bound(tab, function.func, name, own)
-        if inner is function.func:
-            return function
-        convert = {key: _parameter(tab, key, x) for key, x in function.keywords.items()}
-        return partial(inner, *(_parameter(tab, name, x) for x in function.args), **convert)
+    if isinstance(function, partial) and own(function.func):
+        given = {parameter: _parameter(tab, parameter, x, query) for parameter, x in function.keywords.items()}
+        if name == "score":
+            parameters(function.func.__name__, query, key, given)
+        return partial(getattr(tab, function.func.__name__), *function.args, **given)
     if not callable(function):
-        raise TypeError(f"{name} must be a function, not {function!r}; kvattn.{function} is one" if isinstance(function, str)
-                        else f"{name} must be a function, not {type(function).__name__}")
+        cure = f"; kvattn.{function} is one" if isinstance(function, str) else ""
+        raise TypeError(f"{name} must be a function, not {function!r}{cure}")
     return getattr(tab, function.__name__) if own(function) else function
 
 
-def _parameter(tab: Any, name: str, x: Any) -> Any:
-    return x if x is None or isinstance(x, (int, float)) else array(tab, name, x)
+def _parameter(tab: Any, name: str, x: Any, query: Any) -> Any:
+    if x is None or isinstance(x, (int, float)):
+        return x
+    x = array(tab, name, x, like=query)
+    floating(name, x, ("query", query))
+    return x

@@ -63,7 +63,7 @@ _OURS: dict[str, Callable[[], Any]] = {
 _ALIASES = {"pytorch": "torch", "tf": "tensorflow"}
 _PACKAGES = {"torch": "torch", "tensorflow": "tensorflow", "jax": "jax", "jaxlib": "jax", "mxnet": "mxnet"}
 
-_loaded: dict[str, Any] = {}
+_loaded: dict[str, Backend] = {}
 _homes: dict[type, str | None] = {}  # a plain dict: torch.compile cannot trace lru_cache
 _process: str | None = None
 _context: ContextVar[str | None] = ContextVar("kvattn_backend", default=None)
@@ -123,7 +123,7 @@ def load(name: str) -> Backend:
     else:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(known_backends())} (pytorch = torch, tf = tensorflow)")
     _loaded[name] = tab
-    return tab
+    return _loaded[name]
 
 
 def verify(tab: Any, name: str) -> None:
@@ -142,9 +142,9 @@ def _home(x: Any) -> str | None:
         if package == "numpy" or base in (list, tuple, float, int, bool):
             return None
     for name, point in _plugins().items():  # a plugin is loaded only if it can own this class: it is loaded, or its home
-        if name in _loaded or type(x).__module__.partition(".")[0] == point.value.partition(".")[0]:
-            if load(name).is_array(x):
-                return name
+        near = name in _loaded or type(x).__module__.partition(".")[0] == point.value.partition(".")[0]
+        if near and load(name).is_array(x):
+            return name
     return None
 
 
@@ -176,7 +176,8 @@ def choose(backend: Any, **arrays: Any) -> Backend:
     if backend is None:
         return load(owner or get_backend())
     if not isinstance(backend, str):
-        return backend
+        tab: Backend = backend
+        return tab
     if owner is not None and owner != canonical(backend):
         raise TypeError(
             f"{first} is an array of {owner} but backend={backend!r}; convert it first: kvattn.convert({first}, {backend!r})"

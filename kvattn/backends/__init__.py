@@ -32,3 +32,7 @@ class Backend(Protocol):
     def attention(self, query: Any, key: Any, value: Any, /, **keywords: Any) -> Any:
         """:func:`kvattn.attention` on arguments that the frontend has checked."""
         ...
+
+    def __getattr__(self, name: str, /) -> Any:
+        """Every other function of the specification that this backend offers."""
+        ...

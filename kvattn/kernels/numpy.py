@@ -169,9 +169,10 @@ def _product(tab, function, products, what):
     elif callable(own := getattr(inner, "grad", None)):
         own = _stranger(own, what)
     else:
+        expected = "query, key, grad_scores" if what == "score" else "weights, scores, where, grad_weights"
         raise NotImplementedError(
-            f"{what}: NumPy cannot differentiate {getattr(inner, '__name__', inner)!r}; give it an attribute "
-            f"grad({'query, key, grad_scores' if what == 'score' else 'weights, scores, where, grad_weights'}, ...), or use another backend"
+            f"NumPy cannot differentiate {what}={getattr(inner, '__name__', inner)}: it has no autodiff. "
+            f"Give the function an attribute grad({expected}), or use another backend"
         )
     return own
 
@@ -179,17 +180,36 @@ def _product(tab, function, products, what):
 def _stranger(grad, what):
     if what == "normalize":
         return grad
-    return lambda query, key, grad_scores, *args, **kw: dict(zip(("query", "key"), grad(query, key, grad_scores, *args, **kw), strict=True))
+    return lambda query, key, grad_scores, *args, **kw: dict(
+        zip(("query", "key"), grad(query, key, grad_scores, *args, **kw), strict=True)
+    )
 
 
-def attention_grad(tab, query, key, value, grad_output, wrt, *, positions=None, causal=False, window=None, query_offset=0,
-                   mask=None, bias=None, valid_lens=None, **how):
+def attention_grad(
+    tab,
+    query,
+    key,
+    value,
+    grad_output,
+    wrt,
+    *,
+    positions=None,
+    causal=False,
+    window=None,
+    query_offset=0,
+    mask=None,
+    bias=None,
+    valid_lens=None,
+    **how,
+):
     """The gradients named by ``wrt`` of sum(grad_output * attention(...)), as a tuple, each in its argument's dtype."""
     where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
     sources = {"query": query, "key": key, "value": value, "bias": bias, **_parameters(how.get("score"))}
     total = {name: np.zeros(sources[name].shape, tab._wide(sources[name]).dtype) for name in wrt}
     if positions is not None:
-        raise NotImplementedError("positions")
+        return _selected(
+            tab, positions, query, key, value, grad_output, wrt, sources, where, {"causal": causal, "window": window}, how
+        )
     steps = bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
     m, n = key.shape[-2], query.shape[-2]
     for (i, j, k, l), (block, at) in zip(steps, bands.cuts(steps, query, key, value, **where), strict=True):
@@ -206,16 +226,74 @@ def attention_grad(tab, query, key, value, grad_output, wrt, *, positions=None, 
             else:
                 total[name] += grad
     if not steps:
-        total = dict(zip(wrt, _block(tab, query, key, value, grad_output, wrt, causal=causal, window=window, **where, **how), strict=True))
+        total = dict(
+            zip(
+                wrt, _block(tab, query, key, value, grad_output, wrt, causal=causal, window=window, **where, **how), strict=True
+            )
+        )
     return tuple(total[name].astype(sources[name].dtype) for name in wrt)
+
+
+def _selected(tab, positions, query, key, value, grad_output, wrt, sources, where, reach, how):
+    """The gradients of the selected pairs, added up at the keys they came from."""
+    m, lead = key.shape[-2], bands.lead(query.shape, key.shape)
+    index = np.broadcast_to(positions, (*lead, *positions.shape[-2:]))
+    index = np.clip(index, 0, max(m - 1, 0)).reshape(-1, *positions.shape[-2:])
+    chosen = tab._select(positions, query, key, value, **where, **reach)
+    grads = attention_grad(tab, *chosen[:3], grad_output[..., None, :], wrt, **chosen[3], **how)
+
+    def scatter(grad, shape):  # (*lead, n, s, c) -> (*lead, m, c) -> shape, whose heads may be shared by a group
+        total = np.zeros((len(index), m, grad.shape[-1]), grad.dtype)
+        if m:
+            np.add.at(total, (np.arange(len(index))[:, None, None], index), grad.reshape(*index.shape, -1))
+        total = total.reshape(*lead, m, -1)
+        if lead and shape[-3] != lead[-1]:
+            total = total.reshape(*lead[:-1], shape[-3], -1, m, total.shape[-1]).sum(axis=-3)
+        return sum_to(total, shape)
+
+    def place(grad):  # (*lead, n, 1, s) -> (*lead, n, m)
+        total = np.zeros((*index.shape[:2], m), grad.dtype)
+        if m:
+            rows = np.arange(len(index))[:, None, None], np.arange(index.shape[1])[:, None], index
+            np.add.at(total, rows, grad.reshape(index.shape))
+        return sum_to(total.reshape(*lead, -1, m), sources["bias"].shape)
+
+    found = dict(zip(wrt, grads, strict=True))
+    for name in wrt:
+        if name == "query":
+            found[name] = sum_to(found[name][..., 0, :], query.shape)
+        elif name in ("key", "value"):
+            found[name] = scatter(found[name], sources[name].shape)
+        elif name == "bias":
+            found[name] = place(found[name])
+    return tuple(found[name] for name in wrt)
 
 
 def _parameters(score):
     return dict(score.keywords) if isinstance(score, partial) else {}
 
 
-def _block(tab, query, key, value, grad_output, wrt, *, mask, bias, valid_lens, causal, query_offset, window,
-           score=None, normalize=None, scale=None, softcap=None, dropout=0.0, rng=None):
+def _block(
+    tab,
+    query,
+    key,
+    value,
+    grad_output,
+    wrt,
+    *,
+    mask,
+    bias,
+    valid_lens,
+    causal,
+    query_offset,
+    window,
+    score=None,
+    normalize=None,
+    scale=None,
+    softcap=None,
+    dropout=0.0,
+    rng=None,
+):
     score, normalize = score or tab.scaled_dot_score, normalize or tab.softmax
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
     n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)

@@ -1,0 +1,27 @@
+"""Every test that asks for ``backend`` runs once for each backend of this run: KVATTN_CONFORMANCE, or all installed."""
+
+import os
+
+import pytest
+
+import kvattn
+
+
+def chosen() -> list[str]:
+    named = os.environ.get("KVATTN_CONFORMANCE")
+    if not named:
+        return list(kvattn.available_backends())
+    names = [kvattn.dispatch.canonical(name) for name in named.split(",")]
+    if absent := set(names) - set(kvattn.available_backends()):
+        raise pytest.UsageError(f"KVATTN_CONFORMANCE names backends that are not installed: {', '.join(sorted(absent))}")
+    return names
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", chosen())
+
+
+@pytest.fixture
+def tab(backend):
+    return kvattn.dispatch.load(backend)

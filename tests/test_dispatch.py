@@ -1,0 +1,155 @@
+"""Who serves a call: the argument, the arrays, use_backend, set_backend, the environment, numpy."""
+
+import subprocess
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+
+import kvattn
+from kvattn import dispatch
+
+X = np.eye(2, dtype=np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _no_choice(monkeypatch):
+    monkeypatch.delenv("KVATTN_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_process", None)
+
+
+def test_the_argument_moves_neutral_data(backend, tab):
+    for data in (X, X.tolist()):
+        assert tab.is_array(kvattn.attention(data, data, data, backend=backend))
+
+
+def test_a_frameworks_own_array_goes_to_it(backend, tab, monkeypatch):
+    monkeypatch.setenv("KVATTN_BACKEND", "numpy")
+    own = tab.asarray(X)
+    assert tab.is_array(kvattn.attention(own, own, own))
+    assert tab.is_array(kvattn.attention(own, X, X)), "NumPy arrays beside it are neutral"
+    assert tab.is_array(kvattn.attention(X, X, own)), "whichever comes first"
+
+
+def test_use_backend_comes_before_set_backend_before_the_environment(backend, monkeypatch):
+    monkeypatch.setenv("KVATTN_BACKEND", backend)
+    assert kvattn.get_backend() == backend
+    kvattn.set_backend("numpy")
+    assert kvattn.get_backend() == "numpy"
+    with kvattn.use_backend(backend) as tab:
+        assert kvattn.get_backend() == backend
+        assert tab.is_array(kvattn.attention(X, X, X))
+        with kvattn.use_backend("numpy"):
+            assert kvattn.get_backend() == "numpy"
+        assert kvattn.get_backend() == backend
+    assert kvattn.get_backend() == "numpy"
+    kvattn.set_backend(None)
+    assert kvattn.get_backend() == backend
+
+
+def test_use_backend_is_of_this_thread_only(backend):
+    seen = []
+    with kvattn.use_backend(backend):
+        thread = threading.Thread(target=lambda: seen.append(kvattn.get_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["numpy"]
+
+
+def test_the_environment_moves_a_script(backend, monkeypatch, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import numpy as np, kvattn\nx = np.eye(3, dtype=np.float32)\nout = kvattn.attention(x, x, x)\n"
+        "print(kvattn.dispatch.home(out) or 'numpy', float(kvattn.to_numpy(out).sum()))\n"
+    )
+    monkeypatch.setenv("KVATTN_BACKEND", backend)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    name, total = done.stdout.split()[-2:]
+    assert name == backend
+    assert float(total) == pytest.approx(3)
+
+
+def test_aliases():
+    assert dispatch.canonical("PyTorch ") == "torch"
+    assert dispatch.canonical("tf") == "tensorflow"
+
+
+def test_arrays_of_two_frameworks_are_refused_by_name(backend, tab):
+    """One backend is enough: a stranger's class stands for the second framework."""
+    stranger = type("Tensor", (), {"__module__": "torch.fake" if backend != "torch" else "mxnet.fake"})()
+    if backend == "numpy":
+        with pytest.raises(TypeError, match="query is an array of torch but backend='numpy'"):
+            kvattn.attention(stranger, X, X, backend="numpy")
+    else:
+        with pytest.raises(TypeError, match=rf"query is an array of {backend} and key of \w+; convert one of them"):
+            kvattn.attention(tab.asarray(X), stranger, X)
+
+
+def test_an_unknown_backend_lists_the_known():
+    with pytest.raises(ValueError, match="unknown backend 'torhc'; known: numpy, torch, tensorflow, jax, mxnet"):
+        kvattn.attention(X, X, X, backend="torhc")
+
+
+def test_an_absent_framework_says_what_to_install(monkeypatch):
+    def absent():
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    monkeypatch.setitem(dispatch._OURS, "absent", absent)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'kvattn\[absent\]'"):
+        kvattn.attention(X, X, X, backend="absent")
+
+
+def test_a_broken_framework_keeps_its_own_traceback(monkeypatch):
+    def broken():
+        raise ImportError("libfoo.so: not found")
+
+    monkeypatch.setitem(dispatch._OURS, "json", broken)
+    with pytest.raises(ImportError, match="json is installed but does not import") as caught:
+        dispatch.load("json")
+    assert str(caught.value.__cause__) == "libfoo.so: not found"
+
+
+class Point:
+    """An entry point, as far as dispatch looks."""
+
+    def __init__(self, module):
+        self.name, self.value, self.module = "mine", "mine.tab", module
+
+    def load(self):
+        return self.module
+
+
+def test_a_plugin_serves_its_own_arrays(monkeypatch):
+    class Own:
+        __module__ = "mine.arrays"
+
+    tab = types.SimpleNamespace(is_array=lambda x: isinstance(x, Own), asarray=None, to_numpy=lambda x: X, attention=None)
+    tab.asarray = tab.attention = lambda *a, **k: Own()
+    monkeypatch.setattr(dispatch, "_plugins", lambda: {"mine": Point(tab)})
+    monkeypatch.setattr(dispatch, "_loaded", dict(dispatch._loaded))
+    assert kvattn.to_numpy(Own()) is X
+    assert "mine" in kvattn.available_backends()
+
+
+def test_a_plugin_that_lacks_a_function_is_refused(monkeypatch):
+    monkeypatch.setattr(dispatch, "_plugins", lambda: {"mine": Point(types.SimpleNamespace(is_array=callable))})
+    with pytest.raises(TypeError, match="missing: asarray, to_numpy, attention"):
+        dispatch.load("mine")
+
+
+def test_lists_take_the_dtype_of_the_arrays_beside_them(backend):
+    out = kvattn.attention(X, X.tolist(), X.tolist(), bias=[[0.0, 1.0]], backend=backend)
+    assert kvattn.to_numpy(out).dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int64", "bool"])
+def test_conversion_keeps_the_dtype(backend, tab, dtype):
+    x = np.array([[0, 1], [1, 0]], dtype)
+    there = kvattn.convert(x, backend)
+    assert tab.is_array(there)
+    back = kvattn.to_numpy(there)
+    assert back.dtype == dtype
+    np.testing.assert_array_equal(back, x)
+    assert kvattn.convert(there, backend) is there

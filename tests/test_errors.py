@@ -1,0 +1,115 @@
+"""Every bad input gets its error from the frontend, in every backend: a table of (what is wrong, arguments, error, words)."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+import kvattn
+
+F, I = np.float32, np.int64
+
+
+def zeros(*shape, dtype=F):
+    return np.zeros(shape, dtype)
+
+
+GOOD = {"query": zeros(2, 4, 3, 5), "key": zeros(2, 2, 6, 5), "value": zeros(2, 2, 6, 7)}
+NAN, INF = float("nan"), float("inf")
+
+# what: (arguments that replace the good ones, error, words that the message must hold)
+BAD = {
+    "query of rank 1": ({"query": zeros(5)}, ValueError, ["query", "(5,)", "at least 2 axes"]),
+    "key of another rank": ({"key": zeros(2, 6, 5)}, ValueError, ["key", "(2, 6, 5)", "(2, 4, 3, 5)", "axes"]),
+    "value of another rank": ({"value": zeros(6, 7)}, ValueError, ["value", "(6, 7)", "(2, 4, 3, 5)"]),
+    "features differ": ({"key": zeros(2, 2, 6, 4)}, ValueError, ["key", "(2, 2, 6, 4)", "(2, 4, 3, 5)", "axis -1", "4", "5"]),
+    "keys and values differ": ({"value": zeros(2, 2, 5, 7)}, ValueError, ["value", "(2, 2, 5, 7)", "(2, 2, 6, 5)", "axis -2"]),
+    "batches differ": (
+        {"key": zeros(3, 2, 6, 5), "value": zeros(3, 2, 6, 7)}, ValueError, ["key", "(3, 2, 6, 5)", "(2, 4, 3, 5)", "axis -4"]),
+    "heads do not divide": (
+        {"key": zeros(2, 3, 6, 5), "value": zeros(2, 3, 6, 7)}, ValueError, ["key", "axis -3", "heads", "3", "4"]),
+    "value heads differ": ({"value": zeros(2, 4, 6, 7)}, ValueError, ["value", "axis -3", "4", "2"]),
+    "mixed dtypes": ({"key": zeros(2, 2, 6, 5, dtype=np.float64)}, TypeError, ["key", "float64", "query", "float32"]),
+    "mixed half": ({"value": zeros(2, 2, 6, 7, dtype=np.float16)}, TypeError, ["value", "float16", "query", "float32"]),
+    "integer query": ({"query": zeros(2, 4, 3, 5, dtype=I)}, TypeError, ["query", "int64", "floating point"]),
+    "integer key": ({"key": zeros(2, 2, 6, 5, dtype=np.int32)}, TypeError, ["key", "int32", "floating point"]),
+    "bool value": ({"value": zeros(2, 2, 6, 7, dtype=bool)}, TypeError, ["value", "bool", "floating point"]),
+    "float mask": ({"mask": zeros(3, 6)}, TypeError, ["mask", "float32", "bool", "bias"]),
+    "integer mask": ({"mask": zeros(3, 6, dtype=I)}, TypeError, ["mask", "int64", "bool", "!= 0"]),
+    "mask that does not broadcast": (
+        {"mask": zeros(3, 5, dtype=bool)}, ValueError, ["mask", "(3, 5)", "(2, 4, 3, 6)", "axis -1"]),
+    "mask of too many axes": ({"mask": zeros(1, 1, 1, 3, 6, dtype=bool)}, ValueError, ["mask", "(1, 1, 1, 3, 6)", "axes"]),
+    "bias that does not broadcast": ({"bias": zeros(2, 3, 6)}, ValueError, ["bias", "(2, 3, 6)", "(2, 4, 3, 6)", "axis -3"]),
+    "bias of another dtype": ({"bias": zeros(3, 6, dtype=np.float64)}, TypeError, ["bias", "float64", "float32"]),
+    "negative length": ({"valid_lens": [3, -1]}, ValueError, ["valid_lens", "negative", "-1"]),
+    "float lengths": ({"valid_lens": [2.5, 1.0]}, TypeError, ["valid_lens", "integer"]),
+    "lengths of another batch": ({"valid_lens": [1, 2, 3]}, ValueError, ["valid_lens", "(3,)", "(2,)", "(2, 3)"]),
+    "lengths per head": ({"valid_lens": zeros(2, 4, dtype=I)}, ValueError, ["valid_lens", "(2, 4)", "(2, 3)"]),
+    "float offset": ({"query_offset": 1.5}, TypeError, ["query_offset", "int", "float"]),
+    "offsets of another batch": ({"query_offset": [1, 2, 3]}, ValueError, ["query_offset", "(3,)", "(2,)"]),
+    "negative window": ({"window": -1}, ValueError, ["window", "negative", "-1"]),
+    "negative side": ({"window": (2, -3)}, ValueError, ["window", "negative"]),
+    "float window": ({"window": 1.5}, TypeError, ["window", "int"]),
+    "window of three": ({"window": (1, 2, 3)}, ValueError, ["window", "(left, right)"]),
+    "position out of reach": ({"positions": [[0, 6], [1, 2], [3, 4]]}, ValueError, ["positions", "[-1, 6)", "6"]),
+    "float positions": ({"positions": zeros(3, 2)}, TypeError, ["positions", "integer"]),
+    "positions of other queries": ({"positions": zeros(4, 2, dtype=I)}, ValueError, ["positions", "(4, 2)", "axis -2"]),
+    "infinite scale": ({"scale": INF}, ValueError, ["scale", "finite", "inf"]),
+    "scale that is not a number": ({"scale": NAN}, ValueError, ["scale", "finite", "nan"]),
+    "scale of text": ({"scale": "big"}, TypeError, ["scale", "number", "str"]),
+    "softcap of zero": ({"softcap": 0.0}, ValueError, ["softcap", "above 0"]),
+    "infinite softcap": ({"softcap": INF}, ValueError, ["softcap", "finite"]),
+    "dropout of one": ({"dropout": 1.0}, ValueError, ["dropout", "[0, 1)"]),
+    "causal of text": ({"causal": "yes"}, TypeError, ["causal", "True or False", "yes"]),
+    "score of text": ({"score": "dot_score"}, TypeError, ["score", "function", "kvattn.dot_score"]),
+    "normaliser of text": ({"normalize": "softmax"}, TypeError, ["normalize", "function", "kvattn.softmax"]),
+    "lse of another normaliser": ({"normalize": kvattn.average, "return_lse": True}, ValueError, ["return_lse", "softmax"]),
+    "score parameters that do not fit": (
+        {"score": partial(kvattn.multiplicative_score, W=zeros(5, 4))}, ValueError, ["W", "(5, 4)", "(5, 5)"]),
+    "query of text": ({"query": "he saw"}, TypeError, ["query"]),
+    "ragged query": ({"query": [[1.0], [1.0, 2.0]]}, TypeError, ["query", "list"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_named(backend, what):
+    replaced, error, words = BAD[what]
+    with pytest.raises(error) as caught:
+        kvattn.attention(**{**GOOD, **replaced}, backend=backend)
+    message = str(caught.value)
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_the_good_arguments_are_good(backend):
+    assert tuple(kvattn.attention(**GOOD, backend=backend).shape) == (2, 4, 3, 7)
+
+
+@pytest.mark.parametrize("what", [w for w in BAD if w not in ("lse of another normaliser",)])
+def test_attention_grad_says_the_same(backend, what):
+    replaced, error, words = BAD[what]
+    with pytest.raises(error) as caught:
+        kvattn.attention_grad(**{**GOOD, **replaced}, grad_output=zeros(2, 4, 3, 7), backend=backend)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_wrt_must_be_an_argument(backend):
+    with pytest.raises(ValueError, match="wrt names 'bias'; this call has key, query, value"):
+        kvattn.attention_grad(**GOOD, grad_output=zeros(2, 4, 3, 7), wrt=("bias",), backend=backend)
+
+
+def test_grad_output_must_have_the_shape_of_the_output(backend):
+    with pytest.raises(ValueError, match=r"grad_output has shape \(2, 4, 3, 6\); expected \(2, 4, 3, 7\)"):
+        kvattn.attention_grad(**GOOD, grad_output=zeros(2, 4, 3, 6), backend=backend)
+
+
+def test_merge_needs_pairs(backend):
+    with pytest.raises(ValueError, match="as many outputs as lses"):
+        kvattn.merge_attention([zeros(3, 7)], [], backend=backend)
+    with pytest.raises(ValueError, match=r"lses\[0\] has shape \(4,\)"):
+        kvattn.merge_attention([zeros(3, 7)], [zeros(4)], backend=backend)
+
+
+def test_the_backends_own_arrays_get_the_same_errors(backend, tab):
+    arrays = {name: tab.asarray(x) for name, x in GOOD.items()}
+    with pytest.raises(ValueError, match=r"key has shape \(2, 2, 6, 4\) but query has \(2, 4, 3, 5\): axis -1"):
+        kvattn.attention(**{**arrays, "key": tab.asarray(zeros(2, 2, 6, 4))})

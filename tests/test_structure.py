@@ -1,0 +1,81 @@
+"""The walls: tabs are parallel, modules import only what their room allows, importing kvattn loads nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import kvattn
+
+PACKAGE = Path(kvattn.__file__).parent
+FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "mxnet", "flax", "numpy"}
+TABS = ["numpy", "torch", "tensorflow", "jax", "mxnet"]
+
+
+def functions(tab):
+    """The public functions of a tab, in order, with their signatures."""
+    tree = ast.parse((PACKAGE / "backends" / f"{tab}.py").read_text())
+    return [
+        (node.name, ast.unparse(node.args)) for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"
+    ]
+
+
+def test_the_tabs_hold_the_same_functions_in_the_same_order():
+    for tab in TABS[1:]:
+        assert functions(tab) == functions("numpy"), tab
+
+
+def test_every_function_of_the_spec_is_in_the_tabs():
+    spec = set(kvattn.__all__) - {
+        "available_backends",
+        "convert",
+        "get_backend",
+        "nadaraya_watson",
+        "set_backend",
+        "use_backend",
+    }
+    assert spec <= {name for name, _ in functions("numpy")}
+
+
+def imports(path):
+    """The top packages a file imports, anywhere in it, and kvattn's own modules in full."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            yield from ([f"{base}.{alias.name}" for alias in node.names] if base.startswith("kvattn") else [base])
+
+
+def test_the_frontend_imports_no_framework():
+    for name in ("__init__", "api", "dispatch", "checks", "bands"):
+        used = {module.partition(".")[0] for module in imports(PACKAGE / f"{name}.py")}
+        assert not used & FRAMEWORKS, name
+
+
+def test_a_tab_imports_its_own_framework_and_no_other_tab():
+    for tab in TABS:
+        modules = set(imports(PACKAGE / "backends" / f"{tab}.py"))
+        others = FRAMEWORKS - {tab, "numpy"}
+        assert not {module.partition(".")[0] for module in modules} & others, tab
+        assert not {module for module in modules if module.startswith("kvattn.backends")}, tab
+
+
+def test_nothing_is_pickled_or_evaluated_or_fetched():
+    for path in PACKAGE.rglob("*.py"):
+        roots = {module.partition(".")[0] for module in imports(path)}
+        assert not roots & {"pickle", "marshal", "shelve", "socket", "urllib", "requests"}, path
+        calls = {
+            n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
+        assert not calls & {"eval", "exec"}, path
+
+
+def test_importing_kvattn_loads_no_framework():
+    code = f"import sys, kvattn; print(sorted(set(sys.modules) & {FRAMEWORKS!r}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_every_public_name_has_a_promise():
+    for name in kvattn.__all__:
+        assert getattr(kvattn, name).__doc__, name
