@@ -25,3 +25,18 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def tab(backend):
     return kvattn.dispatch.load(backend)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--examples", type=int, default=200, help="drawn examples of each property on each backend")
+
+
+def pytest_configure(config):
+    from hypothesis import HealthCheck, settings
+
+    slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    settings.register_profile(
+        "kvattn", max_examples=config.getoption("--examples"), deadline=None, derandomize=True, database=None,
+        suppress_health_check=slow,
+    )  # fmt: skip
+    settings.load_profile("kvattn")

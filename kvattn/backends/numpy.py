@@ -50,12 +50,12 @@ def _fold(x, heads):
     """(..., h, n, c) -> (..., heads, h / heads * n, c): the queries of one key head lie in a row."""
     if x.ndim < 3 or x.shape[-3] == heads:
         return x
-    return x.reshape(*x.shape[:-3], heads, -1, x.shape[-1])
+    return x.reshape(*x.shape[:-3], heads, x.shape[-3] // heads * x.shape[-2], x.shape[-1])
 
 
 def _unfold(x, heads, n):
     """(..., h / g, g * n, c) -> (..., h, n, c): the inverse of _fold."""
-    if x.ndim < 3 or x.shape[-2] == n:
+    if x.ndim < 3 or x.shape[-3] == heads:
         return x
     return x.reshape(*x.shape[:-3], heads, n, x.shape[-1])
 
@@ -96,7 +96,7 @@ def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window
 def _any_for(flags, shape):
     """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
     if flags.ndim >= 2 and len(shape) >= 3 and flags.shape[-2] > shape[-3]:
-        flags = flags.reshape(*flags.shape[:-2], shape[-3], -1, flags.shape[-1]).any(axis=-2)
+        flags = flags.reshape(*flags.shape[:-2], shape[-3], flags.shape[-2] // shape[-3], flags.shape[-1]).any(axis=-2)
     for axis in range(-flags.ndim, -1):
         if flags.shape[axis] > shape[axis - 1] == 1:
             flags = flags.any(axis=axis, keepdims=True)

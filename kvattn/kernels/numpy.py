@@ -246,9 +246,9 @@ def _selected(tab, positions, query, key, value, grad_output, wrt, sources, wher
         total = np.zeros((len(index), m, grad.shape[-1]), grad.dtype)
         if m:
             np.add.at(total, (np.arange(len(index))[:, None, None], index), grad.reshape(*index.shape, -1))
-        total = total.reshape(*lead, m, -1)
+        total = total.reshape(*lead, m, grad.shape[-1])
         if lead and shape[-3] != lead[-1]:
-            total = total.reshape(*lead[:-1], shape[-3], -1, m, total.shape[-1]).sum(axis=-3)
+            total = total.reshape(*lead[:-1], shape[-3], lead[-1] // shape[-3], m, total.shape[-1]).sum(axis=-3)
         return sum_to(total, shape)
 
     def place(grad):  # (*lead, n, 1, s) -> (*lead, n, m)
@@ -256,7 +256,7 @@ def _selected(tab, positions, query, key, value, grad_output, wrt, sources, wher
         if m:
             rows = np.arange(len(index))[:, None, None], np.arange(index.shape[1])[:, None], index
             np.add.at(total, rows, grad.reshape(index.shape))
-        return sum_to(total.reshape(*lead, -1, m), sources["bias"].shape)
+        return sum_to(total.reshape(*lead, index.shape[1], m), sources["bias"].shape)
 
     found = dict(zip(wrt, grads, strict=True))
     for name in wrt:

@@ -1,0 +1,101 @@
+"""The cost curve of sparse attention: time and memory of `positions` and `window` as n grows, s and w fixed.
+
+    python benchmarks/sparse.py --backend numpy,torch --plot curve.png
+
+Each point runs in a fresh process (one head, d = 32, float32): the median of five calls after a warm-up, and the peak of
+resident memory over what the arrays and the framework took before the first call. Linear cost doubles with n.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
+S = W = 32
+
+
+def measure(backend, kind, n):
+    """(seconds, MiB) of one point, in this process."""
+    import numpy as np
+
+    import kvattn
+
+    tab = kvattn.dispatch.load(backend)
+    rng = np.random.default_rng(0)
+    q, k, v = (tab.asarray(rng.standard_normal((1, 1, n, 32)).astype(np.float32)) for _ in range(3))
+    options = {"window": (W, W)} if kind == "window" else {"positions": tab.asarray(rng.integers(0, n, (n, S)))}
+    small = [tab.asarray(np.zeros((1, 1, 8, 32), np.float32))] * 3
+    kvattn.to_numpy(kvattn.attention(*small))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        kvattn.to_numpy(kvattn.attention(q, k, v, **options))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:]), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="numpy", help="names, separated by commas")
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--plot", help="write the curves to this file")
+    parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.point:
+        backend, kind, n = args.point
+        print(json.dumps(measure(backend, kind, int(n))))
+        return
+
+    from rich.progress import track
+    from rich.table import Table
+
+    points = [(b, kind, n) for b in args.backend.split(",") for kind in ("positions", "window") for n in SIZES]
+    found = {}
+    for point in track(points, "measuring"):
+        done = subprocess.run(
+            [sys.executable, __file__, "--point", *map(str, point)], check=True, capture_output=True, text=True
+        )
+        found[point] = json.loads(done.stdout.splitlines()[-1])
+    show(found, Table(title=f"sparse attention, s = {S}, window = {W} each side"))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump([[*point, *figures] for point, figures in found.items()], file, indent=1)
+    if args.plot:
+        plot(found, args.plot)
+
+
+def show(found, table):
+    from rich.console import Console
+
+    for head in ("backend", "kind", "n", "ms", "ms / n, to the first", "MiB"):
+        table.add_column(head, justify="right")
+    for (backend, kind, n), (seconds, memory) in found.items():
+        first = found[backend, kind, SIZES[0]][0] / SIZES[0]
+        table.add_row(backend, kind, str(n), f"{seconds * 1e3:.1f}", f"{seconds / n / first:.2f}", f"{memory:.0f}")
+    Console().print(table)
+
+
+def plot(found, path):
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for backend, kind in dict.fromkeys((b, kind) for b, kind, _ in found):
+        rows = [found[backend, kind, n] for n in SIZES]
+        for axis, values in zip(axes, zip(*rows, strict=True), strict=True):
+            axis.loglog(SIZES, values, "o-" if kind == "window" else "s--", label=f"{backend}, {kind}", base=2)
+    axes[0].set(xlabel="n", ylabel="seconds", title="time")
+    axes[1].set(xlabel="n", ylabel="MiB", title="peak memory beyond the arrays")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

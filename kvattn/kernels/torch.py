@@ -1,0 +1,98 @@
+"""The PyTorch tab's fast path: scaled_dot_product_attention, with the gaps to kvattn's promises closed."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def serves(query, key, value, bias, scale):
+    """Whether the fused kernels hold the promises: they have no gradient by bias, and torch.func cannot differentiate them twice."""
+    if bias is not None and bias.requires_grad:
+        return False
+    if scale is not None and scale <= 0:  # CUDA's flash kernel takes the row maximum before it scales
+        return False
+    return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+
+
+def is_triangle(n, m, mask, bias, valid_lens, causal, query_offset, window):
+    """Whether the causal mask is the only one and square: what ``is_causal`` means, with no padding to hide."""
+    alone = mask is None and bias is None and valid_lens is None and window is None
+    return causal and alone and isinstance(query_offset, int) and query_offset == 0 and n == m
+
+
+def attention(query, key, value, allowed, bias, triangle, scale):
+    """softmax(scale * query @ key.T + bias) @ value: (..., h, n, v). A query with nothing to attend to gets zeros."""
+    if allowed is not None:  # an empty row attends to all and is dropped after: CUDA's kernels have given NaN for it
+        full = (1,) * (query.ndim - allowed.ndim) + tuple(allowed.shape)
+        allowed = allowed.reshape(full)
+        some = allowed.any(dim=-1, keepdim=True)
+        added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
+    run = partial(_run, causal=triangle, scale=scale)
+    inputs = (query, key, value, None if allowed is None else added)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3])
+    if differentiable and not torch.compiler.is_compiling():
+        output = _TwiceDifferentiable.apply(run, *inputs)
+    else:
+        output = run(*inputs)
+    return output if allowed is None else torch.where(some, output, 0)
+
+
+def _run(query, key, value, mask, causal, scale):
+    lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    inputs = [_four(x, lead) for x in (query, key, value)]
+    grouped = inputs[0].shape[1] != inputs[1].shape[1]
+    mask = None if mask is None else _four(mask, lead)
+    output = scaled_dot_product_attention(*inputs, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return output.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
+
+
+def _four(x, lead):
+    """(..., h, r, c) -> (batch, h, r, c): the fused CPU kernel takes no other number of axes."""
+    if x.ndim == 4 and x.shape[:1] == lead:
+        return x
+    x = x if x.ndim > 2 else x[None]
+    return x.expand(*lead, *x.shape[-3:]).reshape(math.prod(lead), *x.shape[-3:])
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """_run, whose backward is the fused one, or, under create_graph, the formula's: the fused one has no derivative."""
+
+    @staticmethod
+    def forward(ctx, run, query, key, value, mask):
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.run, ctx.fused = run, _Tape(run, query, key, value, mask, ctx.needs_input_grad[1:4])
+        return ctx.fused.output.detach()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        *inputs, mask = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:4]
+        if torch.is_grad_enabled():
+            inputs = [x.view_as(x) for x in inputs]  # apart, where one tensor is query and key
+            with sdpa_kernel(SDPBackend.MATH):
+                output = ctx.run(*inputs, mask)
+            grads = _grads(output, inputs, wanted, grad_output, create_graph=True)
+        else:
+            tape, ctx.fused = ctx.fused or _Tape(ctx.run, *inputs, mask, wanted), None  # freed by the first backward
+            grads = _grads(tape.output, tape.inputs, wanted, grad_output)
+        return None, *grads, None
+
+
+class _Tape:
+    """The fused forward on leaves of its own, kept for the fused backward."""
+
+    def __init__(self, run, query, key, value, mask, wanted):
+        with torch.enable_grad():
+            self.inputs = [x.detach().requires_grad_(w) for x, w in zip((query, key, value), wanted, strict=True)]
+            self.output = run(*self.inputs, mask)
+
+
+def _grads(output, inputs, wanted, grad_output, create_graph=False):
+    chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
+    grads = iter(torch.autograd.grad(output, chosen, grad_output, create_graph=create_graph))
+    return [next(grads) if w else None for w in wanted]

@@ -1,0 +1,246 @@
+"""The frameworks' own transformations of `kvattn.attention` give the answers of the plain call."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+import kvattn
+
+RNG = np.random.default_rng(0)
+Q, K, V = (RNG.standard_normal(shape).astype(np.float32) for shape in ((2, 4, 3, 8), (2, 2, 6, 8), (2, 2, 6, 5)))
+G = RNG.standard_normal((2, 4, 3, 5)).astype(np.float32)
+LENS = np.array([6, 2])
+OPTIONS = {
+    "plain": {},
+    "causal, padded": {"causal": True, "query_offset": 3, "valid_lens": LENS},
+    "window, softcap": {"window": (2, 1), "softcap": 2.0},
+    "additive": {
+        "score": partial(
+            kvattn.additive_score,
+            **{
+                name: RNG.standard_normal(shape).astype(np.float32)
+                for name, shape in (("W_q", (8, 4)), ("W_k", (8, 4)), ("w_v", 4))
+            },
+        )
+    },
+    "sparsemax": {"normalize": kvattn.sparsemax},
+}
+
+
+def torch_compile(**options):
+    import torch
+
+    q, k, v = map(torch.tensor, (Q, K, V))
+    torch._dynamo.reset()
+    return torch.compile(partial(kvattn.attention, **options), fullgraph=True, backend="aot_eager")(q, k, v)
+
+
+def torch_func_vmap(**options):
+    import torch
+
+    lens = options.pop("valid_lens", None)
+    one = lambda q, k, v, n: kvattn.attention(q, k, v, **options, **({"valid_lens": n[None]} if lens is not None else {}))  # noqa: E731
+    inputs = [torch.tensor(x)[:, None] for x in (Q, K, V)]
+    return torch.func.vmap(one)(*inputs, torch.tensor(LENS))[:, 0]
+
+
+def jax_jit(**options):
+    import jax
+
+    return jax.jit(partial(kvattn.attention, **options))(*map(jax.numpy.asarray, (Q, K, V)))
+
+
+def jax_vmap(**options):
+    import jax
+
+    lens = options.pop("valid_lens", None)
+    one = lambda q, k, v, n: kvattn.attention(q, k, v, **options, **({"valid_lens": n[None]} if lens is not None else {}))  # noqa: E731
+    inputs = [jax.numpy.asarray(x)[:, None] for x in (Q, K, V)]
+    return jax.vmap(one)(*inputs, jax.numpy.asarray(LENS))[:, 0]
+
+
+def jax_checkpoint(**options):
+    import jax
+
+    return jax.checkpoint(partial(kvattn.attention, **options))(*map(jax.numpy.asarray, (Q, K, V)))
+
+
+def tensorflow_function(jit_compile=False, **options):
+    import tensorflow as tf
+
+    return tf.function(partial(kvattn.attention, **options), jit_compile=jit_compile)(*map(tf.constant, (Q, K, V)))
+
+
+def tensorflow_xla(**options):
+    return tensorflow_function(jit_compile=True, **options)
+
+
+def tensorflow_unknown_batch(**options):
+    import tensorflow as tf
+
+    free = [tf.TensorSpec((None, *x.shape[1:]), tf.float32) for x in (Q, K, V)]
+    return tf.function(partial(kvattn.attention, **options), input_signature=free)(*map(tf.constant, (Q, K, V)))
+
+
+def tensorflow_keras_functional(**options):
+    import keras
+
+    class Attend(keras.layers.Layer):
+        def call(self, q, k, v):
+            return kvattn.attention(q, k, v, **options)
+
+    inputs = [keras.Input(x.shape[1:]) for x in (Q, K, V)]
+    return keras.Model(inputs, Attend()(*inputs))([Q, K, V])
+
+
+FORWARD = {
+    "torch": [torch_compile, torch_func_vmap],
+    "jax": [jax_jit, jax_vmap, jax_checkpoint],
+    "tensorflow": [tensorflow_function, tensorflow_xla, tensorflow_unknown_batch, tensorflow_keras_functional],
+}
+
+
+def torch_backward(f, *inputs):
+    import torch
+
+    leaves = [torch.tensor(x, requires_grad=True) for x in inputs]
+    f(*leaves, torch.tensor(G)).backward()
+    return [leaf.grad for leaf in leaves]
+
+
+def torch_func_grad(f, *inputs):
+    import torch
+
+    return torch.func.grad(f, argnums=(0, 1, 2))(*map(torch.tensor, inputs), torch.tensor(G))
+
+
+def torch_compile_backward(f, *inputs):
+    import torch
+
+    torch._dynamo.reset()
+    return torch_backward(torch.compile(f, fullgraph=True, backend="aot_eager"), *inputs)
+
+
+def jax_grad(f, *inputs):
+    import jax
+
+    return jax.grad(f, argnums=(0, 1, 2))(*map(jax.numpy.asarray, inputs), jax.numpy.asarray(G))
+
+
+def jax_jit_grad(f, *inputs):
+    import jax
+
+    return jax.jit(jax.grad(f, argnums=(0, 1, 2)))(*map(jax.numpy.asarray, inputs), jax.numpy.asarray(G))
+
+
+def tensorflow_tape(f, *inputs):
+    import tensorflow as tf
+
+    leaves = [tf.Variable(x) for x in inputs]
+    with tf.GradientTape() as tape:
+        loss = f(*leaves, tf.constant(G))
+    return tape.gradient(loss, leaves)
+
+
+def mxnet_autograd(f, *inputs):
+    kvattn.dispatch.load("mxnet")
+    import mxnet as mx
+
+    leaves = [mx.np.array(x, dtype="float32") for x in inputs]
+    for leaf in leaves:
+        leaf.attach_grad()
+    with mx.autograd.record():
+        loss = f(*leaves, mx.np.array(G, dtype="float32"))
+    loss.backward()
+    return [leaf.grad for leaf in leaves]
+
+
+BACKWARD = {
+    "torch": [torch_backward, torch_func_grad, torch_compile_backward],
+    "jax": [jax_grad, jax_jit_grad],
+    "tensorflow": [tensorflow_tape],
+    "mxnet": [mxnet_autograd],
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compilers' own
+@pytest.mark.parametrize("options", OPTIONS)
+def test_forward(backend, options):
+    expected = kvattn.attention(*(x.astype(np.float64) for x in (Q, K, V)), **_wide(OPTIONS[options]), backend="numpy")
+    for transformed in FORWARD.get(backend, []):
+        np.testing.assert_allclose(
+            kvattn.to_numpy(transformed(**OPTIONS[options])), expected, rtol=0, atol=2e-6, err_msg=transformed.__name__
+        )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compilers' own
+@pytest.mark.parametrize("options", OPTIONS)
+def test_backward(backend, options):
+    wide = [x.astype(np.float64) for x in (Q, K, V, G)]
+    expected = kvattn.attention_grad(*wide, **_wide(OPTIONS[options]), backend="numpy")
+
+    def loss(q, k, v, g):
+        return (kvattn.attention(q, k, v, **OPTIONS[options]) * g).sum() if backend != "tensorflow" else _tf_sum(q, k, v, g)
+
+    def _tf_sum(q, k, v, g):
+        import tensorflow as tf
+
+        return tf.reduce_sum(kvattn.attention(q, k, v, **OPTIONS[options]) * g)
+
+    for differentiate in BACKWARD.get(backend, []):
+        for found, wanted in zip(differentiate(loss, Q, K, V), expected, strict=True):
+            np.testing.assert_allclose(kvattn.to_numpy(found), wanted, rtol=0, atol=5e-6, err_msg=differentiate.__name__)
+
+
+def _wide(options):
+    """The same options with float64 parameters, for the answer."""
+    score = options.get("score")
+    if score is None:
+        return options
+    return {**options, "score": partial(score.func, **{name: x.astype(np.float64) for name, x in score.keywords.items()})}
+
+
+def test_second_derivatives(backend):
+    """The plain path, in torch and jax: a Hessian-vector product against central differences of the gradient."""
+    q, k, v, g = (x[0, :2].astype(np.float64) for x in (Q, K, V, G))
+    direction = RNG.standard_normal(q.shape)
+    h = 1e-6
+    ends = [kvattn.attention_grad(q + s * h * direction, k, v, g, backend="numpy")[0] for s in (1, -1)]
+    expected = (ends[0] - ends[1]) / (2 * h)
+    if backend in SECOND:
+        np.testing.assert_allclose(kvattn.to_numpy(SECOND[backend](q, k, v, g, direction)), expected, rtol=0, atol=1e-7)
+
+
+def torch_second(q, k, v, g, direction):
+    import torch
+
+    q, k, v, g, direction = map(torch.tensor, (q, k, v, g, direction))
+    q.requires_grad_()
+    (by_query,) = torch.autograd.grad((kvattn.attention(q, k, v) * g).sum(), q, create_graph=True)
+    return torch.autograd.grad((by_query * direction).sum(), q)[0]
+
+
+def jax_second(q, k, v, g, direction):
+    import jax
+
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        q, k, v, g, direction = map(jax.numpy.asarray, (q, k, v, g, direction))
+        return jax.jvp(jax.grad(lambda q: (kvattn.attention(q, k, v) * g).sum()), (q,), (direction,))[1]
+
+
+SECOND = {"torch": torch_second, "jax": jax_second}
+
+TRACED = {
+    "torch": lambda f, *arrays: __import__("torch").compile(f, fullgraph=True, backend="eager")(*arrays),
+    "jax": lambda f, *arrays: __import__("jax").jit(f)(*arrays),
+    "tensorflow": lambda f, *arrays: __import__("tensorflow").function(f)(*arrays),
+}
+
+
+def test_errors_are_the_same_at_trace_time(backend, tab):
+    call = TRACED.get(backend, lambda f, *arrays: f(*arrays))
+    with pytest.raises(
+        Exception, match=r"key has shape \(2, 2, 6, 7\) but query has \(2, 4, 3, 8\): axis -1 \(features\) is 7"
+    ):
+        call(kvattn.attention, *map(tab.asarray, (Q, np.zeros((2, 2, 6, 7), np.float32), V)))
