@@ -71,9 +71,11 @@ def _boolean(name: str, x: Any) -> None:
         raise TypeError(f"{name} has dtype {dtype}; expected bool, True where a query may attend ({hint})")
 
 
-def _integral(name: str, x: Any) -> None:
+def _integral(tab: Any, name: str, x: Any) -> Any:
+    """``x``, which must be of an integer dtype; unsigned ones become int32, since positions are subtracted."""
     if (dtype := dtype_name(x)) not in INTEGERS:
         raise TypeError(f"{name} has dtype {dtype}; expected an integer dtype")
+    return tab.asarray(x, dtype="int32") if dtype.startswith("u") else x
 
 
 def is_integer(x: Any) -> bool:
@@ -183,7 +185,7 @@ def where(tab: Any, given: Any, scores: Any) -> Any:
 def positions(tab: Any, given: Any, scores: tuple[Any, ...], like: Any) -> Any:
     """positions as an integer array (..., n, s) that broadcasts to the scores' leading axes and queries."""
     x = array(tab, "positions", given, like=like)
-    _integral("positions", x)
+    x = _integral(tab, "positions", x)
     found = shape("positions", x, 2)
     broadcastable("positions", found, (*scores[:-1], found[-1]), "(..., n, s)")
     seen, m = _peek(tab, x), scores[-1]
@@ -202,7 +204,7 @@ def same_features(query: Any, key: Any) -> None:
 def lengths(tab: Any, valid_lens: Any, scores: tuple[Any, ...], like: Any) -> Any:
     """valid_lens as an integer array (batch,) or (batch, n); () or (n,) where there is no batch axis."""
     x = array(tab, "valid_lens", valid_lens, like=like)
-    _integral("valid_lens", x)
+    x = _integral(tab, "valid_lens", x)
     shape, batch = _shape(x), scores[:-2][:1]
     expected = (batch, (*batch, scores[-2]))
     if len(shape) not in (len(batch), len(batch) + 1) or any(map(_differ, shape, expected[1])):
@@ -222,7 +224,7 @@ def offset(tab: Any, query_offset: Any, scores: tuple[Any, ...], like: Any) -> A
     if isinstance(query_offset, (bool, float, str)):
         raise TypeError(f"query_offset must be an int or an integer array (batch,), not {type(query_offset).__name__}")
     x = array(tab, "query_offset", query_offset, like=like)
-    _integral("query_offset", x)
+    x = _integral(tab, "query_offset", x)
     shape, batch = _shape(x), scores[:-2][:1]
     if shape != () and (len(shape) != 1 or not batch or _differ(shape[0], batch[0])):
         raise ValueError(f"query_offset has shape {_show(shape)}; expected an int, or one per batch entry: {_show(batch)}")

@@ -109,7 +109,7 @@ def load(name: str) -> Backend:
     if name in _OURS:
         try:
             tab = _OURS[name]()
-        except ImportError as error:
+        except Exception as error:  # a broken framework may raise anything while it is imported
             if importlib.util.find_spec(name) is None:
                 cure = f"pip install 'kvattn[{name}]'"
                 raise ModuleNotFoundError(f"backend {name!r} needs {name}, which is not installed: {cure}") from error

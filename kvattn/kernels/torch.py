@@ -6,55 +6,54 @@ import math
 from functools import partial
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 
 def serves(query, key, value, bias, scale):
-    """Whether the fused kernels hold the promises: they have no gradient by bias, and torch.func cannot differentiate them twice."""
+    """Whether the fused kernels keep the promises: they lack gradients by bias, forward derivatives and second ones."""
     if bias is not None and bias.requires_grad:
         return False
     if scale is not None and scale <= 0:  # CUDA's flash kernel takes the row maximum before it scales
         return False
-    return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        return True
+    return not torch._C._are_functorch_transforms_active() and all(unpack_dual(x).tangent is None for x in (query, key, value))
 
 
 def is_triangle(n, m, mask, bias, valid_lens, causal, query_offset, window):
     """Whether the causal mask is the only one and square: what ``is_causal`` means, with no padding to hide."""
-    alone = mask is None and bias is None and valid_lens is None and window is None
-    return causal and alone and isinstance(query_offset, int) and query_offset == 0 and n == m
+    # an if, not one expression: sizes may be symbols, and is_causal takes a bool
+    if not causal or n != m or not isinstance(query_offset, int) or query_offset != 0:
+        return False
+    return mask is None and bias is None and valid_lens is None and window is None
 
 
 def attention(query, key, value, allowed, bias, triangle, scale):
     """softmax(scale * query @ key.T + bias) @ value: (..., h, n, v). A query with nothing to attend to gets zeros."""
     if allowed is not None:  # an empty row attends to all and is dropped after: CUDA's kernels have given NaN for it
-        full = (1,) * (query.ndim - allowed.ndim) + tuple(allowed.shape)
-        allowed = allowed.reshape(full)
+        allowed = allowed.reshape(*[1] * (query.ndim - allowed.ndim), *allowed.shape)
         some = allowed.any(dim=-1, keepdim=True)
         added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
     run = partial(_run, causal=triangle, scale=scale)
     inputs = (query, key, value, None if allowed is None else added)
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3])
-    if differentiable and not torch.compiler.is_compiling():
-        output = _TwiceDifferentiable.apply(run, *inputs)
-    else:
-        output = run(*inputs)
+    taped = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]) and not torch.compiler.is_compiling()
+    output = _TwiceDifferentiable.apply(run, *inputs) if taped else run(*inputs)
     return output if allowed is None else torch.where(some, output, 0)
 
 
 def _run(query, key, value, mask, causal, scale):
+    """scaled_dot_product_attention on (batch, h, r, c): with another number of axes the CPU's is not the fused one."""
+    if query.ndim == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
+        grouped = {} if query.shape[1] == key.shape[1] else {"enable_gqa": True}
+        return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, **grouped)
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    inputs = [_four(x, lead) for x in (query, key, value)]
-    grouped = inputs[0].shape[1] != inputs[1].shape[1]
-    mask = None if mask is None else _four(mask, lead)
-    output = scaled_dot_product_attention(*inputs, mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    output = _run(*(x if x is None else _four(x, lead) for x in (query, key, value, mask)), causal, scale)
     return output.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
 
 
 def _four(x, lead):
-    """(..., h, r, c) -> (batch, h, r, c): the fused CPU kernel takes no other number of axes."""
-    if x.ndim == 4 and x.shape[:1] == lead:
-        return x
     x = x if x.ndim > 2 else x[None]
     return x.expand(*lead, *x.shape[-3:]).reshape(math.prod(lead), *x.shape[-3:])
 

@@ -1,0 +1,5 @@
+import sys
+
+from kvattn.cli import main
+
+sys.exit(main())

@@ -1,0 +1,518 @@
+"""The JAX tab. The promises are in kvattn/api.py; the five tabs hold the same functions in the same order."""
+
+from __future__ import annotations
+
+import functools
+import math
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from kvattn import bands
+
+if hasattr(jax, "enable_x64"):
+    _x64 = jax.enable_x64
+else:  # before jax 0.8
+    from jax.experimental import enable_x64 as _x64
+
+HALF = ("float16", "bfloat16")
+_WIDE = frozenset(np.dtype(name) for name in ("float64", "int64", "uint64"))
+_STATIC = ("causal", "window", "dropout", "wrt", "return_weights", "return_lse")
+
+
+# ---- data
+
+
+def is_array(x):
+    return isinstance(x, jax.Array)
+
+
+def asarray(x, dtype=None, like=None):
+    if not is_array(x):  # not placed beside ``like``: JAX moves what was never placed by itself
+        x = np.asarray(x)
+        # evaluated now even while tracing, so that checks can look at it; copied, as the caller may write to his
+        with jax.ensure_compile_time_eval(), _x64(True):
+            return jnp.array(x, dtype=np.dtype(dtype or x.dtype))
+    if dtype is None or x.dtype == np.dtype(dtype):
+        return x
+    with _x64(True):
+        return x.astype(dtype)
+
+
+def to_numpy(x):
+    x = np.asarray(x)
+    return x.astype(np.float32) if x.dtype.name == "bfloat16" else x
+
+
+def peek(x):
+    if isinstance(x, jax.core.Tracer) or any(device.platform != "cpu" for device in x.devices()):
+        return None
+    return np.asarray(x)
+
+
+def describe():
+    return jax.__version__, jax.devices()[0].device_kind
+
+
+# ---- precision and compilation
+
+
+def _exact(function):
+    """Full float32 products (a GPU would take TF32), and 64 bits for float64 arguments where JAX has them off."""
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        options = {name: _as_tree(x) for name, x in options.items()}
+        needed = jax.config.jax_enable_x64
+        if not needed and (wide := {x.dtype for x in jax.tree.leaves((args, options)) if is_array(x) and x.dtype in _WIDE}):
+            args, options = jax.tree.map(_narrow, (args, options))
+            needed = np.dtype("float64") in wide
+        with _x64(needed), jax.default_matmul_precision("highest"):
+            return function(*args, **options)
+
+    return call
+
+
+def _as_tree(x):
+    """A partial whose arrays JAX can see; the rest as it is."""
+    return Partial(x.func, *x.args, **x.keywords) if type(x) is functools.partial else x
+
+
+def _narrow(x):
+    """64-bit integers as int32, which any length or position fits: then a float32 call needs no 64 bits."""
+    if not is_array(x) or x.dtype not in _WIDE:
+        return x
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"jit, grad and vmap over {x.dtype} need JAX's 64 bits for the whole transformation, not just inside kvattn: "
+            "jax.config.update('jax_enable_x64', True)"
+        )
+    if x.dtype == np.dtype("float64"):
+        return x
+    with jax.ensure_compile_time_eval(), _x64(True):
+        return jnp.clip(x, -(2**31), 2**31 - 1).astype(np.int32)
+
+
+def _compiled(function):
+    """One program for the whole call, since eager JAX pays for every operation; not where it would freeze a stranger's code."""
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        given = {name: options[name] for name in ("score", "normalize") if name in options}
+        if any(getattr(getattr(f, "func", f), "__module__", None) != __name__ for f in given.values()):
+            return function(*args, **options)
+        static = {*_STATIC, *(name for name, f in given.items() if not isinstance(f, Partial))}
+        if options.get("window") and args[0].shape[-2] > bands.BLOCK and isinstance(options.get("query_offset"), int):
+            static.add("query_offset")  # the plan of blocks needs the number
+        fixed = tuple((name, x) for name, x in options.items() if name in static)
+        return _run(function, fixed, args, {name: x for name, x in options.items() if name not in static})
+
+    return call
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(function, fixed, args, options):
+    return function(*args, **dict(fixed), **options)
+
+
+# ---- shapes and masks
+
+
+def _wide(x):
+    """Half precision in float32; the rest as it is."""
+    return x.astype(jnp.float32) if x.dtype.name in HALF else x
+
+
+def _fold(x, heads):
+    """(..., h, n, c) -> (..., heads, h / heads * n, c): the queries of one key head lie in a row."""
+    if x.ndim < 3 or x.shape[-3] == heads:
+        return x
+    return x.reshape(*x.shape[:-3], heads, x.shape[-3] // heads * x.shape[-2], x.shape[-1])
+
+
+def _unfold(x, heads, n):
+    """(..., h / g, g * n, c) -> (..., h, n, c): the inverse of _fold."""
+    if x.ndim < 3 or x.shape[-3] == heads:
+        return x
+    return x.reshape(*x.shape[:-3], heads, n, x.shape[-1])
+
+
+def _lengths(valid_lens, ndim):
+    """valid_lens as (batch, 1, ..., 1 or n, 1) of ndim axes."""
+    if ndim == 2:
+        return valid_lens.reshape(-1, 1)
+    batch, *per_query = valid_lens.shape
+    return valid_lens.reshape(batch, *[1] * (ndim - 3), *(per_query or [1]), 1)
+
+
+def _positions(query_offset, n, ndim):
+    """Where each query stands: (n, 1), or (batch, 1, ..., n, 1) of ndim axes."""
+    if not isinstance(query_offset, int) and query_offset.ndim:
+        query_offset = query_offset.reshape(-1, *[1] * (ndim - 1))
+    return query_offset + jnp.arange(n)[:, None]
+
+
+def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window):
+    """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
+    allowed = [] if mask is None else [mask]
+    if bias is not None:
+        allowed.append(bias != -math.inf)
+    if valid_lens is not None:
+        allowed.append(keys < _lengths(valid_lens, ndim))
+    if causal or window is not None:
+        ahead = keys - _positions(query_offset, n, ndim)  # how far each key lies after each query
+        left, right = window or (None, None)
+        right = 0 if causal else right
+        if left is not None:
+            allowed.append(ahead >= -left)
+        if right is not None:
+            allowed.append(ahead <= right)
+    return reduce(jnp.logical_and, allowed) if allowed else None
+
+
+def _any_for(flags, shape):
+    """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
+    if flags.ndim >= 2 and len(shape) >= 3 and flags.shape[-2] > shape[-3]:
+        flags = flags.reshape(*flags.shape[:-2], shape[-3], flags.shape[-2] // shape[-3], flags.shape[-1]).any(axis=-2)
+    for axis in range(-flags.ndim, -1):
+        if flags.shape[axis] > shape[axis - 1] == 1:
+            flags = flags.any(axis=axis, keepdims=True)
+    return flags[..., None]
+
+
+def _hide_padding(allowed, query, key, value):
+    """Zeros for keys that no query may attend to and queries with no key: NaN there would leak as 0 * NaN."""
+    if allowed is None:
+        return query, key, value
+    if allowed.ndim < 2:
+        allowed = allowed[None] if allowed.ndim else allowed[None, None]
+    seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)
+    return (
+        jnp.where(_any_for(sees, query.shape), query, 0),
+        jnp.where(_any_for(seen, key.shape), key, 0),
+        jnp.where(_any_for(seen, value.shape), value, 0),
+    )
+
+
+# ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m), float32 for half precision
+
+
+@_exact
+def dot_score(query, key):
+    return _wide(query) @ _wide(key).swapaxes(-1, -2)
+
+
+@_exact
+def scaled_dot_score(query, key):
+    return dot_score(query, key) / math.sqrt(query.shape[-1])
+
+
+@_exact
+def additive_score(query, key, W_q, W_k, w_v, b=None):
+    query, key = _wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k)
+    hidden = query[..., :, None, :] + key[..., None, :, :]  # (..., n, m, h)
+    if b is not None:
+        hidden = hidden + _wide(b)
+    return jnp.tanh(hidden) @ _wide(w_v)
+
+
+@_exact
+def multiplicative_score(query, key, W):
+    return (_wide(query) @ _wide(W)) @ _wide(key).swapaxes(-1, -2)
+
+
+@_exact
+def gated_score(query, key, w_g):
+    query, key, w_g = _wide(query), _wide(key), _wide(w_g)
+    d = query.shape[-1]
+    gate = (query @ w_g[:d])[..., :, None] + (key @ w_g[d:])[..., None, :]
+    return _sigmoid(gate) * dot_score(query, key)
+
+
+@_exact
+def cosine_score(query, key):
+    return dot_score(_unit(_wide(query)), _unit(_wide(key)))
+
+
+@_exact
+def distance_score(query, key):
+    return -_squared_distance(query, key) / 2
+
+
+# ---- kernels: similarities >= 0 of u = |q - k| / width
+
+
+@_exact
+def gaussian_kernel(query, key, width=1.0):
+    return jnp.exp(-_squared_distance(query, key) / (2 * width * width))
+
+
+@_exact
+def boxcar_kernel(query, key, width=1.0):
+    distance = _squared_distance(query, key)
+    return (distance < width * width).astype(distance.dtype)
+
+
+@_exact
+def triangular_kernel(query, key, width=1.0):
+    distance = _squared_distance(query, key)
+    distance = jnp.where(distance == 0, 0, jnp.sqrt(jnp.where(distance == 0, 1, distance)))  # the root's slope at 0 is inf
+    return jax.nn.relu(1 - distance / width)  # maximum would halve the gradient at ties
+
+
+@_exact
+def epanechnikov_kernel(query, key, width=1.0):
+    return jax.nn.relu(1 - _squared_distance(query, key) / (width * width))
+
+
+@_exact
+def constant_kernel(query, key, width=1.0):
+    return jnp.ones_like(_squared_distance(query, key))
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + jnp.tanh(0.5 * x))
+
+
+def _unit(x):
+    squares = (x * x).sum(axis=-1, keepdims=True)
+    return jnp.where(squares == 0, 0, x / jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+
+
+def _squared_distance(query, key):
+    """|q - k|^2 from the differences: |q|^2 + |k|^2 - 2 q.k would cancel."""
+    difference = _wide(query)[..., :, None, :] - _wide(key)[..., None, :, :]  # (..., n, m, d)
+    return (difference * difference).sum(axis=-1)
+
+
+# ---- normalisers: (scores (..., n, m), where bool) -> weights
+
+
+@_exact
+def softmax(scores, where=None):
+    return _softmax_lse(scores, where)[0].astype(scores.dtype)
+
+
+@_exact
+def masked_softmax(scores, valid_lens=None, where=None):
+    if valid_lens is not None:
+        inside = jnp.arange(scores.shape[-1]) < _lengths(valid_lens, scores.ndim)
+        where = inside if where is None else where & inside
+    return softmax(scores, where)
+
+
+@_exact
+def sparsemax(scores, where=None):
+    wide = _wide(scores)
+    if wide.shape[-1] == 0:
+        return scores
+    shifted = jnp.maximum(wide - _top(wide, where), -2)  # what lies 1 below the best has no weight: -2 stands for it
+    shifted = shifted if where is None else jnp.where(where, shifted, -2)
+    ordered = -jnp.sort(-jax.lax.stop_gradient(shifted), axis=-1)
+    ranks = jnp.arange(1, wide.shape[-1] + 1, dtype=wide.dtype)
+    sums = ordered.cumsum(axis=-1)
+    count = (1 + ranks * ordered > sums).sum(axis=-1, keepdims=True)
+    threshold = (jnp.take_along_axis(sums, count - 1, axis=-1) - 1) / count.astype(wide.dtype)
+    support = jax.lax.stop_gradient(shifted) > threshold
+    # the threshold again, from the support: its gradient needs no sort
+    threshold = (jnp.where(support, shifted, 0).sum(axis=-1, keepdims=True) - 1) / count.astype(wide.dtype)
+    weights = jnp.where(support, shifted - threshold, 0)
+    return (weights if where is None else jnp.where(where, weights, 0)).astype(scores.dtype)
+
+
+@_exact
+def hardmax(scores, where=None):
+    if scores.shape[-1] == 0:
+        return scores
+    best = (scores if where is None else jnp.where(where, scores, -math.inf)).argmax(axis=-1)
+    chosen = jnp.arange(scores.shape[-1]) == best[..., None]
+    return (chosen if where is None else chosen & where).astype(scores.dtype)
+
+
+@_exact
+def proportional(scores, where=None):
+    wide = identity(_wide(scores), where)
+    total = wide.sum(axis=-1, keepdims=True)
+    return jnp.where(total == 0, 0, wide / jnp.where(total == 0, 1, total)).astype(scores.dtype)
+
+
+@_exact
+def average(scores, where=None):
+    ones = identity(jnp.ones(scores.shape, _wide(scores).dtype), where)
+    return (ones / jnp.maximum(ones.sum(axis=-1, keepdims=True), 1)).astype(scores.dtype)
+
+
+@_exact
+def identity(scores, where=None):
+    return scores if where is None else jnp.where(where, scores, 0)
+
+
+def _top(scores, where):
+    """The largest score of each row, 0 where nothing may be attended to."""
+    scores = jax.lax.stop_gradient(scores if where is None else jnp.where(where, scores, -math.inf))
+    top = scores.max(axis=-1, keepdims=True, initial=-math.inf)
+    return jnp.where(top == -math.inf, 0, top)
+
+
+def _softmax_lse(scores, where):
+    """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
+    scores = _wide(scores)
+    top = _top(scores, where)
+    shifted = jnp.exp((scores if where is None else jnp.where(where, scores, -math.inf)) - top)
+    total = shifted.sum(axis=-1, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -math.inf, jnp.log(total) + top)
+    return shifted / total, lse[..., 0]
+
+
+# ---- attention
+
+
+@_exact
+@_compiled
+def attention(
+    query,
+    key,
+    value,
+    *,
+    score=scaled_dot_score,
+    normalize=softmax,
+    mask=None,
+    bias=None,
+    valid_lens=None,
+    causal=False,
+    query_offset=0,
+    window=None,
+    positions=None,
+    scale=None,
+    softcap=None,
+    dropout=0.0,
+    rng=None,
+    return_weights=False,
+    return_lse=False,
+):
+    where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
+    reach = {"causal": causal, "window": window}
+    how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
+    back = {"return_weights": return_weights, "return_lse": return_lse}
+    if positions is not None:
+        query, key, value, where = _select(positions, query, key, value, **where, **reach)
+        results = attention(query, key, value, **where, **how, **back)
+        if not isinstance(results, tuple):
+            return results[..., 0, :]
+        return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
+    steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
+    if steps:
+        cuts = bands.cuts(steps, query, key, value, **where)
+        rngs = [None] * len(steps) if rng is None else jax.random.split(rng, len(steps))  # one key would drop the same in all
+        parts = [attention(*cut, **reach, **{**how, "rng": r}, **back, **at) for (cut, at), r in zip(cuts, rngs, strict=True)]
+        if not return_lse:
+            return jnp.concatenate(parts, axis=-2)
+        return jnp.concatenate([x for x, _ in parts], axis=-2), jnp.concatenate([x for _, x in parts], axis=-1)
+
+    dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
+    allowed = _allowed(n, jnp.arange(key.shape[-2]), query.ndim, **where, **reach)
+    query, key, value = _hide_padding(allowed, query, key, value)
+
+    # weights = normalize(score(query, key)): (..., h, n, m)
+    scores = _scores(query, key, score, scale, softcap, bias)
+    if return_lse:
+        weights, lse = _softmax_lse(scores, allowed)
+    else:
+        weights, lse = normalize(scores, where=allowed), None
+
+    # output = weights @ value: (..., h, n, v)
+    output = _fold(_dropout(weights, dropout, rng), kv_heads) @ _wide(value)
+    output = _unfold(output, heads, n).astype(dtype)
+    results = [output] + [weights.astype(dtype)] * return_weights + [lse] * return_lse
+    return tuple(results) if len(results) > 1 else output
+
+
+def _scores(query, key, score, scale, softcap, bias):
+    """What the normaliser is given: (..., h, n, m), float32 for half precision."""
+    n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
+    query = _fold(query, kv_heads)
+    if scale is None:
+        scores = score(query, key)
+    else:
+        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
+    scores = _unfold(scores, heads, n)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    return scores if bias is None else scores + _wide(bias)
+
+
+def _dropout(weights, rate, rng):
+    if not rate:
+        return weights
+    if rng is None:
+        raise ValueError("dropout needs rng, a key: JAX has no hidden state to draw from; pass rng=jax.random.key(0), say")
+    kept = jax.random.uniform(rng, weights.shape, jnp.float32) >= rate  # float32: the same draws for every dtype
+    return jnp.where(kept, weights / (1 - rate), 0)
+
+
+def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_offset, window):
+    """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and what may attend."""
+    n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
+    index = jnp.broadcast_to(positions, (*lead, *positions.shape[-2:]))
+    inside = (index >= 0) & (index < m) & ~_repeated(index)
+    if m == 0:  # one key that nobody may attend to, so that there is something to gather
+        mask = bias = None
+        key, value = (jnp.zeros((*x.shape[:-2], 1, x.shape[-1]), x.dtype) for x in (key, value))
+    index = jnp.clip(index, 0, max(m - 1, 0))
+
+    def gather(x):
+        return jnp.take_along_axis(jnp.broadcast_to(x, (*lead, n, m)), index, axis=-1)
+
+    mask = inside if mask is None else inside & gather(mask)
+    bias = None if bias is None else gather(bias)
+    allowed = _allowed(n, index, query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+    key, value = (jnp.take_along_axis(_spread(x, lead)[..., None, :, :], index[..., None], axis=-2) for x in (key, value))
+    where = {"mask": allowed[..., None, :], "bias": None if bias is None else bias[..., None, :]}
+    return jnp.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :], key, value, where
+
+
+def _spread(x, lead):
+    """(..., h_kv, m, c) -> (*lead, m, c): each key head repeated for its queries' heads."""
+    if lead and x.shape[-3] != lead[-1]:
+        x = jnp.repeat(x, lead[-1] // x.shape[-3], axis=-3)
+    return jnp.broadcast_to(x, (*lead, *x.shape[-2:]))
+
+
+def _repeated(index):
+    """True where the same position stands earlier in its row."""
+    size = index.shape[-1]
+    order = jnp.argsort(index, axis=-1, stable=True)
+    ordered = jnp.take_along_axis(index, order, axis=-1)
+    again = jnp.concatenate([jnp.zeros_like(ordered[..., :1], bool), ordered[..., 1:] == ordered[..., :-1]], axis=-1)
+    return jnp.take_along_axis(again[..., :size], jnp.argsort(order, axis=-1), axis=-1)
+
+
+@_exact
+@_compiled
+def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
+    given = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None)}
+    score = options.pop("score", scaled_dot_score)
+    sources = {**getattr(score, "keywords", {}), **given}
+
+    def output(*arrays):
+        named = dict(zip(wrt, arrays, strict=True))
+        bound = {name: named.pop(name) for name in wrt if name not in given}
+        rebound = functools.partial(score.func, *score.args, **{**score.keywords, **bound}) if bound else score
+        query, key, value, bias = {**given, **named}.values()
+        return attention(query, key, value, score=rebound, bias=bias, **options)
+
+    return jax.vjp(output, *(sources[name] for name in wrt))[1](grad_output)
+
+
+@_exact
+def merge_attention(outputs, lses, return_lse=False):
+    outputs, lses = jnp.stack([*outputs], axis=-2), jnp.stack([*lses], axis=-1)  # (..., n, parts, v), (..., n, parts)
+    weights, lse = _softmax_lse(lses, lses != -math.inf)
+    weights = weights[..., None]
+    output = (weights * jnp.where(weights == 0, 0, _wide(outputs))).sum(axis=-2).astype(outputs.dtype)
+    return (output, lse) if return_lse else output

@@ -1,0 +1,544 @@
+"""The MXNet tab. The promises are in kvattn/api.py; the five tabs hold the same functions in the same order.
+
+For MXNet 1.9.1, on mx.np arrays; legacy mx.nd arrays are taken too, and answered in kind. Scores and normalisers of
+your own are given mx.np arrays. Where the code is longer than NumPy's, an operator of 1.9.1 is wrong, and a comment says how.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial, reduce, wraps
+
+import numpy
+
+from kvattn import bands
+from kvattn.lend import lend
+
+with lend():
+    import mxnet as mx
+    from mxnet import autograd, np, npx
+
+HALF = ("float16",)
+DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool")
+WIDER = {"int16": "int32", "uint16": "int32", "uint32": "int64", "uint64": "int64"}
+
+mx.util._set_np_shape_logged = True  # the message that np_shape logs once would configure the user's root logger
+
+
+def _shaped(function):
+    """Zero sizes and no axes are shapes here, whatever npx.set_np says; legacy arrays come in and go out as views."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        if type(first) is np.ndarray and mx.util.is_np_shape():
+            return function(*args, **{name: _new(x) for name, x in kwargs.items()})
+        with mx.util.np_shape(True):
+            results = function(*map(_new, args), **{name: _new(x) for name, x in kwargs.items()})
+            return results if isinstance(first, np.ndarray) else _legacy(results)
+
+    return run
+
+
+def _new(x):
+    if isinstance(x, mx.nd.NDArray):
+        return x.as_np_ndarray()
+    if isinstance(x, partial):
+        return partial(x.func, *map(_new, x.args), **{name: _new(y) for name, y in x.keywords.items()})
+    return [_new(y) for y in x] if isinstance(x, (list, tuple)) and any(isinstance(y, mx.nd.NDArray) for y in x) else x
+
+
+def _legacy(x):
+    return tuple(y.as_nd_ndarray() for y in x) if isinstance(x, tuple) else x.as_nd_ndarray()
+
+
+# ---- data
+
+
+def is_array(x):
+    return isinstance(x, mx.nd.NDArray)
+
+
+def asarray(x, dtype=None, like=None):
+    if dtype == "bfloat16" or str(getattr(x, "dtype", "")) == "bfloat16":
+        raise TypeError("MXNet has no bfloat16 here; use float32 or float16")
+    if is_array(x):
+        x = x.as_np_ndarray()
+        return x.astype(dtype, copy=False) if dtype else x
+    x = numpy.asarray(x, dtype=numpy.dtype(dtype) if dtype else None)
+    name = WIDER.get(x.dtype.name, x.dtype.name)
+    if name not in DTYPES:
+        raise TypeError(f"MXNet has no dtype {x.dtype.name}; it has {', '.join(DTYPES)}")
+    with mx.util.np_shape(True):
+        return np.array(x, dtype=name, ctx=None if like is None else like.ctx)
+
+
+def to_numpy(x):
+    return x.asnumpy() if is_array(x) else numpy.asarray(x)
+
+
+def peek(x):
+    return to_numpy(x)
+
+
+def describe():
+    return mx.__version__, "cpu"
+
+
+# ---- shapes and masks
+
+
+def _wide(x):
+    """Half precision in float32; the rest as it is."""
+    return x.astype("float32") if x.dtype.name in HALF else x
+
+
+def _where(condition, x, other):
+    """np.where(condition, x, number): MXNet swaps its gradients for a number, and has no more than 5 axes."""
+    if x.ndim > 5:
+        condition = np.broadcast_to(condition, x.shape).reshape(-1)
+        return _where(condition, x.reshape(-1), other).reshape(x.shape)
+    return np.where(condition, x, np.full_like(x.detach(), other))
+
+
+def _firm(x):
+    """x, to be given to a stranger: MXNet 1.9.1 crashes where all that comes back to where or batch_dot is a constant's gradient."""
+    return npx.reshape_like(x, x) if autograd.is_recording() else x
+
+
+def _matmul(x, y, transpose=False):
+    """x @ y, or x @ y^T. The gradient of MXNet's own is wrong where leading axes broadcast, and y^T costs it a copy."""
+    lead = tuple(b if a == 1 else a for a, b in zip(x.shape[:-2], y.shape[:-2], strict=True))
+    x, y = (a if a.shape[:-2] == lead else np.broadcast_to(a, (*lead, *a.shape[-2:])) for a in (x, y))
+    if 0 in x.shape or 0 in y.shape:
+        return np.matmul(x, y.swapaxes(-1, -2) if transpose else y)
+    rows, columns = x.shape[-2], y.shape[-2 if transpose else -1]
+    x, y = (a.reshape(math.prod(lead), *a.shape[-2:]) for a in (x, y))
+    return npx.batch_dot(x, y, transpose_b=transpose).reshape(*lead, rows, columns)
+
+
+def _fold(x, heads):
+    """(..., h, n, c) -> (..., heads, h / heads * n, c): the queries of one key head lie in a row."""
+    if x.ndim < 3 or x.shape[-3] == heads:
+        return x
+    return x.reshape(*x.shape[:-3], heads, -1, x.shape[-1])
+
+
+def _unfold(x, heads, n):
+    """(..., h / g, g * n, c) -> (..., h, n, c): the inverse of _fold."""
+    if x.ndim < 3 or x.shape[-2] == n:
+        return x
+    return x.reshape(*x.shape[:-3], heads, n, x.shape[-1])
+
+
+def _lengths(valid_lens, ndim):
+    """valid_lens as (batch, 1, ..., 1 or n, 1) of ndim axes."""
+    valid_lens = valid_lens.astype("int64")  # MXNet compares arrays of one dtype only
+    if ndim == 2:
+        return valid_lens.reshape(-1, 1)
+    batch, *per_query = valid_lens.shape
+    return valid_lens.reshape(batch, *[1] * (ndim - 3), *(per_query or [1]), 1)
+
+
+def _positions(query_offset, n, ndim, ctx):
+    """Where each query stands: (n, 1), or (batch, 1, ..., n, 1) of ndim axes."""
+    if not isinstance(query_offset, int):
+        query_offset = query_offset.astype("int64").reshape(-1, *[1] * (ndim - 1))
+    return query_offset + np.arange(n, dtype="int64", ctx=ctx)[:, None]
+
+
+def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window):
+    """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
+    with autograd.pause():
+        allowed = [] if mask is None else [mask]
+        if bias is not None:
+            allowed.append(bias != -math.inf)
+        if valid_lens is not None:
+            allowed.append(keys < _lengths(valid_lens, ndim))
+        if causal or window is not None:
+            ahead = keys - _positions(query_offset, n, ndim, keys.ctx)  # how far each key lies after each query
+            left, right = window or (None, None)
+            right = 0 if causal else right
+            if left is not None:
+                allowed.append(ahead >= -left)
+            if right is not None:
+                allowed.append(ahead <= right)
+        return reduce(np.multiply, allowed) if allowed else None  # of bools: MXNet has no logical_and
+
+
+def _any_for(flags, shape):
+    """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
+    if flags.ndim >= 2 and len(shape) >= 3 and flags.shape[-2] > shape[-3]:
+        flags = flags.reshape(*flags.shape[:-2], shape[-3], -1, flags.shape[-1]).any(axis=-2)
+    for axis in range(-flags.ndim, -1):
+        if flags.shape[axis] > shape[axis - 1] == 1:
+            flags = flags.any(axis=axis, keepdims=True)
+    return flags[..., None]
+
+
+def _hide_padding(allowed, query, key, value):
+    """Zeros for keys that no query may attend to and queries with no key: NaN there would leak as 0 * NaN."""
+    if allowed is None:
+        return query, key, value
+    if allowed.ndim < 2:
+        allowed = allowed[None] if allowed.ndim else allowed.reshape(1, 1)
+    with autograd.pause():
+        seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)
+        rows = [_any_for(flags, x.shape) for flags, x in ((sees, query), (seen, key), (seen, value))]
+    return tuple(_firm(_where(row, x, 0)) for row, x in zip(rows, (query, key, value), strict=True))
+
+
+# ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m), float32 for half precision
+
+
+@_shaped
+def dot_score(query, key):
+    return _matmul(_wide(query), _wide(key), transpose=True)
+
+
+@_shaped
+def scaled_dot_score(query, key):
+    return dot_score(query, key) / math.sqrt(query.shape[-1])
+
+
+@_shaped
+def additive_score(query, key, W_q, W_k, w_v, b=None):
+    query, key = np.dot(_wide(query), _wide(W_q)), np.dot(_wide(key), _wide(W_k))
+    hidden = query[..., :, None, :] + key[..., None, :, :]  # (..., n, m, h)
+    if b is not None:
+        hidden = hidden + _wide(b)
+    return np.dot(np.tanh(hidden), _wide(w_v))
+
+
+@_shaped
+def multiplicative_score(query, key, W):
+    return _matmul(np.dot(_wide(query), _wide(W)), _wide(key), transpose=True)
+
+
+@_shaped
+def gated_score(query, key, w_g):
+    query, key, w_g = _wide(query), _wide(key), _wide(w_g)
+    d = query.shape[-1]
+    gate = np.dot(query, w_g[:d])[..., :, None] + np.dot(key, w_g[d:])[..., None, :]
+    return _sigmoid(gate) * dot_score(query, key)
+
+
+@_shaped
+def cosine_score(query, key):
+    return dot_score(_unit(_wide(query)), _unit(_wide(key)))
+
+
+@_shaped
+def distance_score(query, key):
+    return -_squared_distance(query, key) / 2
+
+
+# ---- kernels: similarities >= 0 of u = |q - k| / width
+
+
+@_shaped
+def gaussian_kernel(query, key, width=1.0):
+    return np.exp(-_squared_distance(query, key) / (2 * width * width))
+
+
+@_shaped
+def boxcar_kernel(query, key, width=1.0):
+    with autograd.pause():
+        distance = _squared_distance(query, key)
+        return (distance < width * width).astype(distance.dtype)
+
+
+@_shaped
+def triangular_kernel(query, key, width=1.0):
+    squares = _squared_distance(query, key)
+    apart = squares.detach() > 0
+    distance = _where(apart, np.sqrt(_where(apart, squares, 1)), 0)  # the slope of sqrt at 0 is infinite
+    return np.maximum(1 - distance / width, 0)
+
+
+@_shaped
+def epanechnikov_kernel(query, key, width=1.0):
+    return np.maximum(1 - _squared_distance(query, key) / (width * width), 0)
+
+
+@_shaped
+def constant_kernel(query, key, width=1.0):
+    with autograd.pause():
+        return np.ones_like(_squared_distance(query, key))
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + np.tanh(0.5 * x))
+
+
+def _unit(x):
+    squares = (x * x).sum(axis=-1, keepdims=True)
+    some = squares.detach() != 0
+    return _where(some, x / np.sqrt(_where(some, squares, 1)), 0)
+
+
+def _squared_distance(query, key):
+    """|q - k|^2 from the differences: |q|^2 + |k|^2 - 2 q.k would cancel."""
+    difference = _wide(query)[..., :, None, :] - _wide(key)[..., None, :, :]  # (..., n, m, d)
+    return (difference * difference).sum(axis=-1)
+
+
+# ---- normalisers: (scores (..., n, m), where bool) -> weights
+
+
+@_shaped
+def softmax(scores, where=None):
+    return _softmax_lse(scores, where)[0].astype(scores.dtype, copy=False)
+
+
+@_shaped
+def masked_softmax(scores, valid_lens=None, where=None):
+    if valid_lens is not None:
+        inside = np.arange(scores.shape[-1], dtype="int64", ctx=scores.ctx) < _lengths(valid_lens, scores.ndim)
+        where = inside if where is None else where * inside
+    return softmax(scores, where)
+
+
+@_shaped
+def sparsemax(scores, where=None):
+    wide = _wide(scores)
+    if wide.shape[-1] == 0:
+        return scores
+    shifted = wide - _top(wide, where)
+    with autograd.pause():  # the support is piecewise constant
+        ordered = np.maximum(shifted, -2)  # what lies 1 below the best has no weight: -2 stands for it
+        ordered = -np.sort(-(ordered if where is None else _where(where, ordered, -2)), axis=-1)
+        ranks = np.arange(1, wide.shape[-1] + 1, dtype=wide.dtype, ctx=wide.ctx)
+        inside = 1 + ranks * ordered > ordered.cumsum(axis=wide.ndim - 1)
+        count = inside.sum(axis=-1, keepdims=True).astype(wide.dtype)
+        support = shifted > (_where(inside, ordered, 0).sum(axis=-1, keepdims=True) - 1) / count
+        support = support if where is None else support * where
+        count = np.maximum(support.sum(axis=-1, keepdims=True), 1).astype(wide.dtype)
+    threshold = (_where(support, shifted, 0).sum(axis=-1, keepdims=True) - 1) / count
+    return _where(support, shifted - threshold, 0).astype(scores.dtype, copy=False)
+
+
+@_shaped
+def hardmax(scores, where=None):
+    if scores.shape[-1] == 0:
+        return scores
+    with autograd.pause():
+        best = _wide(scores if where is None else _where(where, scores, -math.inf)).argmax(axis=-1)
+        chosen = np.arange(scores.shape[-1], dtype="int64", ctx=scores.ctx) == best[..., None]
+        return (chosen if where is None else chosen * where).astype(scores.dtype)
+
+
+@_shaped
+def proportional(scores, where=None):
+    wide = identity(_wide(scores), where)
+    total = wide.sum(axis=-1, keepdims=True)
+    some = total.detach() != 0
+    return _where(some, wide / _where(some, total, 1), 0).astype(scores.dtype, copy=False)
+
+
+@_shaped
+def average(scores, where=None):
+    with autograd.pause():
+        ones = identity(np.ones_like(_wide(scores)), where)
+        return (ones / np.maximum(ones.sum(axis=-1, keepdims=True), 1)).astype(scores.dtype, copy=False)
+
+
+@_shaped
+def identity(scores, where=None):
+    return scores if where is None else _where(where, scores, 0)
+
+
+def _top(scores, where):
+    """The largest score of each row, 0 where nothing may be attended to."""
+    if scores.shape[-1] == 0:
+        return scores.sum(axis=-1, keepdims=True)
+    with autograd.pause():
+        top = (scores if where is None else _where(where, scores, -math.inf)).max(axis=-1, keepdims=True)
+        return _where(top != -math.inf, top, 0)
+
+
+def _softmax_lse(scores, where):
+    """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
+    scores = _wide(scores) if where is None else _where(where, _wide(scores), -math.inf)
+    top = _top(scores, None)
+    shifted = np.exp(scores - top)
+    total = shifted.sum(axis=-1, keepdims=True)
+    some = total.detach() != 0
+    total = _where(some, total, 1)
+    lse = _where(some, np.log(total) + top, -math.inf)
+    return shifted / total, lse[..., 0]
+
+
+# ---- attention
+
+
+@_shaped
+def attention(
+    query,
+    key,
+    value,
+    *,
+    score=scaled_dot_score,
+    normalize=softmax,
+    mask=None,
+    bias=None,
+    valid_lens=None,
+    causal=False,
+    query_offset=0,
+    window=None,
+    positions=None,
+    scale=None,
+    softcap=None,
+    dropout=0.0,
+    rng=None,
+    return_weights=False,
+    return_lse=False,
+):
+    where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
+    reach = {"causal": causal, "window": window}
+    how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
+    back = {"return_weights": return_weights, "return_lse": return_lse}
+    lead, n = bands.lead(query.shape, key.shape), query.shape[-2]
+    keys = key.shape[-2] if positions is None else positions.shape[-1]
+    if 0 in (*lead, n, keys, key.shape[-2]):
+        return _nothing((*lead, n), keys, query, key, value, **how, **back)
+    if positions is not None:
+        query, key, value, where = _select(positions, query, key, value, **where, **reach)
+        results = attention(query, key, value, **where, **how, **back)
+        if not isinstance(results, tuple):
+            return results.reshape(*lead, n, value.shape[-1])
+        return tuple(x.reshape(*lead, n, *x.shape[2:]) for x in results)
+    steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
+    if steps:
+        parts = [attention(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(steps, query, key, value, **where)]
+        if not return_lse:
+            return np.concatenate(parts, axis=-2)
+        return np.concatenate([x for x, _ in parts], axis=-2), np.concatenate([x for _, x in parts], axis=-1)
+
+    dtype, (heads, kv_heads) = query.dtype, bands.heads(query.shape, key.shape)
+    allowed = _allowed(n, np.arange(key.shape[-2], dtype="int64", ctx=key.ctx), query.ndim, **where, **reach)
+    query, key, value = _hide_padding(allowed, query, key, value)
+
+    # weights = normalize(score(query, key)): (..., h, n, m)
+    scores = _scores(query, key, score, scale, softcap, bias)
+    if return_lse:
+        weights, lse = _softmax_lse(scores, allowed)
+    else:
+        weights, lse = normalize(scores, where=allowed), None
+
+    # output = weights @ value: (..., h, n, v)
+    output = _matmul(_fold(_wide(_dropout(weights, dropout, rng)), kv_heads), _wide(value))
+    output = _firm(_unfold(output, heads, n).astype(dtype, copy=False))
+    results = [output] + [weights.astype(dtype, copy=False)] * return_weights + [lse] * return_lse
+    return tuple(results) if len(results) > 1 else output
+
+
+def _scores(query, key, score, scale, softcap, bias):
+    """What the normaliser is given: (..., h, n, m), float32 for half precision."""
+    n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
+    query = _fold(query, kv_heads)
+    if scale is None:
+        scores = score(query, key)
+    else:
+        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
+    scores = _unfold(scores, heads, n)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    return _firm(scores if bias is None else scores + _wide(bias))
+
+
+def _dropout(weights, rate, rng):
+    if not rate:
+        return weights
+    if rng is not None:
+        raise TypeError(f"rng must be None, not {type(rng).__name__}: MXNet draws from its own state, seeded by mx.random.seed")
+    kept = np.random.uniform(size=weights.shape, ctx=weights.ctx) >= rate
+    return _where(kept, weights / (1 - rate), 0)
+
+
+def _nothing(shape, keys, query, key, value, *, return_weights, return_lse, **how):
+    """The results where there are no queries (shape: (..., n)) or no keys: connected, as backward wants a graph."""
+    if 0 in shape:
+        none = np.concatenate([x.reshape(x.size)[:0] for x in (query, key, value)])
+        output, lse = none.reshape(*shape, value.shape[-1]), _wide(none).reshape(shape)
+    else:  # one key that no query may attend to
+        key, value = (np.concatenate([x[..., :0, :], np.zeros_like(x[..., :1, :])], axis=-2) for x in (key, value))
+        nowhere = np.zeros((1, 1), dtype="bool", ctx=query.ctx)
+        output, lse = attention(query, key, value, mask=nowhere, return_lse=True, **how)
+    weights = np.zeros((*shape, keys), dtype=query.dtype, ctx=query.ctx)
+    results = [output] + [weights] * return_weights + [lse] * return_lse
+    return tuple(results) if len(results) > 1 else output
+
+
+def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_offset, window):
+    """Each query beside the keys it selects: query (r, 1, d), key (r, s, d), value (r, s, v), a row for each query of each
+    head and batch entry, and what may attend."""
+    n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
+    index = np.broadcast_to(positions.astype("int64"), (*lead, n, positions.shape[-1]))
+    inside = (index >= 0) * (index < m) * np.logical_not(_repeated(index))
+    index = np.clip(index, 0, m - 1)
+
+    mask = inside if mask is None else inside * _gather(mask, index)
+    bias = None if bias is None else _gather(bias, index)
+    allowed = _allowed(n, index, query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+
+    def rows(x):
+        return x.reshape(-1, 1, x.shape[-1])
+
+    def selected(x):
+        found = np.take(x.reshape(-1, x.shape[-1]), _spread(x.shape[:-2], lead, index.ctx)[..., None, None] * m + index, axis=0)
+        return found.reshape(-1, *found.shape[-2:])
+
+    where = {"mask": rows(allowed), "bias": None if bias is None else rows(bias)}
+    return rows(np.broadcast_to(query, (*lead, *query.shape[-2:]))), selected(key), selected(value), where
+
+
+def _spread(shape, lead, ctx):
+    """Which row of an array of leading axes ``shape`` each of ``lead`` meets: each key head's for its queries' heads."""
+    rows = np.arange(math.prod(shape), dtype="int64", ctx=ctx).reshape(shape)
+    if shape and shape[-1] not in (1, lead[-1]):
+        rows = np.repeat(rows, lead[-1] // shape[-1], axis=-1)
+    return np.broadcast_to(rows, lead)
+
+
+def _gather(x, index):
+    """x (..., m), broadcast, at index (..., s): MXNet's take_along_axis is NumPy's, and has no gradient."""
+    width = x.shape[-1] if x.ndim else 1
+    rows = _spread(x.shape[:-1], index.shape[:-1], index.ctx)[..., None]
+    return np.take(x.reshape(-1), rows * width + index * int(width > 1), axis=0)
+
+
+def _repeated(index):
+    """True where the same position stands earlier in its row."""
+    size = index.shape[-1]
+    order = np.argsort(index * size + np.arange(size, dtype="int64", ctx=index.ctx), axis=-1)  # MXNet's sort is not stable
+    ordered = _gather(index, order)
+    before = np.concatenate([np.full_like(ordered[..., :1], -2), ordered[..., :-1]], axis=-1)
+    return _gather(ordered == before, np.argsort(order, axis=-1))
+
+
+@_shaped
+def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
+    score = options.get("score", scaled_dot_score)
+    bound = score.keywords if isinstance(score, partial) else {}
+    sources = {"query": query, "key": key, "value": value, "bias": options.get("bias"), **bound}
+    copies = {name: sources[name].detach() for name in {*wrt, "value"}}  # value: without it hardmax leaves no graph
+    for x in copies.values():
+        x.attach_grad()
+    if "bias" in copies:
+        options["bias"] = copies["bias"]
+    if bound:
+        options["score"] = partial(score.func, *score.args, **{name: copies.get(name, x) for name, x in bound.items()})
+    with autograd.record():
+        output = attention(copies.get("query", query), copies.get("key", key), copies["value"], **options)
+    output.backward(grad_output)
+    return tuple(copies[name].grad for name in wrt)
+
+
+@_shaped
+def merge_attention(outputs, lses, return_lse=False):
+    outputs, lses = np.stack([*outputs], axis=-2), np.stack([*lses], axis=-1)  # (..., n, parts, v), (..., n, parts)
+    weights, lse = _softmax_lse(lses, lses.detach() != -math.inf)
+    weights = weights[..., None]
+    output = (weights * _where(weights.detach() != 0, _wide(outputs), 0)).sum(axis=-2).astype(outputs.dtype, copy=False)
+    return (output, lse) if return_lse else output

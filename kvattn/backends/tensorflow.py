@@ -1,0 +1,458 @@
+"""The TensorFlow tab. The promises are in kvattn/api.py; the five tabs hold the same functions in the same order."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from functools import partial, reduce
+
+import numpy as np
+import tensorflow as tf
+
+from kvattn import bands
+
+HALF = (tf.float16, tf.bfloat16)
+
+
+# ---- data
+
+
+def is_array(x):
+    return isinstance(x, tf.__internal__.types.Tensor)  # tensors, eager or symbolic, tf.Variable and keras.Variable
+
+
+def asarray(x, dtype=None, like=None):
+    if is_array(x):
+        return x if dtype is None or tf.as_dtype(x.dtype) == tf.as_dtype(dtype) else tf.cast(x, dtype)
+    x = np.asarray(x, dtype=tf.as_dtype(dtype).as_numpy_dtype if dtype else None)
+    with tf.device(like.device) if isinstance(like, tf.Tensor) and like.device else nullcontext():
+        return tf.convert_to_tensor(x)
+
+
+def to_numpy(x):
+    x = tf.convert_to_tensor(asarray(x))
+    return (tf.cast(x, tf.float32) if x.dtype == tf.bfloat16 else x).numpy()
+
+
+def peek(x):
+    return to_numpy(x) if tf.executing_eagerly() and "CPU" in tf.convert_to_tensor(x).device else None
+
+
+def describe():
+    gpus = tf.config.list_physical_devices("GPU")
+    return tf.__version__, tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else "cpu"
+
+
+# ---- shapes and masks
+
+
+def _shape(x):
+    """The sizes of the axes: ints, or where the trace does not know them, scalar tensors."""
+    static = tuple(x.shape)
+    if None not in static:
+        return static
+    dynamic = tf.shape(x)
+    return tuple(dynamic[axis] if size is None else size for axis, size in enumerate(static))
+
+
+def _heads(query, key):
+    """(query heads, key heads), or (None, None) where one is unknown: they count as equal, or broadcast."""
+    heads = bands.heads(query.shape, key.shape)
+    return (None, None) if None in heads else heads
+
+
+def _wide(x):
+    """Half precision in float32; the rest as it is."""
+    x = tf.convert_to_tensor(x)
+    return tf.cast(x, tf.float32) if x.dtype in HALF else x
+
+
+def _fold(x, heads):
+    """(..., h, n, c) -> (..., heads, h / heads * n, c): the queries of one key head lie in a row."""
+    if len(x.shape) < 3 or heads is None or x.shape[-3] == heads:
+        return x
+    *lead, h, n, c = _shape(x)
+    return tf.reshape(x, (*lead, heads, h // heads * n, c))
+
+
+def _unfold(x, heads, n):
+    """(..., h / g, g * n, c) -> (..., h, n, c): the inverse of _fold."""
+    if len(x.shape) < 3 or heads is None or x.shape[-3] == heads:
+        return x
+    *lead, _, _, c = _shape(x)
+    return tf.reshape(x, (*lead, heads, n, c))
+
+
+def _lengths(valid_lens, ndim):
+    """valid_lens as (batch, 1, ..., 1 or n, 1) of ndim axes."""
+    valid_lens = tf.cast(valid_lens, tf.int64)
+    if ndim == 2:
+        return tf.reshape(valid_lens, (-1, 1))
+    batch, *per_query = _shape(valid_lens)
+    return tf.reshape(valid_lens, (batch, *[1] * (ndim - 3), *(per_query or [1]), 1))
+
+
+def _positions(query_offset, n, ndim):
+    """Where each query stands: (n, 1), or (batch, 1, ..., n, 1) of ndim axes."""
+    query_offset = tf.cast(query_offset, tf.int64)
+    if len(query_offset.shape):
+        query_offset = tf.reshape(query_offset, (-1, *[1] * (ndim - 1)))
+    return query_offset + tf.range(tf.cast(n, tf.int64))[:, None]
+
+
+def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window):
+    """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
+    allowed = [] if mask is None else [mask]
+    if bias is not None:
+        allowed.append(tf.not_equal(bias, -math.inf))
+    if valid_lens is not None:
+        allowed.append(keys < _lengths(valid_lens, ndim))
+    if causal or window is not None:
+        ahead = keys - _positions(query_offset, n, ndim)  # how far each key lies after each query
+        left, right = window or (None, None)
+        right = 0 if causal else right
+        if left is not None:
+            allowed.append(ahead >= -left)
+        if right is not None:
+            allowed.append(ahead <= right)
+    return tf.convert_to_tensor(reduce(tf.logical_and, allowed)) if allowed else None
+
+
+def _any_for(flags, shape):
+    """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
+    if len(flags.shape) >= 2 and len(shape) >= 3 and shape[-3] and flags.shape[-2] not in (1, shape[-3]):
+        *lead, h, r = _shape(flags)
+        flags = tf.reshape(flags, (*lead, tf.minimum(h, shape[-3]), tf.maximum(h // shape[-3], 1), r))
+        flags = tf.reduce_any(flags, axis=-2)
+    for axis in range(-len(flags.shape), -1):
+        if flags.shape[axis] != 1 and shape[axis - 1] == 1:
+            flags = tf.reduce_any(flags, axis=axis, keepdims=True)
+    return flags[..., None]
+
+
+def _hide_padding(allowed, query, key, value):
+    """Zeros for keys that no query may attend to and queries with no key: NaN there would leak as 0 * NaN."""
+    if allowed is None:
+        return query, key, value
+    if len(allowed.shape) < 2:
+        allowed = allowed[None] if len(allowed.shape) else allowed[None, None]
+    seen, sees = tf.reduce_any(allowed, axis=-2), tf.reduce_any(allowed, axis=-1)
+    return (
+        tf.where(_any_for(sees, query.shape), query, 0),
+        tf.where(_any_for(seen, key.shape), key, 0),
+        tf.where(_any_for(seen, value.shape), value, 0),
+    )
+
+
+# ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m), float32 for half precision
+
+
+def dot_score(query, key):
+    return tf.matmul(_wide(query), _wide(key), transpose_b=True)
+
+
+def scaled_dot_score(query, key):
+    scores = dot_score(query, key)
+    return scores / tf.sqrt(tf.cast(_shape(query)[-1], scores.dtype))
+
+
+def additive_score(query, key, W_q, W_k, w_v, b=None):
+    query, key = _wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k)
+    hidden = query[..., :, None, :] + key[..., None, :, :]  # (..., n, m, h)
+    if b is not None:
+        hidden = hidden + _wide(b)
+    return tf.linalg.matvec(tf.tanh(hidden), _wide(w_v))
+
+
+def multiplicative_score(query, key, W):
+    return tf.matmul(_wide(query) @ _wide(W), _wide(key), transpose_b=True)
+
+
+def gated_score(query, key, w_g):
+    query, key, w_g = _wide(query), _wide(key), _wide(w_g)
+    d = _shape(query)[-1]
+    gate = tf.linalg.matvec(query, w_g[:d])[..., :, None] + tf.linalg.matvec(key, w_g[d:])[..., None, :]
+    return _sigmoid(gate) * dot_score(query, key)
+
+
+def cosine_score(query, key):
+    return dot_score(_unit(_wide(query)), _unit(_wide(key)))
+
+
+def distance_score(query, key):
+    return -_squared_distance(query, key) / 2
+
+
+# ---- kernels: similarities >= 0 of u = |q - k| / width
+
+
+def gaussian_kernel(query, key, width=1.0):
+    return tf.exp(-_squared_distance(query, key) / (2 * width * width))
+
+
+def boxcar_kernel(query, key, width=1.0):
+    distance = _squared_distance(query, key)
+    return tf.cast(distance < width * width, distance.dtype)
+
+
+def triangular_kernel(query, key, width=1.0):
+    squares = _squared_distance(query, key)
+    apart = tf.not_equal(squares, 0)  # where they meet, the square root has no slope
+    u = tf.where(apart, tf.sqrt(tf.where(apart, squares, 1)), 0) / width
+    return tf.where(u >= 1, tf.zeros_like(u), 1 - u)  # tf.maximum has a slope where u = 1
+
+
+def epanechnikov_kernel(query, key, width=1.0):
+    squares = _squared_distance(query, key) / (width * width)
+    return tf.where(squares >= 1, tf.zeros_like(squares), 1 - squares)
+
+
+def constant_kernel(query, key, width=1.0):
+    return tf.ones_like(_squared_distance(query, key))
+
+
+def _sigmoid(x):
+    return tf.sigmoid(x)
+
+
+def _unit(x):
+    squares = tf.reduce_sum(x * x, axis=-1, keepdims=True)
+    some = tf.not_equal(squares, 0)
+    return tf.where(some, x / tf.sqrt(tf.where(some, squares, 1)), 0)
+
+
+def _squared_distance(query, key):
+    """|q - k|^2 from the differences: |q|^2 + |k|^2 - 2 q.k would cancel."""
+    difference = _wide(query)[..., :, None, :] - _wide(key)[..., None, :, :]  # (..., n, m, d)
+    return tf.reduce_sum(difference * difference, axis=-1)
+
+
+# ---- normalisers: (scores (..., n, m), where bool) -> weights
+
+
+def softmax(scores, where=None):
+    return tf.cast(_softmax_lse(scores, where)[0], scores.dtype)
+
+
+def masked_softmax(scores, valid_lens=None, where=None):
+    if valid_lens is not None:
+        inside = tf.range(tf.cast(_shape(scores)[-1], tf.int64)) < _lengths(valid_lens, len(scores.shape))
+        where = inside if where is None else tf.logical_and(where, inside)
+    return softmax(scores, where)
+
+
+def sparsemax(scores, where=None):
+    wide = _wide(scores)
+    if wide.shape[-1] == 0:
+        return scores
+    shifted = tf.maximum(wide - _top(wide, where), -2)  # what lies 1 below the best has no weight: -2 stands for it
+    shifted = shifted if where is None else tf.where(where, shifted, -2)
+    fixed = tf.stop_gradient(shifted)
+    ordered = tf.sort(fixed, axis=-1, direction="DESCENDING")
+    ranks = tf.cast(tf.range(1, _shape(wide)[-1] + 1), wide.dtype)
+    above = tf.cast(1 + ranks * ordered > tf.cumsum(ordered, axis=-1), wide.dtype)
+    threshold = (tf.reduce_sum(above * ordered, axis=-1, keepdims=True) - 1) / tf.reduce_sum(above, axis=-1, keepdims=True)
+    outside, zeros = fixed <= threshold, tf.zeros_like(wide)  # which keys have weight is a constant to the gradient
+    total = tf.reduce_sum(tf.where(outside, zeros, shifted), axis=-1, keepdims=True)
+    count = tf.reduce_sum(tf.where(outside, zeros, 1), axis=-1, keepdims=True)
+    weights = tf.where(outside, zeros, shifted - (total - 1) / count)
+    return tf.cast(weights if where is None else tf.where(where, weights, 0), scores.dtype)
+
+
+def hardmax(scores, where=None):
+    if scores.shape[-1] == 0:
+        return scores
+    seen = scores if where is None else tf.where(where, scores, -math.inf)
+    best = tf.argmax(tf.where(tf.equal(seen, seen), seen, math.inf), axis=-1)  # tf.argmax would pass over NaN
+    chosen = tf.equal(tf.range(tf.cast(_shape(scores)[-1], tf.int64)), best[..., None])
+    return tf.cast(chosen if where is None else tf.logical_and(chosen, where), scores.dtype)
+
+
+def proportional(scores, where=None):
+    wide = identity(_wide(scores), where)
+    total = tf.reduce_sum(wide, axis=-1, keepdims=True)
+    some = tf.not_equal(total, 0)
+    return tf.cast(tf.where(some, wide / tf.where(some, total, 1), 0), scores.dtype)
+
+
+def average(scores, where=None):
+    ones = identity(tf.ones_like(_wide(scores)), where)
+    return tf.cast(ones / tf.maximum(tf.reduce_sum(ones, axis=-1, keepdims=True), 1), scores.dtype)
+
+
+def identity(scores, where=None):
+    return scores if where is None else tf.where(where, scores, 0)
+
+
+def _top(scores, where):
+    """The largest score of each row, 0 where nothing may be attended to."""
+    scores = scores if where is None else tf.where(where, scores, -math.inf)
+    top = tf.stop_gradient(tf.reduce_max(scores, axis=-1, keepdims=True))
+    return tf.where(tf.not_equal(top, -math.inf), top, 0)
+
+
+def _softmax_lse(scores, where):
+    """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
+    scores = _wide(scores)
+    top = _top(scores, where)
+    shifted = tf.exp((scores if where is None else tf.where(where, scores, -math.inf)) - top)
+    total = tf.reduce_sum(shifted, axis=-1, keepdims=True)
+    some = tf.not_equal(total, 0)
+    total = tf.where(some, total, 1)
+    lse = tf.where(some, tf.math.log(total) + top, -math.inf)
+    return shifted / total, lse[..., 0]
+
+
+# ---- attention
+
+
+def attention(
+    query,
+    key,
+    value,
+    *,
+    score=scaled_dot_score,
+    normalize=softmax,
+    mask=None,
+    bias=None,
+    valid_lens=None,
+    causal=False,
+    query_offset=0,
+    window=None,
+    positions=None,
+    scale=None,
+    softcap=None,
+    dropout=0.0,
+    rng=None,
+    return_weights=False,
+    return_lse=False,
+):
+    query, key, value = tf.convert_to_tensor(query), tf.convert_to_tensor(key), tf.convert_to_tensor(value)
+    where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
+    reach = {"causal": causal, "window": window}
+    how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
+    back = {"return_weights": return_weights, "return_lse": return_lse}
+    if positions is not None:
+        query, key, value, where = _select(positions, query, key, value, **where, **reach)
+        results = attention(query, key, value, **where, **how, **back)
+        if not isinstance(results, tuple):
+            return results[..., 0, :]
+        return tuple(x[..., 0] if len(x.shape) < len(query.shape) else x[..., 0, :] for x in results)
+    whole = return_weights or any(None in x.shape[-2:] for x in (mask, bias) if x is not None)  # unknown: cannot be cut
+    steps = [] if whole else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
+    if steps:
+        parts = []
+        for block, (cut, at) in enumerate(bands.cuts(steps, query, key, value, **where)):
+            how["rng"] = None if rng is None else (rng, block)  # one seed would drop the same pairs in every block
+            parts.append(attention(*cut, **reach, **how, **back, **at))
+        if not return_lse:
+            return tf.concat(parts, axis=-2)
+        return tf.concat([x for x, _ in parts], axis=-2), tf.concat([x for _, x in parts], axis=-1)
+
+    dtype, n, (heads, kv_heads) = query.dtype, _shape(query)[-2], _heads(query, key)
+    allowed = _allowed(n, tf.range(tf.cast(_shape(key)[-2], tf.int64)), len(query.shape), **where, **reach)
+    query, key, value = _hide_padding(allowed, query, key, value)
+
+    # weights = normalize(score(query, key)): (..., h, n, m)
+    scores = _scores(query, key, score, scale, softcap, bias)
+    if return_lse:
+        weights, lse = _softmax_lse(scores, allowed)
+    else:
+        weights, lse = normalize(scores, where=allowed), None
+
+    # output = weights @ value: (..., h, n, v)
+    output = _fold(_dropout(weights, dropout, rng), kv_heads) @ _wide(value)
+    output = tf.cast(_unfold(output, heads, n), dtype)
+    results = [output] + [tf.cast(weights, dtype)] * return_weights + [lse] * return_lse
+    return tuple(results) if len(results) > 1 else output
+
+
+def _scores(query, key, score, scale, softcap, bias):
+    """What the normaliser is given: (..., h, n, m), float32 for half precision."""
+    n, (heads, kv_heads) = _shape(query)[-2], _heads(query, key)
+    query = _fold(query, kv_heads)
+    if scale is None:
+        scores = score(query, key)
+    else:
+        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
+    scores = _unfold(scores, heads, n)
+    if softcap is not None:
+        scores = softcap * tf.tanh(scores / softcap)
+    return scores if bias is None else scores + _wide(bias)
+
+
+def _dropout(weights, rate, rng):
+    if not rate:
+        return weights
+    seed = rng if rng is None or isinstance(rng, tuple) else (rng, 0)
+    draw = tf.random.uniform if seed is None else partial(tf.random.stateless_uniform, seed=seed)
+    return tf.where(draw(_shape(weights)) >= rate, weights / (1 - rate), 0)
+
+
+def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_offset, window):
+    """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and what may attend."""
+    n, m, lead = _shape(query)[-2], _shape(key)[-2], _lead(query, key)
+    index = tf.broadcast_to(tf.cast(positions, tf.int64), (*lead, n, _shape(positions)[-1]))
+    inside = (index >= 0) & (index < tf.cast(m, tf.int64)) & ~_repeated(index)
+    index = tf.clip_by_value(index, 0, tf.cast(tf.maximum(m - 1, 0), tf.int64))
+    spare = 0 if key.shape[-2] else 1  # where m may be 0, a key that nobody may attend to: something to gather
+
+    def gather(x):
+        x = tf.pad(tf.broadcast_to(x, (*lead, n, m)), [[0, 0]] * (len(lead) + 1) + [[0, spare]])
+        return tf.gather(x, index, axis=-1, batch_dims=len(lead) + 1)
+
+    mask = inside if mask is None else inside & gather(mask)
+    bias = None if bias is None else gather(bias)
+    allowed = _allowed(n, index, len(query.shape), mask, bias, valid_lens, causal, query_offset, window)
+    key, value = (tf.pad(_spread(x, lead), [[0, 0]] * len(lead) + [[0, spare], [0, 0]]) for x in (key, value))
+    key, value = (tf.gather(x, index, axis=len(lead), batch_dims=len(lead)) for x in (key, value))
+    where = {"mask": allowed[..., None, :], "bias": None if bias is None else bias[..., None, :]}
+    return tf.broadcast_to(query, (*lead, n, _shape(query)[-1]))[..., None, :], key, value, where
+
+
+def _lead(query, key):
+    """The leading axes (..., h) of the scores, as bands.lead has them, where sizes may be unknown."""
+    if None not in (*query.shape[:-2], *key.shape[:-2]):
+        return bands.lead(query.shape, key.shape)
+    batch = tf.broadcast_dynamic_shape(tf.shape(query)[:-3], tf.shape(key)[:-3])
+    return (*tf.unstack(batch), *_shape(query)[:-2][-1:])
+
+
+def _spread(x, lead):
+    """(..., h_kv, m, c) -> (*lead, m, c): each key head repeated for its queries' heads."""
+    if lead and type(lead[-1]) is type(x.shape[-3]) is int and x.shape[-3] not in (1, lead[-1]):
+        x = tf.repeat(x, lead[-1] // x.shape[-3], axis=-3)
+    return tf.broadcast_to(x, (*lead, *_shape(x)[-2:]))
+
+
+def _repeated(index):
+    """True where the same position stands earlier in its row."""
+    lead = len(index.shape) - 1
+    order = tf.argsort(index, axis=-1, stable=True)
+    ordered = tf.gather(index, order, axis=-1, batch_dims=lead)
+    again = tf.concat([tf.zeros_like(ordered[..., :1], tf.bool), tf.equal(ordered[..., 1:], ordered[..., :-1])], axis=-1)
+    return tf.gather(again, tf.argsort(order, axis=-1), axis=-1, batch_dims=lead)
+
+
+def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
+    score = options.get("score", scaled_dot_score)
+    given = {"query": query, "key": key, "value": value, "bias": options.get("bias"), **getattr(score, "keywords", {})}
+    by = {name: tf.identity(given[name]) for name in wrt}  # copies: one tensor may be query, key and value
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(by)
+        given |= by
+        query, key, value, bias = (given.pop(name) for name in ("query", "key", "value", "bias"))
+        if given:
+            score = partial(score.func, *score.args, **given)
+        output = attention(query, key, value, **{**options, "score": score, "bias": bias})
+    grads = tape.gradient(output, [by[name] for name in wrt], grad_output, unconnected_gradients="zero")
+    return tuple(tf.convert_to_tensor(grad) for grad in grads)  # the gradient of a gather is sparse
+
+
+def merge_attention(outputs, lses, return_lse=False):
+    outputs, lses = tf.stack([*outputs], axis=-2), tf.stack([*lses], axis=-1)  # (..., n, parts, v), (..., n, parts)
+    weights, lse = _softmax_lse(lses, tf.not_equal(lses, -math.inf))
+    weights = weights[..., None]
+    parts = tf.where(tf.not_equal(weights, 0), _wide(outputs), 0)
+    output = tf.cast(tf.reduce_sum(weights * parts, axis=-2), outputs.dtype)
+    return (output, lse) if return_lse else output

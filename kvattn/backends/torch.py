@@ -1,0 +1,433 @@
+"""The PyTorch tab. The promises are in kvattn/api.py; the five tabs hold the same functions in the same order."""
+
+from __future__ import annotations
+
+import math
+from functools import partial, reduce
+
+import numpy as np
+import torch
+
+from kvattn import bands
+from kvattn.kernels import torch as kernels
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+# ---- data
+
+
+def is_array(x):
+    return isinstance(x, torch.Tensor)
+
+
+def asarray(x, dtype=None, like=None):
+    dtype = getattr(torch, dtype) if dtype else None
+    if is_array(x):
+        return x.to(dtype) if dtype else x
+    x, device = np.asarray(x), like.device if is_array(like) else None
+    if torch.compiler.is_compiling():  # traces this and none of what follows
+        return torch.as_tensor(x, dtype=dtype, device=device)
+    if x.dtype.name == "bfloat16":  # ml_dtypes', unknown to from_numpy
+        return torch.from_numpy(x.astype(np.float32)).to(device, dtype or torch.bfloat16)
+    if not (x.flags.writeable and x.flags.c_contiguous and x.dtype.isnative):  # from_numpy takes no other
+        x = np.array(x, dtype=x.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(x).to(device, dtype)
+
+
+def to_numpy(x):
+    x = asarray(x).detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def peek(x):
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return None
+    try:
+        return to_numpy(x)
+    except RuntimeError:  # inside torch.func's transforms, or fake
+        return None
+
+
+def describe():
+    return torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+# ---- shapes and masks
+
+
+def _wide(x):
+    """Half precision in float32; the rest as it is."""
+    return x.float() if x.dtype in HALF else x
+
+
+def _fold(x, heads):
+    """(..., h, n, c) -> (..., heads, h / heads * n, c): the queries of one key head lie in a row."""
+    if x.ndim < 3 or x.shape[-3] == heads:
+        return x
+    return x.reshape(*x.shape[:-3], heads, x.shape[-3] // heads * x.shape[-2], x.shape[-1])
+
+
+def _unfold(x, heads, n):
+    """(..., h / g, g * n, c) -> (..., h, n, c): the inverse of _fold."""
+    if x.ndim < 3 or x.shape[-3] == heads:
+        return x
+    return x.reshape(*x.shape[:-3], heads, n, x.shape[-1])
+
+
+def _lengths(valid_lens, ndim):
+    """valid_lens as (batch, 1, ..., 1 or n, 1) of ndim axes."""
+    if ndim == 2:
+        return valid_lens.reshape(-1, 1)
+    batch, *per_query = valid_lens.shape
+    return valid_lens.reshape(batch, *[1] * (ndim - 3), *(per_query or [1]), 1)
+
+
+def _positions(query_offset, n, ndim, device):
+    """Where each query stands: (n, 1), or (batch, 1, ..., n, 1) of ndim axes."""
+    if not isinstance(query_offset, int) and query_offset.ndim:
+        query_offset = query_offset.reshape(-1, *[1] * (ndim - 1))
+    return query_offset + torch.arange(n, device=device)[:, None]
+
+
+def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window):
+    """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
+    allowed = [] if mask is None else [mask]
+    if bias is not None:
+        allowed.append(bias != -math.inf)
+    if valid_lens is not None:
+        allowed.append(keys < _lengths(valid_lens, ndim))
+    if causal or window is not None:
+        ahead = keys - _positions(query_offset, n, ndim, keys.device)  # how far each key lies after each query
+        left, right = window or (None, None)
+        right = 0 if causal else right
+        if left is not None:
+            allowed.append(ahead >= -left)
+        if right is not None:
+            allowed.append(ahead <= right)
+    return reduce(torch.logical_and, allowed) if allowed else None
+
+
+def _any_for(flags, shape):
+    """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
+    if flags.ndim >= 2 and len(shape) >= 3 and flags.shape[-2] > shape[-3]:
+        flags = flags.reshape(*flags.shape[:-2], shape[-3], flags.shape[-2] // shape[-3], flags.shape[-1]).any(dim=-2)
+    for axis in range(-flags.ndim, -1):
+        if flags.shape[axis] > shape[axis - 1] == 1:
+            flags = flags.any(dim=axis, keepdim=True)
+    return flags[..., None]
+
+
+def _hide_padding(allowed, query, key, value):
+    """Zeros for keys that no query may attend to and queries with no key: NaN there would leak as 0 * NaN."""
+    if allowed is None:
+        return query, key, value
+    if allowed.ndim < 2:
+        allowed = allowed[None] if allowed.ndim else allowed[None, None]
+    seen, sees = allowed.any(dim=-2), allowed.any(dim=-1)
+    return (
+        torch.where(_any_for(sees, query.shape), query, 0),
+        torch.where(_any_for(seen, key.shape), key, 0),
+        torch.where(_any_for(seen, value.shape), value, 0),
+    )
+
+
+# ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m), float32 for half precision
+
+
+def dot_score(query, key):
+    return _wide(query) @ _wide(key).transpose(-1, -2)
+
+
+def scaled_dot_score(query, key):
+    return dot_score(query, key) / math.sqrt(query.shape[-1])
+
+
+def additive_score(query, key, W_q, W_k, w_v, b=None):
+    query, key = _wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k)
+    hidden = query[..., :, None, :] + key[..., None, :, :]  # (..., n, m, h)
+    if b is not None:
+        hidden = hidden + _wide(b)
+    return torch.tanh(hidden) @ _wide(w_v)
+
+
+def multiplicative_score(query, key, W):
+    return (_wide(query) @ _wide(W)) @ _wide(key).transpose(-1, -2)
+
+
+def gated_score(query, key, w_g):
+    query, key, w_g = _wide(query), _wide(key), _wide(w_g)
+    d = query.shape[-1]
+    gate = (query @ w_g[:d])[..., :, None] + (key @ w_g[d:])[..., None, :]
+    return _sigmoid(gate) * dot_score(query, key)
+
+
+def cosine_score(query, key):
+    return dot_score(_unit(_wide(query)), _unit(_wide(key)))
+
+
+def distance_score(query, key):
+    return -_squared_distance(query, key) / 2
+
+
+# ---- kernels: similarities >= 0 of u = |q - k| / width
+
+
+def gaussian_kernel(query, key, width=1.0):
+    return torch.exp(-_squared_distance(query, key) / (2 * width * width))
+
+
+def boxcar_kernel(query, key, width=1.0):
+    distance = _squared_distance(query, key)
+    return (distance < width * width).to(distance.dtype)
+
+
+def triangular_kernel(query, key, width=1.0):
+    squares = _squared_distance(query, key)
+    distance = torch.where(squares == 0, 0, torch.where(squares == 0, 1, squares).sqrt())  # sqrt has no gradient at 0
+    return torch.relu(1 - distance / width)
+
+
+def epanechnikov_kernel(query, key, width=1.0):
+    return torch.relu(1 - _squared_distance(query, key) / (width * width))
+
+
+def constant_kernel(query, key, width=1.0):
+    return torch.ones_like(_squared_distance(query, key))
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + torch.tanh(0.5 * x))
+
+
+def _unit(x):
+    squares = (x * x).sum(dim=-1, keepdim=True)
+    return torch.where(squares == 0, 0, x / torch.where(squares == 0, 1, squares).sqrt())
+
+
+def _squared_distance(query, key):
+    """|q - k|^2 from the differences: |q|^2 + |k|^2 - 2 q.k would cancel."""
+    difference = _wide(query)[..., :, None, :] - _wide(key)[..., None, :, :]  # (..., n, m, d)
+    return (difference * difference).sum(dim=-1)
+
+
+# ---- normalisers: (scores (..., n, m), where bool) -> weights
+
+
+def softmax(scores, where=None):
+    return _softmax_lse(scores, where)[0].to(scores.dtype)
+
+
+def masked_softmax(scores, valid_lens=None, where=None):
+    if valid_lens is not None:
+        inside = torch.arange(scores.shape[-1], device=scores.device) < _lengths(valid_lens, scores.ndim)
+        where = inside if where is None else where & inside
+    return softmax(scores, where)
+
+
+def sparsemax(scores, where=None):
+    wide = _wide(scores)
+    if wide.shape[-1] == 0:
+        return scores
+    shifted = (wide - _top(wide, where)).clamp(min=-2)  # what lies 1 below the best has no weight: -2 stands for it
+    shifted = shifted if where is None else torch.where(where, shifted, -2)
+    ordered = shifted.detach().sort(dim=-1, descending=True).values
+    ranks = torch.arange(1, wide.shape[-1] + 1, dtype=wide.dtype, device=wide.device)
+    sums = ordered.cumsum(dim=-1)
+    count = (1 + ranks * ordered > sums).sum(dim=-1, keepdim=True)
+    support = shifted.detach() > (sums.take_along_dim(count - 1, dim=-1) - 1) / count
+    # the threshold again, from its support alone: the gradient passes through no sort
+    threshold = (torch.where(support, shifted, 0).sum(dim=-1, keepdim=True) - 1) / support.sum(dim=-1, keepdim=True)
+    weights = torch.where(support, shifted - threshold, 0)
+    return (weights if where is None else torch.where(where, weights, 0)).to(scores.dtype)
+
+
+def hardmax(scores, where=None):
+    if scores.shape[-1] == 0:
+        return scores
+    best = (scores if where is None else torch.where(where, scores, -math.inf)).argmax(dim=-1)
+    chosen = torch.arange(scores.shape[-1], device=scores.device) == best[..., None]
+    return (chosen if where is None else chosen & where).to(scores.dtype)
+
+
+def proportional(scores, where=None):
+    wide = identity(_wide(scores), where)
+    total = wide.sum(dim=-1, keepdim=True)
+    return torch.where(total == 0, 0, wide / torch.where(total == 0, 1, total)).to(scores.dtype)
+
+
+def average(scores, where=None):
+    ones = identity(torch.ones_like(_wide(scores)), where)
+    return (ones / ones.sum(dim=-1, keepdim=True).clamp(min=1)).to(scores.dtype)
+
+
+def identity(scores, where=None):
+    return scores if where is None else torch.where(where, scores, 0)
+
+
+def _top(scores, where):
+    """The largest score of each row, 0 where nothing may be attended to."""
+    scores = scores.detach()  # whatever is taken off, the weights and their gradients are the same
+    if scores.shape[-1] == 0:
+        return scores.new_zeros((*scores.shape[:-1], 1))
+    scores = scores if where is None else torch.where(where, scores, -math.inf)
+    top = scores.amax(dim=-1, keepdim=True)
+    return torch.where(top == -math.inf, 0, top)
+
+
+def _softmax_lse(scores, where):
+    """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
+    scores = _wide(scores)
+    top = _top(scores, where)
+    shifted = torch.exp((scores if where is None else torch.where(where, scores, -math.inf)) - top)
+    total = shifted.sum(dim=-1, keepdim=True)
+    empty = total == 0
+    total = torch.where(empty, 1, total)
+    lse = torch.where(empty, -math.inf, total.log() + top)
+    return shifted / total, lse[..., 0]
+
+
+# ---- attention
+
+
+def attention(
+    query,
+    key,
+    value,
+    *,
+    score=scaled_dot_score,
+    normalize=softmax,
+    mask=None,
+    bias=None,
+    valid_lens=None,
+    causal=False,
+    query_offset=0,
+    window=None,
+    positions=None,
+    scale=None,
+    softcap=None,
+    dropout=0.0,
+    rng=None,
+    return_weights=False,
+    return_lse=False,
+):
+    where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
+    reach = {"causal": causal, "window": window}
+    how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
+    back = {"return_weights": return_weights, "return_lse": return_lse}
+    if positions is not None:
+        query, key, value, where = _select(positions, query, key, value, **where, **reach)
+        results = attention(query, key, value, **where, **how, **back)
+        if not isinstance(results, tuple):
+            return results[..., 0, :]
+        return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
+    steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
+    if steps:
+        parts = [attention(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(steps, query, key, value, **where)]
+        if not return_lse:
+            return torch.cat(parts, dim=-2)
+        return torch.cat([x for x, _ in parts], dim=-2), torch.cat([x for _, x in parts], dim=-1)
+
+    dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
+    fused = score is scaled_dot_score and normalize is softmax and not (softcap or dropout or return_weights or return_lse)
+    fused = fused and kernels.serves(query, key, value, bias, scale)
+    triangle = fused and kernels.is_triangle(n, key.shape[-2], **where, **reach)
+    allowed = None if triangle else _allowed(n, torch.arange(key.shape[-2], device=key.device), query.ndim, **where, **reach)
+    query, key, value = _hide_padding(allowed, query, key, value)
+    if fused:
+        return kernels.attention(query, key, value, allowed, bias, triangle, scale)
+
+    # weights = normalize(score(query, key)): (..., h, n, m)
+    scores = _scores(query, key, score, scale, softcap, bias)
+    if return_lse:
+        weights, lse = _softmax_lse(scores, allowed)
+    else:
+        weights, lse = normalize(scores, where=allowed), None
+
+    # output = weights @ value: (..., h, n, v)
+    output = _fold(_dropout(weights, dropout, rng), kv_heads) @ _wide(value)
+    output = _unfold(output, heads, n).to(dtype)
+    results = [output] + [weights.to(dtype)] * return_weights + [lse] * return_lse
+    return tuple(results) if len(results) > 1 else output
+
+
+def _scores(query, key, score, scale, softcap, bias):
+    """What the normaliser is given: (..., h, n, m), float32 for half precision."""
+    n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
+    query = _fold(query, kv_heads)
+    if scale is None:
+        scores = score(query, key)
+    else:
+        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
+    scores = _unfold(scores, heads, n)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if bias is None else scores + _wide(bias)
+
+
+def _dropout(weights, rate, rng):
+    if not rate:
+        return weights
+    kept = torch.rand(weights.shape, generator=rng, dtype=weights.dtype, device=weights.device) >= rate
+    return torch.where(kept, weights / (1 - rate), 0)
+
+
+def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_offset, window):
+    """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and what may attend."""
+    n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
+    index = positions.long().expand(*lead, n, positions.shape[-1])
+    inside = (index >= 0) & (index < m) & ~_repeated(index)
+    if m == 0:  # one key that nobody may attend to, so that there is something to gather
+        mask = bias = None
+        key, value = (x.new_zeros((*x.shape[:-2], 1, x.shape[-1])) for x in (key, value))
+    index = index.clamp(0, max(m - 1, 0))
+
+    def gather(x):
+        return x.expand(*lead, n, m).take_along_dim(index, dim=-1)
+
+    mask = inside if mask is None else inside & gather(mask)
+    bias = None if bias is None else gather(bias)
+    allowed = _allowed(n, index, query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+    rows = index.flatten(-2)[..., None]  # one gather from (..., m, c): the gradient is not (..., n, m, c)
+    key, value = (_spread(x, lead).take_along_dim(rows, dim=-2).unflatten(-2, index.shape[-2:]) for x in (key, value))
+    where = {"mask": allowed[..., None, :], "bias": None if bias is None else bias[..., None, :]}
+    return query.expand(*lead, n, query.shape[-1])[..., None, :], key, value, where
+
+
+def _spread(x, lead):
+    """(..., h_kv, m, c) -> (*lead, m, c): each key head repeated for its queries' heads."""
+    if lead and x.shape[-3] != lead[-1]:
+        x = x.repeat_interleave(lead[-1] // x.shape[-3], dim=-3)
+    return x.expand(*lead, *x.shape[-2:])
+
+
+def _repeated(index):
+    """True where the same position stands earlier in its row."""
+    size = index.shape[-1]
+    order = index.argsort(dim=-1, stable=True)
+    ordered = index.take_along_dim(order, dim=-1)
+    again = torch.cat([torch.zeros_like(ordered[..., :1], dtype=torch.bool), ordered[..., 1:] == ordered[..., :-1]], dim=-1)
+    return again[..., :size].take_along_dim(order.argsort(dim=-1), dim=-1)
+
+
+def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
+    score = options.pop("score", scaled_dot_score)
+    parameters = score.keywords if isinstance(score, partial) else {}
+    given = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None), **parameters}
+    leaves = {name: given[name].detach().requires_grad_() for name in wrt}
+    given |= leaves
+    if parameters:
+        score = partial(score.func, *score.args, **{name: given[name] for name in parameters})
+    with torch.enable_grad():
+        output = attention(*(given[x] for x in ("query", "key", "value")), bias=given["bias"], score=score, **options)
+    if not output.requires_grad:
+        return tuple(torch.zeros_like(x) for x in leaves.values())
+    return torch.autograd.grad(output, [*leaves.values()], grad_output, materialize_grads=True)
+
+
+def merge_attention(outputs, lses, return_lse=False):
+    outputs, lses = torch.stack([*outputs], dim=-2), torch.stack([*lses], dim=-1)  # (..., n, parts, v), (..., n, parts)
+    weights, lse = _softmax_lse(lses, lses != -math.inf)
+    weights = weights[..., None]
+    output = torch.where(weights == 0, 0, weights * _wide(outputs)).sum(dim=-2).to(outputs.dtype)
+    return (output, lse) if return_lse else output

@@ -1,0 +1,298 @@
+"""The ``kvattn`` command. What is heavy is imported where it is used, so that ``kvattn --help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvattn import __version__, dispatch
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvattn.conformance import Report
+
+
+class _Refused(Exception):
+    """The command cannot be carried out as it was given: its message, exit status 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status: 0 all well, 1 something failed, 2 the command was wrong."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow reports its CPU features when it is imported
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a text's words, on a terminal that is not UTF-8
+    try:
+        return conform(options) if options.command == "conform" else doctor()
+    except _Refused as error:
+        print(f"kvattn {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvattn",
+        description="One attention, five frameworks, the same numbers.",
+        epilog="Start with 'kvattn doctor' (what works here), then 'kvattn conform' (do the backends agree).",
+    )
+    parser.add_argument("--version", action="version", version=f"kvattn {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser(
+        "doctor",
+        help="say which backends work here, which one serves a call, and what to install for the rest",
+        description="Import every backend that is installed; say what works, which one serves a call with NumPy arrays and "
+        "why, and what to install for the rest. Exit status 1 if the backend that would serve the call is not usable.",
+    )
+    conform = commands.add_parser(
+        "conform",
+        help="run the conformance suite on every installed backend and compare them with each other",
+        description="Run the conformance suite on every installed backend and on a text, and compare the backends pairwise. "
+        "Exit status 1 on any failure or disagreement, 2 if the command itself is wrong.",
+    )
+    names = ", ".join(dispatch._OURS)
+    conform.add_argument("--backend", metavar="NAMES", help=f"only these, separated by commas: {names}, or a plugin's")
+    conform.add_argument("--text", metavar="FILE", help="UTF-8 text to attend over (default: a sentence about a dog)")
+    conform.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+    conform.add_argument("--html", metavar="FILE", help="also write the report as one self-contained page")
+    return parser
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False, soft_wrap=False)
+
+
+def _say(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+# ---- conform
+
+
+def conform(options: argparse.Namespace) -> int:
+    """Run the suite and the text on the backends asked for; print the report and write it where asked."""
+    from kvattn import report, text
+
+    names = _named(options.backend)
+    try:
+        source = options.text or "the built-in sentence"
+        words = text.read(options.text) if options.text else text.SENTENCE
+    except ValueError as error:
+        raise _Refused(str(error)) from error
+    for path in filter(None, (options.json, options.html)):
+        _writable(path)
+
+    console = _console()
+    backends, pairs, usable = _suite(names, console)
+    document = report.document(
+        kvattn=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        backends=backends,
+        pairs=pairs,
+        text=text.compare(source, words, usable),
+    )
+    report.show(document, console)
+    try:
+        for path, render in ((options.json, report.to_json), (options.html, report.to_html)):
+            if path:
+                _write(path, render(document))
+                console.print(f"Written: {path}", soft_wrap=True)
+    finally:
+        console.print(f"\n{report.summary(document)}", style="bold green" if document["ok"] else "bold red")
+    return 0 if document["ok"] else 1
+
+
+def _named(given: str | None) -> list[str]:
+    """The backends of ``--backend``, or all that are installed."""
+    installed = dispatch.available_backends()
+    if given is None:
+        return list(installed)
+    names = list(dict.fromkeys(dispatch.canonical(name) for name in given.split(",") if name.strip()))
+    if not names:
+        raise _Refused(f"--backend {given!r} names no backend; known: {', '.join(dispatch.known_backends())}")
+    for name in names:
+        if name not in dispatch.known_backends():
+            known = ", ".join(dispatch.known_backends())
+            raise _Refused(f"unknown backend {name!r}; known: {known} (pytorch = torch, tf = tensorflow)")
+        if name not in installed:
+            raise _Refused(f"backend {name!r} is not installed: {_cure(name)}")
+    return names
+
+
+def _cure(name: str) -> str:
+    return f"pip install 'kvattn[{name}]'"
+
+
+def _writable(path: str) -> None:
+    """Refuse before the suite runs, not after, and without touching the file."""
+    target = Path(path)
+    if target.is_dir():
+        raise _Refused(f"cannot write {path!r}: it is a directory")
+    if not target.absolute().parent.is_dir():
+        raise _Refused(f"cannot write {path!r}: there is no directory {str(target.absolute().parent)!r}")
+    if not os.access(target if target.exists() else target.absolute().parent, os.W_OK):
+        raise _Refused(f"cannot write {path!r}: permission denied")
+
+
+def _write(path: str, content: str) -> None:
+    try:
+        Path(path).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise _Refused(f"cannot write {path!r}: {error.strerror or error}") from error
+
+
+def _suite(names: list[str], console: Console) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """The suite on each backend: the report's rows, its pairs, and the names of the backends that import."""
+    from kvattn import conformance
+
+    cases = conformance.cases()
+    rows, reports, usable = [], [], []
+    with _Progress(console, len(cases)) as progress:
+        for name in names:
+            start = time.perf_counter()
+            advance = progress.start(name)
+            row: dict[str, Any] = {"backend": name, "version": None, "device": None, "cases": 0, "error": None, "notes": []}
+            try:
+                dispatch.load(name)
+                usable.append(name)
+                result = conformance.run(name, cases=cases, progress=advance)
+            except (Exception, SystemExit) as error:  # a framework that fails to import is a row, whatever it raises
+                doing = "the suite stopped" if name in usable else "it does not import"
+                row |= {
+                    "passed": 0,
+                    "failed": 0,
+                    "worst_value": None,
+                    "worst_gradient": None,
+                    "worst_share": None,
+                    "failures": [],
+                }
+                row["error"] = f"{doing}: {_say(error)}"
+            else:
+                reports.append(result)
+                row |= {key: getattr(result, key) for key in ("version", "device", "passed", "failed")}
+                row |= {key: getattr(result, key) for key in ("worst_value", "worst_gradient")}
+                row["worst_share"] = max((each.error / each.allowed for each in result.results if each.allowed), default=None)
+                row["cases"] = result.passed + result.failed
+                row["notes"] = _notes(result)
+                if not row["cases"]:
+                    row["error"] = "no case ran: it offers none of the functions"
+                row["failures"] = [
+                    {key: getattr(each, key) for key in ("case", "group", "dtype", "what", "error", "allowed", "message")}
+                    for each in result.failures
+                ]
+            row["seconds"] = time.perf_counter() - start
+            rows.append(row)
+            progress.done(row)
+    pairs = [
+        {"a": a, "b": b} | {key: getattr(each, key) for key in ("error", "allowed", "passed", "compared", "message")}
+        for (a, b), each in conformance.pairwise(reports).items()
+        if each.compared
+    ]
+    return rows, pairs, usable
+
+
+def _notes(result: Report) -> list[str]:
+    """What a backend was not asked, and why."""
+    notes = [f"known difference: {reason}" for reason in result.excused]
+    if absent := {each.case for each in result.not_offered}:
+        notes.append(f"{len(absent)} cases use functions that it does not offer")
+    return notes
+
+
+class _Progress:
+    """A bar per backend on a terminal; elsewhere a line per backend when it is done."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self.console, self.total = console, total
+        columns = (TextColumn("{task.description:<10}"), BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[case]}"))
+        self.bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+    def __enter__(self) -> _Progress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def start(self, name: str) -> Callable[[str], None]:
+        self.task = self.bars.add_task(name, total=self.total, case="importing")
+        seen: set[str] = set()
+
+        def advance(case: str) -> None:
+            seen.add(case)  # a case comes once for each of its dtypes
+            self.bars.update(self.task, completed=len(seen), case=case[: max(0, self.console.width - 60)])
+
+        return advance
+
+    def done(self, row: dict[str, Any]) -> None:
+        self.bars.update(self.task, completed=self.total, case="failed" if row["error"] else "done")
+        if not self.console.is_terminal:
+            outcome = row["error"] or f"{row['passed']} cases passed, {row['failed']} failed, {row['seconds']:.1f} s"
+            self.console.print(f"{row['backend']}: {outcome}", soft_wrap=True)
+
+
+# ---- doctor
+
+
+def doctor() -> int:
+    """Say what works here; 1 if the backend that would serve a call does not."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from kvattn.report import clean
+
+    console = _console()
+    console.print(f"kvattn {__version__}, Python {platform.python_version()}, {platform.platform()}\n", soft_wrap=True)
+    table = Table(*("backend", "state", "version", "device"))
+    known, installed = dispatch.known_backends(), dispatch.available_backends()
+    broken: dict[str, str] = {}
+    for name in known:
+        version = device = "-"
+        if name in installed:
+            try:
+                version, device = _describe(dispatch.load(name))
+            except (Exception, SystemExit) as error:  # frameworks fail at import with whatever they like
+                broken[name] = _say(error)
+        state = "broken" if name in broken else "works" if name in installed else "not installed"
+        style = {"works": "green", "broken": "bold red"}.get(state, "dim")
+        table.add_row(name, Text(state, style), clean(version), clean(device))
+    console.print(table)
+
+    name, why = dispatch.reason()
+    console.print(f"\nA call with NumPy arrays is served by {clean(name)}: chosen by {why}.", soft_wrap=True)
+    usable = name in installed and name not in broken
+    if name not in known:
+        names = ", ".join(known)
+        console.print(f"  But there is no such backend; known: {names} (pytorch = torch, tf = tensorflow).", soft_wrap=True)
+    elif not usable:
+        console.print(f"  But it is {'broken' if name in broken else 'not installed'}: such a call fails.", soft_wrap=True)
+    for each, why in broken.items():
+        console.print(f"\n{each} is broken: {clean(why)}\n  to install it anew: {_cure(each)}", soft_wrap=True)
+    if missing := [each for each in known if each not in installed]:
+        console.print("\nTo add what is not installed:", soft_wrap=True)
+        for each in missing:
+            console.print(f"  {_cure(each)}", soft_wrap=True)
+    return 0 if usable else 1
+
+
+def _describe(tab: Any) -> tuple[str, str]:
+    return tab.describe() if hasattr(tab, "describe") else ("?", "?")

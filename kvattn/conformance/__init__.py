@@ -1,0 +1,12 @@
+"""One suite that judges any backend, ours or a stranger's: cases are plain data, answers come from an independent oracle.
+
+>>> from kvattn import conformance
+>>> report = conformance.run("numpy", dtypes=["float64"])
+>>> report.failures
+[]
+"""
+
+from kvattn.conformance.cases import Case, cases
+from kvattn.conformance.check import Agreement, Report, Result, pairwise, run
+
+__all__ = ["Agreement", "Case", "Report", "Result", "cases", "pairwise", "run"]

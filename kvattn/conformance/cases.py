@@ -1,0 +1,137 @@
+"""The cases: plain data, a call and its float64 answer. Inputs lie on a grid that every dtype holds exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from kvattn.conformance import oracle
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+PAIRS = (("float64", "bfloat16"), ("float32", "float16"), ("float64", "float16"), ("float32", "bfloat16"))
+ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "positions")
+LENGTHS_AND_CO = ("mask", "valid_lens", "causal", "query_offset", "window", "positions")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the public API and its answer.
+
+    ``arguments`` holds NumPy arrays by name (``outputs`` and ``lses`` are stacked parts); ``keywords`` plain data, where a
+    score or normaliser is a name, or (name, {parameter: array or number}). ``answer`` and ``magnitude`` are by quantity:
+    output, weights, lse, grad_query, grad_W_q, ...; see tolerance.py for what magnitude and largest_score are for.
+    """
+
+    name: str
+    group: str
+    call: str
+    arguments: dict[str, Any]
+    keywords: dict[str, Any]
+    answer: dict[str, np.ndarray]
+    magnitude: dict[str, float]
+    largest_score: float = 0.0
+    dtypes: tuple[str, ...] = ()
+    results: tuple[str, ...] = field(default=("output",))
+
+    def __post_init__(self) -> None:
+        parameters = [p for x in self.keywords.values() if isinstance(x, tuple) and isinstance(x[-1], dict) for p in x[-1].values()]
+        for x in [*(x for name, x in self.arguments.items() if name != "lses"), *parameters]:
+            if isinstance(x, np.ndarray):
+                x.setflags(write=False)  # cases may share an array
+            if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+                x = x[np.isfinite(x)]
+                if not all(exact(x, dtype) for dtype in self.dtypes or DTYPES):
+                    raise ValueError(f"{self.name}: an input that {self.dtypes or DTYPES} do not all hold exactly")
+
+
+def exact(x: np.ndarray, dtype: str) -> bool:
+    if dtype == "bfloat16":  # the upper half of a float32
+        return bool((x == x.astype(np.float32)).all() and (x.astype(np.float32).view(np.uint32) & 0xFFFF == 0).all())
+    with np.errstate(over="ignore"):
+        return bool((x.astype(dtype) == x).all())
+
+
+def cases(seed: int = 0) -> list[Case]:
+    """Every case: the golden ones, whose answers are stored, and those generated here from ``seed``."""
+    from kvattn.conformance import families, golden
+
+    made = _shared_out([*golden.stored(), *families.every(np.random.default_rng(seed))])
+    names = [case.name for case in made]
+    assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
+    return made
+
+
+def _shared_out(made: list[Case]) -> list[Case]:
+    """Every group meets every dtype: its first case all four, the others two in turn. All of all takes XLA minutes to compile."""
+    met: dict[str, int] = {}
+    shared = []
+    for case in made:
+        turn = met[case.group] = met.get(case.group, -1) + 1
+        dtypes = case.dtypes or (PAIRS[turn % len(PAIRS)] if turn else DTYPES)
+        shared.append(replace(case, dtypes=dtypes))
+    return shared
+
+
+# ---- building blocks
+
+
+def grid(rng: np.random.Generator, *shape: int, top: float = 2.0) -> np.ndarray:
+    """Multiples of 1/16 in [-2, 2], or of top/32 in [-top, top]."""
+    return rng.integers(-32, 33, shape) * (top / 32)
+
+
+def attend(name: str, group: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, rng: np.random.Generator,
+           grad: bool = True, dtypes: tuple[str, ...] = (), call: str = "attention", **options: Any) -> Case:  # fmt: skip
+    """A case of attention, with its answer and, unless told otherwise, every gradient."""
+    results = ("output", *["weights"] * bool(options.get("return_weights")), *["lse"] * bool(options.get("return_lse")))
+    how = {n: x for n, x in options.items() if not n.startswith("return_") and n != "splits"}
+    grad_output = grid(rng, *oracle.leading(query, key), query.shape[-2], value.shape[-1]) if grad else None
+    answer = oracle.attention(query, key, value, grad_output, **how)
+    wanted = [what for what in answer.values if what in results or what.startswith("grad_")]
+    arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output}
+    arguments |= {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
+    return Case(
+        name, group, call, {n: x for n, x in arguments.items() if x is not None},
+        {n: x for n, x in options.items() if not isinstance(x, np.ndarray)},
+        {what: answer.values[what] for what in wanted}, {what: answer.magnitude[what] for what in wanted},
+        answer.largest_score, dtypes, results,
+    )  # fmt: skip
+
+
+def poisoned(rng: np.random.Generator, query: np.ndarray, key: np.ndarray, value: np.ndarray, **which: Any) -> Iterator[np.ndarray]:
+    """query, key, value and the bias, if there is one, with NaN and inf wherever nothing may look."""
+    lead, n, _, found = oracle.pairs(query, key, **which)
+    seen, sees = np.zeros((*lead[:1], key.shape[-2]), bool), np.zeros((*lead, n), bool)
+    for _, (*at, i, j) in found:
+        seen[(*at[:1], j)], sees[(*at, i)] = True, True
+    if lead and key.shape[0] != lead[0]:  # one entry for the whole batch
+        seen = seen.any(axis=0, keepdims=True)
+    seen = seen.reshape(*seen.shape[:1], *[1] * (key.ndim - 3), seen.shape[-1]) if lead else seen
+
+    def poison(x, hidden):
+        hidden = np.broadcast_to(hidden[..., None], x.shape)
+        return np.where(hidden, rng.choice([np.nan, np.inf, -np.inf], x.shape), x)
+
+    yield poison(query, ~sees)
+    yield poison(key, ~np.broadcast_to(seen, key.shape[:-1]))
+    yield poison(value, ~np.broadcast_to(seen, value.shape[:-1]))
+    if which.get("bias") is not None:
+        bias, used = which["bias"], np.zeros(which["bias"].size, bool)
+        cells = np.broadcast_to(np.arange(bias.size).reshape(bias.shape), (*lead, n, key.shape[-2]))
+        for _, at in found:
+            used[cells[at]] = True
+        forbidden = bias == -np.inf  # these say what is forbidden: they stay
+        yield np.where(used.reshape(bias.shape) | forbidden, bias, rng.choice([np.nan, np.inf], bias.shape))
+
+
+def kink_free(query, key, value, *, score="scaled_dot_score", normalize="softmax", **how: Any) -> bool:
+    """Whether no weight of a sparsemax is so near 0, and no sum so near 0, that rounding could cross the kink."""
+    weights = oracle.attention(query, key, value, score=score, normalize=normalize, **how).values["weights"]
+    if normalize == "sparsemax":
+        eps = 2.0**-9
+        up = oracle.attention(query, key, value, score=score, normalize=normalize, **{**how, "scale": (how.get("scale") or 1) * (1 + eps)})
+        return bool(((weights > 0) == (up.values["weights"] > 0)).all() and not ((weights > 0) & (weights < eps)).any())
+    return normalize != "proportional" or bool(np.abs(weights).max() < 8)

@@ -1,0 +1,262 @@
+"""Run cases on a backend, through the public API, and judge every result. Needs no pytest."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+import kvattn
+from kvattn import checks, dispatch
+from kvattn.conformance import known, tolerance
+from kvattn.conformance.cases import Case
+
+FUNCTIONS = ("score", "normalize", "kernel")  # keywords that name a function of kvattn
+NOT_OFFERED = "not offered: "
+
+
+@dataclass(frozen=True)
+class Result:
+    """One quantity of one case in one dtype; errors in units of eps (see tolerance.py)."""
+
+    case: str
+    group: str
+    dtype: str
+    what: str
+    error: float
+    allowed: float
+    passed: bool
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two backends compared, live: the worst of every quantity that both computed."""
+
+    error: float
+    allowed: float
+    passed: bool
+    compared: int
+    message: str = ""
+
+
+@dataclass
+class Report:
+    """What a backend did on a set of cases."""
+
+    backend: str
+    version: str = ""
+    device: str = ""
+    results: list[Result] = field(default_factory=list)
+    outputs: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
+    tolerances: dict[tuple[str, str, str], tuple[float, float]] = field(default_factory=dict)  # (unit, allowed)
+    excused: list[str] = field(default_factory=list)  # the rows of known.py that applied
+
+    @property
+    def not_offered(self) -> list[Result]:
+        return [r for r in self.results if r.message.startswith(NOT_OFFERED)]
+
+    @property
+    def failures(self) -> list[Result]:
+        return [r for r in self.results if not r.passed and not r.message.startswith(NOT_OFFERED)]
+
+    @property
+    def failed(self) -> int:
+        return len({r.case for r in self.failures})
+
+    @property
+    def passed(self) -> int:
+        return len({r.case for r in self.results if r.passed} - {r.case for r in self.failures})
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.passed) and not self.failures
+
+    @property
+    def worst_value(self) -> float:
+        return max((r.error for r in self.results if not r.what.startswith("grad_")), default=0.0)
+
+    @property
+    def worst_gradient(self) -> float:
+        return max((r.error for r in self.results if r.what.startswith("grad_")), default=0.0)
+
+
+class Wrong(Exception):
+    """A promise that a result breaks, other than by its numbers."""
+
+
+def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str] | None = None,
+        progress: Callable[[str], None] | None = None) -> Report:  # fmt: skip
+    """Run the cases on a backend: a name, or a backend itself (a stranger's too). Raises only if it does not load.
+
+    >>> run("numpy", dtypes=["float64"]).ok
+    True
+    """
+    if cases is None:
+        from kvattn.conformance.cases import cases as all_cases
+
+        cases = all_cases()
+    tab = dispatch.load(backend) if isinstance(backend, str) else backend
+    name = dispatch.canonical(backend) if isinstance(backend, str) else getattr(tab, "__name__", type(tab).__name__).rpartition(".")[2]
+    describe = getattr(tab, "describe", None)
+    version, device = describe() if describe else ("", "")
+    report = Report(name, str(version), str(device))
+    for case in cases:
+        if progress is not None:
+            progress(case.name)
+        for dtype in case.dtypes:
+            if dtypes is not None and dtype not in dtypes:
+                continue
+            row = known.difference(name, dtype, case.name, case.group)
+            if row is None:
+                _judge(tab, case, dtype, report)
+            elif row.reason not in report.excused:
+                report.excused.append(row.reason)
+    return report
+
+
+def pairwise(reports: Sequence[Report]) -> dict[tuple[str, str], Agreement]:
+    """Every two backends' live results against each other: each may be off by its allowance, so two by twice it."""
+    return {(a.backend, b.backend): _agreement(a, b) for i, a in enumerate(reports) for b in reports[i + 1 :]}
+
+
+def _agreement(a: Report, b: Report) -> Agreement:
+    worst = (0.0, 0.0, 1.0, "")
+    shared = [at for at in a.outputs if at in b.outputs]
+    for at in shared:
+        unit, allowed = a.tolerances[at]
+        error = _distance(a.outputs[at], b.outputs[at], unit)
+        worst = max(worst, (error / (2 * allowed), error, 2 * allowed, " ".join(at)))
+    share, error, allowed, where = worst
+    return Agreement(error, allowed, share <= 1, len(shared), where if share > 1 else "")
+
+
+# ---- one case in one dtype
+
+
+def _judge(tab: Any, case: Case, dtype: str, report: Report) -> None:
+    def result(what: str, error: float, allowed: float, message: str = "") -> None:
+        passed = not message and error <= allowed
+        if not message and not passed:
+            message = f"{case.name} {dtype}: {what} is off by {error:.4g} eps, {allowed:.4g} allowed"
+        report.results.append(Result(case.name, case.group, dtype, what, error, allowed, passed, message))
+
+    if missing := _missing(tab, case):
+        result("output", 0.0, 0.0, NOT_OFFERED + ", ".join(missing))
+        return
+    try:
+        got = _call(tab, case, dtype)
+    except Exception as error:
+        result("output", np.inf, 0.0, f"{case.name} {dtype}: {type(error).__name__}: {error}")
+        return
+    for what, want in case.answer.items():
+        due = tolerance.result_dtype(case.call, what, dtype)
+        allowed = tolerance.allowed(what, due, case.largest_score)
+        unit = tolerance.unit(due, case.magnitude[what])
+        try:
+            x = _plain(tab, got[what], what, want.shape, due)
+        except Exception as error:
+            result(what, np.inf, allowed, f"{case.name} {dtype}: {what}: {error}")
+            continue
+        report.outputs[case.name, dtype, what] = x
+        report.tolerances[case.name, dtype, what] = (unit, allowed)
+        result(what, _distance(x, want, unit), allowed)
+
+
+def _missing(tab: Any, case: Case) -> list[str]:
+    """The functions this case needs and a stranger's backend does not have. Ours have all, or fail."""
+    if getattr(tab, "__name__", "").startswith("kvattn.backends."):
+        return []
+    needed = {"attention", "gaussian_kernel", "proportional"} if case.call == "nadaraya_watson" else {case.call.removeprefix("split_")}
+    needed |= {_named(case.keywords[what])[0] for what in FUNCTIONS if what in case.keywords}
+    needed |= {"attention_grad"} if _wrt(case) else set()
+    needed |= {"merge_attention"} if case.call == "split_attention" else set()
+    return sorted(name for name in needed if not callable(getattr(tab, name, None)))
+
+
+def _named(x: Any) -> tuple[str, dict[str, Any]]:
+    return x if isinstance(x, tuple) else (x, {})
+
+
+def _wrt(case: Case) -> list[str]:
+    return [what.removeprefix("grad_") for what in case.answer if what.startswith("grad_")]
+
+
+def _call(tab: Any, case: Case, dtype: str) -> dict[str, Any]:
+    """Every quantity of the case, by name; arguments are compared before and after, bit by bit."""
+    given: list[tuple[str, Any]] = []
+
+    def convert(name: str, x: Any) -> Any:
+        if not isinstance(x, np.ndarray):
+            return x
+        kept = "float32" if name == "lses" and dtype in tolerance.HALF else dtype
+        made = tab.asarray(x.copy(), dtype=kept) if x.dtype.kind == "f" else tab.asarray(x.copy())
+        given.append((name, made))
+        return made
+
+    stacked = ("outputs", "lses")
+    arguments = {n: [convert(n, part) for part in x] if n in stacked else convert(n, x) for n, x in case.arguments.items()}
+    keywords: dict[str, Any] = {}
+    for name, x in case.keywords.items():
+        if name in FUNCTIONS:
+            function, parameters = _named(x)
+            parameters = {n: convert(n, p) for n, p in parameters.items()}
+            keywords[name] = partial(getattr(kvattn, function), **parameters) if parameters else getattr(kvattn, function)
+        else:
+            keywords[name] = x
+    grad_output = arguments.pop("grad_output", None)
+    before = [_bytes(tab, x) for _, x in given]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if case.call == "split_attention":
+            got = _split(tab, arguments, keywords)
+        else:
+            got = getattr(kvattn, case.call)(**arguments, **keywords, backend=tab)
+        results = dict(zip(case.results, got if len(case.results) > 1 else [got], strict=True))
+        if wrt := _wrt(case):
+            options = {n: x for n, x in keywords.items() if not n.startswith("return_")}
+            grads = kvattn.attention_grad(**arguments, grad_output=grad_output, wrt=wrt, **options, backend=tab)
+            results |= dict(zip((f"grad_{name}" for name in wrt), grads, strict=True))
+    for (name, x), bits in zip(given, before, strict=True):
+        if _bytes(tab, x) != bits:
+            raise Wrong(f"the argument {name} was written to")
+    return results
+
+
+def _split(tab: Any, arguments: dict[str, Any], keywords: dict[str, Any]) -> tuple[Any, Any]:
+    """Attention over parts of the keys, merged two by two, which is to be attention over all of them."""
+    query, key, value = (arguments[name] for name in ("query", "key", "value"))
+    ends = [0, *keywords["splits"], int(key.shape[-2])]
+    options = {n: x for n, x in keywords.items() if n not in ("splits", "return_lse")}
+    merged = None
+    for start, end in zip(ends, ends[1:], strict=False):
+        part = kvattn.attention(query, key[..., start:end, :], value[..., start:end, :], **options, return_lse=True, backend=tab)
+        pair = part if merged is None else tuple(zip(merged, part, strict=True))
+        merged = part if merged is None else kvattn.merge_attention(*pair, return_lse=True, backend=tab)
+    return merged
+
+
+def _bytes(tab: Any, x: Any) -> bytes:
+    return np.array(tab.to_numpy(x)).tobytes()
+
+
+def _plain(tab: Any, x: Any, what: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """A result as float64 NumPy, if it is what was promised."""
+    if not tab.is_array(x):
+        raise Wrong(f"is a {type(x).__name__}, not the backend's own array")
+    if checks.dtype_name(x) != dtype:
+        raise Wrong(f"has dtype {checks.dtype_name(x)}; promised {dtype}")
+    if tuple(x.shape) != shape:
+        raise Wrong(f"has shape {tuple(x.shape)}; promised {shape}")
+    return np.array(tab.to_numpy(x), dtype=np.float64)
+
+
+def _distance(x: np.ndarray, y: np.ndarray, unit: float) -> float:
+    """The largest difference in units; infinities must be equal, and NaN never is."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        apart = np.where(x == y, 0.0, np.abs(x - y) / unit)
+    return float(np.where(np.isnan(apart), np.inf, apart).max(initial=0.0))

@@ -1,0 +1,63 @@
+"""``KVATTN_CONFORMANCE=torch,jax pytest --pyargs kvattn.conformance``; unset, every backend that is installed.
+
+In a checkout also ``pytest kvattn/conformance --backends torch,jax``: pytest reads options before it looks up --pyargs.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from itertools import combinations
+
+import pytest
+
+from kvattn import available_backends, conformance, dispatch
+
+VARIABLE = "KVATTN_CONFORMANCE"
+BACKENDS = pytest.StashKey[list[str]]()
+CASES = {case.name: case for case in conformance.cases()}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backends", metavar="NAMES", help=f"backends to judge, by commas (default: {VARIABLE}, else all that are installed)")
+
+
+def chosen(config) -> list[str]:
+    """The backends to judge, loaded; one that was named and is absent is an error, never a skip."""
+    named = config.getoption("--backends", default=None) or os.environ.get(VARIABLE)
+    names = named.split(",") if named else available_backends()
+    found = [dispatch.canonical(name) for name in names if name.strip()]
+    for name in found:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a framework warns of at its import is its own affair
+                dispatch.load(name)
+        except (ImportError, ValueError, TypeError) as error:
+            raise pytest.UsageError(f"conformance: {error}") from error
+    return found
+
+
+def pytest_configure(config):
+    config.stash[BACKENDS] = chosen(config)
+
+
+def pytest_generate_tests(metafunc):
+    backends = metafunc.config.stash[BACKENDS]
+    if "pair" in metafunc.fixturenames:
+        metafunc.parametrize("pair", list(combinations(backends, 2)) or [(name, name) for name in backends], ids="-".join)
+    elif "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends)
+        metafunc.parametrize("case", CASES)
+
+
+@pytest.fixture(scope="session")
+def judge():
+    """The report of a backend on a case, by their names, computed once."""
+    done = {}
+
+    def report(backend, case):
+        if (backend, case) not in done:
+            done[backend, case] = conformance.run(backend, [CASES[case]])
+        return done[backend, case]
+
+    return report

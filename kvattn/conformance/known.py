@@ -1,0 +1,26 @@
+"""The known differences between backends: what one of them cannot do, and why. There are no other skips."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Difference(NamedTuple):
+    backend: str
+    dtype: str  # "*" for every dtype
+    case: str  # "*" for every case, else a case's name or its group
+    reason: str
+
+
+DIFFERENCES = (
+    Difference("numpy", "bfloat16", "*", "NumPy has no bfloat16 of its own"),
+    Difference("mxnet", "bfloat16", "*", "MXNet's NumPy interface has no bfloat16"),
+)
+
+
+def difference(backend: str, dtype: str, case: str, group: str) -> Difference | None:
+    """The row that excuses ``backend`` from this case in this dtype, if there is one."""
+    for row in DIFFERENCES:
+        if row.backend == backend and row.dtype in ("*", dtype) and row.case in ("*", case, group):
+            return row
+    return None

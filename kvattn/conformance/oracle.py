@@ -1,0 +1,359 @@
+"""The answers, in float64: deliberately naive, written from kvattn/api.py and not from any tab.
+
+Attention is a list of pairs (query row, key row): what may not attend is not on the list, so nothing has to be hidden.
+Derivatives are by complex step, f'(x) = Im f(x + ih) / h with h = 1e-30, which neither truncates nor cancels: one step
+for a score of a pair, one for a normaliser of a row; the chain rule between them is written out as sums. Beside every
+number stands its magnitude: the same sums over absolute values, by which `tolerance` measures an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+STEP = 1e-30
+
+
+class Answer(NamedTuple):
+    values: dict[str, np.ndarray]
+    magnitude: dict[str, float]
+    largest_score: float
+
+
+# ---- scores of pairs, q (p, d_q) and k (p, d_k) -> (p,); complex-safe
+
+
+def dot_score(q, k):
+    return (q * k).sum(axis=-1)
+
+
+def scaled_dot_score(q, k):
+    return dot_score(q, k) / np.sqrt(q.shape[-1])
+
+
+def additive_score(q, k, W_q, W_k, w_v, b=0.0):
+    return np.tanh(q @ W_q + k @ W_k + b) @ w_v
+
+
+def multiplicative_score(q, k, W):
+    return dot_score(q @ W, k)
+
+
+def gated_score(q, k, w_g):
+    return dot_score(q, k) / (1 + np.exp(-(np.concatenate([q, k], axis=-1) @ w_g)))
+
+
+def cosine_score(q, k):
+    q_squares, k_squares = dot_score(q, q), dot_score(k, k)
+    zero = (dot_score(q.real, q.real) == 0) | (dot_score(k.real, k.real) == 0)
+    return np.where(zero, 0, dot_score(q, k) / np.sqrt(np.where(zero, 1, q_squares * k_squares)))
+
+
+def distance_score(q, k):
+    return -dot_score(q - k, q - k) / 2
+
+
+def gaussian_kernel(q, k, width=1.0):
+    return np.exp(distance_score(q, k) / width**2)
+
+
+def boxcar_kernel(q, k, width=1.0):
+    return 1.0 * (-2 * distance_score(q, k).real < width**2)
+
+
+def triangular_kernel(q, k, width=1.0):
+    squares = dot_score(q - k, q - k)
+    apart = dot_score((q - k).real, (q - k).real) > 0  # at the peak, the gradient between the two slopes: 0
+    u = np.sqrt(np.where(apart, squares, 1)) / width
+    return np.where(apart, np.where(u.real < 1, 1 - u, 0), 1)
+
+
+def epanechnikov_kernel(q, k, width=1.0):
+    u_squared = dot_score(q - k, q - k) / width**2
+    return np.where(u_squared.real < 1, 1 - u_squared, 0)
+
+
+def constant_kernel(q, k, width=1.0):
+    return np.ones(len(q))
+
+
+def bounds(name: str, q, k, **p) -> dict[str, np.ndarray]:
+    """What rounding a score, and its slope by each input, is relative to: absolute values at every product."""
+    width, d = p.get("width", 1.0), q.shape[-1]
+    p = {n: np.abs(x) for n, x in p.items() if x is not None}
+    if name == "additive_score":
+        hidden = q @ p["W_q"] * 0 + p["w_v"]  # |w_v| (1 - tanh^2) <= |w_v|
+        size = (np.abs(q) @ p["W_q"] + np.abs(k) @ p["W_k"] + p.get("b", 0)).clip(None, 4) @ p["w_v"] + p["w_v"].sum()
+        by_W = {"W_q": abs(q)[:, :, None] * hidden[:, None, :], "W_k": abs(k)[:, :, None] * hidden[:, None, :]}
+        return {"size": size, "query": hidden @ p["W_q"].T, "key": hidden @ p["W_k"].T, **by_W, "w_v": hidden * 0 + 1, "b": hidden}
+    difference = np.abs(q - k) if q.shape == k.shape else None
+    q, k = np.abs(q), np.abs(k)
+    if name == "multiplicative_score":
+        W = p["W"]
+        return {"size": dot_score(q @ W, k), "query": k @ W.T, "key": q @ W, "W": q[:, :, None] * k[:, None, :]}
+    dot, squares = dot_score(q, k), dot_score(difference, difference)
+    if name == "gated_score":
+        w, both = p["w_g"], np.concatenate([q, k], axis=-1)
+        return {"size": dot * (1 + both @ w), "query": k + dot[:, None] * w[:d], "key": q + dot[:, None] * w[d:], "w_g": dot[:, None] * both}
+    if name == "cosine_score":
+        q_size, k_size = (np.sqrt(dot_score(x, x))[:, None] for x in (q, k))
+        q_size, k_size = (np.where(x == 0, 1, x) for x in (q_size, k_size))
+        return {"size": np.ones(len(q)), "query": (k / k_size + q / q_size) / q_size, "key": (q / q_size + k / k_size) / k_size}
+    u_squared = squares / width**2
+    kernel, slope = {
+        "dot_score": (dot, None),
+        "scaled_dot_score": (dot / np.sqrt(d), None),
+        "distance_score": (squares / 2, np.ones(len(q))),
+        "gaussian_kernel": (np.exp(-u_squared / 2) * (1 + u_squared), np.exp(-u_squared / 2) * (1 + u_squared) / width**2),
+        "boxcar_kernel": (np.ones(len(q)), np.zeros(len(q))),
+        "triangular_kernel": (1 + np.sqrt(u_squared), 1 / (width * np.sqrt(np.where(squares > 0, squares, 1)))),
+        "epanechnikov_kernel": (1 + u_squared, np.full(len(q), 2 / width**2)),
+        "constant_kernel": (np.ones(len(q)), np.zeros(len(q))),
+    }[name]
+    if slope is None:
+        factor = 1 if name == "dot_score" else 1 / np.sqrt(d)
+        return {"size": kernel, "query": k * factor, "key": q * factor}
+    return {"size": kernel, "query": slope[:, None] * difference, "key": slope[:, None] * difference}
+
+
+# ---- normalisers of one row of scores, of the pairs that are allowed; complex-safe
+
+
+def softmax(s):
+    e = np.exp(s - s.real.max())
+    return e / e.sum()
+
+
+def sparsemax(s):
+    ordered = s[np.argsort(-s.real, kind="stable")]
+    for count in range(1, len(s) + 1):
+        threshold = (ordered[:count].sum() - 1) / count
+        if count == len(s) or ordered[count].real <= threshold.real:
+            return np.where(s.real > threshold.real, s - threshold, 0)
+    raise AssertionError
+
+
+def hardmax(s):
+    return 1.0 * (np.arange(len(s)) == s.real.argmax())
+
+
+def proportional(s):
+    return s / s.sum() if s.sum().real != 0 else 0 * s
+
+
+def average(s):
+    return np.ones(len(s)) / len(s)
+
+
+def identity(s):
+    return s
+
+
+def lse(s):
+    return s.max() + np.log(np.exp(s - s.max()).sum())
+
+
+def weight_bounds(name: str, w, s, size) -> tuple[np.ndarray, np.ndarray]:
+    """For one row: what rounding the weights (k,) is relative to, and what d weights / d scores (k, k) is."""
+    one = np.eye(len(w))
+    if name in ("hardmax", "average"):
+        return w, 0 * one
+    if name == "identity":
+        return size, one
+    if name == "proportional":
+        total = abs(s.sum())
+        condition = size.sum() / total if total else 0.0
+        return condition * np.maximum(np.abs(w), 1), (condition / total if total else 0.0) * (one + np.abs(w))
+    if name == "sparsemax":
+        support = w > 0
+        return np.ones(len(w)), support[:, None] * (one + 1 / support.sum()) * support
+    return w, w[:, None] * (one + w)
+
+
+def slope(function, x, at):
+    """d function / d x[..., at], by complex step."""
+    x = x.astype(complex)
+    x[(..., *at)] += STEP * 1j
+    return np.imag(function(x)) / STEP
+
+
+# ---- attention
+
+
+def _rows(x, lead):
+    """The flat row of x (..., h_kv, m, c) that serves each (*lead, m)."""
+    rows = np.arange(np.prod(x.shape[:-1], dtype=int)).reshape(x.shape[:-1])
+    if lead:
+        rows = np.repeat(rows, lead[-1] // x.shape[-3], axis=-2)
+    return np.broadcast_to(rows, (*lead, x.shape[-2]))
+
+
+def pairs(query, key, *, mask=None, bias=None, valid_lens=None, causal=False, query_offset=0, window=None, positions=None, **_):
+    """(lead, n, slots, found): the shape of the weights, and [((*at, i, slot), (*at, i, j))] for every pair that may attend."""
+    lead, n, m = leading(query, key), query.shape[-2], key.shape[-2]
+    mask = None if mask is None else np.broadcast_to(mask, (*lead, n, m))
+    bias = None if bias is None else np.broadcast_to(bias, (*lead, n, m))
+    positions = None if positions is None else np.broadcast_to(positions, (*lead, n, positions.shape[-1]))
+    left, right = window if isinstance(window, tuple) else (window, window)
+    found = []
+    for at in np.ndindex(*lead):
+        for i in range(n):
+            position = i + int(query_offset[at[0]] if np.ndim(query_offset) else query_offset)
+            length = m
+            if valid_lens is not None:
+                lens = valid_lens[at[0]] if lead else valid_lens
+                length = int(lens[i] if np.ndim(lens) else lens)
+            chosen = list(range(m)) if positions is None else [int(j) for j in positions[(*at, i)]]
+            for slot, j in enumerate(chosen):
+                if j < 0 or j >= length:
+                    continue
+                if positions is not None and j in chosen[:slot]:
+                    continue
+                if causal and j > position:
+                    continue
+                if left is not None and j < position - left:
+                    continue
+                if right is not None and j > position + right:
+                    continue
+                if mask is not None and not mask[(*at, i, j)]:
+                    continue
+                if bias is not None and bias[(*at, i, j)] == -np.inf:
+                    continue
+                found.append(((*at, i, slot), (*at, i, j)))
+    return lead, n, m if positions is None else positions.shape[-1], found
+
+
+def leading(query, key):
+    """The batch and head axes of the scores: heads are the query's."""
+    return (*np.broadcast_shapes(query.shape[:-3], key.shape[:-3]), *query.shape[:-2][-1:])
+
+
+def attention(query, key, value, grad_output=None, *, score="scaled_dot_score", normalize="softmax", bias=None, scale=None,
+              softcap=None, **which: Any) -> Answer:  # fmt: skip
+    """Output, weights and lse; with grad_output, the gradients of sum(grad_output * output) by every array. m > 0 or not."""
+    name, parameters = score if isinstance(score, tuple) else (score, {})
+    if name == "scaled_dot_score" and scale is not None:
+        name = "dot_score"
+    lead, n, slots, found = pairs(query, key, bias=bias, **which)
+    at_slot = tuple(np.array([f[0] for f in found], dtype=int).reshape(-1, len(lead) + 2).T)
+    at_pair = tuple(np.array([f[1] for f in found], dtype=int).reshape(-1, len(lead) + 2).T)
+    at_query, at_key = at_pair[:-1], (*at_pair[:-2], at_pair[-1])
+    sources = {"query": (query, _rows(query, lead)[at_query]), "key": (key, _rows(key, lead)[at_key])}
+    sources["value"] = (value, _rows(value, lead)[at_key])
+    q, k, v = (x.reshape(-1, x.shape[-1])[rows] for x, rows in sources.values())
+
+    def scores_of(q, k, parameters):
+        s = globals()[name](q, k, **parameters) * (1 if scale is None else scale)
+        return s if softcap is None else softcap * np.tanh(s / softcap)
+
+    s = scores_of(q, k, parameters)
+    bound = bounds(name, q, k, **parameters)
+    factor = 1 if scale is None else abs(scale)
+    size = bound["size"] * factor
+    if bias is not None:
+        b = np.broadcast_to(bias, (*lead, n, key.shape[-2]))[at_pair]
+        s, size = s + b, size + np.abs(b)
+
+    # a row at a time: weights, and how they change with the scores
+    output, log_sum = np.zeros((*lead, n, value.shape[-1])), np.full((*lead, n), -np.inf)
+    weights, row_sizes, weight_size = np.zeros((*lead, n, slots)), [0.0], [0.0]
+    grad_s, grad_s_size, grad_v, grad_v_size = (np.zeros(x.shape) for x in (s, s, v, v))
+    flat = np.ravel_multi_index(at_query, (*lead, n)) if len(s) else np.zeros(0, int)
+    for row in np.unique(flat):
+        of = np.flatnonzero(flat == row)
+        at = np.unravel_index(row, (*lead, n))
+        w = globals()[normalize](s[of])
+        w_size, jacobian_size = weight_bounds(normalize, w, s[of], size[of])
+        weights[tuple(x[of] for x in at_slot)] = w
+        weight_size.append(w_size.max())
+        row_sizes.append((w_size[:, None] * np.abs(v[of])).sum(axis=0).max(initial=0))
+        log_sum[at] = lse(s[of])
+        output[at] = sum(w[:, None] * v[of])
+        if grad_output is None:
+            continue
+        g = grad_output[at]
+        grad_w, grad_w_size = v[of] @ g, np.abs(v[of]) @ np.abs(g)
+        for j in range(len(of)):
+            change = slope(globals()[normalize], s[of], (j,))  # d weights / d s_j
+            grad_s[of[j]] = grad_w @ change
+            grad_s_size[of[j]] = grad_w_size @ jacobian_size[:, j]
+        grad_v[of], grad_v_size[of] = w[:, None] * g, w_size[:, None] * np.abs(g)
+
+    convex = normalize not in ("identity", "proportional")
+    finite = np.abs(log_sum[np.isfinite(log_sum)])
+    values = {"output": output, "weights": weights, "lse": log_sum}
+    magnitude = {"output": np.abs(v).max(initial=0) if convex else max(row_sizes)}
+    magnitude |= {"weights": 1.0 if convex else max(weight_size), "lse": finite.max(initial=1)}
+    largest = size.max(initial=0) if normalize in ("softmax", "sparsemax") else 0.0
+    if grad_output is None:
+        return Answer(values, _plain(magnitude), float(largest))
+
+    def collect(what, by_pair, by_pair_size):
+        x, rows = sources[what]
+        for name, terms, kind in ((what, by_pair, values), (what, by_pair_size, magnitude)):
+            total = np.zeros((np.prod(x.shape[:-1], dtype=int), x.shape[-1]))
+            np.add.at(total, rows, terms)
+            kind["grad_" + name] = total.reshape(x.shape) if kind is values else total.max(initial=0)
+
+    by = {"query": lambda x: scores_of(x, k, parameters), "key": lambda x: scores_of(q, x, parameters)}
+    for what, x in (("query", q), ("key", k)):
+        slopes = np.stack([slope(by[what], x, (c,)) for c in range(x.shape[-1])], axis=-1)
+        collect(what, grad_s[:, None] * slopes, grad_s_size[:, None] * bound[what] * factor)
+    collect("value", grad_v, grad_v_size)
+    if bias is not None:
+        cells = np.broadcast_to(np.arange(bias.size).reshape(bias.shape), (*lead, n, key.shape[-2]))[at_pair]
+        sources["bias"] = (bias.reshape(-1, 1), cells)
+        collect("bias", grad_s[:, None], grad_s_size[:, None])
+        values["grad_bias"] = values["grad_bias"].reshape(bias.shape)
+    for what, x in parameters.items():
+        if isinstance(x, np.ndarray):
+            by_one = [slope(lambda y, what=what: scores_of(q, k, {**parameters, what: y}), x, c) for c in np.ndindex(*x.shape)]
+            values["grad_" + what] = np.reshape([grad_s @ one for one in by_one], x.shape)
+            magnitude["grad_" + what] = (grad_s_size @ bound[what].reshape(len(s), x.size)).max(initial=0) * factor
+    return Answer(values, _plain(magnitude), float(largest))
+
+
+def scores(name, query, key, **parameters) -> Answer:
+    """A score on its own: (..., n, m)."""
+    shape = (*query.shape[:-1], key.shape[-2])
+    q = np.broadcast_to(query[..., :, None, :], (*shape, query.shape[-1])).reshape(-1, query.shape[-1])
+    k = np.broadcast_to(key[..., None, :, :], (*shape, key.shape[-1])).reshape(-1, key.shape[-1])
+    size = bounds(name, q, k, **parameters)["size"].max(initial=0)
+    return Answer({"output": globals()[name](q, k, **parameters).reshape(shape)}, {"output": float(size)}, 0.0)
+
+
+def normalise(name, scores, where=None, valid_lens=None) -> Answer:
+    """A normaliser on its own: weights in the shape of the scores."""
+    output, sizes, largest = np.zeros(scores.shape), [0.0], [0.0]
+    for at in np.ndindex(*scores.shape[:-1]):
+        may = np.ones(scores.shape[-1], bool) if where is None else np.broadcast_to(where, scores.shape)[at].copy()
+        if valid_lens is not None:
+            lens = valid_lens[at[0]] if scores.ndim > 2 else valid_lens
+            may &= np.arange(scores.shape[-1]) < (lens[at[-1]] if np.ndim(lens) else lens)
+        if may.any():
+            s = scores[at][may]
+            output[at][may] = w = globals()["softmax" if name == "masked_softmax" else name](s)
+            sizes.append(weight_bounds(name, w, s, np.abs(s))[0].max())
+            largest.append(np.ptp(s[np.isfinite(s)]))  # the scores are exact here: what rounds is their distance from the top
+    softened = name in ("softmax", "masked_softmax", "sparsemax")
+    return Answer({"output": output}, {"output": float(1.0 if softened else max(sizes))}, float(max(largest)) if softened else 0.0)
+
+
+def merge(outputs, lses) -> Answer:
+    """merge_attention of stacked parts (parts, ..., n, v) and (parts, ..., n)."""
+    output, log_sum, largest = np.zeros(outputs.shape[1:]), np.full(lses.shape[1:], -np.inf), [0.0]
+    for at in np.ndindex(*lses.shape[1:]):
+        parts = [part for part in range(len(lses)) if lses[(part, *at)] > -np.inf]
+        if parts:
+            s = np.array([lses[(part, *at)] for part in parts])
+            output[at] = sum(w * outputs[(part, *at)] for w, part in zip(softmax(s), parts, strict=True))
+            log_sum[at] = lse(s)
+            largest.append(np.ptp(s))
+    shown = np.abs(outputs[lses > -np.inf]).max(initial=0)
+    finite = np.abs(log_sum[np.isfinite(log_sum)]).max(initial=1)
+    return Answer({"output": output, "lse": log_sum}, {"output": float(shown), "lse": float(finite)}, float(max(largest)))
+
+
+def _plain(magnitude):
+    return {name: float(x) for name, x in magnitude.items()}

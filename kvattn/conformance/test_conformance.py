@@ -1,0 +1,23 @@
+"""The suite under pytest: a test for each backend and case, and one for each pair of backends."""
+
+import pytest
+
+from kvattn.conformance import pairwise
+from kvattn.conformance.conftest import CASES
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def test_case(backend, case, judge):
+    report = judge(backend, case)
+    assert not report.failures, "\n".join(result.message for result in report.failures)
+
+
+def test_agreement(pair, judge):
+    a, b = pair
+    compared = 0
+    for case in CASES:
+        for agreement in pairwise([judge(a, case), judge(b, case)]).values():
+            compared += agreement.compared
+            assert agreement.passed, f"{a} and {b} differ by {agreement.error:.4g} eps, {agreement.allowed:.4g} allowed: {agreement.message}"
+    assert compared
