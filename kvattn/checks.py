@@ -209,7 +209,8 @@ def lengths(tab: Any, valid_lens: Any, scores: tuple[Any, ...], like: Any) -> An
     expected = (batch, (*batch, scores[-2]))
     if len(shape) not in (len(batch), len(batch) + 1) or any(map(_differ, shape, expected[1])):
         raise ValueError(
-            f"valid_lens has shape {_show(shape)}; expected (batch,) or (batch, n): {_show(expected[0])} or {_show(expected[1])}"
+            f"valid_lens has shape {_show(shape)}; expected {_show(expected[0])} or {_show(expected[1])}, "
+            "which is (batch,) or (batch, n)"
         )
     seen = _peek(tab, x)
     if seen is not None and seen.size and seen.min() < 0:
@@ -276,19 +277,16 @@ def masks(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any) -
 def bound(tab: Any, function: Any, name: str, own: Any, query: Any, key: Any) -> Any:
     """A score or normaliser for ``tab``: kvattn's own become the tab's, parameters of a partial become its arrays."""
     if isinstance(function, partial) and own(function.func):
-        given = {parameter: _parameter(tab, parameter, x, query) for parameter, x in function.keywords.items()}
+        given = {
+            n: x if x is None or isinstance(x, (int, float)) else array(tab, n, x, query) for n, x in function.keywords.items()
+        }
         if name == "score":
+            for parameter, x in given.items():
+                if tab.is_array(x):
+                    floating(parameter, x, ("query", query))
             parameters(function.func.__name__, query, key, given)
         return partial(getattr(tab, function.func.__name__), *function.args, **given)
     if not callable(function):
         cure = f"; kvattn.{function} is one" if isinstance(function, str) else ""
         raise TypeError(f"{name} must be a function, not {function!r}{cure}")
     return getattr(tab, function.__name__) if own(function) else function
-
-
-def _parameter(tab: Any, name: str, x: Any, query: Any) -> Any:
-    if x is None or isinstance(x, (int, float)):
-        return x
-    x = array(tab, name, x, like=query)
-    floating(name, x, ("query", query))
-    return x

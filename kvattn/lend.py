@@ -28,10 +28,11 @@ NAMES: dict[str, Any] = {
 def lend() -> Iterator[None]:
     """Within the block ``import mxnet`` works and is quiet; afterwards numpy is as it was.
 
+    >>> before = set(vars(np))
     >>> with lend():
-    ...     pass
-    >>> "NZERO" in vars(np)
-    False
+    ...     import mxnet  # doctest: +SKIP
+    >>> before <= set(vars(np)), "pmt" in set(vars(np)) - before
+    (True, False)
     """
     if "mxnet" in sys.modules:
         yield

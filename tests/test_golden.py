@@ -32,4 +32,6 @@ def test_the_oracle_agrees_with_mpmath(case):
     how = {name: x for name, x in case.keywords.items() if not name.startswith("return_")}
     answer = oracle.attention(**case.arguments, **how)
     for what, x in case.answer.items():
-        np.testing.assert_allclose(answer.values[what], x, rtol=0, atol=(8 + case.largest_score) * 2**-52 * max(case.magnitude[what], 1))
+        np.testing.assert_allclose(
+            answer.values[what], x, rtol=0, atol=(8 + case.largest_score) * 2**-52 * max(case.magnitude[what], 1)
+        )

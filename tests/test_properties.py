@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from conftest import chosen
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,16 @@ import kvattn
 # Few shapes, many contents and options: a framework that compiles for each new shape would spend its time on that.
 LEADS = [((), ()), ((2,), (2,)), ((2, 4), (2, 2)), ((2, 2), (2, 1))]
 CONVEX = ["softmax", "sparsemax", "hardmax", "average"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_compilations():
+    """JAX's tab compiles each combination of options, 0.1 s that one call does not earn back: here it runs step by step."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "jax" in chosen():
+            tab = kvattn.dispatch.load("jax")
+            patch.setattr(tab, "_run", tab._run.__wrapped__)
+        yield
 
 
 @dataclass

@@ -7,6 +7,7 @@ your own are given mx.np arrays. Where the code is longer than NumPy's, an opera
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import partial, reduce, wraps
 
 import numpy
@@ -25,19 +26,36 @@ WIDER = {"int16": "int32", "uint16": "int32", "uint32": "int64", "uint64": "int6
 mx.util._set_np_shape_logged = True  # the message that np_shape logs once would configure the user's root logger
 
 
-def _shaped(function):
+def _shaped(function, empty=None):
     """Zero sizes and no axes are shapes here, whatever npx.set_np says; legacy arrays come in and go out as views."""
 
     @wraps(function)
     def run(*args, **kwargs):
-        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-        if type(first) is np.ndarray and mx.util.is_np_shape():
-            return function(*args, **{name: _new(x) for name, x in kwargs.items()})
-        with mx.util.np_shape(True):
-            results = function(*map(_new, args), **{name: _new(x) for name, x in kwargs.items()})
+        first = next(iter((*args, *kwargs.values())))
+        first = first[0] if isinstance(first, (list, tuple)) else first
+        with nullcontext() if mx.util.is_np_shape() else mx.util.np_shape(True):
+            args, kwargs = [_new(x) for x in args], {name: _new(x) for name, x in kwargs.items()}
+            results = empty(*args, **kwargs) if empty else None
+            results = function(*args, **kwargs) if results is None else results
             return results if isinstance(first, np.ndarray) else _legacy(results)
 
     return run
+
+
+def _score(function):
+    """MXNet cannot broadcast what has no elements, and says so only later, in another call."""
+
+    def empty(query, key, *_, **__):
+        if 0 in query.shape[:-1] or 0 in key.shape[:-1]:
+            shape = (*bands.lead(query.shape, key.shape), query.shape[-2], key.shape[-2])
+            return np.zeros(shape, dtype=_wide(query).dtype, ctx=query.ctx)
+        return None
+
+    return _shaped(function, empty)
+
+
+def _normalizer(function):
+    return _shaped(function, lambda scores, *_, **__: None if scores.size else scores)
 
 
 def _new(x):
@@ -65,6 +83,8 @@ def asarray(x, dtype=None, like=None):
     if is_array(x):
         x = x.as_np_ndarray()
         return x.astype(dtype, copy=False) if dtype else x
+    if isinstance(x, mx.sym.Symbol):
+        raise TypeError("a Symbol has no values: call kvattn from a gluon Block, or a HybridBlock that is not hybridized")
     x = numpy.asarray(x, dtype=numpy.dtype(dtype) if dtype else None)
     name = WIDER.get(x.dtype.name, x.dtype.name)
     if name not in DTYPES:
@@ -93,17 +113,17 @@ def _wide(x):
     return x.astype("float32") if x.dtype.name in HALF else x
 
 
+def _firm(x):
+    """The result of where or batch_dot: MXNet crashes the process where only a constant's gradient comes back to these."""
+    return npx.reshape_like(x, x) if autograd.is_recording() else x
+
+
 def _where(condition, x, other):
     """np.where(condition, x, number): MXNet swaps its gradients for a number, and has no more than 5 axes."""
     if x.ndim > 5:
         condition = np.broadcast_to(condition, x.shape).reshape(-1)
         return _where(condition, x.reshape(-1), other).reshape(x.shape)
-    return np.where(condition, x, np.full_like(x.detach(), other))
-
-
-def _firm(x):
-    """x, to be given to a stranger: MXNet 1.9.1 crashes where all that comes back to where or batch_dot is a constant's gradient."""
-    return npx.reshape_like(x, x) if autograd.is_recording() else x
+    return _firm(np.where(condition, x, np.full_like(x.detach(), other)))
 
 
 def _matmul(x, y, transpose=False):
@@ -114,7 +134,7 @@ def _matmul(x, y, transpose=False):
         return np.matmul(x, y.swapaxes(-1, -2) if transpose else y)
     rows, columns = x.shape[-2], y.shape[-2 if transpose else -1]
     x, y = (a.reshape(math.prod(lead), *a.shape[-2:]) for a in (x, y))
-    return npx.batch_dot(x, y, transpose_b=transpose).reshape(*lead, rows, columns)
+    return _firm(npx.batch_dot(x, y, transpose_b=transpose)).reshape(*lead, rows, columns)
 
 
 def _fold(x, heads):
@@ -185,23 +205,23 @@ def _hide_padding(allowed, query, key, value):
     with autograd.pause():
         seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)
         rows = [_any_for(flags, x.shape) for flags, x in ((sees, query), (seen, key), (seen, value))]
-    return tuple(_firm(_where(row, x, 0)) for row, x in zip(rows, (query, key, value), strict=True))
+    return tuple(_where(row, x, 0) for row, x in zip(rows, (query, key, value), strict=True))
 
 
 # ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m), float32 for half precision
 
 
-@_shaped
+@_score
 def dot_score(query, key):
     return _matmul(_wide(query), _wide(key), transpose=True)
 
 
-@_shaped
+@_score
 def scaled_dot_score(query, key):
     return dot_score(query, key) / math.sqrt(query.shape[-1])
 
 
-@_shaped
+@_score
 def additive_score(query, key, W_q, W_k, w_v, b=None):
     query, key = np.dot(_wide(query), _wide(W_q)), np.dot(_wide(key), _wide(W_k))
     hidden = query[..., :, None, :] + key[..., None, :, :]  # (..., n, m, h)
@@ -210,12 +230,12 @@ def additive_score(query, key, W_q, W_k, w_v, b=None):
     return np.dot(np.tanh(hidden), _wide(w_v))
 
 
-@_shaped
+@_score
 def multiplicative_score(query, key, W):
     return _matmul(np.dot(_wide(query), _wide(W)), _wide(key), transpose=True)
 
 
-@_shaped
+@_score
 def gated_score(query, key, w_g):
     query, key, w_g = _wide(query), _wide(key), _wide(w_g)
     d = query.shape[-1]
@@ -223,12 +243,12 @@ def gated_score(query, key, w_g):
     return _sigmoid(gate) * dot_score(query, key)
 
 
-@_shaped
+@_score
 def cosine_score(query, key):
     return dot_score(_unit(_wide(query)), _unit(_wide(key)))
 
 
-@_shaped
+@_score
 def distance_score(query, key):
     return -_squared_distance(query, key) / 2
 
@@ -236,19 +256,19 @@ def distance_score(query, key):
 # ---- kernels: similarities >= 0 of u = |q - k| / width
 
 
-@_shaped
+@_score
 def gaussian_kernel(query, key, width=1.0):
     return np.exp(-_squared_distance(query, key) / (2 * width * width))
 
 
-@_shaped
+@_score
 def boxcar_kernel(query, key, width=1.0):
     with autograd.pause():
         distance = _squared_distance(query, key)
         return (distance < width * width).astype(distance.dtype)
 
 
-@_shaped
+@_score
 def triangular_kernel(query, key, width=1.0):
     squares = _squared_distance(query, key)
     apart = squares.detach() > 0
@@ -256,12 +276,12 @@ def triangular_kernel(query, key, width=1.0):
     return np.maximum(1 - distance / width, 0)
 
 
-@_shaped
+@_score
 def epanechnikov_kernel(query, key, width=1.0):
     return np.maximum(1 - _squared_distance(query, key) / (width * width), 0)
 
 
-@_shaped
+@_score
 def constant_kernel(query, key, width=1.0):
     with autograd.pause():
         return np.ones_like(_squared_distance(query, key))
@@ -286,12 +306,12 @@ def _squared_distance(query, key):
 # ---- normalisers: (scores (..., n, m), where bool) -> weights
 
 
-@_shaped
+@_normalizer
 def softmax(scores, where=None):
     return _softmax_lse(scores, where)[0].astype(scores.dtype, copy=False)
 
 
-@_shaped
+@_normalizer
 def masked_softmax(scores, valid_lens=None, where=None):
     if valid_lens is not None:
         inside = np.arange(scores.shape[-1], dtype="int64", ctx=scores.ctx) < _lengths(valid_lens, scores.ndim)
@@ -299,11 +319,9 @@ def masked_softmax(scores, valid_lens=None, where=None):
     return softmax(scores, where)
 
 
-@_shaped
+@_normalizer
 def sparsemax(scores, where=None):
     wide = _wide(scores)
-    if wide.shape[-1] == 0:
-        return scores
     shifted = wide - _top(wide, where)
     with autograd.pause():  # the support is piecewise constant
         ordered = np.maximum(shifted, -2)  # what lies 1 below the best has no weight: -2 stands for it
@@ -318,17 +336,15 @@ def sparsemax(scores, where=None):
     return _where(support, shifted - threshold, 0).astype(scores.dtype, copy=False)
 
 
-@_shaped
+@_normalizer
 def hardmax(scores, where=None):
-    if scores.shape[-1] == 0:
-        return scores
     with autograd.pause():
         best = _wide(scores if where is None else _where(where, scores, -math.inf)).argmax(axis=-1)
-        chosen = np.arange(scores.shape[-1], dtype="int64", ctx=scores.ctx) == best[..., None]
+        chosen = np.arange(scores.shape[-1], dtype="int64", ctx=scores.ctx) == np.expand_dims(best, -1)
         return (chosen if where is None else chosen * where).astype(scores.dtype)
 
 
-@_shaped
+@_normalizer
 def proportional(scores, where=None):
     wide = identity(_wide(scores), where)
     total = wide.sum(axis=-1, keepdims=True)
@@ -336,22 +352,20 @@ def proportional(scores, where=None):
     return _where(some, wide / _where(some, total, 1), 0).astype(scores.dtype, copy=False)
 
 
-@_shaped
+@_normalizer
 def average(scores, where=None):
     with autograd.pause():
         ones = identity(np.ones_like(_wide(scores)), where)
         return (ones / np.maximum(ones.sum(axis=-1, keepdims=True), 1)).astype(scores.dtype, copy=False)
 
 
-@_shaped
+@_normalizer
 def identity(scores, where=None):
     return scores if where is None else _where(where, scores, 0)
 
 
 def _top(scores, where):
     """The largest score of each row, 0 where nothing may be attended to."""
-    if scores.shape[-1] == 0:
-        return scores.sum(axis=-1, keepdims=True)
     with autograd.pause():
         top = (scores if where is None else _where(where, scores, -math.inf)).max(axis=-1, keepdims=True)
         return _where(top != -math.inf, top, 0)
@@ -403,11 +417,11 @@ def attention(
     if 0 in (*lead, n, keys, key.shape[-2]):
         return _nothing((*lead, n), keys, query, key, value, **how, **back)
     if positions is not None:
-        query, key, value, where = _select(positions, query, key, value, **where, **reach)
-        results = attention(query, key, value, **where, **how, **back)
-        if not isinstance(results, tuple):
-            return results.reshape(*lead, n, value.shape[-1])
-        return tuple(x.reshape(*lead, n, *x.shape[2:]) for x in results)
+        rows, key, value, where = _select(positions, query, key, value, **where, **reach)
+        results = attention(rows, key, value, **where, **how, **back)
+        results = [x.reshape(*lead, n, *x.shape[2:]) for x in (results if isinstance(results, tuple) else [results])]
+        results = [x.astype(query.dtype, copy=False) if x.ndim > len(lead) + 1 else x for x in results]  # but for lse
+        return tuple(results) if len(results) > 1 else results[0]
     steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
     if steps:
         parts = [attention(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(steps, query, key, value, **where)]
@@ -428,7 +442,7 @@ def attention(
 
     # output = weights @ value: (..., h, n, v)
     output = _matmul(_fold(_wide(_dropout(weights, dropout, rng)), kv_heads), _wide(value))
-    output = _firm(_unfold(output, heads, n).astype(dtype, copy=False))
+    output = _unfold(output, heads, n).astype(dtype, copy=False)
     results = [output] + [weights.astype(dtype, copy=False)] * return_weights + [lse] * return_lse
     return tuple(results) if len(results) > 1 else output
 
@@ -444,7 +458,7 @@ def _scores(query, key, score, scale, softcap, bias):
     scores = _unfold(scores, heads, n)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
-    return _firm(scores if bias is None else scores + _wide(bias))
+    return scores if bias is None else scores + _wide(bias)
 
 
 def _dropout(weights, rate, rng):
@@ -462,7 +476,8 @@ def _nothing(shape, keys, query, key, value, *, return_weights, return_lse, **ho
         none = np.concatenate([x.reshape(x.size)[:0] for x in (query, key, value)])
         output, lse = none.reshape(*shape, value.shape[-1]), _wide(none).reshape(shape)
     else:  # one key that no query may attend to
-        key, value = (np.concatenate([x[..., :0, :], np.zeros_like(x[..., :1, :])], axis=-2) for x in (key, value))
+        zeros = [np.zeros((*x.shape[:-2], 1, x.shape[-1]), dtype=x.dtype, ctx=x.ctx) for x in (key, value)]
+        key, value = (np.concatenate([x[..., :0, :], zero], axis=-2) for x, zero in zip((key, value), zeros, strict=True))
         nowhere = np.zeros((1, 1), dtype="bool", ctx=query.ctx)
         output, lse = attention(query, key, value, mask=nowhere, return_lse=True, **how)
     weights = np.zeros((*shape, keys), dtype=query.dtype, ctx=query.ctx)
@@ -474,19 +489,21 @@ def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_
     """Each query beside the keys it selects: query (r, 1, d), key (r, s, d), value (r, s, v), a row for each query of each
     head and batch entry, and what may attend."""
     n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
+    query, key, value = _wide(query), _wide(key), _wide(value)  # the gradients of what is selected twice are sums
     index = np.broadcast_to(positions.astype("int64"), (*lead, n, positions.shape[-1]))
     inside = (index >= 0) * (index < m) * np.logical_not(_repeated(index))
     index = np.clip(index, 0, m - 1)
 
     mask = inside if mask is None else inside * _gather(mask, index)
-    bias = None if bias is None else _gather(bias, index)
+    bias = None if bias is None else _gather(_wide(bias), index)
     allowed = _allowed(n, index, query.ndim, mask, bias, valid_lens, causal, query_offset, window)
 
     def rows(x):
         return x.reshape(-1, 1, x.shape[-1])
 
     def selected(x):
-        found = np.take(x.reshape(-1, x.shape[-1]), _spread(x.shape[:-2], lead, index.ctx)[..., None, None] * m + index, axis=0)
+        first = _spread(x.shape[:-2], lead, index.ctx).reshape(*lead, 1, 1) * m
+        found = np.take(x.reshape(-1, x.shape[-1]), first + index, axis=0)
         return found.reshape(-1, *found.shape[-2:])
 
     where = {"mask": rows(allowed), "bias": None if bias is None else rows(bias)}
@@ -519,24 +536,26 @@ def _repeated(index):
 
 @_shaped
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
-    score = options.get("score", scaled_dot_score)
+    score = options.pop("score", scaled_dot_score)
     bound = score.keywords if isinstance(score, partial) else {}
-    sources = {"query": query, "key": key, "value": value, "bias": options.get("bias"), **bound}
-    copies = {name: sources[name].detach() for name in {*wrt, "value"}}  # value: without it hardmax leaves no graph
-    for x in copies.values():
-        x.attach_grad()
-    if "bias" in copies:
-        options["bias"] = copies["bias"]
-    if bound:
-        options["score"] = partial(score.func, *score.args, **{name: copies.get(name, x) for name, x in bound.items()})
+    sources = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None), **bound}
+    copies = {name: x.detach() if is_array(x) else x for name, x in sources.items()}  # whose gradients are nobody else's
+    for name in {*wrt, "value"}:  # value: where nothing else is reached, as by hardmax, backward needs a graph
+        copies[name].attach_grad()
+    query, key, value, bias = (copies.pop(name) for name in ("query", "key", "value", "bias"))
     with autograd.record():
-        output = attention(copies.get("query", query), copies.get("key", key), copies["value"], **options)
+        if isinstance(score, partial):
+            score = partial(score.func, *(x.detach() if is_array(x) else x for x in score.args), **copies)
+        output = attention(query, key, value, score=score, bias=bias, **options)
     output.backward(grad_output)
+    copies |= {"query": query, "key": key, "value": value, "bias": bias}
     return tuple(copies[name].grad for name in wrt)
 
 
 @_shaped
 def merge_attention(outputs, lses, return_lse=False):
+    if 0 in lses[0].shape:
+        return (outputs[0], lses[0]) if return_lse else outputs[0]
     outputs, lses = np.stack([*outputs], axis=-2), np.stack([*lses], axis=-1)  # (..., n, parts, v), (..., n, parts)
     weights, lse = _softmax_lse(lses, lses.detach() != -math.inf)
     weights = weights[..., None]

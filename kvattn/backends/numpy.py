@@ -390,5 +390,5 @@ def merge_attention(outputs, lses, return_lse=False):
     outputs, lses = np.stack([*outputs], axis=-2), np.stack([*lses], axis=-1)  # (..., n, parts, v), (..., n, parts)
     weights, lse = _softmax_lse(lses, lses != -math.inf)
     weights = weights[..., None]
-    output = np.where(weights == 0, 0, weights * _wide(outputs)).sum(axis=-2).astype(outputs.dtype)
+    output = (weights * np.where(weights == 0, 0, _wide(outputs))).sum(axis=-2).astype(outputs.dtype)
     return (output, lse) if return_lse else output

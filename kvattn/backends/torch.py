@@ -429,5 +429,5 @@ def merge_attention(outputs, lses, return_lse=False):
     outputs, lses = torch.stack([*outputs], dim=-2), torch.stack([*lses], dim=-1)  # (..., n, parts, v), (..., n, parts)
     weights, lse = _softmax_lse(lses, lses != -math.inf)
     weights = weights[..., None]
-    output = torch.where(weights == 0, 0, weights * _wide(outputs)).sum(dim=-2).to(outputs.dtype)
+    output = (weights * torch.where(weights == 0, 0, _wide(outputs))).sum(dim=-2).to(outputs.dtype)
     return (output, lse) if return_lse else output

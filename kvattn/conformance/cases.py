@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,8 @@ import numpy as np
 from kvattn.conformance import oracle
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-PAIRS = (("float64", "bfloat16"), ("float32", "float16"), ("float64", "float16"), ("float32", "bfloat16"))
-ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "positions")
-LENGTHS_AND_CO = ("mask", "valid_lens", "causal", "query_offset", "window", "positions")
+WEIGHTS, LSE = ("weights",), ("lse",)
+TURNS = ("float64", "float32", "float16", "float32", "float64", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,7 @@ class Case:
     ``arguments`` holds NumPy arrays by name (``outputs`` and ``lses`` are stacked parts); ``keywords`` plain data, where a
     score or normaliser is a name, or (name, {parameter: array or number}). ``answer`` and ``magnitude`` are by quantity:
     output, weights, lse, grad_query, grad_W_q, ...; see tolerance.py for what magnitude and largest_score are for.
+    ``dtypes`` hold its inputs exactly; ``usual`` are those it is run in unless told otherwise.
     """
 
     name: str
@@ -33,18 +33,20 @@ class Case:
     answer: dict[str, np.ndarray]
     magnitude: dict[str, float]
     largest_score: float = 0.0
-    dtypes: tuple[str, ...] = ()
-    results: tuple[str, ...] = field(default=("output",))
+    dtypes: tuple[str, ...] = DTYPES
+    results: tuple[str, ...] = ("output",)
+    usual: tuple[str, ...] = DTYPES
 
     def __post_init__(self) -> None:
-        parameters = [p for x in self.keywords.values() if isinstance(x, tuple) and isinstance(x[-1], dict) for p in x[-1].values()]
+        bound = [x[-1] for x in self.keywords.values() if isinstance(x, tuple) and isinstance(x[-1], dict)]
+        parameters = [x for named in bound for x in named.values()]
         for x in [*(x for name, x in self.arguments.items() if name != "lses"), *parameters]:
             if isinstance(x, np.ndarray):
                 x.setflags(write=False)  # cases may share an array
             if isinstance(x, np.ndarray) and x.dtype.kind == "f":
                 x = x[np.isfinite(x)]
-                if not all(exact(x, dtype) for dtype in self.dtypes or DTYPES):
-                    raise ValueError(f"{self.name}: an input that {self.dtypes or DTYPES} do not all hold exactly")
+                if not all(exact(x, dtype) for dtype in self.dtypes):
+                    raise ValueError(f"{self.name}: an input that {self.dtypes} do not all hold exactly")
 
 
 def exact(x: np.ndarray, dtype: str) -> bool:
@@ -65,13 +67,18 @@ def cases(seed: int = 0) -> list[Case]:
 
 
 def _shared_out(made: list[Case]) -> list[Case]:
-    """Every group meets every dtype: its first case all four, the others two in turn. All of all takes XLA minutes to compile."""
+    """Give each case its usual dtypes: one, in turn, so that every group meets all; four where numbers are the point.
+
+    Every case in every dtype is `run(..., dtypes=DTYPES)`: seconds where each operation runs by itself, many minutes
+    where XLA compiles a program for each.
+    """
     met: dict[str, int] = {}
     shared = []
     for case in made:
         turn = met[case.group] = met.get(case.group, -1) + 1
-        dtypes = case.dtypes or (PAIRS[turn % len(PAIRS)] if turn else DTYPES)
-        shared.append(replace(case, dtypes=dtypes))
+        usual = tuple(TURNS[(turn + step) % len(TURNS)] for step in range(len(TURNS)))
+        usual = next((dtype,) for dtype in usual if dtype in case.dtypes)
+        shared.append(replace(case, usual=case.dtypes if case.group in ("plain", "half precision", "large scores") else usual))
     return shared
 
 
@@ -83,11 +90,23 @@ def grid(rng: np.random.Generator, *shape: int, top: float = 2.0) -> np.ndarray:
     return rng.integers(-32, 33, shape) * (top / 32)
 
 
-def attend(name: str, group: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, rng: np.random.Generator,
-           grad: bool = True, dtypes: tuple[str, ...] = (), call: str = "attention", **options: Any) -> Case:  # fmt: skip
+def qkv(rng: np.random.Generator, n: int = 4, m: int = 5, d: int = 3, v: int = 2, lead: tuple[int, ...] = (2, 2),
+        kv: tuple[int, ...] | None = None) -> tuple[np.ndarray, ...]:  # fmt: skip
+    kv = lead if kv is None else kv
+    return grid(rng, *lead, n, d), grid(rng, *kv, m, d), grid(rng, *kv, m, v)
+
+
+def flags(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.random(shape) < 0.6
+
+
+def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, group: str, rng: np.random.Generator,
+           grad: bool = True, asked: tuple[str, ...] = WEIGHTS + LSE, dtypes: tuple[str, ...] = DTYPES,
+           call: str = "attention", **options: Any) -> Case:  # fmt: skip
     """A case of attention, with its answer and, unless told otherwise, every gradient."""
-    results = ("output", *["weights"] * bool(options.get("return_weights")), *["lse"] * bool(options.get("return_lse")))
-    how = {n: x for n, x in options.items() if not n.startswith("return_") and n != "splits"}
+    results = ("output", *asked)
+    how = {n: x for n, x in options.items() if n != "splits"}
+    options |= {f"return_{what}": True for what in asked}
     grad_output = grid(rng, *oracle.leading(query, key), query.shape[-2], value.shape[-1]) if grad else None
     answer = oracle.attention(query, key, value, grad_output, **how)
     wanted = [what for what in answer.values if what in results or what.startswith("grad_")]
@@ -101,7 +120,8 @@ def attend(name: str, group: str, query: np.ndarray, key: np.ndarray, value: np.
     )  # fmt: skip
 
 
-def poisoned(rng: np.random.Generator, query: np.ndarray, key: np.ndarray, value: np.ndarray, **which: Any) -> Iterator[np.ndarray]:
+def poisoned(rng: np.random.Generator, query: np.ndarray, key: np.ndarray, value: np.ndarray,
+             **which: Any) -> Iterator[np.ndarray]:  # fmt: skip
     """query, key, value and the bias, if there is one, with NaN and inf wherever nothing may look."""
     lead, n, _, found = oracle.pairs(query, key, **which)
     seen, sees = np.zeros((*lead[:1], key.shape[-2]), bool), np.zeros((*lead, n), bool)
@@ -132,6 +152,7 @@ def kink_free(query, key, value, *, score="scaled_dot_score", normalize="softmax
     weights = oracle.attention(query, key, value, score=score, normalize=normalize, **how).values["weights"]
     if normalize == "sparsemax":
         eps = 2.0**-9
-        up = oracle.attention(query, key, value, score=score, normalize=normalize, **{**how, "scale": (how.get("scale") or 1) * (1 + eps)})
-        return bool(((weights > 0) == (up.values["weights"] > 0)).all() and not ((weights > 0) & (weights < eps)).any())
+        nudged = {**how, "scale": (how.get("scale") or 1) * (1 + eps)}
+        support = oracle.attention(query, key, value, score=score, normalize=normalize, **nudged).values["weights"] > 0
+        return bool(((weights > 0) == support).all() and not ((weights > 0) & (weights < eps)).any())
     return normalize != "proportional" or bool(np.abs(weights).max() < 8)

@@ -19,7 +19,7 @@ CASES = {case.name: case for case in conformance.cases()}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--backends", metavar="NAMES", help=f"backends to judge, by commas (default: {VARIABLE}, else all that are installed)")
+    parser.addoption("--backends", help=f"backends to judge, by commas (default: {VARIABLE}, else all that are installed)")
 
 
 def chosen(config) -> list[str]:

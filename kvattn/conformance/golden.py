@@ -70,7 +70,9 @@ def solve(arguments: dict[str, Any], keywords: dict[str, Any]) -> dict[str, np.n
     import mpmath
 
     with mpmath.workdps(DIGITS + 10):
-        given = {n: _exact(x) if n in ("query", "key", "value", "bias") else x for n, x in arguments.items() if n != "grad_output"}
+        given = {
+            n: _exact(x) if n in ("query", "key", "value", "bias") else x for n, x in arguments.items() if n != "grad_output"
+        }
         options = dict(keywords)
         score = options.pop("score", "scaled_dot_score")
         score, parameters = score if isinstance(score, tuple) else (score, {})
@@ -103,11 +105,13 @@ def _double(number: Any) -> float:
     return 0.0 if abs(number) < 1e-30 else float(number)
 
 
-def _attention(score, parameters, query, key, value, *, normalize="softmax", mask=None, bias=None, valid_lens=None, causal=False,
-               query_offset=0, window=(None, None), scale=None, softcap=None, return_weights=True, return_lse=True):  # fmt: skip
+def _attention(
+    score, parameters, query, key, value, *, normalize="softmax", mask=None, bias=None, valid_lens=None, causal=False,
+    query_offset=0, window=(None, None), scale=None, softcap=None, return_weights=True, return_lse=True,
+):  # fmt: skip
     import mpmath
 
-    (batch, heads, n, d), (kv_heads, m) = query.shape, key.shape[1:3]
+    (batch, heads, n, _), (kv_heads, m) = query.shape, key.shape[1:3]
     output = np.full((batch, heads, n, value.shape[-1]), mpmath.mpf(0), object)
     weights, lse = np.full((batch, heads, n, m), mpmath.mpf(0), object), np.full((batch, heads, n), mpmath.mpf("-inf"), object)
     for b, h, i in np.ndindex(batch, heads, n):

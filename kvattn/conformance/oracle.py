@@ -86,7 +86,8 @@ def bounds(name: str, q, k, **p) -> dict[str, np.ndarray]:
         hidden = q @ p["W_q"] * 0 + p["w_v"]  # |w_v| (1 - tanh^2) <= |w_v|
         size = (np.abs(q) @ p["W_q"] + np.abs(k) @ p["W_k"] + p.get("b", 0)).clip(None, 4) @ p["w_v"] + p["w_v"].sum()
         by_W = {"W_q": abs(q)[:, :, None] * hidden[:, None, :], "W_k": abs(k)[:, :, None] * hidden[:, None, :]}
-        return {"size": size, "query": hidden @ p["W_q"].T, "key": hidden @ p["W_k"].T, **by_W, "w_v": hidden * 0 + 1, "b": hidden}
+        by_vectors = {"query": hidden @ p["W_q"].T, "key": hidden @ p["W_k"].T, "w_v": hidden * 0 + 1, "b": hidden}
+        return {"size": size, **by_vectors, **by_W}
     difference = np.abs(q - k) if q.shape == k.shape else None
     q, k = np.abs(q), np.abs(k)
     if name == "multiplicative_score":
@@ -95,7 +96,9 @@ def bounds(name: str, q, k, **p) -> dict[str, np.ndarray]:
     dot, squares = dot_score(q, k), dot_score(difference, difference)
     if name == "gated_score":
         w, both = p["w_g"], np.concatenate([q, k], axis=-1)
-        return {"size": dot * (1 + both @ w), "query": k + dot[:, None] * w[:d], "key": q + dot[:, None] * w[d:], "w_g": dot[:, None] * both}
+        by_gate = dot[:, None]
+        slopes = {"query": k + by_gate * w[:d], "key": q + by_gate * w[d:], "w_g": by_gate * both}
+        return {"size": dot * (1 + both @ w), **slopes}
     if name == "cosine_score":
         q_size, k_size = (np.sqrt(dot_score(x, x))[:, None] for x in (q, k))
         q_size, k_size = (np.where(x == 0, 1, x) for x in (q_size, k_size))
@@ -335,9 +338,10 @@ def normalise(name, scores, where=None, valid_lens=None) -> Answer:
             s = scores[at][may]
             output[at][may] = w = globals()["softmax" if name == "masked_softmax" else name](s)
             sizes.append(weight_bounds(name, w, s, np.abs(s))[0].max())
-            largest.append(np.ptp(s[np.isfinite(s)]))  # the scores are exact here: what rounds is their distance from the top
+            largest.append(np.ptp(s[np.isfinite(s)]))  # scores are exact here: what rounds is how far they lie from the top
     softened = name in ("softmax", "masked_softmax", "sparsemax")
-    return Answer({"output": output}, {"output": float(1.0 if softened else max(sizes))}, float(max(largest)) if softened else 0.0)
+    magnitude = {"output": float(1.0 if softened else max(sizes))}
+    return Answer({"output": output}, magnitude, float(max(largest)) if softened else 0.0)
 
 
 def merge(outputs, lses) -> Answer:

@@ -19,5 +19,6 @@ def test_agreement(pair, judge):
     for case in CASES:
         for agreement in pairwise([judge(a, case), judge(b, case)]).values():
             compared += agreement.compared
-            assert agreement.passed, f"{a} and {b} differ by {agreement.error:.4g} eps, {agreement.allowed:.4g} allowed: {agreement.message}"
+            apart = f"{agreement.error:.4g} eps, {agreement.allowed:.4g} allowed"
+            assert agreement.passed, f"{a} and {b} differ by {apart}: {agreement.message}"
     assert compared

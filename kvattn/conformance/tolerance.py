@@ -14,9 +14,9 @@ Allowed, in those units:
   half an eps each or a little more, so CONSTANT = 4. Normalisers without exp have S = 0: the score's relative error is
   in their magnitude.
 - gradients: twice that, for the weights' error enters dS = P (dP - sum_j P dP) twice.
-- half precision: all of that in float32, which computes it (times eps(float32) / eps(dtype)), plus 2: half a unit for
-  rounding the result, and as much again where a gradient is rounded before it is summed over a broadcast axis. So a
-  softmax computed in half precision, or a score stored in it, is outside. lse and scores stay float32 and are judged so.
+- half precision: all of that in float32, which computes it (times eps(float32) / eps(dtype)), plus the half unit of
+  rounding the result once; a gradient may be rounded once more, before it is summed over a broadcast axis. So a softmax
+  computed in half precision, or a score stored in it, is outside. lse and scores stay float32 and are judged so.
 
 A unit is never below the smallest number that dtype holds as a normal (float16: at all), so that flushing to zero passes.
 """
@@ -24,7 +24,7 @@ A unit is never below the smallest number that dtype holds as a normal (float16:
 from __future__ import annotations
 
 CONSTANT = 4.0
-ROUNDING = 2.0
+ROUNDING = 0.5
 
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 FLOOR = {"float64": 2.0**-1022, "float32": 2.0**-126, "float16": 2.0**-24, "bfloat16": 2.0**-126}
@@ -41,7 +41,8 @@ def unit(dtype: str, magnitude: float) -> float:
     return max(EPS[dtype] * magnitude, FLOOR[dtype])
 
 
-def allowed(what: str, dtype: str, largest_score: float) -> float:
-    """The error that a result of ``dtype`` may have, in units."""
-    steps = (CONSTANT + largest_score) * (2 if what.startswith("grad_") else 1)
-    return ROUNDING + steps * EPS["float32"] / EPS[dtype] if dtype in HALF else steps
+def allowed(what: str, dtype: str, largest_score: float, roundings: int = 1) -> float:
+    """The error that a result of ``dtype`` may have, in units, if it was rounded to ``dtype`` so many times."""
+    gradient = what.startswith("grad_")
+    steps = (CONSTANT + largest_score) * (2 if gradient else 1)
+    return ROUNDING * (roundings + gradient) + steps * EPS["float32"] / EPS[dtype] if dtype in HALF else steps

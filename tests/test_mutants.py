@@ -1,0 +1,265 @@
+"""Break any one promise in a tab and the conformance suite turns red: a mutant is a tab's source with one text replaced.
+
+A row of a table: what the mutant does wrong, the text that is replaced, what replaces it, and optionally the group of
+cases that should notice first. The first table holds lines that stand in all five tabs, word for word.
+"""
+
+import sys
+import types
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import kvattn
+from kvattn import conformance, dispatch
+
+PACKAGE = Path(kvattn.__file__).parent
+HIDE = "query, key, value = _hide_padding(allowed, query, key, value)"
+
+EVERYWHERE = [
+    ("ignores the scale", "scores = scale * (dot_score", "scores = 1.0 * (dot_score", "scale"),
+    ("ignores causal", "right = 0 if causal else right", "right = right", "causal"),
+    ("is off by one in query_offset", "return query_offset + ", "return query_offset + 1 + ", "causal"),
+    ("drops the bias", "return scores if bias is None else scores + _wide(bias)", "return scores", "bias"),
+    ("inverts the mask", "allowed = [] if mask is None else [mask]", "allowed = [] if mask is None else [~mask]", "masks"),
+    ("leaks NaN", HIDE, "pass", "padding"),
+    ("lets key valid_lens in", "keys < _lengths(valid_lens, ndim)", "keys <= _lengths(valid_lens, ndim)", "lengths"),
+]
+
+NUMPY = [
+    ("ignores sqrt(d)", "return dot_score(query, key) / math.sqrt(query.shape[-1])", "return dot_score(query, key)"),
+    ("ignores query_offset", "return query_offset + ", "return 0 * query_offset + ", "causal"),
+    ("does not forbid where the bias is -inf", "allowed.append(bias != -math.inf)", "pass", "bias"),
+    (
+        "masks after the softmax",
+        "normalize(scores, where=allowed), None",
+        "normalize(scores) if allowed is None else (normalize(scores) * allowed).astype(scores.dtype), None",
+        "masks",
+    ),
+    (
+        "puts the lse before the mask",
+        "weights, lse = _softmax_lse(scores, allowed)",
+        "weights, lse = normalize(scores, where=allowed), _softmax_lse(scores, None)[1]",
+        "masks",
+    ),
+    (
+        "gives empty rows uniform weights",
+        "return (shifted / total)",
+        "return ((shifted + empty / scores.shape[-1]) / total)",
+        "empty rows",
+    ),
+    ("gives empty rows an lse of 0", "lse = np.where(empty, -math.inf,", "lse = np.where(empty, 0,", "empty rows"),
+    (
+        "caps after the bias",
+        "    if softcap is not None:\n        scores = softcap * np.tanh(scores / softcap)\n"
+        "    return scores if bias is None else scores + _wide(bias)",
+        "    scores = scores if bias is None else scores + _wide(bias)\n"
+        "    return scores if softcap is None else softcap * np.tanh(scores / softcap)",
+        "softcap",
+    ),
+    ("ignores softcap", "scores = softcap * np.tanh(scores / softcap)", "pass", "softcap"),
+    ("subtracts no maximum", "np.where(top == -math.inf, 0, top)", "np.where(top == -math.inf, 0, 0)", "large scores"),
+    ("forgets the maximum in lse", "np.log(total) + top", "np.log(total)", "plain"),
+    ("leaks NaN from keys", "np.where(_any_for(seen, key.shape), key, 0)", "key", "padding"),
+    ("leaks NaN from values", "np.where(_any_for(seen, value.shape), value, 0)", "value", "padding"),
+    ("leaks NaN from queries", "np.where(_any_for(sees, query.shape), query, 0)", "query", "padding"),
+    (
+        "hides one key too many",
+        "seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)",
+        "seen, sees = allowed.all(axis=-2), allowed.any(axis=-1)",
+        "masks",
+    ),
+    ("cleans its arguments in place", HIDE, f"np.copyto(value, 0, where=np.isnan(value)); {HIDE}", "padding"),
+    (
+        "writes its mask into the scores",
+        "return _softmax_lse(scores, where)[0]",
+        "where is None or np.copyto(scores, -1e4, where=~where)\n    return _softmax_lse(scores, where)[0]",
+        "normalisers",
+    ),
+    (
+        "scales the query in place",
+        "    query = _fold(query, kv_heads)\n",
+        "    query = _fold(query, kv_heads)\n    query *= 2; scale = (scale or 1) / 2\n",
+    ),
+    ("returns float32 for half", "_unfold(output, heads, n).astype(dtype)", "_unfold(output, heads, n)"),
+    ("returns weights in float32 for half", "[weights.astype(dtype)]", "[weights]"),
+    ("returns lse in half", "+ [lse] * return_lse", "+ [lse if lse is None else lse.astype(dtype)] * return_lse"),
+    (
+        "returns a list",
+        "return tuple(results) if len(results) > 1 else output",
+        "return tuple(results) if len(results) > 1 else output.tolist()",
+    ),
+    (
+        "multiplies in half",
+        "return _wide(query) @ _wide(key).swapaxes(-1, -2)",
+        "return _wide(query @ key.swapaxes(-1, -2))",
+        "half precision",
+    ),
+    (
+        "keeps scores in half",
+        "    scores = _scores(query, key, score, scale, softcap, bias)\n",
+        "    scores = _scores(query, key, score, scale, softcap, bias).astype(dtype)\n    scores = _wide(scores)\n",
+        "half precision",
+    ),
+    (
+        "computes the softmax in half",
+        "normalize(scores, where=allowed), None",
+        "normalize(scores.astype(dtype), where=allowed).astype(scores.dtype), None",
+        "half precision",
+    ),
+    (
+        "computes in float32 for float64",
+        "    scores = _wide(scores)\n    top",
+        "    scores = _wide(scores).astype(np.float32)\n    top",
+    ),
+    ("looks one key too far left", "ahead >= -left", "ahead >= -left - 1", "window"),
+    ("looks one key too near right", "ahead <= right", "ahead < right", "window"),
+    (
+        "takes valid_lens 0 for 1",
+        "keys < _lengths(valid_lens, ndim)",
+        "keys < np.maximum(_lengths(valid_lens, ndim), 1)",
+        "empty rows",
+    ),
+    (
+        "shares heads in turn, not in groups",
+        "    return x.reshape(*x.shape[:-3], heads, x",
+        "    x = x.reshape(*x.shape[:-3], -1, heads, *x.shape[-2:]).swapaxes(-4, -3).reshape(x.shape)\n"
+        "    return x.reshape(*x.shape[:-3], heads, x",
+        "grouped heads",
+    ),
+    (
+        "shares selected heads in turn",
+        "x = np.repeat(x, lead[-1] // x.shape[-3], axis=-3)",
+        "x = np.concatenate([x] * (lead[-1] // x.shape[-3]), axis=-3)",
+        "positions",
+    ),
+    ("counts positions twice", "& ~_repeated(index)", "", "positions"),
+    ("takes position -1 for a key", "(index >= 0) & ", "", "positions"),
+    (
+        "merges without weights",
+        "np.where(weights == 0, 0, weights * _wide(outputs))",
+        "(_wide(outputs) / outputs.shape[-2])",
+        "merging",
+    ),
+    ("forgets b", "    if b is not None:\n        hidden = hidden + _wide(b)\n", "", "scores"),
+    ("multiplies by W transposed", "(_wide(query) @ _wide(W))", "(_wide(query) @ _wide(W).T)", "scores"),
+    (
+        "swaps the gate's halves",
+        "(query @ w_g[:d])[..., :, None] + (key @ w_g[d:])[..., None, :]",
+        "(query @ w_g[d:])[..., :, None] + (key @ w_g[:d])[..., None, :]",
+        "scores",
+    ),
+    (
+        "takes no root in cosine",
+        "x / np.sqrt(np.where(squares == 0, 1, squares))",
+        "x / np.where(squares == 0, 1, squares)",
+        "scores",
+    ),
+    (
+        "cancels in distances",
+        "return (difference * difference).sum(axis=-1)",
+        "q, k = _wide(query), _wide(key)\n"
+        "    return (q * q).sum(-1)[..., :, None] + (k * k).sum(-1)[..., None, :] - 2 * dot_score(q, k)",
+        "scores",
+    ),
+    (
+        "takes the triangular kernel for Epanechnikov's",
+        "return np.maximum(1 - _squared_distance(query, key) /",
+        "return np.maximum(1 - np.sqrt(_squared_distance(query, key)) /",
+        "scores",
+    ),
+    ("compares squares with a width", "(distance < width * width)", "(distance < width)", "scores"),
+    ("takes the last of equals", ".argmax(axis=-1)", "[..., ::-1].argmax(axis=-1) * -1 + scores.shape[-1] - 1", "pooling"),
+    (
+        "averages over padding",
+        "identity(np.ones(scores.shape, _wide(scores).dtype), where)",
+        "np.ones(scores.shape, _wide(scores).dtype)",
+    ),
+    ("divides by a sum of 0", "np.where(total == 0, 0, wide / np.where(total == 0, 1, total))", "wide / total", "normalisers"),
+    ("thresholds too early", "(1 + ranks * ordered > sums)", "(0.5 + ranks * ordered > sums)", "normalisers"),
+]
+
+ELSEWHERE = [
+    ("kernels/numpy.py", "gives the values no gradient", '"value": _t(', '"value": 0 * _t('),
+    (
+        "kernels/numpy.py",
+        "transposes a gradient",
+        '{"query": grad @ key, "key": _t(grad) @ query}',
+        '{"query": grad @ key, "key": -_t(grad) @ query}',
+    ),
+    (
+        "kernels/numpy.py",
+        "forgets a softmax's sum",
+        "weights * (grad - (weights * grad).sum(axis=-1, keepdims=True))",
+        "weights * grad",
+    ),
+    ("kernels/numpy.py", "forgets the cap in gradients", "grad_scores * (1 - capped * capped)", "grad_scores"),
+    ("kernels/numpy.py", "forgets the scale in gradients", "grad_scores = grad_scores * scale", "pass"),
+    ("bands.py", "cuts a block too short", "offset + end + right", "offset + end - 1 + right"),
+    ("bands.py", "counts a block's offset from 0", "query_offset + start - first", "query_offset - first"),
+]
+
+
+def altered(file, name, old, new):
+    """A module of ``file``'s source with ``old`` replaced, which must stand there."""
+    source = (PACKAGE / file).read_text()
+    assert old in source, f"{file} no longer holds {old!r}"
+    module = types.ModuleType(name)
+    module.__file__ = str(PACKAGE / file)
+    sys.modules[name] = module  # the tabs look themselves up
+    exec(compile(source.replace(old, new), str(PACKAGE / file), "exec"), module.__dict__)
+    return module
+
+
+def mutant(backend, old, new):
+    dispatch.load(backend)
+    return altered(f"backends/{backend}.py", f"kvattn_mutants.{backend}", old, new)
+
+
+@cache
+def cases():
+    return tuple(conformance.cases())
+
+
+def notices(tab, group=None):
+    """Whether a case turns red, and not for a mistake in the mutant; those of ``group`` are asked first."""
+    for case in sorted(cases(), key=lambda case: case.group != group):
+        if any("Error: " not in result.message for result in conformance.run(tab, [case]).failures):
+            return True
+    return False
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    for name in [name for name in sys.modules if name.startswith("kvattn_mutants.")]:
+        del sys.modules[name]
+
+
+def rows(table):
+    return [pytest.param(*row, id=row[0]) for row in ((*row, None)[:4] for row in table)]
+
+
+def test_the_unmutated_source_passes():
+    report = conformance.run(mutant("numpy", "import math", "import math"), cases())
+    assert not report.failures
+    assert report.backend == "numpy"
+
+
+@pytest.mark.parametrize(("wrong", "old", "new", "group"), rows(NUMPY))
+def test_a_numpy_tab_that(wrong, old, new, group):
+    assert notices(mutant("numpy", old, new), group)
+
+
+@pytest.mark.parametrize(("file", "wrong", "old", "new"), [pytest.param(*row, id=row[1]) for row in ELSEWHERE])
+def test_a_numpy_tab_beside_which(file, wrong, old, new):
+    tab = mutant("numpy", "import math", "import math")
+    part = "bands" if file == "bands.py" else "kernels"
+    setattr(tab, part, altered(file, f"kvattn_mutants.{part}", old, new))
+    assert notices(tab, "blocks" if part == "bands" else "plain")
+
+
+@pytest.mark.parametrize(("wrong", "old", "new", "group"), rows(EVERYWHERE))
+def test_any_tab_that(backend, wrong, old, new, group):
+    assert notices(mutant(backend, old, new), group)
