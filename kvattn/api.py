@@ -173,6 +173,12 @@ def attention(
         backend, query=query, key=key, value=value, mask=mask, bias=bias, valid_lens=valid_lens,
         query_offset=query_offset, positions=positions,
     )  # fmt: skip
+    if not tab.is_array(query) and hasattr(tab, "deferred") and tab.deferred(query):  # no shape yet: the call waits for it
+        return tab.defer(
+            attention, query, key, value, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens,
+            causal=causal, query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap,
+            dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
+        )  # fmt: skip
     query, key, value, options = _options(
         tab, query, key, value, score, normalize, mask, bias, valid_lens, causal, query_offset, window, positions, scale,
         softcap, dropout, rng, return_lse,

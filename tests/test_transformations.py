@@ -94,7 +94,34 @@ def tensorflow_keras_functional(**options):
     return keras.Model(inputs, Attend()(*inputs))([Q, K, V])
 
 
+def mxnet_hybrid(hybridize, *inputs, **options):
+    """Outputs and gradients of a HybridBlock with these inputs."""
+    kvattn.dispatch.load("mxnet")
+    import mxnet as mx
+
+    class Attend(mx.gluon.HybridBlock):
+        def hybrid_forward(self, F, q, k, v):
+            return kvattn.attention(q, k, v, **options)
+
+    net = Attend()
+    if hybridize:
+        net.hybridize()
+    leaves = [mx.nd.array(x, dtype="float32") for x in inputs]
+    for leaf in leaves:
+        leaf.attach_grad()
+    with mx.autograd.record():
+        output = net(*leaves)
+        loss = (output * mx.nd.array(G, dtype="float32")).sum()
+    loss.backward()
+    return output, [leaf.grad for leaf in leaves]
+
+
+def mxnet_hybridize(**options):
+    return mxnet_hybrid(True, Q, K, V, **options)[0]
+
+
 FORWARD = {
+    "mxnet": [mxnet_hybridize],
     "torch": [torch_compile, torch_func_vmap],
     "jax": [jax_jit, jax_vmap, jax_checkpoint],
     "tensorflow": [tensorflow_function, tensorflow_xla, tensorflow_unknown_batch, tensorflow_keras_functional],
@@ -172,6 +199,15 @@ def test_forward(backend, options):
         np.testing.assert_allclose(
             kvattn.to_numpy(transformed(**OPTIONS[options])), expected, rtol=0, atol=2e-6, err_msg=transformed.__name__
         )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MXNet's own
+@pytest.mark.parametrize("options", OPTIONS)
+def test_hybridize_has_the_gradients_of_the_plain_block(backend, options):
+    if backend == "mxnet":
+        (output, grads), (hybrid, hybrid_grads) = (mxnet_hybrid(h, Q, K, V, **OPTIONS[options]) for h in (False, True))
+        for plain, found in zip([output, *grads], [hybrid, *hybrid_grads], strict=True):
+            np.testing.assert_array_equal(found.asnumpy(), plain.asnumpy())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compilers' own

@@ -19,6 +19,8 @@ with lend():
     import mxnet as mx
     from mxnet import autograd, np, npx
 
+    from kvattn.kernels.mxnet import defer, deferred  # noqa: F401  Symbols: api.attention asks
+
 HALF = ("float16",)
 DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool")
 WIDER = {"int16": "int32", "uint16": "int32", "uint32": "int64", "uint64": "int64"}
@@ -84,7 +86,7 @@ def asarray(x, dtype=None, like=None):
         x = x.as_np_ndarray()
         return x.astype(dtype, copy=False) if dtype else x
     if isinstance(x, mx.sym.Symbol):
-        raise TypeError("a Symbol has no values: call kvattn from a gluon Block, or a HybridBlock that is not hybridized")
+        raise TypeError("a Symbol has no values: of kvattn's functions only attention waits for them")
     x = numpy.asarray(x, dtype=numpy.dtype(dtype) if dtype else None)
     name = WIDER.get(x.dtype.name, x.dtype.name)
     if name not in DTYPES:

@@ -23,7 +23,7 @@ STEP = 20  # differences of 1e-20: an error of 1e-40 from the formula, and as mu
 def stored() -> list[Case]:
     """The cases as golden.json has them; the oracle only says how exact a backend must be."""
     found = []
-    for entry in json.loads(FILE.read_text()):
+    for entry in json.loads(FILE.read_text(encoding="utf-8")):
         arguments, keywords, answer = (_decode(entry[part]) for part in ("arguments", "keywords", "answer"))
         how = {n: x for n, x in keywords.items() if not n.startswith("return_")}
         size = oracle.attention(**arguments, **how)
@@ -192,7 +192,7 @@ def _decode(x: Any) -> Any:
 
 def main() -> None:
     entries = [{**_encode(call), "answer": _encode(solve(call["arguments"], call["keywords"]))} for call in inputs()]
-    FILE.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
+    FILE.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
