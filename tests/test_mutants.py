@@ -138,7 +138,7 @@ NUMPY = [
     ("takes position -1 for a key", "(index >= 0) & ", "", "positions"),
     (
         "merges without weights",
-        "np.where(weights == 0, 0, weights * _wide(outputs))",
+        "(weights * np.where(weights == 0, 0, _wide(outputs)))",
         "(_wide(outputs) / outputs.shape[-2])",
         "merging",
     ),

@@ -22,7 +22,7 @@ class Case:
     ``arguments`` holds NumPy arrays by name (``outputs`` and ``lses`` are stacked parts); ``keywords`` plain data, where a
     score or normaliser is a name, or (name, {parameter: array or number}). ``answer`` and ``magnitude`` are by quantity:
     output, weights, lse, grad_query, grad_W_q, ...; see tolerance.py for what magnitude and largest_score are for.
-    ``dtypes`` hold its inputs exactly; ``usual`` are those it is run in unless told otherwise.
+    ``dtypes`` hold its inputs exactly. Its usual run is in the ``usual`` ones and, if ``alone``, asks for the output alone.
     """
 
     name: str
@@ -36,6 +36,7 @@ class Case:
     dtypes: tuple[str, ...] = DTYPES
     results: tuple[str, ...] = ("output",)
     usual: tuple[str, ...] = DTYPES
+    alone: bool = False
 
     def __post_init__(self) -> None:
         bound = [x[-1] for x in self.keywords.values() if isinstance(x, tuple) and isinstance(x[-1], dict)]
@@ -67,10 +68,11 @@ def cases(seed: int = 0) -> list[Case]:
 
 
 def _shared_out(made: list[Case]) -> list[Case]:
-    """Give each case its usual dtypes: one, in turn, so that every group meets all; four where numbers are the point.
+    """Give each case its usual run: one dtype, in turn, so that every group meets all; four where numbers are the point;
+    and every other one without weights and lse, since a tab may take another path to the output alone.
 
-    Every case in every dtype is `run(..., dtypes=DTYPES)`: seconds where each operation runs by itself, many minutes
-    where XLA compiles a program for each.
+    Every case in every dtype, both ways, is `run(..., dtypes=DTYPES)`: seconds where each operation runs by itself, many
+    minutes where XLA compiles a program for each.
     """
     met: dict[str, int] = {}
     shared = []
@@ -78,7 +80,8 @@ def _shared_out(made: list[Case]) -> list[Case]:
         turn = met[case.group] = met.get(case.group, -1) + 1
         usual = tuple(TURNS[(turn + step) % len(TURNS)] for step in range(len(TURNS)))
         usual = next((dtype,) for dtype in usual if dtype in case.dtypes)
-        shared.append(replace(case, usual=case.dtypes if case.group in ("plain", "half precision", "large scores") else usual))
+        usual = case.dtypes if case.group in ("plain", "half precision", "large scores") else usual
+        shared.append(replace(case, usual=usual, alone=case.call == "attention" and turn % 2 == 1))
     return shared
 
 

@@ -1,6 +1,7 @@
 """``KVATTN_CONFORMANCE=torch,jax pytest --pyargs kvattn.conformance``; unset, every backend that is installed.
 
 In a checkout also ``pytest kvattn/conformance --backends torch,jax``: pytest reads options before it looks up --pyargs.
+KVATTN_THOROUGH=1 runs each case in every dtype, both with and without weights and lse: minutes on JAX, for its compiler.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from itertools import combinations
 import pytest
 
 from kvattn import available_backends, conformance, dispatch
+from kvattn.conformance.cases import DTYPES
 
-VARIABLE = "KVATTN_CONFORMANCE"
+VARIABLE, THOROUGH = "KVATTN_CONFORMANCE", "KVATTN_THOROUGH"
 BACKENDS = pytest.StashKey[list[str]]()
 CASES = {case.name: case for case in conformance.cases()}
 
@@ -57,7 +59,7 @@ def judge():
 
     def report(backend, case):
         if (backend, case) not in done:
-            done[backend, case] = conformance.run(backend, [CASES[case]])
+            done[backend, case] = conformance.run(backend, [CASES[case]], DTYPES if os.environ.get(THOROUGH) else None)
         return done[backend, case]
 
     return report
