@@ -51,6 +51,8 @@ def array(tab: Any, name: str, x: Any, like: Any = None) -> Any:
             made = tab.asarray(x, dtype=dtype_name(like), like=device)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array, not {type(x).__name__}: {error}") from error
+    if dtype_name(made) == "object":  # what NumPy 1.23 makes of ragged lists
+        raise TypeError(f"{name} must be an array, not {type(x).__name__}: its rows are ragged, or no numbers")
     return made
 
 
