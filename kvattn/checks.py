@@ -14,18 +14,19 @@ from typing import Any
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
-_names: dict[Any, str] = {}
+_names: dict[type, dict[Any, str]] = {}  # by the dtype's class first: torch.compile cannot hash another framework's dtypes
 
 
 def dtype_name(x: Any) -> str:
     """The dtype of any framework's array, spelled as NumPy spells it."""
     dtype = x.dtype
-    try:
-        return _names[dtype]
-    except KeyError:
-        name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
-        _names[dtype] = name
-        return name
+    kind = type(dtype)
+    if kind not in _names:
+        _names[kind] = {}
+    names = _names[kind]
+    if dtype not in names:
+        names[dtype] = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
+    return names[dtype]
 
 
 def _shape(x: Any) -> tuple[Any, ...]:
