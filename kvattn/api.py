@@ -21,14 +21,16 @@ Where every backend must agree:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from kvattn import checks, dispatch
+from kvattn.cache import KVCache
 from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
 
 __all__ = [
+    "KVCache",
     "additive_score",
     "asarray",
     "attention",
@@ -49,10 +51,13 @@ __all__ = [
     "identity",
     "masked_softmax",
     "merge_attention",
+    "multi_head_attention",
+    "multi_head_attention_grad",
     "multiplicative_score",
     "nadaraya_watson",
     "proportional",
     "scaled_dot_score",
+    "self_attention",
     "set_backend",
     "softmax",
     "sparsemax",
@@ -179,9 +184,10 @@ def attention(
             causal=causal, query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap,
             dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
         )  # fmt: skip
-    query, key, value, options = _options(
-        tab, query, key, value, score, normalize, mask, bias, valid_lens, causal, query_offset, window, positions, scale,
-        softcap, dropout, rng, return_lse,
+    query, key, value, scores = _attended(tab, query, key, value, score)
+    options = _options(
+        tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
+        window, positions, scale, softcap, dropout, rng, return_lse,
     )  # fmt: skip
     return tab.attention(
         query, key, value, **options, return_weights=checks.flag("return_weights", return_weights),
@@ -229,9 +235,10 @@ def attention_grad(
         backend, query=query, key=key, value=value, grad_output=grad_output, mask=mask, bias=bias, valid_lens=valid_lens,
         query_offset=query_offset, positions=positions,
     )  # fmt: skip
-    query, key, value, options = _options(
-        tab, query, key, value, score, normalize, mask, bias, valid_lens, causal, query_offset, window, positions, scale,
-        softcap, dropout, rng, False,
+    query, key, value, scores = _attended(tab, query, key, value, score)
+    options = _options(
+        tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
+        window, positions, scale, softcap, dropout, rng,
     )  # fmt: skip
     grad_output = checks.array(tab, "grad_output", grad_output, like=query)
     checks.floating("grad_output", grad_output, ("query", query))
@@ -244,20 +251,40 @@ def attention_grad(
     return tuple(tab.attention_grad(query, key, value, grad_output, wrt=tuple(wrt), **options))
 
 
-def _options(tab: Any, query: Any, key: Any, value: Any, score: Any, normalize: Any, mask: Any, bias: Any, valid_lens: Any,
-             causal: Any, query_offset: Any, window: Any, positions: Any, scale: Any, softcap: Any, dropout: Any, rng: Any,
-             return_lse: bool) -> tuple[Any, Any, Any, dict[str, Any]]:  # fmt: skip
-    """The checked arguments of attention, as arrays of ``tab``."""
+def _plain(function: Any) -> Any:
+    """kvattn's own score or normaliser, where a namespace's is given: `from kvattn import torch as kv; kv.dot_score`."""
+    if isinstance(function, partial):
+        return partial(_plain(function.func), *function.args, **function.keywords)
+    return inner if (inner := getattr(function, "__wrapped__", None)) in _TABBED else function
+
+
+def _dots(score: Any) -> bool:
+    """Whether the score is a dot product, for which query and key need as many features."""
+    score = _plain(score)
+    return score is None or score is scaled_dot_score or score is dot_score or score is cosine_score
+
+
+def _attended(tab: Any, query: Any, key: Any, value: Any, score: Any) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+    """query, key and value as arrays of ``tab`` that fit each other, and the shape of their scores."""
     query, key, value = _arrays(tab, query=query, key=key, value=value)
     scores = checks.pairs(query, key, value)
-    if score is None or score is scaled_dot_score or score is dot_score or score is cosine_score:
+    if _dots(score):
         checks.same_features(query, key)
+    return query, key, value, scores
+
+
+def _options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, Any], score: Any = None, normalize: Any = None,
+             mask: Any = None, bias: Any = None, valid_lens: Any = None, causal: Any = False, query_offset: Any = 0,
+             window: Any = None, positions: Any = None, scale: Any = None, softcap: Any = None, dropout: Any = 0.0,
+             rng: Any = None, return_lse: bool = False) -> dict[str, Any]:  # fmt: skip
+    """The checked keywords of attention, for scores of this shape between queries and keys of these features."""
+    normalize, score = _plain(normalize), _plain(score)
     if return_lse and (normalize.func if isinstance(normalize, partial) else normalize) not in (None, softmax, tab.softmax):
         raise ValueError("return_lse needs normalize=softmax: other normalisers have no log-sum-exp")
     mask, bias = checks.masks(tab, query, scores, mask, bias)
-    options = {
-        "score": tab.scaled_dot_score if score is None else _own(tab, "score", score, query, key),
-        "normalize": tab.softmax if normalize is None else _own(tab, "normalize", normalize, query, key),
+    return {
+        "score": tab.scaled_dot_score if score is None else _own(tab, "score", score, query, features),
+        "normalize": tab.softmax if normalize is None else _own(tab, "normalize", normalize, query, features),
         "mask": mask,
         "bias": bias,
         "valid_lens": None if valid_lens is None else checks.lengths(tab, valid_lens, scores, query),
@@ -270,7 +297,6 @@ def _options(tab: Any, query: Any, key: Any, value: Any, score: Any, normalize: 
         "dropout": checks.probability("dropout", dropout) if dropout else 0.0,
         "rng": rng,
     }
-    return query, key, value, options
 
 
 def _arrays(tab: Any, **arguments: Any) -> list[Any]:
@@ -283,8 +309,8 @@ def _arrays(tab: Any, **arguments: Any) -> list[Any]:
     return list(arrays.values())
 
 
-def _own(tab: Any, what: str, function: Any, query: Any, key: Any) -> Any:
-    return checks.bound(tab, function, what, _TABBED.__contains__, query, key)
+def _own(tab: Any, what: str, function: Any, query: Any, features: tuple[Any, Any]) -> Any:
+    return checks.bound(tab, function, what, _TABBED.__contains__, query, features)
 
 
 def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_lse: bool = False, backend: Any = None) -> Any:
@@ -346,6 +372,158 @@ def nadaraya_watson(
     return (y[:, 0] if column else y), weights
 
 
+# ---- multi-head attention
+
+
+def multi_head_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    params: Mapping[str, Array],
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    cache: KVCache | None = None,
+    backend: Any = None,
+    **options: Any,
+) -> Any:
+    """Attention in several learned projections at once: each head attends by itself, the results are joined and projected.
+
+    Args:
+        query: (..., n, d_q), key: (..., m, d_k), value: (..., m, d_v); the leading axes, if any, are batch.
+        params: the projections by name, as layers export them: W_q (d_q, num_heads * d), W_k (d_k, num_kv_heads * d),
+            W_v (d_v, num_kv_heads * v), W_o (num_heads * v, o), and biases b_q, b_k, b_v, b_o, each of its matrix's last
+            size. All but W_q, W_k and W_v may be absent; without W_o the joined heads (..., n, num_heads * v) are the output.
+        num_heads: head i of the query is the i-th slice of q W_q + b_q.
+        num_kv_heads: fewer key and value heads, shared by groups of query heads; it divides num_heads.
+        cache: the keys and values of earlier steps (`KVCache`; ``KVCache()`` at first): the new ones are added, and each
+            query stands where its own key does. Decoding step by step with ``causal=True`` equals the whole pass.
+        options: `attention`'s own: score, mask, bias, valid_lens, causal, ..., return_weights, return_lse. The scores are
+            (..., num_heads, n, m).
+
+    Returns:
+        The output (..., n, o) in the query's dtype; weights (..., num_heads, n, m), lse (..., num_heads, n) and the cache
+        follow it, each on request, in this order. Half precision is float32 between the input and the output.
+
+    Raises what `attention` raises, and ValueError for params that are missing, unknown or do not fit.
+
+    >>> eye = [[1.0, 0.0], [0.0, 1.0]]
+    >>> x = asarray([[1.0, 2.0], [1.0, 4.0]])
+    >>> multi_head_attention(x, x, x, {"W_q": eye, "W_k": eye, "W_v": eye, "W_o": eye}, num_heads=2, normalize=average)
+    array([[1., 3.],
+           [1., 3.]])
+
+    Source: Vaswani et al. 2017, section 3.2.2; grouped heads: Ainslie et al. 2023.
+    """
+    tab, query, key, value, params, heads, options = _projected(
+        backend, query, key, value, params, num_heads, num_kv_heads, cache, options
+    )
+    if cache is None:
+        return tab.multi_head_attention(query, key, value, params, **heads, **options)
+    return tab.multi_head_attention(query, key, value, params, **heads, cache=cache, **options)
+
+
+def multi_head_attention_grad(
+    query: Array,
+    key: Array,
+    value: Array,
+    params: Mapping[str, Array],
+    grad_output: Array,
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    wrt: Sequence[str] = ("query", "key", "value"),
+    backend: Any = None,
+    **options: Any,
+) -> tuple[Array, ...]:
+    """The gradients of sum(grad_output * multi_head_attention(query, key, value, params, ...)).
+
+    ``wrt`` names any of "query", "key", "value" and the params. Gradients come in their order, each in its argument's shape
+    and dtype. The other arguments are `multi_head_attention`'s, without a cache.
+
+    >>> one = {"W_q": [[1.0]], "W_k": [[1.0]], "W_v": [[1.0]]}
+    >>> multi_head_attention_grad([[2.0]], [[3.0]], [[5.0]], one, [[1.0]], num_heads=1, wrt=["W_v"])
+    (array([[5.]]),)
+    """
+    tab, query, key, value, params, heads, options = _projected(
+        backend, query, key, value, params, num_heads, num_kv_heads, None, options, grad_output
+    )
+    if options.pop("return_weights") or options.pop("return_lse"):
+        raise ValueError("a gradient returns neither weights nor lse")
+    grad_output = checks.array(tab, "grad_output", grad_output, like=query)
+    checks.floating("grad_output", grad_output, ("query", query))
+    width = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] * num_heads // (num_kv_heads or num_heads)
+    checks.same_shape("grad_output", grad_output, (*checks.joined(query, key, value)[:-1], width), "the output")
+    bindable = {"query", "key", "value", *params}
+    for name in wrt:
+        if name not in bindable:
+            raise ValueError(f"wrt names {name!r}; this call has {', '.join(sorted(bindable))}")
+    return tuple(tab.multi_head_attention_grad(query, key, value, params, grad_output, wrt=tuple(wrt), **heads, **options))
+
+
+def self_attention(x: Array, W_q: Array, W_k: Array, W_v: Array, *, backend: Any = None, **options: Any) -> Any:
+    """softmax((x W_q) (x W_k)^T / sqrt(d)) x W_v: every row of x is the query once, and a key and value of all.
+
+    Args:
+        x: (..., n, d_x). W_q (d_x, d), W_k (d_x, d), W_v (d_x, v).
+        options: `attention`'s own. The scores are (..., n, n).
+
+    Returns:
+        (..., n, v), with the weights (..., n, n) and lse (..., n) on request.
+
+    >>> self_attention([[1.0], [3.0]], [[0.0]], [[1.0]], [[1.0]])
+    array([[2.],
+           [2.]])
+
+    Source: Vaswani et al. 2017, section 3.2.3.
+    """
+    named = {"W_q": W_q, "W_k": W_k, "W_v": W_v}
+    tab = dispatch.choose(backend, x=x, **named, **{name: options.get(name) for name in _ARRAYS})
+    (x,) = _arrays(tab, x=x)
+    params = _params(tab, x, x, x, named, 1, 1)
+    return_lse = checks.flag("return_lse", options.pop("return_lse", False))
+    back = {"return_weights": checks.flag("return_weights", options.pop("return_weights", False)), "return_lse": return_lse}
+    features = (params["W_q"].shape[-1], params["W_k"].shape[-1])
+    checks.same_widths(features, _dots(options.get("score")))
+    options = _options(tab, x, checks.joined(x, x, x), features, return_lse=return_lse, **options)
+    return tab.self_attention(x, *params.values(), **options, **back)
+
+
+_ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "positions")
+
+
+def _projected(backend: Any, query: Any, key: Any, value: Any, params: Any, num_heads: Any, num_kv_heads: Any, cache: Any,
+               options: dict[str, Any], grad_output: Any = None) -> tuple[Any, ...]:  # fmt: skip
+    """The checked arguments of multi-head attention."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must be a dict of arrays by name, not {type(params).__name__}")
+    checks.param_names(params)
+    tab = dispatch.choose(
+        backend, query=query, key=key, value=value, grad_output=grad_output, **params,
+        **{name: options.get(name) for name in _ARRAYS}, cache=None if cache is None else cache.key,
+    )  # fmt: skip
+    query, key, value = _arrays(tab, query=query, key=key, value=value)
+    num_heads, num_kv_heads = checks.heads(num_heads, num_kv_heads)
+    params = _params(tab, query, key, value, params, num_heads, num_kv_heads)
+    *batch, n, m = checks.joined(query, key, value)
+    if cache is not None:
+        m = checks.cached(cache, n, m, options)
+    features = (params["W_q"].shape[-1] // num_heads, params["W_k"].shape[-1] // num_kv_heads)
+    checks.same_widths(features, _dots(options.get("score")))
+    back = {name: checks.flag(name, options.pop(name, False)) for name in ("return_weights", "return_lse")}
+    options = _options(tab, query, (*batch, num_heads, n, m), features, return_lse=back["return_lse"], **options)
+    return tab, query, key, value, params, {"num_heads": num_heads, "num_kv_heads": num_kv_heads}, options | back
+
+
+def _params(tab: Any, query: Any, key: Any, value: Any, params: Any, num_heads: int, num_kv_heads: int) -> dict[str, Any]:
+    """The projections as arrays of ``tab`` that fit the inputs and each other."""
+    arrays = {name: checks.array(tab, name, x, query) for name, x in params.items() if x is not None}
+    for name, x in arrays.items():
+        checks.floating(name, x, ("query", query))
+    checks.projections(query, key, value, arrays, num_heads, num_kv_heads)
+    return arrays
+
+
 # ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m); parameters multiply from the right
 
 
@@ -359,7 +537,7 @@ def _score(name: str, query: Any, key: Any, backend: Any, same: bool = True, **p
         if x is not None and not isinstance(x, float):
             parameters[parameter] = checks.array(tab, parameter, x, query)
             checks.floating(parameter, parameters[parameter], ("query", query))
-    checks.parameters(name, query, key, parameters)
+    checks.parameters(name, query.shape[-1], key.shape[-1], parameters)
     return getattr(tab, name)(query, key, **parameters)
 
 
@@ -591,4 +769,5 @@ _TABBED = frozenset({
 
 
 for _name in __all__:  # TensorFlow's AutoGraph leaves what bears this mark alone: it need not rewrite the frontend
-    globals()[_name].autograph_info__ = {}
+    if _name != "KVCache":
+        globals()[_name].autograph_info__ = {}

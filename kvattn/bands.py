@@ -36,6 +36,24 @@ def plan(n: object, m: object, causal: bool, offset: object, window: tuple[int |
     return bands
 
 
+def reaches_all(n: object, m: object, causal: bool, offset: object, window: tuple[int | None, int | None] | None) -> bool:
+    """Whether causal and window allow every pair; False where a size or the offset is unknown, or an array.
+
+    >>> reaches_all(1, 1024, True, 1023, None)  # a decoding step: the query stands at the last key
+    True
+    """
+    if not (type(n) is type(m) is type(offset) is int):
+        return False
+    assert isinstance(n, int)
+    assert isinstance(m, int)
+    assert isinstance(offset, int)
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    if left is not None and offset + n - 1 > left:  # the last query, from the first key
+        return False
+    return right is None or m - 1 - offset <= right  # the last key, from the first query
+
+
 def heads(query: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, int]:
     """(query heads, key heads) of two shapes; (1, 1) where there is no head axis."""
     return (query[-3], key[-3]) if len(query) > 2 else (1, 1)

@@ -166,15 +166,14 @@ def same_shape(name: str, x: Any, expected: tuple[Any, ...], what: str) -> None:
         raise ValueError(f"{name} has shape {_show(found)}; expected {_show(expected)}, as {what}")
 
 
-def parameters(score: str, query: Any, key: Any, given: dict[str, Any]) -> None:
-    """Raises ValueError unless the parameters of a score fit the query, the key and each other."""
-    d_q, d_k = _shape(query)[-1], _shape(key)[-1]
+def parameters(score: str, d_q: Any, d_k: Any, given: dict[str, Any]) -> None:
+    """Raises ValueError unless the parameters of a score fit the query's features, the key's and each other."""
     h = _shape(given["w_v"])[-1] if score == "additive_score" and _shape(given["w_v"]) else None
     expected = {"W_q": (d_q, h), "W_k": (d_k, h), "w_v": (h,), "b": (h,), "W": (d_q, d_k)}
     expected["w_g"] = (None if None in (d_q, d_k) else d_q + d_k,)
     for name, x in given.items():
         if name in expected and x is not None:
-            same_shape(name, x, expected[name], f"{score} needs for query {_show(_shape(query))} and key {_show(_shape(key))}")
+            same_shape(name, x, expected[name], f"{score} needs for query (..., {d_q}) and key (..., {d_k})")
 
 
 def where(tab: Any, given: Any, scores: Any) -> Any:
@@ -195,6 +194,79 @@ def positions(tab: Any, given: Any, scores: tuple[Any, ...], like: Any) -> Any:
     if seen is not None and seen.size and (seen.min() < -1 or (m is not None and seen.max() >= m)):
         raise ValueError(f"positions must lie in [-1, {m}), -1 for none; got {seen.min()} to {seen.max()}")
     return x
+
+
+PARAMS = ("W_q", "W_k", "W_v", "W_o", "b_q", "b_k", "b_v", "b_o")
+
+
+def param_names(params: Any) -> None:
+    """Raises ValueError unless multi-head attention knows every name, and has the three it needs."""
+    unknown, missing = sorted(set(params) - {*PARAMS}), [name for name in PARAMS[:3] if params.get(name) is None]
+    if unknown or missing:
+        lacks = f"lack {', '.join(missing)}" if missing else f"have {', '.join(unknown)}"
+        raise ValueError(f"params {lacks}; known: {', '.join(PARAMS)}, the first three required")
+
+
+def heads(num_heads: Any, num_kv_heads: Any) -> tuple[int, int]:
+    """(num_heads, num_kv_heads) as ints above 0, the second dividing the first, which it is by default."""
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    for name, x in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if not is_integer(x):
+            raise TypeError(f"{name} must be an int, not {x!r}")
+        if x < 1:
+            raise ValueError(f"{name} must be at least 1, not {x}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads is {num_kv_heads}, which does not divide num_heads, {num_heads}")
+    return int(num_heads), int(num_kv_heads)
+
+
+def projections(query: Any, key: Any, value: Any, params: dict[str, Any], num_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError unless the projections fit their inputs, the heads and each other."""
+    for name, x, count in (("q", query, num_heads), ("k", key, num_kv_heads), ("v", value, num_kv_heads)):
+        found = _shape(params[f"W_{name}"])
+        same_shape(f"W_{name}", params[f"W_{name}"], (_shape(x)[-1], found[-1] if found else 0), "its input's features need")
+        if found[-1] is not None and found[-1] % count:
+            which = "num_heads" if name == "q" else "num_kv_heads"
+            raise ValueError(f"W_{name} has shape {_show(found)}: axis -1 is {found[-1]}, no multiple of {which}, {count}")
+    if "W_o" in params:
+        out, v = _shape(params["W_o"]), _shape(params["W_v"])[-1]
+        joined = None if v is None else v // num_kv_heads * num_heads
+        same_shape("W_o", params["W_o"], (joined, out[-1] if out else 0), "the joined heads need")
+    for name in ("q", "k", "v", "o"):
+        if f"b_{name}" in params:
+            if f"W_{name}" not in params:
+                raise ValueError(f"params have b_{name} but no W_{name}")
+            same_shape(f"b_{name}", params[f"b_{name}"], _shape(params[f"W_{name}"])[-1:], f"W_{name} needs")
+
+
+def joined(query: Any, key: Any, value: Any) -> tuple[Any, ...]:
+    """(..., n, m) for inputs of multi-head attention, which have no heads yet: every leading axis is batch."""
+    q, k, v = _shape(query), _shape(key), _shape(value)
+    for name, found in (("query", q), ("key", k), ("value", v)):
+        if len(found) < 2 or len(found) != len(q):
+            raise ValueError(f"{name} has shape {_show(found)}; expected as many axes as query {_show(q)}, at least 2")
+        for axis in range(-len(q), -1 if name == "value" else -2):
+            expected = k[axis] if axis == -2 else q[axis]
+            if _differ(found[axis], expected):
+                raise ValueError(f"{name} has shape {_show(found)}: axis {axis} is {found[axis]}, expected {expected}")
+    return (*q[:-1], k[-2])
+
+
+def same_widths(features: tuple[Any, Any], dots: bool) -> None:
+    """Raises ValueError unless projected queries and keys have as many features: a dot product needs it."""
+    if dots and _differ(*features):
+        raise ValueError(f"W_q gives heads of {features[0]} features but W_k of {features[1]}: a dot product needs as many")
+
+
+def cached(cache: Any, n: Any, m: Any, options: dict[str, Any]) -> Any:
+    """How many keys there are once these m have joined the cache. Raises ValueError for an offset beside it."""
+    if is_integer(options.get("query_offset", 0)) and not options.get("query_offset", 0):
+        if _differ(n, m):
+            raise ValueError(f"with a cache, query and key are the same step: n is {n}, m is {m}")
+        if cache.key is None:
+            return m
+        return cache.length + m if is_integer(cache.length) else _shape(cache.key)[-2]
+    raise ValueError("query_offset is the cache's length where there is a cache: give one of them")
 
 
 def same_features(query: Any, key: Any) -> None:
@@ -277,7 +349,7 @@ def masks(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any) -
     return mask, bias
 
 
-def bound(tab: Any, function: Any, name: str, own: Any, query: Any, key: Any) -> Any:
+def bound(tab: Any, function: Any, name: str, own: Any, query: Any, features: tuple[Any, Any]) -> Any:
     """A score or normaliser for ``tab``: kvattn's own become the tab's, parameters of a partial become its arrays."""
     if isinstance(function, partial) and own(function.func):
         given = {
@@ -287,7 +359,7 @@ def bound(tab: Any, function: Any, name: str, own: Any, query: Any, key: Any) ->
             for parameter, x in given.items():
                 if tab.is_array(x):
                     floating(parameter, x, ("query", query))
-            parameters(function.func.__name__, query, key, given)
+            parameters(function.func.__name__, *features, given)
         return partial(getattr(tab, function.func.__name__), *function.args, **given)
     if not callable(function):
         cure = f"; kvattn.{function} is one" if isinstance(function, str) else ""

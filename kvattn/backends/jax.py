@@ -96,6 +96,18 @@ def _narrow(x):
         return jnp.clip(x, -(2**31), 2**31 - 1).astype(np.int32)
 
 
+def _reaching(function):
+    """No causal mask nor window where they allow every pair, as in decoding; seen before the offset is traced."""
+
+    @functools.wraps(function)
+    def call(query, key, *args, causal=False, query_offset=0, window=None, **options):
+        if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):
+            causal, query_offset, window = False, 0, None
+        return function(query, key, *args, causal=causal, query_offset=query_offset, window=window, **options)
+
+    return call
+
+
 def _compiled(function):
     """One program for the whole call, since eager JAX pays for every operation; not where it would freeze a stranger's code."""
 
@@ -373,6 +385,7 @@ def _softmax_lse(scores, where):
 
 
 @_exact
+@_reaching
 @_compiled
 def attention(
     query,
@@ -493,6 +506,7 @@ def _repeated(index):
 
 
 @_exact
+@_reaching
 @_compiled
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
     given = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None)}
@@ -516,3 +530,73 @@ def merge_attention(outputs, lses, return_lse=False):
     weights = weights[..., None]
     output = (weights * jnp.where(weights == 0, 0, _wide(outputs))).sum(axis=-2).astype(outputs.dtype)
     return (output, lse) if return_lse else output
+
+
+# ---- multi-head attention
+
+
+@_exact
+def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
+    dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
+    key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
+    value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
+    if cache is not None:
+        cache = cache.extend(key, value)
+        key, value = cache.seen()
+        options["query_offset"] = cache.length - query.shape[-2]
+    results = attention(query, key, value, **options)
+    output, *rest = results if isinstance(results, tuple) else (results,)
+    output = _project(_join(output), params, "o").astype(dtype)  # (..., n, o)
+    if options.get("return_weights"):
+        rest[0] = rest[0].astype(dtype)
+    results = (output, *rest) if cache is None else (output, *rest, cache)
+    return results if len(results) > 1 else output
+
+
+def _project(x, params, name):
+    """x W + b, in float32 for half precision; without W, x."""
+    x, W, b = _wide(x), params.get(f"W_{name}"), params.get(f"b_{name}")
+    x = x if W is None else x @ _wide(W)
+    return x if b is None else x + _wide(b)
+
+
+def _split(x, heads):
+    """(..., n, heads * c) -> (..., heads, n, c)."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
+
+
+def _join(x):
+    """(..., heads, n, c) -> (..., n, heads * c)."""
+    x = x.swapaxes(-2, -3)
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+@_exact
+def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("query", "key", "value"), **options):
+    given = {"query": query, "key": key, "value": value, **params}
+
+    def output(*arrays):
+        query, key, value, *rest = (given | dict(zip(wrt, arrays, strict=True))).values()
+        return multi_head_attention(query, key, value, dict(zip(params, rest, strict=True)), **options)
+
+    return jax.vjp(output, *(given[name] for name in wrt))[1](grad_output)
+
+
+@_exact
+def self_attention(x, W_q, W_k, W_v, **options):
+    dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    results = attention(_wide(x) @ _wide(W_q), _wide(x) @ _wide(W_k), _wide(x) @ _wide(W_v), **options)
+    output, *rest = results if isinstance(results, tuple) else (results,)
+    if options.get("return_weights"):
+        rest[0] = rest[0].astype(dtype)
+    output = output.astype(dtype)
+    return (output, *rest) if rest else output
+
+
+@_exact
+def write(buffer, x, at):
+    """``buffer`` with x in the places at, at + 1, ... of axis -2; longer, if it does not hold them."""
+    if isinstance(at, int) and at + x.shape[-2] > buffer.shape[-2]:
+        return jnp.concatenate([buffer[..., :at, :], x], axis=-2)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, x, at, axis=buffer.ndim - 2)

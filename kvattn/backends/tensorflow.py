@@ -328,6 +328,8 @@ def attention(
     return_lse=False,
 ):
     query, key, value = tf.convert_to_tensor(query), tf.convert_to_tensor(key), tf.convert_to_tensor(value)
+    if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):  # as in decoding: no mask to build
+        causal, window = False, None
     where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
     reach = {"causal": causal, "window": window}
     how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
@@ -456,3 +458,73 @@ def merge_attention(outputs, lses, return_lse=False):
     parts = tf.where(tf.not_equal(weights, 0), _wide(outputs), 0)
     output = tf.cast(tf.reduce_sum(weights * parts, axis=-2), outputs.dtype)
     return (output, lse) if return_lse else output
+
+
+# ---- multi-head attention
+
+
+def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
+    dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
+    key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
+    value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
+    if cache is not None:
+        cache = cache.extend(key, value)
+        key, value = cache.seen()
+        options["query_offset"] = cache.length - query.shape[-2]
+    results = attention(query, key, value, **options)
+    output, *rest = results if isinstance(results, tuple) else (results,)
+    output = tf.cast(_project(_join(output), params, "o"), dtype)  # (..., n, o)
+    if options.get("return_weights"):
+        rest[0] = tf.cast(rest[0], dtype)
+    results = (output, *rest) if cache is None else (output, *rest, cache)
+    return results if len(results) > 1 else output
+
+
+def _project(x, params, name):
+    """x W + b, in float32 for half precision; without W, x."""
+    x, W, b = _wide(x), params.get(f"W_{name}"), params.get(f"b_{name}")
+    x = x if W is None else x @ _wide(W)
+    return x if b is None else x + _wide(b)
+
+
+def _split(x, heads):
+    """(..., n, heads * c) -> (..., heads, n, c)."""
+    return _swap(tf.reshape(x, [*_shape(x)[:-1], heads, x.shape[-1] // heads]))
+
+
+def _swap(x):
+    """Axes -2 and -3 exchanged."""
+    *lead, a, b, c = range(x.shape.rank)
+    return tf.transpose(x, [*lead, b, a, c])
+
+
+def _join(x):
+    """(..., heads, n, c) -> (..., n, heads * c)."""
+    x = _swap(x)
+    return tf.reshape(x, [*_shape(x)[:-2], x.shape[-2] * x.shape[-1]])
+
+
+def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("query", "key", "value"), **options):
+    given = {"query": query, "key": key, "value": value, **params}
+    by = {name: tf.identity(given[name]) for name in wrt}  # copies: one tensor may be query, key and value
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(by)
+        query, key, value, *rest = (given | by).values()
+        output = multi_head_attention(query, key, value, dict(zip(params, rest, strict=True)), **options)
+    return tuple(tape.gradient(output, [*by.values()], grad_output, unconnected_gradients="zero"))
+
+
+def self_attention(x, W_q, W_k, W_v, **options):
+    dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    results = attention(_wide(x) @ _wide(W_q), _wide(x) @ _wide(W_k), _wide(x) @ _wide(W_v), **options)
+    output, *rest = results if isinstance(results, tuple) else (results,)
+    if options.get("return_weights"):
+        rest[0] = tf.cast(rest[0], dtype)
+    output = tf.cast(output, dtype)
+    return (output, *rest) if rest else output
+
+
+def write(buffer, x, at):
+    """``buffer`` with x in the places at, at + 1, ... of axis -2; longer, if it does not hold them."""
+    return tf.concat([buffer[..., :at, :], x, buffer[..., at + _shape(x)[-2] :, :]], axis=-2)

@@ -311,6 +311,8 @@ def attention(
     return_weights=False,
     return_lse=False,
 ):
+    if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):  # as in decoding: no mask to build
+        causal, window = False, None
     where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
     reach = {"causal": causal, "window": window}
     how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
@@ -431,3 +433,70 @@ def merge_attention(outputs, lses, return_lse=False):
     weights = weights[..., None]
     output = (weights * torch.where(weights == 0, 0, _wide(outputs))).sum(dim=-2).to(outputs.dtype)
     return (output, lse) if return_lse else output
+
+
+# ---- multi-head attention
+
+
+def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
+    dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
+    key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
+    value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
+    if cache is not None:
+        cache = cache.extend(key, value)
+        key, value = cache.seen()
+        options["query_offset"] = cache.length - query.shape[-2]
+    results = attention(query, key, value, **options)
+    output, *rest = results if isinstance(results, tuple) else (results,)
+    output = _project(_join(output), params, "o").to(dtype)  # (..., n, o)
+    if options.get("return_weights"):
+        rest[0] = rest[0].to(dtype)
+    results = (output, *rest) if cache is None else (output, *rest, cache)
+    return results if len(results) > 1 else output
+
+
+def _project(x, params, name):
+    """x W + b, in float32 for half precision; without W, x."""
+    x, W, b = _wide(x), params.get(f"W_{name}"), params.get(f"b_{name}")
+    x = x if W is None else x @ _wide(W)
+    return x if b is None else x + _wide(b)
+
+
+def _split(x, heads):
+    """(..., n, heads * c) -> (..., heads, n, c)."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-2, -3)
+
+
+def _join(x):
+    """(..., heads, n, c) -> (..., n, heads * c)."""
+    x = x.transpose(-2, -3)
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("query", "key", "value"), **options):
+    given = {"query": query, "key": key, "value": value, **params}
+    leaves = {name: given[name].detach().requires_grad_() for name in wrt}
+    query, key, value, *rest = (given | leaves).values()
+    with torch.enable_grad():
+        output = multi_head_attention(query, key, value, dict(zip(params, rest, strict=True)), **options)
+    return torch.autograd.grad(output, [*leaves.values()], grad_output, materialize_grads=True)
+
+
+def self_attention(x, W_q, W_k, W_v, **options):
+    dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    results = attention(_wide(x) @ _wide(W_q), _wide(x) @ _wide(W_k), _wide(x) @ _wide(W_v), **options)
+    output, *rest = results if isinstance(results, tuple) else (results,)
+    if options.get("return_weights"):
+        rest[0] = rest[0].to(dtype)
+    output = output.to(dtype)
+    return (output, *rest) if rest else output
+
+
+def write(buffer, x, at):
+    """``buffer`` with x in the places at, at + 1, ... of axis -2; longer, if it does not hold them."""
+    end = at + x.shape[-2]
+    if end > buffer.shape[-2] or (torch.is_grad_enabled() and (x.requires_grad or buffer.requires_grad)):
+        return torch.cat([buffer[..., :at, :], x, buffer[..., end:, :]], dim=-2)
+    buffer[..., at:end, :] = x
+    return buffer

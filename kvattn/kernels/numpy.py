@@ -203,6 +203,8 @@ def attention_grad(
     **how,
 ):
     """The gradients named by ``wrt`` of sum(grad_output * attention(...)), as a tuple, each in its argument's dtype."""
+    if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):
+        causal, window = False, None
     where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
     sources = {"query": query, "key": key, "value": value, "bias": bias, **_parameters(how.get("score"))}
     total = {name: np.zeros(sources[name].shape, tab._wide(sources[name]).dtype) for name in wrt}
@@ -330,6 +332,26 @@ def _block(
     for name, shape in shapes.items():
         grads[name] = sum_to(grads[name], shape)
     return tuple(grads[name] for name in wrt)
+
+
+def multi_head_attention_grad(
+    tab, query, key, value, params, grad_output, wrt, *, num_heads, num_kv_heads, bias=None, **options
+):
+    """The gradients named by ``wrt``, among query, key, value and params, of sum(grad_output * multi_head_attention(...))."""
+    inputs, bias = {"query": query, "key": key, "value": value}, None if bias is None else tab._wide(bias)
+    heads = {"query": num_heads, "key": num_kv_heads, "value": num_kv_heads}
+    split = {name: tab._split(tab._project(x, params, name[0]), heads[name]) for name, x in inputs.items()}
+    grads, grad = {}, tab._wide(grad_output)
+    if "W_o" in params:
+        if {"W_o", "b_o"} & {*wrt}:
+            joined = tab._join(tab.attention(*split.values(), bias=bias, **options))
+            grads |= {"W_o": _outer(joined, grad), "b_o": sum_to(grad, grad.shape[-1:])}
+        grad = grad @ tab._wide(params["W_o"]).T
+    by_heads = attention_grad(tab, *split.values(), tab._split(grad, num_heads), tuple(split), bias=bias, **options)
+    for (name, x), grad in zip(inputs.items(), map(tab._join, by_heads), strict=True):
+        W = tab._wide(params[f"W_{name[0]}"])
+        grads |= {f"W_{name[0]}": _outer(tab._wide(x), grad), f"b_{name[0]}": sum_to(grad, grad.shape[-1:]), name: grad @ W.T}
+    return tuple(grads[name].astype((inputs | params)[name].dtype) for name in wrt)
 
 
 NORMALISERS = {f.__name__: f for f in (softmax, sparsemax, hardmax, proportional, identity)} | {"average": average}

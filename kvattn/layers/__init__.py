@@ -1,0 +1,163 @@
+"""Native layers, one file a framework: the same classes in the same order. What they share is here.
+
+A weight has one name, one shape and one first distribution in every framework. Matrices multiply from the right,
+(features in, features out):
+
+    AdditiveAttention         W_q (d_q, h)   W_k (d_k, h)   w_v (h,)
+    MultiplicativeAttention   W (d_q, d_k)
+    GatedAttention            w_g (2 d,)
+    MultiHeadAttention        W_q  W_k  W_v  W_o  b_q  b_k  b_v  b_o: the params of kvattn.multi_head_attention
+    AddNorm                   gamma (h,)   beta (h,)
+    PositionWiseFFN           W_1 (h, f)   b_1 (f,)   W_2 (f, h)   b_2 (h,)
+    TransformerEncoderBlock   attention.*   addnorm1.*   ffn.*   addnorm2.*
+    TransformerEncoder        embedding (vocabulary, h)   blocks.0.*   blocks.1.*   ...
+
+Around them, a framework's own dense layer called ``x`` gives x.W and x.b, its layer norm x.gamma and x.beta, its embedding x.
+
+First values: matrices and w_v, w_g are uniform within sqrt(6 / (in + out)) of 0 (Glorot and Bengio 2010), the embedding
+is normal with variance 1 / h, gamma is 1, biases and beta are 0. ``seed=`` draws them here, the same in every framework;
+without it each framework draws from its own generator.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from typing import Any
+
+import numpy as np
+
+from kvattn import checks
+from kvattn.cache import KVCache
+
+LAYERS = (
+    "DotProductAttention", "AdditiveAttention", "MultiplicativeAttention", "GatedAttention", "MultiHeadAttention",
+    "PositionalEncoding", "AddNorm", "PositionWiseFFN", "TransformerEncoderBlock", "TransformerEncoder",
+)  # fmt: skip
+
+EPSILON = 1e-5  # of every layer norm
+
+Seed = int | tuple[int, ...] | None
+
+
+def child(seed: Seed, name: str) -> Seed:
+    """The seed of the part called ``name``.
+
+    >>> child(7, "ffn") == child(7, "ffn") != child(7, "attention")
+    True
+    """
+    return None if seed is None else (*((seed,) if isinstance(seed, int) else seed), zlib.crc32(name.encode()))
+
+
+def glorot(shape: tuple[int, ...]) -> float:
+    """The half-width of the uniform distribution of a weight: of a vector as of a matrix with one column."""
+    return math.sqrt(6 / (shape[0] + (shape[1] if len(shape) > 1 else 1)))
+
+
+def initial(seed: Seed, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The first value of the weight called ``name``, float32, whatever framework asks.
+
+    >>> initial(7, "b_1", (2,))
+    array([0., 0.], dtype=float32)
+    """
+    if re.match("b_|b$|beta", name):
+        return np.zeros(shape, np.float32)
+    if name == "gamma":
+        return np.ones(shape, np.float32)
+    draw: Any = np.random.default_rng(child(seed, name))
+    if name == "embedding":
+        return (draw.standard_normal(shape) / math.sqrt(shape[-1])).astype(np.float32)
+    return draw.uniform(-glorot(shape), glorot(shape), shape).astype(np.float32)
+
+
+def encoding(length: int, h: int) -> np.ndarray:
+    """P (length, h), float64: sin(i / 10000^(j / h)) in the even columns j, cos of the same angle in the column after.
+
+    >>> encoding(1, 3)
+    array([[0., 1., 0.]])
+
+    Source: Vaswani et al. 2017, section 3.5.
+    """
+    angles = np.arange(length)[:, None] / 10000 ** (np.arange(0, h, 2) / h)
+    P = np.empty((length, h))
+    P[:, 0::2], P[:, 1::2] = np.sin(angles), np.cos(angles[:, : h // 2])
+    return P
+
+
+def names(path: tuple[str, ...], kind: str) -> dict[str, str]:
+    """The names of a native part's weights: {"weight": ..., "bias": ...} for a part of ``kind`` dense, norm or embedding.
+
+    >>> names(("blks", "block0", "attention", "W_q"), "dense")
+    {'weight': 'blocks.0.attention.W_q', 'bias': 'blocks.0.attention.b_q'}
+    """
+    text = re.sub(r"(^|\.)blks[._](?:block)?(\d+)", r"\1blocks.\2", ".".join(path))
+    *parents, last = text.split(".")
+    if kind == "embedding":
+        found = {"weight": last}
+    elif kind == "norm":
+        found = {"weight": "gamma", "bias": "beta"} if last == "ln" else {"weight": f"{last}.gamma", "bias": f"{last}.beta"}
+    elif re.fullmatch("W_[a-z]", last):
+        found = {"weight": last, "bias": f"b_{last[-1]}"}
+    elif re.fullmatch(r"dense\d", last):
+        found = {"weight": f"W_{last[-1]}", "bias": f"b_{last[-1]}"}
+    elif last == "w_v":
+        found = {"weight": "w_v", "bias": "b_v"}
+    else:
+        found = {"weight": f"{last}.W", "bias": f"{last}.b"}
+    return {which: ".".join([*parents, name]) for which, name in found.items()}
+
+
+# Dense layers keep w_v, a vector, as a matrix of one column.
+
+
+def own_shape(name: str, shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The shape that a weight of a native ``shape`` (features in, out) has here."""
+    return shape[:1] if re.search(r"(^|\.)w_v$", name) else shape
+
+
+def own(name: str, array: np.ndarray) -> np.ndarray:
+    """A native weight (features in, out) as it is here."""
+    return np.ascontiguousarray(array.reshape(own_shape(name, array.shape)))
+
+
+def native(name: str, array: np.ndarray) -> np.ndarray:
+    """A weight as a dense layer keeps it, (features in, out)."""
+    return array[:, None] if re.search(r"(^|\.)w_v$", name) else array
+
+
+# ---- what a layer refuses
+
+
+def head_width(num_hiddens: int, num_heads: int, num_kv_heads: int) -> int:
+    """The features of one head. Raises ValueError unless the heads divide the features, and each other."""
+    checks.heads(num_heads, num_kv_heads)
+    if num_hiddens % num_heads:
+        raise ValueError(f"num_hiddens is {num_hiddens}, no multiple of num_heads, {num_heads}")
+    return num_hiddens // num_heads
+
+
+def check_activation(activation: str) -> None:
+    """Raises ValueError for an activation that not every framework has here."""
+    if activation not in ("relu", "gelu"):
+        raise ValueError(f"activation must be 'relu' or 'gelu', not {activation!r}")
+
+
+def check_length(max_len: Any, n: Any, offset: Any) -> None:
+    """Raises ValueError, where the numbers are known, for a sequence that runs past the positional encoding."""
+    if all(map(checks.is_integer, (max_len, n, offset))) and n + offset > max_len:
+        raise ValueError(f"a sequence of {n} from position {offset} runs past max_len={max_len} of the positional encoding")
+
+
+def check_made(waiting: Any) -> None:
+    """Raises ValueError naming the weights that wait for the first call."""
+    if waiting := sorted(waiting):
+        raise ValueError(f"no values yet for {', '.join(waiting)}: call the layer once, its inputs give the sizes")
+
+
+def caches(given: Any, blocks: int) -> list[KVCache]:
+    """One cache a block; [] at first."""
+    given = list(given)
+    if given and len(given) != blocks:
+        raise ValueError(f"cache holds {len(given)} blocks' keys and values; this encoder has {blocks} blocks")
+    return given or [KVCache() for _ in range(blocks)]

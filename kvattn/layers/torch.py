@@ -1,0 +1,340 @@
+"""The layers as torch.nn.Modules. The names and shapes of their weights are in kvattn/layers/__init__.py."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter, is_lazy
+
+from kvattn import api, layers
+
+__all__ = [*layers.LAYERS]
+
+# X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
+# kvattn.attention's: mask, causal, window, ...
+
+
+class _Linear(nn.LazyLinear):
+    """A Linear that knows its name, by which its first values are drawn; it becomes an nn.Linear in the first call."""
+
+    def __init__(self, name, out_features, bias, seed):
+        self._named, self._seed = name, seed
+        super().__init__(out_features, bias=bias)
+
+    def reset_parameters(self):
+        if self.in_features == 0 or self.has_uninitialized_params():
+            return
+        _fill(self.weight.T, self._seed, self._named, (self.in_features, self.out_features))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def _fill(parameter, seed, name, shape):
+    """The first values of the weight that kvattn calls ``name``."""
+    with torch.no_grad():
+        if seed is not None:
+            parameter.copy_(torch.from_numpy(layers.initial(seed, name, shape)))
+        elif name == "embedding":
+            parameter.normal_(std=1 / math.sqrt(shape[-1]))
+        else:
+            parameter.uniform_(-layers.glorot(shape), layers.glorot(shape))
+
+
+# ---- attention
+
+
+class _Attention(nn.Module):
+    """What the attention layers share: dropout in training, and the last call, whose weights can be shown."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self._last = None
+
+    def _score(self, queries, keys):
+        return api.scaled_dot_score
+
+    def forward(self, queries, keys, values, valid_lens=None, **options):
+        options |= {"score": self._score(queries, keys), "valid_lens": valid_lens}
+        self._last = (queries.detach(), keys.detach(), {**options, "score": _copied(options["score"])})
+        rate = self.dropout.p if self.training else 0.0
+        return api.attention(queries, keys, values, **options, dropout=rate, backend="torch")
+
+    @property
+    def attention_weights(self):
+        """The last call's, (batch, n, m) or (batch * heads, n, m): before dropout, detached, computed when read."""
+        if self._last is None:
+            return None
+        queries, keys, options = self._last
+        options = {name: x for name, x in options.items() if not name.startswith("return_")}
+        with torch.no_grad():
+            weights = api.attention(queries, keys, keys[..., :1], **options, return_weights=True, backend="torch")[1]
+        return weights.flatten(0, -3) if weights.ndim > 3 else weights
+
+
+def _copied(score):
+    """The score with its parameters as they are now: an optimiser writes into them."""
+    if not isinstance(score, partial):
+        return score
+    return partial(score.func, **{name: x.detach().clone() for name, x in score.keywords.items()})
+
+
+class DotProductAttention(_Attention):
+    """Scaled dot-product attention, d2l's call: layer(queries, keys, values, valid_lens=None, **options)."""
+
+
+class AdditiveAttention(_Attention):
+    """Attention by the score w_v . tanh(q W_q + k W_k) with ``num_hiddens`` hidden units."""
+
+    def __init__(self, num_hiddens, dropout=0.0, *, seed=None):
+        super().__init__(dropout)
+        self.W_k = _Linear("W_k", num_hiddens, False, seed)
+        self.W_q = _Linear("W_q", num_hiddens, False, seed)
+        self.w_v = _Linear("w_v", 1, False, seed)
+
+    def _score(self, queries, keys):
+        if is_lazy(self.w_v.weight):
+            self.w_v(self.W_q(queries) + self.W_k(keys)[..., :1, :])
+        return partial(api.additive_score, W_q=self.W_q.weight.T, W_k=self.W_k.weight.T, w_v=self.w_v.weight[0])
+
+
+class MultiplicativeAttention(LazyModuleMixin, _Attention):
+    """Attention by the score q W k; W takes its sizes from the first call."""
+
+    cls_to_become = None
+
+    def __init__(self, dropout=0.0, *, seed=None):
+        super().__init__(dropout)
+        self.W, self._seed = UninitializedParameter(), seed
+
+    def initialize_parameters(self, queries, keys, *args, **options):
+        if is_lazy(self.W):
+            self.W.materialize((queries.shape[-1], keys.shape[-1]))
+            _fill(self.W, self._seed, "W", self.W.shape)
+
+    def _score(self, queries, keys):
+        return partial(api.multiplicative_score, W=self.W)
+
+
+class GatedAttention(LazyModuleMixin, _Attention):
+    """Attention by the score sigmoid(w_g . [q; k]) (q . k); w_g takes its size from the first call."""
+
+    cls_to_become = None
+
+    def __init__(self, dropout=0.0, *, seed=None):
+        super().__init__(dropout)
+        self.w_g, self._seed = UninitializedParameter(), seed
+
+    def initialize_parameters(self, queries, keys, *args, **options):
+        if is_lazy(self.w_g):
+            self.w_g.materialize((2 * queries.shape[-1],))
+            _fill(self.w_g, self._seed, "w_g", self.w_g.shape)
+
+    def _score(self, queries, keys):
+        return partial(api.gated_score, w_g=self.w_g)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``.
+
+    With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache); with return_weights=True the
+    weights (batch, heads, n, m) follow the output.
+    """
+
+    def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None):
+        super().__init__()
+        bias = bias if use_bias is None else use_bias
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
+        self.attention = DotProductAttention(dropout)
+        self.W_q = _Linear("W_q", num_hiddens, bias, seed)
+        self.W_k = _Linear("W_k", self.num_kv_heads * width, bias, seed)
+        self.W_v = _Linear("W_v", self.num_kv_heads * width, bias, seed)
+        self.W_o = _Linear("W_o", num_hiddens, bias, seed)
+
+    def forward(self, queries, keys, values, valid_lens=None, *, cache=None, **options):
+        queries = _split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
+        keys, values = _split(self.W_k(keys), self.num_kv_heads), _split(self.W_v(values), self.num_kv_heads)
+        if cache is not None:
+            cache = cache.extend(keys, values)
+            keys, values = cache.seen()
+            options["query_offset"] = cache.length - queries.shape[-2]
+        results = self.attention(queries, keys, values, valid_lens, **options)
+        output, *rest = results if isinstance(results, tuple) else (results,)
+        output = self.W_o(_join(output))  # (batch, n, num_hiddens)
+        rest = rest if cache is None else [*rest, cache]
+        return (output, *rest) if rest else output
+
+
+def _split(X, heads):
+    """(batch, n, heads * d) -> (batch, heads, n, d)."""
+    return X.reshape(*X.shape[:-1], heads, -1).transpose(-2, -3)
+
+
+def _join(X):
+    """(batch, heads, n, d) -> (batch, n, heads * d)."""
+    return X.transpose(-2, -3).flatten(-2)
+
+
+# ---- the other parts of a transformer
+
+
+class PositionalEncoding(nn.Module):
+    """X + P, then dropout; P (1, max_len, num_hiddens) holds sines and cosines of the position, counted from ``offset``."""
+
+    def __init__(self, num_hiddens, dropout=0.0, max_len=1000):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        P = torch.from_numpy(layers.encoding(max_len, num_hiddens)).float()
+        self.register_buffer("P", P[None], persistent=False)  # computed, so not saved
+
+    def forward(self, X, offset=0):
+        layers.check_length(self.P.shape[1], X.shape[1], offset)
+        return self.dropout(X + self.P[:, offset : offset + X.shape[1]].to(X.dtype))
+
+
+class AddNorm(nn.Module):
+    """Layer norm of X + dropout(Y)."""
+
+    def __init__(self, norm_shape, dropout=0.0):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.ln = nn.LayerNorm(norm_shape, eps=layers.EPSILON)
+
+    def forward(self, X, Y):
+        return self.ln(self.dropout(Y) + X)
+
+
+class PositionWiseFFN(nn.Module):
+    """activation(X W_1 + b_1) W_2 + b_2; the activation is "relu" or "gelu" (by erf)."""
+
+    def __init__(self, ffn_num_hiddens, ffn_num_outputs, *, activation="relu", seed=None):
+        super().__init__()
+        layers.check_activation(activation)
+        self.activation = activation
+        self.dense1 = _Linear("W_1", ffn_num_hiddens, True, seed)
+        self.dense2 = _Linear("W_2", ffn_num_outputs, True, seed)
+
+    def forward(self, X):
+        X = self.dense1(X)
+        return self.dense2(nn.functional.relu(X) if self.activation == "relu" else nn.functional.gelu(X))
+
+
+class TransformerEncoderBlock(nn.Module):
+    """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
+
+    def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
+                 activation="relu", seed=None):  # fmt: skip
+        super().__init__()
+        self.attention = MultiHeadAttention(
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, seed=layers.child(seed, "attention")
+        )
+        self.addnorm1 = AddNorm(num_hiddens, dropout)
+        self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
+        self.addnorm2 = AddNorm(num_hiddens, dropout)
+
+    def forward(self, X, valid_lens=None, *, cache=None, **options):
+        Y = self.attention(X, X, X, valid_lens, cache=cache, **options)
+        Y, cache = Y if cache is not None else (Y, None)
+        Y = self.addnorm1(X, Y)
+        Y = self.addnorm2(Y, self.ffn(Y))
+        return Y if cache is None else (Y, cache)
+
+
+class TransformerEncoder(nn.Module):
+    """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
+
+    ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
+    ``attention_weights`` lists each block's, (batch * heads, n, m).
+    """
+
+    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
+                 num_kv_heads=None, activation="relu", max_len=1000, seed=None):  # fmt: skip
+        super().__init__()
+        self.num_hiddens = num_hiddens
+        self.embedding = nn.Embedding(vocab_size, num_hiddens)
+        _fill(self.embedding.weight, seed, "embedding", (vocab_size, num_hiddens))
+        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len)
+        self.blks = nn.Sequential()
+        for i in range(num_blks):
+            block = TransformerEncoderBlock(
+                num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
+                seed=layers.child(seed, f"blocks.{i}"),
+            )  # fmt: skip
+            self.blks.add_module(f"block{i}", block)
+
+    def forward(self, X, valid_lens=None, *, cache=None, **options):
+        caches = None if cache is None else layers.caches(cache, len(self.blks))
+        X = self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), caches[0].length if caches else 0)
+        for i, block in enumerate(self.blks):
+            if caches is None:
+                X = block(X, valid_lens, **options)
+            else:
+                X, caches[i] = block(X, valid_lens, cache=caches[i], **options)
+        return X if caches is None else (X, caches)
+
+    @property
+    def attention_weights(self):
+        return [block.attention.attention.attention_weights for block in self.blks]
+
+
+# ---- weights by kvattn's names, for kvattn/weights.py
+
+
+class _Slot(NamedTuple):
+    parameter: nn.Parameter
+    shape: tuple  # here, (features in, out); None where the first call decides
+    transposed: bool = False
+
+
+def _slots(module):
+    """{name: slot} of every weight in ``module``."""
+    found = {}
+    for path, part in module.named_modules():
+        path = tuple(path.split(".")) if path else ()
+        if isinstance(part, nn.Linear):
+            names = layers.names(path, "dense")
+            size = (None if is_lazy(part.weight) else part.weight.shape[1], part.out_features)
+            found[names["weight"]] = _Slot(part.weight, layers.own_shape(names["weight"], size), True)
+            if part.bias is not None:
+                found[names["bias"]] = _Slot(part.bias, size[1:])
+        elif isinstance(part, (nn.LayerNorm, nn.Embedding)):
+            names = layers.names(path, "norm" if isinstance(part, nn.LayerNorm) else "embedding")
+            found |= {names[which]: _Slot(x, tuple(x.shape)) for which, x in part.named_parameters(recurse=False)}
+        else:
+            own = dict(part.named_parameters(recurse=False))
+            if own and not isinstance(part, _Attention):
+                raise TypeError(f"{'.'.join(path)} is a {type(part).__name__}, whose weights have no name outside PyTorch")
+            for name, x in own.items():
+                found[".".join((*path, name))] = _Slot(x, (None,) * (2 if name == "W" else 1) if is_lazy(x) else tuple(x.shape))
+    return found
+
+
+def shapes(module):
+    """{name: shape} of every weight, None in it for a size that waits for the first call."""
+    return {name: slot.shape for name, slot in _slots(module).items()}
+
+
+def export(module):
+    """{name: NumPy array} of every weight; ValueError where one has no values yet."""
+    slots = _slots(module)
+    layers.check_made(name for name, slot in slots.items() if is_lazy(slot.parameter))
+    arrays = {name: api.to_numpy(slot.parameter) for name, slot in slots.items()}
+    return {name: layers.own(name, x.T if slots[name].transposed else x).copy() for name, x in arrays.items()}
+
+
+def assign(module, arrays):
+    """Put these arrays, whose names and shapes fit, in the module's weights; returns the module."""
+    with torch.no_grad():
+        for name, slot in _slots(module).items():
+            array = layers.native(name, arrays[name])
+            array = torch.tensor(array.T if slot.transposed else array)
+            if is_lazy(slot.parameter):
+                slot.parameter.materialize(array.shape)
+            slot.parameter.copy_(array)
+    return module

@@ -1,0 +1,57 @@
+"""What `from kvattn import torch as kv` and its four neighbours gather: kvattn's functions, on that backend by default."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from kvattn import api, weights
+
+WEIGHTS = (weights.export_weights, weights.import_weights, weights.save_weights, weights.load_weights)
+
+
+def functions(backend: str) -> dict[str, Any]:
+    """Every public name of kvattn; what takes ``backend`` has this one by default.
+
+    >>> functions("numpy")["softmax"]([0.0, 0.0])
+    array([0.5, 0.5])
+    """
+    public = {name: getattr(api, name) for name in api.__all__} | {f.__name__: f for f in WEIGHTS}
+    return {name: _bound(x, backend) if _takes_backend(x) else x for name, x in public.items()}
+
+
+def _takes_backend(x: Any) -> bool:
+    return inspect.isfunction(x) and "backend" in inspect.signature(x).parameters
+
+
+def _bound(function: Callable[..., Any], default: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def bound(*args: Any, backend: Any = default, **options: Any) -> Any:
+        return function(*args, backend=backend, **options)
+
+    return bound
+
+
+def drawing(name: str) -> Any:
+    """A module's ``__getattr__``: what draws loads matplotlib when it is asked for."""
+    if name == "plt":
+        import matplotlib.pyplot as plt
+
+        return plt
+    if name in ("plot", "show_heatmaps", "show_attention", "kernel_shapes", "use_svg_display", "set_figsize"):
+        from kvattn import plot
+
+        return getattr(plot, name)
+    raise AttributeError(f"kvattn's namespaces have no {name!r}")
+
+
+def check_shape(x: Any, shape: Any) -> None:
+    """Raises AssertionError unless ``x`` has this shape.
+
+    >>> check_shape([[1.0]], (1, 1))
+    """
+    found = tuple(getattr(x, "shape", None) or api.to_numpy(x).shape)
+    if found != tuple(shape):
+        raise AssertionError(f"the shape is {found}; expected {tuple(shape)}")

@@ -1,0 +1,66 @@
+"""`from kvattn import torch as kv`: kvattn on PyTorch, its native layers, and the short names that d2l's lessons use."""
+
+import torch
+from torch import (  # noqa: F401
+    abs, arange, argmax, concat, cos, cosh, exp, eye, float32, int32, int64, linspace, log, matmul, meshgrid, normal, ones,
+    ones_like, rand, randn, sigmoid, sin, sinh, stack, tanh, tensor, zeros, zeros_like,
+)  # fmt: skip
+
+from kvattn import namespace
+from kvattn.layers.torch import *  # noqa: F403
+from kvattn.namespace import check_shape  # noqa: F401
+
+globals().update(namespace.functions("torch"))
+__getattr__ = namespace.drawing
+
+batch_matmul = torch.bmm
+
+
+def numpy(x):
+    """The tensor as a NumPy array."""
+    return x.detach().cpu().numpy()
+
+
+def astype(x, dtype):
+    return x.to(dtype)
+
+
+def reshape(x, *shape):
+    return x.reshape(*shape)
+
+
+def transpose(x):
+    return x.T
+
+
+def expand_dims(x, axis):
+    return x.unsqueeze(axis)
+
+
+def swapaxes(x, a, b):
+    return x.swapaxes(a, b)
+
+
+def repeat(x, *args, **options):
+    return x.repeat(*args, **options)
+
+
+def reduce_sum(x, *args, **options):
+    return x.sum(*args, **options)
+
+
+def reduce_mean(x, *args, **options):
+    return x.mean(*args, **options)
+
+
+def size(x):
+    return x.numel()
+
+
+def to(x, device):
+    return x.to(device)
+
+
+def get_key():
+    """A seed, as JAX's namespace gives a key: drawn from PyTorch's own generator."""
+    return int(torch.randint(2**31, ()))

@@ -1,0 +1,99 @@
+"""Weights that travel: one name and one shape in every framework (see kvattn/layers/__init__.py), NumPy arrays between."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvattn import dispatch
+
+
+def export_weights(layer: Any) -> dict[str, np.ndarray]:
+    """Every weight of a layer, or of a model of the framework's own dense, norm and embedding layers around ours.
+
+    JAX keeps weights apart from the layer: give its variables, ``module.init(...)``'s result.
+
+    >>> from kvattn import numpy as kv
+    >>> layer = kv.MultiplicativeAttention(seed=0)
+    >>> _ = layer(np.ones((1, 2, 3)), np.ones((1, 2, 4)), np.ones((1, 2, 5)))
+    >>> {name: x.shape for name, x in export_weights(layer).items()}
+    {'W': (3, 4)}
+    """
+    return dict(_room(layer).export(layer))
+
+
+def import_weights(layer: Any, weights: Mapping[str, Any]) -> Any:
+    """Put exported weights in a layer, which need not have been called before; returns it.
+
+    JAX: give variables, or a module that has none yet; returns new variables.
+
+    Raises ValueError, listing every name that is missing or unknown and every shape that differs: then nothing is changed.
+    """
+    room = _room(layer)
+    arrays = {name: np.asarray(x) for name, x in weights.items()}
+    expected = room.shapes(layer)
+    wrong = [f"missing: {name} {_show(shape)}" for name, shape in expected.items() if name not in arrays]
+    wrong += [f"unknown: {name} {x.shape}" for name, x in arrays.items() if name not in expected]
+    wrong += [
+        f"{name} has shape {x.shape}; expected {_show(expected[name])}"
+        for name, x in arrays.items()
+        if name in expected and not _fits(x.shape, expected[name])
+    ]
+    wrong += [f"{name} has dtype {x.dtype}; expected floating point" for name, x in arrays.items() if x.dtype.kind != "f"]
+    if wrong:
+        raise ValueError("these weights do not fit, and nothing was loaded:\n  " + "\n  ".join(wrong))
+    return room.assign(layer, arrays)
+
+
+def save_weights(layer: Any, path: str | Path) -> None:
+    """`export_weights`, or a dict of arrays, in a .safetensors file. Needs safetensors: pip install 'kvattn[weights]'."""
+    arrays = layer if _plain(layer) else export_weights(layer)
+    _safetensors().save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path)
+
+
+def load_weights(path: str | Path, layer: Any = None) -> Any:
+    """The arrays of a .safetensors file by name, or, given a layer, what `import_weights` returns for them."""
+    arrays = _safetensors().load_file(path)
+    return arrays if layer is None else import_weights(layer, arrays)
+
+
+def _plain(x: Any) -> bool:
+    return isinstance(x, Mapping) and all(isinstance(y, np.ndarray) for y in x.values())
+
+
+def _fits(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(found) == len(expected) and all(b is None or a == b for a, b in zip(found, expected, strict=True))
+
+
+def _show(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("?" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError("weights are kept in .safetensors files: pip install 'kvattn[weights]'") from error
+    return safetensors.numpy
+
+
+_FAMILIES = {"torch": "torch", "keras": "tensorflow", "tensorflow": "tensorflow", "flax": "jax", "mxnet": "mxnet"}
+
+
+def _room(layer: Any) -> Any:
+    """kvattn/layers/<framework>.py, by the layer's own class."""
+    for base in type(layer).__mro__:
+        package, _, rest = base.__module__.partition(".")
+        name = rest.removeprefix("layers.") if rest.startswith("layers.") else _FAMILIES.get(package)
+        if name is not None:
+            break
+    else:
+        if not isinstance(layer, Mapping):
+            raise TypeError(f"expected a layer of kvattn or of its frameworks, or JAX's variables, not {type(layer).__name__}")
+        name = "jax"
+    dispatch.load(name)
+    return importlib.import_module(f"kvattn.layers.{name}")
