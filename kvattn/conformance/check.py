@@ -17,6 +17,7 @@ from kvattn.conformance import known, tolerance
 from kvattn.conformance.cases import Case
 
 FUNCTIONS = ("score", "normalize", "kernel")  # keywords that name a function of kvattn
+HEADED = ("multi_head_attention", "self_attention", "decoding")
 ALONE = "output alone"  # the output where neither weights nor lse are asked for: a tab may take another path to it
 NOT_OFFERED = "not offered: "
 
@@ -182,6 +183,13 @@ def _missing(tab: Any, case: Case) -> list[str]:
     if getattr(tab, "__name__", "").startswith("kvattn.backends."):
         return []
     needed = {case.call.removeprefix("split_")}
+    if case.call in HEADED:
+        needed = {"self_attention" if case.call == "self_attention" else "multi_head_attention"}
+        return sorted(
+            name
+            for name in needed | ({"write"} if case.call == "decoding" else set())
+            if not callable(getattr(tab, name, None))
+        )
     if case.call == "nadaraya_watson":
         needed = {"attention", "gaussian_kernel", "proportional"}
     needed |= {_named(case.keywords[what])[0] for what in FUNCTIONS if what in case.keywords}
@@ -228,13 +236,15 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool) -> dict[str, Any]:
         results = {}
         if case.call == "split_attention":
             results = dict(zip(case.results, _split(tab, arguments, keywords), strict=True))
+        elif case.call in HEADED:
+            results = _headed(tab, case, arguments, keywords, grad_output)
         elif thorough or not case.alone:
             got = getattr(kvattn, case.call)(**arguments, **keywords, backend=tab)
             results = dict(zip(case.results, got if len(case.results) > 1 else [got], strict=True))
         if case.alone or (thorough and case.call == "attention" and len(case.results) > 1):
             what = ALONE if results else "output"
             results[what] = kvattn.attention(**arguments, **options, backend=tab)
-        if wrt := _wrt(case):
+        if case.call not in HEADED and (wrt := _wrt(case)):
             grads = kvattn.attention_grad(**arguments, grad_output=grad_output, wrt=wrt, **options, backend=tab)
             results |= dict(zip((f"grad_{name}" for name in wrt), grads, strict=True))
     for (name, x), bits in zip(given, before, strict=True):
@@ -255,6 +265,48 @@ def _split(tab: Any, arguments: dict[str, Any], keywords: dict[str, Any]) -> tup
         pair = part if merged is None else tuple(zip(merged, part, strict=True))
         merged = part if merged is None else kvattn.merge_attention(*pair, return_lse=True, backend=tab)
     return merged
+
+
+def _headed(tab: Any, case: Case, arguments: dict[str, Any], keywords: dict[str, Any], grad_output: Any) -> dict[str, Any]:
+    """The quantities of a case of multi-head attention, of self-attention, or of multi-head attention step by step."""
+    names, wrt = [name for name in checks.PARAMS if name in arguments], _wrt(case)
+    params = {name: arguments[name] for name in names}
+    inputs = [arguments["x"]] * 3 if case.call == "self_attention" else [arguments[name] for name in ("query", "key", "value")]
+    options = {name: x for name, x in arguments.items() if name not in (*names, "x", "query", "key", "value")} | keywords
+    capacity = options.pop("capacity", None)
+    if case.call == "self_attention":
+        got = kvattn.self_attention(inputs[0], *params.values(), **options, backend=tab)
+    elif case.call == "decoding":
+        return {"output": _steps(tab, inputs, params, capacity, options)}
+    else:
+        got = kvattn.multi_head_attention(*inputs, params, **options, backend=tab)
+    results = dict(zip(case.results, got if len(case.results) > 1 else [got], strict=True))
+    if wrt:
+        options = {"num_heads": 1} | {name: x for name, x in options.items() if not name.startswith("return_")}
+        by = ["query", "key", "value", *names]
+        grads = kvattn.multi_head_attention_grad(*inputs, params, grad_output, wrt=by, **options, backend=tab)
+        found = dict(zip(by, grads, strict=True))
+        if case.call == "self_attention":
+            found["x"] = found["query"] + found["key"] + found["value"]
+        results |= {f"grad_{name}": found[name] for name in wrt}
+    return results
+
+
+def _steps(
+    tab: Any, inputs: list[Any], params: dict[str, Any], capacity: tuple[int, ...] | None, options: dict[str, Any]
+) -> Any:
+    """Causal multi-head attention with a cache: two positions, then one at a time; joined by NumPy."""
+    cache = kvattn.KVCache()
+    if capacity is not None:
+        wide = checks.dtype_name(inputs[0])
+        wide = "float32" if wide in tolerance.HALF else wide
+        cache = kvattn.KVCache.allocate(capacity[:-1], capacity[-1], dtype=wide, backend=tab)
+    parts, n = [], int(inputs[0].shape[-2])
+    for start, end in [(0, 2), *((i, i + 1) for i in range(2, n))]:
+        step = [x[..., start:end, :] for x in inputs]
+        output, cache = kvattn.multi_head_attention(*step, params, **options, causal=True, cache=cache, backend=tab)
+        parts.append(tab.to_numpy(output))
+    return tab.asarray(np.concatenate(parts, axis=-2), dtype=checks.dtype_name(inputs[0]))
 
 
 def _bytes(tab: Any, x: Any) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn.conformance import oracle, pooling
+from kvattn.conformance import multihead, oracle, pooling
 from kvattn.conformance.cases import LSE, WEIGHTS, Case, attend, flags, grid, poisoned, qkv
 from kvattn.conformance.pooling import parametrised
 
@@ -18,7 +18,7 @@ INF, NAN = np.inf, np.nan
 def every(rng: np.random.Generator) -> Iterator[Case]:
     keywords = (plain, masks, biases, lengths, causal, windows, caps)
     parts = (groups, shapes, large, padding, positions, pooling.scores, pooling.pooling, pooling.normalisers)
-    for family in (*keywords, *parts, merging, blocks, covariance, combinations):
+    for family in (*keywords, *parts, merging, blocks, covariance, multihead.cases, combinations):
         yield from family(rng)
 
 

@@ -232,9 +232,18 @@ def leading(query, key):
     return (*np.broadcast_shapes(query.shape[:-3], key.shape[:-3]), *query.shape[:-2][-1:])
 
 
-def attention(query, key, value, grad_output=None, *, score="scaled_dot_score", normalize="softmax", bias=None, scale=None,
-              softcap=None, **which: Any) -> Answer:  # fmt: skip
+def attention(query, key, value, grad_output=None, **how: Any) -> Answer:
     """Output, weights and lse; with grad_output, the gradients of sum(grad_output * output) by every array. m > 0 or not."""
+    values, sizes, largest = _attention(query, key, value, grad_output, **how)
+    return Answer(values, _plain(sizes), largest)
+
+
+def _attention(query, key, value, grad_output, *, score="scaled_dot_score", normalize="softmax", bias=None, scale=None,
+               softcap=None, absolute=None, **which: Any):  # fmt: skip
+    """(values, magnitudes element by element or at once, the largest score).
+
+    ``absolute``: the magnitudes of query, key, value and grad_output, where these are sums themselves.
+    """
     name, parameters = score if isinstance(score, tuple) else (score, {})
     if name == "scaled_dot_score" and scale is not None:
         name = "dot_score"
@@ -245,13 +254,19 @@ def attention(query, key, value, grad_output=None, *, score="scaled_dot_score", 
     sources = {"query": (query, _rows(query, lead)[at_query]), "key": (key, _rows(key, lead)[at_key])}
     sources["value"] = (value, _rows(value, lead)[at_key])
     q, k, v = (x.reshape(-1, x.shape[-1])[rows] for x, rows in sources.values())
+    q_size, k_size, v_size = q, k, np.abs(v)
+    g_size = None if grad_output is None else np.abs(grad_output)
+    if absolute is not None:
+        *inputs, g_size = absolute
+        rows = [rows for _, rows in sources.values()]
+        q_size, k_size, v_size = (x.reshape(-1, x.shape[-1])[r] for x, r in zip(inputs, rows, strict=True))
 
     def scores_of(q, k, parameters):
         s = globals()[name](q, k, **parameters) * (1 if scale is None else scale)
         return s if softcap is None else softcap * np.tanh(s / softcap)
 
     s = scores_of(q, k, parameters)
-    bound = bounds(name, q, k, **parameters)
+    bound = bounds(name, q_size, k_size, **parameters)
     factor = 1 if scale is None else abs(scale)
     size = bound["size"] * factor
     if bias is not None:
@@ -270,34 +285,34 @@ def attention(query, key, value, grad_output=None, *, score="scaled_dot_score", 
         w_size, jacobian_size = weight_bounds(normalize, w, s[of], size[of])
         weights[tuple(x[of] for x in at_slot)] = w
         weight_size.append(w_size.max())
-        row_sizes.append((w_size[:, None] * np.abs(v[of])).sum(axis=0).max(initial=0))
+        row_sizes.append((w_size[:, None] * v_size[of]).sum(axis=0).max(initial=0))
         log_sum[at] = lse(s[of])
         output[at] = sum(w[:, None] * v[of])
         if grad_output is None:
             continue
         g = grad_output[at]
-        grad_w, grad_w_size = v[of] @ g, np.abs(v[of]) @ np.abs(g)
+        grad_w, grad_w_size = v[of] @ g, v_size[of] @ g_size[at]
         for j in range(len(of)):
             change = slope(globals()[normalize], s[of], (j,))  # d weights / d s_j
             grad_s[of[j]] = grad_w @ change
             grad_s_size[of[j]] = grad_w_size @ jacobian_size[:, j]
-        grad_v[of], grad_v_size[of] = w[:, None] * g, w_size[:, None] * np.abs(g)
+        grad_v[of], grad_v_size[of] = w[:, None] * g, w_size[:, None] * g_size[at]
 
     convex = normalize not in ("identity", "proportional")
     finite = np.abs(log_sum[np.isfinite(log_sum)])
     values = {"output": output, "weights": weights, "lse": log_sum}
-    magnitude = {"output": np.abs(v).max(initial=0) if convex else max(row_sizes)}
+    magnitude = {"output": v_size.max(initial=0) if convex else max(row_sizes)}
     magnitude |= {"weights": 1.0 if convex else max(weight_size), "lse": finite.max(initial=1)}
     largest = size.max(initial=0) if normalize in ("softmax", "sparsemax") else 0.0
     if grad_output is None:
-        return Answer(values, _plain(magnitude), float(largest))
+        return values, magnitude, float(largest)
 
     def collect(what, by_pair, by_pair_size):
         x, rows = sources[what]
         for name, terms, kind in ((what, by_pair, values), (what, by_pair_size, magnitude)):
             total = np.zeros((np.prod(x.shape[:-1], dtype=int), x.shape[-1]))
             np.add.at(total, rows, terms)
-            kind["grad_" + name] = total.reshape(x.shape) if kind is values else total.max(initial=0)
+            kind["grad_" + name] = total.reshape(x.shape)
 
     by = {"query": lambda x: scores_of(x, k, parameters), "key": lambda x: scores_of(q, x, parameters)}
     for what, x in (("query", q), ("key", k)):
@@ -314,7 +329,51 @@ def attention(query, key, value, grad_output=None, *, score="scaled_dot_score", 
             by_one = [slope(lambda y, what=what: scores_of(q, k, {**parameters, what: y}), x, c) for c in np.ndindex(*x.shape)]
             values["grad_" + what] = np.reshape([grad_s @ one for one in by_one], x.shape)
             magnitude["grad_" + what] = (grad_s_size @ bound[what].reshape(len(s), x.size)).max(initial=0) * factor
-    return Answer(values, _plain(magnitude), float(largest))
+    return values, magnitude, float(largest)
+
+
+def multi_head_attention(query, key, value, params, num_heads, num_kv_heads, grad_output=None, **how: Any) -> Answer:
+    """Heads by `attention`; projections and their gradients are sums written out, over values and over absolute values."""
+
+    def split(x, heads):
+        return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
+
+    def join(x):
+        return x.swapaxes(-2, -3).reshape(*x.shape[:-3], x.shape[-2], x.shape[-3] * x.shape[-1])
+
+    def flat(x):
+        return x.reshape(-1, x.shape[-1])
+
+    def project(x, name, of=params):
+        return x @ of[f"W_{name}"] + of.get(f"b_{name}", 0.0) if f"W_{name}" in of else x
+
+    size = {name: np.abs(x) for name, x in params.items()}
+    inputs, heads = {"query": query, "key": key, "value": value}, (num_heads, num_kv_heads, num_kv_heads)
+    split_up = [split(project(x, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
+    absolute = [split(project(np.abs(x), n[0], size), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
+    grads = [None, None]
+    if grad_output is not None:
+        back = [grad_output, np.abs(grad_output)]
+        if "W_o" in params:
+            back = [back[0] @ params["W_o"].T, back[1] @ size["W_o"].T]
+        grads = [split(x, num_heads) for x in back]
+    values, sizes, largest = _attention(*split_up, grads[0], absolute=[*absolute, grads[1]], **how)
+    joined, top = join(values["output"]), np.max(sizes["output"])
+    values["output"], sizes["output"] = project(joined, "o"), project(np.full(joined.shape, top), "o", size)
+    if grad_output is not None:
+        for kind, params_of, g, o in (
+            (values, params, grad_output, joined),
+            (sizes, size, np.abs(grad_output), joined * 0 + top),
+        ):
+            for name, x in inputs.items():
+                x, by = (x if kind is values else np.abs(x)), join(kind["grad_" + name])
+                kind["grad_W_" + name[0]] = flat(x).T @ flat(by)
+                kind["grad_b_" + name[0]] = flat(by).sum(axis=0)
+                kind["grad_" + name] = by @ params_of["W_" + name[0]].T
+            kind["grad_W_o"], kind["grad_b_o"] = flat(o).T @ flat(g), flat(g).sum(axis=0)
+    kept = {"output", "weights", "lse", *(f"grad_{name}" for name in (*inputs, *params))}
+    values = {name: x for name, x in values.items() if name in kept}
+    return Answer(values, _plain({name: sizes[name] for name in values}), 3 * largest)  # query, key, product: each rounds
 
 
 def scores(name, query, key, **parameters) -> Answer:
@@ -360,4 +419,4 @@ def merge(outputs, lses) -> Answer:
 
 
 def _plain(magnitude):
-    return {name: float(x) for name, x in magnitude.items()}
+    return {name: float(np.max(x, initial=0)) for name, x in magnitude.items()}

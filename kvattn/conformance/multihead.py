@@ -1,0 +1,101 @@
+"""The cases of multi-head attention, self-attention and decoding with a cache."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvattn.conformance import oracle
+from kvattn.conformance.cases import Case, flags, grid, poisoned  # noqa: F401
+
+BIASES = ("b_q", "b_k", "b_v", "b_o")
+
+
+def params_of(rng, d_q, d_k, d_v, heads, kv_heads, d=2, v=2, o=3, biases=BIASES):
+    """Projections on a grid of quarters: what they project stays exact enough for every dtype to hold its inputs."""
+    shapes = {"W_q": (d_q, heads * d), "W_k": (d_k, kv_heads * d), "W_v": (d_v, kv_heads * v), "W_o": (heads * v, o)}
+    shapes = {name: shape for name, shape in shapes.items() if shape[-1]}
+    shapes |= {name: shapes["W_" + name[-1]][1:] for name in biases if "W_" + name[-1] in shapes}
+    return {name: grid(rng, *shape, top=1.0) for name, shape in shapes.items()}
+
+
+def multi_head(name, query, key, value, params, rng, *, call="multi_head_attention", heads=2, kv_heads=None, grad=True,
+               asked=(), **options):  # fmt: skip
+    kv_heads = heads if kv_heads is None else kv_heads
+    o = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] // kv_heads * heads
+    grad_output = grid(rng, *query.shape[:-1], o) if grad else None
+    answer = oracle.multi_head_attention(query, key, value, params, heads, kv_heads, grad_output, **options)
+    results = ("output", *asked)
+    kept = [what for what in answer.values if what in results or what.startswith("grad_")]
+    arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
+    arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output, **params, **arrays}
+    keywords = {n: x for n, x in options.items() if n not in arrays} | {f"return_{what}": True for what in asked}
+    keywords |= {"num_heads": heads} | ({"num_kv_heads": kv_heads} if kv_heads != heads else {})
+    return Case(name, "multi-head", call, {n: x for n, x in arguments.items() if x is not None}, keywords,
+                {what: answer.values[what] for what in kept}, {what: answer.magnitude[what] for what in kept},
+                answer.largest_score, results=results)  # fmt: skip
+
+
+def cases(rng):
+    def inputs(batch=(2,), n=3, m=4, d_q=3, d_k=3, d_v=3):
+        return grid(rng, *batch, n, d_q), grid(rng, *batch, m, d_k), grid(rng, *batch, m, d_v)
+
+    both = ("weights", "lse")
+    yield multi_head("two heads", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, asked=both)
+    yield multi_head("heads: without biases", *inputs(), params_of(rng, 3, 3, 3, 2, 2, biases=()), rng)
+    yield multi_head("one head", *inputs(), params_of(rng, 3, 3, 3, 1, 1, d=3), rng, heads=1, asked=("weights",))
+    yield multi_head(
+        "sizes of their own", *inputs(d_q=2, d_k=4, d_v=5), params_of(rng, 2, 4, 5, 2, 2, d=3, v=1, o=4), rng, asked=both
+    )
+    yield multi_head("grouped heads, projected", *inputs(), params_of(rng, 3, 3, 3, 4, 2), rng, heads=4, kv_heads=2, asked=both)
+    yield multi_head("one key head", *inputs(), params_of(rng, 3, 3, 3, 3, 1), rng, heads=3, kv_heads=1)
+    no_output = {n: x for n, x in params_of(rng, 3, 3, 3, 2, 2).items() if n not in ("W_o", "b_o")}
+    yield multi_head("heads: without W_o", *inputs(), no_output, rng)
+    yield multi_head("heads: no batch", *inputs(batch=()), params_of(rng, 3, 3, 3, 2, 2), rng, asked=both)
+    yield multi_head("heads: two batch axes", *inputs(batch=(2, 2), n=2, m=2), params_of(rng, 3, 3, 3, 2, 2), rng, grad=False)
+    yield multi_head("heads: lengths", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, valid_lens=np.array([4, 2]), asked=both)
+    yield multi_head("heads: lengths of 0", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, valid_lens=np.array([0, 3]), asked=both)
+    yield multi_head("heads: a mask for each head", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, mask=flags(rng, 2, 2, 3, 4))
+    yield multi_head("heads: a bias", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, bias=grid(rng, 2, 1, 4))
+    yield multi_head("heads: causal, scaled", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, causal=True, query_offset=1, scale=0.5)
+    yield multi_head("heads: no keys", *inputs(m=0), params_of(rng, 3, 3, 3, 2, 2), rng, grad=False)
+    sparse = params_of(rng, 3, 3, 3, 2, 2)
+    yield multi_head("heads: averaged", *inputs(), sparse, rng, normalize="average", asked=("weights",))
+    yield from self_attention(rng)
+    yield from decoding(rng)
+
+
+def self_attention(rng):
+    for name, batch, options in (
+        ("self-attention", (2,), {}),
+        ("self-attention, no batch", (), {"causal": True}),
+        ("self-attention, lengths", (2,), {"valid_lens": np.array([1, 4])}),
+    ):
+        x = grid(rng, *batch, 4, 3)
+        params = {n: y for n, y in params_of(rng, 3, 3, 3, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
+        case = multi_head(name, x, x, x, params, rng, call="self_attention", heads=1, asked=("weights", "lse"), **options)
+        values, magnitude = dict(case.answer), dict(case.magnitude)
+        three = [f"grad_{what}" for what in ("query", "key", "value")]
+        values["grad_x"], magnitude["grad_x"] = (sum(kind.pop(what) for what in three) for kind in (values, magnitude))
+        for what in ("weights", "lse"):  # one head: no axis for it
+            values[what] = values[what][..., 0, :, :] if what == "weights" else values[what][..., 0, :]
+        arguments = {"x": x} | {n: y for n, y in case.arguments.items() if n not in ("query", "key", "value")}
+        keywords = {n: y for n, y in case.keywords.items() if n != "num_heads"}
+        yield Case(
+            name, "self-attention", case.call, arguments, keywords, values, magnitude, case.largest_score, results=case.results
+        )
+
+
+def decoding(rng):
+    """Step by step with a cache, what the whole causal pass gives."""
+    for name, heads, kv_heads, options in (
+        ("decoding", 2, 2, {}),
+        ("decoding, grouped heads", 4, 2, {}),
+        ("decoding in a window", 2, 2, {"window": (1, 0)}),
+        ("decoding, room set aside", 4, 2, {"capacity": (2, 2, 7, 2, 2)}),
+    ):
+        x = grid(rng, 2, 5, 3)
+        params = params_of(rng, 3, 3, 3, heads, kv_heads)
+        how = {n: y for n, y in options.items() if n != "capacity"}
+        case = multi_head(name, x, x, x, params, rng, heads=heads, kv_heads=kv_heads, grad=False, causal=True, **how)
+        keywords = {n: y for n, y in case.keywords.items() if n != "causal"} | options
+        yield Case(name, "decoding", "decoding", case.arguments, keywords, case.answer, case.magnitude, case.largest_score)
