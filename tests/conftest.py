@@ -27,6 +27,11 @@ def tab(backend):
     return kvattn.dispatch.load(backend)
 
 
+@pytest.fixture(scope="session")
+def backends():
+    return chosen()
+
+
 def pytest_addoption(parser):
     parser.addoption("--examples", type=int, default=200, help="drawn examples of each property on each backend")
 

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from kvattn import torch as kv
-from kvattn import weights
 
 
 def layer(name, **config):
@@ -27,18 +26,28 @@ def gradients(layer, inputs, grad_output, **options):
     leaves = [x.requires_grad_() for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point()]
     layer.zero_grad()
     layer(*tensors, **{name: _tensor(x) for name, x in options.items()}).backward(_tensor(grad_output))
-    values = weights.export_weights(layer)
+    values = weights(layer)
     with torch.no_grad():  # a weight's gradient is read as a weight is: put it there, export, put the values back
         for parameter in layer.parameters():
             parameter.copy_(parameter.grad)
-    by_weights = weights.export_weights(layer)
-    weights.import_weights(layer, values)
+    by_weights = weights(layer)
+    load(layer, values)
     return [x.grad.numpy() for x in leaves], by_weights
+
+
+def weights(layer):
+    """{name: NumPy array}: kvattn.export_weights."""
+    return kv.export_weights(layer)
+
+
+def load(layer, arrays):
+    """The layer with these weights: kvattn.import_weights."""
+    return kv.import_weights(layer, arrays)
 
 
 def shown(layer):
     """The attention weights kept for display."""
-    return _plain(layer.attention_weights)
+    return _plain(getattr(layer, "attention", layer).attention_weights)
 
 
 def _tensor(x):
@@ -46,8 +55,8 @@ def _tensor(x):
 
 
 def _plain(x):
-    if isinstance(x, (tuple, list)) and not hasattr(x, "_fields"):
+    if isinstance(x, (tuple, list)) and not hasattr(x, "_fields"):  # a cache stays as it is
         return type(x)(map(_plain, x))
-    return x.detach().float().numpy() if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 else (
-        x.detach().numpy() if isinstance(x, torch.Tensor) else x
-    )
+    if not isinstance(x, torch.Tensor):
+        return x
+    return kv.to_numpy(x)

@@ -1,0 +1,241 @@
+"""The native layers, one suite for the five: a plain reference's numbers, weights by one naming scheme, one seed, decoding."""
+
+import importlib
+import itertools
+
+import numpy as np
+import pytest
+from rooms import reference
+
+import kvattn
+from kvattn import layers, weights
+
+RNG = np.random.default_rng(3)
+QUERIES, KEYS, VALUES = (RNG.normal(size=shape).astype("float32") for shape in ((2, 3, 4), (2, 5, 4), (2, 5, 6)))
+X = RNG.normal(size=(2, 4, 8)).astype("float32")
+TOKENS = RNG.integers(0, 11, (2, 5))
+LENS = np.array([4, 2])
+GRAD = {"QKV": RNG.normal(size=(2, 3, 6)).astype("float32"), "X": RNG.normal(size=(2, 4, 8)).astype("float32")}
+
+# name: (layer, configuration, inputs, reference of (weights, *inputs) -> output)
+SCORED = ("DotProductAttention", "AdditiveAttention", "MultiplicativeAttention", "GatedAttention")
+CASES = {
+    name: (name, {"num_hiddens": 8} if name == "AdditiveAttention" else {}, (QUERIES, KEYS, VALUES, LENS),
+           lambda w, *inputs, name=name: reference.attention(name, w, *inputs)[0])
+    for name in SCORED
+}  # fmt: skip
+HEADS = {"num_hiddens": 8, "num_heads": 4}
+ENCODER = {"vocab_size": 11, "num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4, "num_blks": 2}
+CASES |= {
+    "MultiHeadAttention": ("MultiHeadAttention", HEADS, (X, X, X, LENS), 
+                           lambda w, *x: reference.multi_head(w, *x, num_heads=4)[0]),
+    "with biases": (
+        "MultiHeadAttention", {**HEADS, "bias": True}, (QUERIES, KEYS, VALUES, LENS),
+        lambda w, *x: reference.multi_head(w, *x, num_heads=4)[0],
+    ),
+    "grouped heads": (
+        "MultiHeadAttention", {**HEADS, "num_kv_heads": 2}, (X, X, X, np.array([[1, 2, 3, 4], [4, 0, 2, 1]])),
+        lambda w, *x: reference.multi_head(w, *x, num_heads=4, num_kv_heads=2)[0],
+    ),
+    "AddNorm": ("AddNorm", {"norm_shape": 8}, (X, X[::-1].copy()), lambda w, x, y: reference.norm(w, x + y)),
+    "PositionWiseFFN": ("PositionWiseFFN", {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}, (X,), reference.ffn),
+    "TransformerEncoderBlock": (
+        "TransformerEncoderBlock", {"num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4}, (X, LENS),
+        lambda w, *x: reference.block(w, *x, num_heads=4),
+    ),
+    "TransformerEncoder": ("TransformerEncoder", ENCODER, (TOKENS, LENS),
+                           lambda w, *x: reference.encoder(w, *x, num_blks=2, num_heads=4)),
+}  # fmt: skip
+
+
+@pytest.fixture
+def room(backend):
+    return importlib.import_module(f"rooms.{backend}")
+
+
+def made(room, name, config, inputs, seed=7):
+    """A layer with its weights, and the weights."""
+    seeded = {} if name in ("DotProductAttention", "AddNorm") else {"seed": seed}
+    layer = room.layer(name, **config, **seeded)
+    room.call(layer, *inputs)
+    return layer, room.weights(layer)
+
+
+def shaken(w):
+    """The weights moved off their first values: zeros and ones would hide mistakes."""
+    rng = np.random.default_rng(5)
+    return {name: (x + rng.normal(size=x.shape) / 4).astype("float32") for name, x in w.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_gives_the_numbers_of_the_reference(room, case):
+    name, config, inputs, answer = CASES[case]
+    layer, w = made(room, name, config, inputs)
+    w = shaken(w)
+    layer = room.load(layer, w)
+    np.testing.assert_allclose(room.call(layer, *inputs), answer(w, *inputs), atol=2e-5)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "TransformerEncoder"])
+def test_a_layer_gives_the_gradients_of_the_reference(room, case):
+    name, config, inputs, answer = CASES[case]
+    layer, w = made(room, name, config, inputs)
+    w = shaken(w)
+    layer = room.load(layer, w)
+    grad_output = GRAD["QKV" if name in SCORED else "X"] if case != "with biases" else GRAD["X"][:, :3]
+    by_inputs, by_weights = room.gradients(layer, inputs, grad_output)
+    floats = [i for i, x in enumerate(inputs) if x.dtype.kind == "f"]
+    arrays = {name: x.astype(float) for name, x in w.items()} | {f"input {i}": inputs[i].astype(float) for i in floats}
+
+    def function(given):
+        return answer(given, *(given.get(f"input {i}", x) for i, x in enumerate(inputs)))
+
+    expected = reference.gradients(function, arrays, grad_output)
+    assert set(by_weights) == set(w)
+    for name in w:
+        np.testing.assert_allclose(by_weights[name], expected[name], atol=1e-4, err_msg=name)
+    for i, by_input in zip(floats, by_inputs, strict=True):
+        np.testing.assert_allclose(by_input, expected[f"input {i}"], atol=1e-4, err_msg=f"input {i}")
+
+
+def test_gelu_is_by_erf(room):
+    config = {"ffn_num_hiddens": 5, "ffn_num_outputs": 8, "activation": "gelu"}
+    layer, w = made(room, "PositionWiseFFN", config, (3 * X,))
+    np.testing.assert_allclose(room.call(layer, 3 * X), reference.ffn(w, 3 * X, "gelu"), atol=1e-5)  # by tanh: 1e-3 off
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_the_weights_shown_are_those_of_the_last_call(room, name):
+    _, config, inputs, _ = CASES[name]
+    layer, w = made(room, name, config, inputs)
+    room.call(layer, *inputs, training=True)
+    np.testing.assert_allclose(room.shown(layer), reference.attention(name, w, *inputs)[1], atol=1e-5)
+
+
+def test_the_weights_of_heads_are_shown_batch_times_heads(room):
+    layer, w = made(room, "MultiHeadAttention", HEADS, (X, X, X, LENS))
+    expected = reference.multi_head(w, X, X, X, LENS, num_heads=4)[1]
+    np.testing.assert_allclose(room.shown(layer), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [8, 7, 1])
+def test_positions_are_encoded_at_odd_widths_too(room, width):
+    layer = room.layer("PositionalEncoding", num_hiddens=width)
+    got = room.call(layer, np.zeros((2, 6, width), "float32"))
+    np.testing.assert_allclose(got, np.broadcast_to(layers.encoding(6, width), (2, 6, width)), atol=1e-6)
+
+
+def test_a_sequence_longer_than_max_len_is_refused(room):
+    layer = room.layer("PositionalEncoding", num_hiddens=4, max_len=5)
+    with pytest.raises(ValueError, match="max_len=5"):
+        room.call(layer, np.zeros((1, 6, 4), "float32"))
+
+
+def test_dropout_works_in_training_alone(room):
+    layer = room.layer("AddNorm", norm_shape=8, dropout=0.5)
+    still = room.call(layer, X, X)
+    np.testing.assert_array_equal(room.call(layer, X, X), still)
+    assert np.abs(room.call(layer, X, X, training=True) - still).max() > 0.1
+
+
+# ---- weights
+
+
+def expected_names(seed):
+    """The encoder's weights as the plan in kvattn/layers/__init__.py draws them."""
+    shapes = {
+        "attention": {f"W_{c}": (8, 8) for c in "qkvo"},
+        "ffn": {"W_1": (8, 12), "b_1": (12,), "W_2": (12, 8), "b_2": (8,)},
+    }
+    found = {"embedding": layers.initial(seed, "embedding", (11, 8))}
+    for i in range(2):
+        of_block = layers.child(seed, f"blocks.{i}")
+        for part, inside in shapes.items():
+            of_part = layers.child(of_block, part)
+            found |= {f"blocks.{i}.{part}.{name}": layers.initial(of_part, name, shape) for name, shape in inside.items()}
+        for part in ("addnorm1", "addnorm2"):
+            found |= {f"blocks.{i}.{part}.{name}": layers.initial(None, name, (8,)) for name in ("gamma", "beta")}
+    return found
+
+
+def test_one_seed_gives_the_same_weights_in_every_framework(room):
+    _, w = made(room, "TransformerEncoder", ENCODER, (TOKENS, LENS), seed=11)
+    expected = expected_names(11)
+    assert set(w) == set(expected)
+    for name, x in w.items():
+        np.testing.assert_array_equal(x, expected[name], err_msg=name)
+
+
+def test_without_a_seed_the_distribution_is_the_same(room):
+    layer = room.layer("PositionWiseFFN", ffn_num_hiddens=300, ffn_num_outputs=100)
+    room.call(layer, np.zeros((1, 2, 100), "float32"))
+    w, bound = room.weights(layer)["W_1"], layers.glorot((100, 300))
+    assert np.abs(w).max() <= bound
+    assert abs(w.std() - bound / np.sqrt(3)) < bound / 100
+    assert abs(w.mean()) < bound / 50
+
+
+def test_weights_go_into_a_layer_that_was_never_called(room):
+    layer, w = made(room, "TransformerEncoder", ENCODER, (TOKENS, LENS))
+    other = room.load(room.layer("TransformerEncoder", **ENCODER), w)
+    np.testing.assert_array_equal(room.call(other, TOKENS, LENS), room.call(layer, TOKENS, LENS))
+
+
+def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(room):
+    layer, w = made(room, "PositionWiseFFN", {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}, (X,))
+    wrong = {"W_1": w["W_1"].T, "b_1": w["b_1"] + 1, "W_2": w["W_2"], "b_3": w["b_2"]}
+    with pytest.raises(
+        ValueError, match=r"(?s)missing: b_2 \(8,\).*unknown: b_3 \(8,\).*W_1 has shape \(5, 8\); expected \(8, 5\)"
+    ):
+        room.load(layer, wrong)
+    np.testing.assert_array_equal(room.weights(layer)["b_1"], w["b_1"])
+
+
+def test_weights_rest_in_a_safetensors_file(room, tmp_path):
+    layer, w = made(room, "TransformerEncoder", ENCODER, (TOKENS, LENS))
+    weights.save_weights(w, tmp_path / "encoder.safetensors")
+    loaded = weights.load_weights(tmp_path / "encoder.safetensors")
+    other = room.load(room.layer("TransformerEncoder", **ENCODER), loaded)
+    np.testing.assert_array_equal(room.call(other, TOKENS, LENS), room.call(layer, TOKENS, LENS))
+
+
+def test_an_encoder_carries_its_weights_to_every_other_framework(backends):
+    rooms = {name: importlib.import_module(f"rooms.{name}") for name in backends}
+    sent = {
+        name: made(room, "TransformerEncoder", {**ENCODER, "num_kv_heads": 2}, (TOKENS, LENS)) for name, room in rooms.items()
+    }
+    sent = {name: (layer, shaken(w)) for name, (layer, w) in sent.items()}
+    for source, target in itertools.permutations(backends, 2):
+        layer, w = sent[source]
+        there = rooms[source].call(rooms[source].load(layer, w), TOKENS, LENS)
+        here = rooms[target].load(rooms[target].layer("TransformerEncoder", **ENCODER, num_kv_heads=2), w)
+        np.testing.assert_allclose(rooms[target].call(here, TOKENS, LENS), there, atol=2e-5, err_msg=f"{source} to {target}")
+
+
+def test_the_params_of_the_function_are_those_of_the_layer(room, backend):
+    layer, w = made(room, "MultiHeadAttention", {**HEADS, "bias": True}, (X, X, X, LENS))
+    by_function = kvattn.multi_head_attention(X, X, X, w, num_heads=4, valid_lens=LENS, backend=backend)
+    np.testing.assert_allclose(kvattn.to_numpy(by_function), room.call(layer, X, X, X, LENS), atol=1e-5)
+
+
+# ---- decoding
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_decoding_step_by_step_is_the_causal_pass(room, kv_heads):
+    layer, _ = made(room, "TransformerEncoder", {**ENCODER, "num_kv_heads": kv_heads}, (TOKENS,))
+    whole = room.call(layer, TOKENS, causal=True)
+    steps, cache = [], []
+    for i in range(TOKENS.shape[1]):
+        step, cache = room.call(layer, TOKENS[:, i : i + 1], causal=True, cache=cache)
+        steps.append(step)
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), whole, atol=1e-5)
+
+
+def test_a_causal_encoder_never_sees_the_future_out_of_training(room):
+    layer, _ = made(room, "TransformerEncoder", ENCODER, (TOKENS,))
+    changed = TOKENS.copy()
+    changed[:, 3:] = (changed[:, 3:] + 1) % 11
+    before, after = (room.call(layer, tokens, causal=True) for tokens in (TOKENS, changed))
+    np.testing.assert_allclose(before[:, :3], after[:, :3], atol=1e-6)
+    assert np.abs(before[:, 3:] - after[:, 3:]).max() > 1e-3
