@@ -294,8 +294,14 @@ class _Slot(NamedTuple):
 
 def _slots(module):
     """{name: slot} of every weight in ``module``."""
-    found = {}
+    found, packed = {}, []
     for path, part in module.named_modules():
+        if path in packed:
+            continue
+        if isinstance(part, nn.MultiheadAttention):
+            packed.append(f"{path}.out_proj".lstrip("."))
+            found |= {".".join(filter(None, (path, name))): slot for name, slot in _packed(part).items()}
+            continue
         path = tuple(path.split(".")) if path else ()
         if isinstance(part, nn.Linear):
             names = layers.names(path, "dense")
@@ -312,6 +318,23 @@ def _slots(module):
                 raise TypeError(f"{'.'.join(path)} is a {type(part).__name__}, whose weights have no name outside PyTorch")
             for name, x in own.items():
                 found[".".join((*path, name))] = _Slot(x, (None,) * (2 if name == "W" else 1) if is_lazy(x) else tuple(x.shape))
+    return found
+
+
+def _packed(part):
+    """The slots of PyTorch's own multi-head attention: slices of its in_proj."""
+    if part.bias_k is not None or part.add_zero_attn:
+        raise TypeError("nn.MultiheadAttention with add_bias_kv or add_zero_attn attends to keys of its own: kvattn has none")
+    h = part.embed_dim
+    if part.in_proj_weight is None:
+        weights = [part.q_proj_weight, part.k_proj_weight, part.v_proj_weight]
+    else:
+        weights = part.in_proj_weight.split(h)
+    weights = {f"W_{c}": x for c, x in zip("qkvo", [*weights, part.out_proj.weight], strict=True)}
+    found = {name: _Slot(x, tuple(x.shape)[::-1], True) for name, x in weights.items()}
+    if part.in_proj_bias is not None:
+        biases = [*part.in_proj_bias.split(h), part.out_proj.bias]
+        found |= {f"b_{c}": _Slot(x, (h,)) for c, x in zip("qkvo", biases, strict=True)}
     return found
 
 

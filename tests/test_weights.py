@@ -1,0 +1,67 @@
+"""Weights of the frameworks' own attention layers come into kvattn's, and reproduce the original's output."""
+
+import importlib
+
+import numpy as np
+import pytest
+from conftest import chosen
+
+import kvattn
+from kvattn import weights
+
+RNG = np.random.default_rng(0)
+QUERY, MEMORY, OTHER = (RNG.normal(size=(2, n, d)).astype("float32") for n, d in ((3, 8), (5, 8), (5, 6)))
+
+
+def torch_originals():
+    import torch
+
+    def run(layer, *inputs):
+        with torch.no_grad():
+            return layer(*map(torch.from_numpy, inputs), need_weights=False)[0].numpy()
+
+    def random(**options):
+        layer = torch.nn.MultiheadAttention(8, 4, batch_first=True, **options)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        return layer
+
+    yield "packed", random(), run, (QUERY, MEMORY, MEMORY)
+    yield "without biases", random(bias=False), run, (QUERY, MEMORY, MEMORY)
+    yield "sizes of their own", random(kdim=6, vdim=8), run, (QUERY, OTHER, MEMORY)
+
+
+ORIGINALS = {"torch": torch_originals}
+
+
+@pytest.fixture(params=[name for name in ORIGINALS if name in chosen()])
+def originals(request):
+    return list(ORIGINALS[request.param]())
+
+
+def test_a_frameworks_own_layer_lives_on_in_kvattn(originals):
+    for name, layer, run, inputs in originals:
+        params = weights.export_weights(layer)
+        got = kvattn.multi_head_attention(*inputs, params, num_heads=4)
+        np.testing.assert_allclose(got, run(layer, *inputs), atol=1e-5, err_msg=name)
+
+
+def test_and_takes_weights_back(originals):
+    for name, layer, run, inputs in originals:
+        moved = {n: x + 0.25 for n, x in weights.export_weights(layer).items()}
+        layer = weights.import_weights(layer, moved)
+        got = kvattn.multi_head_attention(*inputs, moved, num_heads=4)
+        np.testing.assert_allclose(got, run(layer, *inputs), atol=1e-5, err_msg=name)
+
+
+def test_in_every_backends_own_layer(originals, backend):
+    room = importlib.import_module(f"rooms.{backend}")
+    for name, layer, run, inputs in originals:
+        params = weights.export_weights(layer)
+        ours = room.load(room.layer("MultiHeadAttention", num_hiddens=8, num_heads=4, bias="b_q" in params), params)
+        np.testing.assert_allclose(room.call(ours, *inputs), run(layer, *inputs), atol=1e-5, err_msg=name)
+
+
+def test_a_stranger_is_refused_by_name():
+    with pytest.raises(TypeError, match="not object"):
+        weights.export_weights(object())
