@@ -60,3 +60,38 @@ def _plain(x):
     if not isinstance(x, torch.Tensor):
         return x
     return kv.to_numpy(x)
+
+
+class _Classifier(torch.nn.Module):
+    """An encoder and a dense layer on top: tokens (batch, n) -> logits (batch, n, classes)."""
+
+    def __init__(self, classes, config):
+        super().__init__()
+        self.encoder = kv.TransformerEncoder(**config)
+        self.head = torch.nn.LazyLinear(classes)
+
+    def forward(self, tokens):
+        return self.head(self.encoder(tokens))
+
+
+def classifier(classes, config, tokens):
+    """An encoder with a dense layer called head on top, its weights made."""
+    model = _Classifier(classes, config)
+    model(torch.from_numpy(tokens))
+    return model
+
+
+def train(model, batches, optimizer, lr):
+    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model."""
+    step = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer](model.parameters(), lr=lr)
+    model.train()
+    losses = []
+    for tokens, labels in batches:
+        loss = torch.nn.functional.cross_entropy(
+            model(torch.from_numpy(tokens)).flatten(0, 1), torch.from_numpy(labels).flatten()
+        )
+        step.zero_grad()
+        loss.backward()
+        step.step()
+        losses.append(loss.item())
+    return losses, model

@@ -1,0 +1,44 @@
+"""Training works: an encoder learns to sort digits with the framework's own optimiser, and five frameworks learn alike."""
+
+import importlib
+
+import numpy as np
+import pytest
+
+from kvattn import layers
+
+DIGITS, LENGTH, BATCH = 10, 6, 32
+CONFIG = {"vocab_size": DIGITS, "num_hiddens": 32, "ffn_num_hiddens": 64, "num_heads": 4, "num_blks": 2}
+
+
+def batches(count, seed):
+    """Digits, and the same digits sorted."""
+    tokens = np.random.default_rng(seed).integers(0, DIGITS, (count, BATCH, LENGTH))
+    return list(zip(tokens, np.sort(tokens, axis=-1), strict=True))
+
+
+def started(room, seed):
+    """A classifier whose weights are drawn from ``seed``, the same in every framework."""
+    model = room.classifier(DIGITS, {**CONFIG, "seed": seed}, batches(1, 0)[0][0])
+    drawn = {name: x.shape for name, x in room.weights(model).items() if name.startswith("head.")}
+    w = room.weights(model) | {name: layers.initial(seed, name.removeprefix("head."), shape) for name, shape in drawn.items()}
+    return room.load(model, w)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_encoder_learns_to_sort(backend, seed):
+    room = importlib.import_module(f"rooms.{backend}")
+    _, model = room.train(started(room, seed), batches(300, seed), "adam", 3e-3)
+    right = [np.mean(room.call(model, tokens).argmax(axis=-1) == labels) for tokens, labels in batches(8, 100 + seed)]
+    assert np.mean(right) > 0.95
+
+
+def test_the_loss_curves_agree(backends):
+    curves = {}
+    for name in backends:
+        room = importlib.import_module(f"rooms.{name}")
+        curves[name], _ = room.train(started(room, 3), batches(50, 3), "sgd", 0.1)
+    first = next(iter(curves.values()))
+    assert first[-1] < 0.8 * first[0]
+    for name, losses in curves.items():
+        np.testing.assert_allclose(losses, first, atol=1e-4, err_msg=name)
