@@ -135,6 +135,8 @@ def verify(tab: Any, name: str) -> None:
 
 def _home(x: Any) -> str | None:
     """The backend an array belongs to, or None for neutral data; found by walking its class's MRO."""
+    if isinstance(x, (int, float)):  # torch.compile's symbolic numbers have no MRO to walk
+        return None
     for base in type(x).__mro__:
         package = base.__module__.partition(".")[0]
         if package in _PACKAGES:
@@ -183,6 +185,41 @@ def choose(backend: Any, **arrays: Any) -> Backend:
             f"{first} is an array of {owner} but backend={backend!r}; convert it first: kvattn.convert({first}, {backend!r})"
         )
     return load(backend)
+
+
+# ---- plain calls that have passed every check before
+
+
+_met: dict[Any, Backend] = {}
+MOST = 4096  # then it starts anew: lengths that grow step by step would fill it
+
+
+def _looks(query: Any, key: Any, value: Any, backend: Any) -> tuple[Any, ...] | None:
+    """All that the checks of a call without masks look at; None where it cannot be told: lists, traced sizes."""
+    kind = type(query)
+    try:
+        tab = _loaded[_homes[kind] or get_backend()] if backend is None else backend
+        if kind is not type(key) or kind is not type(value) or (hasattr(tab, "tracing") and tab.tracing()):
+            return None
+        sizes = query.shape, query.dtype, key.shape, key.dtype, value.shape, value.dtype
+        return tab if type(tab) is str else id(tab), kind, *sizes
+    except (AttributeError, KeyError):
+        return None
+
+
+def met(query: Any, key: Any, value: Any, backend: Any) -> Backend | None:
+    """The tab that served a call with arrays of this class, these shapes and dtypes before."""
+    looks = _looks(query, key, value, backend)
+    return None if looks is None else _met.get(looks)
+
+
+def meet(tab: Backend, query: Any, key: Any, value: Any, backend: Any) -> None:
+    """Remember that these arguments of a plain call, as they came, are arrays of ``tab`` and pass every check."""
+    looks = _looks(query, key, value, backend)
+    if looks is not None and tab.is_array(query):
+        if len(_met) >= MOST:
+            _met.clear()
+        _met[looks] = tab
 
 
 def get_backend() -> str:

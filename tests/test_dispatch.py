@@ -153,3 +153,21 @@ def test_conversion_keeps_the_dtype(backend, tab, dtype):
     assert back.dtype == dtype
     np.testing.assert_array_equal(back, x)
     assert kvattn.convert(there, backend) is there
+
+
+def test_a_call_that_was_checked_before_is_not_checked_again(backend, monkeypatch):
+    x = kvattn.asarray([[1.0, 2.0], [3.0, 4.0]], dtype="float32", backend=backend)
+    first = kvattn.to_numpy(kvattn.attention(x, x, x, causal=True))
+    monkeypatch.setattr(kvattn.checks, "pairs", None)
+    assert (kvattn.to_numpy(kvattn.attention(x, x, x, causal=True)) == first).all()
+    with pytest.raises(TypeError, match="not callable"):  # other shapes are looked at
+        kvattn.attention(x[:1], x, x)
+
+
+def test_what_was_checked_for_one_backend_is_checked_again_for_another():
+    x = np.ones((2, 2), "float32")
+    kvattn.attention(x, x, x)
+    for other in kvattn.available_backends()[1:2]:
+        with kvattn.use_backend(other) as tab:
+            assert tab.is_array(kvattn.attention(x, x, x))
+    assert isinstance(kvattn.attention(x, x, x), np.ndarray)

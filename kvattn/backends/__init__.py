@@ -29,6 +29,10 @@ class Backend(Protocol):
         """``x`` as a NumPy array if that costs no wait and no trace, else None."""
         ...
 
+    def tracing(self) -> bool:
+        """Whether a graph is being recorded in which sizes may be unknown. Optional."""
+        ...
+
     def attention(self, query: Any, key: Any, value: Any, /, **keywords: Any) -> Any:
         """:func:`kvattn.attention` on arguments that the frontend has checked."""
         ...

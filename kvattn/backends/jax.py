@@ -57,6 +57,10 @@ def describe():
     return jax.__version__, jax.devices()[0].device_kind
 
 
+def tracing():
+    return False  # sizes are numbers under jit too
+
+
 # ---- precision and compilation
 
 

@@ -43,6 +43,10 @@ def describe():
     return tf.__version__, tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else "cpu"
 
 
+def tracing():
+    return not tf.executing_eagerly()
+
+
 # ---- shapes and masks
 
 

@@ -1,9 +1,12 @@
-"""The PyTorch tab. The promises are in kvattn/api.py; the five tabs hold the same functions in the same order."""
+"""The PyTorch tab. The promises are in kvattn/api.py; the five tabs hold the same functions in the same order.
+
+Under torch.autocast the products are taken in its dtype, as everywhere in PyTorch; results keep the arguments' dtype.
+"""
 
 from __future__ import annotations
 
 import math
-from functools import partial, reduce
+from functools import partial, reduce, wraps
 
 import numpy as np
 import torch
@@ -51,6 +54,10 @@ def peek(x):
 
 def describe():
     return torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def tracing():
+    return torch.compiler.is_compiling()
 
 
 # ---- shapes and masks
@@ -337,7 +344,7 @@ def attention(
     allowed = None if triangle else _allowed(n, torch.arange(key.shape[-2], device=key.device), query.ndim, **where, **reach)
     query, key, value = _hide_padding(allowed, query, key, value)
     if fused:
-        return kernels.attention(query, key, value, allowed, bias, triangle, scale)
+        return kernels.attention(query, key, value, allowed, bias, triangle, scale).to(dtype)  # autocast's is another
 
     # weights = normalize(score(query, key)): (..., h, n, m)
     scores = _scores(query, key, score, scale, softcap, bias)
@@ -412,6 +419,26 @@ def _repeated(index):
     return again[..., :size].take_along_dim(order.argsort(dim=-1), dim=-1)
 
 
+def _recording(function):
+    """Autograd on, inside no_grad and inference_mode too, where it takes copies of the tensors made there."""
+
+    @wraps(function)
+    def call(*args, **options):
+        with torch.inference_mode(False), torch.enable_grad():
+            return function(*map(_usable, args), **_usable(options))
+
+    return call
+
+
+def _usable(x):
+    if is_array(x):
+        return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+    if isinstance(x, partial):
+        return partial(x.func, *map(_usable, x.args), **_usable(x.keywords))
+    return {name: _usable(y) for name, y in x.items()} if isinstance(x, dict) else x
+
+
+@_recording
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
     score = options.pop("score", scaled_dot_score)
     parameters = score.keywords if isinstance(score, partial) else {}
@@ -420,8 +447,7 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
     given |= leaves
     if parameters:
         score = partial(score.func, *score.args, **{name: given[name] for name in parameters})
-    with torch.enable_grad():
-        output = attention(*(given[x] for x in ("query", "key", "value")), bias=given["bias"], score=score, **options)
+    output = attention(*(given[x] for x in ("query", "key", "value")), bias=given["bias"], score=score, **options)
     if not output.requires_grad:
         return tuple(torch.zeros_like(x) for x in leaves.values())
     return torch.autograd.grad(output, [*leaves.values()], grad_output, materialize_grads=True)
@@ -474,12 +500,12 @@ def _join(x):
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
+@_recording
 def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("query", "key", "value"), **options):
     given = {"query": query, "key": key, "value": value, **params}
     leaves = {name: given[name].detach().requires_grad_() for name in wrt}
     query, key, value, *rest = (given | leaves).values()
-    with torch.enable_grad():
-        output = multi_head_attention(query, key, value, dict(zip(params, rest, strict=True)), **options)
+    output = multi_head_attention(query, key, value, dict(zip(params, rest, strict=True)), **options)
     return torch.autograd.grad(output, [*leaves.values()], grad_output, materialize_grads=True)
 
 
