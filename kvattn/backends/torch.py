@@ -340,8 +340,11 @@ def attention(
     dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
     fused = score is scaled_dot_score and normalize is softmax and not (softcap or dropout or return_weights or return_lse)
     fused = fused and kernels.serves(query, key, value, bias, scale)
+    if fused and (lens := kernels.lengths(query, key, value, **where, **reach)):
+        return kernels.by_length(query, key, value, lens, causal, scale).to(dtype)
     triangle = fused and kernels.is_triangle(n, key.shape[-2], **where, **reach)
-    allowed = None if triangle else _allowed(n, torch.arange(key.shape[-2], device=key.device), query.ndim, **where, **reach)
+    free = triangle or (mask is bias is valid_lens is window is None and not causal)
+    allowed = None if free else _allowed(n, torch.arange(key.shape[-2], device=key.device), query.ndim, **where, **reach)
     query, key, value = _hide_padding(allowed, query, key, value)
     if fused:
         return kernels.attention(query, key, value, allowed, bias, triangle, scale).to(dtype)  # autocast's is another

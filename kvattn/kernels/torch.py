@@ -6,7 +6,7 @@ import math
 from functools import partial
 
 import torch
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,7 +21,35 @@ def serves(query, key, value, bias, scale):
         return False
     if torch.compiler.is_compiling():
         return True
-    return not torch._C._are_functorch_transforms_active() and all(unpack_dual(x).tangent is None for x in (query, key, value))
+    if torch._C._are_functorch_transforms_active():
+        return False
+    return forward_ad._current_level < 0 or all(forward_ad.unpack_dual(x).tangent is None for x in (query, key, value))
+
+
+def lengths(query, key, value, mask, bias, valid_lens, causal, query_offset, window):
+    """valid_lens (batch,) as a list, where it is the only mask but for causal, and can be read without a wait; else None."""
+    if valid_lens is None or valid_lens.ndim != 1 or not mask is bias is window is None or torch.compiler.is_compiling():
+        return None
+    if valid_lens.device.type != "cpu" or (causal and not (isinstance(query_offset, int) and query_offset == 0)):
+        return None
+    if not query.shape[0] == key.shape[0] == value.shape[0] == len(valid_lens) or query.ndim < 3:
+        return None
+    lens = [min(length, key.shape[-2]) for length in valid_lens.tolist()]
+    return lens if all(lens) else None
+
+
+def by_length(query, key, value, lens, causal, scale):
+    """Each batch entry over its own first keys, entries of one length together: no work on padding, and none to hide."""
+    order, parts = [], []
+    for length in sorted({*lens}):
+        entries = [i for i, of in enumerate(lens) if of == length]
+        q, k, v = (x if len(entries) == len(lens) else x[entries] for x in (query, key, value))
+        parts.append(attention(q, k[..., :length, :], v[..., :length, :], None, None, causal, scale))
+        order += entries
+    if len(parts) == 1:
+        return parts[0]
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat(parts)[places]
 
 
 def is_triangle(n, m, mask, bias, valid_lens, causal, query_offset, window):
