@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvattn.conformance import Report
+    from kvattn.lesson import Lesson
 
 
 class _Refused(Exception):
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a text's words, on a terminal that is not UTF-8
     try:
-        return conform(options) if options.command == "conform" else doctor()
+        commands: dict[str, Callable[[argparse.Namespace], int]] = {"conform": conform, "doctor": doctor, "lesson": lesson}
+        return commands[options.command](options)
     except _Refused as error:
         print(f"kvattn {options.command}: error: {error}", file=sys.stderr)
         return 2
@@ -68,6 +70,37 @@ def _parser() -> argparse.ArgumentParser:
     conform.add_argument("--text", metavar="FILE", help="UTF-8 text to attend over (default: a sentence about a dog)")
     conform.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     conform.add_argument("--html", metavar="FILE", help="also write the report as one self-contained page")
+
+    lesson = commands.add_parser("lesson", help="run a lesson in Markdown on all its tabs, or make a notebook of it for one")
+    actions = lesson.add_subparsers(dest="action", metavar="ACTION", required=True)
+    run = actions.add_parser(
+        "run",
+        help="execute each tab in a kernel of its own, and compare what the common cells show",
+        description="Execute each tab of a lesson in a kernel of its own, and compare the numbers that the cells which are "
+        "common to all tabs show. A comment '#@differs' in a cell excuses it. Exit status 1 if a cell fails or the tabs "
+        "disagree, 2 if the command itself is wrong.",
+    )
+    run.add_argument("file", metavar="FILE", help="a lesson: Markdown in the notation of d2l")
+    run.add_argument(
+        "--backend",
+        metavar="NAMES",
+        help="tabs to run, separated by commas, or 'all' that the lesson has (default: those of them that are installed)",
+    )
+    run.add_argument("--no-compare", dest="compare", action="store_false", help="do not compare the tabs")
+    run.add_argument("--figures", action="store_true", help="compare what figures draw too")
+    run.add_argument("--timeout", metavar="SECONDS", type=int, default=600, help="for each cell (default: 600)")
+    convert = actions.add_parser(
+        "convert",
+        help="write a notebook for one framework",
+        description="Write a notebook with the prose and the code of one tab of a lesson, the code as it stands there.",
+    )
+    convert.add_argument("file", metavar="FILE", help="a lesson: Markdown in the notation of d2l")
+    convert.add_argument("--backend", metavar="NAME", required=True, help="the tab")
+    convert.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where to, in the format of its ending: .ipynb, .py, .md (default: beside the lesson, as LESSON.NAME.ipynb)",
+    )
     return parser
 
 
@@ -164,10 +197,16 @@ def _suite(names: list[str], console: Console) -> tuple[list[dict[str, Any]], li
 
     cases = conformance.cases()
     rows, reports, usable = [], [], []
-    with _Progress(console, len(cases)) as progress:
+    with _Progress(console) as progress:
         for name in names:
             start = time.perf_counter()
-            advance = progress.start(name)
+            progress.start(name, len(cases), "importing")
+            seen: set[str] = set()  # a case comes once for each of its dtypes
+
+            def advance(case: str, seen: set[str] = seen) -> None:
+                seen.add(case)
+                progress.move(len(seen), case)
+
             row: dict[str, Any] = {"backend": name, "version": None, "device": None, "cases": 0, "error": None, "notes": []}
             try:
                 dispatch.load(name)
@@ -199,7 +238,8 @@ def _suite(names: list[str], console: Console) -> tuple[list[dict[str, Any]], li
                 ]
             row["seconds"] = time.perf_counter() - start
             rows.append(row)
-            progress.done(row)
+            outcome = row["error"] or f"{row['passed']} cases passed, {row['failed']} failed, {row['seconds']:.1f} s"
+            progress.done("failed" if row["error"] else "done", outcome)
     pairs = [
         {"a": a, "b": b} | {key: getattr(each, key) for key in ("error", "allowed", "passed", "compared", "message")}
         for (a, b), each in conformance.pairwise(reports).items()
@@ -219,11 +259,16 @@ def _notes(result: Report) -> list[str]:
 class _Progress:
     """A bar per backend on a terminal; elsewhere a line per backend when it is done."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        self.console, self.total = console, total
-        columns = (TextColumn("{task.description:<10}"), BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[case]}"))
+        self.console = console
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[doing]}", markup=False),  # a line of code may look like markup
+        )
         self.bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
     def __enter__(self) -> _Progress:
@@ -233,27 +278,103 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def start(self, name: str) -> Callable[[str], None]:
-        self.task = self.bars.add_task(name, total=self.total, case="importing")
-        seen: set[str] = set()
+    def start(self, name: str, total: int, doing: str) -> None:
+        self.name, self.total = name, total
+        self.task = self.bars.add_task(name, total=total, doing=doing)
 
-        def advance(case: str) -> None:
-            seen.add(case)  # a case comes once for each of its dtypes
-            self.bars.update(self.task, completed=len(seen), case=case[: max(0, self.console.width - 60)])
+    def move(self, completed: int, doing: str) -> None:
+        from kvattn.report import clean
 
-        return advance
+        self.bars.update(self.task, completed=completed, doing=clean(doing)[: max(0, self.console.width - 60)])
 
-    def done(self, row: dict[str, Any]) -> None:
-        self.bars.update(self.task, completed=self.total, case="failed" if row["error"] else "done")
+    def done(self, state: str, outcome: str) -> None:
+        self.bars.update(self.task, completed=self.total, doing=state)
         if not self.console.is_terminal:
-            outcome = row["error"] or f"{row['passed']} cases passed, {row['failed']} failed, {row['seconds']:.1f} s"
-            self.console.print(f"{row['backend']}: {outcome}", soft_wrap=True)
+            self.console.print(f"{self.name}: {outcome}", soft_wrap=True)
+
+
+# ---- lesson
+
+
+def lesson(options: argparse.Namespace) -> int:
+    """Run a lesson on its tabs, or make a notebook of one of them."""
+    try:
+        given = _lesson(options.file)
+        return _run_lesson(given, options) if options.action == "run" else _convert_lesson(given, options)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("ipykernel", "jupytext", "jupyter_client", "nbclient", "nbformat"):
+            raise
+        raise _Refused(f"it needs {package}, which is not installed: pip install 'kvattn[lessons]'") from error
+
+
+def _lesson(file: str) -> Lesson:
+    from kvattn import lesson
+
+    try:
+        return lesson.read(file)
+    except OSError as error:
+        raise _Refused(f"cannot read {file!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise _Refused(str(error)) from error
+
+
+def _run_lesson(given: Lesson, options: argparse.Namespace) -> int:
+    from kvattn import lesson
+
+    console = _console()
+    names = _tabs(given, options.backend)
+    if absent := [name for name in given.tabs if name not in names and options.backend is None]:
+        console.print(f"Not installed, so not run: {', '.join(f'{name} ({_cure(name)})' for name in absent)}", soft_wrap=True)
+    ran = {}
+    with _Progress(console) as progress:
+        for name in names:
+            progress.start(name, len(given.on(name)), "starting")
+            ran[name] = lesson.run_tab(given, name, timeout=options.timeout, progress=progress.move)
+            stopped = any(each.error for each in ran[name])
+            progress.done("failed" if stopped else "done", lesson.outcome(ran[name]))
+    result = lesson.Result(given, ran, lesson.compare(given, ran, options.figures) if options.compare else {})
+    lesson.show(result, console)
+    console.print(f"\n{lesson.summary(result)}", style="bold green" if result.ok else "bold red", soft_wrap=True)
+    return 0 if result.ok else 1
+
+
+def _convert_lesson(given: Lesson, options: argparse.Namespace) -> int:
+    from kvattn import lesson
+
+    name = dispatch.canonical(options.backend)
+    if name not in (has := given.tabs or dispatch.known_backends()):
+        raise _Refused(f"{options.file} has no tab {options.backend!r}; it has: {', '.join(has)}")
+    output = options.output or str(given.path.with_suffix(f".{name}.ipynb"))
+    if options.output is None and Path(output).exists():
+        raise _Refused(f"{output!r} exists; --output names the file to write over")
+    _writable(output)
+    try:
+        lesson.convert(given, name, output)
+    except ValueError as error:
+        raise _Refused(str(error)) from error
+    _console().print(f"Written: {output}", soft_wrap=True)
+    return 0
+
+
+def _tabs(given: Lesson, named: str | None) -> list[str]:
+    """The tabs of a lesson to run: those that are named, or those that are installed."""
+    has = given.tabs or dispatch.known_backends()
+    if named is None:
+        names = [name for name in has if name in dispatch.available_backends()]
+        if not names:
+            raise _Refused(f"none of the tabs of {given.path} is installed: {', '.join(_cure(name) for name in has)}")
+        return names
+    names = _named(",".join(has) if named.strip().lower() == "all" else named)
+    if strange := [name for name in names if name not in has]:
+        raise _Refused(f"{given.path} has no tab {strange[0]!r}; it has: {', '.join(has)}")
+    return names
 
 
 # ---- doctor
 
 
-def doctor() -> int:
+def doctor(options: argparse.Namespace) -> int:
     """Say what works here; 1 if the backend that would serve a call does not."""
     from rich.table import Table
     from rich.text import Text

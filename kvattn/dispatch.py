@@ -198,11 +198,12 @@ def _looks(query: Any, key: Any, value: Any, backend: Any) -> tuple[Any, ...] | 
     """All that the checks of a call without masks look at; None where it cannot be told: lists, traced sizes."""
     kind = type(query)
     try:
-        tab = _loaded[_homes[kind] or get_backend()] if backend is None else backend
+        name = _homes[kind] or get_backend() if backend is None else backend
+        tab = _loaded[name] if type(name) is str else name
         if kind is not type(key) or kind is not type(value) or (hasattr(tab, "tracing") and tab.tracing()):
             return None
         sizes = query.shape, query.dtype, key.shape, key.dtype, value.shape, value.dtype
-        return tab if type(tab) is str else id(tab), kind, *sizes
+        return id(tab), kind, *sizes
     except (AttributeError, KeyError):
         return None
 

@@ -1,0 +1,134 @@
+"""A lesson file: Markdown in the notation of d2l, read into its prose and its code cells."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvattn import dispatch, tab
+
+# What only chooses the tab: the runner and the notebook writer do that themselves.
+_SETUP = re.compile(r"(?:\s|#[^\n]*|%load_ext\s+(?:d2lbook|kvattn)\.tab\b|tab\.(?:interact_select|select_tab)\([^()]*\))+")
+_OFFER = re.compile(r"^tab\.interact_select\(([^()]*)\)", re.MULTILINE)
+_DIFFERS = re.compile(r"#@differs\b")
+
+
+@dataclass(frozen=True)
+class Prose:
+    """Markdown between two cells; ``line`` is its first, counted from 1."""
+
+    line: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A code cell as the author wrote it, but for its ``%%tab`` line; ``line`` is the first of its code in the file."""
+
+    line: int
+    code: str
+    tabs: tuple[str, ...] | None  # None: all
+    setup: bool = False  # does no more than to load the tab magic and to select a tab
+
+    def on(self, name: str) -> bool:
+        """Whether the cell belongs to this tab."""
+        return self.tabs is None or name in self.tabs
+
+    @property
+    def title(self) -> str:
+        """Its first line that is not a comment."""
+        lines = [line.strip() for line in self.code.splitlines() if line.strip()]
+        return next((line for line in lines if not line.startswith("#")), lines[0] if lines else "")
+
+    @property
+    def compared(self) -> bool:
+        """Whether its results must agree between tabs: common code, that no ``#@differs`` excuses."""
+        return self.tabs is None and not self.setup and not _DIFFERS.search(self.code)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A lesson: its parts in order, and the tabs that it has. No tabs: nothing in it is for one framework."""
+
+    path: Path
+    parts: tuple[Prose | Cell, ...]
+    tabs: tuple[str, ...]
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The code cells, without those that are empty or only select a tab."""
+        return [part for part in self.parts if isinstance(part, Cell) and part.code and not part.setup]
+
+    def on(self, name: str) -> list[Cell]:
+        """The code cells of one tab."""
+        return [cell for cell in self.cells if cell.on(name)]
+
+
+def read(path: str | Path) -> Lesson:
+    """Read a lesson.
+
+    Raises OSError, and ValueError, naming file and line, for a file that is not UTF-8 and for a cell that cannot be read.
+    """
+    path = Path(path)
+    try:
+        return parse(path.read_text(encoding="utf-8-sig"), path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.object[error.start]:#x} at {error.start})") from None
+
+
+def parse(text: str, path: Path = Path("lesson.md")) -> Lesson:
+    """The lesson with this text.
+
+    >>> lesson = parse("# Title\\n```{.python .input}\\n%%tab pytorch, jax\\n1 + 1\\n```\\n")
+    >>> lesson.tabs, lesson.cells
+    (('torch', 'jax'), [Cell(line=4, code='1 + 1', tabs=('torch', 'jax'), setup=False)])
+    """
+    lines = text.split("\n")
+    parts: list[Prose | Cell] = []
+    names: list[str] = []
+    end = 0
+    for start, stop, info, code, nested in fences(text):
+        if not {".python", ".input"} <= set(info.strip("{}").split()):
+            continue
+        try:
+            if nested:
+                raise ValueError("a code cell in a list or a quotation: cells stand at the left margin")
+            cell = _cell(start + 2, code)
+            names += cell.tabs or ()
+            names += tab.known(*re.findall(r"""["']([^"']+)["']""", " ".join(_OFFER.findall(code))))
+        except ValueError as error:
+            raise ValueError(f"{path}:{start + 2}: {error}") from None
+        parts += [_prose(lines, end, start), cell]
+        end = stop
+    parts.append(_prose(lines, end, len(lines)))
+    tabs = tuple(name for name in dispatch.known_backends() if name in names)
+    return Lesson(path, tuple(part for part in parts if isinstance(part, Cell) or part.text.strip()), tabs)
+
+
+def fences(text: str) -> list[tuple[int, int, str, str, bool]]:
+    """The fenced blocks of a Markdown text: first line and the line after the last, from 0; info; content; if nested."""
+    from markdown_it import MarkdownIt  # rich brings it
+
+    return [
+        (token.map[0], token.map[1], token.info.strip(), token.content, token.level > 0)
+        for token in MarkdownIt("commonmark").parse(text)
+        if token.type == "fence" and token.map
+    ]
+
+
+def _prose(lines: list[str], start: int, stop: int) -> Prose:
+    return Prose(start + 1, "\n".join(lines[start:stop]))
+
+
+def _cell(line: int, code: str) -> Cell:
+    """The cell whose fence holds this code, from this line of the file on."""
+    rest, tabs = code.lstrip("\n"), None
+    if rest.startswith("#@tab"):
+        raise ValueError("'#@tab' is an older notation of d2l: begin the cell with '%%tab', or with '%%tab all'")
+    if rest.split(maxsplit=1)[:1] == ["%%tab"]:
+        head, _, rest = rest.partition("\n")
+        named = tab.named(head.strip().removeprefix("%%tab"))
+        tabs, rest = tuple(named) if named is not None else None, rest.lstrip("\n")
+    skipped = code.count("\n") - rest.count("\n")
+    return Cell(line + skipped, rest.rstrip(), tabs, bool(rest.strip()) and _SETUP.fullmatch(rest) is not None)

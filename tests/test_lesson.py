@@ -1,0 +1,446 @@
+"""Lessons: what is read, run, compared, converted and rendered. A plugin that is the NumPy tab again is the second tab."""
+
+import io
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pytest
+from conftest import chosen
+from nbclient import NotebookClient
+from rich.console import Console
+
+import kvattn
+from kvattn import cli, lesson
+from kvattn.lesson import agree, page, prose, runner, watch
+
+
+def cell(code, tabs="all"):
+    return f"```{{.python .input}}\n%%tab {tabs}\n{code}\n```\n"
+
+
+def setup(*tabs):
+    return f"```{{.python .input  n=1}}\n%load_ext d2lbook.tab\ntab.interact_select({list(tabs)})\n```\n"
+
+
+TWINS = setup("numpy", "twin")
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder to write lessons to; ``twin`` is a plugin backend, here and in the kernels."""
+    plugin = tmp_path / "site" / "twin-1.0.dist-info"
+    plugin.mkdir(parents=True)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: twin\nVersion: 1.0\n")
+    (plugin / "entry_points.txt").write_text("[kvattn.backends]\ntwin = kvattn.backends.numpy\n")
+    monkeypatch.syspath_prepend(str(plugin.parent))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(plugin.parent), str(Path(kvattn.__file__).parents[1])]))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
+    return tmp_path
+
+
+@pytest.fixture
+def command(world, capsys):
+    """Write a lesson and give the command what follows: its status, stdout and stderr. The lesson goes by FILE."""
+
+    def run(text, action, *options):
+        file = world / "lesson.md"
+        file.write_text(text, encoding="utf-8")
+        status = cli.main(["lesson", action, str(file), *options])
+        out, err = (said.replace(str(file), "FILE") for said in capsys.readouterr())
+        return SimpleNamespace(status=status, out=out, err=err, last=out.rstrip().rpartition("\n")[2])
+
+    return run
+
+
+# ---- reading
+
+
+def test_a_lesson_is_prose_and_cells_with_their_tabs_and_lines():
+    text = f"# Title\n\n{setup('numpy', 'jax')}\nprose\n{cell('x = 1', 'PyTorch, tf')}```python\nno cell\n```\n"
+    text += cell("", "jax") + cell("\n# why\ny")
+    got = lesson.parse(text)
+    assert got.tabs == ("numpy", "torch", "tensorflow", "jax")
+    assert [(each.code, each.tabs) for each in got.cells] == [("x = 1", ("torch", "tensorflow")), ("# why\ny", None)]
+    lines = text.split("\n")
+    assert [lines[each.line - 1] for each in got.cells] == ["x = 1", "# why"]
+    assert [lines[each.line - 1] for each in got.parts if isinstance(each, lesson.Prose)] == ["# Title", "", "```python"]
+    assert [each.title for each in got.on("jax")] == ["y"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"# Title\n{cell('1', 'numpy, torhc')}", "L.md:3: unknown tab 'torhc'; known: numpy, torch, tensorflow, jax, mxnet"),
+        (cell("1", ""), "L.md:2: %%tab needs a tab's name"),
+        ("```{.python .input}\n#@tab mxnet\n1\n```", "L.md:2: '#@tab' is an older notation"),
+        ("- item\n\n  ```{.python .input}\n  1\n  ```", "L.md:4: a code cell in a list"),
+        (setup("numpy", "torhc"), "L.md:2: unknown tab 'torhc'"),
+    ],
+)
+def test_a_lesson_that_cannot_be_read_says_where(text, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        lesson.parse(text, Path("L.md"))
+
+
+def test_what_is_not_utf_8_is_refused(command, world):
+    (world / "latin.md").write_bytes(b"caf\xe9")
+    assert cli.main(["lesson", "run", str(world / "latin.md")]) == 2
+    assert cli.main(["lesson", "run", str(world / "none.md")]) == 2
+
+
+# ---- running
+
+
+def test_tabs_that_agree_exit_0_and_each_cell_is_reported(command, world):
+    text = TWINS + cell("x = 3", "numpy") + cell("x = 1 + 2", "twin") + cell("print(x, f'{x:.2f}')\nx / 7") + "prose\n"
+    got = command(text + "```{.python .input}\n'no numbers'\n```", "run", "--backend", "all")
+    assert (got.status, got.err) == (0, "")
+    assert got.last == "6 cells run on 2 tabs, 0 errors; 1 common cells compared, 0 disagree"
+    rows = [[word.strip() for word in line.split("│")[1:-1]] for line in got.out.splitlines() if "│" in line]
+    assert [(row[0], row[1], bool(row[2]), bool(row[3]), row[4]) for row in rows] == [
+        ("7", "x = 3", True, False, ""),
+        ("11", "x = 1 + 2", False, True, ""),
+        ("15", "print(x, f'{x:.2f}')", True, True, "yes, 0%"),
+        ("20", "'no numbers'", True, True, ""),
+    ]
+    assert "\x1b" not in got.out
+    assert sorted(os.listdir(world)) == ["lesson.md", "site"]
+
+
+def test_tabs_that_disagree_exit_1(command):
+    text = TWINS + cell("x = 0.5 + (1e-5 if tab.selected('twin') else 0)") + cell("1\n[x, 2]")
+    got = command(text, "run")
+    assert got.status == 1
+    assert "FILE:11: the tabs disagree: result 1 of 2: numpy 0.5, twin 0.50001: 1e-05 apart, 2e-06 allowed" in got.out
+    assert got.last.endswith("1 common cells compared, 1 disagree")
+    assert command(text, "run", "--no-compare").status == 0
+    assert command(text.replace("1\n[", "1  #@differs\n["), "run").status == 0
+
+
+def test_an_error_exits_1_and_leads_to_the_lines_of_the_lesson(command):
+    text = TWINS + cell("def broken(x):\n    return x.nothing") + cell("1", "numpy") + cell("\nbroken(1)", "twin") + cell("2")
+    got = command(text, "run")
+    assert got.status == 1
+    said = "twin: FILE:17: broken(1)\nFILE:8: return x.nothing\n  AttributeError: 'int' object has no attribute 'nothing'"
+    assert said in got.out
+    assert "not run" in got.out
+    assert got.last == "5 cells run on 2 tabs, 1 errors; 0 common cells compared, 0 disagree"
+
+
+def test_errors_of_syntax_of_libraries_and_of_kernels_are_told(command):
+    told = command(setup("numpy") + cell("x = 1\ny = (2,\nz = 3"), "run").out
+    assert "numpy: FILE:8: y = (2,\n  SyntaxError: '(' was never closed" in told
+    told = command(setup("numpy") + cell("import json\njson.loads('{')"), "run").out
+    assert re.search(r"FILE:8: json.loads.*\n  \S*decoder.py:\d+, in raw_decode: .*\n  JSONDecodeError: Expecting", told)
+    told = command(setup("numpy") + cell("1") + cell("import os\nos.write(2, b'last words')\nos._exit(1)"), "run").out
+    assert "numpy: FILE:11:\n  the kernel died\n  last words" in told
+    told = command(setup("numpy") + cell("import time\ntime.sleep(60)"), "run", "--timeout", "1").out
+    assert "numpy: FILE:7:\n  took longer than 1 s (--timeout)" in told
+
+
+def test_the_progress_bar_shows_code_as_it_is():
+    shown = io.StringIO()
+    with cli._Progress(Console(file=shown, width=120, force_terminal=True)) as progress:
+        progress.start("numpy", 2, "starting")
+        progress.move(1, "x[/b] = y[bold]\x1b[31m")
+        progress.bars.refresh()
+    assert "x[/b] = y[bold]\N{REPLACEMENT CHARACTER}[31m" in shown.getvalue()
+
+
+def test_a_cell_is_the_notebooks_own(command):
+    got = command(TWINS + cell("import asyncio\nawait asyncio.sleep(0, 3)") + cell("tab.selected('twin');"), "run")
+    assert got.last == "4 cells run on 2 tabs, 0 errors; 1 common cells compared, 0 disagree"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--backend", "jax"), "'jax' is not installed|FILE has no tab 'jax'; it has: numpy, twin"),
+        (("--backend", "nonesuch"), "unknown backend 'nonesuch'; known: numpy"),
+        (("--backend", ","), "names no backend"),
+    ],
+)
+def test_a_tab_that_the_lesson_lacks_exits_2(command, options, said):
+    got = command(TWINS + cell("1"), "run", *options)
+    assert (got.status, got.out) == (2, "")
+    assert re.search(said, got.err)
+
+
+def test_a_framework_that_is_absent_is_left_out_with_its_cure_and_refused_if_all_are_asked_for(command, monkeypatch):
+    monkeypatch.setattr(kvattn.dispatch, "available_backends", lambda: ("numpy", "twin"))
+    text = setup("numpy", "mxnet") + cell("1")
+    got = command(text, "run")
+    assert got.status == 0
+    assert "Not installed, so not run: mxnet (pip install 'kvattn[mxnet]')" in got.out
+    got = command(text, "run", "--backend", "all")
+    assert got.status == 2
+    assert "'mxnet' is not installed: pip install 'kvattn[mxnet]'" in got.err
+    assert command(setup("mxnet") + cell("1"), "run").status == 2
+
+
+def test_a_package_that_is_absent_is_named_with_its_extra(command, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "nbformat", None)
+    got = command(TWINS + cell("1"), "run")
+    assert got.status == 2
+    assert "it needs nbformat, which is not installed: pip install 'kvattn[lessons]'" in got.err
+
+
+def test_the_frameworks_agree_about_neutral_data_and_their_own(world):
+    names = chosen()
+    arrays = {
+        "numpy": "import numpy as np\nx = np.arange(6, dtype=np.float32).reshape(2, 3) / 3",
+        "torch": "import torch\nx = torch.arange(6.).reshape(2, 3) / 3",
+        "tensorflow": "import tensorflow as tf\nx = tf.reshape(tf.range(6.), (2, 3)) / 3",
+        "jax": "from jax import numpy as jnp\nx = jnp.arange(6.).reshape(2, 3) / 3",
+        "mxnet": "from mxnet import np\nx = np.arange(6.).reshape(2, 3) / 3",
+    }
+    text = "".join(cell(arrays[name], name) for name in names)
+    text += cell("import kvattn\nprint(x)\nx.shape, kvattn.attention(x, x, x)")
+    text += cell("kvattn.attention([[1.0, 2.0]], [[1.0, 2.0], [3.0, 4.0]], [[1.0], [2.0]])")
+    got = lesson.run(lesson.parse(text, world / "lesson.md"), names)
+    assert got.problems() == []
+    shown = {name: [entry["dtype"] for ran in cells for entry in ran.seen] for name, cells in got.tabs.items()}
+    assert shown == {name: ["float32", "int", "float32", "float64"] for name in names}
+    assert len(got.agreements) == (2 if len(names) > 1 else 0)
+
+
+# ---- comparing
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "same"),
+    [
+        (np.float32([1, 2]), np.float32([1, 2]) * (1 + 2**-19), True),  # 16 eps of 40
+        (np.float32([1, 2]), np.float32([1, 2]) * (1 + 2**-17), False),
+        (np.float64([1, 2]), np.float64([1, 2]) * (1 + 2**-40), False),
+        (np.float32([1e4, 1e-3]), np.float32([1e4, 1.1e-3]), True),  # against the largest of the array
+        (np.float64(1), np.float32(1 + 2**-20), True),
+        (1.0, 1 + 1e-6, True),  # a Python float may come from a float32
+        (1.0, 1 + 1e-5, False),
+        (3, 4, False),
+        (3, 3.0, True),
+        (True, False, False),
+        ((2, 3), [2, 3], True),
+        (np.zeros((2, 3)), np.zeros((3, 2)), False),
+        (np.float32(np.nan), np.float32(np.nan), True),
+        (np.float32(np.inf), np.float32(-np.inf), False),
+        (np.float32(np.nan), np.float32(0), False),
+        ({"a": 1.0}, {"a": 1.0, "b": 2.0}, False),
+        ("loss 0.333", "loss 0.3334", True),  # to the printed place
+        ("loss 0.333", "loss 0.335", False),
+        ("[1. 2.]", "tensor([2., 2.])", False),
+        ("3 of 4", "3 of 5", False),
+        ("tensor([0.5000], dtype=torch.float32)", "[0.5]", True),
+        ("step 1000: 0.001", "step 1000: 0.004", False),
+        ("accuracy 0.5", "accuracy", False),
+    ],
+)
+def test_numbers_are_the_same_up_to_the_derived_tolerance(left, right, same):
+    found = agree.judge({"a": list(watch.entries(left)), "b": list(watch.entries(right))})
+    assert (found.share <= 1) is same
+    assert bool(found.message) is not same
+
+
+def test_what_holds_no_numbers_is_not_compared():
+    odd = [None, "words", object(), np.array(["a"]), np.array([None]), np.ndarray, b"1", {}, 1j]
+    assert [entry for x in odd for entry in watch.entries(x) if "text" not in entry] == []
+    assert agree.judge({name: [entry for x in odd for entry in watch.entries(x)] for name in "ab"}) is None
+    assert agree.judge({"a": list(watch.entries(1))}) is None
+
+
+def test_a_large_array_is_noted_in_part_but_its_shape_in_full():
+    (entry,) = watch.entries(np.zeros((3, watch.LARGEST)))
+    assert (entry["shape"], len(entry["values"])) == ([3, watch.LARGEST], watch.LARGEST)
+
+
+FIGURE = "from matplotlib import pyplot as plt\nplt.plot([1, 2], [3, y])\nplt.xlabel('Keys'); plt.title('Weights')\nplt.show()"
+
+
+def test_what_figures_draw_is_compared_if_asked_as_float32(world):
+    text = cell("y = 4 + tab.selected('twin')") + cell(FIGURE)
+    text += cell("y = 4 + tab.selected('twin') * 1e-6  # Matplotlib makes float64 of it") + cell("plt.imshow([[y]])")
+    parsed = lesson.parse(text, world / "lesson.md")
+    ran = lesson.run(parsed, ["numpy", "twin"])
+    assert ran.problems() == []
+    (apart,) = lesson.Result(parsed, ran.tabs, lesson.compare(parsed, ran.tabs, figures=True)).problems()
+    assert apart.endswith("lesson.md:7: the tabs disagree: numpy 4, twin 5 at [1, 1]: 1 apart, 2e-05 allowed")
+
+
+# ---- converting
+
+
+def test_a_notebook_has_the_code_of_one_tab_as_it_stands_and_runs(command, world, monkeypatch):
+    code = "import numpy as np  #@save\nx   =  np.ones(3)\n\n# spaces stay\nint(x.sum())"
+    text = f"# Title\n:label:`sec_t`\n{TWINS}{cell(code, 'numpy')}{cell('never', 'twin')}\n:begin_tab:`twin`\nno\n:end_tab:\n"
+    text += ":begin_tab:`numpy`\nyes\n:end_tab:\nSee :numref:`sec_t`.\n" + cell("%%time\ntab.selected('numpy')")
+    got = command(text, "convert", "--backend", "numpy")
+    assert (got.status, got.out) == (0, "Written: " + str(world / "lesson.numpy.ipynb") + "\n")
+    notebook = nbformat.read(world / "lesson.numpy.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    sources = [each.source for each in notebook.cells]
+    assert sources == [
+        '# Title\n<a id="sec_t"></a>',
+        '%load_ext kvattn.tab\ntab.select_tab("numpy")',
+        code,
+        "yes\nSee [sec_t](#sec_t).",
+        "%%time\ntab.selected('numpy')",
+    ]
+    monkeypatch.setenv("IPYTHONDIR", str(world))
+    NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    assert [each.outputs[-1]["data"]["text/plain"] for each in notebook.cells if each.get("outputs")] == ["3", "True"]
+
+    again = command(text, "convert", "--backend", "numpy")
+    assert again.status == 2
+    assert "exists; --output names the file to write over" in again.err
+
+
+def test_other_formats_and_files_that_cannot_be_written(command, world):
+    text = TWINS + cell("x = 1", "numpy")
+    assert command(text, "convert", "--backend", "NumPy", "--output", str(world / "x.py")).status == 0
+    assert '# %load_ext kvattn.tab\ntab.select_tab("numpy")\n\n# %%\nx = 1\n' in (world / "x.py").read_text()
+    for output, said in (("x.nonesuch", "cannot write"), ("none/x.ipynb", "there is no directory")):
+        got = command(text, "convert", "--backend", "numpy", "--output", str(world / output))
+        assert (got.status, got.out) == (2, "")
+        assert said in got.err
+    assert "has no tab 'jax'" in command(text, "convert", "--backend", "jax").err
+
+
+# ---- rendering
+
+
+def test_prose_becomes_myst():
+    text = """[**Dot**] :numref:`sec_a`, :numref:`fig_b` :eqref:`eq_c` :cite:`A.2014,B.2015` :citet:`C` (~~slides only~~)
+
+## Heading
+
+:label:`sec_a`
+
+$$a =
+b.$$
+:eqlabel:`eq_c`
+
+![It's a :cite:`X`
+picture](../img/x.svg)
+:width:`400px`
+:label:`fig_b`
+
+: Machines
+:label:`tab_d`
+
+| a |
+|---|
+| 1 |
+
+```text
+:label:`kept` [**kept**]
+```
+
+```toc
+intro
+```
+"""
+    assert (
+        lesson.to_myst(text)
+        == """Dot {ref}`sec_a`, {numref}`fig_b` {eq}`eq_c` {cite:p}`A.2014,B.2015` {cite:t}`C` 
+
+(sec_a)=
+## Heading
+
+$$
+a =
+b.
+$$ (eq_c)
+
+```{figure} ../img/x.svg
+:width: 400px
+:name: fig_b
+:alt: 'It''s a X picture'
+
+It's a {cite:p}`X` picture
+```
+
+```{table} Machines
+:name: tab_d
+
+| a |
+|---|
+| 1 |
+```
+
+
+```text
+:label:`kept` [**kept**]
+```
+
+```{toctree}
+intro
+```
+"""
+    )
+
+
+def test_prose_for_tabs_becomes_a_tab_set_in_the_order_of_the_tabs():
+    text = "a\n\n:begin_tab:`jax`\n```bash\n:end_tab:\n```\n:end_tab:\n\n:begin_tab:`mxnet, pytorch`\nM\n:end_tab:\nb"
+    got = lesson.to_myst(text, ["torch", "jax"])
+    assert re.findall(r"tab-item} (\w+)\n:sync: (\w+)\n\n(\S+)", got) == [("PyTorch", "torch", "M"), ("JAX", "jax", "```bash")]
+    assert got.startswith("a\n")
+    assert got.endswith("\nb")
+    assert "tab-set" not in lesson.to_myst(text, ["torch"])
+    assert prose.for_tab(text, "jax") == "a\n\n```bash\n:end_tab:\n```\n\nb"
+
+
+def test_a_directive_is_fenced_beyond_its_body():
+    assert prose.directive("note", "", {}, "````\n").splitlines()[0] == "`````{note}"
+
+
+def test_a_page_shows_what_differs_in_tabs_and_what_does_not_once(world, monkeypatch):
+    text = f"# T\n{TWINS}{cell('x = 1', 'numpy')}{cell('x = 1.0', 'twin')}{cell('print(7)')}{cell('x')}"
+    text += cell("y = 1 + tab.selected('twin') * 1e-9") + cell(FIGURE) + cell("import sys; print('!', file=sys.stderr)")
+    file = world / "lesson.md"
+    file.write_text(text)
+    got = lesson.render(file, ["numpy", "twin"], world / "out", cache=world / "cache")
+    assert got.startswith("# T\n\n`````{tab-set}\n:sync-group: framework\n")
+
+    def below(code):
+        """What stands below this code, up to the next."""
+        assert got.count(code) == 1
+        return got.partition(code)[2].partition("```{code-block} python")[0]
+
+    item = r"tab-item\} \w+\n:sync: (\w+)\n\n```\{code-block\} %s\n:class: %s\n\n(.*)\n```"
+    assert re.findall(item % ("python", "input"), got) == [("numpy", "x = 1"), ("twin", "x = 1.0")]
+    assert below("print(7)\n```\n") == "\n```{code-block} text\n:class: output\n\n7\n```\n\n"
+    assert re.findall(item % ("text", "output"), below("\n\nx\n")) == [("numpy", "1"), ("twin", "1.0")]
+    (name,) = re.findall(r"^```\{image\} out/(\w+\.png)\n:alt: 'Figure: Weights, Keys'", below(FIGURE), flags=re.MULTILINE)
+    assert (world / "out" / name).read_bytes().startswith(b"\x89PNG")
+    assert "tab-set" not in below(FIGURE)
+    assert below("print('!', file=sys.stderr)\n```\n") == ""
+
+    monkeypatch.setattr(runner, "_execute", lambda *_: pytest.fail("it was not remembered"))
+    assert lesson.render(file, ["numpy", "twin"], world / "out", cache=world / "cache") == got
+    file.write_text(text.replace("print(7)", "print(8)"))
+    with pytest.raises(pytest.fail.Exception, match="not remembered"):
+        lesson.render(file, ["numpy", "twin"], world / "out", cache=world / "cache")
+    file.write_text(text)
+    monkeypatch.setattr(runner, "_version", lambda package: "another")
+    with pytest.raises(pytest.fail.Exception, match="not remembered"):
+        lesson.render(file, ["numpy", "twin"], world / "out", cache=world / "cache")
+
+
+def test_a_lesson_that_fails_or_disagrees_is_not_rendered(world):
+    file = world / "lesson.md"
+    file.write_text(TWINS + cell("1 + tab.selected('twin')") + cell("1 / 0", "twin"))
+    with pytest.raises(ValueError, match=r"(?s)lesson.md:11: 1 / 0.*ZeroDivisionError.*lesson.md:7: the tabs disagree"):
+        lesson.render(file, ["numpy", "twin"], world / "out", cache=world / "cache")
+    assert not (world / "out").exists()
+    assert len(os.listdir(world / "cache")) == 1  # numpy's, which had no error
+
+
+def test_cells_that_follow_each_other_for_different_frameworks_are_one_step():
+    text = cell("a", "torch") + cell("b", "numpy, jax") + cell("c", "torch") + "prose\n" + cell("d", "numpy") + cell("e")
+    steps = page._steps(lesson.parse(text).parts)
+    assert [[each.code for each in versions] for _, versions in steps] == [["a", "b"], ["c"], [], ["d"], []]
