@@ -82,13 +82,15 @@ def _safetensors() -> Any:
 
 
 _FAMILIES = {"torch": "torch", "keras": "tensorflow", "tensorflow": "tensorflow", "flax": "jax", "mxnet": "mxnet"}
+_BASES = {"analytic": "numpy", "keras": "tensorflow"}  # files of kvattn/layers that hold what a framework's layers inherit
 
 
 def _room(layer: Any) -> Any:
     """kvattn/layers/<framework>.py, by the layer's own class."""
     for base in type(layer).__mro__:
         package, _, rest = base.__module__.partition(".")
-        name = rest.removeprefix("layers.") if rest.startswith("layers.") else _FAMILIES.get(package)
+        own = rest.removeprefix("layers.") if rest.startswith("layers.") else ""
+        name = _BASES.get(own, own) or _FAMILIES.get(package)
         if name is not None:
             break
     else:

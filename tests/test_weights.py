@@ -31,7 +31,40 @@ def torch_originals():
     yield "sizes of their own", random(kdim=6, vdim=8), run, (QUERY, OTHER, MEMORY)
 
 
-ORIGINALS = {"torch": torch_originals}
+def tensorflow_originals():
+    import keras
+
+    def run(layer, query, key, value):
+        return np.asarray(layer(query, value, key))  # Keras' order
+
+    def random(*inputs, **options):
+        layer = keras.layers.MultiHeadAttention(4, 2, output_shape=8, **options)
+        run(layer, *inputs)
+        layer.set_weights([RNG.normal(size=x.shape).astype("float32") / 2 for x in layer.get_weights()])
+        return layer
+
+    yield "per head", random(QUERY, MEMORY, MEMORY), run, (QUERY, MEMORY, MEMORY)
+    yield "without biases", random(QUERY, MEMORY, MEMORY, use_bias=False), run, (QUERY, MEMORY, MEMORY)
+    yield "sizes of their own", random(QUERY, OTHER, MEMORY), run, (QUERY, OTHER, MEMORY)
+
+
+def jax_originals():
+    import jax
+    from flax import linen, nnx
+
+    def random(tree):
+        return jax.tree.map(lambda x: jax.numpy.asarray(RNG.normal(size=x.shape), "float32") / 2, tree)
+
+    for name, options in (("per head", {}), ("without biases", {"use_bias": False})):
+        module = linen.MultiHeadDotProductAttention(num_heads=4, **options)
+        variables = random(module.init(jax.random.key(0), QUERY, MEMORY, MEMORY))
+        yield name, variables, lambda x, *inputs, module=module: np.asarray(module.apply(x, *inputs)), (QUERY, MEMORY, MEMORY)
+        module = nnx.MultiHeadAttention(4, 8, decode=False, rngs=nnx.Rngs(0), **options)
+        nnx.update(module, random(nnx.state(module, nnx.Param)))
+        yield f"nnx {name}", module, lambda x, *inputs: np.asarray(x(*inputs)), (QUERY, MEMORY, MEMORY)
+
+
+ORIGINALS = {"torch": torch_originals, "tensorflow": tensorflow_originals, "jax": jax_originals}
 
 
 @pytest.fixture(params=[name for name in ORIGINALS if name in chosen()])
