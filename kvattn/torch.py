@@ -1,10 +1,13 @@
 """`from kvattn import torch as kv`: kvattn on PyTorch, its native layers, and the short names that d2l's lessons use."""
 
 import torch
+
+# isort: off
 from torch import (  # noqa: F401
     abs, arange, argmax, concat, cos, cosh, exp, eye, float32, int32, int64, linspace, log, matmul, meshgrid, normal, ones,
     ones_like, rand, randn, sigmoid, sin, sinh, stack, tanh, tensor, zeros, zeros_like,
 )  # fmt: skip
+# isort: on
 
 from kvattn import namespace
 from kvattn.layers.torch import *  # noqa: F403

@@ -409,7 +409,7 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
     if cache is not None:
-        cache = cache.extend(key, value)
+        cache = cache.extend(key, value, backend="numpy")
         key, value = cache.seen()
         options["query_offset"] = cache.length - query.shape[-2]
     results = attention(query, key, value, **options)

@@ -39,8 +39,11 @@ def cases(rng):
     def inputs(batch=(2,), n=3, m=4, d_q=3, d_k=3, d_v=3):
         return grid(rng, *batch, n, d_q), grid(rng, *batch, m, d_k), grid(rng, *batch, m, d_v)
 
+    def two():
+        return params_of(rng, 3, 3, 3, 2, 2)
+
     both = ("weights", "lse")
-    yield multi_head("two heads", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, asked=both)
+    yield multi_head("two heads", *inputs(), two(), rng, asked=both)
     yield multi_head("heads: without biases", *inputs(), params_of(rng, 3, 3, 3, 2, 2, biases=()), rng)
     yield multi_head("one head", *inputs(), params_of(rng, 3, 3, 3, 1, 1, d=3), rng, heads=1, asked=("weights",))
     yield multi_head(
@@ -50,14 +53,14 @@ def cases(rng):
     yield multi_head("one key head", *inputs(), params_of(rng, 3, 3, 3, 3, 1), rng, heads=3, kv_heads=1)
     no_output = {n: x for n, x in params_of(rng, 3, 3, 3, 2, 2).items() if n not in ("W_o", "b_o")}
     yield multi_head("heads: without W_o", *inputs(), no_output, rng)
-    yield multi_head("heads: no batch", *inputs(batch=()), params_of(rng, 3, 3, 3, 2, 2), rng, asked=both)
-    yield multi_head("heads: two batch axes", *inputs(batch=(2, 2), n=2, m=2), params_of(rng, 3, 3, 3, 2, 2), rng, grad=False)
-    yield multi_head("heads: lengths", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, valid_lens=np.array([4, 2]), asked=both)
-    yield multi_head("heads: lengths of 0", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, valid_lens=np.array([0, 3]), asked=both)
-    yield multi_head("heads: a mask for each head", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, mask=flags(rng, 2, 2, 3, 4))
-    yield multi_head("heads: a bias", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, bias=grid(rng, 2, 1, 4))
-    yield multi_head("heads: causal, scaled", *inputs(), params_of(rng, 3, 3, 3, 2, 2), rng, causal=True, query_offset=1, scale=0.5)
-    yield multi_head("heads: no keys", *inputs(m=0), params_of(rng, 3, 3, 3, 2, 2), rng, grad=False)
+    yield multi_head("heads: no batch", *inputs(batch=()), two(), rng, asked=both)
+    yield multi_head("heads: two batch axes", *inputs(batch=(2, 2), n=2, m=2), two(), rng, grad=False)
+    yield multi_head("heads: lengths", *inputs(), two(), rng, valid_lens=np.array([4, 2]), asked=both)
+    yield multi_head("heads: lengths of 0", *inputs(), two(), rng, valid_lens=np.array([0, 3]), asked=both)
+    yield multi_head("heads: a mask for each head", *inputs(), two(), rng, mask=flags(rng, 2, 2, 3, 4))
+    yield multi_head("heads: a bias", *inputs(), two(), rng, bias=grid(rng, 2, 1, 4))
+    yield multi_head("heads: causal, scaled", *inputs(), two(), rng, causal=True, query_offset=1, scale=0.5)
+    yield multi_head("heads: no keys", *inputs(m=0), two(), rng, grad=False)
     sparse = params_of(rng, 3, 3, 3, 2, 2)
     yield multi_head("heads: averaged", *inputs(), sparse, rng, normalize="average", asked=("weights",))
     yield from self_attention(rng)

@@ -55,7 +55,7 @@ def glorot(shape: tuple[int, ...]) -> float:
     return math.sqrt(6 / (shape[0] + (shape[1] if len(shape) > 1 else 1)))
 
 
-def initial(seed: Seed, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def initial(seed: Seed | np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The first value of the weight called ``name``, float32, whatever framework asks.
 
     >>> initial(7, "b_1", (2,))
@@ -65,7 +65,7 @@ def initial(seed: Seed, name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape, np.float32)
     if name == "gamma":
         return np.ones(shape, np.float32)
-    draw: Any = np.random.default_rng(child(seed, name))
+    draw = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(child(seed, name))
     if name == "embedding":
         return (draw.standard_normal(shape) / math.sqrt(shape[-1])).astype(np.float32)
     return draw.uniform(-glorot(shape), glorot(shape), shape).astype(np.float32)

@@ -1,0 +1,76 @@
+"""`from kvattn import jax as kv`: kvattn on JAX, its native layers (flax), and the short names that d2l's lessons use."""
+
+import random  # noqa: I001
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.numpy import (  # noqa: F401
+    abs, arange, argmax, concat, cos, cosh, exp, expand_dims, eye, float32, int32, int64, linspace, log, matmul, meshgrid,
+    ones, ones_like, sin, sinh, stack, swapaxes, tanh, zeros, zeros_like,
+)  # fmt: skip
+
+from kvattn import namespace
+from kvattn.layers.jax import *  # noqa: F403
+from kvattn.namespace import check_shape  # noqa: F401
+
+globals().update(namespace.functions("jax"))
+__getattr__ = namespace.drawing
+
+batch_matmul = jax.lax.batch_matmul
+numpy = np.asarray
+sigmoid = jax.nn.sigmoid
+tensor = jnp.array
+to = jax.device_put
+
+
+def get_key():
+    """A key for jax.random, drawn from Python's own generator, which random.seed seeds."""
+    return jax.random.PRNGKey(random.randrange(2**31))
+
+
+def rand(*size):
+    """Uniform in [0, 1), by a key of get_key's: rand(2, 3) or rand((2, 3))."""
+    return jax.random.uniform(get_key(), _size(size))
+
+
+def randn(*size):
+    """Standard normal, by a key of get_key's: randn(2, 3) or randn((2, 3))."""
+    return jax.random.normal(get_key(), _size(size))
+
+
+def normal(mean, std, size):
+    """Normal, by a key of get_key's; jax.random.normal is given one."""
+    return mean + std * jax.random.normal(get_key(), size)
+
+
+def _size(size):
+    return size[0] if size and isinstance(size[0], (tuple, list)) else size
+
+
+def astype(x, dtype):
+    return x.astype(dtype)
+
+
+def reshape(x, *shape):
+    return x.reshape(*shape)
+
+
+def transpose(x):
+    return x.T
+
+
+def repeat(x, *args, **options):
+    return x.repeat(*args, **options)
+
+
+def reduce_sum(x, *args, **options):
+    return x.sum(*args, **options)
+
+
+def reduce_mean(x, *args, **options):
+    return x.mean(*args, **options)
+
+
+def size(x):
+    return x.size

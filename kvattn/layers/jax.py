@@ -1,0 +1,482 @@
+"""The layers as flax.linen.Modules. The names and shapes of their weights are in kvattn/layers/__init__.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from kvattn import api, checks, layers
+from kvattn.backends import jax as tab
+
+__all__ = [*layers.LAYERS]
+
+# X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
+# kvattn.attention's: mask, causal, window, ... With training=True give rngs={"dropout": key}. Results have the dtype of the
+# inputs, to which weights are cast.
+
+_keyword = partial(dataclasses.field, kw_only=True)
+
+
+def _exact(call):
+    """The tab's precision for a whole call: full float32 products, and float64 where JAX has it off."""
+    inner = tab._exact(call)
+
+    @functools.wraps(call)
+    def outer(module, *args, **options):
+        args, options = jax.tree.map(_array, (args, options))
+        wide = not jax.config.jax_enable_x64 and any(_is(np.float64, x) for x in jax.tree.leaves((args, options)))
+        if wide and any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(module.variables)):
+            raise TypeError(
+                "jit and grad of a layer with float64 inputs need JAX's 64 bits for the whole transformation: "
+                "jax.config.update('jax_enable_x64', True); or give float32 inputs"
+            )
+        return inner(module, *args, **options)
+
+    return outer
+
+
+def _array(x):
+    return tab.asarray(x) if isinstance(x, np.ndarray) else x
+
+
+def _is(dtype, x):
+    return tab.is_array(x) and x.dtype == dtype
+
+
+def _first(name, seed):
+    """flax's kind of function for the first values of the weight that kvattn calls ``name``."""
+
+    def init(key, shape, dtype=jnp.float32):
+        if seed is not None:
+            return jnp.asarray(layers.initial(seed, name, shape), dtype)
+        if name == "embedding":
+            return jax.random.normal(key, shape, dtype) / math.sqrt(shape[-1])
+        return jax.random.uniform(key, shape, dtype, -layers.glorot(shape), layers.glorot(shape))
+
+    return init
+
+
+def _dense(name, features, bias, seed):
+    return nn.Dense(features, use_bias=bias, kernel_init=_first(name, seed), promote_dtype=_as_inputs)
+
+
+def _as_inputs(inputs, *weights, dtype=None):
+    return (inputs, *(None if x is None else x.astype(inputs.dtype) for x in weights))
+
+
+def _several(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+class _Layer(nn.Module):
+    """A module that checks its fields when it is made, not in its first call."""
+
+    def __post_init__(self):
+        fields = vars(self)
+        if "dropout" in fields:
+            checks.probability("dropout", self.dropout)
+        if "num_heads" in fields:
+            layers.head_width(self.num_hiddens, self.num_heads, self.num_kv_heads)
+        if "activation" in fields:
+            layers.check_activation(self.activation)
+        super().__post_init__()
+
+
+# ---- attention
+
+
+class _Attention(_Layer):
+    """What the attention layers share. A call returns (output, weights), as d2l's does: weights (batch, n, m), or
+    (batch * heads, n, m), before dropout. Given ``return_weights``, it returns what kvattn.attention returns.
+
+    Under jax.jit weights that nobody reads cost nothing; eagerly they cost a second call, which return_weights=False spares.
+    """
+
+    def _attend(self, score, queries, keys, values, valid_lens, training, *, rng=None, return_weights=None, **options):
+        options |= {"score": score, "valid_lens": valid_lens, "backend": "jax"}
+        rate = self.dropout if training else 0.0
+        drops = {"dropout": rate, "rng": self.make_rng("dropout") if rate and rng is None else rng}
+        if return_weights is not None:
+            return api.attention(queries, keys, values, **options, **drops, return_weights=return_weights)
+        output, *lse = _several(api.attention(queries, keys, values, **options, **drops))
+        # apart from the output: it takes the fused path, and XLA drops what is not read
+        weights = api.attention(queries, keys, keys[..., :1], **options | {"return_lse": False}, return_weights=True)[1]
+        return output, weights.reshape(math.prod(weights.shape[:-2]), *weights.shape[-2:]), *lse
+
+
+class DotProductAttention(_Attention):
+    """Scaled dot-product attention, d2l's call: (queries, keys, values, valid_lens=None, training=False, **options)."""
+
+    dropout: float = 0.0
+
+    @_exact
+    def __call__(self, queries, keys, values, valid_lens=None, training=False, **options):
+        return self._attend(api.scaled_dot_score, queries, keys, values, valid_lens, training, **options)
+
+
+class AdditiveAttention(_Attention):
+    """Attention by the score w_v . tanh(q W_q + k W_k) with ``num_hiddens`` hidden units."""
+
+    num_hiddens: int
+    dropout: float = 0.0
+    seed: layers.Seed = _keyword(default=None)
+
+    def setup(self):
+        self.W_k = _dense("W_k", self.num_hiddens, False, self.seed)
+        self.W_q = _dense("W_q", self.num_hiddens, False, self.seed)
+        self.w_v = _dense("w_v", 1, False, self.seed)
+
+    @_exact
+    def __call__(self, queries, keys, values, valid_lens=None, training=False, **options):
+        sizes = {"W_q": queries.shape[-1], "W_k": keys.shape[-1], "w_v": self.num_hiddens}
+        weights = {name: _kernel(getattr(self, name), size).astype(queries.dtype) for name, size in sizes.items()}
+        score = partial(api.additive_score, **weights | {"w_v": weights["w_v"][:, 0]})
+        return self._attend(score, queries, keys, values, valid_lens, training, **options)
+
+
+def _kernel(dense, size):
+    """The matrix of a Dense layer, made by a call with inputs of this ``size`` where there is none yet."""
+    if not dense.has_variable("params", "kernel"):
+        dense(jnp.zeros((1, size), jnp.float32))
+    return dense.variables["params"]["kernel"]
+
+
+class MultiplicativeAttention(_Attention):
+    """Attention by the score q W k; W takes its sizes from the first call."""
+
+    dropout: float = 0.0
+    seed: layers.Seed = _keyword(default=None)
+
+    @_exact
+    @nn.compact
+    def __call__(self, queries, keys, values, valid_lens=None, training=False, **options):
+        W = self.param("W", _first("W", self.seed), (queries.shape[-1], keys.shape[-1]))
+        score = partial(api.multiplicative_score, W=W.astype(queries.dtype))
+        return self._attend(score, queries, keys, values, valid_lens, training, **options)
+
+
+class GatedAttention(_Attention):
+    """Attention by the score sigmoid(w_g . [q; k]) (q . k); w_g takes its size from the first call."""
+
+    dropout: float = 0.0
+    seed: layers.Seed = _keyword(default=None)
+
+    @_exact
+    @nn.compact
+    def __call__(self, queries, keys, values, valid_lens=None, training=False, **options):
+        w_g = self.param("w_g", _first("w_g", self.seed), (2 * queries.shape[-1],))
+        score = partial(api.gated_score, w_g=w_g.astype(queries.dtype))
+        return self._attend(score, queries, keys, values, valid_lens, training, **options)
+
+
+class MultiHeadAttention(_Layer):
+    """Multi-head attention with ``num_hiddens`` features in all heads together; (output, weights (batch * heads, n, m)).
+
+    With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, weights, cache). Given
+    ``return_weights``, False leaves the weights out and True returns them as (batch, heads, n, m).
+    """
+
+    num_hiddens: int
+    num_heads: int
+    dropout: float = 0.0
+    bias: bool = False
+    num_kv_heads: int | None = _keyword(default=None)
+    seed: layers.Seed = _keyword(default=None)
+    use_bias: bool | None = _keyword(default=None)
+
+    def setup(self):
+        bias = self.bias if self.use_bias is None else self.use_bias
+        shared = self._kv_heads * (self.num_hiddens // self.num_heads)
+        self.attention = DotProductAttention(self.dropout)
+        self.W_q = _dense("W_q", self.num_hiddens, bias, self.seed)
+        self.W_k = _dense("W_k", shared, bias, self.seed)
+        self.W_v = _dense("W_v", shared, bias, self.seed)
+        self.W_o = _dense("W_o", self.num_hiddens, bias, self.seed)
+
+    @property
+    def _kv_heads(self):
+        return self.num_kv_heads or self.num_heads
+
+    @_exact
+    def __call__(self, queries, keys, values, valid_lens=None, training=False, *, cache=None, **options):
+        queries, keys, values = api._arrays(tab, queries=queries, keys=keys, values=values)
+        queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
+        keys, values = tab._split(self.W_k(keys), self._kv_heads), tab._split(self.W_v(values), self._kv_heads)
+        if cache is not None:
+            cache = cache.extend(keys, values)
+            keys, values = cache.seen()
+            options["query_offset"] = cache.length - queries.shape[-2]
+        output, *rest = _several(self.attention(queries, keys, values, valid_lens, training, **options))
+        output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
+        rest = rest if cache is None else [*rest, cache]
+        return (output, *rest) if rest else output
+
+
+# ---- the other parts of a transformer
+
+
+class PositionalEncoding(_Layer):
+    """X + P, then dropout; P (1, max_len, num_hiddens) holds sines and cosines of the position, counted from ``offset``.
+
+    P is computed, no variable; it is sown in "intermediates", as d2l's is.
+    """
+
+    num_hiddens: int
+    dropout: float = 0.0
+    max_len: int = 1000
+
+    def setup(self):
+        self.drop = nn.Dropout(self.dropout)
+
+    @property
+    def P(self):
+        return jnp.asarray(_encoding(self.max_len, self.num_hiddens)[None], jnp.float32)
+
+    @_exact
+    def __call__(self, X, training=False, *, offset=0):
+        layers.check_length(self.max_len, X.shape[1], offset)
+        (X,) = api._arrays(tab, X=X)
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "P", self.P)
+        P = _encoding(self.max_len, self.num_hiddens).astype(X.dtype)
+        if checks.is_integer(offset):
+            P = P[offset : offset + X.shape[1]]  # in NumPy: a compiled program keeps these rows only
+        else:
+            P = jax.lax.dynamic_slice_in_dim(P, offset, X.shape[1])
+        return self.drop(X + P, deterministic=not training)
+
+
+@functools.lru_cache(maxsize=4)
+def _encoding(max_len, num_hiddens):
+    return layers.encoding(max_len, num_hiddens)
+
+
+class _LayerNorm(nn.LayerNorm):
+    shape: tuple[int, ...] | None = None  # None: the first call's last axis
+
+
+class AddNorm(_Layer):
+    """Layer norm of X + dropout(Y), over the axes of ``norm_shape``; the last, if none is given."""
+
+    dropout: float = 0.0
+    norm_shape: Any = _keyword(default=None)
+
+    def setup(self):
+        shape = (self.norm_shape,) if checks.is_integer(self.norm_shape) else self.norm_shape
+        axes = tuple(range(-len(shape or (None,)), 0))
+        self.drop = nn.Dropout(self.dropout)
+        self.ln = _LayerNorm(  # the fast variance, E[x^2] - E[x]^2, would cancel
+            layers.EPSILON, reduction_axes=axes, feature_axes=axes, use_fast_variance=False, shape=shape and tuple(shape)
+        )
+
+    @_exact
+    def __call__(self, X, Y, training=False):
+        X, Y = api._arrays(tab, X=X, Y=Y)
+        if (shape := self.ln.shape) is not None:
+            checks.same_shape("X", X, (*X.shape[: -len(shape)], *shape), "norm_shape says")
+        return self.ln(self.drop(Y, deterministic=not training) + X).astype(X.dtype)
+
+
+class PositionWiseFFN(_Layer):
+    """activation(X W_1 + b_1) W_2 + b_2; the activation is "relu" or "gelu" (by erf)."""
+
+    ffn_num_hiddens: int
+    ffn_num_outputs: int
+    activation: str = _keyword(default="relu")
+    seed: layers.Seed = _keyword(default=None)
+
+    def setup(self):
+        self.dense1 = _dense("W_1", self.ffn_num_hiddens, True, self.seed)
+        self.dense2 = _dense("W_2", self.ffn_num_outputs, True, self.seed)
+
+    @_exact
+    def __call__(self, X):
+        (X,) = api._arrays(tab, X=X)
+        X = self.dense1(X)
+        return self.dense2(nn.relu(X) if self.activation == "relu" else nn.gelu(X, approximate=False))
+
+
+class TransformerEncoderBlock(_Layer):
+    """Self-attention and a position-wise network, each with AddNorm; (Y, weights), with ``cache=`` (Y, weights, cache)."""
+
+    num_hiddens: int
+    ffn_num_hiddens: int
+    num_heads: int
+    dropout: float = 0.0
+    use_bias: bool = False
+    num_kv_heads: int | None = _keyword(default=None)
+    activation: str = _keyword(default="relu")
+    seed: layers.Seed = _keyword(default=None)
+
+    def setup(self):
+        self.attention = MultiHeadAttention(
+            self.num_hiddens, self.num_heads, self.dropout, self.use_bias, num_kv_heads=self.num_kv_heads,
+            seed=layers.child(self.seed, "attention"),
+        )  # fmt: skip
+        self.addnorm1 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
+        self.ffn = PositionWiseFFN(
+            self.ffn_num_hiddens, self.num_hiddens, activation=self.activation, seed=layers.child(self.seed, "ffn")
+        )
+        self.addnorm2 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
+
+    @_exact
+    def __call__(self, X, valid_lens=None, training=False, *, cache=None, **options):
+        Y, *rest = _several(self.attention(X, X, X, valid_lens, training, cache=cache, **options))
+        Y = self.addnorm1(X, Y, training)
+        Y = self.addnorm2(Y, self.ffn(Y), training)
+        return (Y, *rest) if rest else Y
+
+
+class TransformerEncoder(_Layer):
+    """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
+
+    ``causal=True`` makes it a decoder. As d2l's it returns Y, and sows the list of the blocks' weights as
+    "enc_attention_weights" where "intermediates" is mutable: else they are not computed. With ``cache=`` ([] at first) it
+    takes the next tokens and returns (Y, weights, caches). Given ``return_weights``, the list follows Y, or does not.
+    """
+
+    vocab_size: int
+    num_hiddens: int
+    ffn_num_hiddens: int
+    num_heads: int
+    num_blks: int
+    dropout: float = 0.0
+    use_bias: bool = False
+    num_kv_heads: int | None = _keyword(default=None)
+    activation: str = _keyword(default="relu")
+    max_len: int = _keyword(default=1000)
+    seed: layers.Seed = _keyword(default=None)
+
+    def setup(self):
+        self.embedding = nn.Embed(self.vocab_size, self.num_hiddens, embedding_init=_first("embedding", self.seed))
+        self.pos_encoding = PositionalEncoding(self.num_hiddens, self.dropout, self.max_len)
+        self.blks = [
+            TransformerEncoderBlock(
+                self.num_hiddens, self.ffn_num_hiddens, self.num_heads, self.dropout, self.use_bias,
+                num_kv_heads=self.num_kv_heads, activation=self.activation, seed=layers.child(self.seed, f"blocks.{i}"),
+            )
+            for i in range(self.num_blks)
+        ]  # fmt: skip
+
+    @_exact
+    def __call__(self, X, valid_lens=None, training=False, *, cache=None, return_weights=None, **options):
+        caches = None if cache is None else layers.caches(cache, self.num_blks)
+        offset = caches[0].length if caches else 0
+        X = self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), training, offset=offset)
+        sown = return_weights is None and cache is None
+        options["return_weights"] = False if sown and not self.is_mutable_collection("intermediates") else return_weights
+        rests = []
+        for i, block in enumerate(self.blks):
+            X, *rest = _several(block(X, valid_lens, training, cache=caches and caches[i], **options))
+            if caches:
+                caches[i] = rest.pop()
+            rests.append(rest)
+        lists = [list(x) for x in zip(*rests, strict=True)]  # of weights, if any, one a block
+        if sown and lists:
+            self.sow("intermediates", "enc_attention_weights", lists.pop(0))
+        results = (X, *lists) if caches is None else (X, *lists, caches)
+        return results if len(results) > 1 else X
+
+
+# ---- weights by kvattn's names, for kvattn/weights.py: of variables {"params": tree}, or of a module that has none yet
+
+
+def _params(variables):
+    """{path: array} of the weights."""
+    if isinstance(variables, nn.Module):
+        raise ValueError("a flax module keeps no weights: give its variables, what module.init(...) returned")
+    if isinstance(variables, nnx.Module):  # which does
+        return flatten_dict(nnx.to_pure_dict(nnx.state(variables, nnx.Param)))
+    strange = sorted(set(variables) - {"params", "intermediates"})
+    if strange:
+        raise TypeError(f"variables hold {', '.join(strange)}, which has no name outside JAX; weights are {{'params': ...}}")
+    return flatten_dict(variables.get("params", {}))
+
+
+def _sizes(part, path=()):
+    """{path: shape} of the weights that a module will have, None for a size that its first inputs give."""
+    if isinstance(part, nn.Dense):
+        return {(*path, "kernel"): (None, part.features)} | ({(*path, "bias"): (part.features,)} if part.use_bias else {})
+    if isinstance(part, nn.LayerNorm):
+        shape, has = getattr(part, "shape", None) or (None,), {"scale": part.use_scale, "bias": part.use_bias}
+        return {(*path, name): shape for name in has if has[name]}
+    if isinstance(part, nn.Embed):
+        return {(*path, "embedding"): (part.num_embeddings, part.features)}
+    if isinstance(part, MultiplicativeAttention):
+        return {(*path, "W"): (None, None)}
+    if isinstance(part, GatedAttention):
+        return {(*path, "w_g"): (None,)}
+    if isinstance(part, nn.Dropout):
+        return {}
+    kind = type(part)
+    if not isinstance(part, nn.Sequential) and any(hasattr(getattr(kind, name, None), "compact") for name in dir(kind)):
+        raise TypeError(
+            f"{kind.__name__} makes its weights in its first call (it is nn.compact): give variables, module.init(...)'s result"
+        )
+    part = part if path else part.bind({})
+    hasattr(part, "anything")  # runs its setup
+    inside = jax.tree.leaves(vars(part), is_leaf=lambda x: isinstance(x, nn.Module))
+    children = [x for x in inside if isinstance(x, nn.Module) and x.parent is part]
+    return {name: shape for child in children for name, shape in _sizes(child, (*path, child.name)).items()}
+
+
+_KINDS = {"scale": "norm", "bias": "norm", "embedding": "embedding"}  # of what has no kernel beside it
+_HEADS = {"query": "W_q", "key": "W_k", "value": "W_v", "out": "W_o"}  # flax's own multi-head attention: (d, heads, d / heads)
+
+
+def _slots(x):
+    """{name: (path, shape here)} of every weight."""
+    found, sizes = {}, _sizes(x) if isinstance(x, nn.Module) else {path: array.shape for path, array in _params(x).items()}
+    for path, size in sizes.items():
+        *parents, leaf = path
+        kernel = sizes.get((*parents, "kernel"), ()) if leaf in ("kernel", "bias") else ()
+        if len(kernel) == 2:
+            kind = "dense"
+        elif len(kernel) == 3 and parents and parents[-1] in _HEADS:
+            cut = 0 if leaf == "bias" else 2 if parents[-1] == "out" else 1
+            size = tuple(math.prod(part) for part in (size[:cut], size[cut:]) if part)
+            kind, parents = "dense", [*parents[:-1], _HEADS[parents[-1]]]
+        elif leaf in _KINDS and not kernel:
+            kind = _KINDS[leaf]
+        elif leaf in ("W", "w_g"):
+            kind, parents = "embedding", path  # that kind's only weight has its name
+        else:
+            raise TypeError(f"{'.'.join(path)} {size} is no dense, norm or embedding layer's: it has no name outside JAX")
+        name = layers.names(tuple(parents), kind)["bias" if leaf == "bias" else "weight"]
+        if name in found:
+            raise ValueError(f"{'.'.join(path)} and {'.'.join(found[name][0])} would both be called {name}: rename one")
+        found[name] = path, layers.own_shape(name, size)
+    return found
+
+
+def shapes(x):
+    """{name: shape} of every weight, None in it for a size that waits for the first call."""
+    return {name: shape for name, (_, shape) in _slots(x).items()}
+
+
+def export(x):
+    """{name: NumPy array} of every weight."""
+    arrays = _params(x)
+    return {name: tab.to_numpy(arrays[path]).reshape(shape).copy() for name, (path, shape) in _slots(x).items()}
+
+
+def assign(x, arrays):
+    """New variables with these arrays, whose names and shapes fit, in the dtypes of the old ones, or float32."""
+    made, old = {}, {} if isinstance(x, nn.Module) else _params(x)
+    for name, (path, _) in _slots(x).items():
+        array = arrays[name].reshape(old[path].shape) if old else layers.native(name, arrays[name])
+        made[path] = tab.asarray(array, dtype=old[path].dtype.name if old else "float32")
+    if isinstance(x, nnx.Module):
+        nnx.update(x, unflatten_dict(made))
+        return x
+    return {**({} if isinstance(x, nn.Module) else x), "params": unflatten_dict(made)}

@@ -1,0 +1,245 @@
+"""What the layers of kvattn/layers/tensorflow.py stand on: how options pass through Keras, first values, saving, and names."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.layers import Dense, Embedding, LayerNormalization
+
+from kvattn import api, layers
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(f"kvattn's TensorFlow layers need Keras on TensorFlow, not {keras.backend.backend()}: see KERAS_BACKEND")
+
+ARRAYS = ("mask", "bias", "positions", "query_offset")  # the options of attention that may be tensors
+
+registered = keras.saving.register_keras_serializable("kvattn")
+
+
+class Layer(keras.layers.Layer):
+    """What the layers share: how attention's options pass through Keras, how it saves a layer and copies it.
+
+    OWN: the (name, shape) of the variable that a layer makes itself, None for sizes that the first call decides.
+    """
+
+    OWN = ()
+
+    def __init__(self, given, **kwargs):
+        super().__init__(**kwargs)
+        self._given = {name: x for name, x in given.items() if name not in ("self", "kwargs", "__class__")}
+        self._allow_non_tensor_positional_args = True  # lengths may be lists
+
+    def __call__(self, *args, arrays=None, cache=None, **options):
+        # Keras has a meaning of its own for ``mask``, and refuses an argument in which tensors and other things mix.
+        if isinstance(options.get("mask"), (list, tuple)):
+            options["mask"] = np.asarray(options["mask"])
+        if found := {name: options.pop(name) for name in ARRAYS if hasattr(options.get(name), "dtype")} | (arrays or {}):
+            options["arrays"] = found
+        if cache is not None:
+            options["cache"] = Held(cache)
+        return super().__call__(*args, **options)
+
+    def get_config(self):
+        return {**super().get_config(), **self._given}
+
+    def get_build_config(self):
+        if (config := super().get_build_config()) is not None:
+            return config
+        found = shapes(self)  # imported weights are there before the first call
+        return None if any(None in shape for shape in found.values()) else {"weights": found}
+
+    def build_from_config(self, config):
+        if "weights" in config:
+            assign(self, {name: np.zeros(shape) for name, shape in config["weights"].items()})
+        else:
+            super().build_from_config(config)
+
+    def __deepcopy__(self, memo):
+        rebuild, saved = self.__reduce__()  # Keras copies what it saves, so not the last call
+        memo[id(self)] = copied = rebuild(*saved)
+        for (_, old), (_, new) in zip(parts(self), parts(copied), strict=True):
+            if "_last" in vars(old):
+                vars(new)["_last"] = old._last
+        return copied
+
+    def __dir__(self):
+        return [name for name in super().__dir__() if name != "attention_weights"]  # saving reads every attribute
+
+
+class Held:
+    """A cache, in which Keras is not to look for tensors."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+
+@registered
+class _First(keras.initializers.Initializer):
+    """The first values of the weight that kvattn calls ``name``, drawn from ``seed``."""
+
+    def __init__(self, seed, name):
+        self.seed, self.name = seed, name
+
+    def __call__(self, shape, dtype=None):
+        array = layers.initial(self.seed, self.name, layers.own_shape(self.name, tuple(shape)))
+        return tf.cast(layers.native(self.name, array), dtype or "float32")
+
+    def get_config(self):
+        return {"seed": self.seed, "name": self.name}
+
+
+def first(seed, name, shape=None):
+    """The initializer of the weight that kvattn calls ``name``; ``shape`` where it is no matrix of a Dense."""
+    if seed is not None:
+        return _First(seed, name)
+    if name == "embedding":
+        return keras.initializers.RandomNormal(stddev=1 / math.sqrt(shape[-1]))
+    return keras.initializers.RandomUniform(-layers.glorot(shape), layers.glorot(shape)) if shape else "glorot_uniform"
+
+
+def dense(layer, name, units, bias, seed):
+    """A Dense, in the layer's dtype, that knows its name."""
+    return Dense(units, use_bias=bias, kernel_initializer=first(seed, name), name=name, dtype=layer.dtype_policy)
+
+
+def build_once(part, *shapes):
+    """Build a part, unless its weights have been imported already."""
+    if not part.built:
+        part.build(*shapes)
+
+
+def check_given(layer, **sizes):
+    """Raises TypeError naming the sizes that were not given."""
+    if missing := [name for name, size in sizes.items() if size is None]:
+        raise TypeError(
+            f"{type(layer).__name__} needs {' and '.join(missing)}: give sizes by name, or in d2l's order for TensorFlow, "
+            "in which key_size, query_size and value_size come first"
+        )
+
+
+# ---- weights by kvattn's names, for kvattn/weights.py
+
+
+class _Slot(NamedTuple):
+    owner: keras.layers.Layer
+    attribute: str
+    shape: tuple  # here, (features in, out); None in it where the first call decides
+
+    @property
+    def variable(self):
+        """None where the first call makes it."""
+        return getattr(self.owner, self.attribute, None)
+
+
+def parts(module, path=(), seen=None):
+    """(path, layer) of the module and every layer in it: by attribute, by name in functional and Sequential models."""
+    seen = set() if seen is None else seen
+    if id(module) not in seen:
+        seen.add(id(module))
+        yield path, module
+        for name, child in _children(module):
+            yield from parts(child, (*path, name), seen)
+
+
+def _children(module):
+    """(name, layer) of the layers that a layer holds."""
+    if isinstance(module, keras.Sequential) or hasattr(module, "operations"):
+        return [(part.name, part) for part in module.layers]
+    found = []
+    for name, x in vars(module).items():
+        if name != "_layers" and not name.startswith("_self_"):  # Keras's and TensorFlow's own lists of them
+            inside = x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, (list, tuple)) else ()
+            found += [(name, x), *((f"{name}.{key}", y) for key, y in inside)]
+    return [(name, x) for name, x in found if isinstance(x, keras.layers.Layer)]
+
+
+def _slots(module):
+    """{name: slot} of every weight in ``module``."""
+    found, inside = {}, set()
+    for path, part in parts(module):
+        if id(part) in inside:
+            continue
+        if isinstance(part, keras.layers.MultiHeadAttention):
+            inside |= {id(x) for _, x in parts(part)}
+            own = {".".join((*path, name)): slot for name, slot in _heads(part).items()}
+        else:
+            own = {name: _Slot(part, *place) for name, place in _own(path, part).items()}
+        rest = {id(x) for x in part.weights} - {id(slot.variable) for slot in own.values()}
+        if rest - {id(x) for _, child in _children(part) for x in child.weights if id(child) not in inside}:
+            raise TypeError(f"{'.'.join(path)} is a {type(part).__name__}, whose weights have no name outside Keras")
+        found |= own
+    return found
+
+
+def _own(path, part):
+    """{name: (attribute, shape)} of the weights that a part holds itself."""
+    if isinstance(part, Dense):
+        kind, has = "dense", {"weight": ("kernel", (None, part.units)), "bias": part.use_bias and ("bias", (part.units,))}
+    elif isinstance(part, LayerNormalization):
+        shape = (None,) * (len(part.axis) if isinstance(part.axis, list) else 1)
+        kind, has = "norm", {"weight": part.scale and ("gamma", shape), "bias": part.center and ("beta", shape)}
+    elif isinstance(part, Embedding):
+        kind, has = "embedding", {"weight": ("embeddings", (part.input_dim, part.output_dim))}
+    else:
+        return {".".join((*path, name)): (name, _known(part, name, shape)) for name, shape in getattr(part, "OWN", ())}
+    names = layers.names(path, kind)
+    has = {names[which]: place for which, place in has.items() if place}
+    return {name: (x, layers.own_shape(name, _known(part, x, shape))) for name, (x, shape) in has.items()}
+
+
+def _known(part, attribute, shape):
+    """The shape of a part's weight, once it is there."""
+    variable = getattr(part, attribute, None)
+    return shape if variable is None else tuple(variable.shape)
+
+
+def _heads(part):
+    """The slots of Keras's own multi-head attention, whose projections have an axis for the heads."""
+    if not part.built:
+        raise ValueError(f"no values yet for {part.name}, a keras.layers.MultiHeadAttention: call it once")
+    found = {}
+    for name, dense in zip("qkvo", (part.query_dense, part.key_dense, part.value_dense, part.output_dense), strict=True):
+        *into, out = dense.kernel.shape if name == "o" else (dense.kernel.shape[0], math.prod(dense.kernel.shape[1:]))
+        found[f"W_{name}"] = _Slot(dense, "kernel", (math.prod(into), out))
+        if dense.bias is not None:
+            found[f"b_{name}"] = _Slot(dense, "bias", (out,))
+    return found
+
+
+def shapes(module):
+    """{name: shape} of every weight, None in it for a size that waits for the first call."""
+    return {name: slot.shape for name, slot in _slots(module).items()}
+
+
+def export(module):
+    """{name: NumPy array} of every weight; ValueError where one has no values yet."""
+    slots = _slots(module)
+    layers.check_made(name for name, slot in slots.items() if slot.variable is None)
+    return {name: api.to_numpy(slot.variable).reshape(slot.shape).copy() for name, slot in slots.items()}
+
+
+def assign(module, arrays):
+    """Put these arrays, whose names and shapes fit, in the module's weights; returns the module."""
+    for name, slot in _slots(module).items():
+        if slot.variable is None:
+            _make(slot.owner, arrays[name].shape)
+        array = tf.reshape(arrays[name], slot.variable.shape)
+        slot.variable.assign(tf.cast(array, slot.variable.dtype))
+    return module
+
+
+def _make(part, shape):
+    """The variables of a part whose weight, the first of two, is to have this shape."""
+    if isinstance(part, Dense):
+        part.build((None, shape[0]))
+    elif isinstance(part, LayerNormalization):
+        first = part.axis[0] if isinstance(part.axis, list) else part.axis
+        part.build((1,) * max(first, 0) + shape)
+    elif isinstance(part, Embedding):
+        part.build()
+    else:
+        part.make(shape)

@@ -1,0 +1,524 @@
+"""The layers as gluon HybridBlocks. The names and shapes of their weights are in kvattn/layers/__init__.py."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import cache, partial
+from typing import NamedTuple
+from uuid import uuid4
+from weakref import WeakValueDictionary
+
+import numpy
+
+from kvattn import api, checks, layers
+from kvattn.backends import mxnet as tab
+from kvattn.kernels import mxnet as kernels
+from kvattn.lend import lend
+
+with lend():
+    import mxnet as mx
+    from mxnet import autograd, np
+    from mxnet.gluon import nn
+    from mxnet.gluon.parameter import DeferredInitializationError, Parameter
+
+__all__ = [*layers.LAYERS]
+
+# X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
+# kvattn.attention's: mask, causal, window, ... ``kwargs`` are gluon's: prefix and params.
+
+
+class _Layer(nn.HybridBlock):
+    """What the layers share: options in a call, and copies.
+
+    Hybridized, a call without options runs as one graph. With options or a cache it runs part by part, unless the layer is
+    itself a part of a hybridized block, whose graph then holds the options.
+    """
+
+    def __init__(self, **kwargs):
+        if not mx.util.is_np_array():
+            raise RuntimeError("kvattn's MXNet layers compute on mx.np arrays: call mxnet.npx.set_np() first")
+        super().__init__(**kwargs)
+
+    def __call__(self, *args, **options):
+        code = self.hybrid_forward.__code__
+        for name in code.co_varnames[2 + len(args) : code.co_argcount]:  # gluon passes on what has a place
+            if name not in options:
+                break
+            args += (options.pop(name),)
+        return super().__call__(*args, *([options] if options else []))
+
+    def forward(self, *args):
+        args, options = (args[:-1], args[-1]) if isinstance(args[-1], dict) else (args, {})
+        while args[-1] is None:
+            args = args[:-1]
+        if tab.deferred(args[0]):
+            return self.hybrid_forward(mx.symbol, *args, **{name: x.var() for name, x in self._reg_params.items()}, **options)
+        if self._active and not options and self._fits_graph(args):
+            return super().forward(*args)
+        try:
+            values = {name: x.data(args[0].ctx) for name, x in self._reg_params.items()}
+        except DeferredInitializationError:
+            self.infer_shape(*args)
+            for parameter in self._reg_params.values():
+                parameter._finish_deferred_init()
+            values = {name: x.data(args[0].ctx) for name, x in self._reg_params.items()}
+        return self.hybrid_forward(mx.ndarray, *args, **values, **options)
+
+    def _fits_graph(self, args):
+        """Whether one graph holds calls like this: gluon makes it of the first call, for arrays and Nones in its places."""
+        form = [-1 if x is None else 0 for x in args]
+        return all(x is None or tab.is_array(x) for x in args) and (not self._cached_graph or self._in_format == form)
+
+    @mx.util.use_np
+    def __deepcopy__(self, memo):
+        """gluon cannot copy graphs, and what it copies of a parameter gets no gradients."""
+        parts = list(_parts(self))
+        scopes = {id(part._scope) for part in parts}
+        for part in parts:
+            if isinstance(part, nn.HybridBlock):
+                memo |= {id(part._cached_graph): (), id(part._cached_op): None, id(part._cached_op_args): []}
+            if (around := id(part._scope._old_scope)) not in scopes:  # which leads to the block around this one
+                memo.setdefault(around, None)
+        memo |= {id(parameter._trainer): None for parameter in self.collect_params().values()}
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        for parameter in copied.collect_params().values():
+            if parameter._data is not None:
+                parameter.reset_ctx(parameter.list_ctx())
+        return copied
+
+
+def _parts(block):
+    yield block
+    for child in block._children.values():
+        yield from _parts(child)
+
+
+class _First(mx.init.Initializer):
+    """The first values of the weight that kvattn calls ``name``, for an array that is ``transposed`` if it is a Dense's.
+
+    Without a seed an initializer that initialize() is given goes first, as in gluon's own layers.
+    """
+
+    def __init__(self, name, seed, transposed=False):
+        super().__init__(name=name, seed=seed, transposed=transposed)
+        self.name, self.seed, self.transposed = name, seed, transposed
+
+    def _init_weight(self, desc, arr):
+        shape = arr.shape[::-1] if self.transposed else arr.shape
+        if self.seed is not None:
+            array = layers.initial(self.seed, self.name, shape)
+            arr[:] = np.array(array.T if self.transposed else array)
+        elif len(shape) > 1 and desc.global_init not in (None, mx.init.Uniform()):  # gluon's default
+            desc.global_init._init_weight(desc, arr)
+        elif self.name == "embedding":
+            arr[:] = np.random.normal(0, 1 / math.sqrt(shape[-1]), arr.shape)
+        else:
+            arr[:] = np.random.uniform(-layers.glorot(shape), layers.glorot(shape), arr.shape)
+
+
+class _Wide:
+    """A layer of gluon's whose half precision is computed in float32: Dense has none on a CPU, and LayerNorm overflows."""
+
+    def hybrid_forward(self, F, x, **params):
+        if tab.is_array(x):
+            checks.floating("X", x, next(iter(params.items())))
+            if not x.size:  # which MXNet's operators have no gradient for
+                nothing = np.concatenate([a.reshape(a.size)[:0] for a in (x, *params.values())])
+                return nothing.reshape(*x.shape[:-1], getattr(self, "_units", x.shape[-1]))
+        if numpy.dtype(next(iter(self._reg_params.values())).dtype).name not in tab.HALF:
+            return super().hybrid_forward(F, x, **params)
+        y = super().hybrid_forward(F, x.astype("float32"), **{name: p.astype("float32") for name, p in params.items()})
+        return y.astype("float16")
+
+
+class _Dense(_Wide, nn.Dense):
+    """A Dense that knows its name, by which its first values are drawn."""
+
+    def __init__(self, name, units, bias, seed):
+        super().__init__(units, use_bias=bias, flatten=False, weight_initializer=_First(name, seed, transposed=True))
+
+
+class _LayerNorm(_Wide, nn.LayerNorm):
+    """gluon's, with kvattn's epsilon."""
+
+
+# ---- attention
+
+
+class _Attention(_Layer):
+    """What the attention layers share: dropout in training, and the last call, whose weights can be shown."""
+
+    def __init__(self, dropout=0.0, **kwargs):
+        super().__init__(**kwargs)
+        self.dropout = dropout
+        self._last = None
+
+    def load_parameters(self, filename, ctx=None, allow_missing=False, ignore_extra=False, **how):
+        """gluon's own reads the file of a block without parts as mx.nd arrays."""
+        self.params.load_dict(mx.npx.load(filename), ctx, allow_missing, ignore_extra, self.prefix, filename, **how)
+
+    def _score(self):
+        return api.scaled_dot_score
+
+    def hybrid_forward(self, F, queries, keys, values, valid_lens=None, **options):
+        params = {name: options.pop(name) for name in self._reg_params}
+        score = partial(self._score(), **params) if params else self._score()
+        options |= {"score": score, "valid_lens": valid_lens, "rate": self.dropout}
+        if not tab.deferred(queries):
+            return _attend(queries, keys, values, layer=self, **options)
+        _traced[name := uuid4().hex] = self
+        return kernels.defer(_attend, queries, keys, values, layer=name, **options)
+
+    @property
+    def attention_weights(self):
+        """The last call's, (batch, n, m) or (batch * heads, n, m): before dropout, detached, computed when read."""
+        mx.nd.waitall()  # for graphs that still run
+        if self._last is None:
+            return None
+        queries, keys, options = self._last
+        options = {name: x for name, x in options.items() if not name.startswith("return_")}
+        with autograd.pause():
+            weights = api.attention(queries, keys, keys[..., :1], **options, return_weights=True, backend="mxnet")[1]
+        return weights.reshape(-1, *weights.shape[-2:]) if weights.ndim > 3 else weights
+
+
+_traced = WeakValueDictionary()  # layers by the name that their graphs, which are text, have for them
+
+
+def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=None, backend="mxnet", **options):
+    """kvattn.attention with dropout in training alone, noted as the layer's last call: at once, or when a graph runs."""
+    options |= {"score": score, "valid_lens": whole(valid_lens, backend)}
+    layer = _traced.get(layer) if isinstance(layer, str) else layer
+    if layer is not None and tab.is_array(query):
+        layer._last = (query.detach(), key.detach(), {**options, "score": _copied(score)})
+    dropout = rate if autograd.is_training() else 0.0
+    return api.attention(query, key, value, **options, dropout=dropout, backend=backend)
+
+
+kernels.functions["_attend"] = _attend
+
+
+def whole(valid_lens, backend="mxnet"):
+    """Lengths as integers: MXNet makes float32 of np.array([3, 2]). Raises TypeError for fractions."""
+    backend = tab if backend == "mxnet" else backend
+    if not backend.is_array(valid_lens) or "float" not in str(valid_lens.dtype):
+        return valid_lens
+    seen = backend.peek(valid_lens)
+    if seen is not None and (seen != numpy.floor(seen)).any():
+        raise TypeError(f"valid_lens has dtype {valid_lens.dtype} and fractions; expected whole numbers")
+    return backend.asarray(valid_lens, dtype="int64")
+
+
+def _copied(score):
+    """The score with its parameters as they are now: a Trainer writes into them."""
+    if not isinstance(score, partial):
+        return score
+    return partial(score.func, **{name: x.detach().copy() for name, x in score.keywords.items()})
+
+
+class DotProductAttention(_Attention):
+    """Scaled dot-product attention, d2l's call: layer(queries, keys, values, valid_lens=None, **options)."""
+
+
+class AdditiveAttention(_Attention):
+    """Attention by the score w_v . tanh(q W_q + k W_k) with ``num_hiddens`` hidden units."""
+
+    def __init__(self, num_hiddens, dropout=0.0, *, seed=None, **kwargs):
+        super().__init__(dropout, **kwargs)
+        self.W_k = _parameter(self, "W_k", (0, num_hiddens), seed)
+        self.W_q = _parameter(self, "W_q", (0, num_hiddens), seed)
+        self.w_v = _parameter(self, "w_v", (num_hiddens,), seed)
+
+    def infer_shape(self, queries, keys, *args):
+        self.W_q.shape, self.W_k.shape = ((x.shape[-1], self.w_v.shape[0]) for x in (queries, keys))
+
+    def _score(self):
+        return api.additive_score
+
+
+class MultiplicativeAttention(_Attention):
+    """Attention by the score q W k; W takes its sizes from the first call."""
+
+    def __init__(self, dropout=0.0, *, seed=None, **kwargs):
+        super().__init__(dropout, **kwargs)
+        self.W = _parameter(self, "W", (0, 0), seed)
+
+    def infer_shape(self, queries, keys, *args):
+        self.W.shape = (queries.shape[-1], keys.shape[-1])
+
+    def _score(self):
+        return api.multiplicative_score
+
+
+class GatedAttention(_Attention):
+    """Attention by the score sigmoid(w_g . [q; k]) (q . k); w_g takes its size from the first call."""
+
+    def __init__(self, dropout=0.0, *, seed=None, **kwargs):
+        super().__init__(dropout, **kwargs)
+        self.w_g = _parameter(self, "w_g", (0,), seed)
+
+    def infer_shape(self, queries, *args):
+        self.w_g.shape = (2 * queries.shape[-1],)
+
+    def _score(self):
+        return api.gated_score
+
+
+def _parameter(layer, name, shape, seed):
+    """A weight of the layer's own; sizes that are 0 come with the first call."""
+    return layer.params.get(name, shape=shape, init=_First(name, seed), allow_deferred_init=True)
+
+
+class MultiHeadAttention(_Layer):
+    """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``.
+
+    With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache); with return_weights=True the
+    weights (batch, heads, n, m) follow the output.
+    """
+
+    def __init__(self, num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None, seed=None, bias=None,
+                 **kwargs):  # fmt: skip
+        super().__init__(**kwargs)
+        bias = use_bias if bias is None else bias
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
+        self.attention = DotProductAttention(dropout)
+        self.W_q = _Dense("W_q", num_hiddens, bias, seed)
+        self.W_k = _Dense("W_k", self.num_kv_heads * width, bias, seed)
+        self.W_v = _Dense("W_v", self.num_kv_heads * width, bias, seed)
+        self.W_o = _Dense("W_o", num_hiddens, bias, seed)
+
+    def hybrid_forward(self, F, queries, keys, values, valid_lens=None, *, cache=None, **options):
+        queries = _split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
+        keys, values = _split(self.W_k(keys), self.num_kv_heads), _split(self.W_v(values), self.num_kv_heads)
+        if cache is not None:
+            cache = cache.extend(keys, values)
+            keys, values = cache.seen()
+            options["query_offset"] = cache.length - queries.shape[-2]
+        results = self.attention(queries, keys, values, valid_lens, **options)
+        output, *rest = results if isinstance(results, (tuple, list)) else (results,)
+        output = self.W_o(_join(output))  # (batch, n, num_hiddens)
+        rest = rest if cache is None else [*rest, cache]
+        return (output, *rest) if rest else output
+
+
+def _split(X, heads):
+    """(batch, n, heads * d) -> (batch, heads, n, d)."""
+    if tab.deferred(X):
+        return mx.sym.npx.reshape(X, (-2, -2, heads, -1)).swapaxes(1, 2)  # -2: a size that stays
+    return X.reshape(*X.shape[:-1], heads, X.shape[-1] // heads).swapaxes(-2, -3)
+
+
+def _join(X):
+    """(batch, heads, n, d) -> (batch, n, heads * d)."""
+    X = X.swapaxes(-2, -3)
+    return mx.sym.npx.reshape(X, (-2, -2, -1)) if tab.deferred(X) else X.reshape(*X.shape[:-2], X.shape[-2] * X.shape[-1])
+
+
+# ---- the other parts of a transformer
+
+
+class PositionalEncoding(_Layer):
+    """X + P, then dropout; P (1, max_len, num_hiddens) holds sines and cosines of the position, counted from ``offset``."""
+
+    def __init__(self, num_hiddens, dropout=0.0, max_len=1000, **kwargs):
+        super().__init__(**kwargs)
+        self.dropout = nn.Dropout(dropout)
+        self.P = np.array(_table(max_len, num_hiddens), dtype="float32")  # no parameter: it is computed, so not saved
+
+    def hybrid_forward(self, F, X, offset=0):
+        _, max_len, h = self.P.shape
+        if tab.deferred(X):
+            X = F.Custom(X.as_nd_ndarray(), op_type=POSITIONS, max_len=max_len, h=h, offset=offset).as_np_ndarray()
+        else:
+            layers.check_length(max_len, X.shape[1], offset)
+            X = X + self.P[:, offset : offset + X.shape[1]].as_in_ctx(X.ctx).astype(X.dtype)
+        return self.dropout(X)
+
+
+@cache
+def _table(max_len, h):
+    return layers.encoding(max_len, h)[None]
+
+
+POSITIONS = "kvattn_positions"
+
+
+class _Positions(mx.operator.CustomOp):
+    """X + P in a graph, where the length and the dtype of X come later."""
+
+    def __init__(self, P):
+        super().__init__()
+        self.P = P
+
+    def forward(self, is_train, req, in_data, out_data, aux):
+        kernels.put(self, out_data[0], req[0], in_data[0].as_np_ndarray() + self.P)
+
+    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
+        kernels.put(self, in_grad[0], req[0], out_grad[0].as_np_ndarray())
+
+
+@mx.operator.register(POSITIONS)
+class _PositionsShapes(mx.operator.CustomOpProp):
+    def __init__(self, max_len, h, offset):
+        super().__init__(need_top_grad=True)
+        self.max_len, self.h, self.offset = int(max_len), int(h), int(offset)
+
+    def create_operator(self, ctx, shapes, dtypes):
+        n = shapes[0][1]
+        with kernels.telling():
+            layers.check_length(self.max_len, n, self.offset)
+        P = _table(self.max_len, self.h)[:, self.offset : self.offset + n]
+        return _Positions(np.array(P, dtype=kernels.DTYPES[dtypes[0]]))
+
+
+class AddNorm(_Layer):
+    """Layer norm of X + dropout(Y) over the last axis; ``norm_shape``, its size, may be left to the first call."""
+
+    def __init__(self, dropout=0.0, norm_shape=None, **kwargs):
+        super().__init__(**kwargs)
+        self.dropout = nn.Dropout(dropout)
+        size = numpy.ravel(0 if norm_shape is None else norm_shape)
+        if len(size) != 1:
+            raise ValueError(f"norm_shape is {norm_shape}; MXNet's layer norm is over one axis, the last: give its size")
+        self.ln = _LayerNorm(epsilon=layers.EPSILON, in_channels=int(size[0]))
+
+    def hybrid_forward(self, F, X, Y):
+        return self.ln(self.dropout(Y) + X)
+
+
+class PositionWiseFFN(_Layer):
+    """activation(X W_1 + b_1) W_2 + b_2; the activation is "relu" or "gelu" (by erf)."""
+
+    def __init__(self, ffn_num_hiddens, ffn_num_outputs, *, activation="relu", seed=None, **kwargs):
+        super().__init__(**kwargs)
+        layers.check_activation(activation)
+        self.activation = activation
+        self.dense1 = _Dense("W_1", ffn_num_hiddens, True, seed)
+        self.dense2 = _Dense("W_2", ffn_num_outputs, True, seed)
+
+    def hybrid_forward(self, F, X):
+        X = self.dense1(X)
+        return self.dense2(F.npx.relu(X) if self.activation == "relu" else F.npx.leaky_relu(X, act_type="gelu"))
+
+
+class TransformerEncoderBlock(_Layer):
+    """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
+
+    def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
+                 activation="relu", seed=None, **kwargs):  # fmt: skip
+        super().__init__(**kwargs)
+        self.attention = MultiHeadAttention(
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, seed=layers.child(seed, "attention")
+        )
+        self.addnorm1 = AddNorm(dropout, num_hiddens)
+        self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
+        self.addnorm2 = AddNorm(dropout, num_hiddens)
+
+    def hybrid_forward(self, F, X, valid_lens=None, *, cache=None, **options):
+        Y = self.attention(X, X, X, valid_lens, **options, **({} if cache is None else {"cache": cache}))
+        Y, cache = Y if cache is not None else (Y, None)
+        Y = self.addnorm1(X, Y)
+        Y = self.addnorm2(Y, self.ffn(Y))
+        return Y if cache is None else (Y, cache)
+
+
+class TransformerEncoder(_Layer):
+    """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
+
+    ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
+    ``attention_weights`` lists each block's, (batch * heads, n, m). Its first call initializes it, if nobody has.
+    """
+
+    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
+                 num_kv_heads=None, activation="relu", max_len=1000, seed=None, **kwargs):  # fmt: skip
+        super().__init__(**kwargs)
+        self.num_hiddens = num_hiddens
+        self.embedding = nn.Embedding(vocab_size, num_hiddens, weight_initializer=_First("embedding", seed))
+        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len)
+        self.blks = nn.HybridSequential()
+        for i in range(num_blks):
+            block = TransformerEncoderBlock(
+                num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
+                seed=layers.child(seed, f"blocks.{i}"),
+            )  # fmt: skip
+            self.blks.add(block)
+
+    def forward(self, X, *args):
+        if tab.is_array(X) and not _begun(self.embedding.weight):  # d2l's initializes itself
+            self.initialize(ctx=X.ctx)
+        return super().forward(X, *args)
+
+    def hybrid_forward(self, F, X, valid_lens=None, *, cache=None, **options):
+        caches = None if cache is None else layers.caches(cache, len(self.blks))
+        X = self.embedding(X) * math.sqrt(self.num_hiddens)
+        X = self.pos_encoding(X, **({"offset": caches[0].length} if caches else {}))
+        for i, block in enumerate(self.blks):
+            if caches is None:
+                X = block(X, valid_lens, **options)
+            else:
+                X, caches[i] = block(X, valid_lens, cache=caches[i], **options)
+        return X if caches is None else (X, caches)
+
+    @property
+    def attention_weights(self):
+        return [block.attention.attention.attention_weights for block in self.blks]
+
+
+def _begun(parameter):
+    """Whether initialize() has been called."""
+    return parameter._data is not None or bool(parameter._deferred_init)
+
+
+# ---- weights by kvattn's names, for kvattn/weights.py
+
+
+class _Slot(NamedTuple):
+    parameter: Parameter
+    shape: tuple  # here, (features in, out); None where the first call decides
+    transposed: bool = False
+
+
+def _slots(block, path=()):
+    """{name: slot} of every weight in ``block``."""
+    own, found = dict(block._reg_params), {}
+    if isinstance(block, (nn.Dense, nn.LayerNorm, nn.Embedding)):
+        kind = "dense" if isinstance(block, nn.Dense) else "norm" if isinstance(block, nn.LayerNorm) else "embedding"
+        names = layers.names(path, kind)
+        own = {names[{"gamma": "weight", "beta": "bias"}.get(which, which)]: x for which, x in own.items()}
+    elif own and not isinstance(block, _Attention):
+        raise TypeError(f"{'.'.join(path)} is a {type(block).__name__}, whose weights have no name outside MXNet")
+    else:
+        own = {".".join((*path, name)): x for name, x in own.items()}
+    for name, parameter in own.items():
+        transposed = isinstance(block, nn.Dense) and len(parameter.shape) == 2
+        shape = tuple(None if n < 1 else n for n in parameter.shape)
+        found[name] = _Slot(parameter, layers.own_shape(name, shape[::-1]) if transposed else shape, transposed)
+    for name, child in block._children.items():
+        found |= _slots(child, (*path, name))
+    return found
+
+
+def shapes(block):
+    """{name: shape} of every weight, None in it for a size that waits for the first call."""
+    return {name: slot.shape for name, slot in _slots(block).items()}
+
+
+def export(block):
+    """{name: NumPy array} of every weight; ValueError where one has no values yet."""
+    slots = _slots(block)
+    layers.check_made(name for name, slot in slots.items() if slot.parameter._data is None)
+    arrays = {name: api.to_numpy(slot.parameter.data()) for name, slot in slots.items()}
+    return {name: layers.own(name, x.T if slots[name].transposed else x).copy() for name, x in arrays.items()}
+
+
+@mx.util.use_np
+def assign(block, arrays):
+    """Put these arrays, whose names and shapes fit, in the block's weights; returns the block."""
+    for name, slot in _slots(block).items():
+        array = layers.native(name, arrays[name]).T if slot.transposed else arrays[name]
+        array = np.array(array, dtype=slot.parameter.dtype)
+        slot.parameter._load_init(array, None)  # as load_parameters does
+    return block

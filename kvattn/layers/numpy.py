@@ -1,0 +1,333 @@
+"""The layers as plain classes with analytic gradients; names and shapes of their weights are in kvattn/layers/__init__.py."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+
+from kvattn import api, checks, layers
+from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, slots, source
+
+__all__ = [*layers.LAYERS]
+
+# X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
+# kvattn.attention's: mask, causal, window, ... The vjp of a layer is given what its forward kept.
+
+
+# ---- attention
+
+
+class _Attention(Layer):
+    """What the attention layers share: dropout in training, and the last call, whose weights can be shown."""
+
+    def __init__(self, dropout=0.0, *, rng=None):
+        self.dropout = Dropout(dropout, rng=rng)
+        self._last = None
+
+    def _score(self, queries, keys):
+        return api.scaled_dot_score
+
+    def forward(self, queries, keys, values, valid_lens=None, *, rng=None, **options):
+        score, options = self._score(queries, keys), {**options, "valid_lens": valid_lens, "backend": "numpy"}
+        computing = {name: x for name, x in options.items() if not name.startswith("return_")}
+        self._last = (queries, keys, {**computing, "score": _copied(score)})
+        rate, seed = self.dropout.rate if self.training else 0.0, None
+        if rate:  # vjp draws the same again
+            seed = (self.dropout.rng if rng is None else np.random.default_rng(rng)).integers(2**63)
+        self.keep(queries, keys, values, score, computing, rate, seed)
+        apart = rate and options.pop("return_weights", False)  # weights in one piece would draw in another order than vjp
+        results = api.attention(queries, keys, values, score=score, **options, **_drawn(rate, seed))
+        if not apart:
+            return results
+        output, *lse = results if type(results) is tuple else (results,)
+        return (output, _weights(*self._last), *lse)
+
+    def vjp(self, grad, queries, keys, values, score, computing, rate, seed):
+        wrt = ("query", "key", "value", *self._state.declared)
+        inputs = (queries, keys, values, grad)
+        grads = api.attention_grad(*inputs, wrt=wrt, score=score, **computing, **_drawn(rate, seed))
+        for key, by_key in zip(wrt[3:], grads[3:], strict=True):
+            self.gradient(key, by_key)
+        return grads[:3]
+
+    @property
+    def attention_weights(self):
+        """The last call's, (batch, n, m) or (batch * heads, n, m): before dropout, computed when read."""
+        if self._last is None:
+            return None
+        weights = _weights(*self._last)
+        return weights.reshape(-1, *weights.shape[-2:]) if weights.ndim > 3 else weights
+
+
+def _drawn(rate, seed):
+    return {"dropout": rate, "rng": np.random.default_rng(seed) if rate else None}
+
+
+def _weights(queries, keys, options):
+    return api.attention(queries, keys, keys[..., :1], **options, return_weights=True)[1]
+
+
+def _copied(score):
+    """The score with its parameters as they are now: an optimiser writes into them."""
+    if not isinstance(score, partial):
+        return score
+    return partial(score.func, **{name: x.copy() for name, x in score.keywords.items()})
+
+
+class DotProductAttention(_Attention):
+    """Scaled dot-product attention, d2l's call: layer(queries, keys, values, valid_lens=None, **options)."""
+
+
+class AdditiveAttention(_Attention):
+    """Attention by the score w_v . tanh(q W_q + k W_k) with ``num_hiddens`` hidden units."""
+
+    def __init__(self, num_hiddens, dropout=0.0, *, seed=None, rng=None):
+        super().__init__(dropout, rng=rng)
+        self.num_hiddens = num_hiddens
+        for key, shape in (("W_k", (None, num_hiddens)), ("W_q", (None, num_hiddens)), ("w_v", (num_hiddens,))):
+            self.parameter(key, shape, seed=source(seed, self.dropout.rng))
+
+    def _score(self, queries, keys):
+        h, dtype = self.num_hiddens, queries.dtype
+        W_k, W_q = self.weight("W_k", (keys.shape[-1], h), dtype), self.weight("W_q", (queries.shape[-1], h), dtype)
+        return partial(api.additive_score, W_q=W_q, W_k=W_k, w_v=self.weight("w_v", (h,), dtype))
+
+
+class MultiplicativeAttention(_Attention):
+    """Attention by the score q W k; W takes its sizes from the first call."""
+
+    def __init__(self, dropout=0.0, *, seed=None, rng=None):
+        super().__init__(dropout, rng=rng)
+        self.parameter("W", (None, None), seed=source(seed, self.dropout.rng))
+
+    def _score(self, queries, keys):
+        return partial(api.multiplicative_score, W=self.weight("W", (queries.shape[-1], keys.shape[-1]), queries.dtype))
+
+
+class GatedAttention(_Attention):
+    """Attention by the score sigmoid(w_g . [q; k]) (q . k); w_g takes its size from the first call."""
+
+    def __init__(self, dropout=0.0, *, seed=None, rng=None):
+        super().__init__(dropout, rng=rng)
+        self.parameter("w_g", (None,), seed=source(seed, self.dropout.rng))
+
+    def _score(self, queries, keys):
+        return partial(api.gated_score, w_g=self.weight("w_g", (2 * queries.shape[-1],), queries.dtype))
+
+
+class MultiHeadAttention(Layer):
+    """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``.
+
+    With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache) and has no backward; with
+    return_weights=True the weights (batch, heads, n, m) follow the output.
+    """
+
+    def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
+                 rng=None):  # fmt: skip
+        bias, rng = bias if use_bias is None else use_bias, np.random.default_rng(rng)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
+        self.attention = DotProductAttention(dropout, rng=rng)
+        self.W_q = Dense(num_hiddens, bias, seed=seed, rng=rng, name="W_q")
+        self.W_k = Dense(self.num_kv_heads * width, bias, seed=seed, rng=rng, name="W_k")
+        self.W_v = Dense(self.num_kv_heads * width, bias, seed=seed, rng=rng, name="W_v")
+        self.W_o = Dense(num_hiddens, bias, seed=seed, rng=rng, name="W_o")
+
+    def forward(self, queries, keys, values, valid_lens=None, *, cache=None, **options):
+        queries = _split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
+        keys, values = _split(self.W_k(keys), self.num_kv_heads), _split(self.W_v(values), self.num_kv_heads)
+        self.keep(cache)
+        if cache is not None:
+            cache = cache.extend(keys, values, backend="numpy")
+            keys, values = cache.seen()
+            options["query_offset"] = cache.length - queries.shape[-2]
+        results = self.attention(queries, keys, values, valid_lens, **options)
+        output, *rest = results if type(results) is tuple else (results,)
+        output = self.W_o(_join(output))  # (batch, n, num_hiddens)
+        rest = rest if cache is None else [*rest, cache]
+        return (output, *rest) if rest else output
+
+    def vjp(self, grad, cache):
+        if cache is not None:
+            raise RuntimeError("a call with a cache has no backward: its keys and values are of earlier calls too")
+        grad = _split(self.W_o.backward(grad), self.num_heads)
+        queries, keys, values = map(_join, self.attention.backward(grad))
+        return self.W_q.backward(queries), self.W_k.backward(keys), self.W_v.backward(values)
+
+
+def _split(X, heads):
+    """(batch, n, heads * d) -> (batch, heads, n, d)."""
+    return X.reshape(*X.shape[:-1], heads, X.shape[-1] // heads).swapaxes(-2, -3)
+
+
+def _join(X):
+    """(batch, heads, n, d) -> (batch, n, heads * d)."""
+    X = X.swapaxes(-2, -3)
+    return X.reshape(*X.shape[:-2], X.shape[-2] * X.shape[-1])
+
+
+# ---- the other parts of a transformer
+
+
+class PositionalEncoding(Layer):
+    """X + P, then dropout; P (1, max_len, num_hiddens) holds sines and cosines of the position, counted from ``offset``."""
+
+    def __init__(self, num_hiddens, dropout=0.0, max_len=1000, *, rng=None):
+        self.dropout = Dropout(dropout, rng=rng)
+        self.P = layers.encoding(max_len, num_hiddens)[None]  # float64: rounded to each call's dtype
+
+    def forward(self, X, offset=0):
+        checks.floating("X", X)
+        layers.check_length(self.P.shape[1], X.shape[1], offset)
+        return self.dropout(X + self.P[:, offset : offset + X.shape[1]].astype(X.dtype))
+
+    def vjp(self, grad):
+        return self.dropout.backward(grad)
+
+
+class AddNorm(Layer):
+    """Layer norm of X + dropout(Y). ``norm_shape`` may wait for the first call."""
+
+    def __init__(self, norm_shape=None, dropout=0.0, *, rng=None):
+        self.dropout = Dropout(dropout, rng=rng)
+        self.ln = LayerNorm(norm_shape)
+
+    def forward(self, X, Y):
+        checks.same_shape("Y", Y, X.shape, "X")
+        return self.ln(self.dropout(Y) + X)
+
+    def vjp(self, grad):
+        grad = self.ln.backward(grad)
+        return grad, self.dropout.backward(grad)
+
+
+class PositionWiseFFN(Layer):
+    """activation(X W_1 + b_1) W_2 + b_2; the activation is "relu" or "gelu" (by erf).
+
+    NumPy has no erf: gelu takes Python's, number by number, exact but slow.
+    """
+
+    def __init__(self, ffn_num_hiddens, ffn_num_outputs, *, activation="relu", seed=None, rng=None):
+        layers.check_activation(activation)
+        rng = np.random.default_rng(rng)
+        self.activation = activation
+        self.dense1 = Dense(ffn_num_hiddens, seed=seed, rng=rng, name="W_1")
+        self.dense2 = Dense(ffn_num_outputs, seed=seed, rng=rng, name="W_2")
+
+    def forward(self, X):
+        X = self.dense1(X)
+        part = (X > 0).astype(X.dtype) if self.activation == "relu" else _normal_cdf(X)
+        self.keep(X, part)
+        return self.dense2(np.maximum(X, 0) if self.activation == "relu" else X * part)
+
+    def vjp(self, grad, X, part):
+        slope = part if self.activation == "relu" else part + X * np.exp(-X * X / 2) / math.sqrt(2 * math.pi)
+        return self.dense1.backward(self.dense2.backward(grad) * slope)
+
+
+_erfc = np.frompyfunc(math.erfc, 1, 1)
+
+
+def _normal_cdf(X):
+    """The chance of a standard normal number below X: (1 + erf(X / sqrt(2))) / 2, without cancelling where X is low."""
+    return _erfc(-X / math.sqrt(2)).astype(X.dtype) / 2
+
+
+class TransformerEncoderBlock(Layer):
+    """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
+
+    def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
+                 activation="relu", seed=None, rng=None):  # fmt: skip
+        rng = np.random.default_rng(rng)
+        self.attention = MultiHeadAttention(
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, seed=layers.child(seed, "attention"), rng=rng
+        )
+        self.addnorm1 = AddNorm(num_hiddens, dropout, rng=rng)
+        self.ffn = PositionWiseFFN(
+            ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"), rng=rng
+        )  # fmt: skip
+        self.addnorm2 = AddNorm(num_hiddens, dropout, rng=rng)
+
+    def forward(self, X, valid_lens=None, *, cache=None, **options):
+        Y = self.attention(X, X, X, valid_lens, cache=cache, **options)
+        Y, cache = Y if cache is not None else (Y, None)
+        Y = self.addnorm1(X, Y)
+        Y = self.addnorm2(Y, self.ffn(Y))
+        return Y if cache is None else (Y, cache)
+
+    def vjp(self, grad):
+        grad, by_ffn = self.addnorm2.backward(grad)
+        grad, by_attention = self.addnorm1.backward(grad + self.ffn.backward(by_ffn))
+        return grad + sum(self.attention.backward(by_attention))
+
+
+class TransformerEncoder(Layer):
+    """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
+
+    ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
+    ``attention_weights`` lists each block's, (batch * heads, n, m). Its backward returns (): tokens have no gradient.
+    """
+
+    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
+                 num_kv_heads=None, activation="relu", max_len=1000, seed=None, rng=None):  # fmt: skip
+        rng = np.random.default_rng(rng)
+        self.num_hiddens = num_hiddens
+        self.embedding = Embedding(vocab_size, num_hiddens, seed=seed, rng=rng)
+        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len, rng=rng)
+        self.blks = [
+            TransformerEncoderBlock(
+                num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
+                seed=layers.child(seed, f"blocks.{i}"), rng=rng,
+            )
+            for i in range(num_blks)
+        ]  # fmt: skip
+
+    def forward(self, X, valid_lens=None, *, cache=None, **options):
+        caches = None if cache is None else layers.caches(cache, len(self.blks))
+        X = self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), caches[0].length if caches else 0)
+        for i, block in enumerate(self.blks):
+            if caches is None:
+                X = block(X, valid_lens, **options)
+            else:
+                X, caches[i] = block(X, valid_lens, cache=caches[i], **options)
+        return X if caches is None else (X, caches)
+
+    def vjp(self, grad):
+        for block in reversed(self.blks):
+            grad = block.backward(grad)
+        return self.embedding.backward(self.pos_encoding.backward(grad) * math.sqrt(self.num_hiddens))
+
+    @property
+    def attention_weights(self):
+        return [block.attention.attention.attention_weights for block in self.blks]
+
+
+# ---- weights by kvattn's names, for kvattn/weights.py
+
+
+def shapes(layer):
+    """{name: shape} of every weight, None in it for a size that waits for the first call."""
+    found = {}
+    for name, part, key in slots(layer):
+        array = part._state.arrays.get(key)
+        found[name] = layers.own_shape(name, part._state.declared[key][0] if array is None else array.shape)
+    return found
+
+
+def export(layer):
+    """{name: NumPy array} of every weight; ValueError where one has no values yet."""
+    layers.check_made(name for name, part, key in slots(layer) if key not in part._state.arrays)
+    return {name: x.copy() for name, x in layer.weights().items()}
+
+
+def assign(layer, arrays):
+    """Put these arrays, whose names and shapes fit, in the layer's weights; returns the layer. New ones keep float64."""
+    for name, part, key in slots(layer):
+        array = layers.native(name, arrays[name]) if part.kind == "dense" else arrays[name]
+        if key in part._state.arrays:
+            part._state.arrays[key][...] = array
+        else:
+            part._state.arrays[key] = np.array(array, np.float64 if array.dtype == np.float64 else np.float32, order="C")
+    return layer

@@ -1,0 +1,342 @@
+"""The layers as keras.layers.Layers. The names and shapes of their weights are in kvattn/layers/__init__.py."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import keras
+import tensorflow as tf
+
+from kvattn import api, checks, layers
+from kvattn.layers.keras import Layer, assign, build_once, check_given, dense, export, first, registered, shapes  # noqa: F401
+
+__all__ = [*layers.LAYERS]
+
+# X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
+# kvattn.attention's: mask, causal, window, ..., of which Layer passes tensors on as ``arrays``. key_size, query_size and
+# value_size, which come first in d2l's order, may be left out: the first call gives the sizes.
+
+IN_GRAPH = object()  # instead of a last call that was traced: it has no values to show
+
+
+# ---- attention
+
+
+class _Attention(Layer):
+    """What the attention layers share: dropout in training, and the last call, whose weights can be shown."""
+
+    def __init__(self, given, dropout=0.0, **kwargs):
+        super().__init__(given, **kwargs)
+        self.dropout = keras.layers.Dropout(dropout)
+        self._last = None
+
+    def _score(self, queries, keys):
+        return api.scaled_dot_score
+
+    def call(self, queries, keys, values, valid_lens=None, arrays=None, training=None, **options):
+        options |= {**(arrays or {}), "score": self._score(queries, keys), "valid_lens": valid_lens}
+        last = (queries, keys, options) if tf.executing_eagerly() else IN_GRAPH
+        vars(self)["_last"] = last  # past Keras, which tracks what it finds in a layer
+        rate = self.dropout.rate if training else 0.0
+        return api.attention(queries, keys, values, **options, dropout=rate, backend="tensorflow")
+
+    @property
+    def attention_weights(self):
+        """The last call's, (batch, n, m) or (batch * heads, n, m): before dropout, detached, computed when read.
+
+        Raises RuntimeError after a call in a graph, such as fit and predict make: it leaves no values.
+        """
+        if self._last is None:
+            return None
+        if self._last is IN_GRAPH:
+            raise RuntimeError(
+                "the last call was in a graph (tf.function, fit, predict, a functional model being made), which leaves no "
+                "attention weights: call the layer or the model itself, layer(...), then read them"
+            )
+        queries, keys, options = self._last
+        options = {name: x for name, x in options.items() if not name.startswith("return_")}
+        weights = api.attention(queries, keys, keys[..., :1], **options, return_weights=True, backend="tensorflow")[1]
+        weights = tf.stop_gradient(weights)
+        *lead, n, m = weights.shape
+        return tf.reshape(weights, (math.prod(lead), n, m)) if len(lead) > 1 else weights
+
+
+@registered
+class DotProductAttention(_Attention):
+    """Scaled dot-product attention, d2l's call: layer(queries, keys, values, valid_lens=None, **options)."""
+
+    def __init__(self, dropout=0.0, **kwargs):
+        super().__init__(locals(), dropout, **kwargs)
+        self.autocast = self.dtype_policy.name != "float32"  # Keras's default must not narrow float64
+
+
+@registered
+class AdditiveAttention(_Attention):
+    """Attention by the score w_v . tanh(q W_q + k W_k) with ``num_hiddens`` hidden units."""
+
+    def __init__(self, key_size=None, query_size=None, num_hiddens=None, dropout=0.0, *, seed=None, **kwargs):
+        super().__init__(locals(), dropout, **kwargs)
+        check_given(self, num_hiddens=num_hiddens)
+        self.W_k = dense(self, "W_k", num_hiddens, False, seed)
+        self.W_q = dense(self, "W_q", num_hiddens, False, seed)
+        self.w_v = dense(self, "w_v", 1, False, seed)
+
+    def build(self, queries_shape, keys_shape):
+        build_once(self.W_k, keys_shape)
+        build_once(self.W_q, queries_shape)
+        build_once(self.w_v, (None, self.W_q.units))
+
+    def _score(self, queries, keys):
+        W_q, W_k, w_v = (tf.convert_to_tensor(part.kernel) for part in (self.W_q, self.W_k, self.w_v))
+        return partial(api.additive_score, W_q=W_q, W_k=W_k, w_v=w_v[:, 0])
+
+
+@registered
+class MultiplicativeAttention(_Attention):
+    """Attention by the score q W k; W takes its sizes from the first call."""
+
+    OWN = (("W", (None, None)),)
+
+    def __init__(self, dropout=0.0, *, seed=None, **kwargs):
+        super().__init__(locals(), dropout, **kwargs)
+        self.W, self._seed = None, seed
+
+    def build(self, queries_shape, keys_shape):
+        if self.W is None:
+            self.make((queries_shape[-1], keys_shape[-1]))
+
+    def make(self, shape):
+        self.W = self.add_weight(name="W", shape=shape, initializer=first(self._seed, "W"))
+
+    def _score(self, queries, keys):
+        return partial(api.multiplicative_score, W=tf.convert_to_tensor(self.W))
+
+
+@registered
+class GatedAttention(_Attention):
+    """Attention by the score sigmoid(w_g . [q; k]) (q . k); w_g takes its size from the first call."""
+
+    OWN = (("w_g", (None,)),)
+
+    def __init__(self, dropout=0.0, *, seed=None, **kwargs):
+        super().__init__(locals(), dropout, **kwargs)
+        self.w_g, self._seed = None, seed
+
+    def build(self, queries_shape):
+        if self.w_g is None:
+            self.make((2 * queries_shape[-1],))
+
+    def make(self, shape):
+        self.w_g = self.add_weight(name="w_g", shape=shape, initializer=first(self._seed, "w_g", shape))
+
+    def _score(self, queries, keys):
+        return partial(api.gated_score, w_g=tf.convert_to_tensor(self.w_g))
+
+
+@registered
+class MultiHeadAttention(Layer):
+    """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``.
+
+    With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache); with return_weights=True the
+    weights (batch, heads, n, m) follow the output.
+    """
+
+    def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, num_heads=None, dropout=0.0,
+                 bias=False, *, num_kv_heads=None, seed=None, use_bias=None, **kwargs):  # fmt: skip
+        super().__init__(locals(), **kwargs)
+        check_given(self, num_hiddens=num_hiddens, num_heads=num_heads)
+        bias = bias if use_bias is None else use_bias
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
+        self.attention = DotProductAttention(dropout, dtype=self.dtype_policy)
+        self.W_q = dense(self, "W_q", num_hiddens, bias, seed)
+        self.W_k = dense(self, "W_k", self.num_kv_heads * width, bias, seed)
+        self.W_v = dense(self, "W_v", self.num_kv_heads * width, bias, seed)
+        self.W_o = dense(self, "W_o", num_hiddens, bias, seed)
+
+    def build(self, queries_shape, keys_shape, values_shape):
+        for part, shape in ((self.W_q, queries_shape), (self.W_k, keys_shape), (self.W_v, values_shape)):
+            build_once(part, shape)
+        build_once(self.W_o, (None, self.W_q.units))
+
+    def call(self, queries, keys, values, valid_lens=None, arrays=None, cache=None, training=None, **options):
+        options |= arrays or {}
+        queries = _split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
+        keys, values = _split(self.W_k(keys), self.num_kv_heads), _split(self.W_v(values), self.num_kv_heads)
+        if cache is not None:
+            cache = cache.cache.extend(keys, values)
+            keys, values = cache.seen()
+            options["query_offset"] = cache.length - queries.shape[-2]
+        results = self.attention(queries, keys, values, valid_lens, training=training, **options)
+        output, *rest = results if isinstance(results, tuple) else (results,)
+        output = self.W_o(_join(output))  # (batch, n, num_hiddens)
+        rest = rest if cache is None else [*rest, cache]
+        return (output, *rest) if rest else output
+
+
+def _split(X, heads):
+    """(batch, n, heads * d) -> (batch, heads, n, d)."""
+    return keras.ops.swapaxes(tf.reshape(X, (*keras.ops.shape(X)[:-1], heads, X.shape[-1] // heads)), -2, -3)
+
+
+def _join(X):
+    """(batch, heads, n, d) -> (batch, n, heads * d)."""
+    X = keras.ops.swapaxes(X, -2, -3)
+    return tf.reshape(X, (*keras.ops.shape(X)[:-2], X.shape[-2] * X.shape[-1]))
+
+
+# ---- the other parts of a transformer
+
+
+@registered
+class PositionalEncoding(Layer):
+    """X + P, then dropout; P (1, max_len, num_hiddens) holds sines and cosines of the position, counted from ``offset``.
+
+    P is a NumPy array, as in d2l: Keras has no buffers, and it is computed, so not saved.
+    """
+
+    def __init__(self, num_hiddens, dropout=0.0, max_len=1000, **kwargs):
+        super().__init__(locals(), **kwargs)
+        self.autocast = self.dtype_policy.name != "float32"  # Keras's default must not narrow float64
+        self.dropout = keras.layers.Dropout(dropout, autocast=False)
+        self.P = layers.encoding(max_len, num_hiddens)[None]
+
+    def call(self, X, offset=0, training=None):
+        n = keras.ops.shape(X)[1]
+        layers.check_length(self.P.shape[1], n, offset)
+        if checks.is_integer(n) and checks.is_integer(offset):
+            P = tf.convert_to_tensor(self.P[:, offset : offset + n])
+        else:
+            P = tf.slice(self.P, (0, offset, 0), (1, n, self.P.shape[2]))
+        return self.dropout(X + tf.cast(P, X.dtype), training=training)
+
+
+@registered
+class AddNorm(Layer):
+    """Layer norm of X + dropout(Y) over the features, the last axis.
+
+    ``norm_shape`` is d2l's for TensorFlow, axes that end with the last one ([2], [1, 2]), or the number of features, and
+    selects nothing. Over [1, 2], positions too, d2l's own norm lets padding and the future into every position.
+    """
+
+    def __init__(self, norm_shape=None, dropout=0.0, **kwargs):
+        super().__init__(locals(), **kwargs)
+        self.dropout = keras.layers.Dropout(dropout, autocast=False)
+        self.ln = keras.layers.LayerNormalization(epsilon=layers.EPSILON, dtype=self.dtype_policy)
+        self.norm_shape = norm_shape
+
+    def build(self, X_shape):
+        axes = [self.norm_shape] if checks.is_integer(self.norm_shape) else list(self.norm_shape or [-1])
+        last = len(X_shape) - 1
+        if axes != [X_shape[-1]] and (axes[-1] not in (-1, last) or not all(abs(axis) <= last for axis in axes)):
+            raise ValueError(
+                f"norm_shape is {self.norm_shape}; expected {X_shape[-1]}, the number of features, or axes that end with the "
+                f"last one, {last}"
+            )
+        build_once(self.ln, X_shape)
+
+    def call(self, X, Y, training=None):
+        return self.ln(self.dropout(Y, training=training) + X)
+
+
+@registered
+class PositionWiseFFN(Layer):
+    """activation(X W_1 + b_1) W_2 + b_2; the activation is "relu" or "gelu" (by erf)."""
+
+    def __init__(self, ffn_num_hiddens, ffn_num_outputs, *, activation="relu", seed=None, **kwargs):
+        super().__init__(locals(), **kwargs)
+        layers.check_activation(activation)
+        self.activation = activation
+        self.dense1 = dense(self, "W_1", ffn_num_hiddens, True, seed)
+        self.dense2 = dense(self, "W_2", ffn_num_outputs, True, seed)
+
+    def build(self, X_shape):
+        build_once(self.dense1, X_shape)
+        build_once(self.dense2, (None, self.dense1.units))
+
+    def call(self, X, training=None):
+        X = self.dense1(X)
+        return self.dense2(tf.nn.relu(X) if self.activation == "relu" else tf.nn.gelu(X))
+
+
+@registered
+class TransformerEncoderBlock(Layer):
+    """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
+
+    def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
+                 ffn_num_hiddens=None, num_heads=None, dropout=0.0, bias=False, *, use_bias=None, num_kv_heads=None,
+                 activation="relu", seed=None, **kwargs):  # fmt: skip
+        super().__init__(locals(), **kwargs)
+        check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads)
+        dtype = self.dtype_policy
+        self.attention = MultiHeadAttention(
+            key_size, query_size, value_size, num_hiddens, num_heads, dropout, bias, use_bias=use_bias,
+            num_kv_heads=num_kv_heads, seed=layers.child(seed, "attention"), dtype=dtype,
+        )  # fmt: skip
+        self.addnorm1 = AddNorm(norm_shape, dropout, dtype=dtype)
+        self.ffn = PositionWiseFFN(
+            ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"), dtype=dtype
+        )
+        self.addnorm2 = AddNorm(norm_shape, dropout, dtype=dtype)
+
+    def build(self, X_shape):
+        build_once(self.attention, X_shape, X_shape, X_shape)
+        for part in (self.addnorm1, self.ffn, self.addnorm2):
+            build_once(part, X_shape)
+
+    def call(self, X, valid_lens=None, arrays=None, cache=None, training=None, **options):
+        cache = None if cache is None else cache.cache
+        Y = self.attention(X, X, X, valid_lens, arrays=arrays, cache=cache, training=training, **options)
+        Y, cache = Y if cache is not None else (Y, None)
+        Y = self.addnorm1(X, Y, training=training)
+        Y = self.addnorm2(Y, self.ffn(Y, training=training), training=training)
+        return Y if cache is None else (Y, cache)
+
+
+@registered
+class TransformerEncoder(Layer):
+    """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
+
+    ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
+    ``attention_weights`` lists each block's, (batch * heads, n, m).
+    """
+
+    def __init__(self, vocab_size, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
+                 ffn_num_hiddens=None, num_heads=None, num_blks=None, dropout=0.0, bias=False, *, use_bias=None,
+                 num_kv_heads=None, activation="relu", max_len=1000, seed=None, **kwargs):  # fmt: skip
+        super().__init__(locals(), **kwargs)
+        self.autocast = False  # d2l's tokens may be floats: half precision would round them
+        check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads, num_blks=num_blks)
+        self.num_hiddens, dtype = num_hiddens, self.dtype_policy
+        drawn = first(seed, "embedding", (vocab_size, num_hiddens))
+        self.embedding = keras.layers.Embedding(vocab_size, num_hiddens, embeddings_initializer=drawn, dtype=dtype)
+        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len, dtype=dtype)
+        self.blks = [
+            TransformerEncoderBlock(
+                key_size, query_size, value_size, num_hiddens, norm_shape, ffn_num_hiddens, num_heads, dropout, bias,
+                use_bias=use_bias, num_kv_heads=num_kv_heads, activation=activation,
+                seed=layers.child(seed, f"blocks.{i}"), dtype=dtype,
+            )
+            for i in range(num_blks)
+        ]  # fmt: skip
+
+    def build(self, X_shape):
+        build_once(self.embedding, X_shape)
+        for block in self.blks:
+            build_once(block, (*X_shape, self.num_hiddens))
+
+    def call(self, X, valid_lens=None, arrays=None, cache=None, training=None, **options):
+        caches = None if cache is None else layers.caches(cache.cache, len(self.blks))
+        X = self.embedding(X) * math.sqrt(self.num_hiddens)
+        X = self.pos_encoding(X, offset=caches[0].length if caches else 0, training=training)
+        for i, block in enumerate(self.blks):
+            if caches is None:
+                X = block(X, valid_lens, arrays=arrays, training=training, **options)
+            else:
+                X, caches[i] = block(X, valid_lens, arrays=arrays, cache=caches[i], training=training, **options)
+        return X if caches is None else (X, caches)
+
+    @property
+    def attention_weights(self):
+        return [block.attention.attention.attention_weights for block in self.blks]

@@ -1,0 +1,69 @@
+"""`from kvattn import numpy as kv`: kvattn on NumPy, its native layers, and the short names that d2l's lessons use."""
+
+import numpy as np
+
+# isort: off
+from numpy import (  # noqa: F401
+    abs, arange, argmax, cos, cosh, exp, expand_dims, eye, float32, int32, int64, linspace, log, matmul, meshgrid,
+    ones, ones_like, sin, sinh, stack, swapaxes, tanh, zeros, zeros_like,
+)  # fmt: skip
+# isort: on
+
+from kvattn import namespace
+from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm  # noqa: F401
+from kvattn.layers.numpy import *  # noqa: F403
+from kvattn.layers.training import SGD, Adam, softmax_cross_entropy  # noqa: F401
+from kvattn.namespace import check_shape  # noqa: F401
+
+globals().update(namespace.functions("numpy"))
+__getattr__ = namespace.drawing
+
+tensor, concat, batch_matmul = np.asarray, np.concatenate, np.matmul
+normal, rand, randn = np.random.normal, np.random.rand, np.random.randn  # of the global generator: np.random.seed
+
+
+def numpy(x):
+    """The array itself: lessons ask every framework for it."""
+    return to_numpy(x)  # noqa: F405
+
+
+def sigmoid(x):
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x)))
+
+
+def astype(x, dtype):
+    return x.astype(dtype)
+
+
+def reshape(x, *shape):
+    return x.reshape(*shape)
+
+
+def transpose(x):
+    return x.T
+
+
+def repeat(x, *args, **options):
+    return x.repeat(*args, **options)
+
+
+def reduce_sum(x, *args, **options):
+    return x.sum(*args, **options)
+
+
+def reduce_mean(x, *args, **options):
+    return x.mean(*args, **options)
+
+
+def size(x):
+    return x.size
+
+
+def to(x, device):
+    """The array itself: NumPy has the CPU only."""
+    return x
+
+
+def get_key():
+    """A seed, as JAX's namespace gives a key: drawn from NumPy's global generator."""
+    return int(np.random.randint(2**31))

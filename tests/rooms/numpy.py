@@ -1,0 +1,68 @@
+"""How the shared tests of layers speak to NumPy's; NumPy arrays in, NumPy arrays out."""
+
+from kvattn import numpy as kv
+
+
+def layer(name, **config):
+    """A layer of kvattn's, by the names of its PyTorch arguments."""
+    return getattr(kv, name)(**config)
+
+
+def call(layer, *inputs, training=False, **options):
+    """The outputs as NumPy arrays: one, or a tuple. Integer inputs are tokens or lengths; options may hold arrays too."""
+    return layer(*inputs, training=training, **options)
+
+
+def gradients(layer, inputs, grad_output, **options):
+    """(gradients by the floating-point inputs, {weight's name: gradient in its exported shape})."""
+    layer(*inputs, record=True, **options)
+    by_inputs = layer.backward(grad_output)
+    return list(by_inputs) if isinstance(by_inputs, tuple) else [by_inputs], layer.grads
+
+
+def weights(layer):
+    """{name: NumPy array}: kvattn.export_weights."""
+    return kv.export_weights(layer)
+
+
+def load(layer, arrays):
+    """The layer with these weights: kvattn.import_weights."""
+    return kv.import_weights(layer, arrays)
+
+
+def shown(layer):
+    """The attention weights kept for display."""
+    return getattr(layer, "attention", layer).attention_weights
+
+
+class _Classifier(kv.Layer):
+    """An encoder and a dense layer on top: tokens (batch, n) -> logits (batch, n, classes)."""
+
+    def __init__(self, classes, config):
+        self.encoder = kv.TransformerEncoder(**config)
+        self.head = kv.Dense(classes)
+
+    def forward(self, tokens):
+        return self.head(self.encoder(tokens))
+
+    def vjp(self, grad):
+        return self.encoder.backward(self.head.backward(grad))
+
+
+def classifier(classes, config, tokens):
+    """An encoder with a dense layer called head on top, its weights made."""
+    model = _Classifier(classes, config)
+    model(tokens)
+    return model
+
+
+def train(model, batches, optimizer, lr):
+    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model."""
+    step = {"sgd": kv.SGD, "adam": kv.Adam}[optimizer](model, lr)
+    losses = []
+    for tokens, labels in batches:
+        loss, grad = kv.softmax_cross_entropy(model(tokens, training=True), labels)
+        model.backward(grad)
+        step.step()
+        losses.append(loss)
+    return losses, model

@@ -1,0 +1,83 @@
+"""How the shared tests of layers speak to TensorFlow's; NumPy arrays in, NumPy arrays out."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from kvattn import tensorflow as kv
+
+
+def layer(name, **config):
+    """A layer of kvattn's, by the names of its PyTorch arguments."""
+    return getattr(kv, name)(**config)
+
+
+def call(layer, *inputs, training=False, **options):
+    """The outputs as NumPy arrays: one, or a tuple. Integer inputs are tokens or lengths; options may hold arrays too."""
+    return _plain(layer(*map(_tensor, inputs), training=training, **{name: _tensor(x) for name, x in options.items()}))
+
+
+def gradients(layer, inputs, grad_output, **options):
+    """(gradients by the floating-point inputs, {weight's name: gradient in its exported shape})."""
+    call(layer, *inputs, **options)  # sizes from the first call
+    tensors = [_tensor(x) for x in inputs]
+    leaves = [x for x in tensors if isinstance(x, tf.Tensor) and x.dtype.is_floating]
+    variables = layer.trainable_variables
+    with tf.GradientTape() as tape:
+        tape.watch(leaves)
+        output = layer(*tensors, **{name: _tensor(x) for name, x in options.items()}, training=False)
+    by_inputs, by_variables = tape.gradient(output, [leaves, [x.value for x in variables]], _tensor(grad_output))
+    values = weights(layer)
+    for variable, gradient in zip(variables, by_variables, strict=True):
+        variable.assign(gradient)  # a weight's gradient is read as a weight is: put it there, export, put the values back
+    by_weights = weights(layer)
+    load(layer, values)
+    return [x.numpy() for x in by_inputs], by_weights
+
+
+def weights(layer):
+    """{name: NumPy array}: kvattn.export_weights."""
+    return kv.export_weights(layer)
+
+
+def load(layer, arrays):
+    """The layer with these weights: kvattn.import_weights."""
+    return kv.import_weights(layer, arrays)
+
+
+def shown(layer):
+    """The attention weights kept for display."""
+    return _plain(getattr(layer, "attention", layer).attention_weights)
+
+
+def _tensor(x):
+    return tf.constant(x) if isinstance(x, np.ndarray) else x
+
+
+def _plain(x):
+    if isinstance(x, (tuple, list)) and not hasattr(x, "_fields"):  # a cache stays as it is
+        return type(x)(map(_plain, x))
+    return kv.to_numpy(x) if tf.is_tensor(x) else x
+
+
+def classifier(classes, config, tokens):
+    """An encoder with a dense layer called head on top, its weights made."""
+    inputs = keras.Input(tokens.shape[1:], dtype="int32")
+    encoder = kv.TransformerEncoder(**config, name="encoder")
+    return keras.Model(inputs, keras.layers.Dense(classes, name="head")(encoder(inputs)))
+
+
+def train(model, batches, optimizer, lr):
+    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model."""
+    step = {"sgd": keras.optimizers.SGD(lr), "adam": keras.optimizers.Adam(lr, epsilon=1e-8)}[optimizer]
+    step.build(model.trainable_variables)
+
+    @tf.function
+    def update(tokens, labels):
+        with tf.GradientTape() as tape:
+            logits = model(tokens, training=True)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+        step.apply(tape.gradient(loss, [x.value for x in model.trainable_variables]))
+        return loss
+
+    return [float(update(*map(tf.constant, batch))) for batch in batches], model

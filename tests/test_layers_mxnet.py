@@ -1,0 +1,685 @@
+"""What is MXNet's own in the layers: d2l's calls, gluon's graphs, files, casts, copies, initializers, Trainer, composition."""
+
+import contextlib
+import copy
+import gc
+import inspect
+import subprocess
+import sys
+
+import numpy
+import pytest
+from conftest import chosen
+
+if "mxnet" not in chosen():
+    pytest.skip("this run is without MXNet", allow_module_level=True)
+
+from kvattn import layers
+from kvattn import mxnet as kv
+from kvattn.backends import mxnet as tab
+from kvattn.backends.mxnet import autograd, mx, np
+from kvattn.kernels import mxnet as kernels
+
+gluon, nn = mx.gluon, mx.gluon.nn
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MXNet's own
+
+RNG = numpy.random.default_rng(0)
+
+
+def array(*shape):
+    return np.array(RNG.normal(size=shape), dtype="float32")
+
+
+Q, K, V, X, Y = array(2, 3, 4), array(2, 5, 4), array(2, 5, 6), array(2, 4, 8), array(2, 4, 8)
+OTHER = array(2, 5, 7)
+LENS = np.array([4, 2], dtype="int32")
+TOKENS = np.array(RNG.integers(0, 11, (2, 5)), dtype="int32")
+BLOCK = {"num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4}
+ENCODER = {"vocab_size": 11, **BLOCK, "num_blks": 2}
+LAYERS = {  # every layer with a configuration and its inputs
+    "DotProductAttention": ({}, (Q, K, V, LENS)),
+    "AdditiveAttention": ({"num_hiddens": 8}, (Q, OTHER, V, LENS)),
+    "MultiplicativeAttention": ({}, (Q, OTHER, V, LENS)),
+    "GatedAttention": ({}, (Q, K, V, LENS)),
+    "MultiHeadAttention": ({"num_hiddens": 8, "num_heads": 4, "num_kv_heads": 2, "use_bias": True}, (Q, K, V, LENS)),
+    "PositionalEncoding": ({"num_hiddens": 8}, (X,)),
+    "AddNorm": ({}, (X, Y)),
+    "PositionWiseFFN": ({"ffn_num_hiddens": 5, "ffn_num_outputs": 8, "activation": "gelu"}, (X,)),
+    "TransformerEncoderBlock": (BLOCK, (X, LENS)),
+    "TransformerEncoder": (ENCODER, (TOKENS, LENS)),
+}
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+@pytest.fixture(autouse=True)
+def numpy_semantics():
+    with mx.util.np_shape(True), mx.util.np_array(True):
+        yield
+        with contextlib.suppress(mx.MXNetError):  # what a test has looked at already
+            mx.nd.waitall()
+
+
+def made(name, **more):
+    """The layer, initialized but not called, and its inputs."""
+    config, inputs = LAYERS[name]
+    layer = getattr(kv, name)(**config, **more)
+    layer.initialize()
+    return layer, inputs
+
+
+def gradients(layer, *inputs, train=False, **options):
+    """The output, and the gradients of sum(output^2) by the floating-point inputs and every weight."""
+    inputs = [x.copy() for x in inputs]
+    leaves = [x for x in inputs if x.dtype.kind == "f"]
+    for leaf in leaves:
+        leaf.attach_grad()
+    with autograd.record(train_mode=train):
+        output = layer(*inputs, **options)
+        loss = (output * output).sum()
+    loss.backward(train_mode=train)
+    parameters = layer.collect_params().values()
+    return [output, *(x.grad for x in leaves), *(p.grad() for p in parameters)]
+
+
+def same(found, expected, atol=0.0):
+    for x, y in zip(found, expected, strict=True):
+        numpy.testing.assert_allclose(kv.to_numpy(x), kv.to_numpy(y), atol=atol, rtol=0)
+
+
+# ---- d2l's calls
+
+
+def test_the_lessons_calls_work_word_for_word():
+    queries, keys, values = kv.normal(0, 1, (2, 1, 2)), kv.normal(0, 1, (2, 10, 2)), kv.normal(0, 1, (2, 10, 4))
+    valid_lens = kv.tensor([2, 6])
+    attention = kv.DotProductAttention(dropout=0.5)
+    attention.initialize()
+    kv.check_shape(attention(queries, keys, values, valid_lens), (2, 1, 4))
+    shown = kv.reshape(attention.attention_weights, (1, 1, 2, 10))
+    assert (shown.asnumpy()[0, 0, 0, 2:] == 0).all()
+
+    attention = kv.AdditiveAttention(num_hiddens=8, dropout=0.1)
+    attention.initialize()
+    kv.check_shape(attention(kv.normal(0, 1, (2, 1, 20)), keys, values, valid_lens), (2, 1, 4))
+    kv.check_shape(attention.attention_weights, (2, 1, 10))
+
+    attention = kv.MultiHeadAttention(100, 5, 0.5)
+    attention.initialize()
+    X, Y = kv.ones((2, 4, 100)), kv.ones((2, 6, 100))
+    kv.check_shape(attention(X, Y, Y, kv.tensor([3, 2])), (2, 4, 100))
+    kv.check_shape(attention.attention.attention_weights, (10, 4, 6))
+
+    pos_encoding = kv.PositionalEncoding(32, 0)
+    pos_encoding.initialize()
+    X = pos_encoding(np.zeros((1, 60, 32)))
+    P = pos_encoding.P[:, : X.shape[1], :]
+    same([P[0, :, 6:10].T], [X[0, :, 6:10].T])
+
+    ffn = kv.PositionWiseFFN(4, 8)
+    ffn.initialize()
+    kv.check_shape(ffn(np.ones((2, 3, 4)))[0], (3, 8))
+    add_norm = kv.AddNorm(0.5)
+    add_norm.initialize()
+    kv.check_shape(add_norm(kv.ones((2, 3, 4)), kv.ones((2, 3, 4))), (2, 3, 4))
+
+    X = kv.ones((2, 100, 24))
+    encoder_blk = kv.TransformerEncoderBlock(24, 48, 8, 0.5)
+    encoder_blk.initialize()
+    kv.check_shape(encoder_blk(X, valid_lens), X.shape)
+    encoder = kv.TransformerEncoder(200, 24, 48, 8, 2, 0.5)
+    kv.check_shape(encoder(np.ones((2, 100)), valid_lens), (2, 100, 24))  # and nobody has called initialize
+    kv.check_shape(kv.concat(encoder.attention_weights, 0), (2 * 2 * 8, 100, 100))
+    kv.check_shape(kv.masked_softmax(np.random.uniform(size=(2, 2, 4)), kv.tensor([[1, 3], [2, 4]])), (2, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("DotProductAttention", ["dropout"]),
+        ("AdditiveAttention", ["num_hiddens", "dropout"]),
+        ("MultiHeadAttention", ["num_hiddens", "num_heads", "dropout", "use_bias"]),
+        ("PositionalEncoding", ["num_hiddens", "dropout", "max_len"]),
+        ("PositionWiseFFN", ["ffn_num_hiddens", "ffn_num_outputs"]),
+        ("AddNorm", ["dropout"]),
+        ("TransformerEncoderBlock", ["num_hiddens", "ffn_num_hiddens", "num_heads", "dropout", "use_bias"]),
+        (
+            "TransformerEncoder",
+            ["vocab_size", "num_hiddens", "ffn_num_hiddens", "num_heads", "num_blks", "dropout", "use_bias"],
+        ),
+    ],
+)
+def test_arguments_have_d2ls_names_in_d2ls_places(name, places):
+    assert list(inspect.signature(getattr(kv, name)).parameters)[: len(places)] == places
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_lengths_may_be_mxnets_floats_if_they_are_whole(hybrid):
+    layer, inputs = made("DotProductAttention")
+    if hybrid:
+        layer.hybridize()
+    same([layer(Q, K, V, np.array([4, 2], dtype="float32"))], [layer(*inputs)])
+    same([kv.attention(Q, K, V, valid_lens=kv.tensor([4, 2]))], [layer(*inputs)])
+    with pytest.raises(TypeError, match="fractions"):
+        kv.masked_softmax(array(2, 3, 5), kv.tensor([2.5, 1]))
+    if not hybrid:
+        with pytest.raises(TypeError, match="fractions"):
+            layer(Q, K, V, np.array([2.5, 2]))
+
+
+def test_arguments_may_be_named():
+    layer, _ = made("MultiHeadAttention")
+    plain = layer(Q, K, V, LENS)
+    layer.hybridize()
+    same([layer(Q, K, values=V, valid_lens=LENS)], [plain], 1e-6)
+    same([layer(queries=Q, keys=K, values=V, valid_lens=LENS)], [plain], 1e-6)
+    assert layer._cached_graph  # the graph served
+
+
+def test_dtypes_are_not_mixed():
+    for cast, given in (("float16", X), ("float32", X.astype("float16")), ("float32", X.astype("float64"))):
+        layer = kv.PositionWiseFFN(5, 8)
+        layer.initialize()
+        layer.cast(cast)
+        with pytest.raises(TypeError, match=r"X has dtype float\d+ but weight has float"):
+            layer(given)
+
+
+def test_what_is_added_is_dropped_and_what_it_is_added_to_is_not():
+    layer = kv.AddNorm(0.5)
+    layer.initialize()
+    still = layer(X, Y * 0)
+    with autograd.train_mode():
+        same([layer(X, Y * 0)], [still])
+        assert abs(layer(X * 0, Y) - layer(X * 0, Y)).max() > 0.1
+
+
+def test_without_set_np_the_cure_is_named():
+    with mx.util.np_array(False), pytest.raises(RuntimeError, match=r"npx\.set_np"):
+        kv.AddNorm()
+
+
+def test_a_norm_of_two_axes_is_refused():
+    with pytest.raises(ValueError, match="one axis"):
+        kv.AddNorm(0.0, [4, 8])
+
+
+# ---- graphs
+
+
+@every_layer
+@pytest.mark.parametrize("flags", [{}, {"static_alloc": True, "static_shape": True}], ids=["dynamic", "static"])
+def test_a_hybridized_layer_gives_the_same_numbers_and_gradients(name, flags):
+    plain, inputs = made(name, **({} if name in ("DotProductAttention", "AddNorm", "PositionalEncoding") else {"seed": 3}))
+    expected = gradients(plain, *inputs)
+    hybrid = copy.deepcopy(plain)
+    hybrid.hybridize(**flags)
+    for _ in range(2):
+        same(gradients(hybrid, *inputs), expected, 1e-6)
+    same([hybrid(*inputs)], expected[:1], 1e-6)
+
+
+@every_layer
+def test_a_hybridized_model_finds_the_sizes_of_what_it_holds(name):
+    class Model(nn.HybridBlock):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer, self.head = layer, nn.Dense(3, flatten=False)
+
+        def hybrid_forward(self, F, *args):
+            return self.head(self.layer(*args))
+
+    layer, inputs = made(name)
+    model = Model(layer)
+    model.head.initialize()
+    model.hybridize()
+    graph = model(*inputs)
+    model.hybridize(False)
+    same([graph], [model(*inputs)], 1e-6)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_graph_runs_at_other_shapes(static):
+    layer, _ = made("TransformerEncoderBlock")
+    layer.hybridize(static_alloc=static)
+    for n in (4, 7, 2):
+        x = array(3, n, 8)
+        graph = layer(x, np.array([1, 2, 2]))
+        layer.hybridize(False, clear=False)
+        same([graph], [layer(x, np.array([1, 2, 2]))], 1e-6)
+        layer.hybridize(True, static_alloc=static, clear=False)
+
+
+def test_calls_of_other_forms_work_beside_a_graph():
+    layer, _ = made("TransformerEncoder", seed=1)
+    plain, _ = made("TransformerEncoder", seed=1)
+    layer.hybridize()
+    for args, options in (
+        ((TOKENS,), {}), ((TOKENS, LENS), {}), ((TOKENS, None), {}), ((TOKENS, [4, 2]), {}), ((TOKENS,), {"causal": True}),
+        ((TOKENS,), {"mask": np.array(numpy.tri(5) > 0, dtype="bool")}), ((TOKENS, LENS), {"window": 1, "softcap": 2.0}),
+    ):  # fmt: skip
+        same([layer(*args, **options)], [plain(*args, **options)], 1e-6)
+
+
+def test_a_hybridized_encoder_shows_the_weights_of_every_block():
+    layer, inputs = made("TransformerEncoder", seed=1)
+    layer(*inputs)
+    expected = layer.attention_weights
+    layer.hybridize()
+    layer(TOKENS[::-1], LENS[::-1])
+    layer(*inputs)
+    same(layer.attention_weights, expected, 1e-6)
+
+
+def test_options_of_a_part_are_in_the_graph_of_the_whole():
+    class Decoder(nn.HybridBlock):
+        def __init__(self):
+            super().__init__()
+            self.encoder = kv.TransformerEncoder(**ENCODER, seed=2)
+
+        def hybrid_forward(self, F, tokens):
+            return self.encoder(tokens, causal=True)
+
+    model = Decoder()
+    model.initialize()
+    model.hybridize()
+    same([model(TOKENS)], [model.encoder(TOKENS, causal=True)], 1e-6)
+    changed = TOKENS.copy()
+    changed[:, 3:] = (TOKENS[:, 3:] + 1) % 11
+    same([model(changed)[:, :3]], [model(TOKENS)[:, :3]], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["DotProductAttention", "AdditiveAttention", "MultiplicativeAttention", "GatedAttention"])
+def test_a_graph_shows_the_weights_of_its_last_run(name):
+    layer, (q, k, v, lens) = made(name)
+    expected = []
+    for hybrid in (False, True):
+        layer.hybridize(hybrid)
+        for scale in (1, 2):
+            layer(q * scale, k, v, lens)
+            expected.append(layer.attention_weights)
+    same(expected[2:], expected[:2], 1e-6)
+    assert abs(expected[0] - expected[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("static", [False, True])
+def test_backward_drops_the_weights_that_forward_dropped(hybrid, static):
+    layer = kv.DotProductAttention(0.5)
+    layer.initialize()
+    if hybrid:
+        layer.hybridize(static_alloc=static)
+    eye, grad = np.stack([np.eye(5)] * 2), array(2, 3, 5)
+    eye.attach_grad()
+    with autograd.record():
+        dropped = layer(Q, K, eye)  # the weights themselves
+    dropped.backward(grad)
+    assert 0 < (dropped == 0).sum() < dropped.size
+    same([eye.grad], [np.matmul(dropped.swapaxes(1, 2), grad)], 1e-6)
+    still = layer(Q, K, eye)
+    same([still], [layer.attention_weights], 1e-6)
+    kept = dropped.asnumpy() != 0
+    numpy.testing.assert_allclose(dropped.asnumpy()[kept], 2 * still.asnumpy()[kept], rtol=1e-5)
+    with autograd.record(train_mode=False):
+        output = layer(Q, K, eye)
+    output.backward(grad)
+    same([eye.grad], [np.matmul(still.swapaxes(1, 2), grad)], 1e-6)
+
+
+def test_a_second_backward_has_the_same_weights_or_none():
+    for rate in (0.0, 0.5):
+        layer = kv.DotProductAttention(rate)
+        layer.initialize()
+        layer.hybridize()
+        value = V.copy()
+        value.attach_grad()
+        with autograd.record():
+            output = layer(Q, K, value)
+        output.backward(retain_graph=True)
+        first = value.grad.copy()
+        output.backward()
+        if rate:
+            with pytest.raises(mx.MXNetError):
+                value.grad.asnumpy()
+        else:
+            same([value.grad], [first])
+
+
+def test_a_graph_keeps_nothing_of_a_call_whose_backward_is_done():
+    layer = kv.TransformerEncoder(**{**ENCODER, "dropout": 0.1})
+    layer.hybridize()
+    for _ in range(3):
+        gradients(layer, TOKENS, train=True)
+    mx.nd.waitall()
+    operators = [x for x in gc.get_objects() if isinstance(x, kernels.Attention)]
+    assert operators
+    assert not any(x.graph for x in operators)
+
+
+def test_decoding_works_in_a_hybridized_encoder_part_by_part():
+    layer, _ = made("TransformerEncoder", num_kv_heads=2)
+    whole = layer(TOKENS, causal=True)
+    layer.hybridize()
+    steps, cache = [], []
+    for i in range(TOKENS.shape[1]):
+        step, cache = layer(TOKENS[:, i : i + 1], causal=True, cache=cache)
+        steps.append(step)
+    same([np.concatenate(steps, axis=1)], [whole], 1e-5)
+
+
+def test_a_graph_refuses_what_it_cannot_hold():
+    layer, _ = made("MultiHeadAttention")
+    x = mx.sym.var("x").as_np_ndarray()
+    with pytest.raises(TypeError, match="a Symbol has no values"):
+        layer(x, x, x, cache=kv.KVCache())
+    encoder, _ = made("TransformerEncoder", max_len=5)
+    encoder.hybridize()
+    encoder(TOKENS)
+    with pytest.raises(ValueError, match="max_len=5"):
+        encoder(np.zeros((2, 6)))
+    attention, _ = made("DotProductAttention")
+    attention.hybridize()
+    with pytest.raises(ValueError, match="key has shape"):
+        attention(Q, OTHER, V)
+
+
+# ---- inputs at the edge
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_padding_that_is_no_number_reaches_nothing(hybrid):
+    keys = OTHER.copy()
+    keys[:, 4:] = numpy.nan
+    for name in ("AdditiveAttention", "MultiplicativeAttention"):
+        layer, _ = made(name)
+        layer(Q, OTHER, V)
+        layer.hybridize(hybrid)
+        for x in gradients(layer, Q, keys, V, LENS):
+            assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0)])
+def test_nothing_to_ask_or_to_attend_to(n, m):
+    layer, _ = made("MultiHeadAttention")
+    output, *grads = gradients(layer, array(2, n, 4), array(2, m, 4), array(2, m, 6))
+    assert output.shape == (2, n, 8)
+    assert all(np.isfinite(x).all() for x in grads if x.size)
+
+
+# ---- files
+
+
+@every_layer
+def test_parameters_go_to_a_file_and_come_back(name, tmp_path):
+    layer, inputs = made(name)
+    expected = layer(*inputs)
+    other, _ = made(name)
+    other(*inputs)
+    fresh = getattr(kv, name)(**LAYERS[name][0])  # not even initialized
+    layer.save_parameters(str(tmp_path / "layer.params"))
+    for receiver in (other, fresh):
+        receiver.load_parameters(str(tmp_path / "layer.params"))
+        same([receiver(*inputs)], [expected])
+
+
+def test_every_parameter_of_an_encoder_is_trained():
+    """So that d2l's clipping, which reads the gradient of each, works; the positions are computed, and none."""
+    layer, inputs = made("TransformerEncoder")
+    layer(*inputs)
+    assert all(p.grad_req == "write" for p in layer.collect_params().values())
+    assert len(kv.export_weights(layer)) == len(list(layer.collect_params()))
+
+
+def test_an_exported_graph_runs_in_another_process(tmp_path):
+    names = ["TransformerEncoder", "AdditiveAttention"]
+    for name in names:
+        layer, inputs = made(name)
+        layer.hybridize()
+        expected = layer(*inputs)
+        layer.export(str(tmp_path / name))
+        numpy.savez(tmp_path / f"{name}.npz", kv.to_numpy(expected), *map(kv.to_numpy, inputs))
+    code = f"""if True:
+        import warnings, numpy
+        warnings.simplefilter("ignore")
+        from kvattn import mxnet as kv
+        import mxnet as mx
+        mx.npx.set_np()
+        for name in {names}:
+            with numpy.load(name + ".npz") as case:
+                expected, *inputs = [mx.np.array(case[x]) for x in case.files]
+            places = [f"data{{i}}" for i in range(len(inputs))]
+            layer = mx.gluon.SymbolBlock.imports(f"{{name}}-symbol.json", places, f"{{name}}-0000.params")
+            print(abs(layer(*inputs) - expected).max())
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    assert max(map(float, run.stdout.split())) < 1e-6
+
+
+# ---- dtypes
+
+
+@every_layer
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_half_precision(name, hybrid):
+    layer, inputs = made(name)
+    expected = layer(*inputs)
+    half = copy.deepcopy(layer)
+    half.cast("float16")
+    if hybrid:
+        half.hybridize()
+    given = [x.astype("float16") if x.dtype == "float32" else x for x in inputs]
+    found = gradients(half, *given)
+    assert found[0].dtype == "float16"
+    same(found[:1], [expected], 1e-2)
+    same([x / (1 + abs(x).max()) for x in found], [x / (1 + abs(x).max()) for x in gradients(layer, *inputs)], 2e-2)
+    half.cast("float32")
+    same([half(*inputs)], [expected], 1e-2)
+
+
+def test_half_precision_before_the_first_values():
+    layer = kv.TransformerEncoder(**ENCODER)
+    layer.cast("float16")
+    layer.initialize()
+    assert layer(TOKENS).dtype == "float16"
+
+
+def test_half_precision_does_not_overflow():
+    layer = kv.AddNorm()
+    layer.initialize()
+    layer.cast("float16")
+    x = (X * 300).astype("float16")  # squares are past 65504
+    expected = x.asnumpy().astype(float)
+    expected = (expected - expected.mean(-1, keepdims=True)) / expected.std(-1, keepdims=True)
+    numpy.testing.assert_allclose(layer(x, x * 0).asnumpy(), expected, atol=2e-3)
+
+
+@every_layer
+def test_double_precision(name):
+    layer, inputs = made(name)
+    expected = layer(*inputs)
+    layer.cast("float64")
+    found = layer(*[x.astype("float64") if x.dtype == "float32" else x for x in inputs])
+    assert found.dtype == "float64"
+    same([found], [expected], 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("width", [8, 7])
+def test_positions_take_the_dtype_of_what_they_join(dtype, width):
+    layer = kv.PositionalEncoding(width)
+    layer.initialize()
+    for hybrid in (False, True):
+        layer.hybridize(hybrid)
+        encoded = layer(np.zeros((1, 6, width), dtype=dtype))
+        assert encoded.dtype == dtype
+        atol = 1e-3 if dtype == "float16" else 1e-6
+        numpy.testing.assert_allclose(encoded.asnumpy()[0], layers.encoding(6, width), atol=atol)
+
+
+# ---- copies, first values, training
+
+
+@every_layer
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_a_trained_layer_can_be_copied(name, hybrid):
+    layer, inputs = made(name, **({} if name in ("MultiplicativeAttention", "GatedAttention") else {"dropout": 0.1})
+                         if name != "PositionWiseFFN" else {})  # fmt: skip
+    if hybrid:
+        layer.hybridize()
+    gradients(layer, *inputs, train=True)
+    if list(layer.collect_params()):
+        trainer = gluon.Trainer(layer.collect_params(), "sgd")
+        trainer.step(1)
+    copied = copy.deepcopy(layer)
+    same(gradients(copied, *inputs), gradients(layer, *inputs), 1e-6)
+    before = layer(*inputs)
+    for parameter in copied.collect_params().values():
+        parameter.set_data(parameter.data() + 1)
+    same([layer(*inputs)], [before])
+    if "Attention" in name and name != "MultiHeadAttention":
+        same([copy.deepcopy(layer).attention_weights], [layer.attention_weights])
+
+
+def test_a_part_can_be_copied_without_the_whole():
+    layer, inputs = made("TransformerEncoder")
+    layer.hybridize()
+    layer(*inputs)
+    part = copy.deepcopy(layer.blks[0])
+    same([part(X, LENS)], [layer.blks[0](X, LENS)], 1e-6)
+    assert part._scope._old_scope is None
+
+
+def test_first_values_come_from_mxnets_generator():
+    def drawn(**more):
+        mx.random.seed(5)
+        layer, inputs = made("TransformerEncoder", **more)
+        layer(*inputs)
+        return kv.export_weights(layer)
+
+    first, again, seeded = drawn(), drawn(), drawn(seed=3)
+    assert all((first[name] == again[name]).all() for name in first)
+    assert (seeded["embedding"] == layers.initial(3, "embedding", (11, 8))).all()
+    assert abs(first["embedding"] - seeded["embedding"]).max() > 0.1
+
+
+def test_an_initializer_of_ones_own_is_heard_without_a_seed():
+    found = {}
+    for seed in (None, 3):
+        layer = kv.MultiHeadAttention(8, 4, seed=seed)
+        layer.initialize(mx.init.Constant(0.5))
+        layer(X, X, X)
+        found[seed] = kv.export_weights(layer)["W_q"]
+    assert (found[None] == 0.5).all()
+    assert (found[3] == layers.initial(3, "W_q", (8, 8))).all()
+
+
+def test_a_trainer_learns_the_same_with_and_without_a_graph():
+    def learn(hybrid):
+        net = nn.HybridSequential()
+        net.add(kv.TransformerEncoder(**ENCODER, seed=4), nn.Dense(11, flatten=False, weight_initializer=mx.init.Constant(0.1)))
+        net.initialize()
+        if hybrid:
+            net.hybridize()
+        trainer = gluon.Trainer(net.collect_params(), "adam", {"learning_rate": 3e-2})
+        loss_of, losses = gluon.loss.SoftmaxCrossEntropyLoss(), []
+        for _ in range(20):
+            with autograd.record():
+                loss = loss_of(net(TOKENS), TOKENS).mean()
+            loss.backward()
+            trainer.step(1)
+            losses.append(loss.item())
+        return losses
+
+    plain, graph = learn(False), learn(True)
+    assert plain[-1] < 0.3 * plain[0]
+    numpy.testing.assert_allclose(graph, plain, atol=1e-4)
+
+
+# ---- the weights shown
+
+
+def test_weights_are_not_computed_unless_they_are_read(monkeypatch):
+    asked = []
+    attention = tab.attention
+    monkeypatch.setattr(tab, "attention", lambda *args, **how: asked.append(how["return_weights"]) or attention(*args, **how))
+    layer, inputs = made("TransformerEncoder")
+    layer(*inputs)
+    assert asked == [False, False]
+    kv.check_shape(layer.attention_weights[0], (8, 5, 5))
+    assert asked == [False, False, True, True]
+
+
+def test_the_weights_shown_are_detached_and_of_the_moment():
+    layer, inputs = made("GatedAttention")
+    layer(*inputs)
+    with autograd.record():
+        output = layer(inputs[0] * layer.w_g.data()[:1], *inputs[1:])
+    shown = layer.attention_weights
+    output.backward()
+    with pytest.raises(mx.MXNetError, match="not in a computational graph"):
+        layer._last[0].backward()
+    layer.w_g.set_data(layer.w_g.data() * 0)  # as a Trainer writes
+    same([layer.attention_weights], [shown])
+
+
+# ---- composition and weights by name
+
+
+def test_a_users_model_exports_and_imports_under_its_own_names():
+    class Model(gluon.Block):
+        def __init__(self):
+            super().__init__()
+            self.encoder = kv.TransformerEncoder(**ENCODER)
+            self.norm, self.head = nn.LayerNorm(), nn.Dense(3, flatten=False)
+
+        def forward(self, X):
+            return self.head(self.norm(self.encoder(X)))
+
+    model, other = Model(), Model()
+    model.initialize()
+    expected = model(TOKENS)
+    weights = kv.export_weights(model)
+    assert {"encoder.embedding", "encoder.blocks.1.ffn.W_2", "norm.gamma", "norm.beta", "head.W", "head.b"} <= set(weights)
+    assert weights["head.W"].shape == (8, 3)
+    same([kv.import_weights(other, weights)(TOKENS)], [expected])
+    model.extra = nn.BatchNorm()
+    with pytest.raises(TypeError, match="extra is a BatchNorm"):
+        kv.export_weights(model)
+
+
+def test_values_that_wait_are_named():
+    layer, _ = made("PositionWiseFFN")
+    with pytest.raises(ValueError, match="no values yet for W_1, W_2:"):
+        kv.export_weights(layer)
+
+
+# ---- the namespace
+
+
+def test_importing_the_namespace_loads_mxnet_alone():
+    code = "import sys; from kvattn import mxnet; print({'torch', 'tensorflow', 'jax', 'mxnet', 'matplotlib'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "{'mxnet'}"
+
+
+def test_short_names_have_mxnets_meaning():
+    x = kv.tensor([[1, 2], [3, 4]])
+    assert x.dtype == kv.float32
+    assert kv.astype(x, "int32").dtype == "int32"
+    assert kv.numpy(kv.transpose(x)).tolist() == [[1, 3], [2, 4]]
+    assert kv.reshape(x, (4,)).shape == kv.reshape(x, 4).shape == (4,)
+    assert kv.reduce_sum(x).item() == 10
+    assert kv.reduce_mean(x, axis=0).tolist() == [2, 3]
+    assert kv.argmax(x, axis=1).tolist() == [1, 1]
+    assert kv.concat((x, x)).shape == (4, 2)
+    assert kv.swapaxes(x, 0, 1).tolist() == [[1, 3], [2, 4]]
+    assert kv.repeat(x, 2, axis=0).shape == (4, 2)
+    assert kv.matmul(x, kv.eye(2)).tolist() == x.tolist()
+    assert kv.batch_matmul(x[None], x[None]).tolist() == [[[7, 10], [15, 22]]]
+    assert kv.size(x) == 4
+    assert kv.to(x, mx.cpu()).ctx == mx.cpu()
+    assert kv.rand(2, 3).shape == kv.randn(2, 3).shape == kv.normal(0, 1, (2, 3)).shape == (2, 3)
+    assert isinstance(kv.get_key(), int)
+    for name in ("abs", "arange", "exp", "ones", "sin", "zeros", "sigmoid", "tanh", "linspace", "meshgrid", "stack", "log"):
+        assert callable(getattr(kv, name)), name
