@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a text's words, on a terminal that is not UTF-8
     try:
-        commands: dict[str, Callable[[argparse.Namespace], int]] = {"conform": conform, "doctor": doctor, "lesson": lesson}
+        commands: dict[str, Callable[[argparse.Namespace], int]] = {
+            "bench": bench, "conform": conform, "doctor": doctor, "lesson": lesson,
+        }  # fmt: skip
         return commands[options.command](options)
     except _Refused as error:
         print(f"kvattn {options.command}: error: {error}", file=sys.stderr)
@@ -70,6 +72,23 @@ def _parser() -> argparse.ArgumentParser:
     conform.add_argument("--text", metavar="FILE", help="UTF-8 text to attend over (default: a sentence about a dog)")
     conform.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     conform.add_argument("--html", metavar="FILE", help="also write the report as one self-contained page")
+
+    bench = commands.add_parser(
+        "bench",
+        help="time the backends against PyTorch's scaled_dot_product_attention",
+        description="Time kvattn and each framework's own attention, as a ratio to PyTorch's scaled_dot_product_attention "
+        "in the same process, in turn; what is timed is checked. Exit status 1 if a backend fails or a result is wrong.",
+    )
+    bench.add_argument("--backend", metavar="NAMES", help="separated by commas (default: all that are installed)")
+    bench.add_argument("--shapes", metavar="NAMES", default="S,M,L,D", help="of S, M, L, XL, D, tiny (default: S,M,L,D)")
+    bench.add_argument("--dtype", choices=("float64", "float32", "float16", "bfloat16"), default="float32")
+    bench.add_argument("--grad", action="store_true", help="forward and backward together")
+    bench.add_argument("--causal", action="store_true", help="also with the causal mask")
+    bench.add_argument("--valid", action="store_true", help="also with padding: valid_lens at 60%% of the keys")
+    bench.add_argument("--device", default="cpu", help="PyTorch's name of a device (default: cpu)")
+    bench.add_argument("--rounds", metavar="N", type=int, default=15, help="calls of each, in turn (default: 15)")
+    bench.add_argument("--json", metavar="FILE", help="also write the measurements as JSON")
+    bench.add_argument("--plot", metavar="FILE", help="also draw them; needs matplotlib")
 
     lesson = commands.add_parser("lesson", help="run a lesson in Markdown on all its tabs, or make a notebook of it for one")
     actions = lesson.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -291,6 +310,51 @@ class _Progress:
         self.bars.update(self.task, completed=self.total, doing=state)
         if not self.console.is_terminal:
             self.console.print(f"{self.name}: {outcome}", soft_wrap=True)
+
+
+# ---- bench
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Time the backends, print the table of ratios, and write it where asked."""
+    from kvattn import bench
+
+    names = [name for name in _named(options.backend) if name in bench.PEERS]
+    shapes = list(dict.fromkeys(name.strip() for name in options.shapes.split(",")))
+    if unknown := [name for name in shapes if name not in bench.SHAPES]:
+        raise _Refused(f"unknown shape {unknown[0]!r}; known: {', '.join(bench.SHAPES)}")
+    if options.rounds < 1:
+        raise _Refused(f"--rounds must be at least 1, not {options.rounds}")
+    for path in filter(None, (options.json, options.plot)):
+        _writable(path)
+    kinds = ["full"] + ["causal"] * options.causal + ["valid"] * options.valid
+    console = _console()
+    if "torch" not in dispatch.available_backends():
+        console.print(f"PyTorch is not installed, so there are times but no ratios: {_cure('torch')}")
+    with _Progress(console) as progress:
+        progress.start("bench", bench.count(names, shapes, kinds), "starting")
+        done: set[tuple[str, ...]] = set()
+
+        def advance(row: dict[str, Any]) -> None:
+            done.add(tuple(str(row.get(key)) for key in ("backend", "shape", "kind")))
+            progress.move(len(done), " ".join(str(row.get(key, "")) for key in ("what", "shape", "kind")))
+
+        rows = bench.run(
+            names, shapes, kinds, dtype=options.dtype, grad=options.grad, device=options.device, rounds=options.rounds,
+            progress=advance,
+        )  # fmt: skip
+        progress.done("done", f"{len(rows)} measurements")
+    console.print(bench.table(rows))
+    for row in rows:
+        if "failed" in row:
+            console.print(f"{row['backend']} failed: {row['failed']}", style="bold red", soft_wrap=True)
+    if options.json:
+        import json
+
+        _write(options.json, json.dumps({"kvattn": __version__, **bench.machine(), "rows": rows}, indent=1))
+    if options.plot:
+        bench.plot(rows, options.plot)
+    return 0 if rows and all(row.get("right") for row in rows) else 1
 
 
 # ---- lesson

@@ -1,0 +1,337 @@
+"""How long attention takes, as a ratio to PyTorch's scaled_dot_product_attention in the same process, call by call in turn.
+
+Each backend runs in a process of its own, since the frameworks' thread pools disturb each other, with PyTorch's kernel beside
+it as the yardstick. A round calls the yardstick, kvattn and the framework's own attention once each; the ratio is taken
+within the round, and the table shows the median of the rounds with the quartiles. What was timed is checked in the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+SHAPES = {  # batch, heads, queries, keys, features
+    "S": (8, 8, 128, 128, 64),
+    "M": (2, 8, 512, 512, 64),
+    "L": (1, 8, 2048, 2048, 64),
+    "XL": (1, 2, 8192, 8192, 64),
+    "D": (1, 8, 1, 8192, 64),
+    "tiny": (1, 1, 8, 8, 8),
+}
+KINDS = ("full", "causal", "valid")
+# of the largest |value|: is what was timed attention at all? How near it is, the conformance suite says
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
+YARDSTICK = "torch SDPA"
+
+Call = Callable[[], Any]
+
+
+def run(backends: list[str], shapes: list[str], kinds: list[str], *, dtype: str = "float32", grad: bool = False,
+        device: str = "cpu", rounds: int = 15, progress: Callable[[dict[str, Any]], None] = lambda row: None,
+        ) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for every backend, shape, kind and peer: seconds, the ratio to the yardstick, its quartiles, and the error.
+
+    A backend whose process fails gives one row with ``failed``: the last line that it wrote.
+    """
+    rows: list[dict[str, Any]] = []
+    how = {"shapes": shapes, "kinds": kinds, "dtype": dtype, "grad": grad, "device": device, "rounds": rounds}
+    for backend in backends:
+        asked = {"backend": backend, **how}
+        with subprocess.Popen(
+            [sys.executable, "-m", "kvattn.bench", json.dumps(asked)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    rows.append(json.loads(line))
+                    progress(rows[-1])
+            said = process.stderr.read().strip().splitlines()
+        if process.returncode:
+            rows.append({"backend": backend, "failed": said[-1] if said else f"exit status {process.returncode}"})
+            progress(rows[-1])
+    return rows
+
+
+def count(backends: list[str], shapes: list[str], kinds: list[str]) -> int:
+    """How many measurements a run makes: one for each backend, shape and kind."""
+    return len(backends) * len(shapes) * len(kinds)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {"python": platform.python_version(), "processor": platform.machine(), "cores": len(os.sched_getaffinity(0))}
+
+
+def table(rows: list[dict[str, Any]]) -> Any:
+    """A rich table of the ratios: a line for each that was timed, a column for each shape, a section for each kind."""
+    from rich.table import Table
+
+    rows = [row for row in rows if "failed" not in row]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    made = Table("", "", title=f"time / {YARDSTICK}: median, quartiles")
+    for shape in shapes:
+        made.add_column(shape, justify="right", no_wrap=True)
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        for what in dict.fromkeys(row["what"] for row in rows if row["kind"] == kind):
+            found = {row["shape"]: _cell(row) for row in rows if (row["kind"], row["what"]) == (kind, what)}
+            made.add_row(kind, what, *(found.get(shape, "") for shape in shapes))
+        made.add_section()
+    return made
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if not row["right"]:
+        return f"WRONG by {row['error']:.1g}"
+    if row["ratio"] is None:
+        return f"{1e3 * row['seconds']:.3g} ms"
+    low, high = row["spread"]
+    return f"{row['ratio']:.2f}  {low:.2f}-{high:.2f}"
+
+
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """Bars of the ratios, a panel for each shape and kind, written to ``path``."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.get("ratio")]
+    panels = list(dict.fromkeys(f"{row['shape']} {row['kind']}" for row in rows)) or ["nothing"]
+    names = list(dict.fromkeys(row["what"] for row in rows))
+    figure = Figure(figsize=(1.5 + 2.6 * len(panels), 1 + 0.32 * len(names)), layout="constrained")
+    for panel, axes in zip(panels, np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), strict=True):
+        of = {row["what"]: row for row in rows if f"{row['shape']} {row['kind']}" == panel}
+        for at, name in enumerate(names):
+            if name in of:
+                low, high = of[name]["spread"]
+                colour = "tab:blue" if name.startswith("kvattn") else "tab:gray"
+                ratio = of[name]["ratio"]
+                axes.barh(at, ratio, color=colour, xerr=[[max(ratio - low, 0)], [max(high - ratio, 0)]])
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(title=panel, yticks=range(len(names)), yticklabels=names, xlabel=f"time / {YARDSTICK}")
+        axes.invert_yaxis() if panel == panels[0] else None
+    figure.savefig(path)
+
+
+# ---- in the backend's own process
+
+
+def _work(asked: dict[str, Any]) -> None:
+    for name in asked["shapes"]:
+        for kind in asked["kinds"]:
+            for row in _measure(asked["backend"], name, kind, asked["dtype"], asked["grad"], asked["device"], asked["rounds"]):
+                print(json.dumps(row), flush=True)
+
+
+def _measure(backend: str, shape: str, kind: str, dtype: str, grad: bool, device: str, rounds: int) -> Iterator[dict[str, Any]]:
+    b, h, n, m, d = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((b, h, length, d)).astype("float32") for length in (n, m, m, n)][: 4 if grad else 3]
+    options = {"causal": {"causal": True}, "valid": {"valid_lens": np.full(b, max(1, int(0.6 * m)))}}.get(kind, {})
+    calls = _yardstick(arrays, options, dtype, grad, device) if find_spec("torch") else {}
+    calls |= PEERS[backend](arrays, options, dtype, grad, device)
+    errors = {what: _error(call(), arrays, options, grad) for what, call in calls.items()}  # warm, and checked
+    took: dict[str, list[float]] = {what: [] for what in calls}
+    for _ in range(rounds):
+        for what, call in calls.items():
+            start = time.perf_counter()
+            call()
+            took[what].append(time.perf_counter() - start)
+    for what, times in took.items():
+        if what == YARDSTICK and backend != "torch":
+            continue
+        row: dict[str, Any] = {"backend": backend, "what": what, "shape": shape, "kind": kind, "dtype": dtype, "grad": grad}
+        ratios = np.array(times) / np.array(took[YARDSTICK]) if YARDSTICK in took else None
+        row |= {"seconds": float(np.median(times)), "ratio": None if ratios is None else float(np.median(ratios))}
+        row |= {"spread": None if ratios is None else [float(x) for x in np.quantile(ratios, [0.25, 0.75])]}
+        yield row | {"error": errors[what], "right": bool(errors[what] <= TOLERANCE[dtype])}
+
+
+def _error(got: Any, arrays: list[np.ndarray], options: dict[str, Any], grad: bool) -> float:
+    """The largest difference from float64 NumPy in up to eight rows of the first head, over the largest value."""
+    got = np.asarray(got, dtype=float)
+    query, key, value = (x[0, 0].astype(float) for x in arrays[:3])
+    rows = np.unique(np.linspace(0, len(query) - 1, 8).astype(int))
+    scores = query[rows] @ key.T / math.sqrt(query.shape[-1])
+    if "causal" in options:
+        scores = np.where(np.arange(len(key)) <= rows[:, None], scores, -np.inf)
+    if "valid_lens" in options:
+        scores = np.where(np.arange(len(key)) < options["valid_lens"][0], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    expected = weights @ value
+    if grad:  # by the query
+        back = arrays[3][0, 0].astype(float)[rows] @ value.T
+        expected = weights * (back - (weights * back).sum(axis=-1, keepdims=True)) @ key / math.sqrt(query.shape[-1])
+    return float(np.abs(got[0, 0][rows] - expected).max() / np.abs(expected).max())
+
+
+def _named(calls: Callable[..., Iterator[tuple[str, Call]]]) -> Callable[..., dict[str, Call]]:
+    """{name: call} of what a function yields; each call returns a NumPy array, so that its work is done."""
+    return lambda *args: dict(calls(*args))
+
+
+@_named
+def _yardstick(arrays, options, dtype, grad, device):
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    on = device if device == "cpu" or torch.cuda.is_available() else "cpu"
+    query, key, value, *back = (torch.tensor(x, dtype=getattr(torch, dtype), device=on) for x in arrays)
+    mask = None
+    if "valid_lens" in options:
+        mask = (torch.arange(key.shape[-2]) < torch.tensor(options["valid_lens"])[:, None, None, None]).to(on)
+    leaves = [x.requires_grad_(grad) for x in (query, key, value)]
+
+    def call() -> Any:
+        output = sdpa(*leaves, attn_mask=mask, is_causal="causal" in options)
+        output = torch.autograd.grad(output, leaves, back[0])[0] if grad else output
+        return _settled(output)
+
+    yield YARDSTICK, call
+
+
+def _settled(x: Any) -> Any:
+    """A tensor's NumPy view: a GPU's work is waited for."""
+    x = x.detach().cpu()
+    return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
+
+
+def _ours(backend: str, arrays: list[Any], options: dict[str, Any], grad: bool) -> Callable[..., Any]:
+    import kvattn
+
+    def forward(*given: Any) -> Any:
+        if grad:
+            return kvattn.attention_grad(*given, **options, backend=backend)
+        return kvattn.attention(*given, **options, backend=backend)
+
+    return forward
+
+
+def _first(x: Any) -> Any:
+    return x[0] if isinstance(x, (tuple, list)) else x
+
+
+@_named
+def _numpy(arrays, options, dtype, grad, device):
+    given = [x.astype(dtype) for x in arrays]
+    ours = _ours("numpy", given, options, grad)
+    yield "kvattn numpy", lambda: _first(ours(*given))
+    if grad or math.prod(given[0].shape[:-1]) * given[1].shape[-2] > 2**28:  # the plain formula would hold gigabytes
+        return
+    query, key, value = given
+    mask = None
+    if "causal" in options:
+        mask = np.tri(query.shape[-2], key.shape[-2], dtype=bool)
+    if "valid_lens" in options:
+        mask = np.arange(key.shape[-2]) < options["valid_lens"][:, None, None, None]
+
+    def naive(softmax: Callable[..., Any]) -> Any:
+        scores = query @ key.swapaxes(-1, -2) * query.dtype.type(1 / math.sqrt(query.shape[-1]))
+        scores = scores if mask is None else np.where(mask, scores, query.dtype.type(-np.inf))
+        return softmax(scores, axis=-1) @ value
+
+    def softmax(scores: Any, axis: int) -> Any:
+        e = np.exp(scores - scores.max(axis=axis, keepdims=True))
+        return e / e.sum(axis=axis, keepdims=True)
+
+    yield "NumPy, naive", lambda: naive(softmax)
+    if find_spec("scipy"):
+        special = import_module("scipy.special")
+        yield "scipy softmax", lambda: naive(special.softmax)
+
+
+@_named
+def _torch(arrays, options, dtype, grad, device):
+    import torch
+
+    on = device if device == "cpu" or torch.cuda.is_available() else "cpu"
+    given = [torch.tensor(x, dtype=getattr(torch, dtype), device=on) for x in arrays]
+    options = {name: torch.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    ours = _ours("torch", given, options, grad)
+    yield "kvattn torch", lambda: _settled(_first(ours(*given)))
+
+
+@_named
+def _jax(arrays, options, dtype, grad, device):
+    import jax
+    import jax.numpy as jnp
+
+    given = [jnp.asarray(x, dtype) for x in arrays]
+    options = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    ours = jax.jit(_ours("jax", given, options, grad))
+    yield "kvattn jax", lambda: jax.block_until_ready(_first(ours(*given)))
+    moved = [x.swapaxes(1, 2) for x in given]  # its own layout: (batch, n, heads, d)
+    lens = options.get("valid_lens")
+
+    def forward(*qkv: Any) -> Any:
+        return jax.nn.dot_product_attention(*qkv, is_causal="causal" in options, key_value_seq_lengths=lens)
+
+    native = jax.jit((lambda q, k, v, g: jax.vjp(forward, q, k, v)[1](g)) if grad else forward)
+    yield "jax.nn", lambda: jax.block_until_ready(_first(native(*moved))).swapaxes(1, 2)
+
+
+@_named
+def _tensorflow(arrays, options, dtype, grad, device):
+    import keras
+    import tensorflow as tf
+
+    given = [tf.constant(x, dtype) for x in arrays]
+    options = {name: tf.constant(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    ours = tf.function(_ours("tensorflow", given, options, grad), autograph=False)
+    yield "kvattn tensorflow", lambda: _first(ours(*given)).numpy()
+    if grad:
+        return
+    moved = [tf.transpose(x, [0, 2, 1, 3]) for x in given]
+    mask = None
+    if "valid_lens" in options:
+        lens = tf.cast(options["valid_lens"], tf.int64)[:, None, None, None]
+        mask = tf.range(given[1].shape[-2], dtype=tf.int64) < lens
+    native = tf.function(
+        lambda q, k, v: keras.ops.dot_product_attention(q, k, v, mask=mask, is_causal="causal" in options), autograph=False
+    )
+    yield "keras.ops", lambda: native(*moved).numpy().swapaxes(1, 2)
+
+
+@_named
+def _mxnet(arrays, options, dtype, grad, device):
+    from kvattn.backends import mxnet as tab
+
+    given = [tab.asarray(x, dtype) for x in arrays]
+    options = {name: tab.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    ours = _ours("mxnet", given, options, grad)
+    yield "kvattn mxnet", lambda: _first(ours(*given)).asnumpy()
+    if grad or "causal" in options:
+        return
+    flat = [x.reshape(-1, *x.shape[2:]) for x in given]
+    each = arrays[0].shape[1] * arrays[0].shape[2]
+    lens = tab.np.repeat(options["valid_lens"], each) if "valid_lens" in options else None
+
+    def lesson() -> Any:  # as d2l's layer computes it
+        query, key, value = flat
+        scores = tab.npx.batch_dot(query, key, transpose_b=True) / math.sqrt(query.shape[-1])
+        if lens is None:
+            weights = tab.npx.softmax(scores)
+        else:
+            rows = scores.reshape(-1, scores.shape[-1])
+            masked = tab.npx.sequence_mask(rows, lens, True, value=-1e6, axis=1)
+            weights = tab.npx.softmax(masked).reshape(scores.shape)
+        return tab.npx.batch_dot(weights, value).reshape(given[0].shape).asnumpy()
+
+    yield "MXNet, as d2l", lesson
+
+
+PEERS = {"numpy": _numpy, "torch": _torch, "jax": _jax, "tensorflow": _tensorflow, "mxnet": _mxnet}
+
+if __name__ == "__main__":
+    _work(json.loads(sys.argv[1]))

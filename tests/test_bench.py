@@ -1,0 +1,68 @@
+"""The benchmark command: that it times what is right, says what is not, and writes what it is told to. No times are judged."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import chosen
+
+from kvattn import bench, cli
+
+
+def measured(*extra, path):
+    status = cli.main(
+        ["bench", "--backend", ",".join(chosen()), "--shapes", "tiny", "--rounds", "2", "--json", str(path), *extra]
+    )
+    return status, json.loads(path.read_text())["rows"]
+
+
+def test_every_backend_is_timed_and_right(tmp_path, capsys):
+    status, rows = measured("--causal", "--valid", "--plot", str(tmp_path / "b.png"), path=tmp_path / "b.json")
+    assert status == 0
+    assert {(row["what"], row["kind"]) for row in rows} >= {
+        (f"kvattn {name}", kind) for name in chosen() for kind in bench.KINDS
+    }
+    assert all(row["right"] and row["seconds"] > 0 for row in rows)
+    assert (tmp_path / "b.png").stat().st_size > 1000
+    assert "kvattn numpy" in capsys.readouterr().out
+
+
+def test_gradients_are_timed_and_right(tmp_path):
+    status, rows = measured("--grad", path=tmp_path / "b.json")
+    assert status == 0
+    assert {row["what"] for row in rows} >= {f"kvattn {name}" for name in chosen()}
+
+
+def test_a_wrong_answer_is_told_from_a_right_one():
+    arrays = [np.random.default_rng(0).standard_normal((1, 1, 8, 8)) for _ in range(4)]
+    call = bench._numpy(arrays[:3], {}, "float64", False, "cpu")["kvattn numpy"]
+    assert bench._error(call(), arrays, {}, False) < 1e-12
+    assert bench._error(call() * 1.01, arrays, {}, False) > 1e-3
+    assert bench._error(call(), arrays, {"causal": True}, False) > 1e-3
+
+
+def test_a_wrong_row_makes_the_command_fail(monkeypatch, capsys):
+    row = {
+        "backend": "numpy",
+        "what": "kvattn numpy",
+        "shape": "S",
+        "kind": "full",
+        "ratio": 1.0,
+        "seconds": 1.0,
+        "spread": [1, 1],
+    }
+    monkeypatch.setattr(bench, "run", lambda *args, **options: [{**row, "error": 0.5, "right": False}])
+    assert cli.main(["bench", "--backend", "numpy"]) == 1
+    assert "WRONG by 0.5" in capsys.readouterr().out
+
+
+def test_a_backend_whose_process_fails_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "run", lambda *args, **options: [{"backend": "numpy", "failed": "ImportError: no"}])
+    assert cli.main(["bench", "--backend", "numpy"]) == 1
+    assert "numpy failed: ImportError: no" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("extra", "message"), [(["--shapes", "Q"], "unknown shape 'Q'"), (["--rounds", "0"], "at least 1")])
+def test_a_wrong_command_is_refused(extra, message, capsys):
+    assert cli.main(["bench", "--backend", "numpy", *extra]) == 2
+    assert message in capsys.readouterr().err
