@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.numpy import (  # noqa: F401
-    abs, arange, argmax, concat, cos, cosh, exp, expand_dims, eye, float32, int32, int64, linspace, log, matmul, meshgrid,
+    abs, arange, argmax, cos, cosh, exp, expand_dims, eye, float32, int32, int64, linspace, log, matmul, meshgrid,
     ones, ones_like, sin, sinh, stack, swapaxes, tanh, zeros, zeros_like,
 )  # fmt: skip
 
@@ -18,6 +18,7 @@ globals().update(namespace.functions("jax"))
 __getattr__ = namespace.drawing
 
 batch_matmul = jax.lax.batch_matmul
+concat = jnp.concatenate  # jnp.concat takes its axis by name only
 numpy = np.asarray
 sigmoid = jax.nn.sigmoid
 tensor = jnp.array
