@@ -172,7 +172,7 @@ def test_every_norm_shape_norms_the_features(norm_shape):
     np.testing.assert_allclose(kv.reduce_mean(Y, -1), np.zeros((2, 4)), atol=1e-6)
 
 
-@pytest.mark.parametrize("norm_shape", [1, [1], [0], [4, 8], [1, 2, 3]])
+@pytest.mark.parametrize("norm_shape", [1, [1], [0], [4, 8], [1, 2, 3], [0, 2], [5, 2]])
 def test_a_norm_over_anything_else_is_refused(norm_shape):
     with pytest.raises(ValueError, match="norm_shape is"):
         kv.AddNorm(norm_shape)(X, X)
@@ -344,7 +344,7 @@ def test_a_policy_of_the_users_own_is_saved():
 # ---- graphs
 
 
-@pytest.mark.parametrize(("name", "jit_compile"), [*((name, False) for name in LAYERS), ("TransformerEncoder", True)])
+@pytest.mark.parametrize(("name", "jit_compile"), [*((name, False) for name in LAYERS), ("TransformerEncoderBlock", True)])
 def test_a_graph_gives_what_the_layer_gives(name, jit_compile):
     layer, inputs = made(name)
     in_graph = tf.function(layer, jit_compile=jit_compile)(*inputs)  # the first call, so it makes the weights
@@ -360,25 +360,26 @@ def test_one_graph_serves_every_batch_and_length():
 
 
 def test_one_graph_serves_every_step_of_decoding():
-    layer, (x, *_) = made("MultiHeadAttention", num_kv_heads=1)
-    whole, traces = layer(x, x, x, causal=True), []
+    layer, _ = made("TransformerEncoder", num_kv_heads=1)
+    whole, traces = layer(TOKENS, causal=True), []
 
     @tf.function
-    def step(x, cache):
+    def step(tokens, caches):
         traces.append(1)
-        return layer(x, x, x, causal=True, cache=cache)
+        return layer(tokens, causal=True, cache=caches)
 
-    steps, cache = [], kv.KVCache.allocate((2, 1, 6, 4), backend="tensorflow")._replace(length=tf.constant(0))
-    for i in range(x.shape[1]):
-        output, cache = step(x[:, i : i + 1], cache)
+    steps, caches = [], [kv.KVCache.allocate((2, 1, 8, 4), backend="tensorflow")._replace(length=tf.constant(0))] * 2
+    for i in range(TOKENS.shape[1]):
+        output, caches = step(TOKENS[:, i : i + 1], caches)
         steps.append(output)
-    np.testing.assert_allclose(kv.concat(steps, 1), whole, atol=1e-6)
+    np.testing.assert_allclose(kv.concat(steps, 1), whole, atol=1e-5)
     assert len(traces) == 1
 
 
 def test_fit_trains():
     tokens = np.random.default_rng(1).integers(0, 11, (64, 6))
-    model = keras.Sequential([made("TransformerEncoder", dropout=0.1)[0], keras.layers.Dense(11)])
+    encoder = kv.TransformerEncoder(**{**ENCODER, "num_blks": 1}, dropout=0.1, seed=7)
+    model = keras.Sequential([encoder, keras.layers.Dense(11)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(1e-2), loss, jit_compile=False)
     losses = model.fit(tokens, tokens, epochs=6, batch_size=8, verbose=0).history["loss"]
@@ -565,6 +566,24 @@ def test_every_option_of_attention_passes_through_keras():
         assert type(found) is type(expected)
         for x, y in zip(found, expected, strict=True):
             np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_a_learned_bias_and_a_layer_as_normaliser():
+    class Normaliser(keras.layers.Layer):
+        def call(self, scores, where=None):
+            return kv.softmax(scores, where)
+
+    layer, bias = kv.DotProductAttention(), keras.Variable(np.eye(4, dtype="float32"))
+    for _ in range(2):
+        with tf.GradientTape() as tape:
+            output = layer(X, X, X, LENS, bias=bias, normalize=Normaliser())
+        np.testing.assert_allclose(
+            output, kvattn.attention(X, X, X, valid_lens=LENS, bias=np.eye(4, dtype="float32")), atol=1e-6
+        )
+    assert np.abs(tape.gradient(output, bias.value)).max() > 0.01
+    shown = layer.attention_weights
+    bias.assign(np.ones((4, 4)))
+    np.testing.assert_array_equal(layer.attention_weights, shown)
 
 
 def test_lengths_may_be_lists_and_arrays():

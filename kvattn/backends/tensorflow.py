@@ -71,6 +71,13 @@ def _wide(x):
     return tf.cast(x, tf.float32) if x.dtype in HALF else x
 
 
+def _product(a, b, **options):
+    """a @ b; (batch, 1, n, d) loses its second axis meanwhile: oneDNN's product of it with one (d, m) for all crashes."""
+    if len(a.shape) != 4 or a.shape[1] != 1 or (len(b.shape) > 2 and b.shape[1] != 1):
+        return tf.matmul(a, b, **options)
+    return tf.matmul(a[:, 0], b[:, 0] if len(b.shape) > 2 else b, **options)[:, None]
+
+
 def _fold(x, heads):
     """(..., h, n, c) -> (..., heads, h / heads * n, c): the queries of one key head lie in a row."""
     if len(x.shape) < 3 or heads is None or x.shape[-3] == heads:
@@ -152,7 +159,7 @@ def _hide_padding(allowed, query, key, value):
 
 
 def dot_score(query, key):
-    return tf.matmul(_wide(query), _wide(key), transpose_b=True)
+    return _product(_wide(query), _wide(key), transpose_b=True)
 
 
 def scaled_dot_score(query, key):
@@ -161,21 +168,21 @@ def scaled_dot_score(query, key):
 
 
 def additive_score(query, key, W_q, W_k, w_v, b=None):
-    query, key = _wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k)
+    query, key = _product(_wide(query), _wide(W_q)), _product(_wide(key), _wide(W_k))
     hidden = query[..., :, None, :] + key[..., None, :, :]  # (..., n, m, h)
     if b is not None:
         hidden = hidden + _wide(b)
-    return tf.linalg.matvec(tf.tanh(hidden), _wide(w_v))
+    return _product(tf.tanh(hidden), _wide(w_v)[:, None])[..., 0]
 
 
 def multiplicative_score(query, key, W):
-    return tf.matmul(_wide(query) @ _wide(W), _wide(key), transpose_b=True)
+    return _product(_product(_wide(query), _wide(W)), _wide(key), transpose_b=True)
 
 
 def gated_score(query, key, w_g):
     query, key, w_g = _wide(query), _wide(key), _wide(w_g)
     d = _shape(query)[-1]
-    gate = tf.linalg.matvec(query, w_g[:d])[..., :, None] + tf.linalg.matvec(key, w_g[d:])[..., None, :]
+    gate = _product(query, w_g[:d, None]) + tf.linalg.matrix_transpose(_product(key, w_g[d:, None]))
     return _sigmoid(gate) * dot_score(query, key)
 
 
@@ -367,7 +374,7 @@ def attention(
         weights, lse = normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    output = _fold(_dropout(weights, dropout, rng), kv_heads) @ _wide(value)
+    output = _product(_fold(_dropout(weights, dropout, rng), kv_heads), _wide(value))
     output = tf.cast(_unfold(output, heads, n), dtype)
     results = [output] + [tf.cast(weights, dtype)] * return_weights + [lse] * return_lse
     return tuple(results) if len(results) > 1 else output
@@ -473,7 +480,7 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
     if cache is not None:
-        cache = cache.extend(key, value)
+        cache = cache.extend(key, value, backend="tensorflow")
         key, value = cache.seen()
         options["query_offset"] = cache.length - query.shape[-2]
     results = attention(query, key, value, **options)
@@ -488,7 +495,7 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
 def _project(x, params, name):
     """x W + b, in float32 for half precision; without W, x."""
     x, W, b = _wide(x), params.get(f"W_{name}"), params.get(f"b_{name}")
-    x = x if W is None else x @ _wide(W)
+    x = x if W is None else _product(x, _wide(W))
     return x if b is None else x + _wide(b)
 
 
@@ -521,7 +528,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    results = attention(_wide(x) @ _wide(W_q), _wide(x) @ _wide(W_k), _wide(x) @ _wide(W_v), **options)
+    results = attention(*(_product(_wide(x), _wide(W)) for W in (W_q, W_k, W_v)), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):
         rest[0] = tf.cast(rest[0], dtype)

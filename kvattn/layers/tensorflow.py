@@ -35,7 +35,8 @@ class _Attention(Layer):
         return api.scaled_dot_score
 
     def call(self, queries, keys, values, valid_lens=None, arrays=None, training=None, **options):
-        options |= {**(arrays or {}), "score": self._score(queries, keys), "valid_lens": valid_lens}
+        options |= {name: tf.convert_to_tensor(x) for name, x in (arrays or {}).items()}  # of a variable, the value now
+        options |= {"score": self._score(queries, keys), "valid_lens": valid_lens}
         last = (queries, keys, options) if tf.executing_eagerly() else IN_GRAPH
         vars(self)["_last"] = last  # past Keras, which tracks what it finds in a layer
         rate = self.dropout.rate if training else 0.0
@@ -229,7 +230,7 @@ class AddNorm(Layer):
     def build(self, X_shape):
         axes = [self.norm_shape] if checks.is_integer(self.norm_shape) else list(self.norm_shape or [-1])
         last = len(X_shape) - 1
-        if axes != [X_shape[-1]] and (axes[-1] not in (-1, last) or not all(abs(axis) <= last for axis in axes)):
+        if axes != [X_shape[-1]] and (axes[-1] not in (-1, last) or not all(1 <= abs(axis) <= last for axis in axes)):
             raise ValueError(
                 f"norm_shape is {self.norm_shape}; expected {X_shape[-1]}, the number of features, or axes that end with the "
                 f"last one, {last}"
