@@ -289,12 +289,16 @@ def _options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any,
              rng: Any = None, return_lse: bool = False) -> dict[str, Any]:  # fmt: skip
     """The checked keywords of attention, for scores of this shape between queries and keys of these features."""
     normalize, score = _plain(normalize), _plain(score)
-    if return_lse and (normalize.func if isinstance(normalize, partial) else normalize) not in (None, softmax, tab.softmax):
+    if return_lse and (normalize.func if isinstance(normalize, partial) else normalize) not in (
+        None,
+        softmax,
+        getattr(tab, "softmax", None),
+    ):
         raise ValueError("return_lse needs normalize=softmax: other normalisers have no log-sum-exp")
     mask, bias = checks.masks(tab, query, scores, mask, bias)
     return {
-        "score": tab.scaled_dot_score if score is None else _own(tab, "score", score, query, features),
-        "normalize": tab.softmax if normalize is None else _own(tab, "normalize", normalize, query, features),
+        "score": getattr(tab, "scaled_dot_score", None) if score is None else _own(tab, "score", score, query, features),
+        "normalize": getattr(tab, "softmax", None) if normalize is None else _own(tab, "normalize", normalize, query, features),
         "mask": mask,
         "bias": bias,
         "valid_lens": None if valid_lens is None else checks.lengths(tab, valid_lens, scores, query),

@@ -98,6 +98,12 @@ def test_a_layer_gives_the_gradients_of_the_reference(room, case):
         np.testing.assert_allclose(by_input, expected[f"input {i}"], atol=1e-4, err_msg=f"input {i}")
 
 
+def test_the_epsilon_of_a_layer_norm_is_1e_5(room):
+    layer, w = made(room, "AddNorm", {"norm_shape": 8}, (X, X))
+    small = X / 1000  # of a variance that the epsilon is ten times of
+    np.testing.assert_allclose(room.call(layer, small, small), reference.norm(w, 2 * small), atol=1e-5)
+
+
 def test_gelu_is_by_erf(room):
     config = {"ffn_num_hiddens": 5, "ffn_num_outputs": 8, "activation": "gelu"}
     layer, w = made(room, "PositionWiseFFN", config, (3 * X,))

@@ -372,6 +372,8 @@ def test_a_graph_refuses_what_it_cannot_hold():
     x = mx.sym.var("x").as_np_ndarray()
     with pytest.raises(TypeError, match="a Symbol has no values"):
         layer(x, x, x, cache=kv.KVCache())
+    with pytest.raises(ValueError, match="window must not be negative"):
+        layer(x, x, x, window=-1)
     encoder, _ = made("TransformerEncoder", max_len=5)
     encoder.hybridize()
     encoder(TOKENS)
@@ -509,12 +511,15 @@ def test_double_precision(name):
 def test_positions_take_the_dtype_of_what_they_join(dtype, width):
     layer = kv.PositionalEncoding(width)
     layer.initialize()
-    for hybrid in (False, True):
-        layer.hybridize(hybrid)
-        encoded = layer(np.zeros((1, 6, width), dtype=dtype))
-        assert encoded.dtype == dtype
-        atol = 1e-3 if dtype == "float16" else 1e-6
-        numpy.testing.assert_allclose(encoded.asnumpy()[0], layers.encoding(6, width), atol=atol)
+    encoded = layer(np.zeros((1, 6, width), dtype=dtype))
+    assert encoded.dtype == dtype
+    atol = 1e-3 if dtype == "float16" else 1e-6
+    numpy.testing.assert_allclose(encoded.asnumpy()[0], layers.encoding(6, width), atol=atol)
+    x = array(2, 6, width).astype(dtype)
+    plain = layer(x)
+    layer.hybridize()
+    assert layer(x).dtype == dtype
+    same([layer(x)], [plain])
 
 
 # ---- copies, first values, training
@@ -532,6 +537,7 @@ def test_a_trained_layer_can_be_copied(name, hybrid):
         trainer = gluon.Trainer(layer.collect_params(), "sgd")
         trainer.step(1)
     copied = copy.deepcopy(layer)
+    assert not any(p._trainer for p in copied.collect_params().values())
     same(gradients(copied, *inputs), gradients(layer, *inputs), 1e-6)
     before = layer(*inputs)
     for parameter in copied.collect_params().values():

@@ -2,6 +2,10 @@
 
 For MXNet 1.9.1, on mx.np arrays; legacy mx.nd arrays are taken too, and answered in kind. Scores and normalisers of
 your own are given mx.np arrays. Where the code is longer than NumPy's, an operator of 1.9.1 is wrong, and a comment says how.
+
+One of its bugs can reach your own functions, and no guard around them can stop it: backward crashes the process where what
+np.where, npx.batch_dot or npx.fully_connected gives is scaled or reshaped and then only compared, or put to another use that
+has no gradient. Compare x.detach() there; np.matmul is safe.
 """
 
 from __future__ import annotations
@@ -587,7 +591,7 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
     if cache is not None:
-        cache = cache.extend(key, value)
+        cache = cache.extend(key, value, backend="mxnet")
         key, value = cache.seen()
         options["query_offset"] = cache.length - query.shape[-2]
     results = attention(query, key, value, **options)

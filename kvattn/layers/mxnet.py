@@ -354,7 +354,8 @@ class _Positions(mx.operator.CustomOp):
         self.P = P
 
     def forward(self, is_train, req, in_data, out_data, aux):
-        kernels.put(self, out_data[0], req[0], in_data[0].as_np_ndarray() + self.P)
+        X = in_data[0].as_np_ndarray()
+        kernels.put(self, out_data[0], req[0], X + self.P.astype(X.dtype))
 
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
         kernels.put(self, in_grad[0], req[0], out_grad[0].as_np_ndarray())
@@ -370,8 +371,7 @@ class _PositionsShapes(mx.operator.CustomOpProp):
         n = shapes[0][1]
         with kernels.telling():
             layers.check_length(self.max_len, n, self.offset)
-        P = _table(self.max_len, self.h)[:, self.offset : self.offset + n]
-        return _Positions(np.array(P, dtype=kernels.DTYPES[dtypes[0]]))
+        return _Positions(np.array(_table(self.max_len, self.h)[:, self.offset : self.offset + n], dtype="float32"))
 
 
 class AddNorm(_Layer):

@@ -317,7 +317,8 @@ def _slots(module):
             if own and not isinstance(part, _Attention):
                 raise TypeError(f"{'.'.join(path)} is a {type(part).__name__}, whose weights have no name outside PyTorch")
             for name, x in own.items():
-                found[".".join((*path, name))] = _Slot(x, (None,) * (2 if name == "W" else 1) if is_lazy(x) else tuple(x.shape))
+                shape = (None,) * (2 if name == "W" else 1) if is_lazy(x) else tuple(x.shape)
+                found[layers.names((*path, name), "embedding")["weight"]] = _Slot(x, shape)
     return found
 
 

@@ -1,0 +1,96 @@
+"""The site: `tox -e docs`, or `sphinx-build docs docs/_build/html`. Lessons are run on the backends of KVATTN_DOCS_BACKENDS."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from sphinx.util.fileutil import copy_asset
+from sphinx.util.logging import getLogger
+
+import kvattn
+from kvattn import lesson
+
+project = "kvattn"
+author = "the kvattn authors"
+copyright = "2026, the kvattn authors, Apache-2.0"
+version = release = kvattn.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx_design",
+    "sphinx_copybutton",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "lessons"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+numfig = True
+default_role = "py:obj"
+
+html_theme = "furo"
+html_title = "kvattn"
+html_static_path = ["_static"]
+templates_path = ["_templates"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {"navigation_with_keys": True}
+copybutton_selector = "div.highlight-python pre, div.highlight-sh pre, div.highlight-md pre, div.doctest pre"
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+mathjax_path = "mathjax/tex-chtml.js"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings give shapes and dtypes, which say more
+napoleon_numpy_docstring = False
+
+
+def lessons(app):
+    """docs/lessons, run on each backend, as pages of docs/_lessons."""
+    named = os.environ.get("KVATTN_DOCS_BACKENDS")
+    backends = [kvattn.dispatch.canonical(name) for name in named.split(",")] if named else list(kvattn.available_backends())
+    if absent := set(backends) - set(kvattn.available_backends()):
+        raise ValueError(f"KVATTN_DOCS_BACKENDS names backends that are not installed: {', '.join(sorted(absent))}")
+    pages, source = Path(app.srcdir, "_lessons"), Path(app.srcdir, "lessons")
+    pages.mkdir(exist_ok=True)
+    texts = {}
+    for file in sorted(source.glob("*.md")):
+        getLogger("kvattn.docs").info("running %s on %s", file.name, ", ".join(backends))
+        offered = lesson.read(file).tabs
+        tabs = [name for name in backends if not offered or name in offered]
+        texts[file.name] = lesson.render(file, tabs, pages / "outputs", cache=Path(app.doctreedir, "lessons"))
+    for page in pages.glob("*.md"):
+        if page.name not in texts:
+            page.unlink()
+    for name, text in texts.items():
+        page = pages / name
+        if not page.exists() or page.read_text(encoding="utf-8") != text:  # an unchanged page is not read again
+            page.write_text(text, encoding="utf-8")
+
+
+def mathjax(app, error):
+    """MathJax beside the pages: they need no network."""
+    if error is None:
+        folder = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
+        for part in ("tex-chtml.js", "a11y", "input/tex/extensions", "output/chtml/fonts/woff-v2"):
+            target = Path(app.outdir, "_static", "mathjax", part)
+            copy_asset(folder / part, target if (folder / part).is_dir() else target.parent)
+
+
+def literal_formulas(app, what, name, obj, options, lines):
+    """The docstrings are plain text: |x| is a norm, not a substitution, and b_* no emphasis."""
+    for i, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "...")):
+            pieces = line.split("`")
+            pieces[::2] = [re.sub(r"[|*]", r"\\\g<0>", piece) for piece in pieces[::2]]
+            lines[i] = "`".join(pieces)
+
+
+def setup(app):
+    app.connect("builder-inited", lessons)
+    app.connect("build-finished", mathjax)
+    app.connect("autodoc-process-docstring", literal_formulas, priority=100)

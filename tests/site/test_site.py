@@ -1,0 +1,189 @@
+"""The built site in a real browser: Debian's Chromium, headless, with a local server as its only network."""
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from axe_core_python.selenium import Axe
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+import kvattn
+
+SITE = Path(os.environ["KVATTN_SITE"])
+PAGES = sorted(
+    path.relative_to(SITE).as_posix()
+    for path in SITE.rglob("*.html")
+    if path.parts[len(SITE.parts)] in ("index.html", "_lessons", "howto", "reference")
+)
+LESSONS = [page for page in PAGES if page.startswith("_lessons/")]
+SHOWN = "return [...document.querySelectorAll('.sd-tab-set > input:checked + label')].map(each => each.dataset.syncId)"
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
+
+@pytest.fixture(scope="session")
+def address():
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
+    assert all(programs), "the site's tests need Debian's Chromium: apt-get install chromium chromium-driver"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        options = webdriver.ChromeOptions()
+        options.binary_location = programs[0]
+        for flag in [*FLAGS.split(), f"--user-data-dir={profile}"]:
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+        yield driver
+        driver.quit()
+
+
+@pytest.fixture
+def browser(chromium, address):
+    """A browser that has chosen nothing, on a desktop's screen."""
+    size(chromium, 1280, 900)
+    chromium.get(f"{address}/index.html")
+    chromium.execute_script("localStorage.clear()")
+    chromium.get_log("browser")
+    chromium.get_log("performance")
+    return chromium
+
+
+def size(browser, width, height):
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def visit(browser, address, page):
+    """Open a page, and wait for its maths."""
+    browser.get(f"{address}/{page}")
+    ready = "return !document.querySelector('.math') || (window.MathJax?.startup?.promise ? 1 : 0)"
+    WebDriverWait(browser, 30).until(lambda driver: driver.execute_script(ready))
+    done = "const [done] = arguments; Promise.resolve(window.MathJax?.startup?.promise).then(() => done())"
+    browser.execute_async_script(done)
+
+
+def choose(browser, name):
+    browser.find_element(By.CSS_SELECTOR, f".sd-tab-set > label[data-sync-id={name}]").click()
+
+
+def test_the_site_has_its_pages():
+    assert LESSONS
+    assert {"index.html", "howto/lessons.html", "reference/api.html", "reference/semantics.html"} <= set(PAGES)
+
+
+def test_the_reference_has_every_public_name():
+    text = (SITE / "reference" / "api.html").read_text(encoding="utf-8")
+    assert [name for name in kvattn.__all__ if f'id="kvattn.{name}"' not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_loads_without_errors_or_requests_elsewhere_and_shows_its_maths(browser, address, page):
+    visit(browser, address, page)
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert f"{address}/{page}" in asked
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
+    answers = [event["params"]["response"] for event in events if event["method"] == "Network.responseReceived"]
+    assert [answer["url"] for answer in answers if answer["status"] >= 400 and "favicon" not in answer["url"]] == []
+    assert [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]] == []
+    bare = "return [...document.querySelectorAll('.math')].filter(each => !each.querySelector('mjx-container')).length"
+    assert browser.execute_script(bare) == 0
+    assert browser.execute_script("return document.querySelectorAll('mjx-merror').length") == 0
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_fits_a_phone(browser, address, page):
+    size(browser, 390, 800)
+    visit(browser, address, page)
+    width, inner = browser.execute_script("return [document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert inner == 390
+    assert width <= inner
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_has_its_landmarks(browser, address, page):
+    visit(browser, address, page)
+    count = {what: len(browser.find_elements(By.CSS_SELECTOR, what)) for what in ("main, [role=main]", "h1", "html[lang]")}
+    assert count == {"main, [role=main]": 1, "h1": 1, "html[lang]": 1}
+    assert browser.find_elements(By.CSS_SELECTOR, "nav, [role=navigation]")
+    assert browser.execute_script("return [...document.images].filter(each => !each.alt).map(each => each.src)") == []
+
+
+@pytest.mark.parametrize("page", ["index.html", "reference/api.html", "reference/semantics.html", *LESSONS[:1]])
+def test_axe_finds_nothing_serious(browser, address, page):
+    visit(browser, address, page)
+    found = Axe().run(browser)["violations"]
+    serious = [each for each in found if each["impact"] in ("serious", "critical")]
+    assert [(each["id"], each["nodes"][0]["html"][:200]) for each in serious] == []
+
+
+def test_a_tab_that_is_chosen_shows_its_code_only(browser, address):
+    visit(browser, address, "index.html")
+    choose(browser, "jax")
+    shown = [each.text for each in browser.find_elements(By.CSS_SELECTOR, ".sd-tab-content") if each.is_displayed()]
+    assert len(shown) == 1
+    assert "from kvattn import jax as kv" in shown[0]
+
+
+def test_a_choice_holds_across_a_page_and_the_next(browser, address):
+    with_tabs = [page for page in LESSONS if (SITE / page).read_text(encoding="utf-8").count('"sd-tab-set') > 1]
+    visit(browser, address, with_tabs[0])
+    choose(browser, "numpy")
+    assert set(browser.execute_script(SHOWN)) == {"numpy"}
+    choose(browser, "torch")
+    shown = browser.execute_script(SHOWN)
+    assert len(shown) > 1
+    assert set(shown) == {"torch"}
+    choose(browser, "numpy")
+    visit(browser, address, "index.html")
+    assert browser.execute_script(SHOWN) == ["numpy"]
+
+
+def test_tabs_work_from_the_keyboard(browser, address):
+    visit(browser, address, "index.html")
+    first = browser.find_element(By.CSS_SELECTOR, ".sd-tab-set > input")
+    browser.execute_script("arguments[0].focus()", first)
+    first.send_keys(Keys.ARROW_RIGHT)
+    assert browser.execute_script(SHOWN) == ["numpy"]
+    browser.refresh()
+    assert browser.execute_script(SHOWN) == ["numpy"]
+
+
+@pytest.mark.parametrize(
+    ("page", "start"), [("index.html", "import torch\nfrom kvattn import torch as kv"), ("reference/api.html", "attention([[")]
+)
+def test_code_copies_without_prompts(browser, address, page, start):
+    grant = {"origin": address, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    browser.execute_cdp_cmd("Browser.grantPermissions", grant)
+    visit(browser, address, page)
+    browser.execute_cdp_cmd("Page.bringToFront", {})
+    button = browser.find_element(By.CSS_SELECTOR, "button.copybtn")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button)
+    ActionChains(browser).move_to_element(button).click(button).perform()
+    WebDriverWait(browser, 10).until(lambda driver: "success" in button.get_attribute("class"))
+    read = "const [done] = arguments; navigator.clipboard.readText().then(done, error => done(String(error)))"
+    assert browser.execute_async_script(read).startswith(start)
