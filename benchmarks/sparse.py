@@ -3,11 +3,12 @@
     python benchmarks/sparse.py --backend numpy,torch --plot curve.png
 
 Each point runs in a fresh process (one head, d = 32, float32): the median of five calls after a warm-up, and the peak of
-resident memory over what the arrays and the framework took before the first call. Linear cost doubles with n.
+resident memory over what the arrays and the framework took before the first call. Linear cost has the exponent 1.
 """
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -18,7 +19,7 @@ SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
 S = W = 32
 
 
-def measure(backend, kind, n):
+def measure(backend, kind, n, gradients):
     """(seconds, MiB) of one point, in this process."""
     import numpy as np
 
@@ -29,12 +30,18 @@ def measure(backend, kind, n):
     q, k, v = (tab.asarray(rng.standard_normal((1, 1, n, 32)).astype(np.float32)) for _ in range(3))
     options = {"window": (W, W)} if kind == "window" else {"positions": tab.asarray(rng.integers(0, n, (n, S)))}
     small = [tab.asarray(np.zeros((1, 1, 8, 32), np.float32))] * 3
-    kvattn.to_numpy(kvattn.attention(*small))
+
+    def run(*arrays, **options):
+        results = kvattn.attention_grad(*arrays, arrays[0], **options) if gradients else [kvattn.attention(*arrays, **options)]
+        for x in results:
+            kvattn.to_numpy(x)  # waits for it
+
+    run(*small)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
-        kvattn.to_numpy(kvattn.attention(q, k, v, **options))
+        run(q, k, v, **options)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:]), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
@@ -42,26 +49,28 @@ def measure(backend, kind, n):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="numpy", help="names, separated by commas")
+    parser.add_argument("--gradients", action="store_true", help="of query, key and value, instead of the output")
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--plot", help="write the curves to this file")
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.point:
         backend, kind, n = args.point
-        print(json.dumps(measure(backend, kind, int(n))))
+        print(json.dumps(measure(backend, kind, int(n), args.gradients)))
         return
 
+    from rich import box
     from rich.progress import track
     from rich.table import Table
 
     points = [(b, kind, n) for b in args.backend.split(",") for kind in ("positions", "window") for n in SIZES]
     found = {}
     for point in track(points, "measuring"):
-        done = subprocess.run(
-            [sys.executable, __file__, "--point", *map(str, point)], check=True, capture_output=True, text=True
-        )
+        flags = ["--gradients"] if args.gradients else []
+        command = [sys.executable, __file__, *flags, "--point", *map(str, point)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[point] = json.loads(done.stdout.splitlines()[-1])
-    show(found, Table(title=f"sparse attention, s = {S}, window = {W} each side"))
+    show(found, Table(box=box.MARKDOWN))
     if args.json:
         with open(args.json, "w") as file:
             json.dump([[*point, *figures] for point, figures in found.items()], file, indent=1)
@@ -72,12 +81,14 @@ def main():
 def show(found, table):
     from rich.console import Console
 
-    for head in ("backend", "kind", "n", "ms", "ms / n, to the first", "MiB"):
+    for head in ("backend", "kind", *(f"n = {n}, ms" for n in SIZES), "exponent", f"MiB at {SIZES[0]}", f"at {SIZES[-1]}"):
         table.add_column(head, justify="right")
-    for (backend, kind, n), (seconds, memory) in found.items():
-        first = found[backend, kind, SIZES[0]][0] / SIZES[0]
-        table.add_row(backend, kind, str(n), f"{seconds * 1e3:.1f}", f"{seconds / n / first:.2f}", f"{memory:.0f}")
-    Console().print(table)
+    for backend, kind in dict.fromkeys((b, kind) for b, kind, _ in found):
+        seconds, memory = zip(*(found[backend, kind, n] for n in SIZES), strict=True)
+        slope = statistics.linear_regression([math.log(n) for n in SIZES], [math.log(x) for x in seconds]).slope
+        milliseconds = (f"{1e3 * x:.1f}" for x in seconds)
+        table.add_row(backend, kind, *milliseconds, f"{slope:.2f}", f"{memory[0]:.0f}", f"{memory[-1]:.0f}")
+    Console(width=200).print(table)
 
 
 def plot(found, path):

@@ -25,6 +25,9 @@ EVERYWHERE = [
     ("inverts the mask", "allowed = [] if mask is None else [mask]", "allowed = [] if mask is None else [~mask]", "masks"),
     ("leaks NaN", HIDE, "pass", "padding"),
     ("lets key valid_lens in", "keys < _lengths(valid_lens, ndim)", "keys <= _lengths(valid_lens, ndim)", "lengths"),
+    ("projects values as keys", '_project(value, params, "v")', '_project(value, params, "k")', "multi-head"),
+    ("forgets the biases of heads", "return x if b is None else x + _wide(b)", "return x", "multi-head"),
+    ("forgets where a cached query stands", "cache.length - query.shape[-2]", "0", "decoding"),
 ]
 
 NUMPY = [
@@ -198,6 +201,8 @@ ELSEWHERE = [
     ("kernels/numpy.py", "forgets the scale in gradients", "grad_scores = grad_scores * scale", "pass"),
     ("bands.py", "cuts a block too short", "offset + end + right", "offset + end - 1 + right"),
     ("bands.py", "counts a block's offset from 0", "query_offset + start - first", "query_offset - first"),
+    ("bands.py", "lets every query see one key too far", "m - 1 - offset <= right", "m - 2 - offset <= right"),
+    ("bands.py", "asks the window of the first query only", "offset + n - 1 > left", "offset > left"),
 ]
 
 

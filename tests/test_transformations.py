@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from test_errors import BAD, GOOD
 
 import kvattn
 
@@ -229,6 +230,65 @@ def test_backward(backend, options):
             np.testing.assert_allclose(kvattn.to_numpy(found), wanted, rtol=0, atol=5e-6, err_msg=differentiate.__name__)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_torch_gives_gradients_where_gradients_are_off(backend, options):
+    """Tensors made inside inference_mode are taken too, wherever they stand."""
+    if backend == "torch":
+        import torch
+
+        given = {**OPTIONS[options], "mask": RNG.random((3, 6)) < 0.8}
+        expected = kvattn.attention_grad(*map(torch.tensor, (Q, K, V, G)), **given)
+        for off in (torch.no_grad, torch.inference_mode):
+            with off():
+                found = kvattn.attention_grad(*map(torch.tensor, (Q, K, V, G)), **given)
+            for x, y in zip(found, expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=0)
+                assert not x.requires_grad
+
+
+def test_torch_gives_gradients_by_parameters_in_inference_mode(backend):
+    if backend == "torch":
+        import torch
+
+        x = torch.randn(5, 4, generator=torch.manual_seed(0))
+        params = {"W_q": x[:4], "W_k": x[1:], "W_v": x[:4] * 2, "W_o": x[1:]}
+        expected = kvattn.multi_head_attention_grad(x, x, x, params, x, num_heads=2, wrt=["W_q", "value"])
+        with torch.inference_mode():
+            inside = {name: W.clone() for name, W in params.items()}
+            found = kvattn.multi_head_attention_grad(x, x, x.clone(), inside, x, num_heads=2, wrt=["W_q", "value"])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_torch_autocast_narrows_the_products_and_no_result(backend, options):
+    if backend == "torch":
+        import torch
+
+        expected = kvattn.attention(Q, K, V, **OPTIONS[options])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = kvattn.attention(*map(torch.tensor, (Q, K, V)), **OPTIONS[options])
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=0.05)
+
+
+def test_torch_compile_serves_the_steps_of_decoding_with_one_program(backend):
+    """From the second step on the cache's length and the offset are symbols."""
+    if backend == "torch":
+        import torch
+
+        torch._dynamo.reset()
+        programs = []
+        step = torch.compile(
+            lambda q, k, v, at: kvattn.attention(q, k, v, causal=True, query_offset=at), fullgraph=True,
+            backend=lambda graph, _: programs.append(graph) or graph,
+        )  # fmt: skip
+        query, key, value = map(torch.tensor, (Q[..., :1, :], K, V))
+        for m in range(1, 7):
+            keys, values = key[..., :m, :], value[..., :m, :]
+            torch.testing.assert_close(step(query, keys, values, m - 1), kvattn.attention(query, keys, values))
+        assert len(programs) <= 3  # one key, two, and any number
+
+
 def _wide(options):
     """The same options with float64 parameters, for the answer."""
     score = options.get("score")
@@ -267,16 +327,94 @@ def jax_second(q, k, v, g, direction):
 
 SECOND = {"torch": torch_second, "jax": jax_second}
 
+
+def torch_traced(function, *arrays):
+    import torch
+
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="eager")(*arrays)
+
+
 TRACED = {
-    "torch": lambda f, *arrays: __import__("torch").compile(f, fullgraph=True, backend="eager")(*arrays),
+    "torch": torch_traced,
     "jax": lambda f, *arrays: __import__("jax").jit(f)(*arrays),
     "tensorflow": lambda f, *arrays: __import__("tensorflow").function(f)(*arrays),
+    "mxnet": lambda f, *arrays: mxnet_block(f)(*arrays),
 }
+UNTRACED = {"query of text", "ragged query"}  # no arrays to trace
+UNSEEN = {"negative length", "position out of reach"}  # values, which these compilers do not show
+NARROWED = {"mixed dtypes", "integer query"}  # jax.jit makes 32 bits of 64, before anybody sees them
 
 
-def test_errors_are_the_same_at_trace_time(backend, tab):
-    call = TRACED.get(backend, lambda f, *arrays: f(*arrays))
-    with pytest.raises(
-        Exception, match=r"key has shape \(2, 2, 6, 7\) but query has \(2, 4, 3, 8\): axis -1 \(features\) is 7"
-    ):
-        call(kvattn.attention, *map(tab.asarray, (Q, np.zeros((2, 2, 6, 7), np.float32), V)))
+def mxnet_block(function):
+    """A hybridized block; MXNet's are traced when they first run."""
+    import mxnet as mx
+
+    class Block(mx.gluon.HybridBlock):
+        def hybrid_forward(self, F, *arrays):
+            return function(*arrays)
+
+    block = Block()
+    block.hybridize()
+    return block
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MXNet's own
+@pytest.mark.parametrize("what", [what for what in BAD if what not in UNTRACED])
+def test_errors_are_the_same_at_trace_time(backend, tab, what):
+    if backend in TRACED and what not in {"torch": UNSEEN, "tensorflow": UNSEEN, "jax": NARROWED}.get(backend, ()):
+        replaced, error, _ = BAD[what]
+        arrays = [tab.asarray({**GOOD, **replaced}[name]) for name in ("query", "key", "value")]
+        call = partial(kvattn.attention, **{name: x for name, x in replaced.items() if name not in GOOD})
+        with pytest.raises(error) as plain:
+            call(*arrays)
+        wrapped = Exception if backend == "torch" else error  # torch.compile raises its own, with the message
+        for _ in range(2 if backend == "mxnet" else 1):  # a block's graph is kept
+            with pytest.raises(wrapped) as traced:
+                TRACED[backend](call, *arrays)
+            assert str(plain.value) in str(traced.value)
+
+
+@pytest.mark.parametrize("what", ["float mask", "float positions", "negative side", "infinite scale", "dropout of one"])
+def test_a_symbol_waits_for_its_shape_and_for_nothing_else(backend, tab, what):
+    """What is wrong with anything else is raised when the block is traced."""
+    if backend == "mxnet":
+        import mxnet as mx
+
+        replaced, error, words = BAD[what]
+        with pytest.raises(error) as traced:
+            kvattn.attention(*map(mx.sym.var, ("query", "key", "value")), **replaced)
+        assert [word for word in words if word not in str(traced.value)] == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MXNet's own
+def test_a_hybridized_block_returns_what_was_asked_for_in_half_precision(backend, tab):
+    if backend == "mxnet":
+        import mxnet as mx
+
+        inputs = [mx.nd.array(x, dtype="float16") for x in (Q, K, V)]
+        chosen = [[0, 2], [1, 3], [5, -1]]
+        call = partial(kvattn.attention, positions=chosen, return_weights=True, return_lse=True)
+        for found, expected in zip(mxnet_block(call)(*inputs), call(*inputs), strict=True):
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(found.asnumpy(), expected.asnumpy())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MXNet's own
+def test_a_score_of_ones_own_is_let_go_with_its_block(backend, tab):
+    if backend == "mxnet":
+        import gc
+        import weakref
+
+        import mxnet as mx
+
+        def score(query, key):
+            return kvattn.dot_score(query, key)
+
+        block = mxnet_block(partial(kvattn.attention, score=score))
+        block(*(mx.nd.array(x, dtype="float32") for x in (Q, K, V))).wait_to_read()
+        kept = weakref.ref(score)
+        del block, score
+        gc.collect()  # the graph
+        gc.collect()  # and its operator, which becomes garbage, in a cycle, only then
+        assert kept() is None

@@ -8,13 +8,31 @@ from typing import NamedTuple
 class Difference(NamedTuple):
     backend: str
     dtype: str  # "*" for every dtype
-    case: str  # "*" for every case, else a case's name or its group
+    case: str  # "*" for every case, else a case's name or its group, or what no case can ask
     reason: str
 
 
 DIFFERENCES = (
     Difference("numpy", "bfloat16", "*", "NumPy has no bfloat16 of its own"),
     Difference("mxnet", "bfloat16", "*", "MXNet's NumPy interface has no bfloat16"),
+    Difference(
+        "mxnet",
+        "*",
+        "errors at trace time",
+        "a hybridized block is traced with Symbols, of unknown shape and dtype: what is wrong with them is raised when it runs",
+    ),
+    Difference(
+        "mxnet",
+        "*",
+        "errors of your own functions in a hybridized block",
+        "MXNet prints what an operator raises as it runs, and raises an MXNetError that does not name it",
+    ),
+    Difference(
+        "mxnet",
+        "*",
+        "gradients of your own functions",
+        "backward crashes where np.where, npx.batch_dot or npx.fully_connected is scaled, then only compared: see the tab",
+    ),
 )
 
 

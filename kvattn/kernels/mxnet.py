@@ -1,20 +1,36 @@
 """Attention on Symbols, which hybridized gluon blocks are traced with: one operator whose shapes come later.
 
-A Symbol has no shape and no values, so the call is kept until the graph runs, and then made on the arrays.
+A Symbol has no shape and no values, so the call is kept until the graph runs, and then made on the arrays. Its checks are
+made twice before: what needs no shape when the block is traced, all when its operator is created, on shapes and dtypes alone.
+Operators take their arguments as text: a call of kvattn's own functions is written out, so that an exported graph runs in
+another process too.
 """
 
 from __future__ import annotations
 
+import json
+from contextlib import contextmanager
 from functools import partial
+from itertools import count
+from threading import local
+from weakref import WeakValueDictionary
 
-from kvattn import bands
+import numpy
+
+from kvattn import bands, dispatch
 from kvattn.lend import lend
 
 with lend():
     import mxnet as mx
+    from mxnet.ndarray.ndarray import _DTYPE_MX_TO_NP as DTYPES
+    from mxnet.symbol.numpy import _Symbol as NumpySymbol
 
 OPERATOR = "kvattn_attention"
-_calls = []  # operators take their arguments as text: the index of a call here stands for it
+ARRAYS = {"mask": (), "valid_lens": (None,), "query_offset": (), "positions": (None, None)}  # and shapes that always fit
+functions = {}  # by name, what a call may name besides the functions of kvattn.api
+_calls = WeakValueDictionary()  # calls that text cannot hold: a number stands for each, while its graph lives
+_numbers = count()
+_failed = local()
 
 
 def deferred(x):
@@ -23,70 +39,214 @@ def deferred(x):
 
 
 def defer(function, query, key, value, **options):
-    """The Symbol, or the tuple of Symbols, of ``function`` on Symbols; options may hold Symbols and so may a partial score."""
-    score = options.get("score")
+    """The Symbol, or the tuple of Symbols, of ``function`` on Symbols; options may hold Symbols and so may a partial score.
+
+    Raises at once what the call itself would raise whatever the Symbols' shapes and dtypes are.
+    """
+    score, keywords = options.get("score"), {}
+    if isinstance(score, partial):
+        options["score"], keywords = score.func, score.keywords
     inputs = {"query": query, "key": key, "value": value}
     inputs |= {name: x for name, x in options.items() if deferred(x)}
-    bound = {name: x for name, x in getattr(score, "keywords", {}).items() if deferred(x)}
-    fixed = {name: x for name, x in options.items() if name not in inputs}
-    _calls.append((function, (*inputs, *bound), len(inputs), fixed))
-    node = mx.sym.Custom(op_type=OPERATOR, call=str(len(_calls) - 1), **inputs, **bound)
-    many = 1 + options["return_weights"] + options["return_lse"]
-    return tuple(node[i] for i in range(many)) if many > 1 else node
+    bound = {name: x for name, x in keywords.items() if deferred(x)}
+    call = _Call(
+        function, [*inputs, *bound], len(inputs), {name: x for name, x in options.items() if name not in inputs},
+        {name: x for name, x in keywords.items() if name not in bound},
+    )  # fmt: skip
+    call.check()
+    symbols = {name: x.as_nd_ndarray() for name, x in {**inputs, **bound}.items()}
+    node = mx.sym.Custom(op_type=OPERATOR, call=call.text(), **symbols)
+    outputs = [node[i].as_np_ndarray() if isinstance(query, NumpySymbol) else node[i] for i in range(len(call.outputs()))]
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+
+class _Call:
+    """A call of ``function``: the names of the arrays to come, the first ``own`` of them its own and the rest its score's,
+    and the options and the score's keywords that it has already."""
+
+    def __init__(self, function, names, own, options, keywords):
+        self.function, self.names, self.own, self.options, self.keywords = function, names, own, options, keywords
+
+    def __call__(self, arrays, **more):
+        given = dict(zip(self.names[: self.own], arrays, strict=False))
+        keywords = {**self.keywords, **dict(zip(self.names[self.own :], arrays[self.own :], strict=True))}
+        options = {**self.options, "score": partial(self.options["score"], **keywords)} if keywords else self.options
+        return self.function(**given, **options, **more)
+
+    def check(self):
+        """Raises what the call raises whatever the shapes and dtypes of the arrays to come are."""
+        options = {name: x for name, x in self.options.items() if name not in ("bias", *ARRAYS)}
+        seen = {
+            name: _Seen(ARRAYS[name], x.dtype) for name, x in self.options.items() if name in ARRAYS and hasattr(x, "dtype")
+        }
+        if self.own < len(self.names) or self.keywords:
+            options.pop("score")
+        self.function(*[_Seen((None, None, None), "float32")] * 3, **options, **seen, backend=_Checks())
+
+    def outputs(self):
+        flags = (("weights", "return_weights"), ("lse", "return_lse"))
+        return ["output", *(name for name, flag in flags if self.options.get(flag))]
+
+    def text(self):
+        """The call as JSON; a number where it holds what is none."""
+
+        def name(x):
+            if _named(getattr(x, "__name__", None)) is not x:
+                raise TypeError
+            return {"kvattn": x.__name__}
+
+        try:
+            return json.dumps([self.function, self.names, self.own, self.options, self.keywords], default=name)
+        except TypeError:
+            number = next(_numbers)
+            _calls[number] = self
+            return str(number)
+
+    @staticmethod
+    def read(text):
+        def function(x):
+            if "kvattn" in x and _named(x["kvattn"]) is None:
+                raise ValueError(f"this graph attends with {x['kvattn']}: import kvattn.mxnet first")
+            return _named(x["kvattn"]) if "kvattn" in x else x
+
+        call = json.loads(text, object_hook=function)
+        if isinstance(call, list):
+            return _Call(*call)
+        if call not in _calls:
+            raise ValueError("this graph attends with a function or an array of the process that made it")
+        return _calls[call]
+
+
+def _named(name):
+    """The function of this name that a call may name, or None."""
+    from kvattn import api
+
+    return functions.get(name) or (getattr(api, name) if name in api.__all__ else None)
+
+
+class _Seen:
+    """What is known of an array: its shape, with None for a size to come, and its dtype."""
+
+    def __init__(self, shape, dtype):
+        self.shape, self.dtype = shape, dtype
+
+
+class _Checks:
+    """The tab as a backend whose attention computes nothing: the specification's checks alone."""
+
+    def __init__(self):
+        self._tab = dispatch.load("mxnet")
+
+    def __getattr__(self, name):
+        return getattr(self._tab, name)
+
+    def is_array(self, x):
+        return isinstance(x, _Seen) or self._tab.is_array(x)
+
+    def asarray(self, x, dtype=None, like=None):
+        return _Seen(x.shape, dtype or x.dtype) if isinstance(x, _Seen) else self._tab.asarray(x, dtype)
+
+    def peek(self, x):
+        return None if isinstance(x, _Seen) else self._tab.peek(x)
+
+    def attention(self, *_, **__):
+        return None
 
 
 class Attention(mx.operator.CustomOp):
     def __init__(self, call):
         super().__init__()
-        self.function, self.names, self.own, self.fixed = _calls[call]
+        self.call, self.graph = call, None
 
     def _run(self, arrays):
-        given = dict(zip(self.names[: self.own], arrays, strict=False))
-        bound = dict(zip(self.names[self.own :], arrays[self.own :], strict=True))
-        fixed = dict(self.fixed)
-        if bound:
-            fixed["score"] = partial(fixed["score"].func, **{**fixed["score"].keywords, **bound})
-        results = self.function(**given, **fixed)
-        return [x.as_nd_ndarray() for x in (results if isinstance(results, tuple) else (results,))]
+        results = self.call(arrays)
+        return list(results) if isinstance(results, tuple) else [results]
+
+    def _record(self, in_data, train):
+        leaves = _copies(in_data)
+        for leaf in leaves:
+            if leaf.dtype.kind == "f":
+                leaf.attach_grad()
+        with mx.autograd.record(train_mode=train):
+            return leaves, self._run(leaves)
 
     def forward(self, is_train, req, in_data, out_data, aux):
-        for i, x in enumerate(self._run(in_data)):
-            self.assign(out_data[i], req[i], x)
+        drops = self.call.options.get("dropout") or (is_train and self.call.options.get("rate"))
+        self.graph = self._record(in_data, bool(is_train)) if drops else None  # backward must drop the same weights
+        for i, x in enumerate(self.graph[1] if drops else self._run(_copies(in_data))):
+            put(self, out_data[i], req[i], x)
 
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
-        leaves = [x.copy() for x in in_data]
-        for leaf in leaves:
-            leaf.attach_grad()
-        with mx.autograd.record():
-            results = self._run(leaves)
-        mx.autograd.backward(results, head_grads=list(out_grad))
+        if self.graph == ():
+            raise RuntimeError("the weights that forward dropped were forgotten after the first backward")
+        leaves, results = self.graph or self._record(in_data, False)
+        self.graph = self.graph and ()  # Python finds this operator, garbage in a cycle, only later
+        mx.autograd.backward(results, head_grads=[x.as_np_ndarray() for x in out_grad])
         for i, leaf in enumerate(leaves):
-            self.assign(in_grad[i], req[i], leaf.grad)
+            put(self, in_grad[i], req[i], mx.np.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+
+
+def put(operator, target, req, x):
+    """An operator's assign: which of MXNet's two arrays it is given depends on when it was registered."""
+    operator.assign(target, req, x if isinstance(target, mx.np.ndarray) else x.as_nd_ndarray())
+
+
+def _copies(arrays):
+    """Copies: what is kept of a call outlives the memory that a graph lends it."""
+    return [x.as_np_ndarray().copy() for x in arrays]
 
 
 @mx.operator.register(OPERATOR)
 class AttentionShapes(mx.operator.CustomOpProp):
     def __init__(self, call):
         super().__init__(need_top_grad=True)
-        self.call = int(call)
-        _, self.names, _, self.fixed = _calls[self.call]
+        self.call = _Call.read(call)
 
     def list_arguments(self):
-        return [*self.names]
+        return [*self.call.names]
 
     def list_outputs(self):
-        return ["output", *["weights"] * self.fixed["return_weights"], *["lse"] * self.fixed["return_lse"]]
+        return self.call.outputs()
 
     def infer_shape(self, in_shape):
-        shapes = dict(zip(self.names, in_shape, strict=True))
-        rows = (*bands.lead(shapes["query"], shapes["key"]), shapes["query"][-2])
-        selected = shapes.get("positions") or getattr(self.fixed["positions"], "shape", shapes["key"][:-1])
-        found = {"output": (*rows, shapes["value"][-1]), "weights": (*rows, selected[-1]), "lse": rows}
-        return in_shape, [found[name] for name in self.list_outputs()], []
+        """Of shapes that do not fit, a guess: create_operator refuses them, and can do so at every run."""
+        names, own = self.call.names, self.call.own
+        shapes = dict(zip(names[:own], map(tuple, in_shape), strict=False))
+        query, key, value = (shapes[name] for name in ("query", "key", "value"))
+        lead = bands.lead(query, key) if len(query) == len(key) else query[:-2]
+        rows = (*lead, *query[-2:-1])
+        selected = self.call.options.get("positions")
+        keys = numpy.shape(selected) if selected is not None else shapes.get("positions", key[:-1])
+        found = {"output": (*rows, *value[-1:]), "weights": (*rows, *keys[-1:]), "lse": rows}
+        d_q, d_k = query[-1], key[-1]
+        sizes = {"W_q": (d_q,), "W_k": (d_k,), "W": (d_q, d_k), "w_g": (d_q + d_k,)}  # for gluon, which asks the graph
+        known = [sizes.get(name, ()) for name in names[own:]]
+        bound = [(*size, *shape[len(size) :]) for size, shape in zip(known, in_shape[own:], strict=True)]
+        return [*in_shape[:own], *bound], [found[name] for name in self.list_outputs()], []
 
     def infer_type(self, in_type):
-        half = in_type[0].__name__ == "float16"
-        return in_type, [mx.base.np.float32 if half and name == "lse" else in_type[0] for name in self.list_outputs()], []
+        half = getattr(in_type[0], "__name__", "") == "float16"
+        return in_type, [numpy.float32 if half and name == "lse" else in_type[0] for name in self.list_outputs()], []
 
     def create_operator(self, ctx, shapes, dtypes):
+        seen = [_Seen(tuple(shape), numpy.dtype(DTYPES[dtype])) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        with telling():
+            self.call(seen, backend=_Checks())
         return Attention(self.call)
+
+
+@contextmanager
+def telling():
+    """Keeps what is raised in the block, while an operator is created: MXNet only prints it."""
+    try:
+        yield
+    except Exception as error:
+        _failed.error = error
+        raise
+
+
+@mx.error.register("MXNetError")
+def _error(message):
+    """MXNet's error; where it is that our operator could not be created, the reason, which MXNet has only printed."""
+    error, _failed.error = getattr(_failed, "error", None), None
+    return error if error is not None and "kCustomOpPropCreateOperator" in message else mx.base.MXNetError(message)

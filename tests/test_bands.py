@@ -1,0 +1,68 @@
+"""The plan of a window, in plain integers: what its blocks hold and what cutting them costs."""
+
+import numpy as np
+
+import kvattn
+from kvattn import bands
+
+
+class Counted:
+    """An array of this shape that adds up the sizes of the arrays it is cut from: what each slice's gradient fills."""
+
+    def __init__(self, shape, cost):
+        self.shape, self.cost = shape, cost
+
+    def __getitem__(self, at):
+        self.cost[0] += int(np.prod(self.shape))
+        return Counted(np.empty(self.shape, bool)[at].shape, self.cost)
+
+
+def cost(n, **options):
+    cut = [0]
+    query, key, value = (Counted((n, 2), cut) for _ in range(3))
+    where = {"mask": None, "bias": None, "valid_lens": None, "query_offset": 0} | options
+    for _ in bands.cuts(bands.plan(n, n, False, 0, (32, 32)), query, key, value, **where):
+        pass
+    return cut[0]
+
+
+def test_the_gradients_of_a_windows_slices_are_linear_in_n():
+    """But for a logarithm: slices all cut from the whole would be 64 times as many elements for 8 times the queries."""
+    assert cost(8 * 8192) < 16 * cost(8192)
+
+
+def test_cuts_of_cuts_are_the_blocks():
+    rng = np.random.default_rng(0)
+    n, m, offset = 6000, 5500, -3
+    query, key, value, mask = rng.random((n, 2)), rng.random((m, 2)), rng.random((m, 1)), rng.random((n, m)) < 0.5
+    row, lens = rng.random((1, m)), rng.integers(0, m, n)
+    steps = bands.plan(n, m, True, offset, (40, 7))
+    assert len(steps) > 16
+    cuts = bands.cuts(steps, query, key, value, mask=mask, bias=row, valid_lens=lens, query_offset=offset)
+    for (i, j, k, l), (block, at) in zip(steps, cuts, strict=True):
+        for found, expected in zip(
+            (*block, at["mask"], at["bias"], at["valid_lens"]),
+            (query[i:j], key[k:l], value[k:l], mask[i:j, k:l], row[:, k:l], lens[i:j] - k),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(found, expected)
+        assert at["query_offset"] == offset + i - k
+
+
+def test_a_long_window_is_the_mask_it_stands_for(backend):
+    """Long enough for slices of slices."""
+    n = 5 * bands.BLOCK + 20
+    rng = np.random.default_rng(0)
+    query, key, value, grad_output = (rng.standard_normal((1, 2, n, 4)).astype(np.float32) for _ in range(4))
+    ahead = np.arange(n) - np.arange(n)[:, None]
+    cut, masked = {"window": (9, 5)}, {"mask": (ahead >= -9) & (ahead <= 5)}
+    assert len(bands.plan(n, n, False, 0, cut["window"])) > bands.FAN
+    found, expected = (
+        [
+            kvattn.attention(query, key, value, **options, backend=backend),
+            *kvattn.attention_grad(query, key, value, grad_output, **options, backend=backend),
+        ]
+        for options in (cut, masked)
+    )
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(kvattn.to_numpy(x), kvattn.to_numpy(y), rtol=0, atol=5e-6)
