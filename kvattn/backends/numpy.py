@@ -10,6 +10,7 @@ import numpy as np
 
 from kvattn import bands
 from kvattn.kernels import numpy as kernels
+from kvattn.kernels import tiled
 
 HALF = ("float16", "bfloat16")
 
@@ -305,12 +306,15 @@ def attention(
         if not isinstance(results, tuple):
             return results[..., 0, :]
         return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
+    if tiled.serves(sys.modules[__name__], query, key, value, score, normalize, dropout, return_weights):
+        scale = tiled.scale_of(sys.modules[__name__], query, score, scale)
+        return tiled.attention(query, key, value, scale, **where, **reach, softcap=softcap, return_lse=return_lse)
     steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
-    if steps:
+    if steps := steps or kernels.rows(score, query, key):
         parts = [attention(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(steps, query, key, value, **where)]
-        if not return_lse:
+        if not isinstance(parts[0], tuple):
             return np.concatenate(parts, axis=-2)
-        return np.concatenate([x for x, _ in parts], axis=-2), np.concatenate([x for _, x in parts], axis=-1)
+        return tuple(np.concatenate(x, axis=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
 
     dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
     allowed = _allowed(n, np.arange(key.shape[-2]), query.ndim, **where, **reach)
@@ -334,6 +338,7 @@ def _scores(query, key, score, scale, softcap, bias):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
     n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
     query = _fold(query, kv_heads)
+    score = kernels.by_columns(score, query, key)
     if scale is None:
         scores = score(query, key)
     else:

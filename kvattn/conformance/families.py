@@ -290,6 +290,9 @@ def blocks(rng):
     q, k, v = qkv(rng, n=n, m=m, d=2, v=1, lead=())
     yield make("blocks", q, k, v, window=3, asked=LSE)
     yield make("blocks, causal, offset", q, k, v, window=(2, 5), causal=True, query_offset=297, grad=False, asked=LSE)
+    # dot products may go another way than blocks
+    offset = {"window": (2, 5), "causal": True, "query_offset": 297}
+    yield make("blocks of another score", q, k, v, score="distance_score", **offset, asked=())
     mask, bias = flags(rng, n, m), grid(rng, m)
     which = {"mask": mask, "window": 2, "query_offset": -2, "valid_lens": np.array(258)}
     q, k, v, bias = poisoned(rng, q, k, v, bias=bias, **which)

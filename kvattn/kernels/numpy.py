@@ -12,6 +12,12 @@ from functools import partial
 import numpy as np
 
 from kvattn import bands
+from kvattn.kernels import threads, tiled, tiled_grad
+
+PAIRS = 2**22  # numbers that are held at one time: scores, and the features of which they are made
+TINY = 2**14  # query.size * key.size of a call that need not be looked at
+COLUMNS = 64  # keys that such a block has at least, where it can
+PLAIN = ("dot_score", "scaled_dot_score", "multiplicative_score", "gated_score", "cosine_score")  # these hold no features
 
 
 def _t(x):
@@ -144,6 +150,58 @@ def epanechnikov_kernel(tab, query, key, grad, width=1.0):
 # ---- attention
 
 
+def rows(score, query, key):
+    """Blocks of queries, as bands.plan's, that have at most PAIRS scores and features of them; [] where one block is all."""
+    if query.size * key.size <= TINY:
+        return []
+    n, m, held = query.shape[-2], key.shape[-2], _held(score, query, key)
+    if query.size * key.size * held <= PAIRS * query.shape[-1] * key.shape[-1]:
+        return []
+    lead = math.prod(bands.lead(query.shape, key.shape))
+    size = max(1, PAIRS // (lead * max(m, min(m, COLUMNS) * held)))
+    return [(i, min(i + size, n), 0, m) for i in range(0, n, size)] if size < n else []
+
+
+def _columns(score, query, key):
+    """Blocks of keys, (first, end), whose features a score holds at one time."""
+    m = key.shape[-2]
+    if query.size * key.size <= TINY or (held := _held(score, query, key)) == 1:
+        return [(0, m)]
+    size = max(1, PAIRS // max(1, math.prod(query.shape[:-1]) * held))
+    return [(i, min(i + size, m)) for i in range(0, m, size)] or [(0, m)]
+
+
+def _held(score, query, key):
+    """How many numbers a score holds for each pair while it computes: as many as there are features, if it is not PLAIN."""
+    inner = score.func if isinstance(score, partial) else score
+    if getattr(inner, "__name__", "") in PLAIN:
+        return 1
+    return max(1, query.shape[-1], key.shape[-1], *(size for x in _parameters(score).values() for size in np.shape(x)))
+
+
+def by_columns(score, query, key):
+    """``score``, or one that computes it in blocks of keys: each pair is scored on its own."""
+    blocks = _columns(score, query, key)
+    if len(blocks) == 1:
+        return score
+
+    def run(query, key):
+        with threads.one_blas_thread():
+            return np.concatenate([score(query, key[..., i:j, :]) for i, j in blocks], axis=-1)
+
+    return run
+
+
+def _product_by_columns(product, blocks, query, key, grad_scores, args, keywords):
+    """A score's vector-Jacobian product in blocks of keys: gradients by key lie side by side, the others add up."""
+    if len(blocks) == 1:
+        return product(query, key, grad_scores, *args, **keywords)
+    with threads.one_blas_thread():
+        parts = [product(query, key[..., i:j, :], grad_scores[..., i:j], *args, **keywords) for i, j in blocks]
+    grads = {name: sum(part[name] for part in parts) for name in parts[0]}
+    return grads | {"key": np.concatenate([part["key"] for part in parts], axis=-2)}
+
+
 def _outer(x, grad):
     """sum over every row of x^T grad: (..., r, a), (..., r, b) -> (a, b)."""
     x = np.broadcast_to(x, (*np.broadcast_shapes(x.shape[:-1], grad.shape[:-1]), x.shape[-1]))
@@ -212,7 +270,12 @@ def attention_grad(
         return _selected(
             tab, positions, query, key, value, grad_output, wrt, sources, where, {"causal": causal, "window": window}, how
         )
-    steps = bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
+    if tiled_grad.serves(tab, query, key, value, wrt, **how):
+        scale = tiled.scale_of(tab, query, how.get("score", tab.scaled_dot_score), how.get("scale"))
+        grads = tiled_grad.attention_grad(query, key, value, grad_output, scale, causal=causal, window=window, **where)
+        grads = dict(zip(("query", "key", "value"), grads, strict=True))
+        return tuple(sum_to(grads[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
+    steps = bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window) or rows(how.get("score"), query, key)
     m, n = key.shape[-2], query.shape[-2]
     for (i, j, k, l), (block, at) in zip(steps, bands.cuts(steps, query, key, value, **where), strict=True):
         grads = _block(tab, *block, grad_output[..., i:j, :], wrt, causal=causal, window=window, **at, **how)
@@ -326,7 +389,8 @@ def _block(
     product = _product(tab, score, SCORES, "score")
     rest = dict(score.keywords) if isinstance(score, partial) else {}
     args = score.args if isinstance(score, partial) else ()
-    by_score = product(tab._fold(query, kv_heads), key, tab._fold(grad_scores, kv_heads), *args, **rest)
+    query, grad_scores = tab._fold(query, kv_heads), tab._fold(grad_scores, kv_heads)
+    by_score = _product_by_columns(product, _columns(score, query, key), query, key, grad_scores, args, rest)
     grads |= by_score
     grads["query"] = tab._unfold(grads["query"], heads, n)
     for name, shape in shapes.items():

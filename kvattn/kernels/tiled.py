@@ -1,0 +1,157 @@
+"""Softmax attention of dot products in tiles, for NumPy arrays: no array of queries by keys ever exists.
+
+A tile of queries meets the keys block by block: the scores, exp and weights @ value of one block lie in buffers that stay
+in the cache. While the sums of exp(scores) stay in range no maximum is taken off the scores; a tile where they do not is
+done again with a running maximum.
+
+Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Rabe and Staats 2021, "Self-attention
+does not need O(n^2) memory"; Dao 2023, "FlashAttention-2".
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kvattn import bands
+from kvattn.kernels import threads, tiles
+from kvattn.kernels.tiles import EXP, LOG, UNIT, blocks, clear, fold, hidden, take
+
+SMALLEST, SMALLEST_ENTRY = 2**16, 2**13  # scores of a call, and of a batch entry, that tiles are worth their own cost for
+FLOOR = 2.0**-24  # a sum of exp(scores) below this may have lost small terms
+
+
+def serves(tab, query, key, value, score, normalize, dropout=0.0, return_weights=False):
+    """Whether tiles serve a call of ``tab``: softmax of dot products, large, weights not asked for.
+
+    Small tiles would cost more than they save: so there must be many scores for each batch entry, of which three axes may
+    have as many as heads. Values that widen a batch axis are left to the tab.
+    """
+    if query.size * key.shape[-2] <= SMALLEST * query.shape[-1] or dropout or return_weights:
+        return False
+    if score not in (tab.scaled_dot_score, tab.dot_score) or normalize not in (tab.softmax, tab.masked_softmax):
+        return False
+    lead = bands.lead(query.shape, key.shape)
+    block = query.shape[-2] * key.shape[-2]
+    entry = block * (lead[-1] if len(lead) > 1 else 1)
+    return entry >= SMALLEST_ENTRY and all(own in (1, every) for own, every in zip(value.shape[:-3], lead[:-1], strict=True))
+
+
+def scale_of(tab, query, score, scale):
+    """What the dot products of a call are multiplied by."""
+    if scale is not None:
+        return scale
+    return 1 / math.sqrt(query.shape[-1]) if score is tab.scaled_dot_score else 1.0
+
+
+def attention(query, key, value, scale, *, mask=None, bias=None, valid_lens=None, causal=False, query_offset=0, window=None,
+              softcap=None, return_lse=False):  # fmt: skip
+    """softmax(scale * query @ key.T) @ value, and the log of the softmax's sums on request."""
+    call = tiles.Call(query, key, value, scale, mask, bias, valid_lens, causal, query_offset, window, softcap)
+    output, lse = forward(call, query.dtype, threads.count(), return_lse)
+    if query.ndim == 2:
+        output, lse = output[0], lse[0] if return_lse else None
+    return (output, lse) if return_lse else output
+
+
+def forward(call, dtype, workers, with_lse):
+    """The output (*batch, heads, n, v) and, or None, the lse."""
+    output = np.empty((*call.lead, call.n, call.value.shape[-1]), dtype)
+    lse = np.empty((*call.lead, call.n), call.dtype) if with_lse else None
+    into, lse_into = call.split(output), call.split(lse, 1) if with_lse else None
+    threads.share(call.tiles(workers), lambda tile, buffers: _attend(call, tile, into, lse_into, buffers), workers)
+    return output, lse
+
+
+def _attend(call, tile, output, lse, buffers):
+    """One tile's output and lse."""
+    output, top = output[tile.at], 0
+    query = tiles.scaled_query(call, tile, buffers)
+    sums, total = take(buffers, "sums", output.shape[:3], call.dtype), take(buffers, "total", output.shape, call.dtype)
+    _sum(call, tile, query, None, sums, total, buffers)
+    if not _sound(call, tile, sums, total):
+        top = _running_sum(call, tile, query, sums, total, buffers)
+        if not np.isfinite(total).all():  # values so large that a sum of them overflows, though not their mean
+            top += LOG(np.where(sums == 0, 1, sums))
+            _sum(call, tile, query, top, sums, total, buffers)
+    if lse is not None:
+        lse[tile.at] = (top + LOG(sums)) / call.dtype.type(UNIT)
+    if not sums.all():
+        sums[sums == 0] = 1
+    total = np.divide(total, sums[..., None], out=output if output.dtype == call.dtype else total)
+    if total is not output:
+        output[...] = total
+
+
+def _sound(call, tile, sums, total):
+    """Whether no sum left the range where it is exact."""
+    if not (sums.max() <= call.ceiling and math.isfinite(total.sum())):
+        return False
+    if sums.min() >= FLOOR:
+        return True
+    low, high = (0, call.m) if call.low is None else call.bounds(tile)
+    return bool(((sums >= FLOOR) | (low >= high)).all())
+
+
+def _sum(call, tile, query, top, sums, total, buffers):
+    """sums = exp(scores - top) @ 1 and total = exp(scores - top) @ values; stops where a sum is too large."""
+    started = False
+    for block in blocks(call, tile, query, buffers):
+        if top is not None:
+            np.subtract(block.scores, top[:, :, block.rows, None], out=block.scores)
+            np.maximum(block.scores, call.lowest, out=block.scores)
+        _add(block, sums, total, started, buffers)
+        started = True
+        if not sums.max() <= call.ceiling:
+            break
+    if not started:
+        sums[...] = total[...] = 0
+
+
+def _add(block, sums, total, started, buffers):
+    """Adds exp(scores) @ 1 and exp(scores) @ values of a block."""
+    weights, rows = EXP(block.scores, out=block.scores), block.rows
+    if block.keeps:
+        clear(block)
+    values = hidden(block, block.values)
+    if not started and weights.shape[2] == total.shape[2]:
+        np.matmul(weights, _column(weights, buffers), out=sums)
+        np.matmul(fold(weights), values, out=fold(total))
+        return
+    if not started:
+        sums[...] = total[...] = 0
+    part = take(buffers, "part", (*weights.shape[:3], total.shape[-1]), weights.dtype)
+    sums[:, :, rows] += np.matmul(
+        weights, _column(weights, buffers), out=take(buffers, "sum", weights.shape[:3], weights.dtype)
+    )
+    np.matmul(fold(weights), values, out=fold(part))
+    total[:, :, rows] += part
+
+
+def _column(weights, buffers):
+    """Ones, (keys,): a product with them sums rows four times as fast as sum()."""
+    name, size = "ones", weights.shape[-1]
+    if name not in buffers or len(buffers[name]) < size:
+        buffers[name] = np.ones(size, weights.dtype)
+    return buffers[name][:size]
+
+
+def _running_sum(call, tile, query, sums, total, buffers):
+    """The same with the largest score, which it returns, taken off."""
+    sums[...] = total[...] = 0
+    top = np.full(sums.shape, -math.inf, call.dtype)
+    for block in blocks(call, tile, query, buffers):
+        scores, rows = block.scores, block.rows
+        for some, keep in block.keeps:
+            np.copyto(scores[..., some, :], -math.inf, where=keep == 0)
+        new = np.maximum(top[:, :, rows], scores.max(axis=-1))
+        shift = np.where(new == -math.inf, 0, new).astype(call.dtype)
+        fade = EXP(top[:, :, rows] - shift)
+        sums[:, :, rows] *= fade
+        total[:, :, rows] *= fade[..., None]
+        top[:, :, rows] = new
+        scores -= shift[..., None]
+        np.maximum(scores, call.lowest, out=scores)
+        _add(block, sums, total, True, buffers)
+    return np.where(top == -math.inf, 0, top).astype(call.dtype)

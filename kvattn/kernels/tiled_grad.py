@@ -1,0 +1,98 @@
+"""The gradients of tiled.attention, in the same tiles: weights are computed again from the scores and the lse.
+
+With P the weights, O = P V the output and G the gradient of a loss by it: dV = P^T G, dP = G V^T,
+dS = P (dP - row sums of G O), dQ = scale dS K, dK = scale dS^T Q.
+
+Source: Dao et al. 2022, "FlashAttention", algorithm 4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from kvattn.kernels import threads, tiled, tiles
+from kvattn.kernels.tiles import EXP, UNIT, blocks, clear, fold, hidden, ready, take
+
+
+def serves(tab, query, key, value, wrt, *, score=None, normalize=None, softcap=None, dropout=0.0, **_):
+    """Whether tiles serve the gradients of a call of ``tab``: those by query, key and value, without a softcap."""
+    score, normalize = score or tab.scaled_dot_score, normalize or tab.softmax
+    served = tiled.serves(tab, query, key, value, score, normalize, dropout)
+    return served and softcap is None and set(wrt) <= {"query", "key", "value"}
+
+
+def attention_grad(query, key, value, grad_output, scale, *, mask=None, bias=None, valid_lens=None, causal=False,
+                   query_offset=0, window=None, output=None, lse=None):  # fmt: skip
+    """The gradients by query, key and value of sum(grad_output * attention(...)), float32 for half precision.
+
+    Each has its argument's heads and every batch entry. ``output`` and ``lse`` are what attention returned, if they are known.
+    """
+    call = tiles.Call(query, key, value, scale, mask, bias, valid_lens, causal, query_offset, window, None)
+    workers = threads.count()
+    if output is None:
+        output, lse = tiled.forward(call, call.dtype, workers, True)
+    output, grad_output = (call.split(x.reshape(*call.lead, *x.shape[-2:])) for x in (output, grad_output))
+    lse = call.split(lse.reshape(*call.lead, call.n), 1)
+
+    # the tiles of one key head add to the same gradients: they are one task, or several with arrays of their own
+    by_head = {}
+    for tile in call.tiles(workers):
+        by_head.setdefault((*tile.at[:-3], tile.at[-3].start), []).append(tile)
+    parts = -(-workers // max(len(by_head), 1))
+    tasks = [(part, group[part::parts]) for group in by_head.values() for part in range(parts)]
+    by_query = np.empty((*call.lead, *query.shape[-2:]), call.dtype)
+    by_key, by_value = (np.zeros((parts, *x.shape), call.dtype) for x in (call.key, call.value))
+    into = call.split(by_query)
+
+    def work(task, buffers):
+        part, group = task
+        for tile in group:
+            _add(call, tile, output, lse, grad_output, into, by_key[part], by_value[part], buffers)
+
+    threads.share(tasks, work, workers)
+    by_key *= call.dtype.type(1 / UNIT)
+    grads = (by_query, _together(call, by_key), _together(call, by_value))
+    return tuple(x[0] for x in grads) if query.ndim == 2 else grads
+
+
+def _together(call, x):
+    """(parts, *batch, key heads, group or 1, ..., m, c) -> (*batch, key heads, m, c), summed."""
+    x = x.reshape(len(x), *call.lead[:-1], call.heads[0], call.heads[1] if len(call.heads) > 2 else 1, *x.shape[-2:])
+    return x.sum(axis=(0, -3)) if len(x) > 1 or x.shape[-3] > 1 else x[0, ..., 0, :, :]
+
+
+def _add(call, tile, output, lse, grad_output, by_query, by_key, by_value, buffers):
+    """Writes the gradient by the tile's queries and adds those by the keys and values that they see."""
+    *at, heads, _, _ = tile.at
+    query, lse = tiles.scaled_query(call, tile, buffers), lse[tile.at] * call.dtype.type(UNIT)
+    grad_output = ready(grad_output[tile.at], "grad_output", call.dtype, buffers)
+    delta = (grad_output * output[tile.at]).sum(axis=-1)
+    if (empty := lse == -math.inf).any():  # nothing of these rows may reach a key: 0 * NaN is NaN
+        lse[empty] = delta[empty] = query[empty] = 0
+        grad_output = np.where(empty[..., None], 0, grad_output).astype(call.dtype)
+    total = take(buffers, "total", query.shape, call.dtype)
+    total[...] = 0
+    for block in blocks(call, tile, query, buffers):
+        rows, weights = block.rows, block.scores
+        weights -= lse[:, :, rows, None]
+        np.maximum(weights, call.lowest, out=weights)
+        EXP(weights, out=weights)
+        if block.keeps:
+            clear(block)
+        keys, values = hidden(block, block.keys), hidden(block, block.values)
+        some_queries, some_grads = fold(query[:, :, rows]), fold(grad_output[:, :, rows])
+        grads = take(buffers, "grads", weights.shape, call.dtype)  # by the weights, then by the scores
+        np.matmul(some_grads, values.swapaxes(-1, -2), out=fold(grads))
+        grads -= delta[:, :, rows, None]
+        grads *= weights
+        here = (*at, heads, 0, block.columns)
+        by_value[here] += np.matmul(_t(fold(weights)), some_grads)
+        by_key[here] += np.matmul(_t(fold(grads)), some_queries)
+        total[:, :, rows] += np.matmul(fold(grads), keys).reshape(*weights.shape[:3], -1)
+    np.multiply(total, call.dtype.type(call.scale), out=by_query[tile.at])
+
+
+def _t(x):
+    return x.swapaxes(-1, -2)

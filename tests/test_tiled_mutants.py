@@ -1,0 +1,90 @@
+"""Break any one line of the tiles and the conformance suite turns red, as in test_mutants.py."""
+
+import importlib
+import sys
+
+import pytest
+from test_mutants import altered
+from test_tiled import ALWAYS, SIZES
+
+from kvattn import conformance, kernels
+from kvattn.backends import numpy as tab
+from kvattn.kernels import numpy as blockwise
+from kvattn.kernels import threads, tiled, tiled_grad, tiles
+
+MUTANTS = [
+    ("tiles", "sees one key too many", "position + right + 1", "position + right + 2"),
+    ("tiles", "looks one key too far left", "else position - left", "else position - left - 1"),
+    ("tiles", "ignores valid_lens", "high = np.minimum(high, valid_lens", "np.minimum(high, valid_lens"),
+    ("tiles", "leaves out the last key of a range", "(last, tile.last, edge)", "(last, tile.last - 1, edge)"),
+    ("tiles", "shifts a mask's rows", "rows.start + part.start, rows.start + part.stop)", "part.start, part.stop)"),
+    ("tiles", "takes every block for an inner one", "inside = tile.inner_first", "inside = True or tile.inner_first"),
+    ("tiles", "ignores -inf in the bias", "if not (allowed := bias != -math.inf).all():", "if False:"),
+    ("tiles", "scales the bias", "np.multiply(bias, call.dtype.type(UNIT)", "np.multiply(bias, call.dtype.type(0.5)"),
+    ("tiles", "forgets softcap", "np.tanh(scores, out=scores)", "pass"),
+    ("tiles", "lets NaN through", "if not block.keeps or np.isfinite(x).all():", "if True:"),
+    ("tiles", "reads another entry's lengths", "here = bounds[number *", "here = bounds[0 * number *"),
+    ("tiled", "forgets what is forbidden", "    if block.keeps:\n        clear(block)\n", ""),
+    ("tiled", "never takes off the maximum", "if not _sound(call, tile, sums, total):", "if False:"),
+    ("tiled", "keeps what was summed under an older maximum", "total[:, :, rows] *= fade[..., None]", "pass"),
+    ("tiled", "forgets the maximum in lse", "(top + LOG(sums))", "LOG(sums)"),
+    ("tiled", "divides by nothing", "    if not sums.all():\n        sums[sums == 0] = 1\n", ""),
+    ("tiled_grad", "forgets the rows' sums", "grads -= delta[:, :, rows, None]", "pass"),
+    ("tiled_grad", "scales no gradient by the key", "by_key *= call.dtype.type(1 / UNIT)", "pass"),
+    ("tiled_grad", "scales no gradient by the query", "call.dtype.type(call.scale)", "call.dtype.type(1)"),
+    ("tiled_grad", "adds over no group", "tile.at[-3].start), []).append(tile)", "tile.at[-3].start), [tile])"),
+    ("tiled_grad", "lets NaN through", " = query[empty] = 0", " = 0"),
+]
+MODULES = {"tiles": tiles, "tiled": tiled, "tiled_grad": tiled_grad}
+
+
+@pytest.fixture
+def mutated(monkeypatch):
+    """Makes the three files anew, one of them altered, and puts them in the others' place."""
+
+    def alter(file, old, new):
+        for name in MODULES:
+            monkeypatch.setitem(sys.modules, f"kvattn.kernels.{name}", MODULES[name])
+            change = (old, new) if name == file else ("import", "import")
+            module = altered(f"kernels/{name}.py", f"kvattn.kernels.{name}", *change)
+            monkeypatch.setattr(kernels, name, module)
+            for user in (tab, blockwise):
+                if hasattr(user, name):
+                    monkeypatch.setattr(user, name, module)
+        for constant, size in SIZES[0].items():
+            monkeypatch.setattr(kernels.tiles, constant, size)
+        for constant, size in ALWAYS.items():
+            monkeypatch.setattr(kernels.tiled, constant, size)
+        monkeypatch.setattr(threads, "count", lambda: 2)
+
+    return alter
+
+
+CASES = {
+    case.name: case
+    for case in conformance.cases()
+    if case.group in ("plain", "scale", "masks", "bias", "lengths", "causal", "window", "softcap", "large scores", "padding",
+                      "grouped heads", "shapes", "empty rows", "merging")
+}  # fmt: skip
+
+
+def failures():
+    return [r for case in CASES.values() for r in conformance.run("numpy", [case], ("float64",)).failures]
+
+
+def test_the_unmutated_files_pass(mutated):
+    mutated("tiles", "import", "import")
+    assert tab.tiled is kernels.tiled is not tiled
+    assert not failures()
+
+
+@pytest.mark.parametrize(("file", "wrong", "old", "new"), MUTANTS, ids=[f"{row[0]} {row[1]}" for row in MUTANTS])
+def test_tiles_that(mutated, file, wrong, old, new):
+    mutated(file, old, new)
+    assert any("Error: " not in result.message for result in failures())
+
+
+def test_the_modules_are_the_real_ones_again():
+    assert importlib.import_module("kvattn.kernels.tiled") is tiled
+    assert tab.tiled is tiled
+    assert blockwise.tiled is tiled
