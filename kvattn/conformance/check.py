@@ -287,7 +287,8 @@ def _headed(tab: Any, case: Case, arguments: dict[str, Any], keywords: dict[str,
         grads = kvattn.multi_head_attention_grad(*inputs, params, grad_output, wrt=by, **options, backend=tab)
         found = dict(zip(by, grads, strict=True))
         if case.call == "self_attention":
-            found["x"] = found["query"] + found["key"] + found["value"]
+            three = [np.asarray(tab.to_numpy(found[name]), np.float64) for name in ("query", "key", "value")]
+            found["x"] = tab.asarray(sum(three), dtype=checks.dtype_name(found["query"]))  # as JAX adds no float64 by itself
         results |= {f"grad_{name}": found[name] for name in wrt}
     return results
 
