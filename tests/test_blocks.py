@@ -1,5 +1,7 @@
 """NumPy meets any score and any normaliser block by block: no array of queries by keys by features ever exists."""
 
+import math
+from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
 
@@ -11,10 +13,21 @@ import kvattn
 from kvattn import conformance
 from kvattn.backends import numpy as tab
 from kvattn.kernels import numpy as blockwise
+from kvattn.kernels import tiled
+
+
+@contextmanager
+def in_blocks():
+    """Every call that is not served in tiles is cut into blocks of a few numbers."""
+    with (
+        patch.multiple(blockwise, PAIRS=8, COLUMNS=2),
+        patch.multiple(tiled, TINY=0, SMALLEST=math.inf, SMALLEST_KEYS=math.inf),
+    ):
+        yield
 
 
 def test_the_conformance_suite_in_blocks():
-    with patch.multiple(blockwise, PAIRS=8, COLUMNS=2, TINY=0):
+    with in_blocks():
         report = conformance.run("numpy", dtypes=("float64", "float32"))
     assert not report.failures, "\n".join(result.message for result in report.failures)
 
@@ -31,7 +44,7 @@ def test_a_score_and_a_normaliser_of_ones_own_in_blocks():
     query, key, value, _ = draw(lead=(2, 4), kv=(2, 2), n=9, m=7)
     options = {"score": my_score, "normalize": my_normalizer, "causal": True, "valid_lens": np.array([3, 6]), "scale": 0.5}
     expected = kvattn.attention(query, key, value, **options, return_weights=True)
-    with patch.multiple(blockwise, PAIRS=8, COLUMNS=2, TINY=0):
+    with in_blocks():
         found = kvattn.attention(query, key, value, **options, return_weights=True)
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-15)
@@ -40,7 +53,7 @@ def test_a_score_and_a_normaliser_of_ones_own_in_blocks():
 def test_dropout_in_blocks_is_the_same_forward_and_back():
     query, key, value, _ = draw(lead=(), n=6, m=5)
     ones = np.ones((6, 2))
-    with patch.multiple(blockwise, PAIRS=8, COLUMNS=2, TINY=0):
+    with in_blocks():
         output, weights = kvattn.attention(query, key, value, dropout=0.5, rng=np.random.default_rng(3), return_weights=True)
         alone = kvattn.attention(query, key, value, dropout=0.5, rng=np.random.default_rng(3))
         (by_value,) = kvattn.attention_grad(query, key, value, ones, dropout=0.5, rng=np.random.default_rng(3), wrt=["value"])

@@ -21,7 +21,7 @@ from kvattn.kernels import threads, tiled, tiled_grad, tiles
 
 INF, NAN = np.inf, np.nan
 WRT = ("query", "key", "value")
-ALWAYS = {"SMALLEST": 0, "SMALLEST_ENTRY": 0}
+ALWAYS = {"TINY": 0, "SMALLEST": 0, "SMALLEST_ENTRY": 0}
 SIZES = [  # of tiles and blocks
     {"ROWS": 4, "COLUMNS": 3, "LONGEST": 5, "EDGE": 2},
     {"ROWS": 2, "COLUMNS": 1, "LONGEST": 3, "EDGE": 1},
@@ -47,7 +47,7 @@ def in_tiles(sizes=SIZES[0], workers=2):
 
 @contextmanager
 def all_at_once():
-    with patch.object(tiled, "SMALLEST", math.inf):
+    with patch.multiple(tiled, SMALLEST=math.inf, SMALLEST_KEYS=math.inf):
         yield
 
 
@@ -188,7 +188,9 @@ def test_narrower_dtypes(dtype):
 def test_values_may_not_widen_the_batch():
     query, key, value, _ = draw(lead=(1, 2), kv=(1, 2))
     value = np.concatenate([value, -value])
-    assert not tiled.serves(tab, query, key, value, tab.dot_score, tab.softmax)
+    with patch.multiple(tiled, **ALWAYS):
+        assert not tiled.serves(tab, query, key, value)
+        assert tiled.serves(tab, query, key, value[:1])
     with in_tiles() as served:
         output = kvattn.attention(query, key, value)
     assert not served
@@ -391,19 +393,26 @@ def test_memory_of_gradients_grows_with_the_length():
 def test_which_calls_tiles_serve():
     query, key, value, _ = draw(lead=(2,), n=300, m=300, dtype=np.float32)
     serves = partial(tiled.serves, tab, query, key, value)
-    assert serves(tab.scaled_dot_score, tab.softmax)
-    assert serves(tab.dot_score, tab.masked_softmax)
-    assert not serves(tab.distance_score, tab.softmax)
-    assert not serves(partial(tab.dot_score), tab.softmax)
-    assert not serves(tab.dot_score, tab.sparsemax)
-    assert not serves(tab.dot_score, tab.softmax, dropout=0.1)
-    assert not serves(tab.dot_score, tab.softmax, return_weights=True)
-    assert not tiled.serves(tab, query[:, :50], key[:, :50], value[:, :50], tab.dot_score, tab.softmax)
-    entries = [x.reshape(-1, 1, 10, x.shape[-1]) for x in (query, key, value)]  # 60 small ones
-    assert not tiled.serves(tab, *(np.repeat(x, 20, axis=0) for x in entries), tab.dot_score, tab.softmax)
-    assert tiled_grad.serves(tab, query, key, value, WRT)
+    assert serves()
+    assert serves(score=tab.dot_score, normalize=tab.masked_softmax, mask=np.array(True), softcap=1.0)
+    assert not serves(score=tab.distance_score)
+    assert not serves(score=partial(tab.dot_score))
+    assert not serves(normalize=tab.sparsemax)
+    assert not serves(dropout=0.1)
+    assert not serves(return_weights=True)
+    assert tiled_grad.serves(tab, query, key, value, WRT, causal=True)
     assert not tiled_grad.serves(tab, query, key, value, ("bias",))
     assert not tiled_grad.serves(tab, query, key, value, WRT, softcap=1.0)
+
+
+def test_small_calls_are_left_to_the_tab_but_for_those_that_would_copy_many_keys():
+    query, key, value, _ = draw(lead=(2,), n=50, m=300)
+    assert not tiled.serves(tab, query, key, value)
+    entries = [np.ones((2000, 1, 10, 2))] * 3
+    assert not tiled.serves(tab, *entries)
+    long = np.ones((1, 2, 4096, 64))
+    assert not tiled.serves(tab, long[..., :1, :], long, long)
+    assert tiled.serves(tab, long[..., :1, :], long, long, valid_lens=np.array([9]))
 
 
 def test_both_bases_of_the_exponential():

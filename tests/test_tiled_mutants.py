@@ -13,17 +13,18 @@ from kvattn.kernels import numpy as blockwise
 from kvattn.kernels import threads, tiled, tiled_grad, tiles
 
 MUTANTS = [
-    ("tiles", "sees one key too many", "position + right + 1", "position + right + 2"),
-    ("tiles", "looks one key too far left", "else position - left", "else position - left - 1"),
-    ("tiles", "ignores valid_lens", "high = np.minimum(high, valid_lens", "np.minimum(high, valid_lens"),
+    ("tiles", "sees one key too many", "first + call.right - ahead", "first + call.right - ahead + 1"),
+    ("tiles", "looks one key too far left", "cut_from - call.left - ahead", "cut_from - call.left - ahead - 1"),
+    ("tiles", "ignores valid_lens", "self.lengths = np.clip(valid_lens", "np.clip(valid_lens"),
+    ("tiles", "ignores a query's own length", "if call.per_query is not None and first < last:", "if False:"),
     ("tiles", "leaves out the last key of a range", "(last, tile.last, edge)", "(last, tile.last - 1, edge)"),
     ("tiles", "shifts a mask's rows", "rows.start + part.start, rows.start + part.stop)", "part.start, part.stop)"),
-    ("tiles", "takes every block for an inner one", "inside = tile.inner_first", "inside = True or tile.inner_first"),
+    ("tiles", "takes every block for an inner one", "if start < tile.inner_first or end", "if False and end"),
     ("tiles", "ignores -inf in the bias", "if not (allowed := bias != -math.inf).all():", "if False:"),
     ("tiles", "scales the bias", "np.multiply(bias, call.dtype.type(UNIT)", "np.multiply(bias, call.dtype.type(0.5)"),
     ("tiles", "forgets softcap", "np.tanh(scores, out=scores)", "pass"),
     ("tiles", "lets NaN through", "if not block.keeps or np.isfinite(x).all():", "if True:"),
-    ("tiles", "reads another entry's lengths", "here = bounds[number *", "here = bounds[0 * number *"),
+    ("tiles", "reads another entry's lengths", "sees[number *", "sees[0 * number *"),
     ("tiled", "forgets what is forbidden", "    if block.keeps:\n        clear(block)\n", ""),
     ("tiled", "never takes off the maximum", "if not _sound(call, tile, sums, total):", "if False:"),
     ("tiled", "keeps what was summed under an older maximum", "total[:, :, rows] *= fade[..., None]", "pass"),

@@ -306,7 +306,8 @@ def attention(
         if not isinstance(results, tuple):
             return results[..., 0, :]
         return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
-    if tiled.serves(sys.modules[__name__], query, key, value, score, normalize, dropout, return_weights):
+    small = query.size * key.size <= tiled.TINY
+    if not small and tiled.serves(sys.modules[__name__], query, key, value, **where, **reach, **how, **back):
         scale = tiled.scale_of(sys.modules[__name__], query, score, scale)
         return tiled.attention(query, key, value, scale, **where, **reach, softcap=softcap, return_lse=return_lse)
     steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)

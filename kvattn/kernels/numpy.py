@@ -15,7 +15,6 @@ from kvattn import bands
 from kvattn.kernels import threads, tiled, tiled_grad
 
 PAIRS = 2**22  # numbers that are held at one time: scores, and the features of which they are made
-TINY = 2**14  # query.size * key.size of a call that need not be looked at
 COLUMNS = 64  # keys that such a block has at least, where it can
 PLAIN = ("dot_score", "scaled_dot_score", "multiplicative_score", "gated_score", "cosine_score")  # these hold no features
 
@@ -152,7 +151,7 @@ def epanechnikov_kernel(tab, query, key, grad, width=1.0):
 
 def rows(score, query, key):
     """Blocks of queries, as bands.plan's, that have at most PAIRS scores and features of them; [] where one block is all."""
-    if query.size * key.size <= TINY:
+    if query.size * key.size <= tiled.TINY:
         return []
     n, m, held = query.shape[-2], key.shape[-2], _held(score, query, key)
     if query.size * key.size * held <= PAIRS * query.shape[-1] * key.shape[-1]:
@@ -165,7 +164,7 @@ def rows(score, query, key):
 def _columns(score, query, key):
     """Blocks of keys, (first, end), whose features a score holds at one time."""
     m = key.shape[-2]
-    if query.size * key.size <= TINY or (held := _held(score, query, key)) == 1:
+    if query.size * key.size <= tiled.TINY or (held := _held(score, query, key)) == 1:
         return [(0, m)]
     size = max(1, PAIRS // max(1, math.prod(query.shape[:-1]) * held))
     return [(i, min(i + size, m)) for i in range(0, m, size)] or [(0, m)]
@@ -270,8 +269,9 @@ def attention_grad(
         return _selected(
             tab, positions, query, key, value, grad_output, wrt, sources, where, {"causal": causal, "window": window}, how
         )
-    if tiled_grad.serves(tab, query, key, value, wrt, **how):
-        scale = tiled.scale_of(tab, query, how.get("score", tab.scaled_dot_score), how.get("scale"))
+    small = query.size * key.size <= tiled.TINY
+    if not small and tiled_grad.serves(tab, query, key, value, wrt, causal=causal, window=window, **where, **how):
+        scale = tiled.scale_of(tab, query, how.get("score"), how.get("scale"))
         grads = tiled_grad.attention_grad(query, key, value, grad_output, scale, causal=causal, window=window, **where)
         grads = dict(zip(("query", "key", "value"), grads, strict=True))
         return tuple(sum_to(grads[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)

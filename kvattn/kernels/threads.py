@@ -1,6 +1,6 @@
 """A call's work shared by threads, with BLAS held to one thread while several of ours run.
 
-The threads live as long as the call: there is none to keep through a fork, to join at exit or to start at import.
+The threads are kept from the first large call on, since starting one takes as long as a tile; a forked child has its own.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -16,6 +17,7 @@ _lock = threading.Lock()
 _blas = None  # NumPy's BLAS, by threadpoolctl; [] without it
 _held = []  # [(library, its threads before)] while any call holds BLAS
 _holders = 0
+_pool = None  # of this process
 
 
 def _libraries():
@@ -34,9 +36,9 @@ def _libraries():
 
 
 def _forget():
-    """In a forked child no call is running, whatever its parent was doing."""
-    global _lock, _holders
-    _lock = threading.Lock()
+    """In a forked child no call is running and no thread of ours, whatever its parent was doing."""
+    global _lock, _holders, _pool
+    _lock, _pool = threading.Lock(), None
     _release()
     _holders = 0
 
@@ -47,12 +49,15 @@ def _release():
     _held.clear()
 
 
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def count():
     """How many threads of ours may run: as many as BLAS would use, within this process's cores; 1 without threadpoolctl."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with _lock:
         blas = [before for _, before in _held] or [x.get_num_threads() for x in _libraries()]
-    return min([cores, *blas]) if blas else 1
+    return min([_cores(), *blas]) if blas else 1
 
 
 @contextmanager
@@ -74,12 +79,28 @@ def one_blas_thread():
                 _release()
 
 
+def _start(work, many):
+    """Futures of work(), at most ``many``."""
+    global _pool
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(max(1, _cores() - 1), thread_name_prefix="kvattn")
+        pool = _pool
+    started = []
+    try:
+        for _ in range(many):
+            started.append(pool.submit(work))
+    except RuntimeError:  # no more threads to be had, as at exit: the caller does it all
+        pass
+    return started
+
+
 def share(tasks, work, workers):
     """work(task, buffers) for every task, by this thread and up to ``workers`` - 1 more; each has its own dict of buffers.
 
     Raises what any of them raises, once all have stopped.
     """
-    tasks, failures, started = deque(tasks), [], []
+    tasks, failures = deque(tasks), []
     helpers = min(workers, len(tasks)) - 1
 
     def take():
@@ -99,18 +120,12 @@ def share(tasks, work, workers):
             failures.append(error)
 
     with one_blas_thread() if helpers > 0 else nullcontext():
-        try:
-            for _ in range(helpers):
-                thread = threading.Thread(target=serve, name="kvattn")
-                thread.start()
-                started.append(thread)
-        except RuntimeError:  # no more threads to be had: this one does it all
-            pass
+        started = _start(serve, helpers) if helpers > 0 else []
         try:
             serve()
-            for thread in started:
-                thread.join()
         finally:
             tasks.clear()
+            for future in started:
+                future.cancel() or future.result()
     if failures:
         raise failures[0]

@@ -16,25 +16,35 @@ import numpy as np
 
 from kvattn import bands
 from kvattn.kernels import threads, tiles
-from kvattn.kernels.tiles import EXP, LOG, UNIT, blocks, clear, fold, hidden, take
+from kvattn.kernels.tiles import EXP, LOG, UNIT, blocks, clear, fold, hidden, product, take
 
-SMALLEST, SMALLEST_ENTRY = 2**16, 2**13  # scores of a call, and of a batch entry, that tiles are worth their own cost for
+TINY = 2**14  # query.size * key.size of a call that need not be looked at: all is the tab's
+SMALLEST, SMALLEST_ENTRY = 2**17, 2**12  # scores of a call, and of a batch entry, that tiles are worth their own cost for
+SMALLEST_KEYS = 2**19  # numbers in keys that mask, valid_lens, causal or window would have the tab copy
 FLOOR = 2.0**-24  # a sum of exp(scores) below this may have lost small terms
 
 
-def serves(tab, query, key, value, score, normalize, dropout=0.0, return_weights=False):
+def serves(tab, query, key, value, *, score=None, normalize=None, dropout=0.0, return_weights=False, mask=None, bias=None,
+           valid_lens=None, causal=False, window=None, **_):  # fmt: skip
     """Whether tiles serve a call of ``tab``: softmax of dot products, large, weights not asked for.
 
     Small tiles would cost more than they save: so there must be many scores for each batch entry, of which three axes may
-    have as many as heads. Values that widen a batch axis are left to the tab.
+    have as many as heads. A call restricted to some of the keys gains by what it does not read. Values that widen a batch
+    axis are left to the tab.
     """
-    if query.size * key.shape[-2] <= SMALLEST * query.shape[-1] or dropout or return_weights:
+    n, m = query.shape[-2], key.shape[-2]
+    if query.size * m < SMALLEST * query.shape[-1]:
+        restricted = mask is not None or bias is not None or valid_lens is not None or causal or window is not None
+        if key.size < SMALLEST_KEYS or not restricted:
+            return False
+    if dropout or return_weights or not query.size or not key.size:
         return False
-    if score not in (tab.scaled_dot_score, tab.dot_score) or normalize not in (tab.softmax, tab.masked_softmax):
+    if score not in (None, tab.scaled_dot_score, tab.dot_score):
+        return False
+    if normalize not in (None, tab.softmax, tab.masked_softmax):
         return False
     lead = bands.lead(query.shape, key.shape)
-    block = query.shape[-2] * key.shape[-2]
-    entry = block * (lead[-1] if len(lead) > 1 else 1)
+    entry = n * m * (lead[-1] if len(lead) > 1 else 1)
     return entry >= SMALLEST_ENTRY and all(own in (1, every) for own, every in zip(value.shape[:-3], lead[:-1], strict=True))
 
 
@@ -42,7 +52,7 @@ def scale_of(tab, query, score, scale):
     """What the dot products of a call are multiplied by."""
     if scale is not None:
         return scale
-    return 1 / math.sqrt(query.shape[-1]) if score is tab.scaled_dot_score else 1.0
+    return 1.0 if score is tab.dot_score else 1 / math.sqrt(query.shape[-1])
 
 
 def attention(query, key, value, scale, *, mask=None, bias=None, valid_lens=None, causal=False, query_offset=0, window=None,
@@ -90,7 +100,7 @@ def _sound(call, tile, sums, total):
         return False
     if sums.min() >= FLOOR:
         return True
-    low, high = (0, call.m) if call.low is None else call.bounds(tile)
+    low, high = call.bounds(tile)
     return bool(((sums >= FLOOR) | (low >= high)).all())
 
 
@@ -116,25 +126,24 @@ def _add(block, sums, total, started, buffers):
         clear(block)
     values = hidden(block, block.values)
     if not started and weights.shape[2] == total.shape[2]:
-        np.matmul(weights, _column(weights, buffers), out=sums)
-        np.matmul(fold(weights), values, out=fold(total))
+        _row_sums(weights, sums, buffers)
+        product(fold(weights), values, out=fold(total))
         return
     if not started:
         sums[...] = total[...] = 0
+    sums[:, :, rows] += _row_sums(weights, take(buffers, "sum", weights.shape[:3], weights.dtype), buffers)
     part = take(buffers, "part", (*weights.shape[:3], total.shape[-1]), weights.dtype)
-    sums[:, :, rows] += np.matmul(
-        weights, _column(weights, buffers), out=take(buffers, "sum", weights.shape[:3], weights.dtype)
-    )
-    np.matmul(fold(weights), values, out=fold(part))
+    product(fold(weights), values, out=fold(part))
     total[:, :, rows] += part
 
 
-def _column(weights, buffers):
-    """Ones, (keys,): a product with them sums rows four times as fast as sum()."""
-    name, size = "ones", weights.shape[-1]
-    if name not in buffers or len(buffers[name]) < size:
-        buffers[name] = np.ones(size, weights.dtype)
-    return buffers[name][:size]
+def _row_sums(weights, out, buffers):
+    """The sums of rows, (key heads, group, rows): by a product with ones, four times as fast as sum()."""
+    size = weights.shape[-1]
+    if len(buffers.get("ones", ())) < size:
+        buffers["ones"] = np.ones(size, weights.dtype)
+    np.dot(weights.reshape(-1, size), buffers["ones"][:size], out=out.reshape(-1))
+    return out
 
 
 def _running_sum(call, tile, query, sums, total, buffers):

@@ -13,14 +13,12 @@ import math
 import numpy as np
 
 from kvattn.kernels import threads, tiled, tiles
-from kvattn.kernels.tiles import EXP, UNIT, blocks, clear, fold, hidden, ready, take
+from kvattn.kernels.tiles import EXP, UNIT, blocks, clear, fold, hidden, product, ready, take
 
 
-def serves(tab, query, key, value, wrt, *, score=None, normalize=None, softcap=None, dropout=0.0, **_):
+def serves(tab, query, key, value, wrt, *, softcap=None, **options):
     """Whether tiles serve the gradients of a call of ``tab``: those by query, key and value, without a softcap."""
-    score, normalize = score or tab.scaled_dot_score, normalize or tab.softmax
-    served = tiled.serves(tab, query, key, value, score, normalize, dropout)
-    return served and softcap is None and set(wrt) <= {"query", "key", "value"}
+    return softcap is None and tiled.serves(tab, query, key, value, **options) and set(wrt) <= {"query", "key", "value"}
 
 
 def attention_grad(query, key, value, grad_output, scale, *, mask=None, bias=None, valid_lens=None, causal=False,
@@ -90,7 +88,9 @@ def _add(call, tile, output, lse, grad_output, by_query, by_key, by_value, buffe
         here = (*at, heads, 0, block.columns)
         by_value[here] += np.matmul(_t(fold(weights)), some_grads)
         by_key[here] += np.matmul(_t(fold(grads)), some_queries)
-        total[:, :, rows] += np.matmul(fold(grads), keys).reshape(*weights.shape[:3], -1)
+        part = take(buffers, "part", (*weights.shape[:3], query.shape[-1]), call.dtype)
+        product(fold(grads), keys, out=fold(part))
+        total[:, :, rows] += part
     np.multiply(total, call.dtype.type(call.scale), out=by_query[tile.at])
 
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from kvattn import bands
 
-ROWS, COLUMNS = 1024, 256  # queries of a tile, keys of a block: fewer queries meet more keys, or more heads
+ROWS, COLUMNS = 2048, 256  # queries of a tile, keys of a block: fewer queries meet more keys, or more heads
 LONGEST = 8192  # keys of a block
-EDGE = 128  # keys of a block that not all queries of the tile see
+EDGE = 256  # keys of a block that not all queries of the tile see
 
 
 def _vectorised_exp2():
@@ -30,7 +30,8 @@ EXP, LOG, UNIT = (np.exp2, np.log2, math.log2(math.e)) if _vectorised_exp2() els
 
 class Tile(NamedTuple):
     at: tuple  # (*batch, key heads, their groups, rows): indices and slices
-    entry: int  # of the bounds
+    entry: int  # of the batch
+    position: int  # of the first row
     first: int  # keys that some row sees
     last: int
     inner_first: int  # keys that every row sees
@@ -38,7 +39,7 @@ class Tile(NamedTuple):
 
 
 class Call:
-    """The arguments as views (*batch, key heads, group, rows, features); query i may see keys low[i] <= j < high[i]."""
+    """The arguments as views (*batch, key heads, group, rows, features), and what each query may see."""
 
     def __init__(self, query, key, value, scale, mask, bias, valid_lens, causal, query_offset, window, softcap):
         axes, self.n, self.m = query.ndim, query.shape[-2], key.shape[-2]
@@ -49,13 +50,21 @@ class Call:
         self.lowest = (np.finfo(self.dtype).minexp + 4) * math.log(2) * UNIT  # below this exp is slow, and as good as 0
         self.ceiling = float(np.finfo(self.dtype).max) ** 0.75
         self.scale, self.softcap = scale, softcap
-        self.low, self.high = None, None
-        if causal or window is not None or valid_lens is not None:
-            self.low, self.high = self._bounds(axes, valid_lens, causal, query_offset, window)
+
+        # a query at position p sees the keys p - left <= j <= p + right below the length, each None where there is no limit
+        self.left, self.right = window or (None, None)
+        self.right = 0 if causal else self.right
+        self.offsets, self.lengths, self.per_query = np.reshape(query_offset, -1).tolist(), [self.m], None
+        if valid_lens is not None and valid_lens.ndim > (axes > 2):
+            self.per_query = np.clip(valid_lens, 0, self.m).astype(self.bits).reshape(-1, self.n)
+        elif valid_lens is not None:
+            self.lengths = np.clip(valid_lens, 0, self.m).reshape(-1).tolist()
+
         self.lead = bands.lead(query.shape, key.shape)
         self.heads = (key.shape[-3], self.lead[-1] // key.shape[-3])
         shared = (self.heads[0], 1)
-        if axes == 3 and self.low is not None and len(self.low) > 1:  # heads are batch entries too, with bounds of their own
+        self.entries = max(len(self.offsets), len(self.lengths), 1 if self.per_query is None else len(self.per_query))
+        if axes == 3 and self.entries > 1:  # the heads are batch entries too, and see keys of their own
             self.heads = shared = (*self.heads, 1, 1)
         self.batch = (*self.lead[:-1], *self.heads[:-2])
         self.query = self.split(_broadcast(query, self.lead))
@@ -70,57 +79,55 @@ class Call:
         at = x.ndim - rest - 1
         return x.reshape(*x.shape[:at], *(self.heads if x.shape[at] > 1 else [1] * len(self.heads)), *x.shape[at + 1 :])
 
-    def _bounds(self, axes, valid_lens, causal, query_offset, window):
-        """low and high, (batch or 1, n or 1)."""
-        low, high = np.zeros((1, 1), np.int64), np.full((1, 1), self.m)
-        if causal or window is not None:
-            left, right = window or (None, None)
-            right = 0 if causal else right
-            position = np.reshape(query_offset, (-1, 1)) + np.arange(self.n)
-            low = low if left is None else position - left
-            high = high if right is None else position + right + 1
-        if valid_lens is not None:
-            high = np.minimum(high, valid_lens.reshape(1 if axes == 2 else len(valid_lens), -1))
-        return np.broadcast_arrays(*(np.clip(x, 0, self.m).astype(np.int32) for x in (low, high)))
-
     def tiles(self, workers):
         """The tiles, longest first. Several heads share one where a head alone would be small."""
         each = -(-2 * workers // max(1, math.prod(self.lead)))  # tiles of a head, so that every thread has some
         size = max(1, min(self.n, ROWS, max(EDGE, -(-self.n // each))))
-        many = ROWS * COLUMNS // (size * min(max(COLUMNS, self.m), LONGEST))
+        longest = LONGEST if self.left is None and self.right is None else EDGE
+        many = ROWS * COLUMNS // (size * min(max(COLUMNS, self.m), longest))
         many = min(many, -(-math.prod(self.lead) // (2 * workers)))
         c, g = self.heads[-2:]
         heads, groups = _slices(c, max(1, many // g)), _slices(g, max(1, min(many, g)))
-        rows = _slices(self.n, size)
-        bounds = self._bounds_of(rows) if rows else []
-        tiles = []
+        rows, tiles = _slices(self.n, size), []
+        sees = [[self._sees(entry, part) for part in rows] for entry in range(self.entries)]
         for number, at in enumerate(np.ndindex(*self.batch)):
-            here = bounds[number * len(bounds) // math.prod(self.batch)] if rows else []
-            for of_heads, of_group, (i, part) in itertools.product(heads, groups, enumerate(rows)):
-                cost, *limits = here[i if len(here) > 1 else 0]
-                tiles.append((cost * (part.stop - part.start), Tile((*at, of_heads, of_group, part), *limits)))
-        return [tile for _, tile in sorted(tiles, key=lambda x: -x[0])]
+            for part, seen in zip(rows, sees[number * self.entries // math.prod(self.batch)], strict=True):
+                tiles += [Tile((*at, *of, part), *seen) for of in itertools.product(heads, groups)]
+        return sorted(tiles, key=_cost, reverse=True)
 
-    def _bounds_of(self, rows):
-        """[[(number of keys, entry, first, last, inner first, inner last) of rows] of a batch entry], or one for all."""
-        if self.low is None:
-            return [[(self.m, 0, 0, self.m, 0, self.m)]]
-        starts = [part.start for part in rows] if self.low.shape[1] > 1 else [0]
-        sees = self.low < self.high
-        found = (
-            np.add.reduceat(np.where(sees, self.high - self.low, 0), starts, axis=1),
-            np.broadcast_to(np.arange(len(sees))[:, None], (len(sees), len(starts))),
-            np.minimum.reduceat(np.where(sees, self.low, self.m), starts, axis=1),
-            np.maximum.reduceat(np.where(sees, self.high, 0), starts, axis=1),
-            np.maximum.reduceat(self.low, starts, axis=1),
-            np.minimum.reduceat(self.high, starts, axis=1),
-        )
-        return np.stack(found, axis=-1).tolist()
+    def _sees(self, entry, rows):
+        """(entry, position, first, last, inner first, inner last) of a batch entry's rows."""
+        position = self.offsets[entry % len(self.offsets)] + rows.start
+        end, shortest = position + rows.stop - rows.start, self.lengths[entry % len(self.lengths)]
+        longest = shortest
+        if self.per_query is not None:
+            lengths = self.per_query[entry % len(self.per_query), rows]
+            shortest, longest = int(lengths.min()), int(lengths.max())
+        first, inner_first = (0, 0) if self.left is None else (max(0, position - self.left), max(0, end - 1 - self.left))
+        last, inner_last = longest, shortest
+        if self.right is not None:
+            last, inner_last = min(last, end + self.right), min(inner_last, position + self.right + 1)
+        return entry, position, first, max(first, last), inner_first, inner_last
+
+    def lengths_of(self, tile):
+        """Of the keys that its rows may see: one for all, or (rows,)."""
+        if self.per_query is None:
+            return self.lengths[tile.entry % len(self.lengths)]
+        return self.per_query[tile.entry % len(self.per_query), tile.at[-1]]
 
     def bounds(self, tile):
-        """low and high of the tile's rows, or one for all of them."""
-        rows = tile.at[-1] if self.low.shape[1] > 1 else slice(None)
-        return self.low[tile.entry, rows], self.high[tile.entry, rows]
+        """low and high, (rows,): each row of the tile sees the keys low <= j < high."""
+        rows = tile.at[-1]
+        position = np.arange(tile.position, tile.position + rows.stop - rows.start)
+        high = self.lengths_of(tile)
+        low = np.zeros_like(position) if self.left is None else np.maximum(position - self.left, 0)
+        return low, np.minimum(high, position + self.right + 1) if self.right is not None else high
+
+
+def _cost(tile):
+    """In proportion to the scores of a tile."""
+    rows = tile.at[-1]
+    return (tile.last - tile.first + max(0, tile.inner_last - tile.inner_first)) * (rows.stop - rows.start)
 
 
 def _broadcast(x, lead):
@@ -159,6 +166,16 @@ def ready(x, name, dtype, buffers):
     return copy
 
 
+def product(a, b, out):
+    """a @ b, (heads, rows, k) @ (heads, k, c); matmul would hold the GIL all along where its output is one short row."""
+    if a.shape[1] > 1:
+        np.matmul(a, b, out=out)
+    else:
+        for x, y, into in zip(a, b, out, strict=True):
+            np.dot(x, y, out=into)
+    return out
+
+
 def fold(x):
     """(key heads, group, rows, c) -> (key heads, group * rows, c): the queries of one key head lie in a row."""
     return x.reshape(len(x), -1, x.shape[-1])
@@ -183,19 +200,15 @@ class Block(NamedTuple):
 def blocks(call, tile, query, buffers):
     """The blocks of keys that some row of the tile sees."""
     *at, heads, group, rows = tile.at
-    low, high = (None, None) if call.low is None else call.bounds(tile)
     alone = query.shape[1] == 1  # one head of a group: rows that see nothing can be left out
     width = min(max(COLUMNS, ROWS * COLUMNS // math.prod(query.shape[:3])), LONGEST)
     for start, end in _stretches(tile, width, EDGE if alone else width):
-        part, columns = slice(0, query.shape[2]), slice(start, end)
-        inside = tile.inner_first <= start and end <= tile.inner_last
-        if not inside and alone and len(low) > 1:
-            seeing = np.flatnonzero((low < end) & (start < high) & (low < high))
-            if not len(seeing):
+        part, columns, keeps = slice(0, query.shape[2]), slice(start, end), []
+        if start < tile.inner_first or end > tile.inner_last:
+            part, keeps = _within(call, tile, start, end, alone, buffers)
+            if part.start >= part.stop:
                 continue
-            part = slice(int(seeing[0]), int(seeing[-1]) + 1)
         index = (*at, heads, group, slice(rows.start + part.start, rows.start + part.stop), columns)
-        keeps = [] if inside else _within(call.bits, low[part], high[part], columns, buffers)
         if call.mask is not None and not (mask := cut(call.mask, index)).all():
             if not mask.any():
                 continue
@@ -239,18 +252,49 @@ def _ones(allowed, name, bits, buffers):
     return np.negative(keep, out=keep)
 
 
-def _within(bits, low, high, columns, buffers):
-    """What bounds leave of a block, (rows, bits) for each that cuts it, of the rows that it cuts."""
-    keeps, position = [], np.arange(columns.start, columns.stop, dtype=bits)
-    for name, cuts in (("low", low > columns.start), ("high", high < columns.stop)):
-        if cuts.any():
-            hit = np.flatnonzero(cuts)
-            rows = slice(int(hit[0]), int(hit[-1]) + 1) if len(cuts) > 1 else slice(None)
-            bound = (low - 1 if name == "low" else high)[rows, None].astype(bits)
-            ahead = (bound, position) if name == "low" else (position, bound)
-            keep = np.subtract(*ahead, out=take(buffers, name, (len(bound), len(position)), bits))
-            keeps.append((rows, np.right_shift(keep, 8 * bits.itemsize - 1, out=keep)))  # the sign, in every bit
-    return keeps
+def _within(call, tile, start, end, alone, buffers):
+    """The rows that see any of the keys start <= j < end, and what limits leave of them: (rows, bits) for each that cuts them.
+
+    Row r stands at tile.position + r: from which row on a limit is met, and of which shape is its triangle, is arithmetic.
+    """
+    rows, keeps = tile.at[-1], []
+    first, last = 0, rows.stop - rows.start
+    ahead = start - tile.position  # of row 0, by how much
+    width = end - start
+    if alone:
+        first = first if call.right is None else max(first, ahead - call.right)
+        last = last if call.left is None else min(last, ahead + width + call.left)
+    if call.right is not None and (cut_until := min(last, ahead + width - 1 - call.right)) > first:
+        keep = _triangle("right", cut_until - first, width, first + call.right - ahead, call.bits, buffers)
+        keeps.append((slice(0, cut_until - first), keep))
+    if call.left is not None and (cut_from := max(first, ahead + call.left + 1)) < last:
+        keep = _triangle("left", last - cut_from, width, cut_from - call.left - ahead, call.bits, buffers)
+        keeps.append((slice(cut_from - first, last - first), keep))
+    if call.per_query is not None and first < last:
+        lengths = call.lengths_of(tile)[first:last, None]
+        keep = take(buffers, "per query", (last - first, width), call.bits)
+        keeps.append((slice(None), _signs(np.subtract(np.arange(start, end, dtype=call.bits), lengths, out=keep))))
+    return slice(first, last), keeps
+
+
+def _triangle(side, rows, columns, shift, bits, buffers):
+    """(rows, columns), all ones where column - row <= shift, or, on the left, >= shift; kept for blocks of the same form."""
+    form = (rows, columns, shift)
+    if buffers.get((side, "form")) != form:
+        keep = take(buffers, side, (rows, columns), bits)
+        row, column = np.arange(rows, dtype=bits)[:, None], np.arange(columns, dtype=bits)
+        if side == "right":
+            np.subtract(column, row + (shift + 1), out=keep)
+        else:
+            np.subtract(row + (shift - 1), column, out=keep)
+        _signs(keep)
+        buffers[side, "form"] = form
+    return take(buffers, side, (rows, columns), bits)
+
+
+def _signs(x):
+    """All ones for what is negative, all zeros for what is not."""
+    return np.right_shift(x, 8 * x.itemsize - 1, out=x)
 
 
 def clear(block):
