@@ -1,8 +1,9 @@
 """How long attention takes, as a ratio to PyTorch's scaled_dot_product_attention in the same process, call by call in turn.
 
 Each backend runs in a process of its own, since the frameworks' thread pools disturb each other, with PyTorch's kernel beside
-it as the yardstick. A round calls the yardstick, kvattn and the framework's own attention once each; the ratio is taken
-within the round, and the table shows the median of the rounds with the quartiles. What was timed is checked in the same run.
+it as the yardstick: every query over every key, whatever part of them the others are restricted to. A round calls the
+yardstick, kvattn and the framework's own attention once each; the ratio is taken within the round, and the table shows the
+median of the rounds with the quartiles. What was timed is checked in the same run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ SHAPES = {  # batch, heads, queries, keys, features
     "D": (1, 8, 1, 8192, 64),
     "tiny": (1, 1, 8, 8, 8),
 }
-KINDS = ("full", "causal", "valid")
+KINDS = ("full", "causal", "valid", "window")
+WINDOW = 256  # keys to each side of a query
+PAUSE = 0.003  # seconds before each call: a framework's threads go on spinning after its last one
 # of the largest |value|: is what was timed attention at all? How near it is, the conformance suite says
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 YARDSTICK = "torch SDPA"
@@ -80,9 +83,9 @@ def table(rows: list[dict[str, Any]]) -> Any:
 
     rows = [row for row in rows if "failed" not in row]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    made = Table("", "", title=f"time / {YARDSTICK}: median, quartiles")
+    made = Table("", "", title=f"time / {YARDSTICK}, all to all: median, quartiles")
     for shape in shapes:
-        made.add_column(shape, justify="right", no_wrap=True)
+        made.add_column(shape, justify="right", no_wrap=True, min_width=9)
     for kind in dict.fromkeys(row["kind"] for row in rows):
         for what in dict.fromkeys(row["what"] for row in rows if row["kind"] == kind):
             found = {row["shape"]: _cell(row) for row in rows if (row["kind"], row["what"]) == (kind, what)}
@@ -97,7 +100,7 @@ def _cell(row: dict[str, Any]) -> str:
     if row["ratio"] is None:
         return f"{1e3 * row['seconds']:.3g} ms"
     low, high = row["spread"]
-    return f"{row['ratio']:.2f}  {low:.2f}-{high:.2f}"
+    return f"{row['ratio']:.2f}\n{low:.2f}-{high:.2f}"
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
@@ -136,13 +139,17 @@ def _measure(backend: str, shape: str, kind: str, dtype: str, grad: bool, device
     b, h, n, m, d = SHAPES[shape]
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal((b, h, length, d)).astype("float32") for length in (n, m, m, n)][: 4 if grad else 3]
-    options = {"causal": {"causal": True}, "valid": {"valid_lens": np.full(b, max(1, int(0.6 * m)))}}.get(kind, {})
-    calls = _yardstick(arrays, options, dtype, grad, device) if find_spec("torch") else {}
+    lens = np.full(b, max(1, int(0.6 * m)))
+    options = {"causal": {"causal": True}, "valid": {"valid_lens": lens}, "window": {"window": WINDOW}}.get(kind, {})
+    calls = {YARDSTICK: _sdpa(arrays, {}, dtype, grad, device)} if find_spec("torch") else {}
     calls |= PEERS[backend](arrays, options, dtype, grad, device)
-    errors = {what: _error(call(), arrays, options, grad) for what, call in calls.items()}  # warm, and checked
+    errors = {  # each is warm now, and checked
+        what: _error(call(), arrays, {} if what == YARDSTICK else options, grad) for what, call in calls.items()
+    }
     took: dict[str, list[float]] = {what: [] for what in calls}
     for _ in range(rounds):
         for what, call in calls.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             call()
             took[what].append(time.perf_counter() - start)
@@ -166,6 +173,8 @@ def _error(got: Any, arrays: list[np.ndarray], options: dict[str, Any], grad: bo
         scores = np.where(np.arange(len(key)) <= rows[:, None], scores, -np.inf)
     if "valid_lens" in options:
         scores = np.where(np.arange(len(key)) < options["valid_lens"][0], scores, -np.inf)
+    if "window" in options:
+        scores = np.where(abs(np.arange(len(key)) - rows[:, None]) <= options["window"], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     expected = weights @ value
@@ -180,17 +189,16 @@ def _named(calls: Callable[..., Iterator[tuple[str, Call]]]) -> Callable[..., di
     return lambda *args: dict(calls(*args))
 
 
-@_named
-def _yardstick(arrays, options, dtype, grad, device):
+def _sdpa(arrays: list[np.ndarray], options: dict[str, Any], dtype: str, grad: bool, device: str) -> Call:
+    """PyTorch's own kernel, told as its users tell it what is allowed."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     on = device if device == "cpu" or torch.cuda.is_available() else "cpu"
     query, key, value, *back = (torch.tensor(x, dtype=getattr(torch, dtype), device=on) for x in arrays)
-    mask = None
-    if "valid_lens" in options:
-        mask = (torch.arange(key.shape[-2]) < torch.tensor(options["valid_lens"])[:, None, None, None]).to(on)
+    mask = _mask(options, query.shape[-2], key.shape[-2]) if {"valid_lens", "window"} & options.keys() else None
+    mask = None if mask is None else torch.tensor(mask, device=on)
     leaves = [x.requires_grad_(grad) for x in (query, key, value)]
 
     def call() -> Any:
@@ -198,7 +206,18 @@ def _yardstick(arrays, options, dtype, grad, device):
         output = torch.autograd.grad(output, leaves, back[0])[0] if grad else output
         return _settled(output)
 
-    yield YARDSTICK, call
+    return call
+
+
+def _mask(options: dict[str, Any], n: int, m: int) -> np.ndarray | None:
+    """What a framework without such options is given for them: (n, m), or (batch, 1, 1, m)."""
+    if "causal" in options:
+        return np.tri(n, m, dtype=bool)
+    if "valid_lens" in options:
+        return np.arange(m) < options["valid_lens"][:, None, None, None]
+    if "window" in options:
+        return abs(np.arange(m) - np.arange(n)[:, None]) <= options["window"]
+    return None
 
 
 def _settled(x: Any) -> Any:
@@ -230,11 +249,7 @@ def _numpy(arrays, options, dtype, grad, device):
     if grad or math.prod(given[0].shape[:-1]) * given[1].shape[-2] > 2**28:  # the plain formula would hold gigabytes
         return
     query, key, value = given
-    mask = None
-    if "causal" in options:
-        mask = np.tri(query.shape[-2], key.shape[-2], dtype=bool)
-    if "valid_lens" in options:
-        mask = np.arange(key.shape[-2]) < options["valid_lens"][:, None, None, None]
+    mask = _mask(options, query.shape[-2], key.shape[-2])
 
     def naive(softmax: Callable[..., Any]) -> Any:
         scores = query @ key.swapaxes(-1, -2) * query.dtype.type(1 / math.sqrt(query.shape[-1]))
@@ -257,9 +272,11 @@ def _torch(arrays, options, dtype, grad, device):
 
     on = device if device == "cpu" or torch.cuda.is_available() else "cpu"
     given = [torch.tensor(x, dtype=getattr(torch, dtype), device=on) for x in arrays]
-    options = {name: torch.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
-    ours = _ours("torch", given, options, grad)
+    tensors = {name: torch.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    ours = _ours("torch", given, tensors, grad)
     yield "kvattn torch", lambda: _settled(_first(ours(*given)))
+    if options:
+        yield f"{YARDSTICK}, {'causal' if 'causal' in options else 'masked'}", _sdpa(arrays, options, dtype, grad, device)
 
 
 @_named
@@ -275,7 +292,10 @@ def _jax(arrays, options, dtype, grad, device):
     lens = options.get("valid_lens")
 
     def forward(*qkv: Any) -> Any:
-        return jax.nn.dot_product_attention(*qkv, is_causal="causal" in options, key_value_seq_lengths=lens)
+        window = options.get("window")
+        return jax.nn.dot_product_attention(
+            *qkv, is_causal="causal" in options, key_value_seq_lengths=lens, local_window_size=window
+        )
 
     native = jax.jit((lambda q, k, v, g: jax.vjp(forward, q, k, v)[1](g)) if grad else forward)
     yield "jax.nn", lambda: jax.block_until_ready(_first(native(*moved))).swapaxes(1, 2)
@@ -287,16 +307,14 @@ def _tensorflow(arrays, options, dtype, grad, device):
     import tensorflow as tf
 
     given = [tf.constant(x, dtype) for x in arrays]
-    options = {name: tf.constant(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    asked, options = options, {name: tf.constant(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     ours = tf.function(_ours("tensorflow", given, options, grad), autograph=False)
     yield "kvattn tensorflow", lambda: _first(ours(*given)).numpy()
     if grad:
         return
     moved = [tf.transpose(x, [0, 2, 1, 3]) for x in given]
-    mask = None
-    if "valid_lens" in options:
-        lens = tf.cast(options["valid_lens"], tf.int64)[:, None, None, None]
-        mask = tf.range(given[1].shape[-2], dtype=tf.int64) < lens
+    mask = None if "causal" in options else _mask(asked, arrays[0].shape[-2], arrays[1].shape[-2])
+    mask = None if mask is None else tf.constant(mask.reshape(-1, 1, *mask.shape[-2:]))
     native = tf.function(
         lambda q, k, v: keras.ops.dot_product_attention(q, k, v, mask=mask, is_causal="causal" in options), autograph=False
     )
@@ -311,7 +329,7 @@ def _mxnet(arrays, options, dtype, grad, device):
     options = {name: tab.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     ours = _ours("mxnet", given, options, grad)
     yield "kvattn mxnet", lambda: _first(ours(*given)).asnumpy()
-    if grad or "causal" in options:
+    if grad or {"causal", "window"} & options.keys():
         return
     flat = [x.reshape(-1, *x.shape[2:]) for x in given]
     each = arrays[0].shape[1] * arrays[0].shape[2]

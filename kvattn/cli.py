@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--grad", action="store_true", help="forward and backward together")
     bench.add_argument("--causal", action="store_true", help="also with the causal mask")
     bench.add_argument("--valid", action="store_true", help="also with padding: valid_lens at 60%% of the keys")
+    bench.add_argument("--window", action="store_true", help="also in a window of 256 keys to each side")
     bench.add_argument("--device", default="cpu", help="PyTorch's name of a device (default: cpu)")
     bench.add_argument("--rounds", metavar="N", type=int, default=15, help="calls of each, in turn (default: 15)")
     bench.add_argument("--json", metavar="FILE", help="also write the measurements as JSON")
@@ -327,7 +328,7 @@ def bench(options: argparse.Namespace) -> int:
         raise _Refused(f"--rounds must be at least 1, not {options.rounds}")
     for path in filter(None, (options.json, options.plot)):
         _writable(path)
-    kinds = ["full"] + ["causal"] * options.causal + ["valid"] * options.valid
+    kinds = [kind for kind in bench.KINDS if kind == "full" or getattr(options, kind)]
     console = _console()
     if "torch" not in dispatch.available_backends():
         console.print(f"PyTorch is not installed, so there are times but no ratios: {_cure('torch')}")

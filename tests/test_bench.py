@@ -17,7 +17,7 @@ def measured(*extra, path):
 
 
 def test_every_backend_is_timed_and_right(tmp_path, capsys):
-    status, rows = measured("--causal", "--valid", "--plot", str(tmp_path / "b.png"), path=tmp_path / "b.json")
+    status, rows = measured("--causal", "--valid", "--window", "--plot", str(tmp_path / "b.png"), path=tmp_path / "b.json")
     assert status == 0
     assert {(row["what"], row["kind"]) for row in rows} >= {
         (f"kvattn {name}", kind) for name in chosen() for kind in bench.KINDS
@@ -39,6 +39,7 @@ def test_a_wrong_answer_is_told_from_a_right_one():
     assert bench._error(call(), arrays, {}, False) < 1e-12
     assert bench._error(call() * 1.01, arrays, {}, False) > 1e-3
     assert bench._error(call(), arrays, {"causal": True}, False) > 1e-3
+    assert bench._error(call(), arrays, {"window": 2}, False) > 1e-3
 
 
 def test_a_wrong_row_makes_the_command_fail(monkeypatch, capsys):
