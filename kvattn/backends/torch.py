@@ -330,20 +330,30 @@ def attention(
         if not isinstance(results, tuple):
             return results[..., 0, :]
         return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
-    steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
-    if steps:
-        parts = [attention(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(steps, query, key, value, **where)]
-        if not return_lse:
-            return torch.cat(parts, dim=-2)
-        return torch.cat([x for x, _ in parts], dim=-2), torch.cat([x for _, x in parts], dim=-1)
-
-    dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
     fused = score is scaled_dot_score and normalize is softmax and not (softcap or dropout or return_weights or return_lse)
     fused = fused and kernels.serves(query, key, value, bias, scale)
-    if fused and (lens := kernels.lengths(query, key, value, **where, **reach)):
-        return kernels.by_length(query, key, value, lens, causal, scale).to(dtype)
-    triangle = fused and kernels.is_triangle(n, key.shape[-2], **where, **reach)
+    if fused and (runs := kernels.runs(query, key, value, **where, **reach)):
+        output = kernels.by_runs(attention, runs, query, key, value, valid_lens, causal, scale)
+        if output is not None:
+            return output.to(query.dtype)  # autocast's is another
+    triangle = fused and kernels.is_triangle(query.shape[-2], key.shape[-2], **where, **reach)
     free = triangle or (mask is bias is valid_lens is window is None and not causal)
+    steps = [] if triangle or return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
+    band = fused and not free and kernels.is_band(query.shape[-2], key.shape[-2], **where, **reach)
+    attend = attention
+    if not (steps or (fused and free)) and (steps := kernels.rows(query, key, value, score, fused, **where, **reach)):
+        band, attend = band and window is None, attention if fused else kernels.again(attention, rng)
+    if steps and band:
+        return kernels.by_band(steps, query, key, value, causal, query_offset, window, scale).to(query.dtype)
+    if steps:
+        parts = [attend(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(steps, query, key, value, **where)]
+        if not isinstance(parts[0], tuple):
+            return torch.cat(parts, dim=-2)
+        return tuple(torch.cat(x, dim=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
+
+    dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
+    if triangle and n < key.shape[-2]:  # nobody sees the others, nor NaN in them
+        key, value = key[..., :n, :], value[..., :n, :]
     allowed = None if free else _allowed(n, torch.arange(key.shape[-2], device=key.device), query.ndim, **where, **reach)
     query, key, value = _hide_padding(allowed, query, key, value)
     if fused:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from kvattn import bands
+
+CALL = 2**26  # multiplications that one more call must save, and
+READ = 32  # that take as long as reading one number of a key, value or mask
+PAIRS = 2**24  # numbers that are held at one time, of scores, masks or features: arrays under 32 MB would fragment glibc's heap
+ROWS = 256  # queries of a block for which nothing but a mask is held
+PLAIN = ("dot_score", "scaled_dot_score", "multiplicative_score", "gated_score", "cosine_score")  # these hold no features
 
 
 def serves(query, key, value, bias, scale):
@@ -21,41 +31,128 @@ def serves(query, key, value, bias, scale):
         return False
     if torch.compiler.is_compiling():
         return True
+    return not _transformed(query, key, value)
+
+
+def _transformed(*inputs):
     if torch._C._are_functorch_transforms_active():
-        return False
-    return forward_ad._current_level < 0 or all(forward_ad.unpack_dual(x).tangent is None for x in (query, key, value))
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
-def lengths(query, key, value, mask, bias, valid_lens, causal, query_offset, window):
-    """valid_lens (batch,) as a list, where it is the only mask but for causal, and can be read without a wait; else None."""
+def _taped(*inputs):
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def runs(query, key, value, mask, bias, valid_lens, causal, query_offset, window):
+    """Neighbours in the batch that share a call over their first keys, [(how many, keys, whether each has as many)]; or [].
+
+    For valid_lens (batch,), where it is the only mask but for causal and can be read without a wait.
+    """
     if valid_lens is None or valid_lens.ndim != 1 or not mask is bias is window is None or torch.compiler.is_compiling():
-        return None
+        return []
     if valid_lens.device.type != "cpu" or (causal and not (isinstance(query_offset, int) and query_offset == 0)):
-        return None
+        return []
     if not query.shape[0] == key.shape[0] == value.shape[0] == len(valid_lens) or query.ndim < 3:
+        return []
+    n, m = query.shape[-2], key.shape[-2]
+    most = min(n, m) if causal else m
+    each = (n + READ) * math.prod(query.shape[1:-2]) * (query.shape[-1] + value.shape[-1])  # of a key
+    found = []
+    for length in valid_lens.tolist():
+        length = min(length, most)
+        if found:
+            size, longest, even = found[-1]
+            keys = max(length, longest)
+            masked = (size + 1) * n * keys if causal and not (even and length == longest) else 0
+            if ((size + 1) * keys - size * longest - length) * each + masked * READ <= CALL:
+                found[-1] = size + 1, keys, even and length == longest
+                continue
+        found.append((1, length, True))
+    saved = each * (m * len(query) - sum(size * length for size, length, _ in found))
+    saved += READ * len(query) * n * m if causal else 0
+    even = len(found) == 1 and found[0][-1]
+    return found if even or saved > CALL * len(found) else [(len(query), m, False)]
+
+
+def by_runs(attend, found, query, key, value, valid_lens, causal, scale):
+    """Each run by itself: little work on padding, and none to hide where all have as many keys. None where there is no gain."""
+    if found == [(len(query), key.shape[-2], False)]:
+        return _padded(query, key, value, valid_lens, causal, scale)
+    parts = (x.split([size for size, *_ in found]) for x in (query, key, value, valid_lens))
+    outputs = []
+    for (_, length, even), q, k, v, lens in zip(found, *parts, strict=True):
+        k, v = k[..., :length, :], v[..., :length, :]
+        if even and length:
+            outputs.append(_fused(q, k, v, None, causal, scale))
+        else:
+            outputs.append(attend(q, k, v, valid_lens=None if even else lens, causal=causal, scale=scale))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _padded(query, key, value, valid_lens, causal, scale):
+    """All with a mask, or None where what it masks may have to be hidden: a copy of keys and values costs more than a look."""
+    if not valid_lens.all():
         return None
-    lens = [min(length, key.shape[-2]) for length in valid_lens.tolist()]
-    return lens if all(lens) else None
+    n, m = query.shape[-2], key.shape[-2]
+    allowed = torch.arange(m) < valid_lens.reshape(-1, *[1] * (query.ndim - 1))
+    output = _fused(query, key, value, allowed & torch.ones(n, m, dtype=torch.bool).tril() if causal else allowed, False, scale)
+    # NaN and inf in a value are in the output too; in a key they may not be, if its score is -inf, but in the gradient
+    sound = _finite(output) and (_finite(key) or not _taped(query, key, value))
+    return output if sound else None
 
 
-def by_length(query, key, value, lens, causal, scale):
-    """Each batch entry over its own first keys, entries of one length together: no work on padding, and none to hide."""
-    order, parts = [], []
-    for length in sorted({*lens}):
-        entries = [i for i, of in enumerate(lens) if of == length]
-        q, k, v = (x if len(entries) == len(lens) else x[entries] for x in (query, key, value))
-        parts.append(attention(q, k[..., :length, :], v[..., :length, :], None, None, causal, scale))
-        order += entries
-    if len(parts) == 1:
-        return parts[0]
-    places = sorted(range(len(order)), key=order.__getitem__)
-    return torch.cat(parts)[places]
+def _finite(x):
+    return math.isfinite(x.detach().sum(dtype=None if x.dtype == torch.float64 else torch.float32))
+
+
+def rows(query, key, value, score, fused, mask, bias, valid_lens, causal, query_offset, window):
+    """Blocks of queries, as bands.plan's, that hold at most PAIRS numbers each; [] where one block is all."""
+    if torch.compiler.is_compiling() or _transformed(query, key, value):
+        return []
+    n, m = query.shape[-2], key.shape[-2]
+    if fused:  # nothing but masks is held; with gradients each block would keep its own, and keys without padding
+        by_query = valid_lens is not None and valid_lens.ndim == (2 if query.ndim > 2 else 1)
+        if not (causal or window or by_query) or mask is not bias or _taped(query, key, value):
+            return []
+        size = max(ROWS, PAIRS // max(1, m * (len(valid_lens) if by_query and query.ndim > 2 else 1)))
+    else:
+        size = max(1, PAIRS // max(1, m * math.prod(bands.lead(query.shape, key.shape)) * _held(score, query, key)))
+    reach = query_offset if fused and causal and isinstance(query_offset, int) else m
+    return [(i, j, 0, min(max(reach + j, 0), m)) for i in range(0, n, size) for j in [min(i + size, n)]] if size < n else []
+
+
+def _held(score, query, key):
+    """How many numbers a score holds for each pair while it computes: as many as there are features, if it is not PLAIN."""
+    if getattr(getattr(score, "func", score), "__name__", "") in PLAIN:
+        return 1
+    bound = [x for x in getattr(score, "keywords", {}).values() if isinstance(x, torch.Tensor)]
+    return max(1, query.shape[-1], key.shape[-1], *(size for x in bound for size in x.shape))
+
+
+def again(attend, rng):
+    """``attend``, which keeps nothing for its gradients but its arguments: it is computed again, with the same draws of rng."""
+    if not torch.is_grad_enabled():
+        return attend
+
+    @contextmanager
+    def rewound(state):
+        now = rng.get_state()
+        rng.set_state(state)
+        try:
+            yield
+        finally:
+            rng.set_state(now)
+
+    def contexts():
+        return nullcontext(), nullcontext() if rng is None else rewound(rng.get_state())
+
+    return partial(checkpoint, attend, use_reentrant=False, context_fn=contexts)
 
 
 def is_triangle(n, m, mask, bias, valid_lens, causal, query_offset, window):
-    """Whether the causal mask is the only one and square: what ``is_causal`` means, with no padding to hide."""
-    # an if, not one expression: sizes may be symbols, and is_causal takes a bool
-    if not causal or n != m or not isinstance(query_offset, int) or query_offset != 0:
+    """Whether the causal mask from the first key on is the only one: what ``is_causal`` means."""
+    if not causal or not isinstance(query_offset, int) or query_offset != 0:
         return False
     return mask is None and bias is None and valid_lens is None and window is None
 
@@ -66,11 +163,42 @@ def attention(query, key, value, allowed, bias, triangle, scale):
         allowed = allowed.reshape(*[1] * (query.ndim - allowed.ndim), *allowed.shape)
         some = allowed.any(dim=-1, keepdim=True)
         added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
-    run = partial(_run, causal=triangle, scale=scale)
-    inputs = (query, key, value, None if allowed is None else added)
-    taped = torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:3]) and not torch.compiler.is_compiling()
-    output = _TwiceDifferentiable.apply(run, *inputs) if taped else run(*inputs)
+    output = _fused(query, key, value, None if allowed is None else added, triangle, scale)
     return output if allowed is None else torch.where(some, output, 0)
+
+
+def is_band(n, m, mask, bias, valid_lens, causal, query_offset, window):
+    """Whether causal and a window are the only masks, and leave each query some key: no padding to hide."""
+    if not (causal or window) or not mask is bias is valid_lens is None or not isinstance(query_offset, int):
+        return False
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    return (right is None or query_offset + right >= 0) and (left is None or query_offset + n - 1 - left < m)
+
+
+def by_band(steps, query, key, value, causal, query_offset, window, scale):
+    """Causal or a window in blocks of queries and the keys they see; those that lie alike share a mask."""
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    masks, parts = {}, []
+    for block, at in bands.cuts(steps, query, key, value, mask=None, bias=None, valid_lens=None, query_offset=query_offset):
+        place = at["query_offset"], *(x.shape[-2] for x in block[:2])
+        if place not in masks:
+            offset, n, m = place
+            ahead = torch.arange(-offset, m - offset, dtype=torch.int32, device=query.device)
+            ahead = ahead - torch.arange(n, dtype=torch.int32, device=query.device)[:, None]
+            beyond = torch.zeros_like(ahead, dtype=torch.bool) if left is None else ahead < -left
+            beyond = beyond if right is None else beyond | (ahead > right)
+            masks[place] = torch.zeros(n, m, dtype=query.dtype, device=query.device).masked_fill_(beyond, -math.inf)
+        parts.append(_fused(*block, masks[place], False, scale))
+    return torch.cat(parts, dim=-2)
+
+
+def _fused(query, key, value, mask, causal, scale):
+    output = _run(query, key, value, mask, causal, scale)
+    if _taped(query, key, value) and not torch.compiler.is_compiling():
+        return _TwiceDifferentiable.apply(output, query, key, value, mask, causal, scale)
+    return output
 
 
 def _run(query, key, value, mask, causal, scale):
@@ -89,39 +217,23 @@ def _four(x, lead):
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
-    """_run, whose backward is the fused one, or, under create_graph, the formula's: the fused one has no derivative."""
+    """_run's output, with its own backward, or, under create_graph, the formula's: the fused one has no derivative."""
 
     @staticmethod
-    def forward(ctx, run, query, key, value, mask):
+    def forward(ctx, output, query, key, value, mask, causal, scale):
         ctx.save_for_backward(query, key, value, mask)
-        ctx.run, ctx.fused = run, _Tape(run, query, key, value, mask, ctx.needs_input_grad[1:4])
-        return ctx.fused.output.detach()
+        ctx.how = causal, scale
+        return output.detach()
 
     @staticmethod
     def backward(ctx, grad_output):
+        if not torch.is_grad_enabled():
+            return grad_output, None, None, None, None, None, None
         *inputs, mask = ctx.saved_tensors
+        inputs = [x.view_as(x) for x in inputs]  # apart, where one tensor is query and key
         wanted = ctx.needs_input_grad[1:4]
-        if torch.is_grad_enabled():
-            inputs = [x.view_as(x) for x in inputs]  # apart, where one tensor is query and key
-            with sdpa_kernel(SDPBackend.MATH):
-                output = ctx.run(*inputs, mask)
-            grads = _grads(output, inputs, wanted, grad_output, create_graph=True)
-        else:
-            tape, ctx.fused = ctx.fused or _Tape(ctx.run, *inputs, mask, wanted), None  # freed by the first backward
-            grads = _grads(tape.output, tape.inputs, wanted, grad_output)
-        return None, *grads, None
-
-
-class _Tape:
-    """The fused forward on leaves of its own, kept for the fused backward."""
-
-    def __init__(self, run, query, key, value, mask, wanted):
-        with torch.enable_grad():
-            self.inputs = [x.detach().requires_grad_(w) for x, w in zip((query, key, value), wanted, strict=True)]
-            self.output = run(*self.inputs, mask)
-
-
-def _grads(output, inputs, wanted, grad_output, create_graph=False):
-    chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
-    grads = iter(torch.autograd.grad(output, chosen, grad_output, create_graph=create_graph))
-    return [next(grads) if w else None for w in wanted]
+        with sdpa_kernel(SDPBackend.MATH):
+            output = _run(*inputs, mask, *ctx.how)
+        chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
+        grads = iter(torch.autograd.grad(output, chosen, grad_output, create_graph=True))
+        return None, *(next(grads) if w else None for w in wanted), None, None, None

@@ -1,0 +1,406 @@
+"""PyTorch's fast paths: SDPA over the keys that are seen, and blocks of queries where more than a few numbers would be held.
+
+The constants that say how many are few are set so that edges lie within reach of small arrays.
+"""
+
+import math
+from contextlib import contextmanager
+from functools import partial
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from conftest import chosen
+
+if "torch" not in chosen():
+    pytest.skip("this run is without PyTorch", allow_module_level=True)
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_tiled import RESTRICTIONS, calls, draw
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kvattn
+from kvattn import bands, conformance
+from kvattn.backends import torch as tab
+from kvattn.kernels import torch as kernels
+
+INF, NAN = math.inf, math.nan
+SIZES = {
+    "each length by itself": {"CALL": -1, "PAIRS": 1, "ROWS": 1},
+    "all lengths together": {"CALL": INF, "PAIRS": 40, "ROWS": 1},
+    "some lengths together": {"CALL": 60, "READ": 1, "PAIRS": 70, "ROWS": 2},
+}
+
+
+@contextmanager
+def small(sizes):
+    """Every call that can be cut is cut, windows too; yields the masks that SDPA is given."""
+    masks = []
+
+    def counted(query, key, value, mask=None, **options):
+        masks.append(mask)
+        return scaled_dot_product_attention(query, key, value, mask, **options)
+
+    with (
+        patch.multiple(kernels, **sizes, scaled_dot_product_attention=counted), patch.multiple(bands, BLOCK=2, FAN=2),
+    ):  # fmt: skip
+        yield masks
+
+
+def results(backend, query, key, value, grad_output, **options):
+    """The output alone, and gradients, as NumPy arrays."""
+    output = kvattn.attention(query, key, value, **options, backend=backend)
+    grads = kvattn.attention_grad(query, key, value, grad_output, **options, backend=backend)
+    return [kvattn.to_numpy(x) for x in (output, *grads)]
+
+
+def same(arrays, sizes, loose=1.0, **options):
+    """That PyTorch gives NumPy's answers in float64, to rounding; returns the masks that SDPA was given."""
+    expected = results("numpy", *(x.astype(np.float64) for x in arrays), **options)
+    with small(sizes) as masks:
+        found = results("torch", *arrays, **options)
+    eps = np.finfo(arrays[0].dtype).eps
+    for what, x, y in zip(("output", "query", "key", "value"), found, expected, strict=True):
+        assert x.shape == y.shape
+        assert x.dtype == arrays[0].dtype
+        size = max(1.0, abs(y[np.isfinite(y)]).max(initial=0))
+        np.testing.assert_allclose(x.astype(np.float64), y, rtol=0, atol=float(loose * 64 * eps * size), err_msg=what)
+    return masks
+
+
+# ---- edges
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_conformance_suite(sizes):
+    with small(sizes):
+        report = conformance.run("torch")
+    assert not report.failures, "\n".join(result.message for result in report.failures)
+    assert report.passed > 300
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("which", RESTRICTIONS)
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (3, 2), (4, 3), (5, 4), (8, 6), (9, 7), (7, 1), (2, 11), (6, 6)])
+def test_lengths_around_those_of_a_block(n, m, which, sizes):
+    same(draw(n=n, m=m), sizes, **RESTRICTIONS[which](n, m))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(
+    "lens", [(7, 7, 7, 7), (0, 0, 0, 0), (0, 7, 0, 0), (1, 1, 6, 7), (8, 99, 7, 6), (3, 5, 3, 5), (5, 5, 5, 5), (1, 2, 4, 7)]
+)
+@pytest.mark.parametrize("n", [1, 5, 7, 9])
+def test_lengths_of_a_batch(n, lens, sizes, causal):
+    options = {"valid_lens": np.array(lens), "causal": causal}
+    same(draw(lead=(4,), n=n), sizes, **options)
+    same(draw(lead=(4, 4), kv=(4, 2), n=n, d=5), sizes, **options)
+    same(draw(lead=(4, 1, 2), n=n, dtype=np.float32), sizes, **options, scale=0.3)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_no_keys_no_queries_and_no_batch(sizes):
+    for shape in ({"m": 0}, {"n": 0}, {"n": 0, "m": 0}, {"lead": (0,)}, {"lead": (2, 0)}):
+        arrays = draw(**{"lead": (2, 2)} | shape)
+        for options in ({}, {"causal": True}, {"valid_lens": np.zeros(len(arrays[0]), int)}, {"window": 1, "causal": True}):
+            with small(sizes):
+                found = results("torch", *arrays, **options)
+            assert [x.shape for x in found] == [arrays[3].shape, *(x.shape for x in arrays[:3])]
+            assert not any(x.any() for x in found)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("lead", "kv"), [((2, 4), (2, 2)), ((2, 6), (2, 1)), ((2, 2, 2), (2, 1, 2)), ((2, 2), (1, 2))])
+def test_heads_groups_and_batches(lead, kv, sizes):
+    for which in RESTRICTIONS.values():
+        same(draw(1, lead=lead, kv=kv, n=5, m=4), sizes, **which(5, 4))
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_two_and_three_axes(sizes):
+    arrays = draw(lead=())
+    same(arrays, sizes, causal=True, query_offset=np.array(2), valid_lens=np.array(5), mask=np.eye(9, 7, k=-1) == 0)
+    same(arrays, sizes, valid_lens=np.array(5))
+    same(arrays, sizes, valid_lens=np.arange(9) % 8)
+    grouped = draw(lead=(4,), kv=(2,))
+    same(grouped, sizes, causal=True)
+    same(grouped, sizes, valid_lens=np.array([0, 3, 7, 5]), mask=np.arange(4 * 9 * 7).reshape(4, 9, 7) % 3 > 0)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("which", ["nothing", "causal", "causal, from the end", "window", "lengths", "mask of columns"])
+def test_tensors_of_every_layout(which, sizes):
+    query, key, value, grad = map(torch.tensor, draw(lead=(2, 3)))
+    options = RESTRICTIONS[which](9, 7)
+    layouts = {
+        "heads last but one": lambda x: x.transpose(-3, -2).contiguous().transpose(-3, -2),
+        "features first": lambda x: x.mT.contiguous().mT,
+        "every other": lambda x: x.repeat_interleave(2, -1).repeat_interleave(2, -2)[..., ::2, ::2],
+        "one head for all": lambda x: x[:, :1].expand(x.shape),
+        "one entry for all": lambda x: x[:1].expand(x.shape),
+        "one key for all": lambda x: x[..., :1, :].expand(x.shape),
+    }
+    for layout in layouts.values():
+        laid = [layout(x) for x in (query, key, value, grad)]
+        expected = results("numpy", *(x.numpy() for x in laid), **options)
+        with small(sizes):
+            found = results("torch", *laid, **options)
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("which", ["nothing", "causal", "mask", "window", "lengths of 0", "bias -inf", "softcap"])
+def test_large_scores(which, sizes):
+    for at in (0, 5):
+        arrays = draw(n=9, m=7)
+        arrays[1][:, at] *= 1e4
+        same(arrays, sizes, loose=1e4, **RESTRICTIONS[which](9, 7))
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize(
+    "which", ["lengths", "lengths per query", "mask of columns", "causal", "causal, before the start", "window", "bias -inf"]
+)
+def test_what_nobody_sees_reaches_nothing(bad, which, sizes):
+    options = RESTRICTIONS[which](9, 12) | ({"query_offset": 2} if which == "window" else {})
+    clean = draw(n=9, m=12)
+    dirty = [x.copy() for x in clean]
+    weights = kvattn.attention(*clean[:3], **options, return_weights=True, backend="numpy")[1]
+    hidden, blind = ~(weights > 0).any(axis=-2), ~(weights > 0).any(axis=-1)
+    dirty[1][hidden], dirty[2][hidden], dirty[0][blind] = bad, bad, bad
+    with small(sizes):
+        for x, y in zip(results("torch", *dirty, **options), results("torch", *clean, **options), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@given(call=calls(), sizes=st.sampled_from([*SIZES.values()]))
+def test_any_call(call, sizes):
+    arrays, options = call
+    bias = np.nan_to_num(options.get("bias", np.zeros(1)), neginf=0)
+    size = 1 + 2 * abs(arrays[0]).max() * abs(arrays[1]).max() + abs(bias).max()
+    same(arrays, sizes, loose=size, **options)
+
+
+# ---- derivatives
+
+
+def my_score(query, key):
+    return torch.tanh(query[..., :, None, :] - key[..., None, :, :]).sum(dim=-1)
+
+
+DIFFERENTIATED = {
+    "plain": {},
+    "causal": {"causal": True},
+    "lengths": {"valid_lens": torch.tensor([3, 1])},
+    "window": {"window": (1, 0), "query_offset": 1},
+    "softcap": {"softcap": 1.5},
+    "own": {"score": my_score, "causal": True, "query_offset": 1},
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("which", DIFFERENTIATED)
+def test_first_and_second_derivatives(which, sizes):
+    inputs = [torch.tensor(x).requires_grad_() for x in draw(n=4, m=3, d=2, v=1)[:3]]
+    with small(sizes):
+        call = partial(kvattn.attention, **DIFFERENTIATED[which])
+        assert torch.autograd.gradcheck(call, inputs)
+        assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_the_second_derivative_by_one_tensor_that_is_query_key_and_value():
+    x = torch.tensor(draw(n=3, m=3)[0]).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: kvattn.attention(x, x, x, causal=True), [x])
+
+
+def test_first_and_second_backward_of_one_graph():
+    query, key, value = (torch.tensor(x).requires_grad_() for x in draw()[:3])
+    output = kvattn.attention(query, key, value)
+    first = torch.autograd.grad(output.sum(), query, retain_graph=True)
+    both = torch.autograd.grad(output.sum(), query, create_graph=True)
+    torch.testing.assert_close(first, both)
+    assert both[0].requires_grad
+    (query * 2).sum().backward()
+    assert (query.grad == 2).all()
+
+
+def test_gradients_by_what_a_score_closes_over_in_blocks():
+    query, key, value, grad = map(torch.tensor, draw(n=5))
+    slope = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    call = partial(kvattn.attention, query, key, value, score=lambda q, k: (q * slope) @ k.mT)
+    (expected,) = torch.autograd.grad(call(), slope, grad)
+    with small(SIZES["each length by itself"]):
+        (found,) = torch.autograd.grad(call(), slope, grad)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_what_is_dropped_is_the_same_forward_and_back(seed):
+    query, key, value, _ = map(torch.tensor, draw(lead=(), n=6, m=5))
+    value.requires_grad_()
+    rng = None if seed is None else torch.Generator().manual_seed(seed)
+    with small(SIZES["each length by itself"]):
+        output = kvattn.attention(query, key, value, dropout=0.5, rng=rng)
+        after = None if rng is None else rng.get_state()
+        (by_value,) = torch.autograd.grad(output.sum(), value)
+    torch.testing.assert_close((by_value * value).sum(), output.sum())  # the output is linear in the values
+    assert not torch.allclose(output, kvattn.attention(query, key, value))
+    if rng is not None:
+        assert torch.equal(after, rng.get_state())
+
+
+# ---- what is held
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that any operation returned, and the operations' names."""
+
+    def __init__(self):
+        super().__init__()
+        self.size, self.names = 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.names.add(function.overloadpacket.__name__)
+        for x in found if isinstance(found, (tuple, list)) else [found]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().nbytes() >= x.nbytes:  # not expanded
+                self.size = max(self.size, x.numel())
+        return found
+
+
+SCORES = {
+    "additive": {
+        "score": partial(
+            kvattn.additive_score,
+            **{name: torch.ones(shape) / 16 for name, shape in {"W_q": (8, 16), "W_k": (8, 16), "w_v": (16,)}.items()},
+        )
+    },
+    "gated": {"score": partial(kvattn.gated_score, w_g=torch.ones(16) / 16)},
+    "distance": {"score": kvattn.distance_score},
+    "own": {"score": my_score},
+    "sparsemax": {"normalize": kvattn.sparsemax},
+    "softcap": {"softcap": 3.0},
+    "lse": {"return_lse": True},
+}
+MASKS = {
+    "causal": {"causal": True},
+    "causal, later": {"causal": True, "query_offset": 40},
+    "lengths": {"valid_lens": torch.tensor([300, 77]), "causal": True},
+    "nearly equal lengths": {"valid_lens": torch.tensor([300, 299]), "causal": True},
+    "window": {"window": (30, 2)},
+    "lengths per query": {"valid_lens": torch.arange(600).reshape(2, 300)},
+}
+
+
+@pytest.mark.parametrize("what", SCORES)
+def test_no_score_holds_queries_by_keys_forward_or_back(what):
+    query, key, value = (torch.randn(2, 300, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3))
+    with patch.multiple(kernels, PAIRS=2**14, ROWS=16), Largest() as held, torch.no_grad():
+        kvattn.attention(query, key, value, **SCORES[what])
+    assert held.size <= 2**14
+    kept = []
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    with (
+        patch.multiple(kernels, PAIRS=2**14, ROWS=16), Largest() as held,
+        torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x),
+    ):  # fmt: skip
+        output = kvattn.attention(*leaves, **SCORES[what])
+        (output[0] if isinstance(output, tuple) else output).sum().backward()
+    assert held.size <= 2**14
+    assert all(size <= 2 * 300 * 16 for size in kept)
+
+
+@pytest.mark.parametrize("what", MASKS)
+def test_no_mask_of_queries_by_keys_is_built(what):
+    query, key, value = (torch.randn(2, 4, 300, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3))
+    sizes = {"PAIRS": 2**14, "ROWS": 16, "CALL": 2**19}
+    with patch.multiple(kernels, **sizes), patch.object(bands, "BLOCK", 32), Largest() as held, torch.no_grad():
+        kvattn.attention(query, key, value, **MASKS[what])
+    assert held.size <= max(query.numel(), 2 * 2**14)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_padding_in_one_argument_reaches_nothing(which, bad):
+    """One feature: a key of -inf has a score of -inf in every row, and only the gradient tells."""
+    arrays = [abs(x) for x in draw(lead=(3, 1), d=1)]
+    dirty = [x.copy() for x in arrays]
+    dirty[which][0, :, 4:], dirty[which][2, :, 2:] = bad, bad
+    for causal in (False, True):
+        options = {"valid_lens": np.array([4, 7, 2]), "causal": causal}
+        for x, y in zip(results("torch", *dirty, **options), results("torch", *arrays, **options), strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-14)
+
+
+def test_one_call_where_lengths_are_equal_few_where_the_work_is_small():
+    def masks(lens, n, **options):
+        query, key, value, _ = draw(lead=(len(lens), 2), n=n, m=64, d=8, v=8)
+        with small({}) as masks:
+            kvattn.attention(query, key, value, valid_lens=np.array(lens), backend="torch", **options)
+        return [mask is not None for mask in masks]
+
+    assert masks([64] * 4, 4) == [False]
+    assert masks([9] * 4, 4, causal=True) == [False]
+    assert masks([9, 9, 30, 5], 4) == [True]
+    assert masks([9, 9, 30, 0], 4) == [True]
+    with patch.object(kernels, "CALL", 1000):
+        assert masks([9, 9, 60, 60], 100) == [False, False]
+        assert masks([9, 60, 9, 60], 100) == [False] * 4
+        assert masks([9, 9, 0, 0], 100) == [False]
+
+
+def test_the_blocks_of_a_window_share_masks_and_hide_no_padding():
+    query, key, value, _ = map(torch.tensor, draw(n=20, m=20))
+    with small({}) as masks, Largest() as held:
+        kvattn.attention(query, key, value, window=2)
+    assert len(masks) == 10
+    assert len({mask.data_ptr() for mask in masks}) < 6
+    assert "where" not in held.names
+
+
+def test_a_windows_blocks_compile():
+    query, key, value = (torch.randn(1, 2, 600, 4, generator=torch.Generator().manual_seed(0)) for _ in range(3))
+    torch._dynamo.reset()
+    call = partial(kvattn.attention, window=(20, 3))
+    found = torch.compile(call, fullgraph=True, backend="eager")(query, key, value)
+    torch.testing.assert_close(found, call(query, key, value))
+
+
+def test_an_output_may_be_written_to():
+    query, key, value, grad = (torch.tensor(x).requires_grad_() for x in draw())
+    output = kvattn.attention(query, key, value)
+    output += grad
+    (by_grad,) = torch.autograd.grad(output.sum(), grad)
+    assert (by_grad == 1).all()
+
+
+def test_causal_from_the_first_key_is_sdpas_own_whatever_the_lengths():
+    for n, m in ((4, 4), (3, 9), (9, 3), (1, 5)):
+        assert all(mask is None for mask in same(draw(n=n, m=m), {}, causal=True))
+
+
+def test_which_calls_are_cut_into_blocks():
+    query, key, value = (torch.tensor(x) for x in draw(n=40, m=30, dtype=np.float32)[:3])
+    where = {"mask": None, "bias": None, "valid_lens": None, "query_offset": 0, "causal": False, "window": None}
+
+    def rows(fused, score=tab.scaled_dot_score, **options):
+        return kernels.rows(query, key, value, score, fused, **where | options)
+
+    with patch.multiple(kernels, PAIRS=600, ROWS=16):
+        assert rows(False) == [(i, i + 10, 0, 30) for i in range(0, 40, 10)]  # two entries
+        assert rows(False, tab.distance_score) == [(i, i + 3, 0, 30) for i in range(0, 39, 3)] + [(39, 40, 0, 30)]
+        assert rows(True) == []
+        assert rows(True, causal=True, query_offset=-5) == [(0, 20, 0, 15), (20, 40, 0, 30)]
+        assert rows(True, mask=torch.ones(30, dtype=torch.bool)) == []
+        assert rows(True, valid_lens=torch.ones(2, 40)) == [(0, 16, 0, 30), (16, 32, 0, 30), (32, 40, 0, 30)]
+        assert rows(True, valid_lens=torch.ones(2)) == []
+        assert rows(True, causal=True, mask=torch.ones(40, 30, dtype=torch.bool)) == []  # the caller holds as much
+        query.requires_grad_()
+        assert rows(True, causal=True) == []
+    assert rows(False) == []
