@@ -3,13 +3,20 @@
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 
+from docutils.parsers.rst import directives
+from sphinx.errors import ExtensionError
+from sphinx.util.docutils import SphinxDirective
 from sphinx.util.fileutil import copy_asset
 from sphinx.util.logging import getLogger
 
 import kvattn
 from kvattn import lesson
+
+sys.path.insert(0, str(Path(__file__).parent))
+import measured
 
 project = "kvattn"
 author = "the kvattn authors"
@@ -32,6 +39,7 @@ numfig = True
 default_role = "py:obj"
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = "kvattn"
 html_static_path = ["_static"]
 templates_path = ["_templates"]
@@ -62,7 +70,12 @@ def lessons(app):
         getLogger("kvattn.docs").info("running %s on %s", file.name, ", ".join(backends))
         offered = lesson.read(file).tabs
         tabs = [name for name in backends if not offered or name in offered]
-        texts[file.name] = lesson.render(file, tabs, pages / "outputs", cache=Path(app.doctreedir, "lessons"))
+        reads = ".read_text(" in file.read_text(encoding="utf-8")  # other files, which a cache would not see change
+        cache = None if reads else Path(app.doctreedir, "lessons")
+        try:
+            texts[file.name] = lesson.render(file, tabs, pages / "outputs", cache=cache)
+        except ValueError as error:  # a cell that fails, tabs that disagree: told without Sphinx's own traceback
+            raise ExtensionError(str(error)) from None
     for page in pages.glob("*.md"):
         if page.name not in texts:
             page.unlink()
@@ -90,7 +103,21 @@ def literal_formulas(app, what, name, obj, options, lines):
             lines[i] = "`".join(pieces)
 
 
+class Measured(SphinxDirective):
+    """``{measured} FILE``: see measured.py."""
+
+    required_arguments = 1
+    option_spec = {"columns": directives.unchanged, "value": directives.unchanged}  # noqa: RUF012
+
+    def run(self):
+        file, pictures = Path(self.env.relfn2path(self.arguments[0])[1]), Path(self.env.srcdir, "_build", "measured")
+        self.env.note_dependency(file)
+        text = measured.myst(file, pictures, **self.options)
+        return self.parse_text_to_nodes(text.replace(f"{{image}} {self.env.srcdir}", "{image} "))
+
+
 def setup(app):
+    app.add_directive("measured", Measured)
     app.connect("builder-inited", lessons)
     app.connect("build-finished", mathjax)
     app.connect("autodoc-process-docstring", literal_formulas, priority=100)

@@ -1,14 +1,19 @@
-"""The lessons of the documentation run from top to bottom; on all five tabs, with their numbers compared:
-`kvattn lesson run FILE --backend all`.
-"""
+"""The lessons of the documentation run from top to bottom on NumPy; on all five tabs, with their numbers compared, in `tox -e docs`."""
 
+import importlib.util
+import json
+import re
 from pathlib import Path
 
 import pytest
 
-from kvattn import cli, lesson
+from kvattn import bench, cli, lesson
 
-LESSONS = sorted((Path(__file__).parent.parent / "docs" / "lessons").glob("*.md"))
+DOCS = Path(__file__).parent.parent / "docs"
+LESSONS = sorted((DOCS / "lessons").glob("*.md"))
+RATIO = {"backend": "numpy", "what": "kvattn numpy", "shape": "M", "kind": "full", "seconds": 0.5, "ratio": 0.91, "right": True}
+RATIO |= {"spread": [0.905, 1.25], "error": 0.0}
+MEMORY = {"backend": "numpy", "kind": "forward", "value": 1.5}
 
 
 def test_there_are_lessons_for_five_frameworks():
@@ -17,6 +22,69 @@ def test_there_are_lessons_for_five_frameworks():
         assert set(lesson.read(path).tabs) == {"numpy", "torch", "tensorflow", "jax", "mxnet"}, path.name
 
 
+def test_the_code_of_the_lessons_fits_the_page():
+    lines = [(path.name, line) for path in LESSONS for cell in lesson.read(path).cells for line in cell.code.splitlines()]
+    assert [(name, line) for name, line in lines if len(line) > 88] == []
+
+
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_runs_on_numpy(path, capsys):
     assert cli.main(["lesson", "run", str(path), "--backend", "numpy"]) == 0, capsys.readouterr().out
+
+
+# ---- what was measured, as a part of a page
+
+
+@pytest.fixture(scope="module")
+def measured():
+    spec = importlib.util.spec_from_file_location("measured", DOCS / "measured.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def page(measured, folder, rows, **options):
+    (folder / "cpu.json").write_text(json.dumps({"kvattn": "0.1.0", "cores": 2, "rows": rows}))
+    return measured.myst(folder / "cpu.json", folder / "pictures", **options)
+
+
+def test_ratios_stand_in_a_table_for_each_kind_with_their_quartiles_and_are_drawn(measured, tmp_path):
+    rows = [RATIO, RATIO | {"shape": "L", "ratio": 1.5}, RATIO | {"what": "naive"}, RATIO | {"kind": "causal", "ratio": 0.5}]
+    text = page(measured, tmp_path, rows)
+    full, causal = text.split("**Causal", 1)
+    assert full.startswith("**All keys**\n\n|  | M | L |\n| --- | ---: | ---: |\n")
+    assert "| kvattn numpy | 0.91 (0.91–1.25) | 1.50 (0.91–1.25) |\n| naive | 0.91 (0.91–1.25) |  |\n" in full
+    assert "| kvattn numpy | 0.50 (0.91–1.25) |\n" in causal
+    assert text.endswith("*Measured with kvattn 0.1.0, cores 2.*\n")
+    drawn = [Path(name) for name in re.findall(r"{image} (.*)", text)]
+    assert [path.name for path in drawn] == ["cpu-full.svg", "cpu-causal.svg"]
+    assert all(path.read_text(encoding="utf-8").count("<svg") == 1 for path in drawn)
+
+
+def test_losses_failures_and_what_has_no_ratio_are_told(measured, tmp_path):
+    rows = [RATIO | {"right": False, "error": 0.5}, RATIO | {"what": "alone", "ratio": None}]
+    rows.append({"backend": "jax", "failed": "no GPU"})
+    text = page(measured, tmp_path, rows)
+    assert "| kvattn numpy | wrong by 0.5 |\n| alone | 500 ms |\n" in text
+    assert "jax failed: `no GPU`" in text
+    assert "{image}" not in text
+
+
+def test_other_values_stand_by_any_column_and_are_drawn_where_it_is_a_number(measured, tmp_path):
+    rows = [MEMORY | {"what": what, "n": n, "MiB": n * 2.0} for what in ("kvattn numpy", "naive") for n in (1024, 4096)]
+    text = page(measured, tmp_path, rows, columns="n", value="MiB")
+    assert "|  | 1024 | 4096 |\n| --- | ---: | ---: |\n| kvattn numpy | 2048 | 8192 |\n" in text
+    assert (tmp_path / "pictures" / "cpu-forward.svg").is_file()
+    text = page(measured, tmp_path, [MEMORY | {"what": "numpy", "part": "tab", "us": 2.5}], columns="part", value="us")
+    assert "|  | tab |\n| --- | ---: |\n| numpy | 2.5 |\n" in text
+    assert "{image}" not in text
+
+
+def test_what_is_not_measured_is_said(measured, tmp_path):
+    assert measured.myst(tmp_path / "memory.json", tmp_path) == "Not measured yet.\n"
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "reference" / "speed").glob("*.json")), ids=lambda path: path.stem)
+def test_a_committed_measurement_is_one(measured, path, tmp_path):
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert {row["shape"] for row in rows if "shape" in row} <= set(bench.SHAPES)
+    assert all(row.get("right", True) for row in rows)

@@ -259,6 +259,7 @@ def test_a_large_array_is_noted_in_part_but_its_shape_in_full():
 
 
 FIGURE = "from matplotlib import pyplot as plt\nplt.plot([1, 2], [3, y])\nplt.xlabel('Keys'); plt.title('Weights')\nplt.show()"
+WIDE = FIGURE.replace("plt.plot", "plt.figure(figsize=(14, 3))\nplt.plot")
 
 
 def test_what_figures_draw_is_compared_if_asked_as_float32(world):
@@ -400,7 +401,8 @@ def test_a_directive_is_fenced_beyond_its_body():
 
 def test_a_page_shows_what_differs_in_tabs_and_what_does_not_once(world, monkeypatch):
     text = f"# T\n{TWINS}{cell('x = 1', 'numpy')}{cell('x = 1.0', 'twin')}{cell('print(7)')}{cell('x')}"
-    text += cell("y = 1 + tab.selected('twin') * 1e-9") + cell(FIGURE) + cell("import sys; print('!', file=sys.stderr)")
+    text += cell("y = 1 + tab.selected('twin') * 1e-9") + cell(FIGURE) + cell(WIDE)
+    text += cell("import sys; print('!', file=sys.stderr)")
     file = world / "lesson.md"
     file.write_text(text)
     got = lesson.render(file, ["numpy", "twin"], world / "out", cache=world / "cache")
@@ -415,9 +417,13 @@ def test_a_page_shows_what_differs_in_tabs_and_what_does_not_once(world, monkeyp
     assert re.findall(item % ("python", "input"), got) == [("numpy", "x = 1"), ("twin", "x = 1.0")]
     assert below("print(7)\n```\n") == "\n```{code-block} text\n:class: output\n\n7\n```\n\n"
     assert re.findall(item % ("text", "output"), below("\n\nx\n")) == [("numpy", "1"), ("twin", "1.0")]
-    (name,) = re.findall(r"^```\{image\} out/(\w+\.png)\n:alt: 'Figure: Weights, Keys'", below(FIGURE), flags=re.MULTILINE)
-    assert (world / "out" / name).read_bytes().startswith(b"\x89PNG")
-    assert "tab-set" not in below(FIGURE)
+    image = r"^```\{image\} out/(\w+\.svg)\n:alt: 'Figure: Weights, Keys'\n:class: output\n(:width: 1\d\d\dpx\n)?\n+```$"
+    ((name, width),) = re.findall(image, below(FIGURE), flags=re.MULTILINE)
+    assert "<svg " in (world / "out" / name).read_text(encoding="utf-8")
+    assert not width
+    ((_, width),) = re.findall(image, below(WIDE), flags=re.MULTILINE)
+    assert width
+    assert "tab-set" not in below(FIGURE) + below(WIDE)
     assert below("print('!', file=sys.stderr)\n```\n") == ""
 
     monkeypatch.setattr(runner, "_execute", lambda *_: pytest.fail("it was not remembered"))

@@ -18,6 +18,8 @@ from kvattn.lesson.runner import Result, run
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpeg"}
+_WIDTH = re.compile(r'<svg [^>]*width="([\d.]+)pt"')
+_WIDE = 700  # pixels: on a narrow screen such a figure cannot be read
 
 
 class _Shown(NamedTuple):
@@ -121,7 +123,10 @@ class _Page:
         name = f"{hashlib.sha256(content).hexdigest()[:16]}.{_IMAGES[kind]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / name).write_bytes(content)
-        return directive("image", f"{self.prefix}/{name}", {"alt": quoted(alt), "class": "output"}, "")
+        options = {"alt": quoted(alt), "class": "output"}
+        if (found := _WIDTH.search(data)) and (width := round(float(found[1]) * 96 / 72)) > _WIDE:
+            options["width"] = f"{width}px"  # which makes it a link to the figure alone
+        return directive("image", f"{self.prefix}/{name}", options, "")
 
 
 def _code(cell: Cell) -> str:

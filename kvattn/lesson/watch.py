@@ -44,6 +44,7 @@ class _Watch:
         from IPython.core.formatters import JSONFormatter
 
         self.shell, self.seen, self.print = shell, list[dict[str, Any]](), print
+        shell.config.InlineBackend.figure_formats = {"svg"}  # sharp on every screen; a lesson may choose otherwise
         builtins.print = self._print
         looker = JSONFormatter(parent=shell.display_formatter, format_type=MIME)
         looker.for_type(object, self._note)  # asked about every object, it adds nothing to what is displayed

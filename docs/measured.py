@@ -1,0 +1,76 @@
+"""What `kvattn bench --json` wrote, as a part of a page: a table, a plot, and the machine. No number is typed by hand."""
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from kvattn import bench, plot
+
+KINDS = {
+    "full": "All keys",
+    "causal": "Causal: each query sees the keys up to its own",
+    "valid": "Padding: the first 60% of the keys are real (`valid_lens`)",
+}
+PLOTTED = ("M", "L", "XL", "D")  # shapes; the others are in the tables
+
+
+def myst(file, pictures, columns="shape", value="ratio"):
+    """The rows of a file as MyST text: what was timed down, ``columns`` across, a table for each kind.
+
+    Plots are written to the folder ``pictures``, one for each kind: bars of ratios, or lines where the columns are numbers.
+    """
+    if not Path(file).is_file():
+        return "Not measured yet.\n"
+    document = json.loads(Path(file).read_text(encoding="utf-8"))
+    rows, pieces = document.pop("rows"), []
+    for kind in dict.fromkeys(row.get("kind") for row in rows if "failed" not in row):
+        these = [row for row in rows if "failed" not in row and row.get("kind") == kind]
+        path = Path(pictures, f"{Path(file).stem}-{kind or 'all'}.svg")
+        drawn = _draw(these, path, columns, value)
+        title = KINDS.get(kind, kind)
+        pieces += [f"**{title}**\n"] * (title is not None) + [_table(these, columns, value)]
+        pieces += [f"```{{image}} {path}\n:class: output\n:alt: '{value} by {columns}, as in the table above'\n```\n"] * drawn
+    pieces += [f"{row['backend']} failed: `{row['failed']}`\n" for row in rows if "failed" in row]
+    about = ", ".join(f"{key} {said}" for key, said in document.items())
+    return "\n".join([*pieces, f"*Measured with {about}.*\n"])
+
+
+def _table(rows, columns, value):
+    across = list(dict.fromkeys(row[columns] for row in rows))
+    lines = [["", *map(str, across)], ["---", *["---:"] * len(across)]]
+    for what in dict.fromkeys(row["what"] for row in rows):
+        cells = {row[columns]: _cell(row, value) for row in rows if row["what"] == what}
+        lines.append([what, *(cells.get(column, "") for column in across)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(row, value):
+    if not row.get("right", True):
+        return f"wrong by {row['error']:.1g}"
+    if row[value] is None:
+        return f"{1e3 * row['seconds']:.3g} ms" if "seconds" in row else "–"
+    if value == "ratio":
+        return f"{row['ratio']:.2f} ({row['spread'][0]:.2f}–{row['spread'][1]:.2f})"
+    return f"{row[value]:.3g}" if row[value] < 1000 else f"{row[value]:.0f}"
+
+
+def _draw(rows, path, columns, value):
+    """Whether there was something to draw."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if value == "ratio":
+        rows = [row for row in rows if row["ratio"] and row["right"] and row["shape"] in PLOTTED]
+        if rows:
+            bench.plot(rows, str(path))
+        return bool(rows)
+    rows = [row for row in rows if row[value]]
+    names = list(dict.fromkeys(row["what"] for row in rows))
+    curves = [[(row[columns], row[value]) for row in rows if row["what"] == name] for name in names]
+    if not all(isinstance(row[columns], (int, float)) for row in rows) or max(map(len, curves), default=0) < 2:
+        return False
+    x, y = ([[point[i] for point in curve] for curve in curves] for i in (0, 1))
+    styles = [f"C{i % 10}{'o-' if name.startswith('kvattn') else 's:'}" for i, name in enumerate(names)]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    plot.plot(x, y, columns, value, names, xscale="log", yscale="log", fmts=styles, axes=figure.subplots())
+    figure.savefig(path)
+    return True
