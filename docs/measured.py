@@ -30,7 +30,7 @@ def myst(file, pictures, columns="shape", value="ratio"):
         drawn = _draw(these, path, columns, value)
         title = KINDS.get(kind, kind)
         pieces += [f"**{title}**\n"] * (title is not None) + [_table(these, columns, value)]
-        pieces += [f"```{{image}} {path}\n:class: output\n:alt: '{value} by {columns}, as in the table above'\n```\n"] * drawn
+        pieces += [f"```{{image}} {path}\n:class: output\n:width: 1000px\n:alt: '{value} by {columns}, as in the table above'\n```\n"] * drawn
     pieces += [f"{row['backend']} failed: `{row['failed']}`\n" for row in rows if "failed" in row]
     about = ", ".join(f"{key} {said}" for key, said in document.items())
     return "\n".join([*pieces, f"*Measured with {about}.*\n"])
@@ -51,7 +51,7 @@ def _cell(row, value):
     if row[value] is None:
         return f"{1e3 * row['seconds']:.3g} ms" if "seconds" in row else "–"
     if value == "ratio":
-        return f"{row['ratio']:.2f} ({row['spread'][0]:.2f}–{row['spread'][1]:.2f})"
+        return f"{row['ratio']:.2f}<br><small>{row['spread'][0]:.2f}–{row['spread'][1]:.2f}</small>"
     return f"{row[value]:.3g}" if row[value] < 1000 else f"{row[value]:.0f}"
 
 
