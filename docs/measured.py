@@ -29,11 +29,14 @@ def myst(file, pictures, columns="shape", value="ratio"):
         path = Path(pictures, f"{Path(file).stem}-{kind or 'all'}.svg")
         drawn = _draw(these, path, columns, value)
         title = KINDS.get(kind, kind)
-        pieces += [f"**{title}**\n"] * (title is not None) + [_table(these, columns, value)]
-        pieces += [f"```{{image}} {path}\n:class: output\n:width: 1000px\n:alt: '{value} by {columns}, as in the table above'\n```\n"] * drawn
+        pieces += [f"**{title}**\n"] * (title is not None) + [_table(these, columns, value)] + [_image(path)] * drawn
     pieces += [f"{row['backend']} failed: `{row['failed']}`\n" for row in rows if "failed" in row]
     about = ", ".join(f"{key} {said}" for key, said in document.items())
     return "\n".join([*pieces, f"*Measured with {about}.*\n"])
+
+
+def _image(path):
+    return f"```{{image}} {path}\n:class: output\n:width: 1000px\n:alt: 'The numbers of the table above as a plot'\n```\n"
 
 
 def _table(rows, columns, value):

@@ -1,4 +1,4 @@
-"""The lessons of the documentation run from top to bottom on NumPy; on all five tabs, with their numbers compared, in `tox -e docs`."""
+"""The lessons run from top to bottom on NumPy; on all five tabs, their numbers compared, in `tox -e docs`."""
 
 import importlib.util
 import json
