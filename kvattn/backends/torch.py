@@ -13,6 +13,7 @@ import torch
 
 from kvattn import bands
 from kvattn.kernels import torch as kernels
+from kvattn.kernels import torch_gpu
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -103,7 +104,7 @@ def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window
     if bias is not None:
         allowed.append(bias != -math.inf)
     if valid_lens is not None:
-        allowed.append(keys < _lengths(valid_lens, ndim))
+        allowed.append(keys < _lengths(valid_lens, ndim).to(keys.device))  # lengths may stay where they can be read
     if causal or window is not None:
         ahead = keys - _positions(query_offset, n, ndim, keys.device)  # how far each key lies after each query
         left, right = window or (None, None)
@@ -330,8 +331,12 @@ def attention(
         if not isinstance(results, tuple):
             return results[..., 0, :]
         return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
-    fused = score is scaled_dot_score and normalize is softmax and not (softcap or dropout or return_weights or return_lse)
-    fused = fused and kernels.serves(query, key, value, bias, scale)
+    usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
+    if usual and query.is_cuda:
+        kernel = torch_gpu.choose(query, key, value, **where, **reach, scale=scale, softcap=softcap)
+        if kernel:
+            return torch_gpu.attention(kernel, query, key, value, **where, **reach, scale=scale, softcap=softcap)
+    fused = usual and not softcap and kernels.serves(query, key, value, bias, scale)
     if fused and (runs := kernels.runs(query, key, value, **where, **reach)):
         output = kernels.by_runs(attention, runs, query, key, value, valid_lens, causal, scale)
         if output is not None:

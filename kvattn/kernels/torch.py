@@ -96,7 +96,8 @@ def _padded(query, key, value, valid_lens, causal, scale):
         return None
     n, m = query.shape[-2], key.shape[-2]
     allowed = torch.arange(m) < valid_lens.reshape(-1, *[1] * (query.ndim - 1))
-    output = _fused(query, key, value, allowed & torch.ones(n, m, dtype=torch.bool).tril() if causal else allowed, False, scale)
+    allowed = allowed & torch.ones(n, m, dtype=torch.bool).tril() if causal else allowed
+    output = _fused(query, key, value, allowed.to(query.device), False, scale)
     # NaN and inf in a value are in the output too; in a key they may not be, if its score is -inf, but in the gradient
     sound = _finite(output) and (_finite(key) or not _taped(query, key, value))
     return output if sound else None
@@ -195,10 +196,20 @@ def by_band(steps, query, key, value, causal, query_offset, window, scale):
 
 
 def _fused(query, key, value, mask, causal, scale):
-    output = _run(query, key, value, mask, causal, scale)
+    return twice_differentiable(partial(_run, causal=causal, scale=scale), query, key, value, mask)
+
+
+def twice_differentiable(run, query, key, value, mask=None, formula=None):
+    """run(query, key, value, mask); second derivatives are those of ``formula``, or of ``run`` by PyTorch's plain formula."""
+    output = run(query, key, value, mask)
     if _taped(query, key, value) and not torch.compiler.is_compiling():
-        return _TwiceDifferentiable.apply(output, query, key, value, mask, causal, scale)
+        return _TwiceDifferentiable.apply(output, formula or partial(_formula, run), query, key, value, mask)
     return output
+
+
+def _formula(run, *inputs):
+    with sdpa_kernel(SDPBackend.MATH):
+        return run(*inputs)
 
 
 def _run(query, key, value, mask, causal, scale):
@@ -217,23 +228,22 @@ def _four(x, lead):
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
-    """_run's output, with its own backward, or, under create_graph, the formula's: the fused one has no derivative."""
+    """A fused kernel's output, with its own backward, or, under create_graph, the formula's: the fused one has no derivative."""
 
     @staticmethod
-    def forward(ctx, output, query, key, value, mask, causal, scale):
+    def forward(ctx, output, formula, query, key, value, mask):
         ctx.save_for_backward(query, key, value, mask)
-        ctx.how = causal, scale
+        ctx.formula = formula
         return output.detach()
 
     @staticmethod
     def backward(ctx, grad_output):
         if not torch.is_grad_enabled():
-            return grad_output, None, None, None, None, None, None
+            return grad_output, None, None, None, None, None
         *inputs, mask = ctx.saved_tensors
         inputs = [x.view_as(x) for x in inputs]  # apart, where one tensor is query and key
-        wanted = ctx.needs_input_grad[1:4]
-        with sdpa_kernel(SDPBackend.MATH):
-            output = _run(*inputs, mask, *ctx.how)
+        wanted = ctx.needs_input_grad[2:5]
+        output = ctx.formula(*inputs, mask)
         chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
         grads = iter(torch.autograd.grad(output, chosen, grad_output, create_graph=True))
-        return None, *(next(grads) if w else None for w in wanted), None, None, None
+        return None, None, *(next(grads) if w else None for w in wanted), None
