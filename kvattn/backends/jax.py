@@ -12,6 +12,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from kvattn import bands
+from kvattn.kernels import jax_gpu
 
 if hasattr(jax, "enable_x64"):
     _x64 = jax.enable_x64
@@ -121,8 +122,11 @@ def _compiled(function):
         if any(getattr(getattr(f, "func", f), "__module__", None) != __name__ for f in given.values()):
             return function(*args, **options)
         static = {*_STATIC, *(name for name, f in given.items() if not isinstance(f, Partial))}
-        if options.get("window") and args[0].shape[-2] > bands.BLOCK and isinstance(options.get("query_offset"), int):
-            static.add("query_offset")  # the plan of blocks needs the number
+        offset = options.get("query_offset")
+        if isinstance(offset, int) and (offset == 0 or (options.get("window") and args[0].shape[-2] > bands.BLOCK)):
+            static.add("query_offset")  # the plan of blocks needs the number, and a kernel to know that it is 0
+        if isinstance(options.get("scale"), float) and jax_gpu.device() is not None:
+            static.add("scale")  # cuDNN's is part of the program
         fixed = tuple((name, x) for name, x in options.items() if name in static)
         return _run(function, fixed, args, {name: x for name, x in options.items() if name not in static})
 
@@ -422,6 +426,9 @@ def attention(
         if not isinstance(results, tuple):
             return results[..., 0, :]
         return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
+    usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
+    if usual and jax_gpu.serves(query, key, value, **where, **reach, scale=scale, softcap=softcap):
+        return jax_gpu.attention(query, key, value, **where, **reach, scale=scale, softcap=softcap)
     steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
     if steps:
         cuts = bands.cuts(steps, query, key, value, **where)

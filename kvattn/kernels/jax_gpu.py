@@ -1,0 +1,169 @@
+"""Attention on a CUDA device: cuDNN's fused kernel wherever it keeps the promises; elsewhere XLA compiles the tab's own path.
+
+cuDNN serves float16 and bfloat16 with as many features of values as of keys, a multiple of 8 and at most 128 (256 from Hopper
+on), grouped heads, causal from position 0, a window to the left of it, and valid_lens (batch,). Not:
+
+- float32 and float64: it has no kernel for them (XLA's products take no TF32 here: the tab asks for the highest precision);
+- mask and bias: JAX gives it a mask as a bias of -2^15 in float16, which scores can reach, and a bias may forbid with -inf;
+- softcap, dropout, weights, lse, other scores and normalisers; a window with lengths or to the right; other offsets.
+
+Where the arrays lie is not known while JAX traces: `platform_dependent` holds both ways until the program is compiled for one
+platform, so that a program for the CPU on a machine with a GPU is right too, and eager calls follow their arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+HALF = ("float16", "bfloat16")
+PLATFORM = "cuda"
+OLDEST = 90000  # cuDNN 9: before, queries shorter than 64 are refused
+
+
+@cache
+def device():
+    """(compute capability, cuDNN's version) of this process's first CUDA device, or None where cuDNN cannot serve."""
+    try:
+        capability = jax.local_devices(backend=PLATFORM)[0].compute_capability
+        return tuple(int(x) for x in capability.split(".")), _fused().check_cudnn_version()
+    except (RuntimeError, ImportError, AttributeError):  # no such device, or a JAX whose own module lies elsewhere
+        return None
+
+
+def _fused():
+    # JAX's own function under jax.nn's, which would have the arrays transposed to (batch, n, h, d) first
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
+
+
+def serves(query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap):
+    """Whether cuDNN serves such a call; all but the arrays' values is known while JAX traces."""
+    if device() is None or query.dtype.name not in HALF or not mask is bias is softcap is None:
+        return False
+    capability, version = device()
+    n, m, d = query.shape[-2], key.shape[-2], query.shape[-1]
+    if version < OLDEST or capability < (8, 0) or d % 8 or not 0 < d <= (256 if capability >= (9, 0) else 128):
+        return False
+    if query.ndim != 4 or query.shape[0] != key.shape[0] or key.shape != value.shape or 0 in (*query.shape, *key.shape):
+        return False
+    if not (scale is None or (isinstance(scale, float) and scale > 0)):
+        return False
+    if not (valid_lens is None or valid_lens.ndim == 1):
+        return False
+    left, right = _reach(causal, window)
+    if left is right is None:
+        return True
+    if right != 0 or n > m or not (isinstance(query_offset, int) and query_offset == 0):
+        return False
+    return left is None or valid_lens is None
+
+
+def _reach(causal, window):
+    left, right = window or (None, None)
+    return left, 0 if causal else right
+
+
+def attention(query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap):
+    """softmax(scale * query @ key.T) @ value over the keys allowed, where `serves`: (batch, h, n, d)."""
+    left, right = _reach(causal, window)
+    n, scale = query.shape[-2], 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if right == 0:  # the keys beyond are seen by nobody, and a square is what cuDNN's causal mask is surest of
+        key, value = key[..., :n, :], value[..., :n, :]
+    lens = None
+    if valid_lens is not None:  # NaN in padding would leak as 0 * NaN; an entry without keys attends to one, of zeros
+        lens = jnp.clip(valid_lens, 0, key.shape[-2]).astype(jnp.int32)
+        inside = (jnp.arange(key.shape[-2]) < lens[:, None])[:, None, :, None]
+        key, value = jnp.where(inside, key, 0), jnp.where(inside, value, 0)
+        query = jnp.where(lens[:, None, None, None] > 0, query, 0)
+        lens = jnp.maximum(lens, 1)
+    how = {"causal": right == 0, "left": left, "scale": scale}
+    plain = partial(formula, **how)
+    # recomputed in backward: both ways' intermediate results are kept, and this one's would be the scores
+    ways = {PLATFORM: _differentiable(partial(cudnn, **how), plain), "default": jax.checkpoint(plain)}
+    return jax.lax.platform_dependent(query, key, value, lens, **ways)
+
+
+def cudnn(query, key, value, lens, causal, left, scale):
+    fused = _fused()
+    kind = fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK
+    rows = None
+    if lens is not None:
+        kind = fused.MaskType.PADDING_CAUSAL if causal else fused.MaskType.PADDING
+        rows = jnp.full(lens.shape, query.shape[-2], jnp.int32)
+    return fused.dot_product_attention(
+        query, key, value, q_seqlen=rows, kv_seqlen=lens, scale=scale, mask_type=kind, qkv_layout="BNTH",
+        sliding_window_length=None if left is None else left + 1,
+    )  # fmt: skip
+
+
+def formula(query, key, value, lens, causal, left, scale):
+    """The same with all its scores, in float32."""
+    (batch, heads, n, d), (kv_heads, m) = query.shape, key.shape[1:3]
+    wide = [x.astype(jnp.float32) for x in (query.reshape(batch, kv_heads, heads // kv_heads, n, d), key, value)]
+    scores = scale * jnp.einsum("bkgnd,bkmd->bkgnm", *wide[:2], precision="highest")
+    ahead = jnp.arange(m) - jnp.arange(n)[:, None]
+    allowed = jnp.ones((n, m), bool) if not causal else ahead <= 0
+    allowed = allowed if left is None else allowed & (ahead >= -left)
+    if lens is not None:
+        allowed = allowed & (jnp.arange(m) < lens[:, None, None, None, None])
+    weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
+    output = jnp.einsum("bkgnm,bkmd->bkgnd", weights, wide[2], precision="highest")
+    return output.reshape(query.shape).astype(query.dtype)
+
+
+def _differentiable(kernel, plain):
+    """``kernel``, whose own backward pass has no derivative, with those of ``plain`` beyond the first."""
+
+    tree = []  # how the arrays that backward keeps go together: never equal to itself from another trace
+
+    @jax.custom_jvp
+    def forward(query, key, value, lens):
+        output, back = jax.vjp(lambda *arrays: kernel(*arrays, lens), query, key, value)
+        kept, tree[:] = jax.tree.leaves(back), [jax.tree.structure(back)]
+        return output, kept
+
+    @forward.defjvp
+    def _(primals, tangents):
+        arrays, lens = primals[:3], primals[3]
+        output, kept = forward(*primals)
+        change = jax.jvp(lambda *arrays: plain(*arrays, lens), arrays, tangents[:3])[1]
+        return (output, kept), (change, [_none(x) for x in kept])
+
+    @jax.custom_jvp
+    def backward(kept, lens, query, key, value, grad):
+        return jax.tree.unflatten(tree[0], kept)(grad)
+
+    @backward.defjvp
+    def _(primals, tangents):
+        lens = primals[1]
+
+        def formula(*arrays):
+            return jax.vjp(lambda *arrays: plain(*arrays, lens), *arrays[:3])[1](arrays[3])
+
+        return backward(*primals), jax.jvp(formula, primals[2:], tangents[2:])[1]
+
+    @jax.custom_vjp
+    def attend(query, key, value, lens):
+        return kernel(query, key, value, lens)
+
+    def run(query, key, value, lens):
+        output, kept = forward(query, key, value, lens)
+        return output, (kept, lens, query, key, value)
+
+    def pull(residuals, grad):
+        lens = residuals[1]
+        return *backward(*residuals, grad), None if lens is None else _none(lens)
+
+    attend.defvjp(run, pull)
+    return attend
+
+
+def _none(x):
+    """The tangent of what has none."""
+    return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)

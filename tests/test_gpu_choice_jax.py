@@ -1,0 +1,135 @@
+"""Which calls cuDNN serves on a CUDA device, and that what surrounds it is right; no device is needed.
+
+cuDNN has a stand-in here: a formula with its arguments, whose backward pass has no derivative.
+"""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from conftest import chosen
+from device_calls import CALLS, draw, hidden, run
+
+import kvattn
+
+if "jax" not in chosen():
+    pytest.skip("this run is without JAX", allow_module_level=True)
+
+import jax
+
+from kvattn.kernels import jax_gpu
+
+OPTIONS = {"mask": None, "bias": None, "valid_lens": None, "causal": False, "query_offset": 0, "window": None, "scale": None}
+
+
+def served(device=((9, 0), 91500), dtype="bfloat16", n=64, m=64, d=64, v=None, batch=(2, 2), heads=(4, 4), **options):
+    shapes = ((batch[0], heads[0], n, d), (batch[1], heads[1], m, d), (batch[1], heads[1], m, v or d))
+    arrays = [SimpleNamespace(shape=shape, ndim=4, dtype=jax.numpy.dtype(dtype)) for shape in shapes]
+    with patch.object(jax_gpu, "device", lambda: device):
+        return jax_gpu.serves(*arrays, **OPTIONS | {"softcap": None} | options)
+
+
+def test_which_calls_cudnn_serves():
+    lens, ampere = np.array([3, 64]), ((8, 0), 90000)
+    for call in (
+        {}, {"dtype": "float16"}, {"heads": (8, 2)}, {"n": 1}, {"d": 8}, {"d": 256}, {"d": 128, "device": ampere},
+        {"causal": True}, {"causal": True, "m": 80}, {"valid_lens": lens}, {"valid_lens": lens, "causal": True},
+        {"window": (8, 0)}, {"window": (8, None), "causal": True}, {"window": (None, 0)}, {"scale": 0.3},
+    ):  # fmt: skip
+        assert served(**call), call
+    for call in (
+        {"device": None}, {"device": ((7, 5), 91500)}, {"device": ((9, 0), 8906)}, {"d": 256, "device": ampere},
+        {"dtype": "float32"}, {"dtype": "float64"}, {"d": 12}, {"d": 264}, {"v": 32}, {"batch": (2, 1)}, {"m": 0},
+        {"mask": lens}, {"bias": lens}, {"softcap": 5.0}, {"valid_lens": lens[:, None]}, {"scale": lens}, {"scale": -1.0},
+        {"causal": True, "n": 80}, {"causal": True, "query_offset": 1}, {"causal": True, "query_offset": lens},
+        {"window": (8, 8)}, {"window": (8, None)}, {"window": (8, 0), "valid_lens": lens},
+    ):  # fmt: skip
+        assert not served(**call), call
+
+
+@contextmanager
+def cudnn_stand_in():
+    """A process whose "CUDA" is the CPU, and a kernel with cuDNN's arguments, limits and lack of further derivatives."""
+    called = []
+
+    def kernel(query, key, value, *, q_seqlen, kv_seqlen, scale, mask_type, qkv_layout, sliding_window_length):
+        called.append(mask_type)
+        assert qkv_layout == "BNTH"
+        assert ("PADDING" in mask_type) == (q_seqlen is not None) == (kv_seqlen is not None)
+        how = {"causal": "CAUSAL" in mask_type, "left": sliding_window_length and sliding_window_length - 1, "scale": scale}
+
+        @jax.custom_vjp
+        def once(query, key, value, lens):
+            return jax_gpu.formula(query, key, value, lens, **how)
+
+        @jax.custom_vjp
+        def pull(arrays, lens, grad):
+            return jax.vjp(lambda *arrays: jax_gpu.formula(*arrays, lens, **how), *arrays)[1](grad)
+
+        def refuse(*_):
+            raise AssertionError("cuDNN's backward pass has no derivative")
+
+        once.defvjp(lambda *given: (once(*given), given), lambda given, grad: (*pull(given[:3], given[3], grad), None))
+        pull.defvjp(refuse, refuse)
+        return once(query, key, value, kv_seqlen)
+
+    names = SimpleNamespace(NO_MASK="NO_MASK", CAUSAL="CAUSAL", PADDING="PADDING", PADDING_CAUSAL="PADDING_CAUSAL")
+    halves = (*jax_gpu.HALF, "float32", "float64")
+    jax.clear_caches()
+    with (
+        patch.multiple(jax_gpu, device=lambda: ((9, 0), 91500), HALF=halves, PLATFORM="cpu"),
+        patch.object(jax_gpu, "_fused", lambda: SimpleNamespace(MaskType=names, dot_product_attention=kernel)),
+    ):  # fmt: skip
+        yield called
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, CALLS[0], CALLS[7], CALLS[8], {"window": (2, 0)}, {"window": (0, None), "causal": True, "scale": 0.3}],
+    ids=str,
+)
+def test_cudnn_is_given_what_numpy_computes(options):
+    arrays = draw(9, 11, d=8, v=8, dtype=np.float32)
+    with cudnn_stand_in() as called:
+        found, leaking = run("jax", arrays, options), run("jax", hidden(arrays, options), options)
+    assert called
+    for x, y, z in zip(found, leaking, run("numpy", arrays, options), strict=True):
+        np.testing.assert_allclose(x, z, atol=3e-6)
+        np.testing.assert_allclose(y, z, atol=3e-6)
+
+
+def test_second_derivatives_of_what_cudnn_serves_are_the_formulas():
+    jnp = jax.numpy
+    query, key, value, grad = map(jnp.asarray, draw(5, 6, d=8, v=8, batch=1, heads=2, dtype=np.float32))
+    lens = jnp.array([4])
+
+    def loss(query):
+        return (grad * jnp.sin(kvattn.attention(query, key, value, valid_lens=lens))).sum()
+
+    def slope(query):
+        return (jax.grad(loss)(query) ** 2).sum()
+
+    expected = jax.grad(slope)(query), jax.hessian(loss)(query)
+    with cudnn_stand_in() as called:
+        found = jax.grad(slope)(query), jax.jit(jax.hessian(loss))(query)
+    assert called
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_on_another_platform_the_same_program_takes_the_formula():
+    arrays = draw(5, 6, d=8, v=8, dtype=np.float32)
+    with cudnn_stand_in(), patch.object(jax_gpu, "PLATFORM", "cuda"):
+        found = run("jax", arrays, {"valid_lens": np.array([2, 6, 0])})
+        text = jax.jit(kvattn.attention).lower(*map(jax.numpy.asarray, arrays[:3])).compile().as_text()
+    assert "conditional" not in text
+    for x, y in zip(found, run("numpy", arrays, {"valid_lens": np.array([2, 6, 0])}), strict=True):
+        np.testing.assert_allclose(x, y, atol=3e-6)
+
+
+def test_without_a_cuda_device_nothing_changes():
+    jax_gpu.device.cache_clear()
+    assert jax_gpu.device() is None
