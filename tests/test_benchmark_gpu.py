@@ -1,6 +1,7 @@
 """benchmarks/gpu.py measures and checks what it says; its figures need a GPU, its code does not."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ import gpu  # noqa: E402
 PRESENT = [name for name in ("torch", "jax") if name in chosen()]
 
 
-def run(*flags):
-    return subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, check=False)
+def run(*flags, **env):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *flags], capture_output=True, text=True, check=False, env={**os.environ, **env}
+    )
 
 
 @pytest.mark.parametrize("framework", PRESENT)
@@ -36,7 +39,7 @@ def test_a_whole_run_of_tiny_shapes(framework, tmp_path):
 
 @pytest.mark.parametrize("framework", PRESENT)
 def test_without_a_gpu_it_says_so(framework):
-    done = run("--frameworks", framework)
+    done = run("--frameworks", framework, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert "no GPU here" in done.stdout
 
