@@ -228,7 +228,7 @@ def _four(x, lead):
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
-    """A fused kernel's output, with its own backward, or, under create_graph, the formula's: the fused one has no derivative."""
+    """A fused kernel's output and backward; under create_graph the formula's, since the fused one has no derivative."""
 
     @staticmethod
     def forward(ctx, output, formula, query, key, value, mask):

@@ -9,8 +9,9 @@ float32, valid_lens (and causal from 0) alone               "slices": entries of
 mask, bias, dropout, weights, lse, float64, tiny, compiled  None: the tab's own path, as on the CPU
 ==========================================================  ======================================================
 
-Why flex for lengths in half precision: the variable-length kernel (torch.nn.attention.varlen) is FlashAttention 2, which others
-have measured at about half of cuDNN's speed on Hopper; cuDNN builds a plan for every new length. Why slices in float32: flex would multiply without tensor cores there, where the kernel behind scaled_dot_product_attention splits each
+Why flex for lengths in half precision: the variable-length kernel (torch.nn.attention.varlen) is FlashAttention 2, which
+others have measured at about half of cuDNN's speed on Hopper; cuDNN builds a plan for every new length. Why slices in
+float32: flex would multiply without tensor cores there, where the kernel behind scaled_dot_product_attention splits each
 number in three (3xTF32), at full precision whatever allow_tf32 says.
 """
 
