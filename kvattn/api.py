@@ -174,13 +174,14 @@ def attention(
     Source: Vaswani et al. 2017, "Attention is all you need", equation 1; grouped queries: Ainslie et al. 2023; windows:
     Beltagy et al. 2020; soft caps: Gemma 2, 2024.
     """
+    known = dispatch.met(query, key, value, backend)
     plain = score is normalize is mask is bias is valid_lens is window is positions is scale is softcap is None
     plain = plain and not dropout and type(query_offset) is int
     plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool
-    if plain and (tab := dispatch.met(query, key, value, backend)) is not None:  # nothing is left to check
+    if plain and known is not None:  # nothing is left to check
         if not (causal or return_weights or return_lse):
-            return tab.attention(query, key, value)
-        return tab.attention(
+            return known[0].attention(query, key, value)
+        return known[0].attention(
             query, key, value, causal=causal, query_offset=query_offset, return_weights=return_weights, return_lse=return_lse
         )
     tab = dispatch.choose(
@@ -193,15 +194,18 @@ def attention(
             causal=causal, query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap,
             dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
         )  # fmt: skip
-    given = query, key, value
-    query, key, value, scores = _attended(tab, query, key, value, score)
+    if known is not None and known[0] is tab:
+        scores = known[1]
+    else:
+        given = query, key, value
+        query, key, value, scores = _attended(tab, query, key, value, score)
+        if _dots(score):
+            dispatch.meet(tab, *given, scores)
     options = _options(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
         window, positions, scale, softcap, dropout, rng, return_lse,
     )  # fmt: skip
     return_weights, return_lse = checks.flag("return_weights", return_weights), checks.flag("return_lse", return_lse)
-    if plain:
-        dispatch.meet(tab, *given, backend)
     return tab.attention(query, key, value, **options, return_weights=return_weights, return_lse=return_lse)
 
 

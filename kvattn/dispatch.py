@@ -126,6 +126,12 @@ def load(name: str) -> Backend:
     return _loaded[name]
 
 
+def name_of(tab: Any) -> str:
+    """The name that ``tab`` was loaded by; a backend that was given as an object: its own."""
+    own = getattr(tab, "__name__", type(tab).__name__)
+    return next((name for name, loaded in _loaded.items() if loaded is tab), own)
+
+
 def verify(tab: Any, name: str) -> None:
     """Raises TypeError, naming what is missing, if ``tab`` is no backend."""
     missing = [part for part in REQUIRED if not callable(getattr(tab, part, None))]
@@ -187,40 +193,36 @@ def choose(backend: Any, **arrays: Any) -> Backend:
     return load(backend)
 
 
-# ---- plain calls that have passed every check before
+# ---- arrays that have passed every check before
 
 
-_met: dict[Any, Backend] = {}
+_met: dict[Any, tuple[Backend, tuple[Any, ...]]] = {}
 MOST = 4096  # then it starts anew: lengths that grow step by step would fill it
 
 
-def _looks(query: Any, key: Any, value: Any, backend: Any) -> tuple[Any, ...] | None:
-    """All that the checks of a call without masks look at; None where it cannot be told: lists, traced sizes."""
+def _looks(tab: Any, query: Any, key: Any, value: Any) -> tuple[Any, ...] | None:
+    """All that the checks of query, key and value look at; None where it cannot be told: lists, traced sizes."""
     kind = type(query)
+    if kind is not type(key) or kind is not type(value) or (hasattr(tab, "tracing") and tab.tracing()):
+        return None
+    return id(tab), kind, query.shape, query.dtype, key.shape, key.dtype, value.shape, value.dtype
+
+
+def met(query: Any, key: Any, value: Any, backend: Any) -> tuple[Backend, tuple[Any, ...]] | None:
+    """The tab that served arrays of this class, these shapes and dtypes before, and the shape of their scores."""
     try:
-        name = _homes[kind] or get_backend() if backend is None else backend
-        tab = _loaded[name] if type(name) is str else name
-        if kind is not type(key) or kind is not type(value) or (hasattr(tab, "tracing") and tab.tracing()):
-            return None
-        sizes = query.shape, query.dtype, key.shape, key.dtype, value.shape, value.dtype
-        return id(tab), kind, *sizes
-    except (AttributeError, KeyError):
+        name = _homes[type(query)] or get_backend() if backend is None else backend
+        return _met.get(_looks(_loaded[name] if type(name) is str else name, query, key, value))
+    except (AttributeError, KeyError):  # lists have no shape; a class or a backend is new
         return None
 
 
-def met(query: Any, key: Any, value: Any, backend: Any) -> Backend | None:
-    """The tab that served a call with arrays of this class, these shapes and dtypes before."""
-    looks = _looks(query, key, value, backend)
-    return None if looks is None else _met.get(looks)
-
-
-def meet(tab: Backend, query: Any, key: Any, value: Any, backend: Any) -> None:
-    """Remember that these arguments of a plain call, as they came, are arrays of ``tab`` and pass every check."""
-    looks = _looks(query, key, value, backend)
-    if looks is not None and tab.is_array(query):
+def meet(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, ...]) -> None:
+    """Remember that these arguments, as they came, are arrays of ``tab`` that pass every check for such scores."""
+    if tab.is_array(query) and (looks := _looks(tab, query, key, value)) is not None:
         if len(_met) >= MOST:
             _met.clear()
-        _met[looks] = tab
+        _met[looks] = tab, scores
 
 
 def get_backend() -> str:
@@ -230,7 +232,8 @@ def get_backend() -> str:
     ...     get_backend()
     'numpy'
     """
-    return reason()[0]
+    # of `reason`, only the name: looking at the environment is most of what it costs
+    return _context.get() or _process or canonical(os.environ.get(ENVIRONMENT) or "numpy")
 
 
 def reason() -> tuple[str, str]:
