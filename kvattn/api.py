@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from kvattn import checks, dispatch
+from kvattn import checks, dispatch, explanation
 from kvattn.cache import KVCache
 from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
 
@@ -44,6 +44,7 @@ __all__ = [
     "distance_score",
     "dot_score",
     "epanechnikov_kernel",
+    "explain",
     "gated_score",
     "gaussian_kernel",
     "get_backend",
@@ -263,6 +264,36 @@ def attention_grad(
         if name not in bindable:
             raise ValueError(f"wrt names {name!r}; this call has {', '.join(sorted(bindable))}")
     return tuple(tab.attention_grad(query, key, value, grad_output, wrt=tuple(wrt), **options))
+
+
+def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **options: Any) -> explanation.Explanation:
+    """Which kernel would serve `attention` of these arguments, and why. No attention is computed.
+
+    Args:
+        options: `attention`'s own, all of them.
+
+    Returns:
+        (backend, device, kernel, why), a named tuple of strings; ``str`` of it is a sentence. "the formula" holds all
+        scores at one time. Inside a trace it describes what is traced. Raises what `attention` raises.
+
+    >>> import numpy as np
+    >>> x = np.zeros((1024, 64), "float32")
+    >>> explain(x, x, x).kernel
+    'tiles'
+    >>> print(explain(x, x, x, normalize=sparsemax))
+    numpy on cpu serves this call by the formula: the normaliser is no softmax
+    """
+    arrays = {name: options.get(name) for name in _ARRAYS}
+    tab = dispatch.choose(backend, query=query, key=key, value=value, **arrays)
+    query, key, value, scores = _attended(tab, query, key, value, options.get("score"))
+    back = {name: checks.flag(name, options.pop(name, False)) for name in ("return_weights", "return_lse")}
+    features = (query.shape[-1], key.shape[-1])
+    options = _options(tab, query, scores, features, return_lse=back["return_lse"], **options) | back
+    if hasattr(tab, "kernel"):
+        kernel, why = tab.kernel(query, key, value, **options)
+    else:
+        kernel, why = explanation.general("the backend tells of no other kernel", query, key, **options)
+    return explanation.Explanation(dispatch.name_of(tab), checks.device_name(query), kernel, why)
 
 
 def _plain(function: Any) -> Any:

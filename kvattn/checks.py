@@ -29,6 +29,15 @@ def dtype_name(x: Any) -> str:
     return names[dtype]
 
 
+def device_name(x: Any) -> str:
+    """The device of any framework's array, as PyTorch spells it: "cpu", "cuda:0"; "unknown" while it is traced."""
+    device: Any = getattr(x, "device", getattr(x, "ctx", "cpu")) or "unknown"
+    if hasattr(device, "platform"):  # jax's, whose str differs from release to release
+        device = f"{device.platform}:{device.id}"
+    name = str(device).lower().rpartition("device:")[2].replace("(", ":").rstrip(")")
+    return "cpu" if name == "cpu:0" else name
+
+
 def _shape(x: Any) -> tuple[Any, ...]:
     return tuple(x.shape)
 
@@ -83,7 +92,7 @@ def _integral(tab: Any, name: str, x: Any) -> Any:
 
 def is_integer(x: Any) -> bool:
     """Whether ``x`` is a Python or NumPy integer, and no bool."""
-    return isinstance(x, Integral) and not isinstance(x, bool)
+    return type(x) is int or (isinstance(x, Integral) and not isinstance(x, bool))
 
 
 def _peek(tab: Any, x: Any) -> Any:

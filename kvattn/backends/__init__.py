@@ -33,6 +33,10 @@ class Backend(Protocol):
         """Whether a graph is being recorded in which sizes may be unknown. Optional."""
         ...
 
+    def kernel(self, query: Any, key: Any, value: Any, /, **options: Any) -> tuple[str, str]:
+        """(name, why) of the kernel that serves a call of attention with these options, all of them. Optional."""
+        ...
+
     def attention(self, query: Any, key: Any, value: Any, /, **keywords: Any) -> Any:
         """:func:`kvattn.attention` on arguments that the frontend has checked."""
         ...

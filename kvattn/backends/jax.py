@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from kvattn import bands
+from kvattn import bands, explanation
 from kvattn.kernels import jax_gpu
 
 if hasattr(jax, "enable_x64"):
@@ -541,6 +541,10 @@ def merge_attention(outputs, lses, return_lse=False):
     weights = weights[..., None]
     output = (weights * jnp.where(weights == 0, 0, _wide(outputs))).sum(axis=-2).astype(outputs.dtype)
     return (output, lse) if return_lse else output
+
+
+def kernel(query, key, value, **options):
+    return explanation.general("it is all there is", query, key, **options)
 
 
 # ---- multi-head attention

@@ -8,7 +8,7 @@ from functools import reduce
 
 import numpy as np
 
-from kvattn import bands
+from kvattn import bands, explanation
 from kvattn.kernels import numpy as kernels
 from kvattn.kernels import tiled
 
@@ -404,6 +404,20 @@ def merge_attention(outputs, lses, return_lse=False):
     weights = weights[..., None]
     output = (weights * np.where(weights == 0, 0, _wide(outputs))).sum(axis=-2).astype(outputs.dtype)
     return (output, lse) if return_lse else output
+
+
+def kernel(query, key, value, **options):
+    if options["positions"] is not None:
+        return explanation.selected(kernel, _select, query, key, value, **options)
+    obstacle = tiled.obstacle(sys.modules[__name__], query, key, value, **options)
+    if query.size * key.size <= tiled.TINY:
+        obstacle = "few scores, for which tiles would cost more than they save"
+    if not obstacle:
+        return "tiles", "softmax of dot products, so many that all at once would fill the memory, not the cache"
+    name, why = explanation.general(obstacle, query, key, **options)
+    if name == "the formula" and (steps := kernels.rows(options["score"], query, key)):
+        return "the formula, in blocks", f"{why}; {len(steps)} blocks of queries, as many as keep memory bounded"
+    return name, why
 
 
 # ---- multi-head attention

@@ -6,12 +6,13 @@ Under torch.autocast the products are taken in its dtype, as everywhere in PyTor
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial, reduce, wraps
 
 import numpy as np
 import torch
 
-from kvattn import bands
+from kvattn import bands, explanation
 from kvattn.kernels import torch as kernels
 from kvattn.kernels import torch_gpu
 
@@ -336,32 +337,29 @@ def attention(
         kernel = torch_gpu.choose(query, key, value, **where, **reach, scale=scale, softcap=softcap)
         if kernel:
             return torch_gpu.attention(kernel, query, key, value, **where, **reach, scale=scale, softcap=softcap)
-    fused = usual and not softcap and kernels.serves(query, key, value, bias, scale)
-    if fused and (runs := kernels.runs(query, key, value, **where, **reach)):
-        output = kernels.by_runs(attention, runs, query, key, value, valid_lens, causal, scale)
+    call = (usual, score, softcap, scale, where, reach, return_weights)
+    kernel, parts = kernels.choose(query, key, value, *call)
+    if kernel == "SDPA, by lengths":
+        output = kernels.by_runs(attention, parts, query, key, value, valid_lens, causal, scale)
         if output is not None:
             return output.to(query.dtype)  # autocast's is another
-    triangle = fused and kernels.is_triangle(query.shape[-2], key.shape[-2], **where, **reach)
-    free = triangle or (mask is bias is valid_lens is window is None and not causal)
-    steps = [] if triangle or return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
-    band = fused and not free and kernels.is_band(query.shape[-2], key.shape[-2], **where, **reach)
-    attend = attention
-    if not (steps or (fused and free)) and (steps := kernels.rows(query, key, value, score, fused, **where, **reach)):
-        band, attend = band and window is None, attention if fused else kernels.again(attention, rng)
-    if steps and band:
-        return kernels.by_band(steps, query, key, value, causal, query_offset, window, scale).to(query.dtype)
-    if steps:
-        parts = [attend(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(steps, query, key, value, **where)]
+        kernel, parts = kernels.choose(query, key, value, *call, by_lengths=False)
+    if kernel == "SDPA, in bands":
+        return kernels.by_band(parts, query, key, value, causal, query_offset, window, scale).to(query.dtype)
+    if parts:
+        attend = kernels.again(attention, rng) if kernel.endswith("computed again") else attention
+        parts = [attend(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(parts, query, key, value, **where)]
         if not isinstance(parts[0], tuple):
             return torch.cat(parts, dim=-2)
         return tuple(torch.cat(x, dim=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
 
     dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
+    triangle = kernel == "SDPA" and kernels.is_triangle(n, key.shape[-2], **where, **reach)
     if triangle and n < key.shape[-2]:  # nobody sees the others, nor NaN in them
         key, value = key[..., :n, :], value[..., :n, :]
-    allowed = None if free else _allowed(n, torch.arange(key.shape[-2], device=key.device), query.ndim, **where, **reach)
+    allowed = None if triangle else _allowed(n, torch.arange(key.shape[-2], device=key.device), query.ndim, **where, **reach)
     query, key, value = _hide_padding(allowed, query, key, value)
-    if fused:
+    if kernel == "SDPA":
         return kernels.attention(query, key, value, allowed, bias, triangle, scale).to(dtype)  # autocast's is another
 
     # weights = normalize(score(query, key)): (..., h, n, m)
@@ -477,6 +475,27 @@ def merge_attention(outputs, lses, return_lse=False):
     weights = weights[..., None]
     output = (weights * torch.where(weights == 0, 0, _wide(outputs))).sum(dim=-2).to(outputs.dtype)
     return (output, lse) if return_lse else output
+
+
+def kernel(query, key, value, **options):
+    if options["positions"] is not None:
+        return explanation.selected(kernel, _select, query, key, value, **options)
+    names = (("mask", "bias", "valid_lens", "query_offset"), ("causal", "window"))
+    where, reach = ({name: options[name] for name in some} for some in names)
+    if bands.reaches_all(query.shape[-2], key.shape[-2], reach["causal"], where["query_offset"], reach["window"]):
+        reach = {"causal": False, "window": None}
+    score, softcap, scale = options["score"], options["softcap"], options["scale"]
+    unusual = explanation.unusual(sys.modules[__name__], options, "dropout", "return_weights", "return_lse")
+    if query.is_cuda and not unusual:
+        name = torch_gpu.choose(query, key, value, **where, **reach, scale=scale, softcap=softcap)
+        if name:
+            return f"SDPA, {name}" if name != "flex" else "compiled flex_attention", torch_gpu.WHY[name]
+    name, parts = kernels.choose(query, key, value, not unusual, score, softcap, scale, where, reach, options["return_weights"])
+    if name.startswith("the formula"):
+        why = unusual or ("softcap is asked for" if softcap else kernels.LACKS)
+    else:
+        why = "softmax of scaled dot products"
+    return name, f"{why}; {len(parts)} parts of the call, one after another" if parts else why
 
 
 # ---- multi-head attention

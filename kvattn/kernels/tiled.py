@@ -24,9 +24,14 @@ SMALLEST_KEYS = 2**19  # numbers in keys that mask, valid_lens, causal or window
 FLOOR = 2.0**-24  # a sum of exp(scores) below this may have lost small terms
 
 
-def serves(tab, query, key, value, *, score=None, normalize=None, dropout=0.0, return_weights=False, mask=None, bias=None,
-           valid_lens=None, causal=False, window=None, **_):  # fmt: skip
-    """Whether tiles serve a call of ``tab``: softmax of dot products, large, weights not asked for.
+def serves(tab, query, key, value, **options):
+    """Whether tiles serve a call of ``tab``: softmax of dot products, large, weights not asked for."""
+    return not obstacle(tab, query, key, value, **options)
+
+
+def obstacle(tab, query, key, value, *, score=None, normalize=None, dropout=0.0, return_weights=False, mask=None, bias=None,
+             valid_lens=None, causal=False, window=None, **_):  # fmt: skip
+    """Why tiles do not serve a call of ``tab``; "" where they do.
 
     Small tiles would cost more than they save: so there must be many scores for each batch entry, of which three axes may
     have as many as heads. A call restricted to some of the keys gains by what it does not read. Values that widen a batch
@@ -36,16 +41,21 @@ def serves(tab, query, key, value, *, score=None, normalize=None, dropout=0.0, r
     if query.size * m < SMALLEST * query.shape[-1]:
         restricted = mask is not None or bias is not None or valid_lens is not None or causal or window is not None
         if key.size < SMALLEST_KEYS or not restricted:
-            return False
-    if dropout or return_weights or not query.size or not key.size:
-        return False
+            return "few scores, for which tiles would cost more than they save"
+    if not query.size or not key.size:
+        return "there is nothing to compute"
+    if dropout or return_weights:
+        return "dropout" if dropout else "the weights are asked for"
     if score not in (None, tab.scaled_dot_score, tab.dot_score):
-        return False
+        return "the score is no dot product"
     if normalize not in (None, tab.softmax, tab.masked_softmax):
-        return False
+        return "the normaliser is no softmax"
     lead = bands.lead(query.shape, key.shape)
-    entry = n * m * (lead[-1] if len(lead) > 1 else 1)
-    return entry >= SMALLEST_ENTRY and all(own in (1, every) for own, every in zip(value.shape[:-3], lead[:-1], strict=True))
+    if n * m * (lead[-1] if len(lead) > 1 else 1) < SMALLEST_ENTRY:
+        return "few scores in each batch entry, for which tiles would cost more than they save"
+    if all(own in (1, every) for own, every in zip(value.shape[:-3], lead[:-1], strict=True)):
+        return ""
+    return "the values widen a batch axis"
 
 
 def scale_of(tab, query, score, scale):

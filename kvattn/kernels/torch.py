@@ -18,7 +18,26 @@ CALL = 2**26  # multiplications that one more call must save, and
 READ = 32  # that take as long as reading one number of a key, value or mask
 PAIRS = 2**24  # numbers that are held at one time, of scores, masks or features: arrays under 32 MB would fragment glibc's heap
 ROWS = 256  # queries of a block for which nothing but a mask is held
+LACKS = "SDPA has no forward derivatives, no gradient by bias, no scale of 0 or less, and no answer without keys"
 PLAIN = ("dot_score", "scaled_dot_score", "multiplicative_score", "gated_score", "cosine_score")  # these hold no features
+
+
+def choose(query, key, value, usual, score, softcap, scale, where, reach, whole, by_lengths=True):
+    """(kernel, its parts) of a call. ``usual``: softmax of scaled dot products; ``whole``: its weights are asked for."""
+    fused = usual and not softcap and serves(query, key, value, where["bias"], scale)
+    if fused and by_lengths and (parts := runs(query, key, value, **where, **reach)):
+        return "SDPA, by lengths", parts
+    n, m = query.shape[-2], key.shape[-2]
+    unmasked = where["mask"] is where["bias"] is where["valid_lens"] is reach["window"] is None and not reach["causal"]
+    if fused and (unmasked or is_triangle(n, m, **where, **reach)):
+        return "SDPA", []
+    parts = [] if whole else bands.plan(n, m, reach["causal"], where["query_offset"], reach["window"])
+    kernel = "SDPA, in blocks" if fused else "the formula, in blocks"
+    if not parts and (parts := rows(query, key, value, score, fused, **where, **reach)) and not fused:
+        kernel = "the formula, in blocks computed again"
+    if parts:
+        return "SDPA, in bands" if fused and is_band(n, m, **where, **reach) else kernel, parts
+    return "SDPA" if fused else "the formula", []
 
 
 def serves(query, key, value, bias, scale):

@@ -37,6 +37,12 @@ PROGRAMS = 32  # compiled at most, each for one scale, softcap, dtype and number
 OLDEST = (2, 10)  # the first PyTorch whose flex_attention was read, or run, for this
 KEPT = 8  # masks that are kept for the next layer's call
 
+WHY = {
+    "corner": "causal from an offset, aligned to the last key without a mask",
+    "slices": "entries of one length together, each over its own keys",
+    "flex": "blocks of keys that no query of a block may attend to are skipped",
+}
+
 _programs = {}
 _kept = {}
 

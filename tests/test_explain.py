@@ -1,0 +1,187 @@
+"""`kvattn.explain` names the kernel that then serves the call: spies on the kernels' entries see the same."""
+
+import importlib
+from contextlib import ExitStack
+from functools import partial
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+import kvattn
+import kvattn.namespace
+
+RNG = np.random.default_rng(0)
+SHAPES = {  # query, key, value
+    "tiny": ((1, 1, 8, 8), (1, 1, 8, 8), (1, 1, 8, 8)),
+    "grouped": ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 6)),
+    "one query": ((1, 2, 1, 16), (1, 2, 300, 16), (1, 2, 300, 16)),
+    "no keys": ((1, 2, 4, 8), (1, 2, 0, 8), (1, 2, 0, 8)),
+    "no batch": ((6, 8), (9, 8), (9, 5)),
+    "large": ((2, 2, 1024, 16), (2, 2, 1024, 16), (2, 2, 1024, 16)),
+    "more batches of values": ((1, 2, 512, 8), (1, 2, 512, 8), (3, 2, 512, 8)),
+}
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "decoding": lambda q, k: {"causal": True, "query_offset": k[-2] - q[-2]},
+    "valid_lens": lambda q, k: {"valid_lens": RNG.integers(1, max(k[-2], 1) + 1, q[:-2][:1])},
+    "a length of 0": lambda q, k: {"valid_lens": np.zeros(q[:-2][:1], int)},
+    "lengths of queries": lambda q, k: {"valid_lens": RNG.integers(0, k[-2] + 1, (*q[:-2][:1], q[-2]))},
+    "causal valid_lens": lambda q, k: {"causal": True, "valid_lens": RNG.integers(1, max(k[-2], 1) + 1, q[:-2][:1])},
+    "window": {"window": 3},
+    "causal window": {"causal": True, "window": (20, 0)},
+    "window, sparsemax": {"window": 3, "normalize": kvattn.sparsemax},
+    "window, weights": {"window": 3, "return_weights": True},
+    "mask": lambda q, k: {"mask": RNG.random((q[-2], k[-2])) < 0.5},
+    "bias": lambda q, k: {"bias": RNG.standard_normal((q[-2], k[-2])).astype("float32")},
+    "positions": lambda q, k: {"positions": RNG.integers(-1, k[-2], (q[-2], 4))},
+    "positions, sparsemax": lambda q, k: {
+        "positions": RNG.integers(-1, min(k[-2], 1), (q[-2], 2)),
+        "normalize": kvattn.sparsemax,
+    },
+    "many positions": lambda q, k: {"positions": RNG.integers(-1, k[-2], (q[-2], 64))},
+    "no positions": lambda q, k: {"positions": np.zeros((q[-2], 0), int)},
+    "additive": lambda q, k: {"score": _additive(q[-1])},
+    "gated": lambda q, k: {"score": partial(kvattn.gated_score, w_g=np.ones(2 * q[-1], "float32"))},
+    "dot": {"score": kvattn.dot_score},
+    "distance": {"score": kvattn.distance_score},
+    "sparsemax": {"normalize": kvattn.sparsemax},
+    "scale": {"scale": 0.5},
+    "negative scale": {"scale": -0.5},
+    "softcap": {"softcap": 3.0},
+    "weights": {"return_weights": True},
+    "lse": {"return_lse": True},
+    "dropout": {"dropout": 0.5},
+}
+
+
+def _additive(d):
+    shapes = {"W_q": (d, 4), "W_k": (d, 4), "w_v": (4,)}
+    return partial(kvattn.additive_score, **{name: np.ones(shape, "float32") for name, shape in shapes.items()})
+
+
+ENTRIES = {  # a kernel's name: what runs, and nothing else does, where it serves
+    "numpy": {"tiles": [("kernels.tiled", "attention")], "the formula": [("backends.numpy", "_scores")]},
+    "torch": {
+        "SDPA": [("kernels.torch", "attention")],
+        "SDPA, by lengths": [("kernels.torch", "by_runs")],
+        "SDPA, in bands": [("kernels.torch", "by_band")],
+        "the formula": [("backends.torch", "_scores")],
+    },
+}
+
+
+def served(backend, call):
+    """The entries that a call went through, each with how many times."""
+    seen = {}
+    with ExitStack() as spies:
+        for module, name in {entry for entries in ENTRIES[backend].values() for entry in entries}:
+            spies.enter_context(_spy(module, name, seen))
+        call()
+    return seen
+
+
+def _spy(module, name, seen):
+    home = importlib.import_module(f"kvattn.{module}")
+    function = getattr(home, name)
+
+    def spy(*args, **options):
+        seen[module, name] = seen.get((module, name), 0) + 1
+        return function(*args, **options)
+
+    return patch.object(home, name, spy)
+
+
+WIDER = "more batches of values"  # of which positions cannot choose
+CALLS = [(shapes, what) for shapes in SHAPES for what in OPTIONS if not (shapes == WIDER and "positions" in what)]
+
+
+@pytest.mark.parametrize(("shapes", "what"), CALLS)
+def test_the_kernel_explained_is_the_one_that_runs(backend, tab, shapes, what):
+    if backend not in ENTRIES:
+        return
+    query, key, value = SHAPES[shapes]
+    options = OPTIONS[what] if isinstance(OPTIONS[what], dict) else OPTIONS[what]((*value[:-3], *query[-3:]), key)
+    inputs = [tab.asarray(RNG.standard_normal(shape).astype("float32")) for shape in SHAPES[shapes]]
+    said = kvattn.explain(*inputs, **options)
+    seen = served(backend, lambda: kvattn.attention(*inputs, **options))
+    name = said.kernel.removesuffix(", of selected keys").removesuffix(" computed again").removesuffix(", in blocks")
+    if name == "SDPA, by lengths":  # its parts are served as they are
+        assert set(seen) >= set(ENTRIES[backend][name]), said
+    else:
+        assert set(seen) == set(ENTRIES[backend][name]), said
+        assert (max(seen.values()) > 1) == ("in blocks" in said.kernel), said
+    assert ("of selected keys" in said.kernel) == ("positions" in options)
+
+
+def test_it_says_so_in_a_sentence(backend, tab):
+    x = tab.asarray(np.zeros((4, 8), "float32"))
+    said = kvattn.explain(x, x, x, normalize=kvattn.sparsemax)
+    assert said[:3] == (backend, "cpu", "the formula")
+    assert str(said) == f"{backend} on cpu serves this call by the formula: {said.why}"
+
+
+def test_neutral_data_goes_where_attention_takes_it(backend):
+    x = [[1.0, 2.0]]
+    assert kvattn.explain(x, x, x, backend=backend).backend == backend
+    with kvattn.use_backend(backend):
+        assert kvattn.explain(x, x, x).backend == backend
+
+
+def test_a_namespace_explains_its_own(backend):
+    assert kvattn.namespace.functions(backend)["explain"]([[1.0]], [[1.0]], [[1.0]]).backend == backend
+
+
+def test_it_raises_what_attention_raises(backend):
+    x = np.zeros((4, 8), "float32")
+    for wrong in ({"mask": x}, {"valid_lens": [1, 2, 3]}, {"nonsense": 1}, {"return_lse": True, "normalize": kvattn.average}):
+        with pytest.raises((TypeError, ValueError)) as explained:
+            kvattn.explain(x, x, x, **wrong, backend=backend)
+        with pytest.raises(explained.type) as raised:
+            kvattn.attention(x, x, x, **wrong, backend=backend)
+        if "nonsense" not in wrong:
+            assert str(explained.value) == str(raised.value)
+
+
+def test_a_backend_that_tells_nothing_is_explained_too():
+    class Mine:
+        """NumPy's tab without `kernel`."""
+
+        def __getattr__(self, name):
+            if name in ("kernel", "__name__"):
+                raise AttributeError(name)
+            return getattr(kvattn.dispatch.load("numpy"), name)
+
+    x = np.zeros((1024, 64), "float32")
+    assert kvattn.explain(x, x, x, backend=Mine())[:3] == ("Mine", "cpu", "the formula")
+    assert kvattn.explain(x, x, x, window=3, backend=Mine()).kernel == "the formula, in blocks"
+
+
+def test_what_sdpa_lacks_is_explained(backend, tab):
+    if backend == "torch":
+        import torch
+
+        x = torch.zeros(4, 8)
+        bias = torch.zeros(4, 4, requires_grad=True)
+        assert kvattn.explain(x, x, x, bias=bias).kernel == "the formula"
+        assert kvattn.explain(x, x, x, bias=bias.detach()).kernel == "SDPA"
+        said = []
+        torch.func.vmap(lambda x: said.append(kvattn.explain(x, x, x).kernel) or x)(x[None])
+        assert said == ["the formula"]
+
+
+def test_a_trace_explains_what_is_traced(backend, tab):
+    """The device of a traced array may be unknown; its kernel is not."""
+    x = np.zeros((4, 8), "float32")
+    if backend in TRACES:
+        said = []
+        TRACES[backend](lambda x: said.append(kvattn.explain(x, x, x)) or x)(tab.asarray(x))
+        assert said[-1].backend == backend
+        assert said[-1].device in ("cpu", "unknown")
+
+
+TRACES = {
+    "jax": lambda f: __import__("jax").jit(f),
+    "tensorflow": lambda f: __import__("tensorflow").function(f, autograph=False),
+}
