@@ -1,0 +1,159 @@
+"""Where the microseconds of a tiny eager call go: the frontend over the tab, the tab over the framework's own attention.
+
+    python benchmarks/overhead.py --backend numpy,torch
+
+Each backend runs in a fresh process. The calls take turns, so that what else runs slows them alike; a figure is the median,
+and the smallest, of many. One call of (1, 1, 8, 8), float32.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+
+KINDS = {"plain": {}, "causal": {"causal": True}, "scale": {"scale": 0.5}, "valid_lens": {"valid_lens": [6]}}
+TARGETS = {"numpy": 4, "torch": 4, "jax": 4, "tensorflow": 12, "mxnet": 12}
+IMPORT = 20  # milliseconds over NumPy's
+
+
+def natives(backend, q, k, v):
+    """The framework's own attention, plain and causal, where it has one; else the formula."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    if backend == "torch":
+        from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+        return {"plain": lambda: sdpa(q, k, v), "causal": lambda: sdpa(q, k, v, is_causal=True)}
+    if backend == "jax":
+        import jax
+
+        both = {
+            causal: jax.jit(lambda q, k, v, c=causal: jax.nn.dot_product_attention(q, k, v, is_causal=c)) for causal in (0, 1)
+        }
+        return {"plain": lambda: both[0](q, k, v), "causal": lambda: both[1](q, k, v)}
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return {"plain": lambda: tf.nn.softmax(tf.matmul(q, k, transpose_b=True) * scale) @ v}
+    if backend == "mxnet":
+        from mxnet import npx
+
+        return {"plain": lambda: npx.batch_dot(npx.softmax(npx.batch_dot(q[0], k[0], transpose_b=True) * scale), v[0])}
+    import numpy as np
+
+    def formula():
+        scores = q @ k.swapaxes(-1, -2) * np.float32(scale)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        return weights / weights.sum(axis=-1, keepdims=True) @ v
+
+    return {"plain": formula}
+
+
+def measure(backend, rounds):
+    """{what: (median, smallest)} in microseconds, in this process."""
+    import numpy as np
+
+    import kvattn
+    from kvattn import api, dispatch
+
+    tab = dispatch.load(backend)
+    q, k, v = (tab.asarray(np.random.default_rng(i).standard_normal((1, 1, 8, 8)).astype("float32")) for i in range(3))
+    calls = {"nothing": lambda: None}
+    for kind, options in KINDS.items():
+        options = {name: tab.asarray(x) if isinstance(x, list) else x for name, x in options.items()}
+        calls[f"api {kind}"] = lambda options=options: kvattn.attention(q, k, v, **options)
+        calls[f"tab {kind}"] = lambda options=options: tab.attention(q, k, v, **options)
+    calls |= {f"native {kind}": call for kind, call in natives(backend, q, k, v).items()}
+    named = {"query": q, "key": k, "value": v}
+    calls["who serves NumPy's"] = dispatch.get_backend
+    calls["met before?"] = lambda: dispatch.met(q, k, v, None)
+    calls["dispatch"] = lambda: dispatch.choose(None, **named)
+    calls["checks"] = lambda: api._attended(tab, q, k, v, None)
+    calls["options"] = lambda: api._options(tab, q, (1, 1, 8, 8), (8, 8))
+    took = {what: [] for what in calls}
+    for call in [*calls.values()] * 3:
+        call()
+    for _ in range(rounds):
+        for what, call in calls.items():
+            start = time.perf_counter_ns()
+            call()
+            took[what].append(time.perf_counter_ns() - start)
+    nothing = min(took.pop("nothing"))
+    return {what: [(f(x) - nothing) / 1e3 for f in (statistics.median, min)] for what, x in took.items()}
+
+
+def importing(module):
+    """Milliseconds of a fresh process that imports a module after NumPy: the median of seven."""
+    code = f"import numpy, time; t = time.perf_counter(); import {module}; print(1e3 * (time.perf_counter() - t))"
+    runs = (subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True) for _ in range(7))
+    return statistics.median(float(run.stdout) for run in runs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", help="names, separated by commas; default all that are installed")
+    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args.rounds)))
+        return
+
+    from rich import box
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    import kvattn
+
+    names, found = args.backend.split(",") if args.backend else kvattn.available_backends(), {}
+    for name in track(names, "measuring"):
+        rounds = args.rounds if TARGETS.get(name) == 4 else args.rounds // 10
+        command = [sys.executable, __file__, "--one", name, "--rounds", str(rounds)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    console = Console(width=160)
+    console.print(overhead(found, Table(box=box.MARKDOWN)))
+    console.print(shares(found, Table(box=box.MARKDOWN)))
+    took = importing("kvattn")
+    console.print(f"import kvattn, after NumPy: {took:.1f} ms (at most {IMPORT})")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"calls": found, "import": took}, file, indent=1)
+
+
+def overhead(found, table):
+    """A row for every backend and kind of call: microseconds, medians (smallest)."""
+    for head in ("backend", "call", "native", "tab", "api", "tab - native", "api - tab", "at most"):
+        table.add_column(head, justify="right")
+    for name, took in found.items():
+        for kind in KINDS:
+            native, tab, api = (took.get(f"{what} {kind}") for what in ("native", "tab", "api"))
+            cells = [_cell(x) for x in (native, tab, api)] + [_cell(_less(tab, native)), _cell(_less(api, tab))]
+            table.add_row(name, kind, *cells, str(TARGETS.get(name, "")) if kind in ("plain", "causal") else "")
+    return table
+
+
+def shares(found, table):
+    """Where the frontend's microseconds go. A call that was met before pays the first two, any other the rest as well."""
+    parts = ("who serves NumPy's", "met before?", "dispatch", "checks", "options")
+    for head in ("backend", *parts):
+        table.add_column(head, justify="right")
+    for name, took in found.items():
+        table.add_row(name, *(_cell(took[part]) for part in parts))
+    return table
+
+
+def _less(a, b):
+    return None if a is None or b is None else [x - y for x, y in zip(a, b, strict=True)]
+
+
+def _cell(figures):
+    return "" if figures is None else f"{figures[0]:.1f} ({figures[1]:.1f})"
+
+
+if __name__ == "__main__":
+    main()
