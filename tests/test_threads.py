@@ -90,6 +90,31 @@ def test_calls_that_overlap_put_blas_back_once(blas):
     assert blas.size == 2
 
 
+def test_any_thread_holds_blas_and_puts_it_back():
+    """Though threadpoolctl would let the first that asked alone."""
+    libraries = threads._libraries()
+    before = [x.get_num_threads() for x in libraries]
+
+    def sizes():
+        return [x.get_num_threads() for x in libraries]
+
+    def hold():
+        with threads.one_blas_thread():
+            return sizes()
+
+    for x in libraries:
+        threads._set(x, 2)
+    try:
+        twice = sizes()
+        assert hold() == [1] * len(libraries)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(hold).result() == [1] * len(libraries)
+        assert sizes() == twice
+    finally:
+        for x, size in zip(libraries, before, strict=True):
+            threads._set(x, size)
+
+
 def test_without_threadpoolctl_one_thread_serves():
     with patch.object(threads, "_blas", None), patch.dict(sys.modules, {"threadpoolctl": None}):
         assert threads.count() == 1

@@ -45,8 +45,16 @@ def _forget():
 
 def _release():
     for library, before in _held:
-        library.set_num_threads(before)
+        _set(library, before)
     _held.clear()
+
+
+def _set(library, size):
+    """From any thread: threadpoolctl 3.7 and later heed the first that asked alone, for as long as it lives."""
+    forget = getattr(library, "clear_controlling_thread", lambda **_: None)
+    forget(force=True)
+    library.set_num_threads(size)
+    forget(force=True)
 
 
 def _cores():
@@ -68,7 +76,7 @@ def one_blas_thread():
         if not _holders:
             _held[:] = [(x, x.get_num_threads()) for x in _libraries()]
             for library, _ in _held:
-                library.set_num_threads(1)
+                _set(library, 1)
         _holders += 1
     try:
         yield
