@@ -239,8 +239,8 @@ def attention_grad(
         wrt: what to differentiate by, any of "query", "key", "value", "bias" and the keywords that ``score``, a
             functools.partial, binds to arrays ("W_q", ...).
 
-    The other arguments are `attention`'s. NumPy's gradients are analytic and recompute the weights; the other backends
-    use their own autodiff, which works through `attention` as well.
+    The other arguments are `attention`'s. NumPy's gradients, and MXNet's on the CPU, are analytic and recompute the weights;
+    the other backends use their own autodiff, which works through `attention` as well, in MXNet too.
 
     >>> attention_grad([[1.0]], [[1.0], [1.0]], [[2.0], [4.0]], [[1.0]])[2]
     array([[0.5],

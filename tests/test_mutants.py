@@ -219,7 +219,10 @@ def altered(file, name, old, new):
 
 def mutant(backend, old, new):
     dispatch.load(backend)
-    return altered(f"backends/{backend}.py", f"kvattn_mutants.{backend}", old, new)
+    tab = altered(f"backends/{backend}.py", f"kvattn_mutants.{backend}", old, new)
+    if backend == "mxnet":
+        tab.views = types.SimpleNamespace(**{**vars(tab.views), "serves": lambda *_, **__: False})  # NumPy, sound, would answer
+    return tab
 
 
 @cache

@@ -11,12 +11,14 @@ has no gradient. Compare x.detach() there; np.matmul is safe.
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import nullcontext
 from functools import partial, reduce, wraps
 
 import numpy
 
 from kvattn import bands, explanation
+from kvattn.kernels import mxnet_views as views
 from kvattn.lend import lend
 
 with lend():
@@ -430,6 +432,8 @@ def attention(
     reach = {"causal": causal, "window": window}
     how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
     back = {"return_weights": return_weights, "return_lse": return_lse}
+    if views.serves(sys.modules[__name__], query, key, value, positions=positions, **how, **back):
+        return views.attention(sys.modules[__name__], query, key, value, **where, **reach, **how, **back)
     lead, n = bands.lead(query.shape, key.shape), query.shape[-2]
     keys = key.shape[-2] if positions is None else positions.shape[-1]
     if 0 in (*lead, n, keys, key.shape[-2]):
@@ -441,6 +445,8 @@ def attention(
         results = [x.astype(query.dtype, copy=False) if x.ndim > len(lead) + 1 else x for x in results]  # but for lse
         return tuple(results) if len(results) > 1 else results[0]
     steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
+    if not (steps or return_weights or autograd.is_recording()):  # autograd would keep every block
+        steps = views.plan(score, query, key)
     if steps:
         parts = [attention(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(steps, query, key, value, **where)]
         if not return_lse:
@@ -554,6 +560,8 @@ def _repeated(index):
 
 @_shaped
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
+    if views.serves(sys.modules[__name__], query, key, value, **options):
+        return views.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, **options)
     score = options.pop("score", scaled_dot_score)
     bound = score.keywords if isinstance(score, partial) else {}
     sources = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None), **bound}
@@ -582,7 +590,10 @@ def merge_attention(outputs, lses, return_lse=False):
 
 
 def kernel(query, key, value, **options):
-    return explanation.general("it is all there is", query, key, **options)
+    if views.serves(sys.modules[__name__], query, key, value, **options):
+        return "NumPy's", "views of the arrays need no copy, and MXNet's own products of batches are slower"
+    why = "positions, dropout, weights, what is not on the CPU and functions of one's own are not for NumPy"
+    return explanation.general(why, query, key, **options)
 
 
 # ---- multi-head attention

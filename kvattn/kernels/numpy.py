@@ -153,7 +153,7 @@ def rows(score, query, key):
     """Blocks of queries, as bands.plan's, that have at most PAIRS scores and features of them; [] where one block is all."""
     if query.size * key.size <= tiled.TINY:
         return []
-    n, m, held = query.shape[-2], key.shape[-2], _held(score, query, key)
+    n, m, held = query.shape[-2], key.shape[-2], held_by(score, query, key)
     if query.size * key.size * held <= PAIRS * query.shape[-1] * key.shape[-1]:
         return []
     lead = math.prod(bands.lead(query.shape, key.shape))
@@ -164,13 +164,13 @@ def rows(score, query, key):
 def _columns(score, query, key):
     """Blocks of keys, (first, end), whose features a score holds at one time."""
     m = key.shape[-2]
-    if query.size * key.size <= tiled.TINY or (held := _held(score, query, key)) == 1:
+    if query.size * key.size <= tiled.TINY or (held := held_by(score, query, key)) == 1:
         return [(0, m)]
     size = max(1, PAIRS // max(1, math.prod(query.shape[:-1]) * held))
     return [(i, min(i + size, m)) for i in range(0, m, size)] or [(0, m)]
 
 
-def _held(score, query, key):
+def held_by(score, query, key):
     """How many numbers a score holds for each pair while it computes: as many as there are features, if it is not PLAIN."""
     inner = score.func if isinstance(score, partial) else score
     if getattr(inner, "__name__", "") in PLAIN:
@@ -257,9 +257,15 @@ def attention_grad(
     mask=None,
     bias=None,
     valid_lens=None,
+    output=None,
+    lse=None,
+    grad_lse=None,
     **how,
 ):
-    """The gradients named by ``wrt`` of sum(grad_output * attention(...)), as a tuple, each in its argument's dtype."""
+    """The gradients named by ``wrt`` of sum(grad_output * attention(...)), as a tuple, each in its argument's dtype.
+
+    ``output`` and ``lse`` spare computing them again; with ``grad_lse`` the gradients are those of sum(grad_lse * lse) as well.
+    """
     if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):
         causal, window = False, None
     where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
@@ -272,12 +278,14 @@ def attention_grad(
     small = query.size * key.size <= tiled.TINY
     if not small and tiled_grad.serves(tab, query, key, value, wrt, causal=causal, window=window, **where, **how):
         scale = tiled.scale_of(tab, query, how.get("score"), how.get("scale"))
-        grads = tiled_grad.attention_grad(query, key, value, grad_output, scale, causal=causal, window=window, **where)
+        known = {"output": output, "lse": lse, "grad_lse": grad_lse}
+        grads = tiled_grad.attention_grad(query, key, value, grad_output, scale, causal=causal, window=window, **where, **known)
         grads = dict(zip(("query", "key", "value"), grads, strict=True))
         return tuple(sum_to(grads[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
     steps = bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window) or rows(how.get("score"), query, key)
     m, n = key.shape[-2], query.shape[-2]
     for (i, j, k, l), (block, at) in zip(steps, bands.cuts(steps, query, key, value, **where), strict=True):
+        at["grad_lse"] = None if grad_lse is None else grad_lse[..., i:j]
         grads = _block(tab, *block, grad_output[..., i:j, :], wrt, causal=causal, window=window, **at, **how)
         for name, grad in zip(wrt, grads, strict=True):
             if name == "query":
@@ -291,11 +299,8 @@ def attention_grad(
             else:
                 total[name] += grad
     if not steps:
-        total = dict(
-            zip(
-                wrt, _block(tab, query, key, value, grad_output, wrt, causal=causal, window=window, **where, **how), strict=True
-            )
-        )
+        how |= {"causal": causal, "window": window, "grad_lse": grad_lse}
+        total = dict(zip(wrt, _block(tab, query, key, value, grad_output, wrt, **where, **how), strict=True))
     return tuple(total[name].astype(sources[name].dtype) for name in wrt)
 
 
@@ -358,6 +363,7 @@ def _block(
     softcap=None,
     dropout=0.0,
     rng=None,
+    grad_lse=None,
 ):
     score, normalize = score or tab.scaled_dot_score, normalize or tab.softmax
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
@@ -377,6 +383,8 @@ def _block(
     grads = {"value": _t(tab._fold(weights * kept, kv_heads)) @ grad_output}
     grad_weights = tab._unfold(grad_output @ _t(value), heads, n) * kept
     grad_scores = _product(tab, normalize, NORMALISERS, "normalize")(weights, scores, allowed, grad_weights)
+    if grad_lse is not None:
+        grad_scores = grad_scores + weights * grad_lse[..., None]
     grad_scores = tab.identity(grad_scores, allowed)
     if bias is not None:
         grads["bias"] = sum_to(np.broadcast_to(grad_scores, np.broadcast_shapes(grad_scores.shape, bias.shape)), bias.shape)

@@ -66,18 +66,19 @@ def scale_of(tab, query, score, scale):
 
 
 def attention(query, key, value, scale, *, mask=None, bias=None, valid_lens=None, causal=False, query_offset=0, window=None,
-              softcap=None, return_lse=False):  # fmt: skip
-    """softmax(scale * query @ key.T) @ value, and the log of the softmax's sums on request."""
+              softcap=None, return_lse=False, output=None):  # fmt: skip
+    """softmax(scale * query @ key.T) @ value, and the log of the softmax's sums on request; ``output``: where to write it."""
     call = tiles.Call(query, key, value, scale, mask, bias, valid_lens, causal, query_offset, window, softcap)
-    output, lse = forward(call, query.dtype, threads.count(), return_lse)
+    output, lse = forward(call, query.dtype, threads.count(), return_lse, output)
     if query.ndim == 2:
         output, lse = output[0], lse[0] if return_lse else None
     return (output, lse) if return_lse else output
 
 
-def forward(call, dtype, workers, with_lse):
+def forward(call, dtype, workers, with_lse, output=None):
     """The output (*batch, heads, n, v) and, or None, the lse."""
-    output = np.empty((*call.lead, call.n, call.value.shape[-1]), dtype)
+    shape = (*call.lead, call.n, call.value.shape[-1])
+    output = np.empty(shape, dtype) if output is None else output.reshape(shape)
     lse = np.empty((*call.lead, call.n), call.dtype) if with_lse else None
     into, lse_into = call.split(output), call.split(lse, 1) if with_lse else None
     threads.share(call.tiles(workers), lambda tile, buffers: _attend(call, tile, into, lse_into, buffers), workers)

@@ -22,17 +22,18 @@ def serves(tab, query, key, value, wrt, *, softcap=None, **options):
 
 
 def attention_grad(query, key, value, grad_output, scale, *, mask=None, bias=None, valid_lens=None, causal=False,
-                   query_offset=0, window=None, output=None, lse=None):  # fmt: skip
+                   query_offset=0, window=None, output=None, lse=None, grad_lse=None):  # fmt: skip
     """The gradients by query, key and value of sum(grad_output * attention(...)), float32 for half precision.
 
-    Each has its argument's heads and every batch entry. ``output`` and ``lse`` are what attention returned, if they are known.
+    Each has its argument's heads and every batch entry. ``output`` and ``lse`` are what attention returned, if they are known;
+    with ``grad_lse`` they are those of sum(grad_lse * lse) as well.
     """
     call = tiles.Call(query, key, value, scale, mask, bias, valid_lens, causal, query_offset, window, None)
     workers = threads.count()
     if output is None:
         output, lse = tiled.forward(call, call.dtype, workers, True)
     output, grad_output = (call.split(x.reshape(*call.lead, *x.shape[-2:])) for x in (output, grad_output))
-    lse = call.split(lse.reshape(*call.lead, call.n), 1)
+    lse, grad_lse = (x if x is None else call.split(x.reshape(*call.lead, call.n), 1) for x in (lse, grad_lse))
 
     # the tiles of one key head add to the same gradients: they are one task, or several with arrays of their own
     by_head = {}
@@ -47,7 +48,7 @@ def attention_grad(query, key, value, grad_output, scale, *, mask=None, bias=Non
     def work(task, buffers):
         part, group = task
         for tile in group:
-            _add(call, tile, output, lse, grad_output, into, by_key[part], by_value[part], buffers)
+            _add(call, tile, output, lse, grad_output, grad_lse, into, by_key[part], by_value[part], buffers)
 
     threads.share(tasks, work, workers)
     by_key *= call.dtype.type(1 / UNIT)
@@ -61,12 +62,14 @@ def _together(call, x):
     return x.sum(axis=(0, -3)) if len(x) > 1 or x.shape[-3] > 1 else x[0, ..., 0, :, :]
 
 
-def _add(call, tile, output, lse, grad_output, by_query, by_key, by_value, buffers):
+def _add(call, tile, output, lse, grad_output, grad_lse, by_query, by_key, by_value, buffers):
     """Writes the gradient by the tile's queries and adds those by the keys and values that they see."""
     *at, heads, _, _ = tile.at
     query, lse = tiles.scaled_query(call, tile, buffers), lse[tile.at] * call.dtype.type(UNIT)
     grad_output = ready(grad_output[tile.at], "grad_output", call.dtype, buffers)
     delta = (grad_output * output[tile.at]).sum(axis=-1)
+    if grad_lse is not None:
+        delta -= grad_lse[tile.at]
     if (empty := lse == -math.inf).any():  # nothing of these rows may reach a key: 0 * NaN is NaN
         lse[empty] = delta[empty] = query[empty] = 0
         grad_output = np.where(empty[..., None], 0, grad_output).astype(call.dtype)

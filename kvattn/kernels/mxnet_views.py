@@ -1,0 +1,220 @@
+"""Calls on CPU arrays: NumPy's tiles and blocks compute them, on views of the arrays' own memory.
+
+MXNet's products of batches are several times slower than BLAS, and hold all the scores at once. While autograd records, the
+call is an operator of its own: the engine then knows what it reads, and which gradients are asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import partial
+from itertools import count
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from kvattn import bands
+from kvattn.backends import numpy as by_numpy
+from kvattn.kernels import numpy as kernels
+from kvattn.kernels import tiled
+from kvattn.lend import lend
+
+with lend():
+    import mxnet as mx
+    from mxnet.base import _LIB, check_call
+
+OPERATOR = "kvattn_on_views"
+PAIRS = 2**23  # numbers of a block of scores, with the features of which they are made
+_calls = WeakValueDictionary()  # an operator is given text: the number of its call
+_numbers = count()
+
+
+def serves(tab, query, key, value, *, score=None, normalize=None, positions=None, dropout=0.0, return_weights=False, **_):
+    """Whether NumPy serves a call of ``tab``: on CPU arrays, with a score and a normaliser of the tab's own."""
+    if positions is not None or dropout or return_weights or query.ctx.device_type != "cpu":
+        return False
+    if 0 in (*query.shape, *key.shape, *value.shape) or isinstance(normalize, partial):
+        return False
+    return _by_numpy(tab, score or tab.scaled_dot_score) is not None and _by_numpy(tab, normalize or tab.softmax) is not None
+
+
+def _by_numpy(tab, function):
+    """NumPy's function of the same name; None where it is none of the tab's, or has gradients that NumPy's has not."""
+    if isinstance(function, partial):
+        if function.args or tab.is_array(function.keywords.get("width")):
+            return None
+        function = function.func
+    name = getattr(function, "__name__", "")
+    return getattr(by_numpy, name) if getattr(tab, name, None) is function else None
+
+
+def plan(score, query, key):
+    """Blocks of queries, as bands.plan's, for a score that is given MXNet's arrays: PAIRS numbers at one time."""
+    n, m, lead = query.shape[-2], key.shape[-2], math.prod(bands.lead(query.shape, key.shape))
+    size = max(1, PAIRS // (lead * m * kernels.held_by(score, query, key)))
+    return [(i, min(i + size, n), 0, m) for i in range(0, n, size)] if size < n else []
+
+
+def attention(tab, query, key, value, *, return_lse, **options):
+    """The output, or (output, lse)."""
+    call, arrays = _call(tab, query, key, value, **options)
+    q, k, v = (call.shapes[name] for name in ("query", "key", "value"))
+    lead, n, dtype = bands.lead(q, k), q[-2], query.dtype
+    wider = (*map(max, lead[:-1], v[:-3]), *lead[-1:])  # a batch axis may be the values' alone
+    call.results = {"output": ((*wider, n, v[-1]), dtype)}
+    if return_lse:
+        call.results["lse"] = ((*lead, n), np.dtype("float32") if dtype.itemsize == 2 else dtype)
+    if mx.autograd.is_recording():
+        results = _record(call, arrays)
+    else:
+        results = [mx.np.empty(shape, dtype=of, ctx=query.ctx) for shape, of in call.results.values()]
+        call.forward(call.views(arrays), *call.places(results))
+    return tuple(results) if return_lse else results[0]
+
+
+def attention_grad(tab, query, key, value, grad_output, wrt, **options):
+    """The gradients by what ``wrt`` names, each in its argument's shape and dtype."""
+    call, arrays = _call(tab, query, key, value, **options)
+    grads = call.backward(call.views(arrays), wrt, view(grad_output, grad_output.shape))
+    results = [mx.np.empty(grad.shape, dtype=grad.dtype, ctx=query.ctx) for grad in grads]
+    for x, grad in zip(results, grads, strict=True):
+        view(x, grad.shape, write=True)[...] = grad
+    return tuple(results)
+
+
+# ---- views
+
+
+class _Memory:
+    """An array's memory, in the terms in which NumPy asks for it; it keeps the array."""
+
+    def __init__(self, x, shape, write):
+        pointer = ctypes.c_void_p()
+        check_call(_LIB.MXNDArrayGetData(x.handle, ctypes.byref(pointer)))
+        self.array = x
+        self.__array_interface__ = {
+            "data": (pointer.value, not write), "shape": shape, "typestr": np.dtype(x.dtype).str, "version": 3,
+        }  # fmt: skip
+
+
+def view(x, shape, write=False):
+    """``x``, once it is computed, as a NumPy array of that shape on the same memory."""
+    x.wait_to_read()
+    return np.asarray(_Memory(x, shape, write))
+
+
+# ---- the call
+
+
+def _call(tab, query, key, value, *, score=None, normalize=None, dropout=0.0, rng=None, return_weights=False, **options):
+    """The call, without its arrays, and these, those that its score binds among them."""
+    bound = score.keywords if isinstance(score, partial) else {}
+    options |= {"score": _by_numpy(tab, score or tab.scaled_dot_score), "normalize": _by_numpy(tab, normalize or tab.softmax)}
+    arrays = {"query": query, "key": key, "value": value}
+    arrays |= {name: x for name, x in (*options.items(), *bound.items()) if tab.is_array(x)}
+    call = _Call()
+    call.shapes = {name: x.shape for name, x in arrays.items()}
+    call.keywords = {name: None if name in arrays else x for name, x in bound.items()}
+    call.options = {name: x for name, x in options.items() if name not in arrays}
+    return call, [*arrays.values()]
+
+
+class _Call:
+    """A call of NumPy's attention that lacks its arrays: their shapes by name, what else it and its score are given."""
+
+    def views(self, arrays):
+        return [view(x, shape) for x, shape in zip(arrays, self.shapes.values(), strict=True)]
+
+    def places(self, results, write=True):
+        return [view(x, shape, write) for x, (shape, _) in zip(results, self.results.values(), strict=True)]
+
+    def _given(self, arrays):
+        """query, key, value and the options."""
+        given = dict(zip(self.shapes, arrays, strict=True))
+        inputs = [given.pop(name) for name in ("query", "key", "value")]
+        options = self.options
+        if self.keywords:
+            keywords = {name: given.pop(name, x) for name, x in self.keywords.items()}
+            options = {**options, "score": partial(options["score"], **keywords)}
+        return inputs, {**options, **given}
+
+    def forward(self, arrays, output, lse=None, keep=False):
+        """Writes the results; returns the lse if it was computed, as tiles do where it is to be kept."""
+        inputs, options = self._given(arrays)
+        found, with_lse = None, lse is not None
+        with np.errstate(all="ignore"):
+            if inputs[0].size * inputs[1].size > tiled.TINY and tiled.serves(by_numpy, *inputs, **options):
+                how = {name: x for name, x in options.items() if name not in ("score", "normalize", "scale")}
+                scale = tiled.scale_of(by_numpy, inputs[0], options["score"], options.get("scale"))
+                found = tiled.attention(*inputs, scale, **how, return_lse=keep or with_lse, output=output)
+                found = found[1] if keep or with_lse else None
+            elif with_lse:
+                output[...], found = by_numpy.attention(*inputs, **options, return_lse=True)
+            else:
+                output[...] = by_numpy.attention(*inputs, **options)
+            if with_lse:
+                lse[...] = found
+        return found
+
+    def backward(self, arrays, wrt, grad_output, **known):
+        """The gradients; ``known``: what forward found, and the gradient by the lse."""
+        inputs, options = self._given(arrays)
+        with np.errstate(all="ignore"):
+            return by_numpy.attention_grad(*inputs, grad_output, wrt=wrt, **options, **known)
+
+
+# ---- while autograd records
+
+
+def _record(call, arrays):
+    """The results, recorded as an operator's."""
+    number = next(_numbers)
+    _calls[number] = call
+    flat = (x if x.ndim else x.reshape(1) for x in arrays)  # an operator takes no scalars
+    results = mx.nd.Custom(*(x.as_nd_ndarray() for x in flat), op_type=OPERATOR, call=number)
+    return [x.as_np_ndarray() for x in (results if isinstance(results, list) else [results])]
+
+
+class _Operator(mx.operator.CustomOp):
+    """One call, whose lse backward uses again."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call, self.lse = call, None
+
+    def forward(self, is_train, req, in_data, out_data, aux):
+        self.lse = self.call.forward(self.call.views(in_data), *self.call.places(out_data), keep=True)
+
+    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
+        grad_output, *grad_lse = self.call.places(out_grad, write=False)
+        known = dict(zip(("grad_lse",), grad_lse, strict=False))
+        if self.lse is not None and grad_output.itemsize > 2:  # a half's output is rounded
+            known |= {"lse": self.lse, "output": self.call.places(out_data, write=False)[0]}
+        wanted = {name: i for i, name in enumerate(self.call.shapes) if req[i] != "null"}
+        grads = self.call.backward(self.call.views(in_data), tuple(wanted), grad_output, **known)
+        for (name, i), grad in zip(wanted.items(), grads, strict=True):
+            target = view(in_grad[i], self.call.shapes[name], write=True)
+            np.add(target, grad, out=target) if req[i] == "add" else np.copyto(target, grad)
+
+
+@mx.operator.register(OPERATOR)
+class _Shapes(mx.operator.CustomOpProp):
+    def __init__(self, call):
+        super().__init__(need_top_grad=True)
+        self.call = _calls[int(call)]
+
+    def list_arguments(self):
+        return [*self.call.shapes]
+
+    def list_outputs(self):
+        return [*self.call.results]
+
+    def infer_shape(self, in_shape):
+        return in_shape, [shape for shape, _ in self.call.results.values()], []
+
+    def infer_type(self, in_type):
+        return in_type, [dtype.type for _, dtype in self.call.results.values()], []
+
+    def create_operator(self, ctx, shapes, dtypes):
+        return _Operator(self.call)

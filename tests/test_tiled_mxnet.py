@@ -1,0 +1,458 @@
+"""MXNet's CPU arrays are attended to by NumPy, on their own memory: the same numbers, gradients and promises."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from conftest import chosen
+from test_tiled import RESTRICTIONS, SIZES, all_at_once, draw, in_tiles
+from test_tiled import results as by_numpy
+
+import kvattn
+from kvattn import conformance
+from kvattn.kernels import tiled
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MXNet's own
+WRT = ("query", "key", "value")
+
+
+if "mxnet" not in chosen():
+    pytest.skip("this run is without MXNet", allow_module_level=True)
+tab = kvattn.dispatch.load("mxnet")
+
+import mxnet as mx  # noqa: E402  after the tab, which lends NumPy the names it wants
+
+from kvattn.kernels import mxnet_views as views  # noqa: E402
+
+
+def arrays_of(arrays):
+    with mx.util.np_shape(True):
+        return [mx.np.array(x, dtype=x.dtype.name) for x in arrays]
+
+
+def recorded(arrays, grad_req="write", times=1, **options):
+    """Output, lse and gradients, by autograd."""
+    query, key, value, grad = arrays_of(arrays)
+    for x in (query, key, value):
+        x.attach_grad(grad_req)
+    for _ in range(times):
+        with mx.autograd.record():
+            output, lse = kvattn.attention(query, key, value, **options, return_lse=True)
+        output.backward(grad)
+    return [x.asnumpy() for x in (output, lse, query.grad, key.grad, value.grad)]
+
+
+def plain(arrays, **options):
+    """Output, lse and gradients, by the functions."""
+    *inputs, grad = arrays_of(arrays)
+    found = (
+        *kvattn.attention(*inputs, **options, return_lse=True), *kvattn.attention_grad(*inputs, grad, **options)
+    )  # fmt: skip
+    return [x.asnumpy() for x in found]
+
+
+def same(found, expected, dtype=np.float64, loose=1.0):
+    eps = float(np.finfo(dtype).eps)
+    for what, x, y in zip(("output", "lse", *WRT), found, expected, strict=True):
+        assert x.shape == y.shape
+        size = max(1.0, abs(y[np.isfinite(y)]).max(initial=0))
+        np.testing.assert_allclose(x.astype(np.float64), y, rtol=0, atol=64 * loose * eps * size, err_msg=what)
+
+
+# ---- the same numbers
+
+
+@pytest.mark.parametrize("which", RESTRICTIONS)
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (4, 3), (5, 4), (9, 7), (7, 1)])
+def test_lengths_around_those_of_a_tile(n, m, which):
+    arrays, options = draw(n=n, m=m), RESTRICTIONS[which](n, m)
+    with all_at_once():
+        expected = by_numpy(*arrays, **options)
+    with in_tiles() as served:
+        same(plain(arrays, **options), expected)
+        assert served
+        same(recorded(arrays, **options), expected)
+    same(plain(arrays, **options), expected)
+    same(recorded(arrays, **options), expected)
+
+
+@pytest.mark.parametrize(("lead", "kv"), [((), ()), ((4,), (2,)), ((2, 4), (2, 2)), ((2, 2), (1, 2)), ((2, 2, 2), (2, 1, 2))])
+def test_heads_groups_and_batches(lead, kv):
+    arrays = draw(lead=lead, kv=kv, n=5, m=4, d=3)
+    for options in ({}, {"causal": True, "window": 2}, {"mask": np.array(True), "bias": np.array(0.5)}):
+        with all_at_once():
+            expected = by_numpy(*arrays, **options)
+        with in_tiles(SIZES[2]):
+            same(plain(arrays, **options), expected)
+            same(recorded(arrays, **options), expected)
+
+
+def test_no_axis_but_the_two():
+    arrays = draw(lead=())
+    options = {"causal": True, "query_offset": np.array(2), "valid_lens": np.array(5)}
+    with all_at_once():
+        expected = by_numpy(*arrays, **options)
+    with in_tiles():
+        same(plain(arrays, **options), expected)
+        same(recorded(arrays, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_every_dtype_keeps_its_own(dtype):
+    arrays = draw(lead=(2, 4), kv=(2, 2), d=8, dtype=dtype)
+    with all_at_once():
+        expected = by_numpy(*(x.astype(np.float64) for x in arrays), causal=True)
+    for how in (plain, recorded):
+        with in_tiles():
+            found = how(arrays, causal=True)
+        assert [x.dtype.name for x in found] == [dtype, "float32" if dtype == "float16" else dtype, *[dtype] * 3]
+        same(found, expected, dtype)
+
+
+def test_values_that_widen_the_batch():
+    query, key, value, _ = draw(lead=(1, 2), kv=(1, 2))
+    value = np.concatenate([value, -value])
+    output = kvattn.attention(*arrays_of((query, key, value))).asnumpy()
+    np.testing.assert_allclose(output[1], -output[0])
+
+
+def test_large_scores_and_hidden_nan():
+    query, key, value, grad = draw(n=9, m=7)
+    options = {"valid_lens": np.array([3, 0])}
+    key[:, 1] *= 1e4
+    with all_at_once():
+        expected = by_numpy(query, key, value, grad, **options)
+    key[0, 3:], value[0, 3:], key[1], value[1], query[1] = [np.nan] * 5
+    with in_tiles():
+        same(plain((query, key, value, grad), **options), expected, loose=1e4)
+        same(recorded((query, key, value, grad), **options), expected, loose=1e4)
+
+
+@pytest.mark.parametrize("sizes", SIZES[:2], ids=lambda sizes: " x ".join(map(str, sizes.values())))
+def test_the_conformance_suite_in_tiles(sizes):
+    with in_tiles(sizes) as served:
+        report = conformance.run("mxnet", dtypes=("float64", "float32", "float16"))
+    assert not report.failures, "\n".join(result.message for result in report.failures)
+    assert {function.__name__ for function in served} == {"attention", "attention_grad"}
+    assert len(served) > 500
+
+
+def test_the_conformance_suite_without_views():
+    """The tab's own code, which serves what NumPy cannot."""
+    with patch.object(views, "serves", lambda *_, **__: False):
+        report = conformance.run("mxnet")
+    assert not report.failures, "\n".join(result.message for result in report.failures)
+
+
+# ---- autograd
+
+
+def test_gradients_add_up_where_that_is_asked_for():
+    arrays = draw()
+    expected = recorded(arrays)
+    for x, y in zip(recorded(arrays, "add", times=3)[2:], expected[2:], strict=True):
+        np.testing.assert_allclose(x, 3 * y, rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", WRT)
+def test_gradients_are_given_where_they_are_asked_for(name):
+    arrays = draw()
+    *inputs, grad = arrays_of(arrays)
+    given = dict(zip(WRT, inputs, strict=True))
+    given[name].attach_grad()
+    with mx.autograd.record():
+        output = kvattn.attention(**given)
+    output.backward(grad)
+    np.testing.assert_allclose(given[name].grad.asnumpy(), recorded(arrays)[2 + WRT.index(name)], rtol=1e-14)
+
+
+def test_one_array_in_all_places():
+    x, _, _, grad = draw(n=7, m=7, d=2)
+    with all_at_once():
+        expected = by_numpy(x, x, x, grad)
+    given, grad = arrays_of((x, grad))
+    given.attach_grad()
+    with mx.autograd.record():
+        output = kvattn.attention(given, given, given)
+    output.backward(grad)
+    np.testing.assert_allclose(given.grad.asnumpy(), sum(expected[2:]), rtol=1e-12)
+
+
+def test_within_a_larger_graph():
+    query, key, value, grad = arrays_of(draw())
+    query.attach_grad()
+    with mx.autograd.record():
+        output = mx.np.tanh(2 * kvattn.attention(query * 3, key, value))
+    output.backward(grad, retain_graph=True)
+    once = query.grad.asnumpy()
+    output.backward(grad)
+    np.testing.assert_array_equal(query.grad.asnumpy(), once)
+    with mx.autograd.record():
+        apart = kvattn.attention((query * 3).detach(), key, value) + query.sum(keepdims=True)
+    apart.backward(grad)
+    np.testing.assert_allclose(query.grad.asnumpy(), np.full(query.shape, grad.asnumpy().sum()), rtol=1e-12)
+    with mx.autograd.record(), mx.autograd.pause():
+        assert kvattn.attention(query, key, value).shape == grad.shape
+
+
+def test_gradients_of_the_lse():
+    """Attention over halves of the keys, merged, has the gradients of attention."""
+    arrays = draw(m=8)
+    with all_at_once():
+        expected = by_numpy(*arrays)
+    for forced in (partial(in_tiles, SIZES[0]), all_at_once):
+        query, key, value, grad = arrays_of(arrays)
+        for x in (query, key, value):
+            x.attach_grad()
+        with forced(), mx.autograd.record():
+            parts = [kvattn.attention(query, key[:, i:j], value[:, i:j], return_lse=True) for i, j in ((0, 5), (5, 8))]
+            output = kvattn.merge_attention(*zip(*parts, strict=True))
+            output.backward(grad)
+            mx.nd.waitall()
+        for x, y in zip((output, query.grad, key.grad, value.grad), (expected[0], *expected[2:]), strict=True):
+            np.testing.assert_allclose(x.asnumpy(), y, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["additive", "gated", "multiplicative", "distance", "gaussian"])
+def test_scores_of_all_kinds_and_gradients_by_their_parameters_and_the_bias(name):
+    query, key, value, grad = draw(n=5, m=4, d=3)
+    rng = np.random.default_rng(1)
+    score, shapes = {
+        "additive": (kvattn.additive_score, {"W_q": (3, 4), "W_k": (3, 4), "w_v": (4,), "b": (4,)}),
+        "gated": (kvattn.gated_score, {"w_g": (6,)}),
+        "multiplicative": (kvattn.multiplicative_score, {"W": (3, 3)}),
+        "distance": (kvattn.distance_score, {}),
+        "gaussian": (partial(kvattn.gaussian_kernel, width=2.0), {}),
+    }[name]
+    sources = {"query": query, "key": key, "value": value, "bias": rng.standard_normal((5, 4))}
+    sources |= {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    options = {"softcap": 2.0, "scale": 0.5, "valid_lens": np.array([2, 4])}
+
+    def call(function, query, key, value, bias, *more, **bound):
+        return function(query, key, value, *more, score=partial(score, **bound), bias=bias, **options)
+
+    expected = call(partial(kvattn.attention_grad, wrt=[*sources]), query, key, value, sources["bias"], grad,
+                    **{name: sources[name] for name in shapes})  # fmt: skip
+    given = dict(zip(sources, arrays_of(sources.values()), strict=True))
+    for x in given.values():
+        x.attach_grad()
+    with mx.autograd.record():
+        output = call(kvattn.attention, **given)
+    output.backward(*arrays_of([grad]))
+    for name, wanted in zip(sources, expected, strict=True):
+        np.testing.assert_allclose(given[name].grad.asnumpy(), wanted, rtol=0, atol=1e-13, err_msg=name)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_hybridized_blocks_are_served_too(legacy):
+    class Attend(mx.gluon.HybridBlock):
+        def hybrid_forward(self, F, query, key, value):
+            return kvattn.attention(query, key, value, causal=True)
+
+    arrays = draw(dtype=np.float32)
+    with in_tiles() as served:
+        found = []
+        for hybridize in (False, True):
+            *inputs, grad = [x.as_nd_ndarray() if legacy else x for x in arrays_of(arrays)]
+            for x in inputs:
+                x.attach_grad()
+            net = Attend()
+            net.hybridize(hybridize)
+            before = len(served)
+            with mx.util.np_shape(not legacy), mx.util.np_array(not legacy), mx.autograd.record():
+                output = net(*inputs)
+            assert type(output) is type(inputs[0])
+            output.backward(grad)
+            found.append([x.asnumpy() for x in (output, *(x.grad for x in inputs))])
+            assert {f.__name__ for f in served[before:]} == {"attention", "attention_grad"}
+    for x, y in zip(*found, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_what_is_written_later_does_not_reach_what_was_asked_for_before():
+    """The engine knows what a recorded call reads."""
+    arrays = [x.astype(np.float32) for x in draw(lead=(4,), n=600, m=600, d=16, v=16)]
+    expected = recorded(arrays)
+    query, key, value, grad = arrays_of(arrays)
+    key.attach_grad()
+    with mx.autograd.record():
+        output = kvattn.attention(query, key, value)
+    output.backward(grad)
+    for x in (query, value, grad):
+        x[:] = 0
+    np.testing.assert_array_equal(key.grad.asnumpy(), expected[3])
+    np.testing.assert_array_equal(output.asnumpy(), expected[0])
+
+
+# ---- memory
+
+
+def address(x):
+    return views.view(x, x.shape).__array_interface__["data"][0]
+
+
+def test_views_share_the_arrays_memory():
+    x = mx.np.arange(12, dtype="float64").reshape(3, 4)
+    view = views.view(x, x.shape)
+    np.testing.assert_array_equal(view, x.asnumpy())
+    x[1] = 7
+    np.testing.assert_array_equal(views.view(x, x.shape), view)
+    assert view[1, 0] == 7
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 1
+    views.view(x, x.shape, write=True)[0] = 1
+    assert x[0].asnumpy().tolist() == [1] * 4
+    part = x[1:]
+    assert address(part) == address(x) + 4 * 8
+    kept = views.view(mx.np.ones((1000, 1000)), (1000, 1000))  # the view keeps what it looks at
+    mx.np.zeros((1000, 1000)).wait_to_read()
+    assert kept.all()
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_nothing_is_copied(record):
+    arrays = arrays_of(draw(lead=(2, 2))[:3])
+    arrays[0].attach_grad()
+    seen = []
+    attend = tiled.attention
+    with in_tiles(), patch.object(
+        tiled, "attention", lambda *args, **options: seen.append((*args[:3], options["output"])) or attend(*args, **options)
+    ), mx.autograd.record() if record else mx.autograd.pause():  # fmt: skip
+        output = kvattn.attention(*arrays)
+        output.wait_to_read()
+    for x, y in zip((*arrays, output), seen[0], strict=True):
+        assert address(x) == y.__array_interface__["data"][0]
+
+
+def run(code):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import warnings; warnings.simplefilter('ignore')\nimport os, sys, numpy as np, kvattn\n" + code
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+
+
+PEAK = """
+import resource, threading
+tab = kvattn.dispatch.load("mxnet")
+mx = tab.mx
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def inputs(n, count=3):
+    rng = np.random.default_rng(0)
+    made = [tab.asarray(rng.standard_normal((1, 4, n, 32)).astype("float32")) for _ in range(count)]
+    mx.nd.waitall()
+    return made
+"""
+
+
+@pytest.mark.parametrize(("score", "n", "features"), [("scaled_dot_score", 6000, 1), ("additive", 1500, 8), ("own", 1500, 32)])
+def test_memory_beyond_the_output_does_not_grow_with_the_scores(score, n, features):
+    code = f"""{PEAK}
+from functools import partial
+rng = np.random.default_rng(1)
+weights = {{x: rng.standard_normal(s).astype("float32") for x, s in (("W_q", (32, 8)), ("W_k", (32, 8)), ("w_v", 8))}}
+def own(query, key): return mx.np.tanh(query[..., :, None, :] - key[..., None, :, :]).sum(axis=-1)
+score = {{"own": own, "additive": partial(kvattn.additive_score, **weights)}}.get({score!r}, kvattn.scaled_dot_score)
+kvattn.attention(*inputs(64), score=score).wait_to_read()
+arrays = inputs({n})
+before = peak()
+kvattn.attention(*arrays, score=score).wait_to_read()
+print(peak() - before)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    output = 4 * 4 * n * 32
+    assert int(result.stdout) < output + 2**17 * 1000 < 4 * 4 * n * n * features / 2
+
+
+def test_memory_of_gradients_is_that_of_the_arrays():
+    code = f"""{PEAK}
+def step(n):
+    *arrays, grad = inputs(n, 4)
+    for x in arrays: x.attach_grad()
+    mx.nd.waitall()
+    before = peak()
+    with mx.autograd.record(): output = kvattn.attention(*arrays)
+    output.backward(grad)
+    mx.nd.waitall()
+    return peak() - before
+step(64)
+print(step(6000))
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 4 * 3 * 4 * 4 * 6000 * 32 + 40 * 2**20 < 4 * 4 * 6000**2 / 2
+
+
+# ---- threads, and the end
+
+
+def test_concurrent_calls():
+    arrays = [draw(seed, lead=(2, 2)) for seed in range(4)]
+    expected = [recorded(x, causal=True) for x in arrays]
+    with in_tiles(), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda x: recorded(x, causal=True), arrays * 4))
+    for some, those in zip(found, expected * 4, strict=True):
+        same(some, those)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_after_fork_and_at_exit():
+    code = f"""{PEAK}
+def step():
+    *arrays, grad = inputs(400, 4)
+    for x in arrays: x.attach_grad()
+    with mx.autograd.record(): output = kvattn.attention(*arrays)
+    output.backward(grad)
+    return [x.asnumpy() for x in (output, *(x.grad for x in arrays))]
+first = step()
+child = os.fork()
+if child == 0:
+    for x, y in zip(step(), first): np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+kept = inputs(400)
+kept[0].attach_grad()
+with mx.autograd.record(): graph = kvattn.attention(*kept)
+print("done")
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout == "done\n"
+
+
+# ---- the condition
+
+
+def test_which_calls_are_served():
+    query, key, value = arrays_of(draw()[:3])
+    serves = partial(views.serves, tab, query, key, value)
+    assert serves()
+    assert serves(score=tab.distance_score, normalize=tab.sparsemax)
+    assert serves(score=partial(tab.gaussian_kernel, width=2.0))
+    assert not serves(score=partial(tab.gaussian_kernel, width=query))
+    assert not serves(score=partial(tab.multiplicative_score, query[0]))
+    assert not serves(score=lambda query, key: tab.dot_score(query, key))
+    assert not serves(normalize=lambda scores, where: scores)
+    assert not serves(normalize=partial(tab.softmax))
+    assert not serves(dropout=0.1)
+    assert not serves(return_weights=True)
+    assert not serves(positions=query)
+
+
+def test_a_score_of_ones_own_is_given_blocks_of_rows():
+    sizes = []
+
+    def score(query, key):
+        sizes.append(query.shape[-2])
+        return kvattn.dot_score(query, key)
+
+    arrays = draw(lead=(2,), n=600, m=40, d=600)
+    expected = kvattn.attention(*arrays[:3], score=kvattn.dot_score)
+    given = arrays_of(arrays[:3])
+    np.testing.assert_allclose(kvattn.attention(*given, score=score).asnumpy(), expected, rtol=0, atol=1e-11)
+    assert sum(sizes) == 600
+    assert len(sizes) > 1
