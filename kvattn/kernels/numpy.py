@@ -197,7 +197,7 @@ def _product_by_columns(product, blocks, query, key, grad_scores, args, keywords
         return product(query, key, grad_scores, *args, **keywords)
     with threads.one_blas_thread():
         parts = [product(query, key[..., i:j, :], grad_scores[..., i:j], *args, **keywords) for i, j in blocks]
-    grads = {name: sum(part[name] for part in parts) for name in parts[0]}
+    grads = {name: sum(part[name] for part in parts) for name in parts[0] if name != "key"}
     return grads | {"key": np.concatenate([part["key"] for part in parts], axis=-2)}
 
 
