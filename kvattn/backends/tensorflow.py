@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import nullcontext
 from functools import partial, reduce
 
@@ -10,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from kvattn import bands, explanation
+from kvattn.kernels import tensorflow as tiled
 
 HALF = (tf.float16, tf.bfloat16)
 
@@ -75,7 +77,8 @@ def _product(a, b, **options):
     """a @ b; (batch, 1, n, d) loses its second axis meanwhile: oneDNN's product of it with one (d, m) for all crashes."""
     if len(a.shape) != 4 or a.shape[1] != 1 or (len(b.shape) > 2 and b.shape[1] != 1):
         return tf.matmul(a, b, **options)
-    return tf.matmul(a[:, 0], b[:, 0] if len(b.shape) > 2 else b, **options)[:, None]
+    b = tf.squeeze(b, 1) if len(b.shape) > 2 else b  # indexing takes six times as long
+    return tf.expand_dims(tf.matmul(tf.squeeze(a, 1), b, **options), 1)
 
 
 def _fold(x, heads):
@@ -163,8 +166,8 @@ def dot_score(query, key):
 
 
 def scaled_dot_score(query, key):
-    scores = dot_score(query, key)
-    return scores / tf.sqrt(tf.cast(_shape(query)[-1], scores.dtype))
+    scores, d = dot_score(query, key), _shape(query)[-1]
+    return scores / (math.sqrt(d) if isinstance(d, int) else tf.sqrt(tf.cast(d, scores.dtype)))
 
 
 def additive_score(query, key, W_q, W_k, w_v, b=None):
@@ -351,6 +354,9 @@ def attention(
         if not isinstance(results, tuple):
             return results[..., 0, :]
         return tuple(x[..., 0] if len(x.shape) < len(query.shape) else x[..., 0, :] for x in results)
+    if tiled.serves(sys.modules[__name__], query, key, value, score, normalize, bias, dropout, return_weights):
+        how = {"score": score, "scale": scale, "softcap": softcap, "return_lse": return_lse}
+        return tiled.attention(sys.modules[__name__], query, key, value, **how, **where, **reach)
     whole = return_weights or any(None in x.shape[-2:] for x in (mask, bias) if x is not None)  # unknown: cannot be cut
     steps = [] if whole else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
     if steps:
@@ -370,6 +376,8 @@ def attention(
     scores = _scores(query, key, score, scale, softcap, bias)
     if return_lse:
         weights, lse = _softmax_lse(scores, allowed)
+    elif allowed is None and normalize is softmax and score in (scaled_dot_score, dot_score):
+        weights, lse = tf.nn.softmax(scores), None  # one operation; a score of one's own may give -inf, for which it has NaN
     else:
         weights, lse = normalize(scores, where=allowed), None
 
@@ -472,7 +480,13 @@ def merge_attention(outputs, lses, return_lse=False):
 
 
 def kernel(query, key, value, **options):
-    return explanation.general("it is all there is", query, key, **options)
+    if options["positions"] is not None:
+        return explanation.selected(kernel, _select, query, key, value, **options)
+    how = (options[name] for name in ("score", "normalize", "bias", "dropout", "return_weights"))
+    if tiled.serves(sys.modules[__name__], query, key, value, *how):
+        return "blocks", "softmax of dot products, so many that all at once would fill the memory"
+    why = "blocks are for many dot products of known sizes on the CPU, without bias, dropout, weights or XLA"
+    return explanation.general(why, query, key, **options)
 
 
 # ---- multi-head attention
