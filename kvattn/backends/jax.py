@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from functools import reduce
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from kvattn import bands, explanation
+from kvattn.kernels import jax as tiles
 from kvattn.kernels import jax_gpu
 
 if hasattr(jax, "enable_x64"):
@@ -429,6 +431,9 @@ def attention(
     usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
     if usual and jax_gpu.serves(query, key, value, **where, **reach, scale=scale, softcap=softcap):
         return jax_gpu.attention(query, key, value, **where, **reach, scale=scale, softcap=softcap)
+    if tiles.serves(sys.modules[__name__], query, key, value, score, normalize, dropout, return_weights):
+        scale = tiles.scale_of(sys.modules[__name__], query, score, scale)
+        return tiles.attention(query, key, value, scale, **where, **reach, softcap=softcap, return_lse=return_lse)
     steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
     if steps:
         cuts = bands.cuts(steps, query, key, value, **where)
@@ -544,7 +549,17 @@ def merge_attention(outputs, lses, return_lse=False):
 
 
 def kernel(query, key, value, **options):
-    return explanation.general("it is all there is", query, key, **options)
+    if options["positions"] is not None:
+        return explanation.selected(kernel, _select, query, key, value, **options)
+    unusual = explanation.unusual(sys.modules[__name__], options, "dropout", "return_weights", "return_lse")
+    names = ("mask", "bias", "valid_lens", "causal", "query_offset", "window", "scale", "softcap")
+    if not unusual and jax_gpu.serves(query, key, value, **{name: options[name] for name in names}):
+        return "cuDNN", "softmax of scaled dot products in half precision, on a GPU"
+    how = (options[name] for name in ("score", "normalize", "dropout", "return_weights"))
+    if tiles.serves(sys.modules[__name__], query, key, value, *how):
+        return "tiles", "softmax of dot products, so many that all at once would fill the memory, not the cache"
+    why = "tiles are for many dot products on the CPU, without dropout or weights"
+    return explanation.general(why, query, key, **options)
 
 
 # ---- multi-head attention

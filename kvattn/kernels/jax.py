@@ -1,0 +1,350 @@
+"""Softmax attention of dot products in tiles, for JAX on the CPU: no array of queries by keys ever exists.
+
+A tile of queries meets the keys block by block, with a running maximum. What causal, window and valid_lens allow is a range
+of keys for each query: blocks outside every range are left out, and blocks inside all of them need no mask. The derivative
+is written forwards, in the same tiles, and rematerialised: JAX transposes it to the backward pass, and differentiates both.
+
+Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Rabe and Staats 2021, "Self-attention
+does not need O(n^2) memory"; Dao et al. 2022, "FlashAttention".
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from kvattn import bands
+
+ROWS, COLUMNS = 1024, 1024  # queries of a tile, keys of a block
+EDGE, BAND = 512, 256  # the same where causal or valid_lens, and where a window on both sides, cuts tiles
+SMALLEST = 2**14  # scores of a batch entry's head that tiles are worth their own cost for
+FEWEST = 16  # queries, likewise
+
+
+def serves(tab, query, key, value, score, normalize, dropout=0.0, return_weights=False):
+    """Whether tiles serve a call of ``tab``: softmax of dot products, large, on the CPU, weights not asked for.
+
+    Values that widen a batch axis are left to the tab.
+    """
+    n, m = query.shape[-2], key.shape[-2]
+    if n * m < SMALLEST or n < FEWEST or 0 in (*query.shape, *key.shape) or dropout or return_weights:
+        return False
+    if score not in (tab.scaled_dot_score, tab.dot_score) or normalize not in (tab.softmax, tab.masked_softmax):
+        return False
+    lead = bands.lead(query.shape, key.shape)
+    alone = all(own in (1, every) for own, every in zip(value.shape[:-3], lead[:-1], strict=True))
+    return alone and jax.default_backend() == "cpu"
+
+
+def scale_of(tab, query, score, scale):
+    """What the dot products of a call are multiplied by."""
+    if scale is not None:
+        return scale
+    return 1 / math.sqrt(query.shape[-1]) if score is tab.scaled_dot_score else 1.0
+
+
+class Plan(NamedTuple):
+    lead: tuple  # (*batch, heads) of the output
+    heads: int  # of the keys
+    n: int
+    m: int
+    rows: int  # queries of a tile
+    columns: int  # keys of a block
+    blocks: int  # that a tile can reach, one after another
+    holes: bool  # whether there may be keys between those that its queries see
+
+
+def attention(query, key, value, scale, *, mask=None, bias=None, valid_lens=None, causal=False, query_offset=0, window=None,
+              softcap=None, return_lse=False):  # fmt: skip
+    """softmax(scale * query @ key.T) @ value, and the log of the softmax's sums on request."""
+    dtype, wide = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
+    n, m, axes = query.shape[-2], key.shape[-2], query.ndim
+    lead = bands.lead(query.shape, key.shape) or (1,)
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    banded = left is not None and right is not None
+    edge = max(BAND, min(EDGE, (left + right) // 2)) if banded else EDGE
+    limited = left is not None or right is not None
+    rows = _part(n, min(ROWS, edge) if limited else ROWS)
+    columns = _part(m, min(COLUMNS, edge) if limited or valid_lens is not None else COLUMNS)
+    blocks = -(-m // columns)
+    if banded:  # no tile reaches more
+        blocks = max(1, min(blocks, 1 - (-(rows + left + right) // columns)))
+    holes = left is not None and valid_lens is not None and valid_lens.ndim == min(axes - 1, 2)
+    if axes == 2:
+        query, key, value = query[None], key[None], value[None]
+    plan = Plan(lead, key.shape[-3], n, m, rows, columns, blocks, holes)
+    low, high = _bounds(axes, n, m, left, right, query_offset, valid_lens)
+    if high is None and m % columns:
+        high = jnp.full(1, m, jnp.int32)  # the last block is filled up
+    limits = {"low": low, "high": high, "mask": mask, "scale": jnp.asarray(scale, wide)}
+    limits["softcap"] = None if softcap is None else jnp.asarray(softcap, wide)
+    inputs = {"query": query, "key": key, "value": value, "bias": bias}
+    output, lse = _attend(plan, *({k: x for k, x in given.items() if x is not None} for given in (inputs, limits)))
+    output = output.astype(dtype)
+    if axes == 2:
+        output, lse = output[0], lse[0]
+    return (output, lse) if return_lse else output
+
+
+def _part(size, most):
+    """The length of equal parts of at most about ``most``."""
+    return -(-size // -(-size // most))
+
+
+def _bounds(axes, n, m, left, right, query_offset, valid_lens):
+    """low and high, broadcastable to (..., n): query i may see the keys low <= j < high. None where nothing limits them."""
+    low = high = None
+    if left is not None or right is not None:
+        offset = jnp.asarray(query_offset, jnp.int32)
+        position = offset.reshape(*offset.shape, *[1] * (axes - 1 - offset.ndim)) + jnp.arange(n, dtype=jnp.int32)
+        low = None if left is None else position - left
+        high = None if right is None else position + right + 1
+    if valid_lens is not None:
+        lens = valid_lens.astype(jnp.int32)
+        per_query = lens.ndim == (1 if axes == 2 else 2)
+        lens = lens.reshape(*lens.shape[: 0 if axes == 2 else 1], *[1] * (axes - 2 - (axes > 2)), n if per_query else 1)
+        high = lens if high is None else jnp.minimum(high, lens)
+    return low, (high if high is None else jnp.minimum(high, m))
+
+
+# ---- what is done with a block of keys
+
+
+def _scores(rows, keys, pairs, limits):
+    """(scores, the derivative of the softcap or 1)."""
+    scores, slope = _dot(rows["query"], keys["key"].T), 1
+    if "softcap" in limits:
+        capped = jnp.tanh(scores / limits["softcap"])
+        scores, slope = limits["softcap"] * capped, 1 - capped * capped
+    return scores + pairs["bias"] if "bias" in pairs else scores, slope
+
+
+def _dot(x, y):
+    return jnp.matmul(x, y, precision="highest")
+
+
+class Forward:
+    """output and lse of a tile: the sums of exp(scores) and of exp(scores) @ value under the maximum so far."""
+
+    @staticmethod
+    def start(rows, keys):
+        ones = jnp.ones((len(rows["query"]), 1), rows["query"].dtype)
+        return jnp.finfo(ones.dtype).min * ones, 0 * ones, jnp.zeros((len(ones), keys["value"].shape[-1]), ones.dtype)
+
+    @staticmethod
+    def step(carry, rows, keys, pairs, limits, allowed):
+        top, sums, total = carry
+        scores, _ = _scores(rows, keys, pairs, limits)
+        if allowed is not None:
+            scores = jnp.where(allowed, scores, -math.inf)
+        new = jnp.maximum(top, scores.max(axis=1, keepdims=True))
+        weights, fade = jnp.exp(scores - new), jnp.exp(top - new)
+        return new, fade * sums + weights.sum(axis=1, keepdims=True), fade * total + _dot(weights, keys["value"])
+
+    @staticmethod
+    def finish(carry, rows):
+        top, sums, total = carry
+        empty = sums == 0
+        sums = jnp.where(empty, 1, sums)
+        return total / sums, jnp.where(empty, -math.inf, top + jnp.log(sums))[:, 0]
+
+
+class Tangent:
+    """The derivatives of both along d_query, d_key, d_value and d_bias: linear, and so the backward pass transposed."""
+
+    @staticmethod
+    def start(rows, keys):
+        zeros = jnp.zeros((len(rows["query"]), 1), rows["query"].dtype)
+        return zeros, jnp.zeros((len(zeros), keys["value"].shape[-1]), zeros.dtype)
+
+    @staticmethod
+    def step(carry, rows, keys, pairs, limits, allowed):
+        sums, total = carry
+        scores, slope = _scores(rows, keys, pairs, limits)
+        lse = jnp.where(rows["lse"] == -math.inf, 0, rows["lse"])[:, None]
+        weights = jnp.exp((scores if allowed is None else jnp.where(allowed, scores, -math.inf)) - lse)
+        moved = []
+        if "d_query" in rows:
+            moved.append(_dot(rows["d_query"], keys["key"].T))
+        if "d_key" in keys:
+            moved.append(_dot(rows["query"], keys["d_key"]))
+        moved = [sum(moved) * slope] if moved else []
+        moved += [pairs["d_bias"]] if "d_bias" in pairs else []
+        if moved:
+            moved = weights * sum(moved)
+            sums, total = sums + moved.sum(axis=1, keepdims=True), total + _dot(moved, keys["value"])
+        if "d_value" in keys:
+            total = total + _dot(weights, keys["d_value"].T)
+        return sums, total
+
+    @staticmethod
+    def finish(carry, rows):
+        sums, total = carry
+        return total - sums * rows["output"], sums[:, 0]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(plan, inputs, limits):
+    """The output (*lead, n, v) and lse (*lead, n), float32 for half precision."""
+    return _walk(plan, Forward, inputs, limits)
+
+
+@partial(_attend.defjvp, symbolic_zeros=True)
+def _attend_jvp(plan, primals, tangents):
+    inputs, limits = primals
+    output, lse = _attend(plan, inputs, limits)
+    moved = {f"d_{name}": x for name, x in tangents[0].items() if not isinstance(x, SymbolicZero)}
+    if not moved:
+        return (output, lse), (jnp.zeros_like(output), jnp.zeros_like(lse))
+    return (output, lse), _walk(plan, Tangent, {**inputs, **moved, "output": output, "lse": lse}, limits)
+
+
+# ---- entries (a batch entry's key head), tiles of their queries, blocks of the keys
+
+
+ROW = {"query": 1, "d_query": 1, "output": 1, "lse": 0, "low": 0, "high": 0}  # and how many axes of features
+KEY = ("key", "value", "d_key", "d_value")
+PAIR = ("mask", "bias", "d_bias")
+
+
+def _walk(plan, todo, inputs, limits):
+    """``todo`` for every tile: its results stacked, (*lead, n, ...)."""
+    arrays = {name: x for name, x in (inputs | limits).items() if name not in ("scale", "softcap")}
+    limits = {name: limits[name] for name in ("scale", "softcap") if name in limits}
+    count = math.prod(plan.lead[:-1]) * plan.heads
+    parts = {name: _entries(plan, name, x) for name, x in arrays.items()}
+    own = {name: x for name, (x, _) in parts.items() if len(x) == count}  # the rest is shared by entries
+    at = {name: index for name, (_, index) in parts.items() if name not in own}
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def entry(given):
+        own, at = given
+        return _entry(plan, todo, own | {name: parts[name][0][i] for name, i in at.items()}, limits)
+
+    return tuple(x.reshape(*plan.lead, plan.n, *x.shape[2:]) for x in lax.map(entry, (own, at)))
+
+
+def _entries(plan, name, x):
+    """(entries, rest) of an array, and which of them serves each entry; rows of all heads in a row, pairs (group, n, m)."""
+    axes, heads, group = len(plan.lead), len(plan.lead) - 1, plan.lead[-1] // plan.heads
+    rest = 1 + ROW[name] if name in ROW else 2
+    x = x.reshape(*[1] * (axes + rest - x.ndim), *x.shape)
+    if name in ROW:
+        x = jnp.broadcast_to(x, (*x.shape[:heads], max(x.shape[heads], group), plan.n, *x.shape[axes + 1 :]))
+    (*batch, h), rest = x.shape[:axes], x.shape[axes:]
+    own, full = (*batch, h if name in KEY else max(1, h // group)), (*plan.lead[:-1], plan.heads)
+    index = np.broadcast_to(np.arange(math.prod(own)).reshape(own), full).reshape(-1)
+    if name in ROW:
+        rest = (group * plan.n, *rest[1:])
+    elif name in PAIR:
+        rest = (1 if h == 1 else group, *rest)
+    return x.reshape(-1, *rest), index
+
+
+def _entry(plan, todo, arrays, limits):
+    """One entry's results, (group * n, ...)."""
+    tiles, blocks = -(-plan.n // plan.rows), -(-plan.m // plan.columns)
+    group, n, m = plan.lead[-1] // plan.heads, tiles * plan.rows, blocks * plan.columns
+    pairs = {name: _wide(x) for name, x in arrays.items() if name in PAIR}
+    for axis, size in ((1, n), (2, m)):
+        pairs = {name: x if x.shape[axis] == 1 else _fill(x, axis, size) for name, x in pairs.items()}
+    keys = {name: _fill(_wide(x), 0, m).reshape(blocks, plan.columns, -1) for name, x in arrays.items() if name in KEY}
+    keys = {name: x.swapaxes(1, 2) if name[0] == "d" else x for name, x in keys.items()}  # for the backward pass's products
+    rows = {name: _wide(x) for name, x in arrays.items() if name in ROW}
+    if n != plan.n:
+        ends = {"low": plan.m}  # a row that is no query sees nothing
+        rows = {name: _fill(x.reshape(group, plan.n, *x.shape[1:]), 1, n, ends.get(name, 0)) for name, x in rows.items()}
+    rows = {name: x.reshape(group * tiles, plan.rows, *x.shape[2 if n != plan.n else 1 :]) for name, x in rows.items()}
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def tile(given):
+        number, rows = given
+        mine = {name: _cut(_cut(x, 0, number // tiles, 1)[0], 0, number % tiles, plan.rows) for name, x in pairs.items()}
+        return _tile(plan, todo, rows, keys, mine, limits)
+
+    if group * tiles == 1:
+        results = [x[None] for x in tile((0, {name: x[0] for name, x in rows.items()}))]
+    else:
+        results = lax.map(tile, (jnp.arange(group * tiles), rows))
+    if n != plan.n:
+        results = [x.reshape(group, n, *x.shape[2:])[:, : plan.n] for x in results]
+    return tuple(x.reshape(group * plan.n, *x.shape[2:]) for x in results)
+
+
+def _wide(x):
+    return x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
+
+
+def _fill(x, axis, size, value=0):
+    """``value`` at the end of an axis up to ``size``."""
+    missing = size - x.shape[axis]
+    sides = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, sides, constant_values=value) if missing else x
+
+
+def _cut(x, axis, number, size):
+    """The part of that number and size, or all where one place stands for every."""
+    return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, number * size, size, axis)
+
+
+def _tile(plan, todo, rows, keys, pairs, limits):
+    limited = "low" in rows or "high" in rows
+    low, high = rows.pop("low", jnp.zeros(1, jnp.int32)), rows.pop("high", jnp.full(1, plan.m, jnp.int32))
+    rows = {name: x * limits["scale"] if name in ("query", "d_query") else x for name, x in rows.items()}
+    lowest, inner_lowest, inner_highest, highest = low.min(), low.max(), high.min(), high.max()
+    first, blocks = 0, len(keys["key"])
+    if plan.blocks < blocks:
+        first = jnp.clip(lowest // plan.columns, 0, blocks - plan.blocks)
+        keys = {name: lax.dynamic_slice_in_dim(x, first, plan.blocks) for name, x in keys.items()}
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def block(carry, given):
+        number, keys = given
+        start = (first + number) * plan.columns
+        end = start + plan.columns
+
+        def inside():
+            return todo.step(carry, rows, keys, {}, limits, None)
+
+        def edge():
+            here = {name: _cut(x, 1, first + number, plan.columns) for name, x in pairs.items()}
+            position = start + jnp.arange(plan.columns, dtype=jnp.int32)
+            allowed = jnp.ones((plan.rows, plan.columns), bool)
+            if limited:
+                allowed = (position >= low[:, None]) & (position < high[:, None])
+            if "mask" in here:
+                allowed &= here.pop("mask")
+            if "bias" in here:
+                allowed &= here["bias"] != -math.inf
+                here = {name: jnp.where(allowed, x, 0) for name, x in here.items()}
+            if pairs or plan.holes:
+                sees, seen = allowed.any(axis=1), allowed.any(axis=0)
+            else:  # the same, in less time
+                sees = jnp.maximum(low, start) < jnp.minimum(high, end)
+                seen = (lowest <= position) & (position < highest)
+            # zeros for the rest: 0 * NaN is NaN
+            hidden = {name: jnp.where(sees[:, None], x, 0) if name in ("query", "d_query") else x for name, x in rows.items()}
+            shown = {name: jnp.where(seen if name[0] == "d" else seen[:, None], x, 0) for name, x in keys.items()}
+            return todo.step(carry, hidden, shown, here, limits, allowed)
+
+        if not limited:
+            return (edge() if pairs else inside()), None
+        some, whole = (lowest < end) & (start < highest), (inner_lowest <= start) & (end <= inner_highest)
+        if pairs:
+            return lax.cond(some, edge, lambda: carry), None
+        return lax.switch(jnp.where(some, jnp.where(whole, 1, 2), 0), [lambda: carry, inside, edge]), None
+
+    carry = todo.start(rows, keys)
+    if plan.blocks == 1:
+        carry, _ = block(carry, (0, {name: x[0] for name, x in keys.items()}))
+    else:
+        carry, _ = lax.scan(block, carry, (jnp.arange(plan.blocks), keys))
+    return todo.finish(carry, rows)
