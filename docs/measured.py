@@ -1,4 +1,7 @@
-"""What `kvattn bench --json` wrote, as a part of a page: a table, a plot, and the machine. No number is typed by hand."""
+"""What `kvattn bench`, benchmarks/curves.py or benchmarks/overhead.py wrote (`--json`), as a part of a page: tables and plots.
+
+No number is typed by hand.
+"""
 
 import json
 from pathlib import Path
@@ -11,6 +14,15 @@ KINDS = {
     "full": "All keys",
     "causal": "Causal: each query sees the keys up to its own",
     "valid": "Padding: the first 60% of the keys are real (`valid_lens`)",
+    "window": "A window: 32 keys to each side (`window`)",
+    "positions": "32 keys selected for each query (`positions`)",
+    "additive": "The additive score",
+    "gated": "The gated score",
+    "own": "A score of one's own",
+    "plain": "No options",
+    "scale": "With a scale",
+    "valid_lens": "With `valid_lens`",
+    "parts": "What the frontend does in between",
 }
 PLOTTED = ("M", "L", "XL", "D")  # shapes; the others are in the tables
 
@@ -23,7 +35,7 @@ def myst(file, pictures, columns="shape", value="ratio"):
     if not Path(file).is_file():
         return "Not measured yet.\n"
     document = json.loads(Path(file).read_text(encoding="utf-8"))
-    rows, pieces = document.pop("rows"), []
+    rows, pieces = _rows(document), []
     for kind in dict.fromkeys(row.get("kind") for row in rows if "failed" not in row):
         these = [row for row in rows if "failed" not in row and row.get("kind") == kind]
         path = Path(pictures, f"{Path(file).stem}-{kind or 'all'}.svg")
@@ -31,8 +43,21 @@ def myst(file, pictures, columns="shape", value="ratio"):
         title = KINDS.get(kind, kind)
         pieces += [f"**{title}**\n"] * (title is not None) + [_table(these, columns, value)] + [_image(path)] * drawn
     pieces += [f"{row['backend']} failed: `{row['failed']}`\n" for row in rows if "failed" in row]
+    if "import" in document:
+        pieces.append(f"`import kvattn` takes {document.pop('import'):.1f} ms, NumPy's own import not counted.\n")
     about = ", ".join(f"{key} {said}" for key, said in document.items())
-    return "\n".join([*pieces, f"*Measured with {about}.*\n"])
+    return "\n".join([*pieces, *[f"*Measured with {about}.*\n"] * bool(about)])
+
+
+def _rows(document):
+    """A list of dicts with ``what`` was measured; of overhead.py's calls, each by its kind and part."""
+    rows = document.pop("rows", [])
+    for backend, calls in document.pop("calls", {}).items():
+        for name, (median, _) in calls.items():
+            part, _, kind = name.partition(" ")
+            known = part in ("native", "tab", "api")
+            rows.append({"backend": backend, "kind": kind if known else "parts", "part": part if known else name, "us": median})
+    return [{"what": f"kvattn {row['backend']}"} | row for row in rows]
 
 
 def _image(path):

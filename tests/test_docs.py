@@ -80,6 +80,19 @@ def test_other_values_stand_by_any_column_and_are_drawn_where_it_is_a_number(mea
     assert "{image}" not in text
 
 
+def test_the_files_of_curves_and_overhead_are_read(measured, tmp_path):
+    rows = [{"backend": "jax", "kind": "window", "n": n, "grad": False, "seconds": 0.25, "MiB": 0.0} for n in (1024, 4096)]
+    text = page(measured, tmp_path, rows, columns="n", value="MiB")
+    assert "**A window: 32 keys to each side (`window`)**\n\n|  | 1024 | 4096 |\n" in text
+    assert "| kvattn jax | 0 | 0 |\n" in text
+    calls = {"torch": {"native plain": [4.0, 3.0], "api plain": [5.5, 5.0], "dispatch": [0.5, 0.25]}}
+    (tmp_path / "overhead.json").write_text(json.dumps({"calls": calls, "import": 12.34}))
+    text = measured.myst(tmp_path / "overhead.json", tmp_path, columns="part", value="us")
+    assert "**No options**\n\n|  | native | api |\n| --- | ---: | ---: |\n| kvattn torch | 4 | 5.5 |\n" in text
+    assert "|  | dispatch |\n| --- | ---: |\n| kvattn torch | 0.5 |\n" in text
+    assert text.endswith("`import kvattn` takes 12.3 ms, NumPy's own import not counted.\n")
+
+
 def test_what_is_not_measured_is_said(measured, tmp_path):
     assert measured.myst(tmp_path / "memory.json", tmp_path) == "Not measured yet.\n"
 

@@ -392,6 +392,8 @@ def test_prose_for_tabs_becomes_a_tab_set_in_the_order_of_the_tabs():
     assert got.startswith("a\n")
     assert got.endswith("\nb")
     assert "tab-set" not in lesson.to_myst(text, ["torch"])
+    partly = lesson.to_myst(text, ["numpy", "torch", "mxnet"])  # NumPy's reader is shown no other's tab
+    assert re.findall(r"{([\w-]+)} ?(.*)\n\n(.*)\n```", partly) == [("admonition", "PyTorch, MXNet", "M")]
     assert prose.for_tab(text, "jax") == "a\n\n```bash\n:end_tab:\n```\n\nb"
 
 
@@ -435,6 +437,13 @@ def test_a_page_shows_what_differs_in_tabs_and_what_does_not_once(world, monkeyp
     monkeypatch.setattr(runner, "_version", lambda package: "another")
     with pytest.raises(pytest.fail.Exception, match="not remembered"):
         lesson.render(file, ["numpy", "twin"], world / "out", cache=world / "cache")
+
+
+def test_a_step_that_a_framework_has_not_says_so_in_its_tab(world):
+    file = world / "lesson.md"
+    file.write_text(TWINS + cell("x = 1", "twin") + "prose\n" + cell("x = 2", "numpy"))
+    got = lesson.render(file, ["numpy", "twin"], world / "out")
+    assert got.count("sync: numpy\n\n*Nothing to do here.*\n") == got.count("sync: twin\n\n*Nothing to do here.*\n") == 1
 
 
 def test_a_lesson_that_fails_or_disagrees_is_not_rendered(world):

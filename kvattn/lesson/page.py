@@ -83,10 +83,12 @@ class _Page:
         self.prefix = os.path.relpath(folder.absolute(), result.lesson.path.absolute().parent).replace(os.sep, "/")
 
     def versions(self, cells: list[Cell]) -> str:
-        """A step that each framework takes in its own way: a tab for each."""
+        """A step that each framework takes in its own way: a tab for each, also for those that have nothing to do."""
         shown = {name: cell for name in self.tabs for cell in cells if cell.on(name)}
         bodies = {name: _stack([_Shown(_code(cell), None), *self._outputs(cell, name)]) for name, cell in shown.items()}
-        return tab_set(bodies) if len(self.tabs) > 1 else "".join(bodies.values())
+        if len(self.tabs) == 1 or not bodies:
+            return "".join(bodies.values())
+        return tab_set({name: bodies.get(name, "*Nothing to do here.*") for name in self.tabs})
 
     def common(self, cell: Cell) -> str:
         """A step with the same code everywhere: the code once, and each output once if all tabs show the same."""

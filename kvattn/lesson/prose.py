@@ -33,8 +33,9 @@ def to_myst(text: str, tabs: Sequence[str] | None = None) -> str:
     """Prose in the notation of d2l as MyST, with the extensions dollarmath, amsmath and sphinx-design's tab-set.
 
     Labels of headings become targets, those of figures and tables names, of equations ``$$ (label)``; ``:numref:``,
-    ``:ref:``, ``:eqref:`` and ``:cite:`` roles, ``:begin_tab:`` blocks a tab-set. Fenced blocks stay as they are, but
-    for ``toc`` and ``eval_rst``. ``tabs`` are those that the site shows; None: all. Raises ValueError for an unknown tab.
+    ``:ref:``, ``:eqref:`` and ``:cite:`` roles, ``:begin_tab:`` blocks a tab-set, or notes where not every tab has one.
+    Fenced blocks stay as they are, but for ``toc`` and ``eval_rst``. ``tabs`` are those that the site shows; None: all.
+    Raises ValueError for an unknown tab.
 
     >>> print(to_myst("# Attention\\n:label:`sec_attention`\\n\\nSee :eqref:`eq_a`.\\n"))
     (sec_attention)=
@@ -55,7 +56,12 @@ def to_myst(text: str, tabs: Sequence[str] | None = None) -> str:
             del blocks[:2]
         bodies = {name: to_myst(part) for given, part in group for name in given or ()}
         shown = {name: bodies[name] for name in tabs or dispatch.known_backends() if name in bodies}
-        out.append(tab_set(shown) if tabs is None or len(tabs) > 1 else "".join(shown.values()))
+        if tabs is not None and len(tabs) == 1:
+            out.append("".join(shown.values()))
+        elif tabs is None or len(shown) == len(tabs):
+            out.append(tab_set(shown))
+        else:  # a reader who chose a framework of which this says nothing would be shown another's tab
+            out += [_note([name for name in shown if shown[name] == body], body) for body in dict.fromkeys(shown.values())]
     return "\n".join(out)
 
 
@@ -85,6 +91,10 @@ def tab_set(bodies: dict[str, str]) -> str:
     """A tab for each framework; choosing one chooses it in all tab-sets of the page."""
     items = [directive("tab-item", TITLES.get(name, name), {"sync": name}, body) for name, body in bodies.items() if body]
     return directive("tab-set", "", {"sync-group": "framework"}, "\n".join(items)) if items else ""
+
+
+def _note(names: list[str], body: str) -> str:
+    return directive("admonition", ", ".join(TITLES.get(name, name) for name in names), {}, body)
 
 
 def _blocks(text: str) -> list[tuple[list[str] | None, str]]:

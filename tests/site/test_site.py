@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -26,6 +27,7 @@ PAGES = sorted(
     if path.parts[len(SITE.parts)] in ("index.html", "_lessons", "howto", "reference")
 )
 LESSONS = [page for page in PAGES if page.startswith("_lessons/")]
+TABS = list(dict.fromkeys(re.findall(r'data-sync-id="(\w+)"', (SITE / LESSONS[0]).read_text(encoding="utf-8"))))
 # the tabs that are shown, of sets with more than one
 SHOWN = (
     "return [...document.querySelectorAll('.sd-tab-set:has(> label ~ label) > input:checked + label')]"
@@ -137,7 +139,9 @@ def test_a_page_has_its_landmarks(browser, address, page):
     assert browser.execute_script("return [...document.images].filter(each => !each.alt).map(each => each.src)") == []
 
 
-@pytest.mark.parametrize("page", ["index.html", "reference/api.html", "reference/semantics.html", *LESSONS[:1]])
+@pytest.mark.parametrize(
+    "page", ["index.html", "reference/api.html", "reference/semantics.html", "reference/speed.html", *LESSONS[:1]]
+)
 def test_axe_finds_nothing_serious(browser, address, page):
     visit(browser, address, page)
     found = Axe().run(browser)["violations"]
@@ -151,6 +155,34 @@ def test_a_tab_that_is_chosen_shows_its_code_only(browser, address):
     shown = [each.text for each in browser.find_elements(By.CSS_SELECTOR, ".sd-tab-content") if each.is_displayed()]
     assert len(shown) == 1
     assert "from kvattn import jax as kv" in shown[0]
+
+
+def test_the_lessons_have_the_tabs_that_were_asked_for():
+    assert set(TABS) == set(os.environ.get("KVATTN_DOCS_BACKENDS", ",".join(TABS)).split(","))
+
+
+@pytest.mark.parametrize("name", TABS)
+def test_every_lesson_opens_on_every_tab(browser, address, name):
+    """Its code and its figures are there, and none of another's."""
+    others = [f"from kvattn import {other} as kv" for other in TABS if other != name]
+    broken = "return [...document.images].filter(each => !each.complete || !each.naturalWidth).map(each => each.src)"
+    for page in LESSONS:
+        visit(browser, address, page)
+        choose(browser, name)
+        assert set(browser.execute_script(SHOWN)) == {name}, page
+        text = browser.find_element(By.CSS_SELECTOR, "[role=main]").text
+        assert f"from kvattn import {name} as kv" in text, page
+        assert [other for other in others if other in text] == [], page
+        assert browser.execute_script(broken) == [], page
+    assert [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]] == []
+
+
+def test_a_wide_figure_scrolls_on_a_phone(browser, address):
+    size(browser, 390, 800)
+    visit(browser, address, next(page for page in LESSONS if "attention-pooling" in page))
+    widths = "return [...document.querySelectorAll('a.image-reference')].map(each => [each.clientWidth, each.scrollWidth])"
+    assert (found := browser.execute_script(widths))
+    assert all(client < 390 < scroll for client, scroll in found)
 
 
 def test_a_choice_holds_across_a_page_and_the_next(browser, address):
