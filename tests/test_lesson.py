@@ -403,7 +403,7 @@ def test_a_directive_is_fenced_beyond_its_body():
 
 def test_a_page_shows_what_differs_in_tabs_and_what_does_not_once(world, monkeypatch):
     text = f"# T\n{TWINS}{cell('x = 1', 'numpy')}{cell('x = 1.0', 'twin')}{cell('print(7)')}{cell('x')}"
-    text += cell("y = 1 + tab.selected('twin') * 1e-9") + cell(FIGURE) + cell(WIDE)
+    text += cell("#@differs\ny = 1 + tab.selected('twin') * 1e-9") + cell(FIGURE) + cell(WIDE)
     text += cell("import sys; print('!', file=sys.stderr)")
     file = world / "lesson.md"
     file.write_text(text)
@@ -417,6 +417,7 @@ def test_a_page_shows_what_differs_in_tabs_and_what_does_not_once(world, monkeyp
 
     item = r"tab-item\} \w+\n:sync: (\w+)\n\n```\{code-block\} %s\n:class: %s\n\n(.*)\n```"
     assert re.findall(item % ("python", "input"), got) == [("numpy", "x = 1"), ("twin", "x = 1.0")]
+    assert "#@differs" not in got
     assert below("print(7)\n```\n") == "\n```{code-block} text\n:class: output\n\n7\n```\n\n"
     assert re.findall(item % ("text", "output"), below("\n\nx\n")) == [("numpy", "1"), ("twin", "1.0")]
     image = r"^```\{image\} out/(\w+\.svg)\n:alt: 'Figure: Weights, Keys'\n:class: output\n(:width: 1\d\d\dpx\n)?\n+```$"

@@ -18,6 +18,7 @@ from kvattn.lesson.runner import Result, run
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpeg"}
+_MARK = re.compile(r"^#@differs[ \t]*\n", re.MULTILINE)  # for the runner, not for readers
 _WIDTH = re.compile(r'<svg [^>]*width="([\d.]+)pt"')
 _WIDE = 700  # pixels: on a narrow screen such a figure cannot be read
 
@@ -132,7 +133,7 @@ class _Page:
 
 
 def _code(cell: Cell) -> str:
-    return directive("code-block", "python", {"class": "input"}, cell.code)
+    return directive("code-block", "python", {"class": "input"}, _MARK.sub("", cell.code))
 
 
 def _stack(pieces: Sequence[_Shown]) -> str:
