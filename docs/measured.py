@@ -14,7 +14,7 @@ KINDS = {
     "full": "All keys",
     "causal": "Causal: each query sees the keys up to its own",
     "valid": "Padding: the first 60% of the keys are real (`valid_lens`)",
-    "window": "A window: 32 keys to each side (`window`)",
+    "window": "A window (`window`): 256 keys to each side; 32 in the curves below",
     "positions": "32 keys selected for each query (`positions`)",
     "additive": "The additive score",
     "gated": "The gated score",

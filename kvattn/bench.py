@@ -8,6 +8,7 @@ median of the rounds with the quartiles. What was timed is checked in the same r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,7 +33,7 @@ SHAPES = {  # batch, heads, queries, keys, features
 }
 KINDS = ("full", "causal", "valid", "window")
 WINDOW = 256  # keys to each side of a query
-PAUSE = 0.003  # seconds before each call: a framework's threads go on spinning after its last one
+PAUSE = 0.01  # seconds before each call: a framework's threads go on spinning after its last one
 # of the largest |value|: is what was timed attention at all? How near it is, the conformance suite says
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 YARDSTICK = "torch SDPA"
@@ -69,12 +70,31 @@ def run(backends: list[str], shapes: list[str], kinds: list[str], *, dtype: str 
 
 def count(backends: list[str], shapes: list[str], kinds: list[str]) -> int:
     """How many measurements a run makes: one for each backend, shape and kind."""
-    return len(backends) * len(shapes) * len(kinds)
+    return len(backends) * sum(_meaningful(shape, kind) for shape in shapes for kind in kinds)
+
+
+def _meaningful(shape: str, kind: str) -> bool:
+    """A causal mask needs as many queries as keys: else every framework aligns it in its own way."""
+    return kind != "causal" or SHAPES[shape][2] == SHAPES[shape][3]
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    return {"python": platform.python_version(), "processor": platform.machine(), "cores": len(os.sched_getaffinity(0))}
+    """What the figures were measured on, and when."""
+    versions = {}
+    for package in ("numpy", "torch", "tensorflow", "tensorflow-cpu", "jax", "mxnet"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    here = {"python": platform.python_version(), "processor": _processor(), "cores": len(os.sched_getaffinity(0))}
+    return {"date": time.strftime("%Y-%m-%d"), **here, **versions}
+
+
+def _processor() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
 
 
 def table(rows: list[dict[str, Any]]) -> Any:
@@ -130,7 +150,7 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
 def _work(asked: dict[str, Any]) -> None:
     for name in asked["shapes"]:
-        for kind in asked["kinds"]:
+        for kind in (kind for kind in asked["kinds"] if _meaningful(name, kind)):
             for row in _measure(asked["backend"], name, kind, asked["dtype"], asked["grad"], asked["device"], asked["rounds"]):
                 print(json.dumps(row), flush=True)
 
@@ -181,7 +201,7 @@ def _error(got: Any, arrays: list[np.ndarray], options: dict[str, Any], grad: bo
     if grad:  # by the query
         back = arrays[3][0, 0].astype(float)[rows] @ value.T
         expected = weights * (back - (weights * back).sum(axis=-1, keepdims=True)) @ key / math.sqrt(query.shape[-1])
-    return float(np.abs(got[0, 0][rows] - expected).max() / np.abs(expected).max())
+    return float(np.abs(got[0, 0][rows] - expected).max() / (np.abs(expected).max() or 1))
 
 
 def _named(calls: Callable[..., Iterator[tuple[str, Call]]]) -> Callable[..., dict[str, Call]]:

@@ -83,7 +83,7 @@ def test_other_values_stand_by_any_column_and_are_drawn_where_it_is_a_number(mea
 def test_the_files_of_curves_and_overhead_are_read(measured, tmp_path):
     rows = [{"backend": "jax", "kind": "window", "n": n, "grad": False, "seconds": 0.25, "MiB": 0.0} for n in (1024, 4096)]
     text = page(measured, tmp_path, rows, columns="n", value="MiB")
-    assert "**A window: 32 keys to each side (`window`)**\n\n|  | 1024 | 4096 |\n" in text
+    assert "**A window (`window`): 256 keys to each side; 32 in the curves below**\n\n|  | 1024 | 4096 |\n" in text
     assert "| kvattn jax | 0 | 0 |\n" in text
     calls = {"torch": {"native plain": [4.0, 3.0], "api plain": [5.5, 5.0], "dispatch": [0.5, 0.25]}}
     (tmp_path / "overhead.json").write_text(json.dumps({"calls": calls, "import": 12.34}))
