@@ -118,8 +118,8 @@ def test_the_kernel_explained_is_the_one_that_runs(backend, tab, shapes, what):
 def test_it_says_so_in_a_sentence(backend, tab):
     x = tab.asarray(np.zeros((4, 8), "float32"))
     said = kvattn.explain(x, x, x, normalize=kvattn.sparsemax)
-    assert said[:3] == (backend, "cpu", "the formula")
-    assert str(said) == f"{backend} on cpu serves this call by the formula: {said.why}"
+    assert said[:2] == (backend, "cpu")
+    assert str(said) == f"{backend} on cpu serves this call by {said.kernel}: {said.why}"
 
 
 def test_neutral_data_goes_where_attention_takes_it(backend):

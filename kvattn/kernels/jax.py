@@ -204,7 +204,14 @@ def _attend_jvp(plan, primals, tangents):
     moved = {f"d_{name}": x for name, x in tangents[0].items() if not isinstance(x, SymbolicZero)}
     if not moved:
         return (output, lse), (jnp.zeros_like(output), jnp.zeros_like(lse))
-    return (output, lse), _walk(plan, Tangent, {**inputs, **moved, "output": output, "lse": lse}, limits)
+
+    def along(moved):
+        return _walk(plan, Tangent, {**inputs, **moved, "output": output, "lse": lse}, limits)
+
+    if jax.__version_info__ >= (0, 10):
+        return (output, lse), along(moved)
+    # before, JAX transposes no scan that a rule like this one wrote, but the derivative of one, which is the same: it is linear
+    return (output, lse), jax.jvp(along, (jax.tree.map(jnp.zeros_like, moved),), (moved,))[1]
 
 
 # ---- entries (a batch entry's key head), tiles of their queries, blocks of the keys
