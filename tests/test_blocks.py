@@ -76,3 +76,17 @@ def test_no_array_of_queries_by_keys_by_features(what):
         assert peak(lambda: kvattn.attention(query, key, value, **options)) < 512 * 512 * 4
         if what != "own":
             assert peak(lambda: kvattn.attention_grad(query, key, value, grad, **options)) < 2 * 512 * 512 * 4
+
+
+def test_gradients_of_blocks_of_keys_of_unequal_size():
+    query, key, value, _ = draw(lead=(), n=4, m=7)
+    rng = np.random.default_rng(5)
+    score = partial(kvattn.additive_score, W_q=rng.random((query.shape[-1], 3)), W_k=rng.random((key.shape[-1], 3)),
+                    w_v=rng.random(3))  # fmt: skip
+    arguments = (query, key, value, np.ones((4, value.shape[-1])))
+    names = ["query", "key", "value", "W_k"]
+    expected = kvattn.attention_grad(*arguments, score=score, wrt=names)
+    with patch.object(blockwise, "_columns", lambda *given: [(0, 5), (5, 7)]):
+        found = kvattn.attention_grad(*arguments, score=score, wrt=names)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-15)
