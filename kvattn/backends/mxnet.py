@@ -589,10 +589,16 @@ def merge_attention(outputs, lses, return_lse=False):
     return (output, lse) if return_lse else output
 
 
+@_shaped
 def kernel(query, key, value, **options):
     if views.serves(sys.modules[__name__], query, key, value, **options):
         return "NumPy's", "views of the arrays need no copy, and MXNet's own products of batches are slower"
-    why = "positions, dropout, weights, what is not on the CPU and functions of one's own are not for NumPy"
+    keys = key.shape[-2] if options["positions"] is None else options["positions"].shape[-1]
+    if 0 in (*bands.lead(query.shape, key.shape), query.shape[-2], keys, key.shape[-2]):
+        return "nothing", "there is no query, or no key"
+    if options["positions"] is not None:
+        return explanation.selected(kernel, _select, query, key, value, **options)
+    why = "dropout, weights, what is not on the CPU and functions of one's own are not for NumPy"
     return explanation.general(why, query, key, **options)
 
 
