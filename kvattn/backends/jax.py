@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import sys
 from functools import reduce
@@ -23,6 +24,7 @@ else:  # before jax 0.8
 
 HALF = ("float16", "bfloat16")
 _WIDE = frozenset(np.dtype(name) for name in ("float64", "int64", "uint64"))
+_FLAGS = {"causal", "return_weights", "return_lse"}
 _STATIC = ("causal", "window", "dropout", "wrt", "return_weights", "return_lse")
 
 
@@ -131,6 +133,26 @@ def _compiled(function):
             static.add("scale")  # cuDNN's is part of the program
         fixed = tuple((name, x) for name, x in options.items() if name in static)
         return _run(function, fixed, args, {name: x for name, x in options.items() if name not in static})
+
+    return call
+
+
+def _equal(x, default):
+    return x is default or (type(x) is type(default) is float and x == default)
+
+
+def _short(function):
+    """The commonest calls straight to their program: what the long way looks for is not there."""
+    defaults = inspect.unwrap(function).__kwdefaults__
+    program = jax.jit(function, static_argnames=_FLAGS)
+
+    @functools.wraps(function)
+    def call(query, key, value, **options):
+        if options:
+            options = {name: x for name, x in options.items() if not _equal(x, defaults[name])}
+        if options.keys() <= _FLAGS and (query.dtype not in _WIDE or jax.config.jax_enable_x64):
+            return program(query, key, value, **options)
+        return function(query, key, value, **options)
 
     return call
 
@@ -396,6 +418,7 @@ def _softmax_lse(scores, where):
 # ---- attention
 
 
+@_short
 @_exact
 @_reaching
 @_compiled
