@@ -320,6 +320,11 @@ def attention(
     return_weights=False,
     return_lse=False,
 ):
+    usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
+    bare = usual and not (causal or softcap) and mask is bias is valid_lens is window is positions is None
+    if bare and kernels.serves(query, key, value, None, scale):  # first, for calls so small that looking costs more
+        output = kernels.fused(query, key, value, None, False, scale)
+        return output if output.dtype == query.dtype else output.to(query.dtype)  # autocast's is another
     if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):  # as in decoding: no mask to build
         causal, window = False, None
     where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
@@ -332,7 +337,6 @@ def attention(
         if not isinstance(results, tuple):
             return results[..., 0, :]
         return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
-    usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
     if usual and query.is_cuda:
         kernel = torch_gpu.choose(query, key, value, **where, **reach, scale=scale, softcap=softcap)
         if kernel:
@@ -342,7 +346,7 @@ def attention(
     if kernel == "SDPA, by lengths":
         output = kernels.by_runs(attention, parts, query, key, value, valid_lens, causal, scale)
         if output is not None:
-            return output.to(query.dtype)  # autocast's is another
+            return output.to(query.dtype)
         kernel, parts = kernels.choose(query, key, value, *call, by_lengths=False)
     if kernel == "SDPA, in bands":
         return kernels.by_band(parts, query, key, value, causal, query_offset, window, scale).to(query.dtype)

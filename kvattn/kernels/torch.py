@@ -48,9 +48,7 @@ def serves(query, key, value, bias, scale):
         return False
     if scale is not None and scale <= 0:  # CUDA's flash kernel takes the row maximum before it scales
         return False
-    if torch.compiler.is_compiling():
-        return True
-    return not _transformed(query, key, value)
+    return torch.compiler.is_compiling() or not _transformed(query, key, value)
 
 
 def _transformed(*inputs):
@@ -59,8 +57,8 @@ def _transformed(*inputs):
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
-def _taped(*inputs):
-    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+def _taped(query, key, value):
+    return (query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled()
 
 
 def runs(query, key, value, mask, bias, valid_lens, causal, query_offset, window):
@@ -103,7 +101,7 @@ def by_runs(attend, found, query, key, value, valid_lens, causal, scale):
     for (_, length, even), q, k, v, lens in zip(found, *parts, strict=True):
         k, v = k[..., :length, :], v[..., :length, :]
         if even and length:
-            outputs.append(_fused(q, k, v, None, causal, scale))
+            outputs.append(fused(q, k, v, None, causal, scale))
         else:
             outputs.append(attend(q, k, v, valid_lens=None if even else lens, causal=causal, scale=scale))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -116,7 +114,7 @@ def _padded(query, key, value, valid_lens, causal, scale):
     n, m = query.shape[-2], key.shape[-2]
     allowed = torch.arange(m) < valid_lens.reshape(-1, *[1] * (query.ndim - 1))
     allowed = allowed & torch.ones(n, m, dtype=torch.bool).tril() if causal else allowed
-    output = _fused(query, key, value, allowed.to(query.device), False, scale)
+    output = fused(query, key, value, allowed.to(query.device), False, scale)
     # NaN and inf in a value are in the output too; in a key they may not be, if its score is -inf, but in the gradient
     sound = _finite(output) and (_finite(key) or not _taped(query, key, value))
     return output if sound else None
@@ -183,7 +181,7 @@ def attention(query, key, value, allowed, bias, triangle, scale):
         allowed = allowed.reshape(*[1] * (query.ndim - allowed.ndim), *allowed.shape)
         some = allowed.any(dim=-1, keepdim=True)
         added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
-    output = _fused(query, key, value, None if allowed is None else added, triangle, scale)
+    output = fused(query, key, value, None if allowed is None else added, triangle, scale)
     return output if allowed is None else torch.where(some, output, 0)
 
 
@@ -210,11 +208,13 @@ def by_band(steps, query, key, value, causal, query_offset, window, scale):
             beyond = torch.zeros_like(ahead, dtype=torch.bool) if left is None else ahead < -left
             beyond = beyond if right is None else beyond | (ahead > right)
             masks[place] = torch.zeros(n, m, dtype=query.dtype, device=query.device).masked_fill_(beyond, -math.inf)
-        parts.append(_fused(*block, masks[place], False, scale))
+        parts.append(fused(*block, masks[place], False, scale))
     return torch.cat(parts, dim=-2)
 
 
-def _fused(query, key, value, mask, causal, scale):
+def fused(query, key, value, mask, causal, scale):
+    if not _taped(query, key, value) or torch.compiler.is_compiling():
+        return _run(query, key, value, mask, causal, scale)
     return twice_differentiable(partial(_run, causal=causal, scale=scale), query, key, value, mask)
 
 
@@ -233,9 +233,11 @@ def _formula(run, *inputs):
 
 def _run(query, key, value, mask, causal, scale):
     """scaled_dot_product_attention on (batch, h, r, c): with another number of axes the CPU's is not the fused one."""
-    if query.ndim == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
-        grouped = {} if query.shape[1] == key.shape[1] else {"enable_gqa": True}
-        return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, **grouped)
+    shape, of_keys = query.shape, key.shape
+    if len(shape) == 4 and shape[0] == of_keys[0] == value.shape[0]:
+        if shape[1] == of_keys[1]:
+            return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
+        return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=True)
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     output = _run(*(x if x is None else _four(x, lead) for x in (query, key, value, mask)), causal, scale)
     return output.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
