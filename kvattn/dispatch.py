@@ -212,9 +212,10 @@ def met(query: Any, key: Any, value: Any, backend: Any) -> tuple[Backend, tuple[
     """The tab that served arrays of this class, these shapes and dtypes before, and the shape of their scores."""
     try:
         name = _homes[type(query)] or get_backend() if backend is None else backend
-        return _met.get(_looks(_loaded[name] if type(name) is str else name, query, key, value))
+        looks = _looks(_loaded[name] if type(name) is str else name, query, key, value)
     except (AttributeError, KeyError):  # lists have no shape; a class or a backend is new
         return None
+    return None if looks is None else _met.get(looks)  # not looked into while tracing: torch.compile would watch its length
 
 
 def meet(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, ...]) -> None:
