@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+import time
 from functools import partial
 from itertools import count
 from weakref import WeakValueDictionary
@@ -169,15 +171,28 @@ class _Call:
 
 def _record(call, arrays):
     """The results, recorded as an operator's."""
-    number = next(_numbers)
+    number, _Operator.used = next(_numbers), True
     _calls[number] = call
     flat = (x if x.ndim else x.reshape(1) for x in arrays)  # an operator takes no scalars
     results = mx.nd.Custom(*(x.as_nd_ndarray() for x in flat), op_type=OPERATOR, call=number)
     return [x.as_np_ndarray() for x in (results if isinstance(results, list) else [results])]
 
 
+def _settle():
+    """Before a fork MXNet waits for its operators' threads, and holds Python's lock, which they need for their last steps."""
+    if _Operator.used:
+        mx.nd.waitall()
+        time.sleep(0.05)  # without the lock
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_settle)
+
+
 class _Operator(mx.operator.CustomOp):
     """One call, whose lse backward uses again."""
+
+    used = False
 
     def __init__(self, call):
         super().__init__()
