@@ -55,6 +55,24 @@ def reaches_all(n: object, m: object, causal: bool, offset: object, window: tupl
     return right is None or m - 1 - offset <= right  # the last key, from the first query
 
 
+def covers(n: object, m: object, causal: bool, offset: object, window: tuple[int | None, int | None] | None) -> bool:
+    """Whether causal and window leave each query a key and each key a query; False where a size or the offset is unknown.
+
+    >>> covers(4, 4, True, 0, None), covers(3, 4, True, 0, None)  # nobody sees the fourth key
+    (True, False)
+    """
+    if not (type(n) is type(m) is type(offset) is int and n and m):
+        return False
+    assert isinstance(n, int)
+    assert isinstance(m, int)
+    assert isinstance(offset, int)
+    left, right = window or (None, None)
+    right, end = 0 if causal else right, offset + n - 1  # where the last query stands
+    if right is not None and (offset + right < 0 or end + right < m - 1):
+        return False
+    return left is None or (offset - left <= 0 and end - left < m)
+
+
 def heads(query: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, int]:
     """(query heads, key heads) of two shapes; (1, 1) where there is no head axis."""
     return (query[-3], key[-3]) if len(query) > 2 else (1, 1)

@@ -234,7 +234,11 @@ def get_backend() -> str:
     'numpy'
     """
     # of `reason`, only the name: looking at the environment is most of what it costs
-    return _context.get() or _process or canonical(os.environ.get(ENVIRONMENT) or "numpy")
+    name = _context.get() or _process
+    if name is None:
+        name = os.environ.get(ENVIRONMENT)
+        name = canonical(name) if name else "numpy"
+    return name
 
 
 def reason() -> tuple[str, str]:

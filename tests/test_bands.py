@@ -1,6 +1,9 @@
 """The plan of a window, in plain integers: what its blocks hold and what cutting them costs."""
 
+import itertools
+
 import numpy as np
+import pytest
 
 import kvattn
 from kvattn import bands
@@ -47,6 +50,20 @@ def test_cuts_of_cuts_are_the_blocks():
         ):
             np.testing.assert_array_equal(found, expected)
         assert at["query_offset"] == offset + i - k
+
+
+@pytest.mark.parametrize("window", [None, (0, 0), (1, 0), (0, 2), (None, 1), (2, None), (None, None)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_causal_and_a_window_cover(causal, window):
+    for n, m, offset in itertools.product(range(4), range(5), range(-4, 7)):
+        ahead = np.arange(m) - offset - np.arange(n)[:, None]
+        left, right = window or (None, None)
+        right = 0 if causal else right
+        sees = (ahead >= -np.inf if left is None else ahead >= -left) & (ahead <= np.inf if right is None else ahead <= right)
+        expected = n > 0 and m > 0 and sees.any(axis=0).all() and sees.any(axis=1).all()
+        assert bands.covers(n, m, causal, offset, window) == expected, (n, m, offset)
+    assert not bands.covers(None, 4, causal, 0, window)
+    assert not bands.covers(4, 4, causal, np.array([0, 1]), window)
 
 
 def test_a_long_window_is_the_mask_it_stands_for(backend):

@@ -75,7 +75,8 @@ def _wide(x):
 
 def _product(a, b, **options):
     """a @ b; (batch, 1, n, d) loses its second axis meanwhile: oneDNN's product of it with one (d, m) for all crashes."""
-    if len(a.shape) != 4 or a.shape[1] != 1 or (len(b.shape) > 2 and b.shape[1] != 1):
+    alike = None not in a.shape[:-2] and a.shape[:-2] == b.shape[:-2]  # each has its own
+    if alike or len(a.shape) != 4 or a.shape[1] != 1 or (len(b.shape) > 2 and b.shape[1] != 1):
         return tf.matmul(a, b, **options)
     b = tf.squeeze(b, 1) if len(b.shape) > 2 else b  # indexing takes six times as long
     return tf.expand_dims(tf.matmul(tf.squeeze(a, 1), b, **options), 1)
@@ -317,6 +318,13 @@ def _softmax_lse(scores, where):
     return shifted / total, lse[..., 0]
 
 
+def _softmax_of_finite(scores, where):
+    """softmax in few operations; a score of one's own may give -inf, for which TensorFlow's has NaN."""
+    if where is None:
+        return tf.nn.softmax(scores)
+    return tf.where(where, tf.nn.softmax(tf.where(where, scores, scores.dtype.min)), 0)
+
+
 # ---- attention
 
 
@@ -369,15 +377,18 @@ def attention(
         return tf.concat([x for x, _ in parts], axis=-2), tf.concat([x for _, x in parts], axis=-1)
 
     dtype, n, (heads, kv_heads) = query.dtype, _shape(query)[-2], _heads(query, key)
-    allowed = _allowed(n, tf.range(tf.cast(_shape(key)[-2], tf.int64)), len(query.shape), **where, **reach)
-    query, key, value = _hide_padding(allowed, query, key, value)
+    limited = causal or window is not None or valid_lens is not None
+    keys = tf.range(tf.cast(_shape(key)[-2], tf.int64)) if limited else None
+    allowed = _allowed(n, keys, len(query.shape), **where, **reach)
+    if not (mask is bias is valid_lens is None and bands.covers(n, key.shape[-2], causal, query_offset, window)):
+        query, key, value = _hide_padding(allowed, query, key, value)
 
     # weights = normalize(score(query, key)): (..., h, n, m)
     scores = _scores(query, key, score, scale, softcap, bias)
     if return_lse:
         weights, lse = _softmax_lse(scores, allowed)
-    elif allowed is None and normalize is softmax and score in (scaled_dot_score, dot_score):
-        weights, lse = tf.nn.softmax(scores), None  # one operation; a score of one's own may give -inf, for which it has NaN
+    elif normalize is softmax and score in (scaled_dot_score, dot_score):
+        weights, lse = _softmax_of_finite(scores, allowed), None
     else:
         weights, lse = normalize(scores, where=allowed), None
 

@@ -321,9 +321,11 @@ def attention(
     return_lse=False,
 ):
     usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
-    bare = usual and not (causal or softcap) and mask is bias is valid_lens is window is positions is None
+    bare = usual and not softcap and mask is bias is valid_lens is window is positions is None
+    if causal:
+        bare = bare and query.shape[-2] == key.shape[-2] and type(query_offset) is int and query_offset == 0
     if bare and kernels.serves(query, key, value, None, scale):  # first, for calls so small that looking costs more
-        output = kernels.fused(query, key, value, None, False, scale)
+        output = kernels.fused(query, key, value, None, causal, scale)
         return output if output.dtype == query.dtype else output.to(query.dtype)  # autocast's is another
     if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):  # as in decoding: no mask to build
         causal, window = False, None
