@@ -64,7 +64,9 @@ def measure(backend, kind, n, gradients):
 
     def run(*arrays, **options):
         results = kvattn.attention_grad(*arrays, **options) if gradients else [kvattn.attention(*arrays, **options)]
-        return sum(kvattn.to_numpy(x).nbytes for x in results)  # waits for them
+        for x in results:
+            kvattn.to_numpy(x[..., :1, :1])  # waits for it: a copy of all would be counted
+        return sum(4 * math.prod(x.shape) for x in results)
 
     run(*small, **options_of(kind, 8, tab, rng))
     options = options_of(kind, n, tab, rng)
@@ -97,6 +99,8 @@ def main():
     from rich.console import Console
     from rich.progress import track
 
+    from kvattn import bench
+
     sizes = [int(n) for n in args.sizes.split(",")]
     points = [(b, kind, n) for b in args.backend.split(",") for kind in args.kind.split(",") for n in sizes]
     found = {}
@@ -108,10 +112,10 @@ def main():
         found[point] = json.loads(done.stdout.splitlines()[-1])
     Console(width=max(120, Console().width)).print(table(found))
     if args.json:
-        rows = [{"backend": b, "kind": kind, "n": n, "grad": args.gradients, "seconds": s, "MiB": grown, "inputs MiB": size}
+        rows = [{"backend": b, "kind": kind, "n": n, "grad": args.gradients, "ms": 1e3 * s, "MiB": grown, "inputs MiB": size}
                 for (b, kind, n), (s, grown, size) in found.items()]  # fmt: skip
         with open(args.json, "w") as file:
-            json.dump({"rows": rows}, file, indent=1)
+            json.dump({"rows": rows} | bench.machine(), file, indent=1)
     if args.plot:
         plot(found, args.plot)
 

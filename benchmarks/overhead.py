@@ -2,13 +2,15 @@
 
     python benchmarks/overhead.py --backend numpy,torch
 
-Each backend runs in a fresh process. The calls take turns, so that what else runs slows them alike; a figure is the median,
-and the smallest, of many. One call of (1, 1, 8, 8), float32.
+Each backend runs in a fresh process. The calls take turns in an order that is drawn anew, so that what else runs slows them
+alike; a turn is one call that is not timed, for what ran before has the processor's caches, and a few that are. A figure is
+the median, and the smallest, of many turns. One call of (1, 1, 8, 8), float32.
 """
 
 import argparse
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -17,10 +19,11 @@ import time
 KINDS = {"plain": {}, "causal": {"causal": True}, "scale": {"scale": 0.5}, "valid_lens": {"valid_lens": [6]}}
 TARGETS = {"numpy": 4, "torch": 4, "jax": 4, "tensorflow": 12, "mxnet": 12}
 IMPORT = 20  # milliseconds over NumPy's
+TURN = 5  # calls
 
 
 def natives(backend, q, k, v):
-    """The framework's own attention, plain and causal, where it has one; else the formula."""
+    """The framework's own attention, plain and causal, where it has one (TensorFlow's is Keras's); else the formula."""
     scale = 1 / math.sqrt(q.shape[-1])
     if backend == "torch":
         from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -34,9 +37,12 @@ def natives(backend, q, k, v):
         }
         return {"plain": lambda: both[0](q, k, v), "causal": lambda: both[1](q, k, v)}
     if backend == "tensorflow":
+        import keras
         import tensorflow as tf
 
-        return {"plain": lambda: tf.nn.softmax(tf.matmul(q, k, transpose_b=True) * scale) @ v}
+        q, k, v = (tf.transpose(x, (0, 2, 1, 3)) for x in (q, k, v))
+        own = keras.ops.dot_product_attention
+        return {"plain": lambda: own(q, k, v), "causal": lambda: own(q, k, v, is_causal=True)}
     if backend == "mxnet":
         from mxnet import npx
 
@@ -75,11 +81,15 @@ def measure(backend, rounds):
     took = {what: [] for what in calls}
     for call in [*calls.values()] * 3:
         call()
+    turns = [*calls.items()]
     for _ in range(rounds):
-        for what, call in calls.items():
-            start = time.perf_counter_ns()
+        random.shuffle(turns)
+        for what, call in turns:
             call()
-            took[what].append(time.perf_counter_ns() - start)
+            start = time.perf_counter_ns()
+            for _ in range(TURN):
+                call()
+            took[what].append((time.perf_counter_ns() - start) / TURN)
     nothing = min(took.pop("nothing"))
     return {what: [(f(x) - nothing) / 1e3 for f in (statistics.median, min)] for what, x in took.items()}
 
@@ -94,7 +104,7 @@ def importing(module):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", help="names, separated by commas; default all that are installed")
-    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -108,10 +118,11 @@ def main():
     from rich.table import Table
 
     import kvattn
+    from kvattn import bench
 
     names, found = args.backend.split(",") if args.backend else kvattn.available_backends(), {}
     for name in track(names, "measuring"):
-        rounds = args.rounds if TARGETS.get(name) == 4 else args.rounds // 10
+        rounds = args.rounds if TARGETS.get(name) == 4 else args.rounds // 4
         command = [sys.executable, __file__, "--one", name, "--rounds", str(rounds)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[name] = json.loads(done.stdout.splitlines()[-1])
@@ -122,7 +133,7 @@ def main():
     console.print(f"import kvattn, after NumPy: {took:.1f} ms (at most {IMPORT})")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"calls": found, "import": took}, file, indent=1)
+            json.dump({"calls": found, "import": took} | bench.machine(), file, indent=1)
 
 
 def overhead(found, table):
