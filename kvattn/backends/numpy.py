@@ -48,7 +48,7 @@ def tracing():
 
 def _wide(x):
     """Half precision in float32; the rest as it is."""
-    return x.astype(np.float32) if x.dtype.name in HALF else x
+    return x.astype(np.float32) if x.dtype.itemsize == 2 and x.dtype.name in HALF else x  # NumPy makes a name anew each time
 
 
 def _fold(x, heads):
@@ -203,7 +203,7 @@ def _squared_distance(query, key):
 
 
 def softmax(scores, where=None):
-    return _softmax_lse(scores, where)[0].astype(scores.dtype)
+    return _softmax_lse(scores, where)[0].astype(scores.dtype, copy=False)
 
 
 def masked_softmax(scores, valid_lens=None, where=None):
@@ -255,7 +255,7 @@ def _top(scores, where):
     """The largest score of each row, 0 where nothing may be attended to."""
     scores = scores if where is None else np.where(where, scores, -math.inf)
     top = scores.max(axis=-1, keepdims=True, initial=-math.inf)
-    return np.where(top == -math.inf, 0, top).astype(scores.dtype)
+    return np.where(top == -math.inf, 0, top).astype(scores.dtype, copy=False)
 
 
 def _softmax_lse(scores, where):
@@ -265,9 +265,9 @@ def _softmax_lse(scores, where):
     shifted = np.exp((scores if where is None else np.where(where, scores, -math.inf)) - top)
     total = shifted.sum(axis=-1, keepdims=True)
     empty = total == 0
-    total = np.where(empty, 1, total).astype(scores.dtype)
-    lse = np.where(empty, -math.inf, np.log(total) + top).astype(scores.dtype)
-    return (shifted / total).astype(scores.dtype), lse[..., 0]
+    total = np.where(empty, 1, total).astype(scores.dtype, copy=False)
+    lse = np.where(empty, -math.inf, np.log(total) + top).astype(scores.dtype, copy=False)
+    return (shifted / total).astype(scores.dtype, copy=False), lse[..., 0]
 
 
 # ---- attention
@@ -330,8 +330,8 @@ def attention(
 
     # output = weights @ value: (..., h, n, v)
     output = _fold(_dropout(weights, dropout, rng), kv_heads) @ _wide(value)
-    output = _unfold(output, heads, n).astype(dtype)
-    results = [output] + [weights.astype(dtype)] * return_weights + [lse] * return_lse
+    output = _unfold(output, heads, n).astype(dtype, copy=False)
+    results = [output] + [weights.astype(dtype, copy=False)] * return_weights + [lse] * return_lse
     return tuple(results) if len(results) > 1 else output
 
 
