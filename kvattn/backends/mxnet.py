@@ -1,7 +1,8 @@
 """The MXNet tab. The promises are in kvattn/api.py; the five tabs hold the same functions in the same order.
 
 For MXNet 1.9.1, on mx.np arrays; legacy mx.nd arrays are taken too, and answered in kind. Scores and normalisers of
-your own are given mx.np arrays. Where the code is longer than NumPy's, an operator of 1.9.1 is wrong, and a comment says how.
+your own are given mx.np arrays. Where the code is longer than NumPy's, an operator of 1.9.1 is wrong, and a comment says how;
+what is wrong everywhere is put right in kernels/mxnet_quirks.py.
 
 One of its bugs can reach your own functions, and no guard around them can stop it: backward crashes the process where what
 np.where, npx.batch_dot or npx.fully_connected gives is scaled or reshaped and then only compared, or put to another use that
@@ -12,18 +13,18 @@ from __future__ import annotations
 
 import math
 import sys
-from contextlib import nullcontext
-from functools import partial, reduce, wraps
+from functools import partial, reduce
 
 import numpy
 
 from kvattn import bands, explanation
+from kvattn.kernels import mxnet_quirks as quirks
 from kvattn.kernels import mxnet_views as views
 from kvattn.lend import lend
 
 with lend():
     import mxnet as mx
-    from mxnet import autograd, np, npx
+    from mxnet import autograd, np
 
     from kvattn.kernels.mxnet import defer, deferred  # noqa: F401  Symbols: api.attention asks
 
@@ -32,56 +33,6 @@ DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "b
 WIDER = {"int16": "int32", "uint16": "int32", "uint32": "int64", "uint64": "int64"}
 
 mx.util._set_np_shape_logged = True  # the message that np_shape logs once would configure the user's root logger
-
-
-def _shaped(function, empty=None):
-    """Zero sizes and no axes are shapes here, whatever npx.set_np says; legacy arrays come in and go out as views."""
-
-    @wraps(function)
-    def run(*args, **kwargs):
-        first = next(iter((*args, *kwargs.values())))
-        first = first[0] if isinstance(first, (list, tuple)) else first
-        with nullcontext() if mx.util.is_np_shape() else mx.util.np_shape(True):
-            args, kwargs = [_new(x) for x in args], {name: _new(x) for name, x in kwargs.items()}
-            results = empty(*args, **kwargs) if empty else None
-            results = function(*args, **kwargs) if results is None else results
-            return results if isinstance(first, np.ndarray) else _legacy(results)
-
-    return run
-
-
-def _score(function):
-    """MXNet cannot broadcast what has no elements, and says so only later, in another call."""
-
-    def empty(query, key, *_, **__):
-        if 0 in query.shape[:-1] or 0 in key.shape[:-1]:
-            shape = (*bands.lead(query.shape, key.shape), query.shape[-2], key.shape[-2])
-            return np.zeros(shape, dtype=_wide(query).dtype, ctx=query.ctx)
-        return None
-
-    return _shaped(function, empty)
-
-
-def _normalizer(function):
-    return _shaped(function, lambda scores, *_, **__: None if scores.size else scores)
-
-
-def _new(x):
-    if isinstance(x, mx.nd.NDArray):
-        return x.as_np_ndarray()
-    if isinstance(x, partial):
-        return partial(x.func, *map(_new, x.args), **{name: _new(y) for name, y in x.keywords.items()})
-    if isinstance(x, dict):
-        return {name: _new(y) for name, y in x.items()}
-    if not isinstance(x, (list, tuple)) or not any(isinstance(y, mx.nd.NDArray) for y in x):
-        return x
-    return x._make(map(_new, x)) if hasattr(x, "_make") else [_new(y) for y in x]
-
-
-def _legacy(x):
-    if isinstance(x, tuple):
-        return x if hasattr(x, "_make") else tuple(map(_legacy, x))
-    return x.as_nd_ndarray()
 
 
 # ---- data
@@ -129,30 +80,6 @@ def tracing():
 def _wide(x):
     """Half precision in float32; the rest as it is."""
     return x.astype("float32") if x.dtype.name in HALF else x
-
-
-def _firm(x):
-    """The result of where or batch_dot: MXNet crashes the process where only a constant's gradient comes back to these."""
-    return npx.reshape_like(x, x) if autograd.is_recording() else x
-
-
-def _where(condition, x, other):
-    """np.where(condition, x, number): MXNet swaps its gradients for a number, and has no more than 5 axes."""
-    if x.ndim > 5:
-        condition = np.broadcast_to(condition, x.shape).reshape(-1)
-        return _where(condition, x.reshape(-1), other).reshape(x.shape)
-    return _firm(np.where(condition, x, np.full_like(x.detach(), other)))
-
-
-def _matmul(x, y, transpose=False):
-    """x @ y, or x @ y^T. The gradient of MXNet's own is wrong where leading axes broadcast, and y^T costs it a copy."""
-    lead = tuple(b if a == 1 else a for a, b in zip(x.shape[:-2], y.shape[:-2], strict=True))
-    x, y = (a if a.shape[:-2] == lead else np.broadcast_to(a, (*lead, *a.shape[-2:])) for a in (x, y))
-    if 0 in x.shape or 0 in y.shape:
-        return np.matmul(x, y.swapaxes(-1, -2) if transpose else y)
-    rows, columns = x.shape[-2], y.shape[-2 if transpose else -1]
-    x, y = (a.reshape(math.prod(lead), *a.shape[-2:]) for a in (x, y))
-    return _firm(npx.batch_dot(x, y, transpose_b=transpose)).reshape(*lead, rows, columns)
 
 
 def _fold(x, heads):
@@ -223,23 +150,23 @@ def _hide_padding(allowed, query, key, value):
     with autograd.pause():
         seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)
         rows = [_any_for(flags, x.shape) for flags, x in ((sees, query), (seen, key), (seen, value))]
-    return tuple(_where(row, x, 0) for row, x in zip(rows, (query, key, value), strict=True))
+    return tuple(quirks.where(row, x, 0) for row, x in zip(rows, (query, key, value), strict=True))
 
 
 # ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m), float32 for half precision
 
 
-@_score
+@quirks.scoring
 def dot_score(query, key):
-    return _matmul(_wide(query), _wide(key), transpose=True)
+    return quirks.matmul(_wide(query), _wide(key), transpose=True)
 
 
-@_score
+@quirks.scoring
 def scaled_dot_score(query, key):
     return dot_score(query, key) / math.sqrt(query.shape[-1])
 
 
-@_score
+@quirks.scoring
 def additive_score(query, key, W_q, W_k, w_v, b=None):
     query, key = np.dot(_wide(query), _wide(W_q)), np.dot(_wide(key), _wide(W_k))
     hidden = query[..., :, None, :] + key[..., None, :, :]  # (..., n, m, h)
@@ -248,12 +175,12 @@ def additive_score(query, key, W_q, W_k, w_v, b=None):
     return np.dot(np.tanh(hidden), _wide(w_v))
 
 
-@_score
+@quirks.scoring
 def multiplicative_score(query, key, W):
-    return _matmul(np.dot(_wide(query), _wide(W)), _wide(key), transpose=True)
+    return quirks.matmul(np.dot(_wide(query), _wide(W)), _wide(key), transpose=True)
 
 
-@_score
+@quirks.scoring
 def gated_score(query, key, w_g):
     query, key, w_g = _wide(query), _wide(key), _wide(w_g)
     d = query.shape[-1]
@@ -261,12 +188,12 @@ def gated_score(query, key, w_g):
     return _sigmoid(gate) * dot_score(query, key)
 
 
-@_score
+@quirks.scoring
 def cosine_score(query, key):
     return dot_score(_unit(_wide(query)), _unit(_wide(key)))
 
 
-@_score
+@quirks.scoring
 def distance_score(query, key):
     return -_squared_distance(query, key) / 2
 
@@ -274,32 +201,32 @@ def distance_score(query, key):
 # ---- kernels: similarities >= 0 of u = |q - k| / width
 
 
-@_score
+@quirks.scoring
 def gaussian_kernel(query, key, width=1.0):
     return np.exp(-_squared_distance(query, key) / (2 * width * width))
 
 
-@_score
+@quirks.scoring
 def boxcar_kernel(query, key, width=1.0):
     with autograd.pause():
         distance = _squared_distance(query, key)
         return (distance < width * width).astype(distance.dtype)
 
 
-@_score
+@quirks.scoring
 def triangular_kernel(query, key, width=1.0):
     squares = _squared_distance(query, key)
     apart = squares.detach() > 0
-    distance = _where(apart, np.sqrt(_where(apart, squares, 1)), 0)  # the slope of sqrt at 0 is infinite
+    distance = quirks.where(apart, np.sqrt(quirks.where(apart, squares, 1)), 0)  # the slope of sqrt at 0 is infinite
     return np.maximum(1 - distance / width, 0)
 
 
-@_score
+@quirks.scoring
 def epanechnikov_kernel(query, key, width=1.0):
     return np.maximum(1 - _squared_distance(query, key) / (width * width), 0)
 
 
-@_score
+@quirks.scoring
 def constant_kernel(query, key, width=1.0):
     with autograd.pause():
         return np.ones_like(_squared_distance(query, key))
@@ -312,7 +239,7 @@ def _sigmoid(x):
 def _unit(x):
     squares = (x * x).sum(axis=-1, keepdims=True)
     some = squares.detach() != 0
-    return _where(some, x / np.sqrt(_where(some, squares, 1)), 0)
+    return quirks.where(some, x / np.sqrt(quirks.where(some, squares, 1)), 0)
 
 
 def _squared_distance(query, key):
@@ -324,12 +251,12 @@ def _squared_distance(query, key):
 # ---- normalisers: (scores (..., n, m), where bool) -> weights
 
 
-@_normalizer
+@quirks.normalizing
 def softmax(scores, where=None):
     return _softmax_lse(scores, where)[0].astype(scores.dtype, copy=False)
 
 
-@_normalizer
+@quirks.normalizing
 def masked_softmax(scores, valid_lens=None, where=None):
     if valid_lens is not None:
         inside = np.arange(scores.shape[-1], dtype="int64", ctx=scores.ctx) < _lengths(valid_lens, scores.ndim)
@@ -337,74 +264,74 @@ def masked_softmax(scores, valid_lens=None, where=None):
     return softmax(scores, where)
 
 
-@_normalizer
+@quirks.normalizing
 def sparsemax(scores, where=None):
     wide = _wide(scores)
     shifted = wide - _top(wide, where)
     with autograd.pause():  # the support is piecewise constant
         ordered = np.maximum(shifted, -2)  # what lies 1 below the best has no weight: -2 stands for it
-        ordered = -np.sort(-(ordered if where is None else _where(where, ordered, -2)), axis=-1)
+        ordered = -np.sort(-(ordered if where is None else quirks.where(where, ordered, -2)), axis=-1)
         ranks = np.arange(1, wide.shape[-1] + 1, dtype=wide.dtype, ctx=wide.ctx)
         inside = 1 + ranks * ordered > ordered.cumsum(axis=wide.ndim - 1)
         count = inside.sum(axis=-1, keepdims=True).astype(wide.dtype)
-        support = shifted > (_where(inside, ordered, 0).sum(axis=-1, keepdims=True) - 1) / count
+        support = shifted > (quirks.where(inside, ordered, 0).sum(axis=-1, keepdims=True) - 1) / count
         support = support if where is None else support * where
         count = np.maximum(support.sum(axis=-1, keepdims=True), 1).astype(wide.dtype)
-    threshold = (_where(support, shifted, 0).sum(axis=-1, keepdims=True) - 1) / count
-    return _where(support, shifted - threshold, 0).astype(scores.dtype, copy=False)
+    threshold = (quirks.where(support, shifted, 0).sum(axis=-1, keepdims=True) - 1) / count
+    return quirks.where(support, shifted - threshold, 0).astype(scores.dtype, copy=False)
 
 
-@_normalizer
+@quirks.normalizing
 def hardmax(scores, where=None):
     with autograd.pause():
-        best = _wide(scores if where is None else _where(where, scores, -math.inf)).argmax(axis=-1)
+        best = _wide(scores if where is None else quirks.where(where, scores, -math.inf)).argmax(axis=-1)
         chosen = np.arange(scores.shape[-1], dtype="int64", ctx=scores.ctx) == np.expand_dims(best, -1)
         return (chosen if where is None else chosen * where).astype(scores.dtype)
 
 
-@_normalizer
+@quirks.normalizing
 def proportional(scores, where=None):
     wide = identity(_wide(scores), where)
     total = wide.sum(axis=-1, keepdims=True)
     some = total.detach() != 0
-    return _where(some, wide / _where(some, total, 1), 0).astype(scores.dtype, copy=False)
+    return quirks.where(some, wide / quirks.where(some, total, 1), 0).astype(scores.dtype, copy=False)
 
 
-@_normalizer
+@quirks.normalizing
 def average(scores, where=None):
     with autograd.pause():
         ones = identity(np.ones_like(_wide(scores)), where)
         return (ones / np.maximum(ones.sum(axis=-1, keepdims=True), 1)).astype(scores.dtype, copy=False)
 
 
-@_normalizer
+@quirks.normalizing
 def identity(scores, where=None):
-    return scores if where is None else _where(where, scores, 0)
+    return scores if where is None else quirks.where(where, scores, 0)
 
 
 def _top(scores, where):
     """The largest score of each row, 0 where nothing may be attended to."""
     with autograd.pause():
-        top = (scores if where is None else _where(where, scores, -math.inf)).max(axis=-1, keepdims=True)
-        return _where(top != -math.inf, top, 0)
+        top = (scores if where is None else quirks.where(where, scores, -math.inf)).max(axis=-1, keepdims=True)
+        return quirks.where(top != -math.inf, top, 0)
 
 
 def _softmax_lse(scores, where):
     """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
-    scores = _wide(scores) if where is None else _where(where, _wide(scores), -math.inf)
+    scores = _wide(scores) if where is None else quirks.where(where, _wide(scores), -math.inf)
     top = _top(scores, None)
     shifted = np.exp(scores - top)
     total = shifted.sum(axis=-1, keepdims=True)
     some = total.detach() != 0
-    total = _where(some, total, 1)
-    lse = _where(some, np.log(total) + top, -math.inf)
+    total = quirks.where(some, total, 1)
+    lse = quirks.where(some, np.log(total) + top, -math.inf)
     return shifted / total, lse[..., 0]
 
 
 # ---- attention
 
 
-@_shaped
+@quirks.shaped
 def attention(
     query,
     key,
@@ -465,7 +392,7 @@ def attention(
         weights, lse = normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    output = _matmul(_fold(_wide(_dropout(weights, dropout, rng)), kv_heads), _wide(value))
+    output = quirks.matmul(_fold(_wide(_dropout(weights, dropout, rng)), kv_heads), _wide(value))
     output = _unfold(output, heads, n).astype(dtype, copy=False)
     results = [output] + [weights.astype(dtype, copy=False)] * return_weights + [lse] * return_lse
     return tuple(results) if len(results) > 1 else output
@@ -491,7 +418,7 @@ def _dropout(weights, rate, rng):
     if rng is not None:
         raise TypeError(f"rng must be None, not {type(rng).__name__}: MXNet draws from its own state, seeded by mx.random.seed")
     kept = np.random.uniform(size=weights.shape, ctx=weights.ctx) >= rate
-    return _where(kept, weights / (1 - rate), 0)
+    return quirks.where(kept, weights / (1 - rate), 0)
 
 
 def _nothing(shape, keys, query, key, value, *, return_weights, return_lse, **how):
@@ -513,7 +440,11 @@ def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_
     """Each query beside the keys it selects: query (r, 1, d), key (r, s, d), value (r, s, v), a row for each query of each
     head and batch entry, and what may attend."""
     n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
-    query, key, value = _wide(query), _wide(key), _wide(value)  # the gradients of what is selected twice are sums
+    query, key, value = (
+        _wide(query),
+        _wide(key),
+        _wide(value),
+    )  # the gradients of what is selected twice are sums
     index = np.broadcast_to(positions.astype("int64"), (*lead, n, positions.shape[-1]))
     inside = (index >= 0) * (index < m) * np.logical_not(_repeated(index))
     index = np.clip(index, 0, m - 1)
@@ -558,7 +489,7 @@ def _repeated(index):
     return _gather(ordered == before, np.argsort(order, axis=-1))
 
 
-@_shaped
+@quirks.shaped
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
     if views.serves(sys.modules[__name__], query, key, value, **options):
         return views.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, **options)
@@ -578,18 +509,18 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
     return tuple(copies[name].grad for name in wrt)
 
 
-@_shaped
+@quirks.shaped
 def merge_attention(outputs, lses, return_lse=False):
     if 0 in lses[0].shape:
         return (outputs[0], lses[0]) if return_lse else outputs[0]
     outputs, lses = np.stack([*outputs], axis=-2), np.stack([*lses], axis=-1)  # (..., n, parts, v), (..., n, parts)
     weights, lse = _softmax_lse(lses, lses.detach() != -math.inf)
     weights = weights[..., None]
-    output = (weights * _where(weights.detach() != 0, _wide(outputs), 0)).sum(axis=-2).astype(outputs.dtype, copy=False)
+    output = (weights * quirks.where(weights.detach() != 0, _wide(outputs), 0)).sum(axis=-2).astype(outputs.dtype, copy=False)
     return (output, lse) if return_lse else output
 
 
-@_shaped
+@quirks.shaped
 def kernel(query, key, value, **options):
     if views.serves(sys.modules[__name__], query, key, value, **options):
         return "NumPy's", "views of the arrays need no copy, and MXNet's own products of batches are slower"
@@ -605,7 +536,7 @@ def kernel(query, key, value, **options):
 # ---- multi-head attention
 
 
-@_shaped
+@quirks.shaped
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
@@ -642,7 +573,7 @@ def _join(x):
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-@_shaped
+@quirks.shaped
 def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("query", "key", "value"), **options):
     given = {"query": query, "key": key, "value": value, **params}
     copies = {name: x.detach() for name, x in given.items()}  # whose gradients are nobody else's
@@ -655,7 +586,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
     return tuple(copies[name].grad for name in wrt)
 
 
-@_shaped
+@quirks.shaped
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
     results = attention(_wide(x) @ _wide(W_q), _wide(x) @ _wide(W_k), _wide(x) @ _wide(W_v), **options)
@@ -666,7 +597,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     return (output, *rest) if rest else output
 
 
-@_shaped
+@quirks.shaped
 def write(buffer, x, at):
     """``buffer`` with x in the places at, at + 1, ... of axis -2; longer, if it does not hold them."""
     return np.concatenate([buffer[..., :at, :], x, buffer[..., at + x.shape[-2] :, :]], axis=-2)

@@ -1,0 +1,88 @@
+"""What MXNet 1.9.1 does otherwise than NumPy, put right: shapes of no axes or elements, legacy arrays, where, batch_dot."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from functools import partial, wraps
+
+from kvattn import bands
+from kvattn.lend import lend
+
+with lend():
+    import mxnet as mx
+    from mxnet import autograd, np, npx
+
+
+def shaped(function, empty=None):
+    """Zero sizes and no axes are shapes here, whatever npx.set_np says; legacy arrays come in and go out as views."""
+
+    @wraps(function)
+    def run(*args, **kwargs):
+        first = next(iter((*args, *kwargs.values())))
+        first = first[0] if isinstance(first, (list, tuple)) else first
+        with nullcontext() if mx.util.is_np_shape() else mx.util.np_shape(True):
+            args, kwargs = [_new(x) for x in args], {name: _new(x) for name, x in kwargs.items()}
+            results = empty(*args, **kwargs) if empty else None
+            results = function(*args, **kwargs) if results is None else results
+            return results if isinstance(first, np.ndarray) else _legacy(results)
+
+    return run
+
+
+def scoring(function):
+    """MXNet cannot broadcast what has no elements, and says so only later, in another call."""
+
+    def empty(query, key, *_, **__):
+        if 0 in query.shape[:-1] or 0 in key.shape[:-1]:
+            shape = (*bands.lead(query.shape, key.shape), query.shape[-2], key.shape[-2])
+            return np.zeros(shape, dtype="float32" if query.dtype.name == "float16" else query.dtype, ctx=query.ctx)
+        return None
+
+    return shaped(function, empty)
+
+
+def normalizing(function):
+    return shaped(function, lambda scores, *_, **__: None if scores.size else scores)
+
+
+def _new(x):
+    if isinstance(x, mx.nd.NDArray):
+        return x.as_np_ndarray()
+    if isinstance(x, partial):
+        return partial(x.func, *map(_new, x.args), **{name: _new(y) for name, y in x.keywords.items()})
+    if isinstance(x, dict):
+        return {name: _new(y) for name, y in x.items()}
+    if not isinstance(x, (list, tuple)) or not any(isinstance(y, mx.nd.NDArray) for y in x):
+        return x
+    return x._make(map(_new, x)) if hasattr(x, "_make") else [_new(y) for y in x]
+
+
+def _legacy(x):
+    if isinstance(x, tuple):
+        return x if hasattr(x, "_make") else tuple(map(_legacy, x))
+    return x.as_nd_ndarray()
+
+
+def firm(x):
+    """The result of where or batch_dot: MXNet crashes the process where only a constant's gradient comes back to these."""
+    return npx.reshape_like(x, x) if autograd.is_recording() else x
+
+
+def where(condition, x, other):
+    """np.where(condition, x, number): MXNet swaps its gradients for a number, and has no more than 5 axes."""
+    if x.ndim > 5:
+        condition = np.broadcast_to(condition, x.shape).reshape(-1)
+        return where(condition, x.reshape(-1), other).reshape(x.shape)
+    return firm(np.where(condition, x, np.full_like(x.detach(), other)))
+
+
+def matmul(x, y, transpose=False):
+    """x @ y, or x @ y^T. The gradient of MXNet's own is wrong where leading axes broadcast, and y^T costs it a copy."""
+    lead = tuple(b if a == 1 else a for a, b in zip(x.shape[:-2], y.shape[:-2], strict=True))
+    x, y = (a if a.shape[:-2] == lead else np.broadcast_to(a, (*lead, *a.shape[-2:])) for a in (x, y))
+    if 0 in x.shape or 0 in y.shape:
+        return np.matmul(x, y.swapaxes(-1, -2) if transpose else y)
+    rows, columns = x.shape[-2], y.shape[-2 if transpose else -1]
+    x, y = (a.reshape(math.prod(lead), *a.shape[-2:]) for a in (x, y))
+    return firm(npx.batch_dot(x, y, transpose_b=transpose)).reshape(*lead, rows, columns)
