@@ -84,9 +84,10 @@ def lengths(rng):
 
 def causal(rng):
     make = partial(attend, group="causal", rng=rng)
-    for n, m, offset in ((4, 5, 0), (4, 5, 1), (4, 5, -1), (4, 5, -9), (4, 5, 9), (5, 3, 0), (3, 5, 2), (1, 5, 4)):
+    sizes = ((4, 5, 0), (4, 5, 1), (4, 5, -1), (4, 5, -9), (4, 5, 9), (5, 3, 0), (3, 5, 2), (1, 5, 4), (4, 4, 0), (4, 4, 1))
+    for n, m, offset in sizes:
         group = "empty rows" if offset < 0 else "causal"
-        name, grad = f"causal {n} x {m}, offset {offset}", (n, m) == (4, 5)
+        name, grad = f"causal {n} x {m}, offset {offset}", n == 4
         yield make(name, *qkv(rng, n=n, m=m), group=group, grad=grad, causal=True, query_offset=offset)
     per_batch = np.array([2, -1])
     yield make("causal, offset per batch", *qkv(rng), causal=True, query_offset=per_batch)
