@@ -7,7 +7,8 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from test_tiled import draw, peak
+from test_tiled_numpy import peak
+from tiling import draw
 
 import kvattn
 from kvattn import conformance

@@ -8,7 +8,8 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from test_tiled import ALWAYS, all_at_once, draw, in_tiles, results, same
+from test_tiled_numpy import results, same
+from tiling import ALWAYS, all_at_once, draw, in_tiles
 
 import kvattn
 from kvattn.kernels import threads, tiled

@@ -1,297 +1,346 @@
-"""NumPy's large calls are worked through in tiles: the same numbers as all at once, in less memory.
+"""Every backend's fast path gives the oracle's numbers: outputs, lse and gradients of softmax of dot products.
 
-Tiles of a few rows and blocks of a few keys put every edge within reach of small arrays.
+Each room runs each call in every size of its tiles and by every way to ask for gradients. One that compiles a program for a
+kind of call meets its other sizes in the first test only. One that compiles a program for each shape meets every length and
+every restriction, but few pairs of them, and the first few of other tables.
 """
 
-import math
-import tracemalloc
 from contextlib import contextmanager
-from functools import partial
 from unittest.mock import patch
 
 import numpy as np
 import pytest
+from conftest import chosen
 from hypothesis import given
 from hypothesis import strategies as st
+from tiling import INF, NAN, RESTRICTIONS, WRT, allowed, cached, call, draw, first, judge, made, right, room, with_arrays
 
 import kvattn
 from kvattn import conformance
-from kvattn.backends import numpy as tab
-from kvattn.kernels import threads, tiled, tiled_grad, tiles
+from kvattn.conformance.cases import grid
 
-INF, NAN = np.inf, np.nan
-WRT = ("query", "key", "value")
-ALWAYS = {"TINY": 0, "SMALLEST": 0, "SMALLEST_ENTRY": 0}
-SIZES = [  # of tiles and blocks
-    {"ROWS": 4, "COLUMNS": 3, "LONGEST": 5, "EDGE": 2},
-    {"ROWS": 2, "COLUMNS": 1, "LONGEST": 3, "EDGE": 1},
-    {"ROWS": 3, "COLUMNS": 4, "LONGEST": 100, "EDGE": 3},
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mxnet")
+
+ROOMS = [room(name) for name in chosen()]
+FEW = ("nothing", "all")  # restrictions
 
 
-@contextmanager
-def in_tiles(sizes=SIZES[0], workers=2):
-    """Every call that tiles can serve is served by small ones; counts them."""
-    served = []
-    forward, backward = tiled.attention, tiled_grad.attention_grad
-
-    def counted(function):
-        return lambda *args, **options: served.append(function) or function(*args, **options)
-
-    with (
-        patch.multiple(tiles, **sizes), patch.multiple(tiled, **ALWAYS, attention=counted(forward)),
-        patch.object(tiled_grad, "attention_grad", counted(backward)), patch.object(threads, "count", lambda: workers),
-    ):  # fmt: skip
-        yield served
+def rooms(*tables, few=FEW, first=True):
+    """(room, restriction, table); where shapes are compiled the ``few`` only, but with the first table all, or as few."""
+    return [
+        pytest.param(room, name, table, id=f"{room.name}-{name}-{table}")
+        for room in ROOMS for name in RESTRICTIONS for table in tables
+        if room.compiles != "shapes" or name in few or (first and table == tables[0])
+    ]  # fmt: skip
 
 
-@contextmanager
-def all_at_once():
-    with patch.multiple(tiled, SMALLEST=math.inf, SMALLEST_KEYS=math.inf):
-        yield
+def plain(*which, few=None):
+    """(room, restriction); where shapes are compiled, the ``few``."""
+    return [
+        pytest.param(room, name, id=f"{room.name}-{name}")
+        for room in ROOMS for name in which if room.compiles != "shapes" or few is None or name in few
+    ]  # fmt: skip
 
 
-def results(query, key, value, grad_output, **options):
-    """Output, lse and gradients."""
-    found = kvattn.attention(query, key, value, **options, return_lse=True, backend="numpy")
-    alone = kvattn.attention(query, key, value, **options, backend="numpy")
-    np.testing.assert_array_equal(alone, found[0])
-    return (*found, *kvattn.attention_grad(query, key, value, grad_output, **options, backend="numpy"))
+def table(room, *entries, most=2):
+    """Those that the room meets."""
+    return entries[: most if room.compiles == "shapes" else None]
 
 
-def draw(seed=0, lead=(2,), n=9, m=7, d=3, v=2, kv=None, dtype=np.float64):
-    rng = np.random.default_rng(seed)
-    shapes = (*lead, n, d), (*(kv or lead), m, d), (*(kv or lead), m, v), (*lead, n, v)
-    return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-
-
-def same(arrays, sizes=SIZES[0], expected=None, loose=1.0, **options):
-    """That tiles give what one piece gives in float64, to rounding."""
-    wide = [x.astype(np.float64) for x in arrays]
-    wide_options = {n: x.astype(np.float64) if n == "bias" else x for n, x in options.items()}
-    with all_at_once():
-        expected = results(*wide, **wide_options) if expected is None else expected
-    with in_tiles(sizes) as served:
-        found = results(*arrays, **options)
-    assert len(served) >= (2 if options.get("softcap") else 3) or arrays[0].size == 0 or arrays[1].size == 0
-    eps = np.finfo(arrays[0].dtype).eps
-    for what, x, y in zip(("output", "lse", *WRT), found, expected, strict=True):
-        assert x.shape == y.shape
-        wide = np.float32 if eps > 1e-4 else arrays[0].dtype.newbyteorder("=")
-        assert x.dtype == (wide if what == "lse" else arrays[0].dtype)
-        size = max(1.0, abs(y[np.isfinite(y)]).max(initial=0))
-        np.testing.assert_allclose(x.astype(np.float64), y, rtol=0, atol=float(loose * 64 * eps * size), err_msg=what)
+def each(where=lambda room: True, **wrong):
+    """The rooms; ``wrong``: what is not right yet in one of them."""
+    marks = {name: pytest.mark.xfail(reason=why, strict=True) for name, why in wrong.items()}
+    return pytest.mark.parametrize(
+        "room", [pytest.param(one, id=one.name, marks=marks.get(one.name, ())) for one in ROOMS if where(one)]
+    )
 
 
 # ---- edges
 
-
-RESTRICTIONS = {
-    "nothing": lambda n, m: {},
-    "causal": lambda n, m: {"causal": True},
-    "causal, from the end": lambda n, m: {"causal": True, "query_offset": m - n},
-    "causal, before the start": lambda n, m: {"causal": True, "query_offset": -3},
-    "causal, offset per batch": lambda n, m: {"causal": True, "query_offset": np.array([2, -1])},
-    "window": lambda n, m: {"window": (1, 2)},
-    "window, one side": lambda n, m: {"window": (None, 1), "query_offset": 1},
-    "window, causal, offset per batch": lambda n, m: {"window": (3, 1), "causal": True, "query_offset": np.array([0, 4])},
-    "lengths": lambda n, m: {"valid_lens": np.array([m // 2, m])},
-    "lengths of 0": lambda n, m: {"valid_lens": np.array([0, 1])},
-    "lengths per query": lambda n, m: {"valid_lens": np.arange(2 * n).reshape(2, n) % (m + 2)},
-    "mask": lambda n, m: {"mask": np.arange(n * m).reshape(n, m) % 3 > 0},
-    "mask of columns": lambda n, m: {"mask": np.arange(m) % 2 == 0},
-    "mask of blocks": lambda n, m: {"mask": (np.arange(n)[:, None] // 4 + np.arange(m) // 3) % 2 == 0},
-    "bias": lambda n, m: {"bias": np.linspace(-2, 2, n * m).reshape(n, m)},
-    "bias -inf": lambda n, m: {"bias": np.where(np.arange(n * m).reshape(n, m) % 4 == 1, -INF, 0.5)},
-    "softcap": lambda n, m: {"softcap": 0.7, "scale": 2.0},
-    "all": lambda n, m: {
-        "mask": np.arange(n * m).reshape(n, m) % 5 > 0, "bias": np.linspace(-1, 1, m), "causal": True, "window": (4, None),
-        "query_offset": 1, "valid_lens": np.array([m - 1, m]),
-    },
-}  # fmt: skip
+LENGTHS = [(9, 7), (1, 1), (1, 7), (3, 2), (4, 3), (5, 4), (8, 6), (7, 1), (2, 11), (6, 6)]
+LEADS = [((2, 4), (2, 2)), ((2, 6), (2, 1)), ((2, 2, 2), (2, 1, 2)), ((2, 2), (1, 2))]
 
 
-@pytest.mark.parametrize("which", RESTRICTIONS)
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (3, 2), (4, 3), (5, 4), (8, 6), (9, 7), (7, 1), (2, 11)])
-def test_lengths_around_those_of_a_tile(n, m, which):
-    for seed, sizes in enumerate(SIZES):
-        same(draw(seed, n=n, m=m), sizes, **RESTRICTIONS[which](n, m))
+@pytest.mark.parametrize(("room", "which", "lengths"), rooms(*LENGTHS))
+def test_lengths_around_those_of_a_tile(room, which, lengths):
+    right(room, cached(which, *lengths), room.sizes.values())
 
 
-@pytest.mark.parametrize("which", RESTRICTIONS)
-@pytest.mark.parametrize(("lead", "kv"), [((2, 4), (2, 2)), ((2, 6), (2, 1)), ((2, 2, 2), (2, 1, 2)), ((2, 2), (1, 2))])
-def test_heads_groups_and_batches(lead, kv, which):
-    same(draw(1, lead=lead, kv=kv, n=5, m=4), SIZES[2], **RESTRICTIONS[which](5, 4))
-    same(draw(2, lead=lead, kv=kv, n=2, m=3), {**SIZES[0], "ROWS": 64, "COLUMNS": 64}, **RESTRICTIONS[which](2, 3))
+@pytest.mark.parametrize(("room", "which", "leads"), rooms(*LEADS, few=("nothing", "lengths per query", "all"), first=False))
+def test_heads_groups_and_batches(room, which, leads):
+    right(room, cached(which, 5, 4, lead=leads[0], kv=leads[1]))
 
 
-def test_two_and_three_axes():
-    arrays = draw(lead=())
-    same(arrays)
-    same(arrays, causal=True, query_offset=np.array(2), valid_lens=np.array(5), mask=np.eye(9, 7, k=-1) == 0)
-    same(arrays, valid_lens=np.arange(9) % 8)
-    grouped = draw(lead=(4,), kv=(2,))
-    same(grouped)
-    same(grouped, valid_lens=np.array([0, 3, 7, 5]), mask=np.arange(4 * 9 * 7).reshape(4, 9, 7) % 3 > 0)
-    same(grouped, causal=True, query_offset=np.array([0, 3, -2, 9]), bias=np.linspace(0, 1, 4 * 7).reshape(4, 1, 7))
+@each()
+def test_features(room):
+    for d, v in table(room, (1, 1), (5, 7), (16, 3)):
+        right(room, cached("causal", d=d, v=v))
 
 
-def test_masks_of_every_shape():
-    arrays = draw(lead=(2, 4), kv=(2, 2), n=5, m=4)
+@each()
+def test_two_and_three_axes(room):
+    eye, thirds = np.eye(9, 7, k=-1) == 0, np.arange(4 * 9 * 7).reshape(4, 9, 7) % 3 > 0
+    offsets, lens, bias = np.array([0, 3, -2, 9]), np.array([0, 3, 7, 5]), np.arange(28).reshape(4, 1, 7) / 32
+    one, grouped = {"lead": ()}, {"lead": (4,), "kv": (2,)}
+    for options in table(
+        room,
+        one | {"causal": True, "query_offset": np.array(2), "valid_lens": np.array(5), "mask": eye},
+        grouped | {"valid_lens": lens, "mask": thirds},
+        grouped | {"causal": True, "query_offset": offsets, "bias": bias},
+        one, one | {"valid_lens": np.array(5)}, one | {"valid_lens": np.arange(9) % 8},
+        grouped, grouped | {"causal": True}, grouped | {"causal": True, "query_offset": offsets},
+        most=3,
+    ):  # fmt: skip
+        right(room, call(**options))
+
+
+SHAPES = ((4, 5, 4), (2, 1, 1, 4), (1, 4, 5, 1), (2, 4, 5, 4), (5, 1), (4,), ())
+
+
+@each()
+@pytest.mark.parametrize("what", ["mask", "bias"])
+def test_masks_and_biases_of_every_shape(room, what):
     rng = np.random.default_rng(0)
-    for shape in ((2, 4, 5, 4), (4, 5, 4), (2, 1, 1, 4), (1, 4, 5, 1), (5, 1), (4,), ()):
-        same(arrays, mask=rng.random(shape) < 0.6 if shape else np.array(True))
-        same(arrays, bias=np.where(rng.random(shape) < 0.2, -INF, rng.standard_normal(shape)))
+    for shape in table(room, *SHAPES):
+        given = rng.random(shape) < 0.6 if shape else np.array(True)
+        if what == "bias":
+            given = np.where(given, grid(rng, *shape), -INF)
+        right(room, call(lead=(2, 4), kv=(2, 2), n=5, m=4, **{what: given}))
 
 
-def test_no_keys_and_no_queries():
-    query, key, value, grad = draw(m=0)
-    output, lse = tiled.attention(query, key, value, 1.0, return_lse=True)
-    assert (output == 0).all()
-    assert (lse == -INF).all()
-    grads = tiled_grad.attention_grad(query, key, value, grad, 1.0)
-    assert [x.shape for x in grads] == [query.shape, key.shape, value.shape]
-    assert not grads[0].any()
-    query, key, value, grad = draw(n=0)
-    assert tiled.attention(query, key, value, 1.0).shape == (2, 0, 2)
-    assert not any(x.any() for x in tiled_grad.attention_grad(query, key, value, grad, 1.0)[1:])
+@each(torch="a block of one query, beyond its entry's length, is given a length below 0")
+def test_a_window_in_long_arrays_skips_and_keeps_the_right_blocks(room):
+    for offset in (-3, 0, 17):
+        right(room, call("window", 23, 31, query_offset=offset, valid_lens=np.array([20, 31])))
 
 
-def test_arrays_of_every_layout():
-    query, key, value, grad = draw(lead=(2, 3))
-    layouts = {
-        "heads last but one": lambda x: np.ascontiguousarray(x.swapaxes(-3, -2)).swapaxes(-3, -2),
-        "Fortran": np.asfortranarray,
-        "every other": lambda x: np.repeat(np.repeat(x, 2, axis=-1), 2, axis=-2)[..., ::2, ::2],
-        "backwards": lambda x: np.ascontiguousarray(x[..., ::-1, ::-1])[..., ::-1, ::-1],
-        "big-endian": lambda x: x.astype(">f8"),
-        "read-only": lambda x: np.broadcast_to(x, x.shape),
-    }
-    with all_at_once():
-        expected = results(query, key, value, grad, causal=True)
-    for layout in layouts.values():
-        same([layout(x) for x in (query, key, value, grad)], expected=expected, causal=True)
-    shared = [np.broadcast_to(x[:1, :1], x.shape) for x in (query, key, value)]
-    same([*shared, grad], causal=True)
-    same([query, np.broadcast_to(key[..., :1, :], key.shape), value, grad])
+@each()
+def test_a_query_of_every_batch_entry(room):
+    query, *keys = (call(lead=(2, 2)).arguments[name] for name in WRT)
+    for options in table(room, {"causal": True}, {"valid_lens": np.array([3, 0])}, most=1):
+        right(room, made(query[:1], *keys, **options))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_narrower_dtypes(dtype):
-    arrays = draw(lead=(2, 4), kv=(2, 2), dtype=dtype, d=8)
-    for options in ({}, {"causal": True}, {"bias": np.linspace(-1, 1, 7).astype(dtype)}, {"softcap": 2.0}):
-        same(arrays, **options)
-    arrays = [*(x * 200 for x in arrays[:2]), *arrays[2:]]  # products beyond float16
-    same(arrays, scale=2.0**-16)
-
-
-def test_values_may_not_widen_the_batch():
-    query, key, value, _ = draw(lead=(1, 2), kv=(1, 2))
-    value = np.concatenate([value, -value])
-    with patch.multiple(tiled, **ALWAYS):
-        assert not tiled.serves(tab, query, key, value)
-        assert tiled.serves(tab, query, key, value[:1])
-    with in_tiles() as served:
-        output = kvattn.attention(query, key, value)
-    assert not served
+@each()
+def test_values_may_widen_the_batch(room):
+    query, key, value = (cached(lead=(1, 2)).arguments[name] for name in WRT)
+    with room.forced(room.few[0]):
+        output = kvattn.attention(*map(room.array, (query, key, np.concatenate([value, -value]))))
+    output = kvattn.to_numpy(output)
+    assert output.shape == (2, 2, 9, 2)
     np.testing.assert_allclose(output[1], -output[0])
+
+
+def empty(room, **shape):
+    arrays = draw(**{"lead": (2, 2)} | shape)
+    lens = np.zeros(len(arrays[0]), int)
+    for options in table(room, {"causal": True}, {}, {"valid_lens": lens}, {"window": 1, "causal": True}, most=1):
+        for sizes in room.few:
+            with room.forced(sizes):
+                given = [room.array(x) for x in arrays]
+                found = [kvattn.attention(*given[:3], **options), *kvattn.attention_grad(*given, **options)]
+                _, lse = kvattn.attention(*given[:3], **options, return_lse=True)
+            assert [x.shape for x in found] == [arrays[3].shape, *(x.shape for x in arrays[:3])]
+            assert not any(kvattn.to_numpy(x).any() for x in found)
+            assert lse.shape == arrays[3].shape[:-1]
+            assert (kvattn.to_numpy(lse) == -INF).all()
+
+
+@each()
+def test_no_keys_no_queries_and_no_batch(room):
+    for shape in ({"m": 0}, {"n": 0}, {"n": 0, "m": 0}, {"lead": (0, 2)}):
+        empty(room, **shape)
+
+
+@each(
+    numpy="masks divide by the number of heads",
+    torch="with lse, masks divide by the number of heads",
+    tensorflow="blocks divide by the number of heads",
+)
+def test_no_heads(room):
+    for lead in ((0,), (2, 0)):
+        empty(room, lead=lead)
+
+
+LAYOUTS = {
+    "heads last but one": lambda x: np.ascontiguousarray(x.swapaxes(-3, -2)).swapaxes(-3, -2),
+    "features first": lambda x: np.ascontiguousarray(x.swapaxes(-2, -1)).swapaxes(-2, -1),
+    "Fortran": np.asfortranarray,
+    "every other": lambda x: np.repeat(np.repeat(x, 2, axis=-1), 2, axis=-2)[..., ::2, ::2],
+    "one head for all": lambda x: np.broadcast_to(x[:, :1], x.shape),
+    "one entry for all": lambda x: np.broadcast_to(x[:1], x.shape),
+    "one key for all": lambda x: np.broadcast_to(x[..., :1, :], x.shape),
+}
+
+
+LAID = ("nothing", "causal", "causal, from the end", "window", "lengths", "mask of columns")
+
+
+@pytest.mark.parametrize(("room", "which"), plain(*LAID, few=("causal",)))
+def test_arrays_of_every_layout(room, which):
+    for sizes in room.few:
+        with room.forced(sizes) as served:
+            for layout in LAYOUTS.values():
+                arrays = [layout(x) for name, x in cached(which, lead=(2, 3)).arguments.items() if name in WRT]
+                case = made(*arrays, **RESTRICTIONS[which](9, 7))
+                case = with_arrays(case, grad_output=LAYOUTS["every other"](case.arguments["grad_output"]))
+                judge(case, "float64", room.found(case, array=room.laid))
+        assert set(served) == room.passes(case)
+
+
+@pytest.mark.parametrize(
+    ("room", "dtype"), [pytest.param(one, dtype, id=f"{one.name}-{dtype}") for one in ROOMS for dtype in one.dtypes]
+)
+def test_narrower_dtypes(room, dtype):
+    heads, bias = {"lead": (2, 4), "kv": (2, 2), "d": 8}, np.arange(7) / 8
+    options = table(room, {"causal": True}, {}, {"bias": bias}, {"softcap": 2.0}, {"valid_lens": np.array([3, 7])}, most=1)
+    cases = [call(**heads, **more) for more in options]
+    query, key, value = (cases[0].arguments[name] for name in WRT)
+    cases.append(made(query * 128, key * 128, value, scale=2.0**-14))  # products beyond float16
+    for case in cases:
+        right(room, case, dtype=dtype)
 
 
 # ---- numbers
 
 
-@pytest.mark.parametrize("size", [1e2, 1e4, -1e4])
-@pytest.mark.parametrize("which", ["nothing", "causal", "mask", "bias -inf", "lengths of 0"])
-def test_scores_that_need_their_maximum_taken_off(size, which):
+LARGE = ("nothing", "causal", "window", "mask", "lengths of 0", "bias -inf", "softcap")
+
+
+@pytest.mark.parametrize(("room", "which"), plain(*LARGE, few=("causal", "bias -inf", "lengths of 0")))
+def test_scores_that_need_their_maximum_taken_off(room, which):
     """One key's scores rise above or sink below the range of exp, in some rows only, in the first block or a later one."""
-    for at in (0, 5):
-        arrays = draw(n=9, m=7)
-        arrays[1][:, at] *= size
-        arrays[0][:, ::2] *= 0.01
-        same(arrays, loose=abs(size), **RESTRICTIONS[which](9, 7))
+    for sizes in room.few:
+        with room.forced(sizes) as served:
+            for size in (2.0**7, 2.0**13, -(2.0**13)):
+                for at in (0, 5):
+                    query, key, value = (cached().arguments[name].copy() for name in WRT)
+                    key[:, at] *= size
+                    query[:, ::2] /= 64
+                    case = made(query, key, value, dtypes=("float64",), **RESTRICTIONS[which](9, 7))
+                    judge(case, "float64", room.found(case))
+        assert set(served) == room.passes(case)
 
 
-def test_scores_far_below_zero_lose_nothing():
-    query, key, value, grad = draw()
+@each()
+def test_scores_far_below_zero_lose_nothing(room):
     bias = np.full((9, 7), -600.0)
     bias[2] = 500.0
-    same([query, key, value, grad], bias=bias, loose=600)
-    same([x.astype(np.float32) for x in (query, key, value, grad)], bias=bias.astype(np.float32), loose=600)
+    for dtype in table(room, "float32", "float64", most=1):
+        right(room, call(bias=bias), dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_values_near_the_largest_number_do_not_overflow(dtype):
-    query, key, value, _ = draw(dtype=dtype)
-    largest = np.finfo(dtype).max
-    with in_tiles():
-        output = kvattn.attention(query, key, np.full_like(value, largest / 2))
-    np.testing.assert_allclose(output, largest / 2, rtol=1e-5)
+@each(
+    jax="the sum of values is taken before it is divided by that of the weights",
+)
+def test_values_near_the_largest_number_do_not_overflow(room):
+    query, key, value = (cached().arguments[name] for name in WRT)
+    for dtype in ("float32", "float64"):
+        largest = float(np.finfo(dtype).max) / 2
+        for options in ({}, {"causal": True}):
+            with room.forced(room.few[0]):
+                given = [room.array(x, dtype) for x in (query, key, np.full_like(value, largest))]
+                output = kvattn.to_numpy(kvattn.attention(*given, **options))
+            np.testing.assert_allclose(output / largest, 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-@pytest.mark.parametrize("which", ["lengths", "lengths per query", "mask", "mask of columns", "causal", "window", "bias -inf"])
-def test_what_nobody_sees_reaches_nothing(bad, which):
-    options = RESTRICTIONS[which](9, 12)
-    if which == "window":
-        options["query_offset"] = 2
-    clean = draw(n=9, m=12)
-    dirty = [x.copy() for x in clean]
-    weights = kvattn.attention(*clean[:3], **options, return_weights=True)[1]
-    hidden, blind = ~(weights > 0).any(axis=-2), ~(weights > 0).any(axis=-1)
-    dirty[1][hidden], dirty[2][hidden], dirty[0][blind] = bad, bad, bad
-    for sizes in SIZES:
-        with in_tiles(sizes):
-            for x, y in zip(results(*dirty, **options), results(*clean, **options), strict=True):
-                np.testing.assert_array_equal(x, y)
+UNSEEN = ("lengths", "lengths per query", "lengths per query, window", "mask", "mask of columns", "causal", "bias -inf", "all",
+          "causal, before the start", "window", "window, with holes", "all but a bias")  # fmt: skip
 
 
-def test_a_key_that_one_row_of_a_tile_sees_is_hidden_from_other_tiles():
-    query, key, value, grad = draw(lead=(), n=8, m=8)
-    mask = np.eye(8, dtype=bool)
-    key[7], value[7] = NAN, NAN
-    with in_tiles():
-        found = results(query, key, value, grad, mask=mask)
-    assert np.isnan(found[0][7]).all()
-    assert np.isfinite(found[0][:4]).all()
+@pytest.mark.parametrize(
+    ("room", "which"),
+    plain(*UNSEEN, few=("lengths", "lengths per query", "mask", "causal", "window", "window, with holes", "bias -inf")),
+)
+def test_what_nobody_sees_reaches_nothing(room, which):
+    """NaN and infinities stand where a key or a query has nothing to do: the numbers are those without them, to the bit."""
+    case = cached(which, 9, 12, **({"query_offset": 2} if which == "window" else {}))
+    may = allowed(case)
+    blind, unseen = ~may.any(axis=-1), ~may.any(axis=-2)
+    for sizes in room.sizes.values() if room.compiles != "kinds" else room.few:
+        for way in room.ways.values():
+            with room.forced(sizes) as served:
+                clean = room.found(case, way=way)
+                judge(case, "float64", clean)
+                for bad in (NAN, INF, -INF):
+                    dirty = {name: case.arguments[name].copy() for name in WRT}
+                    dirty["query"][blind] = dirty["key"][unseen] = dirty["value"][unseen] = bad
+                    for what, x in room.found(with_arrays(case, **dirty), way=way).items():
+                        np.testing.assert_array_equal(kvattn.to_numpy(x), kvattn.to_numpy(clean[what]), what)
+            assert set(served) == room.passes(case)
 
 
-def test_nan_that_is_seen_is_not_lost():
-    query, key, value, _ = draw(lead=(), n=9, m=7)
+@each()
+def test_nan_that_is_seen_is_not_lost(room):
+    case = cached("causal", lead=())
+    key = case.arguments["key"].copy()
     key[3, 0] = NAN
-    with in_tiles():
-        output, lse = kvattn.attention(query, key, value, return_lse=True, causal=True)
-    assert np.isnan(output[3:]).all()
-    assert np.isnan(lse[3:]).all()
-    assert np.isfinite(output[:3]).all()
+    for sizes in room.few:
+        with room.forced(sizes):
+            found = room.found(with_arrays(case, key=key))
+        for what in found.keys() & {"output", "output alone", "lse"}:
+            lost = np.isnan(kvattn.to_numpy(found[what])).reshape(9, -1).T
+            assert lost[:, 3:].all()
+            assert not lost[:, :3].any() or room.kernel == "SDPA"  # which spreads it to the rows of its own blocks
 
 
-def test_infinite_scores_stay_where_they_are():
-    query, key, value, _ = draw(lead=(), n=9, m=7)
-    query[4] = 1e200
-    key[5] = 1e200
-    with in_tiles(), all_at_once(), np.errstate(all="ignore"):
-        expected = kvattn.attention(query, key, value)
-    with in_tiles():
-        found = kvattn.attention(query, key, value)
-    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+@each(lambda room: not room.compiles)  # the others' arrays cannot be
+def test_arguments_are_not_written_to(room):
+    case = call("all", lead=(2, 2), softcap=2.0)
+    with room.forced(room.few[0]):
+        given = {name: room.array(x) for name, x in case.arguments.items()}
+        before = {name: kvattn.to_numpy(x).copy() for name, x in given.items()}
+        options = {name: x for name, x in case.keywords.items() if name != "return_lse"}
+        kvattn.attention(**{name: x for name, x in given.items() if name != "grad_output"}, **options)
+        kvattn.attention_grad(**given, **options)
+    for name, x in given.items():
+        np.testing.assert_array_equal(kvattn.to_numpy(x), before[name], name)
 
 
-def test_nothing_is_warned_of():
-    arrays = draw()
-    arrays[0][0] *= 1e300
-    with in_tiles(), np.errstate(all="raise"):
-        results(*arrays, valid_lens=np.array([0, 3]))
+def far(room, **options):
+    for n, m in table(room, *LENGTHS, most=1):
+        right(room, call(n=n, m=m, **options))
 
 
-def test_arguments_are_not_written_to():
-    arrays = draw(lead=(2, 2))
-    options = RESTRICTIONS["all"](9, 7) | {"softcap": 2.0}
-    given = [*arrays, *(x for x in options.values() if isinstance(x, np.ndarray))]
-    before = [x.copy() for x in given]
-    with in_tiles():
-        results(*arrays, **options)
-    for x, y in zip(given, before, strict=True):
-        np.testing.assert_array_equal(x, y)
+WRAPS = "tiles count keys in 32 bits, and larger numbers wrap around"
+
+
+@each(torch="bands count keys in 32 bits, and larger numbers wrap around", jax=WRAPS)
+def test_a_window_without_end(room):
+    far(room, window=(2**40, 0))
+
+
+@each(jax=WRAPS)
+def test_an_offset_out_of_sight(room):
+    far(room, causal=True, query_offset=-(10**12))
+    far(room, causal=True, query_offset=10**12)
+
+
+@each(jax=WRAPS)
+def test_lengths_far_beyond_the_keys(room):
+    far(room, valid_lens=np.array([0, 2**40]))
+
+
+# ---- the way back through lse
+
+
+@pytest.mark.parametrize(("room", "which"), plain(*RESTRICTIONS, few=("nothing", "lengths of 0", "all")))
+def test_gradients_by_the_output_and_the_lse(room, which):
+    """Merged with attention over a key of zeros, whose value is zeros, they are those of attention over one key more."""
+    case = cached(which)
+    (query, key, value), may = (case.arguments[name] for name in WRT), allowed(case)
+    key, value = (np.concatenate([x, np.zeros_like(x[..., :1, :])], axis=-2) for x in (key, value))
+    options = {name: x for name, x in case.keywords.items() if name in ("scale", "softcap")}
+    if "bias" in case.arguments:
+        bias = np.where(may, case.arguments["bias"], 0)
+        options["bias"] = np.concatenate([bias, np.zeros_like(bias[..., :1])], axis=-1)
+    mask = np.concatenate([may, np.ones_like(may[..., :1])], axis=-1)
+    longer = made(query, key, value, mask=mask, **options)
+    longer.answer["grad_key"], longer.answer["grad_value"] = (longer.answer[f"grad_{x}"][:, :-1] for x in ("key", "value"))
+    for sizes in room.few:
+        with room.forced(sizes) as served:
+            judge(longer, "float64", room.found(case, way=type(room).merged))
+        assert set(served) == (set() if room.kernel == "SDPA" else room.passes(case))  # SDPA gives no lse
 
 
 # ---- any call
@@ -323,101 +372,57 @@ def calls(draw_):
     options["query_offset"] = rng.integers(-4, m + 2, batch) if batch and draw_(st.booleans()) else draw_(st.integers(-12, 12))
     options["window"] = draw_(st.sampled_from((None, 0, 2, (1, None), (None, 1), (0, 5))))
     options["scale"] = draw_(st.sampled_from((None, 1.0, -0.5, 0.0)))
-    grad_output = rng.standard_normal((*full[:-1], 3))
-    return [*arrays, grad_output], options
+    return made(*arrays, dtypes=("float64",), **options)
 
 
-@given(call=calls(), sizes=st.sampled_from(SIZES), workers=st.integers(1, 3))
-def test_any_call(call, sizes, workers):
-    arrays, options = call
-    with all_at_once():
-        expected = results(*arrays, **options)
-    with in_tiles(sizes, workers):
-        found = results(*arrays, **options)
-    bias = np.nan_to_num(options.get("bias", np.zeros(1)), neginf=0)
-    size = 1 + 2 * abs(arrays[0]).max() * abs(arrays[1]).max() + abs(bias).max()
-    for x, y in zip(found, expected, strict=True):
-        assert x.shape == y.shape
-        most = max(1.0, abs(y[np.isfinite(y)]).max(initial=0))
-        np.testing.assert_allclose(x, y, rtol=0, atol=1e-14 * float(size * most))
+@each(lambda room: not room.compiles)
+@given(case=calls(), number=st.integers(0, 2))
+def test_any_call(room, case, number):
+    right(room, case, list(room.sizes.values())[number : number + 1])
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: " x ".join(map(str, sizes.values())))
-def test_the_conformance_suite(sizes):
-    with in_tiles(sizes) as served:
-        report = conformance.run("numpy", dtypes=("float64", "float32", "float16"))
+# ---- the conformance suite
+
+GROUPS = ("plain", "masks", "bias", "lengths", "causal", "window", "softcap", "padding", "grouped heads", "empty rows")
+
+
+def suite(room):
+    """The cases that the room runs: where shapes are compiled, two of each group, of those that ask for no weights."""
+    cases = conformance.cases()
+    if room.compiles != "shapes":
+        return cases
+    groups = [[case for case in cases if case.group == group and case.alone] for group in GROUPS]
+    return [case for cases in groups for case in (cases[0], cases[-1])]
+
+
+@contextmanager
+def watched(room, served, started, reached):
+    """Each call is served as `explain` says; the names of those by the path are ``reached``."""
+    attention = kvattn.attention
+
+    def call(*args, **options):
+        said, before = kvattn.explain(*args, **options).kernel, len(served)
+        room.forget()
+        results = attention(*args, **options)
+        if said.startswith(room.kernel):
+            reached.add(started[-1])
+        if kvattn.to_numpy(first(results)).any():  # else there may have been nothing left to serve
+            assert (len(served) > before) == said.startswith(room.kernel), said
+        return results
+
+    with patch.object(kvattn, "attention", call):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("room", "sizes"),
+    [pytest.param(room, x, id=f"{room.name}-{at}") for room in ROOMS for at, x in [*room.sizes.items()][: room.suites]],
+)
+def test_the_conformance_suite(room, sizes):
+    cases, started, reached = suite(room), [], set()
+    with room.forced(sizes) as served, watched(room, served, started, reached):
+        report = conformance.run(room.name, cases, room.thorough, started.append)
     assert not report.failures, "\n".join(result.message for result in report.failures)
-    assert len(served) > 900
-    assert {function.__name__ for function in served} == {"attention", "attention_grad"}
-
-
-# ---- memory
-
-
-def peak(call):
-    """Bytes that ``call`` had at most."""
-    call()
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-@pytest.mark.parametrize("which", ["nothing", "causal", "window", "lengths per query", "bias of keys"])
-def test_memory_beyond_the_output_is_a_few_tiles(which):
-    n = 3000
-    arrays = draw(lead=(2,), n=n, m=n, d=16, v=16, dtype=np.float32)
-    options = RESTRICTIONS[which](n, n) if which in RESTRICTIONS else {"bias": np.zeros(n, np.float32)}
-    scores, inputs = 4 * 2 * n * n, sum(x.nbytes for x in arrays[:3])
-    few = 2 * threads.count() * 4 * 2**20
-    assert peak(lambda: kvattn.attention(*arrays[:3], **options)) < inputs + few < scores / 3
-    assert peak(lambda: kvattn.attention_grad(*arrays, **options)) < 4 * inputs + few
-
-
-def test_memory_of_gradients_grows_with_the_length():
-    def needed(n):
-        arrays = draw(lead=(1,), n=n, m=n, d=8, v=8, dtype=np.float32)
-        return peak(lambda: kvattn.attention_grad(*arrays)), sum(x.nbytes for x in arrays[:3])
-
-    with patch.multiple(tiles, ROWS=64, COLUMNS=64, EDGE=32):
-        (short, _), (long, inputs) = needed(1024), needed(4096)
-    assert long < 4.5 * short
-    assert long < 4 * inputs
-
-
-# ---- the condition
-
-
-def test_which_calls_tiles_serve():
-    query, key, value, _ = draw(lead=(2,), n=300, m=300, dtype=np.float32)
-    serves = partial(tiled.serves, tab, query, key, value)
-    assert serves()
-    assert serves(score=tab.dot_score, normalize=tab.masked_softmax, mask=np.array(True), softcap=1.0)
-    assert not serves(score=tab.distance_score)
-    assert not serves(score=partial(tab.dot_score))
-    assert not serves(normalize=tab.sparsemax)
-    assert not serves(dropout=0.1)
-    assert not serves(return_weights=True)
-    assert tiled_grad.serves(tab, query, key, value, WRT, causal=True)
-    assert not tiled_grad.serves(tab, query, key, value, ("bias",))
-    assert not tiled_grad.serves(tab, query, key, value, WRT, softcap=1.0)
-
-
-def test_small_calls_are_left_to_the_tab_but_for_those_that_would_copy_many_keys():
-    query, key, value, _ = draw(lead=(2,), n=50, m=300)
-    assert not tiled.serves(tab, query, key, value)
-    entries = [np.ones((2000, 1, 10, 2))] * 3
-    assert not tiled.serves(tab, *entries)
-    long = np.ones((1, 2, 4096, 64))
-    assert not tiled.serves(tab, long[..., :1, :], long, long)
-    assert tiled.serves(tab, long[..., :1, :], long, long, valid_lens=np.array([9]))
-
-
-def test_both_bases_of_the_exponential():
-    for exp, log, unit in ((np.exp, np.log, 1.0), (np.exp2, np.log2, math.log2(math.e))):
-        base = {"EXP": exp, "UNIT": unit}
-        with patch.multiple(tiles, **base), patch.multiple(tiled, **base, LOG=log), patch.multiple(tiled_grad, **base):
-            for which in ("causal", "bias -inf", "softcap"):
-                same(draw(), **RESTRICTIONS[which](9, 7))
+    asked = {case.name for case in cases if room.passes(case) and (room.thorough or case.alone or len(case.results) == 1)}
+    assert asked <= reached
+    assert {case.group for case in cases if case.name in reached} >= {*GROUPS} - room.lacks

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from test_mutants import altered
-from test_tiled import ALWAYS, SIZES
+from tiling import ALWAYS, SIZES
 
 from kvattn import conformance, kernels
 from kvattn.backends import numpy as tab

@@ -1,9 +1,8 @@
-"""PyTorch's fast paths: SDPA over the keys that are seen, and blocks of queries where more than a few numbers would be held.
+"""What is PyTorch's own in its fast paths: runs of equal lengths, second derivatives, what is held, which calls are cut.
 
-The constants that say how many are few are set so that edges lie within reach of small arrays.
+What every backend's fast path promises is in test_tiled.py.
 """
 
-import math
 from contextlib import contextmanager
 from functools import partial
 from unittest.mock import patch
@@ -16,175 +15,49 @@ if "torch" not in chosen():
     pytest.skip("this run is without PyTorch", allow_module_level=True)
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from test_tiled import RESTRICTIONS, calls, draw
-from torch.nn.functional import scaled_dot_product_attention
+from tiling import INF, NAN, call, draw, judge, room
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvattn
-from kvattn import bands, conformance
+from kvattn import bands
 from kvattn.backends import torch as tab
 from kvattn.kernels import torch as kernels
 
-INF, NAN = math.inf, math.nan
-SIZES = {
-    "each length by itself": {"CALL": -1, "PAIRS": 1, "ROWS": 1},
-    "all lengths together": {"CALL": INF, "PAIRS": 40, "ROWS": 1},
-    "some lengths together": {"CALL": 60, "READ": 1, "PAIRS": 70, "ROWS": 2},
-}
+ROOM = room("torch")
+SIZES = ROOM.sizes
 
 
 @contextmanager
 def small(sizes):
     """Every call that can be cut is cut, windows too; yields the masks that SDPA is given."""
     masks = []
-
-    def counted(query, key, value, mask=None, **options):
-        masks.append(mask)
-        return scaled_dot_product_attention(query, key, value, mask, **options)
-
-    with (
-        patch.multiple(kernels, **sizes, scaled_dot_product_attention=counted), patch.multiple(bands, BLOCK=2, FAN=2),
-    ):  # fmt: skip
+    with ROOM.forced(sizes, masks):
         yield masks
 
 
-def results(backend, query, key, value, grad_output, **options):
+def results(query, key, value, grad_output, **options):
     """The output alone, and gradients, as NumPy arrays."""
-    output = kvattn.attention(query, key, value, **options, backend=backend)
-    grads = kvattn.attention_grad(query, key, value, grad_output, **options, backend=backend)
+    output = kvattn.attention(query, key, value, **options, backend="torch")
+    grads = kvattn.attention_grad(query, key, value, grad_output, **options, backend="torch")
     return [kvattn.to_numpy(x) for x in (output, *grads)]
 
 
-def same(arrays, sizes, loose=1.0, **options):
-    """That PyTorch gives NumPy's answers in float64, to rounding; returns the masks that SDPA was given."""
-    expected = results("numpy", *(x.astype(np.float64) for x in arrays), **options)
-    with small(sizes) as masks:
-        found = results("torch", *arrays, **options)
-    eps = np.finfo(arrays[0].dtype).eps
-    for what, x, y in zip(("output", "query", "key", "value"), found, expected, strict=True):
-        assert x.shape == y.shape
-        assert x.dtype == arrays[0].dtype
-        size = max(1.0, abs(y[np.isfinite(y)]).max(initial=0))
-        np.testing.assert_allclose(x.astype(np.float64), y, rtol=0, atol=float(loose * 64 * eps * size), err_msg=what)
-    return masks
-
-
-# ---- edges
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_the_conformance_suite(sizes):
-    with small(sizes):
-        report = conformance.run("torch")
-    assert not report.failures, "\n".join(result.message for result in report.failures)
-    assert report.passed > 300
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("which", RESTRICTIONS)
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 7), (3, 2), (4, 3), (5, 4), (8, 6), (9, 7), (7, 1), (2, 11), (6, 6)])
-def test_lengths_around_those_of_a_block(n, m, which, sizes):
-    same(draw(n=n, m=m), sizes, **RESTRICTIONS[which](n, m))
+# ---- runs
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize(
     "lens", [(7, 7, 7, 7), (0, 0, 0, 0), (0, 7, 0, 0), (1, 1, 6, 7), (8, 99, 7, 6), (3, 5, 3, 5), (5, 5, 5, 5), (1, 2, 4, 7)]
 )
 @pytest.mark.parametrize("n", [1, 5, 7, 9])
-def test_lengths_of_a_batch(n, lens, sizes, causal):
-    options = {"valid_lens": np.array(lens), "causal": causal}
-    same(draw(lead=(4,), n=n), sizes, **options)
-    same(draw(lead=(4, 4), kv=(4, 2), n=n, d=5), sizes, **options)
-    same(draw(lead=(4, 1, 2), n=n, dtype=np.float32), sizes, **options, scale=0.3)
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_no_keys_no_queries_and_no_batch(sizes):
-    for shape in ({"m": 0}, {"n": 0}, {"n": 0, "m": 0}, {"lead": (0,)}, {"lead": (2, 0)}):
-        arrays = draw(**{"lead": (2, 2)} | shape)
-        for options in ({}, {"causal": True}, {"valid_lens": np.zeros(len(arrays[0]), int)}, {"window": 1, "causal": True}):
+def test_lengths_of_a_batch(n, lens, causal):
+    options = {"n": n, "valid_lens": np.array(lens), "causal": causal}
+    cases = [("float64", call(lead=(4,), **options)), ("float64", call(lead=(4, 4), kv=(4, 2), d=5, **options))]
+    cases.append(("float32", call(lead=(4, 1, 2), scale=0.3, **options)))
+    for sizes in SIZES.values():
+        for dtype, case in cases:
             with small(sizes):
-                found = results("torch", *arrays, **options)
-            assert [x.shape for x in found] == [arrays[3].shape, *(x.shape for x in arrays[:3])]
-            assert not any(x.any() for x in found)
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize(("lead", "kv"), [((2, 4), (2, 2)), ((2, 6), (2, 1)), ((2, 2, 2), (2, 1, 2)), ((2, 2), (1, 2))])
-def test_heads_groups_and_batches(lead, kv, sizes):
-    for which in RESTRICTIONS.values():
-        same(draw(1, lead=lead, kv=kv, n=5, m=4), sizes, **which(5, 4))
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_two_and_three_axes(sizes):
-    arrays = draw(lead=())
-    same(arrays, sizes, causal=True, query_offset=np.array(2), valid_lens=np.array(5), mask=np.eye(9, 7, k=-1) == 0)
-    same(arrays, sizes, valid_lens=np.array(5))
-    same(arrays, sizes, valid_lens=np.arange(9) % 8)
-    grouped = draw(lead=(4,), kv=(2,))
-    same(grouped, sizes, causal=True)
-    same(grouped, sizes, valid_lens=np.array([0, 3, 7, 5]), mask=np.arange(4 * 9 * 7).reshape(4, 9, 7) % 3 > 0)
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("which", ["nothing", "causal", "causal, from the end", "window", "lengths", "mask of columns"])
-def test_tensors_of_every_layout(which, sizes):
-    query, key, value, grad = map(torch.tensor, draw(lead=(2, 3)))
-    options = RESTRICTIONS[which](9, 7)
-    layouts = {
-        "heads last but one": lambda x: x.transpose(-3, -2).contiguous().transpose(-3, -2),
-        "features first": lambda x: x.mT.contiguous().mT,
-        "every other": lambda x: x.repeat_interleave(2, -1).repeat_interleave(2, -2)[..., ::2, ::2],
-        "one head for all": lambda x: x[:, :1].expand(x.shape),
-        "one entry for all": lambda x: x[:1].expand(x.shape),
-        "one key for all": lambda x: x[..., :1, :].expand(x.shape),
-    }
-    for layout in layouts.values():
-        laid = [layout(x) for x in (query, key, value, grad)]
-        expected = results("numpy", *(x.numpy() for x in laid), **options)
-        with small(sizes):
-            found = results("torch", *laid, **options)
-        for x, y in zip(found, expected, strict=True):
-            np.testing.assert_allclose(x, y, rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("which", ["nothing", "causal", "mask", "window", "lengths of 0", "bias -inf", "softcap"])
-def test_large_scores(which, sizes):
-    for at in (0, 5):
-        arrays = draw(n=9, m=7)
-        arrays[1][:, at] *= 1e4
-        same(arrays, sizes, loose=1e4, **RESTRICTIONS[which](9, 7))
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize(
-    "which", ["lengths", "lengths per query", "mask of columns", "causal", "causal, before the start", "window", "bias -inf"]
-)
-def test_what_nobody_sees_reaches_nothing(bad, which, sizes):
-    options = RESTRICTIONS[which](9, 12) | ({"query_offset": 2} if which == "window" else {})
-    clean = draw(n=9, m=12)
-    dirty = [x.copy() for x in clean]
-    weights = kvattn.attention(*clean[:3], **options, return_weights=True, backend="numpy")[1]
-    hidden, blind = ~(weights > 0).any(axis=-2), ~(weights > 0).any(axis=-1)
-    dirty[1][hidden], dirty[2][hidden], dirty[0][blind] = bad, bad, bad
-    with small(sizes):
-        for x, y in zip(results("torch", *dirty, **options), results("torch", *clean, **options), strict=True):
-            np.testing.assert_array_equal(x, y)
-
-
-@given(call=calls(), sizes=st.sampled_from([*SIZES.values()]))
-def test_any_call(call, sizes):
-    arrays, options = call
-    bias = np.nan_to_num(options.get("bias", np.zeros(1)), neginf=0)
-    size = 1 + 2 * abs(arrays[0]).max() * abs(arrays[1]).max() + abs(bias).max()
-    same(arrays, sizes, loose=size, **options)
+                judge(case, dtype, ROOM.found(case, dtype))
 
 
 # ---- derivatives
@@ -334,7 +207,7 @@ def test_padding_in_one_argument_reaches_nothing(which, bad):
     dirty[which][0, :, 4:], dirty[which][2, :, 2:] = bad, bad
     for causal in (False, True):
         options = {"valid_lens": np.array([4, 7, 2]), "causal": causal}
-        for x, y in zip(results("torch", *dirty, **options), results("torch", *arrays, **options), strict=True):
+        for x, y in zip(results(*dirty, **options), results(*arrays, **options), strict=True):
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-14)
 
 
@@ -382,7 +255,11 @@ def test_an_output_may_be_written_to():
 
 def test_causal_from_the_first_key_is_sdpas_own_whatever_the_lengths():
     for n, m in ((4, 4), (3, 9), (9, 3), (1, 5)):
-        assert all(mask is None for mask in same(draw(n=n, m=m), {}, causal=True))
+        case = call("causal", n, m)
+        with small({}) as masks:
+            judge(case, "float64", ROOM.found(case))
+        assert masks
+        assert all(mask is None for mask in masks)
 
 
 def test_which_calls_are_cut_into_blocks():

@@ -1,0 +1,183 @@
+"""What is NumPy's own in its tiles: layouts, floating-point warnings, memory, and which calls they serve.
+
+What every backend's fast path promises is in test_tiled.py.
+"""
+
+import math
+import tracemalloc
+from functools import partial
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from tiling import ALWAYS, INF, NAN, RESTRICTIONS, SIZES, WRT, all_at_once, draw, in_tiles
+
+import kvattn
+from kvattn.backends import numpy as tab
+from kvattn.kernels import threads, tiled, tiled_grad, tiles
+
+
+def results(query, key, value, grad_output, **options):
+    """Output, lse and gradients."""
+    found = kvattn.attention(query, key, value, **options, return_lse=True, backend="numpy")
+    alone = kvattn.attention(query, key, value, **options, backend="numpy")
+    np.testing.assert_array_equal(alone, found[0])
+    return (*found, *kvattn.attention_grad(query, key, value, grad_output, **options, backend="numpy"))
+
+
+def same(arrays, sizes=SIZES[0], expected=None, **options):
+    """That tiles give what one piece gives in float64, to rounding."""
+    wide = [x.astype(np.float64) for x in arrays]
+    wide_options = {n: x.astype(np.float64) if n == "bias" else x for n, x in options.items()}
+    with all_at_once():
+        expected = results(*wide, **wide_options) if expected is None else expected
+    with in_tiles(sizes) as served:
+        found = results(*arrays, **options)
+    assert len(served) >= (2 if options.get("softcap") else 3) or arrays[0].size == 0 or arrays[1].size == 0
+    eps = np.finfo(arrays[0].dtype).eps
+    for what, x, y in zip(("output", "lse", *WRT), found, expected, strict=True):
+        assert x.shape == y.shape
+        wide = np.float32 if eps > 1e-4 else arrays[0].dtype.newbyteorder("=")
+        assert x.dtype == (wide if what == "lse" else arrays[0].dtype)
+        size = max(1.0, abs(y[np.isfinite(y)]).max(initial=0))
+        np.testing.assert_allclose(x.astype(np.float64), y, rtol=0, atol=float(64 * eps * size), err_msg=what)
+
+
+# ---- arrays
+
+
+def test_no_keys_and_no_queries():
+    query, key, value, grad = draw(m=0)
+    output, lse = tiled.attention(query, key, value, 1.0, return_lse=True)
+    assert (output == 0).all()
+    assert (lse == -INF).all()
+    grads = tiled_grad.attention_grad(query, key, value, grad, 1.0)
+    assert [x.shape for x in grads] == [query.shape, key.shape, value.shape]
+    assert not grads[0].any()
+    query, key, value, grad = draw(n=0)
+    assert tiled.attention(query, key, value, 1.0).shape == (2, 0, 2)
+    assert not any(x.any() for x in tiled_grad.attention_grad(query, key, value, grad, 1.0)[1:])
+
+
+def test_layouts_that_no_other_framework_has():
+    query, key, value, grad = draw(lead=(2, 3))
+    layouts = {
+        "backwards": lambda x: np.ascontiguousarray(x[..., ::-1, ::-1])[..., ::-1, ::-1],
+        "big-endian": lambda x: x.astype(">f8"),
+        "read-only": lambda x: np.broadcast_to(x, x.shape),
+    }
+    with all_at_once():
+        expected = results(query, key, value, grad, causal=True)
+    for layout in layouts.values():
+        same([layout(x) for x in (query, key, value, grad)], expected=expected, causal=True)
+
+
+# ---- numbers
+
+
+def test_a_key_that_one_row_of_a_tile_sees_is_hidden_from_other_tiles():
+    query, key, value, grad = draw(lead=(), n=8, m=8)
+    mask = np.eye(8, dtype=bool)
+    key[7], value[7] = NAN, NAN
+    with in_tiles():
+        found = results(query, key, value, grad, mask=mask)
+    assert np.isnan(found[0][7]).all()
+    assert np.isfinite(found[0][:4]).all()
+
+
+def test_infinite_scores_stay_where_they_are():
+    query, key, value, _ = draw(lead=(), n=9, m=7)
+    query[4] = 1e200
+    key[5] = 1e200
+    with in_tiles(), all_at_once(), np.errstate(all="ignore"):
+        expected = kvattn.attention(query, key, value)
+    with in_tiles():
+        found = kvattn.attention(query, key, value)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+
+
+def test_nothing_is_warned_of():
+    arrays = draw()
+    arrays[0][0] *= 1e300
+    with in_tiles(), np.errstate(all="raise"):
+        results(*arrays, valid_lens=np.array([0, 3]))
+
+
+# ---- memory
+
+
+def peak(call):
+    """Bytes that ``call`` had at most."""
+    call()
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("which", ["nothing", "causal", "window", "lengths per query", "bias of keys"])
+def test_memory_beyond_the_output_is_a_few_tiles(which):
+    n = 3000
+    arrays = draw(lead=(2,), n=n, m=n, d=16, v=16, dtype=np.float32)
+    options = RESTRICTIONS[which](n, n) if which in RESTRICTIONS else {"bias": np.zeros(n, np.float32)}
+    scores, inputs = 4 * 2 * n * n, sum(x.nbytes for x in arrays[:3])
+    few = 2 * threads.count() * 4 * 2**20
+    assert peak(lambda: kvattn.attention(*arrays[:3], **options)) < inputs + few < scores / 3
+    assert peak(lambda: kvattn.attention_grad(*arrays, **options)) < 4 * inputs + few
+
+
+def test_memory_of_gradients_grows_with_the_length():
+    def needed(n):
+        arrays = draw(lead=(1,), n=n, m=n, d=8, v=8, dtype=np.float32)
+        return peak(lambda: kvattn.attention_grad(*arrays)), sum(x.nbytes for x in arrays[:3])
+
+    with patch.multiple(tiles, ROWS=64, COLUMNS=64, EDGE=32):
+        (short, _), (long, inputs) = needed(1024), needed(4096)
+    assert long < 4.5 * short
+    assert long < 4 * inputs
+
+
+# ---- the condition
+
+
+def test_which_calls_tiles_serve():
+    query, key, value, _ = draw(lead=(2,), n=300, m=300, dtype=np.float32)
+    serves = partial(tiled.serves, tab, query, key, value)
+    assert serves()
+    assert serves(score=tab.dot_score, normalize=tab.masked_softmax, mask=np.array(True), softcap=1.0)
+    assert not serves(score=tab.distance_score)
+    assert not serves(score=partial(tab.dot_score))
+    assert not serves(normalize=tab.sparsemax)
+    assert not serves(dropout=0.1)
+    assert not serves(return_weights=True)
+    assert tiled_grad.serves(tab, query, key, value, WRT, causal=True)
+    assert not tiled_grad.serves(tab, query, key, value, ("bias",))
+    assert not tiled_grad.serves(tab, query, key, value, WRT, softcap=1.0)
+
+
+def test_values_may_not_widen_the_batch():
+    query, key, value, _ = draw(lead=(1, 2), kv=(1, 2))
+    value = np.concatenate([value, -value])
+    with patch.multiple(tiled, **ALWAYS):
+        assert not tiled.serves(tab, query, key, value)
+        assert tiled.serves(tab, query, key, value[:1])
+
+
+def test_small_calls_are_left_to_the_tab_but_for_those_that_would_copy_many_keys():
+    query, key, value, _ = draw(lead=(2,), n=50, m=300)
+    assert not tiled.serves(tab, query, key, value)
+    entries = [np.ones((2000, 1, 10, 2))] * 3
+    assert not tiled.serves(tab, *entries)
+    long = np.ones((1, 2, 4096, 64))
+    assert not tiled.serves(tab, long[..., :1, :], long, long)
+    assert tiled.serves(tab, long[..., :1, :], long, long, valid_lens=np.array([9]))
+
+
+def test_both_bases_of_the_exponential():
+    for exp, log, unit in ((np.exp, np.log, 1.0), (np.exp2, np.log2, math.log2(math.e))):
+        base = {"EXP": exp, "UNIT": unit}
+        with patch.multiple(tiles, **base), patch.multiple(tiled, **base, LOG=log), patch.multiple(tiled_grad, **base):
+            for which in ("causal", "bias -inf", "softcap"):
+                same(draw(), **RESTRICTIONS[which](9, 7))
