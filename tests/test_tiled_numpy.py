@@ -10,11 +10,13 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from tiling import ALWAYS, INF, NAN, RESTRICTIONS, SIZES, WRT, all_at_once, draw, in_tiles
+from tiling import ALWAYS, ARRAYS, RESTRICTIONS, WRT, all_at_once, cached, draw, in_tiles, judge, right, room, with_arrays
 
 import kvattn
 from kvattn.backends import numpy as tab
 from kvattn.kernels import threads, tiled, tiled_grad, tiles
+
+ROOM = room("numpy")
 
 
 def results(query, key, value, grad_output, **options):
@@ -25,24 +27,6 @@ def results(query, key, value, grad_output, **options):
     return (*found, *kvattn.attention_grad(query, key, value, grad_output, **options, backend="numpy"))
 
 
-def same(arrays, sizes=SIZES[0], expected=None, **options):
-    """That tiles give what one piece gives in float64, to rounding."""
-    wide = [x.astype(np.float64) for x in arrays]
-    wide_options = {n: x.astype(np.float64) if n == "bias" else x for n, x in options.items()}
-    with all_at_once():
-        expected = results(*wide, **wide_options) if expected is None else expected
-    with in_tiles(sizes) as served:
-        found = results(*arrays, **options)
-    assert len(served) >= (2 if options.get("softcap") else 3) or arrays[0].size == 0 or arrays[1].size == 0
-    eps = np.finfo(arrays[0].dtype).eps
-    for what, x, y in zip(("output", "lse", *WRT), found, expected, strict=True):
-        assert x.shape == y.shape
-        wide = np.float32 if eps > 1e-4 else arrays[0].dtype.newbyteorder("=")
-        assert x.dtype == (wide if what == "lse" else arrays[0].dtype)
-        size = max(1.0, abs(y[np.isfinite(y)]).max(initial=0))
-        np.testing.assert_allclose(x.astype(np.float64), y, rtol=0, atol=float(64 * eps * size), err_msg=what)
-
-
 # ---- arrays
 
 
@@ -50,7 +34,7 @@ def test_no_keys_and_no_queries():
     query, key, value, grad = draw(m=0)
     output, lse = tiled.attention(query, key, value, 1.0, return_lse=True)
     assert (output == 0).all()
-    assert (lse == -INF).all()
+    assert (lse == -np.inf).all()
     grads = tiled_grad.attention_grad(query, key, value, grad, 1.0)
     assert [x.shape for x in grads] == [query.shape, key.shape, value.shape]
     assert not grads[0].any()
@@ -60,16 +44,21 @@ def test_no_keys_and_no_queries():
 
 
 def test_layouts_that_no_other_framework_has():
-    query, key, value, grad = draw(lead=(2, 3))
     layouts = {
         "backwards": lambda x: np.ascontiguousarray(x[..., ::-1, ::-1])[..., ::-1, ::-1],
         "big-endian": lambda x: x.astype(">f8"),
-        "read-only": lambda x: np.broadcast_to(x, x.shape),
+        "writeable": np.copy,  # as the table's own arrays are not
     }
-    with all_at_once():
-        expected = results(query, key, value, grad, causal=True)
+    case = cached("causal", lead=(2, 3))
     for layout in layouts.values():
-        same([layout(x) for x in (query, key, value, grad)], expected=expected, causal=True)
+        laid = with_arrays(case, **{name: layout(case.arguments[name]) for name in ARRAYS})
+        for sizes in ROOM.few:
+            with ROOM.forced(sizes) as served:
+                found = ROOM.found(laid, array=ROOM.laid)
+            assert served
+            assert {x.dtype for what, x in found.items() if what != "lse"} == {laid.arguments["query"].dtype}
+            assert found["lse"].dtype.isnative
+            judge(case, "float64", found)
 
 
 # ---- numbers
@@ -78,7 +67,7 @@ def test_layouts_that_no_other_framework_has():
 def test_a_key_that_one_row_of_a_tile_sees_is_hidden_from_other_tiles():
     query, key, value, grad = draw(lead=(), n=8, m=8)
     mask = np.eye(8, dtype=bool)
-    key[7], value[7] = NAN, NAN
+    key[7], value[7] = np.nan, np.nan
     with in_tiles():
         found = results(query, key, value, grad, mask=mask)
     assert np.isnan(found[0][7]).all()
@@ -180,4 +169,4 @@ def test_both_bases_of_the_exponential():
         base = {"EXP": exp, "UNIT": unit}
         with patch.multiple(tiles, **base), patch.multiple(tiled, **base, LOG=log), patch.multiple(tiled_grad, **base):
             for which in ("causal", "bias -inf", "softcap"):
-                same(draw(), **RESTRICTIONS[which](9, 7))
+                right(ROOM, cached(which))
