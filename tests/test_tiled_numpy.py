@@ -61,6 +61,13 @@ def test_layouts_that_no_other_framework_has():
             judge(case, "float64", found)
 
 
+@pytest.mark.parametrize("which", RESTRICTIONS)
+def test_small_heads_share_a_tile(which):
+    large = {"sizes": {**ROOM.sizes["4 by 3"]["sizes"], "ROWS": 64, "COLUMNS": 64}}
+    for lead, kv in (((2, 4), (2, 2)), ((2, 6), (2, 1)), ((2, 2, 2), (2, 1, 2)), ((2, 2), (1, 2))):
+        right(ROOM, cached(which, 2, 3, lead=lead, kv=kv), [large])
+
+
 # ---- numbers
 
 

@@ -41,6 +41,7 @@ RESTRICTIONS = {
     "causal, before the start": lambda n, m: {"causal": True, "query_offset": -3},
     "causal, offset per batch": lambda n, m: {"causal": True, "query_offset": np.array([2, -1])},
     "causal, padded": lambda n, m: {"causal": True, "valid_lens": np.array([0, m - 1], "int8")},
+    "causal, window, padded": lambda n, m: {"causal": True, "window": (1, None), "valid_lens": np.array([m // 2, m])},
     "window": lambda n, m: {"window": (1, 2)},
     "window, one side": lambda n, m: {"window": (None, 1), "query_offset": 1},
     "window, causal, offset per batch": lambda n, m: {"window": (3, 1), "causal": True, "query_offset": np.array([0, 4])},
@@ -404,6 +405,7 @@ class Jax(Differentiating):
 class MXNet(Differentiating):
     """NumPy's tiles, on views of the arrays' memory."""
 
+    sizes: ClassVar = {name: Room.sizes[name] for name in ("4 by 3", "2 by 1")}
     ways: ClassVar = {"functions": functions, "autograd": autograd}
     kernel = "NumPy's"
     suites = 2
