@@ -100,7 +100,7 @@ def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window
 
 def _any_for(flags, shape):
     """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
-    if flags.ndim >= 2 and len(shape) >= 3 and flags.shape[-2] > shape[-3]:
+    if flags.ndim >= 2 and len(shape) >= 3 and flags.shape[-2] > shape[-3] > 0:
         flags = flags.reshape(*flags.shape[:-2], shape[-3], flags.shape[-2] // shape[-3], flags.shape[-1]).any(axis=-2)
     for axis in range(-flags.ndim, -1):
         if flags.shape[axis] > shape[axis - 1] == 1:

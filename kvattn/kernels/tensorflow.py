@@ -33,6 +33,8 @@ def serves(tab, query, key, value, score, normalize, bias=None, dropout=0.0, ret
     n, m = query.shape[-2], key.shape[-2]
     if n is None or m is None or n * m <= SMALLEST or dropout or return_weights or bias is not None:
         return False
+    if 0 in (*query.shape, *key.shape):
+        return False
     if score not in (tab.scaled_dot_score, tab.dot_score) or normalize not in (tab.softmax, tab.masked_softmax):
         return False
     if value.shape[:-2] != key.shape[:-2] or None in (*query.shape[-3:], *key.shape[-3:]):
