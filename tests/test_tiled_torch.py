@@ -192,7 +192,7 @@ def test_no_score_holds_queries_by_keys_forward_or_back(what):
 @pytest.mark.parametrize("what", MASKS)
 def test_no_mask_of_queries_by_keys_is_built(what):
     query, key, value = (torch.randn(2, 4, 300, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3))
-    sizes = {"PAIRS": 2**14, "ROWS": 16, "CALL": 2**19}
+    sizes = {"PAIRS": 2**14, "ROWS": 16, "CALL": 2**16}
     with patch.multiple(kernels, **sizes), patch.object(bands, "BLOCK", 32), Largest() as held, torch.no_grad():
         kvattn.attention(query, key, value, **MASKS[what])
     assert held.size <= max(query.numel(), 2 * 2**14)
@@ -223,9 +223,12 @@ def test_one_call_where_lengths_are_equal_few_where_the_work_is_small():
     assert masks([9, 9, 30, 5], 4) == [True]
     assert masks([9, 9, 30, 0], 4) == [True]
     with patch.object(kernels, "CALL", 1000):
-        assert masks([9, 9, 60, 60], 100) == [False, False]
-        assert masks([9, 60, 9, 60], 100) == [False] * 4
+        assert masks([9, 9, 40, 40], 100) == [False, False]
+        assert masks([9, 40, 9, 40], 100) == [False] * 4
         assert masks([9, 9, 0, 0], 100) == [False]
+        assert masks([64, 64, 60, 60], 100) == [True]
+        assert masks([48, 48, 48, 49], 100) == [True]
+        assert masks([48, 48, 48, 47], 100) == [False] * 2
 
 
 def test_the_blocks_of_a_window_share_masks_and_hide_no_padding():
@@ -281,3 +284,14 @@ def test_which_calls_are_cut_into_blocks():
         query.requires_grad_()
         assert rows(True, causal=True) == []
     assert rows(False) == []
+
+
+def test_a_short_window_hides_no_padding_either():
+    query, key, value, _ = map(torch.tensor, draw(n=20, m=20))
+    for options in ({"window": 2}, {"causal": True, "query_offset": 3}):
+        expected = kvattn.attention(*(x.numpy() for x in (query, key, value)), **options)
+        with Largest() as held:
+            found = kvattn.attention(query, key, value, **options)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)
+        assert "where" not in held.names
+        assert kvattn.explain(query, key, value, **options).kernel == "SDPA, in bands"

@@ -269,9 +269,9 @@ class Torch(Differentiating):
     """SDPA, over the keys that are seen, and in blocks of queries where masks would be large."""
 
     sizes: ClassVar = {
-        "each length by itself": {"CALL": -1, "PAIRS": 1, "ROWS": 1},
+        "each length by itself": {"CALL": -INF, "GAIN": -1, "PAIRS": 1, "ROWS": 1},
         "all lengths together": {"CALL": INF, "PAIRS": 40, "ROWS": 1},
-        "some lengths together": {"CALL": 60, "READ": 1, "PAIRS": 70, "ROWS": 2},
+        "calls apart if they save much": {"CALL": 60, "READ": 1, "GAIN": 0, "PAIRS": 70, "ROWS": 2},
     }
     dtypes = (*Room.dtypes, "bfloat16")
     kernel = "SDPA"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch.autograd import forward_ad
@@ -14,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kvattn import bands
 
-CALL = 2**26  # multiplications that one more call must save, and
-READ = 32  # that take as long as reading one number of a key, value or mask
+CALL = 2**22  # multiplications that one more call must save, and
+READ = 32  # that take as long as reading one number of a key or value
+GAIN = 0.25  # share of the work that calls apart must save: they keep the cores less busy than one
 PAIRS = 2**24  # numbers that are held at one time, of scores, masks or features: arrays under 32 MB would fragment glibc's heap
 ROWS = 256  # queries of a block for which nothing but a mask is held
 LACKS = "SDPA has no forward derivatives, no gradient by bias, no scale of 0 or less, and no answer without keys"
@@ -35,8 +37,10 @@ def choose(query, key, value, usual, score, softcap, scale, where, reach, whole,
     kernel = "SDPA, in blocks" if fused else "the formula, in blocks"
     if not parts and (parts := rows(query, key, value, score, fused, **where, **reach)) and not fused:
         kernel = "the formula, in blocks computed again"
+    if fused and n and is_band(n, m, **where, **reach):
+        return "SDPA, in bands", parts or [_band(n, m, where["query_offset"], **reach)]
     if parts:
-        return "SDPA, in bands" if fused and is_band(n, m, **where, **reach) else kernel, parts
+        return kernel, parts
     return "SDPA" if fused else "the formula", []
 
 
@@ -62,9 +66,10 @@ def _taped(query, key, value):
 
 
 def runs(query, key, value, mask, bias, valid_lens, causal, query_offset, window):
-    """Neighbours in the batch that share a call over their first keys, [(how many, keys, whether each has as many)]; or [].
+    """Neighbours in the batch that have as many keys and share a call, [(how many, keys)]; or [].
 
-    For valid_lens (batch,), where it is the only mask but for causal and can be read without a wait.
+    For valid_lens (batch,), where it is the only mask but for causal and can be read without a wait. [(all, None)] where one
+    call with a mask is faster.
     """
     if valid_lens is None or valid_lens.ndim != 1 or not mask is bias is window is None or torch.compiler.is_compiling():
         return []
@@ -74,36 +79,23 @@ def runs(query, key, value, mask, bias, valid_lens, causal, query_offset, window
         return []
     n, m = query.shape[-2], key.shape[-2]
     most = min(n, m) if causal else m
+    lens = [min(length, most) for length in valid_lens.tolist()]
+    found = [(len([*same]), length) for length, same in groupby(lens)]
     each = (n + READ) * math.prod(query.shape[1:-2]) * (query.shape[-1] + value.shape[-1])  # of a key
-    found = []
-    for length in valid_lens.tolist():
-        length = min(length, most)
-        if found:
-            size, longest, even = found[-1]
-            keys = max(length, longest)
-            masked = (size + 1) * n * keys if causal and not (even and length == longest) else 0
-            if ((size + 1) * keys - size * longest - length) * each + masked * READ <= CALL:
-                found[-1] = size + 1, keys, even and length == longest
-                continue
-        found.append((1, length, True))
-    saved = each * (m * len(query) - sum(size * length for size, length, _ in found))
-    saved += READ * len(query) * n * m if causal else 0
-    even = len(found) == 1 and found[0][-1]
-    return found if even or saved > CALL * len(found) else [(len(query), m, False)]
+    saved, whole = each * (m * len(lens) - sum(lens)), each * m * len(lens)
+    too_large = causal and len(lens) * n * m > PAIRS  # a mask
+    return found if len(found) <= 1 or too_large or saved > max(CALL * len(found), GAIN * whole) else [(len(lens), None)]
 
 
 def by_runs(attend, found, query, key, value, valid_lens, causal, scale):
-    """Each run by itself: little work on padding, and none to hide where all have as many keys. None where there is no gain."""
-    if found == [(len(query), key.shape[-2], False)]:
+    """Each run by itself: no work on padding, and none to hide. None where a mask was chosen, and is not enough."""
+    if found and found[0][1] is None:
         return _padded(query, key, value, valid_lens, causal, scale)
-    parts = (x.split([size for size, *_ in found]) for x in (query, key, value, valid_lens))
+    parts = (x.split([size for size, _ in found]) for x in (query, key, value))
     outputs = []
-    for (_, length, even), q, k, v, lens in zip(found, *parts, strict=True):
+    for (_, length), q, k, v in zip(found, *parts, strict=True):
         k, v = k[..., :length, :], v[..., :length, :]
-        if even and length:
-            outputs.append(fused(q, k, v, None, causal, scale))
-        else:
-            outputs.append(attend(q, k, v, valid_lens=None if even else lens, causal=causal, scale=scale))
+        outputs.append(fused(q, k, v, None, causal, scale) if length else attend(q, k, v))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -192,6 +184,13 @@ def is_band(n, m, mask, bias, valid_lens, causal, query_offset, window):
     left, right = window or (None, None)
     right = 0 if causal else right
     return (right is None or query_offset + right >= 0) and (left is None or query_offset + n - 1 - left < m)
+
+
+def _band(n, m, offset, causal, window):
+    """All queries, and the keys that some of them sees."""
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    return 0, n, 0 if left is None else max(0, offset - left), m if right is None else min(m, offset + n + right)
 
 
 def by_band(steps, query, key, value, causal, query_offset, window, scale):
