@@ -1,9 +1,13 @@
 """How long attention takes, as a ratio to PyTorch's scaled_dot_product_attention in the same process, call by call in turn.
 
 Each backend runs in a process of its own, since the frameworks' thread pools disturb each other, with PyTorch's kernel beside
-it as the yardstick: every query over every key, whatever part of them the others are restricted to. A round calls the
-yardstick, kvattn and the framework's own attention once each; the ratio is taken within the round, and the table shows the
+it as the yardstick: every query over every key, whatever part of them the others are restricted to. A round times one call
+each of the yardstick, kvattn and the framework's own attention; the ratio is taken within the round, and the table shows the
 median of the rounds with the quartiles. What was timed is checked in the same run.
+
+Each is timed as in a loop of its own: it is called over and over for WARM seconds, and then once more by the clock. After
+another's call the threads of that one would go on spinning for some milliseconds; after a pause the system may wake several
+threads on one core, where they stay for as long as a small call takes.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ SHAPES = {  # batch, heads, queries, keys, features
 }
 KINDS = ("full", "causal", "valid", "window")
 WINDOW = 256  # keys to each side of a query
-PAUSE = 0.01  # seconds before each call: a framework's threads go on spinning after its last one
+WARM = 0.03  # seconds of calls before the one that is timed: longer than a framework's threads spin after its last one
 # of the largest |value|: is what was timed attention at all? How near it is, the conformance suite says
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 YARDSTICK = "torch SDPA"
@@ -169,10 +173,7 @@ def _measure(backend: str, shape: str, kind: str, dtype: str, grad: bool, device
     took: dict[str, list[float]] = {what: [] for what in calls}
     for _ in range(rounds):
         for what, call in calls.items():
-            time.sleep(PAUSE)
-            start = time.perf_counter()
-            call()
-            took[what].append(time.perf_counter() - start)
+            took[what].append(_timed(call))
     for what, times in took.items():
         if what == YARDSTICK and backend != "torch":
             continue
@@ -181,6 +182,16 @@ def _measure(backend: str, shape: str, kind: str, dtype: str, grad: bool, device
         row |= {"seconds": float(np.median(times)), "ratio": None if ratios is None else float(np.median(ratios))}
         row |= {"spread": None if ratios is None else [float(x) for x in np.quantile(ratios, [0.25, 0.75])]}
         yield row | {"error": errors[what], "right": bool(errors[what] <= TOLERANCE[dtype])}
+
+
+def _timed(call: Call) -> float:
+    """Seconds of a call that follows others of its own."""
+    start = time.perf_counter()
+    while time.perf_counter() < start + WARM:
+        call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _error(got: Any, arrays: list[np.ndarray], options: dict[str, Any], grad: bool) -> float:

@@ -1,6 +1,7 @@
 """The benchmark command: that it times what is right, says what is not, and writes what it is told to. No times are judged."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -67,3 +68,11 @@ def test_a_backend_whose_process_fails_is_told(monkeypatch, capsys):
 def test_a_wrong_command_is_refused(extra, message, capsys):
     assert cli.main(["bench", "--backend", "numpy", *extra]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_timed_follows_calls_of_its_own():
+    called, before = [], time.perf_counter()
+    seconds = bench._timed(lambda: called.append(time.perf_counter()))
+    assert called[-1] - before >= bench.WARM
+    assert len(called) > 1
+    assert 0 < seconds <= time.perf_counter() - before - bench.WARM
