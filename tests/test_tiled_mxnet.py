@@ -374,3 +374,74 @@ def test_a_score_of_ones_own_is_given_blocks_of_rows():
     np.testing.assert_allclose(kvattn.attention(*given, score=score).asnumpy(), expected, rtol=0, atol=1e-11)
     assert sum(sizes) == 600
     assert len(sizes) > 1
+
+
+OWN = f"""{PEAK}
+def own(query, key): return mx.np.tanh(query[..., :, None, :] - key[..., None, :, :]).sum(axis=-1)
+def step(n):
+    *arrays, grad = inputs(n, 4)
+    before = peak()
+    results = kvattn.attention_grad(*arrays, grad, score=own) if gradients else [kvattn.attention(*arrays, score=own)]
+    for x in results: x.wait_to_read()
+    return peak() - before
+step(64)
+print(step(1500))
+"""
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_score_of_ones_own_holds_one_block_at_a_time(gradients):
+    result = run(f"gradients = {gradients}\n{OWN}")
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 4 * 4 * 1500**2 * 32 / 2  # half an array of queries by keys by features
+
+
+@pytest.mark.parametrize("lse", [False, True])
+def test_a_block_is_waited_for_before_the_next_begins(lse):
+    events, wait = [], mx.nd.NDArray.wait_to_read
+
+    def score(query, key):
+        events.append("score")
+        return kvattn.dot_score(query, key)
+
+    def waited(x):
+        events.append("wait")
+        wait(x)
+
+    *inputs, grad = arrays_of(draw(lead=(2,)))
+    with patch.object(views, "PAIRS", 1), patch.object(mx.nd.NDArray, "wait_to_read", waited):
+        kvattn.attention(*inputs, score=score, return_lse=lse)
+        assert events == ["score", "wait"] * 9
+        kvattn.attention_grad(*inputs, grad, score=score)
+        assert events[18:] == ["score", *["wait"] * 3] * 9
+
+
+@pytest.mark.parametrize("which", RESTRICTIONS)
+def test_gradients_of_a_score_of_ones_own_in_blocks_of_rows(which):
+    sizes = []
+
+    def score(query, key, slope):
+        sizes.append(query.shape[-2])
+        return kvattn.dot_score(query * slope, key)
+
+    arrays, slope = draw(lead=(2, 4), kv=(2, 2), n=9, d=3), np.array([1.0, -0.5, 2.0])
+    options = RESTRICTIONS[which](9, 7)
+    wrt = [*WRT, *(["bias"] if "bias" in options else [])]
+    product = partial(kvattn.multiplicative_score, W=np.diag(slope))
+    expected = kvattn.attention_grad(*arrays, **options, score=product, wrt=[*wrt, "W"])
+    bound = partial(score, slope=arrays_of([slope])[0])
+    with patch.object(views, "PAIRS", 4 * 2 * 4 * 7 * 3 * 2):  # two queries of each head
+        found = kvattn.attention_grad(*arrays_of(arrays), **options, score=bound, wrt=[*wrt, "slope"])
+    for name, x, y in zip([*wrt, "slope"], found, [*expected[:-1], np.diag(expected[-1])], strict=True):
+        np.testing.assert_allclose(x.asnumpy(), y, rtol=0, atol=1e-13, err_msg=name)
+    assert len(sizes) == (1 if "window" in options else 5)
+
+
+def test_gradients_in_blocks_keep_their_dtype():
+    arrays = draw(lead=(2,), n=9, dtype=np.float16)
+    expected = kvattn.attention_grad(*(x.astype(np.float64) for x in arrays), score=kvattn.dot_score)
+    with patch.object(views, "PAIRS", 1):
+        found = kvattn.attention_grad(*arrays_of(arrays), score=lambda query, key: kvattn.dot_score(query, key))
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == np.float16
+        np.testing.assert_allclose(x.asnumpy(), y, rtol=0, atol=16 * 2**-11 * abs(y).max())

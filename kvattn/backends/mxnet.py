@@ -375,7 +375,10 @@ def attention(
     if not (steps or return_weights or autograd.is_recording()):  # autograd would keep every block
         steps = views.plan(score, query, key)
     if steps:
-        parts = [attention(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(steps, query, key, value, **where)]
+        parts = []
+        for cut, at in bands.cuts(steps, query, key, value, **where):
+            parts.append(attention(*cut, **reach, **how, **back, **at))
+            (parts[-1][0] if return_lse else parts[-1]).wait_to_read()  # else MXNet begins many blocks at one time
         if not return_lse:
             return np.concatenate(parts, axis=-2)
         return np.concatenate([x for x, _ in parts], axis=-2), np.concatenate([x for _, x in parts], axis=-1)
@@ -494,6 +497,8 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
     if views.serves(sys.modules[__name__], query, key, value, **options):
         return views.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, **options)
     score = options.pop("score", scaled_dot_score)
+    if options.get("positions") is options.get("window") is None and (steps := views.plan(score, query, key, copies=4)):
+        return _grad_in_blocks(steps, query, key, value, grad_output, wrt, score=score, **options)
     bound = score.keywords if isinstance(score, partial) else {}
     sources = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None), **bound}
     copies = {name: x.detach() if is_array(x) else x for name, x in sources.items()}  # whose gradients are nobody else's
@@ -507,6 +512,23 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
     output.backward(grad_output)
     copies |= {"query": query, "key": key, "value": value, "bias": bias}
     return tuple(copies[name].grad for name in wrt)
+
+
+def _grad_in_blocks(steps, query, key, value, grad_output, wrt, *, mask=None, bias=None, valid_lens=None, query_offset=0,
+                    **options):  # fmt: skip
+    """The gradients of one block of queries after another, side by side where each has rows of its own, else summed."""
+    of_rows = ("query",) if bias is None or bias.shape[-2:-1] != query.shape[-2:-1] else ("query", "bias")
+    where, found = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}, {}
+    for (start, end, *_), (cut, at) in zip(steps, bands.cuts(steps, query, key, value, **where), strict=True):
+        grads = attention_grad(*cut, grad_output[..., start:end, :], wrt=wrt, **options, **at)
+        for name, grad in zip(wrt, grads, strict=True):
+            grad.wait_to_read()  # else MXNet begins many blocks at one time
+            if name in of_rows:
+                found.setdefault(name, []).append(grad)
+            else:
+                found[name] = _wide(grad) + found.get(name, 0)
+    whole = {name: np.concatenate(x, axis=-2) if name in of_rows else x for name, x in found.items()}
+    return tuple(whole[name].astype(grad.dtype, copy=False) for name, grad in zip(wrt, grads, strict=True))
 
 
 @quirks.shaped

@@ -51,10 +51,10 @@ def _by_numpy(tab, function):
     return getattr(by_numpy, name) if getattr(tab, name, None) is function else None
 
 
-def plan(score, query, key):
-    """Blocks of queries, as bands.plan's, for a score that is given MXNet's arrays: PAIRS numbers at one time."""
+def plan(score, query, key, copies=1):
+    """Blocks of queries, as bands.plan's, for a score that is given MXNet's arrays: PAIRS numbers in ``copies`` at one time."""
     n, m, lead = query.shape[-2], key.shape[-2], math.prod(bands.lead(query.shape, key.shape))
-    size = max(1, PAIRS // (lead * m * kernels.held_by(score, query, key)))
+    size = max(1, PAIRS // max(1, copies * lead * m * kernels.held_by(score, query, key)))
     return [(i, min(i + size, n), 0, m) for i in range(0, n, size)] if size < n else []
 
 
