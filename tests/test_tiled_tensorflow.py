@@ -241,7 +241,7 @@ def test_memory_is_a_few_blocks(which):
 
 
 def test_which_calls_blocks_serve():
-    query, key, value, _ = (tf.constant(x) for x in draw(lead=(2,), n=500, m=500))
+    query, key, value, _ = (tf.constant(x) for x in draw(lead=(2,), n=600, m=600))
     serves = partial(tiled.serves, tab, query, key, value)
     assert serves(tab.scaled_dot_score, tab.softmax)
     assert serves(tab.dot_score, tab.masked_softmax)
@@ -255,3 +255,17 @@ def test_which_calls_blocks_serve():
     assert not tiled.serves(tab, query, key[:1], value, tab.dot_score, tab.softmax)
     with patch.object(tf.config, "list_physical_devices", lambda kind: [kind]):
         assert not serves(tab.dot_score, tab.softmax)
+
+
+def test_calls_that_look_at_every_key_are_cut_when_they_are_larger():
+    query, key, value, _ = (tf.constant(x) for x in draw(lead=(2,), n=500, m=500))
+    assert not tiled.serves(tab, query, key, value, tab.dot_score, tab.softmax)
+    assert tiled.serves(tab, query, key, value, tab.dot_score, tab.softmax, restricted=True)
+    for restriction in ({"causal": True}, {"mask": np.ones((500, 500), bool)}, {"valid_lens": [3, 4]}, {"window": 2}):
+        assert kvattn.explain(query, key, value, **restriction).kernel == "blocks"
+    assert kvattn.explain(query, key, value).kernel != "blocks"
+    with patch.object(tiled, "HELD", 499_999):
+        assert kvattn.explain(query, key, value).kernel == "blocks"
+        assert not tiled.serves(tab, query[:1], key[:1], value[:1], tab.dot_score, tab.softmax)
+    unknown = [tf.TensorSpec((None, 2, 500, 3))] * 3
+    assert tiled.serves(tab, *unknown, tab.dot_score, tab.softmax)

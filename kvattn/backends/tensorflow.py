@@ -362,7 +362,8 @@ def attention(
         if not isinstance(results, tuple):
             return results[..., 0, :]
         return tuple(x[..., 0] if len(x.shape) < len(query.shape) else x[..., 0, :] for x in results)
-    if tiled.serves(sys.modules[__name__], query, key, value, score, normalize, bias, dropout, return_weights):
+    restricted = causal or not mask is valid_lens is window is None
+    if tiled.serves(sys.modules[__name__], query, key, value, score, normalize, bias, dropout, return_weights, restricted):
         how = {"score": score, "scale": scale, "softcap": softcap, "return_lse": return_lse}
         return tiled.attention(sys.modules[__name__], query, key, value, **how, **where, **reach)
     whole = return_weights or any(None in x.shape[-2:] for x in (mask, bias) if x is not None)  # unknown: cannot be cut
@@ -494,7 +495,8 @@ def kernel(query, key, value, **options):
     if options["positions"] is not None:
         return explanation.selected(kernel, _select, query, key, value, **options)
     how = (options[name] for name in ("score", "normalize", "bias", "dropout", "return_weights"))
-    if tiled.serves(sys.modules[__name__], query, key, value, *how):
+    restricted = options["causal"] or not options["mask"] is options["valid_lens"] is options["window"] is None
+    if tiled.serves(sys.modules[__name__], query, key, value, *how, restricted):
         return "blocks", "softmax of dot products, so many that all at once would fill the memory"
     why = "blocks are for many dot products of known sizes on the CPU, without bias, dropout, weights or XLA"
     return explanation.general(why, query, key, **options)

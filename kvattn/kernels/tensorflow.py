@@ -15,7 +15,8 @@ from functools import lru_cache, partial, reduce
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
-SMALLEST = 2**17  # scores of a head that blocks are worth their own cost for
+SMALLEST = 2**17  # scores of a head that blocks are worth their own cost for; twice that, if they save no work
+HELD = 2**24  # scores of a call that may be held all at once
 SCORES = 2**20  # of a block
 ROWS, BAND_ROWS, FEWEST = 512, 256, 32  # queries of a block: at most, at most beside a band, at least
 AHEAD = 3  # blocks in flight: one works while another waits for a core
@@ -24,17 +25,21 @@ FAR = 2**29  # no array is as long: positions stay within int32
 KINDS = 256  # kinds of call that are kept compiled
 
 
-def serves(tab, query, key, value, score, normalize, bias=None, dropout=0.0, return_weights=False):
+def serves(tab, query, key, value, score, normalize, bias=None, dropout=0.0, return_weights=False, restricted=False):
     """Whether blocks serve a call of ``tab``: softmax of dot products, many for each head, weights not asked for.
 
-    They are made for the CPU, and use operations that XLA lacks. Gradients by a bias and values that widen a batch axis are
-    left to the tab.
+    ``restricted``: to some of the keys, so that blocks need not look at all. They are made for the CPU, and use operations
+    that XLA lacks. Gradients by a bias and values that widen a batch axis are left to the tab.
     """
     n, m = query.shape[-2], key.shape[-2]
     if n is None or m is None or n * m <= SMALLEST or dropout or return_weights or bias is not None:
         return False
     if 0 in (*query.shape, *key.shape):
         return False
+    if not restricted and n * m <= 2 * SMALLEST:
+        heads = [x.shape[:-2].num_elements() for x in (query, key)]
+        if None not in heads and max(heads) * n * m <= HELD:
+            return False
     if score not in (tab.scaled_dot_score, tab.dot_score) or normalize not in (tab.softmax, tab.masked_softmax):
         return False
     if value.shape[:-2] != key.shape[:-2] or None in (*query.shape[-3:], *key.shape[-3:]):
