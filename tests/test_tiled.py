@@ -108,7 +108,7 @@ def test_masks_and_biases_of_every_shape(room, what):
         right(room, call(lead=(2, 4), kv=(2, 2), n=5, m=4, **{what: given}))
 
 
-@each(torch="a block of one query, beyond its entry's length, is given a length below 0")
+@each()
 def test_a_window_in_long_arrays_skips_and_keeps_the_right_blocks(room):
     for offset in (-3, 0, 17):
         right(room, call("window", 23, 31, query_offset=offset, valid_lens=np.array([20, 31])))
@@ -152,11 +152,7 @@ def test_no_keys_no_queries_and_no_batch(room):
         empty(room, **shape)
 
 
-@each(
-    numpy="masks divide by the number of heads",
-    torch="with lse, masks divide by the number of heads",
-    tensorflow="blocks divide by the number of heads",
-)
+@each()
 def test_no_heads(room):
     for lead in ((0,), (2, 0)):
         empty(room, lead=lead)
@@ -305,7 +301,7 @@ def far(room, **options):
 WRAPS = "tiles count keys in 32 bits, and larger numbers wrap around"
 
 
-@each(torch="bands count keys in 32 bits, and larger numbers wrap around", jax=WRAPS)
+@each(jax=WRAPS)
 def test_a_window_without_end(room):
     far(room, window=(2**40, 0))
 

@@ -79,7 +79,7 @@ def runs(query, key, value, mask, bias, valid_lens, causal, query_offset, window
         return []
     n, m = query.shape[-2], key.shape[-2]
     most = min(n, m) if causal else m
-    lens = [min(length, most) for length in valid_lens.tolist()]
+    lens = [max(0, min(length, most)) for length in valid_lens.tolist()]  # those of a block may end before it begins
     found = [(len([*same]), length) for length, same in groupby(lens)]
     each = (n + READ) * math.prod(query.shape[1:-2]) * (query.shape[-1] + value.shape[-1])  # of a key
     saved, whole = each * (m * len(lens) - sum(lens)), each * m * len(lens)
@@ -202,8 +202,8 @@ def by_band(steps, query, key, value, causal, query_offset, window, scale):
         place = at["query_offset"], *(x.shape[-2] for x in block[:2])
         if place not in masks:
             offset, n, m = place
-            ahead = torch.arange(-offset, m - offset, dtype=torch.int32, device=query.device)
-            ahead = ahead - torch.arange(n, dtype=torch.int32, device=query.device)[:, None]
+            ahead = torch.arange(-offset, m - offset, device=query.device)
+            ahead = ahead - torch.arange(n, device=query.device)[:, None]
             beyond = torch.zeros_like(ahead, dtype=torch.bool) if left is None else ahead < -left
             beyond = beyond if right is None else beyond | (ahead > right)
             masks[place] = torch.zeros(n, m, dtype=query.dtype, device=query.device).masked_fill_(beyond, -math.inf)
