@@ -110,3 +110,26 @@ def test_which_calls_tiles_serve():
     assert not tiles.serves(tab, query[:, :1], query, query, tab.dot_score, tab.softmax)
     wider = jnp.zeros((2, 1, 256, 8))
     assert not tiles.serves(tab, wider[:1], wider[:1], wider, tab.dot_score, tab.softmax)
+
+
+def test_few_queries_are_served_where_lengths_leave_much_unread():
+    few, keys, lens = jnp.zeros((2, 1, 8)), jnp.zeros((2, tiles.LONG, 8)), jnp.zeros(2, int)
+    serves = partial(tiles.serves, tab, score=tab.scaled_dot_score, normalize=tab.softmax)
+    assert serves(few, keys, keys, valid_lens=lens)
+    assert not serves(few, keys, keys)
+    assert not serves(few, keys[:, 1:], keys[:, 1:], valid_lens=lens)
+
+
+# ---- the loops
+
+
+@pytest.mark.parametrize("window", [(3, 4), (5, None), (None, 3)])
+def test_a_window_too_wide_for_one_block(window):
+    for offset in (-3, 9):
+        with patch.object(tiles, "REACH", 0):
+            same(draw(n=11, m=13), window=window, query_offset=offset, valid_lens=np.array([8, 13]))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 8])
+def test_one_query_with_lengths_around_those_of_a_block(length):
+    same(draw(n=1, m=9), valid_lens=np.array([length, 9]))

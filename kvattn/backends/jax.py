@@ -456,7 +456,7 @@ def attention(
     usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
     if usual and jax_gpu.serves(query, key, value, **where, **reach, scale=scale, softcap=softcap):
         return jax_gpu.attention(query, key, value, **where, **reach, scale=scale, softcap=softcap)
-    if tiles.serves(sys.modules[__name__], query, key, value, score, normalize, dropout, return_weights):
+    if tiles.serves(sys.modules[__name__], query, key, value, score, normalize, dropout, return_weights, valid_lens):
         scale = tiles.scale_of(sys.modules[__name__], query, score, scale)
         return tiles.attention(query, key, value, scale, **where, **reach, softcap=softcap, return_lse=return_lse)
     steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
@@ -580,7 +580,7 @@ def kernel(query, key, value, **options):
     names = ("mask", "bias", "valid_lens", "causal", "query_offset", "window", "scale", "softcap")
     if not unusual and jax_gpu.serves(query, key, value, **{name: options[name] for name in names}):
         return "cuDNN", "softmax of scaled dot products in half precision, on a GPU"
-    how = (options[name] for name in ("score", "normalize", "dropout", "return_weights"))
+    how = (options[name] for name in ("score", "normalize", "dropout", "return_weights", "valid_lens"))
     if tiles.serves(sys.modules[__name__], query, key, value, *how):
         return "tiles", "softmax of dot products, so many that all at once would fill the memory, not the cache"
     why = "tiles are for many dot products on the CPU, without dropout or weights"

@@ -3,6 +3,7 @@
 A tile of queries meets the keys block by block, with a running maximum. What causal, window and valid_lens allow is a range
 of keys for each query: blocks outside every range are left out, and blocks inside all of them need no mask. The derivative
 is written forwards, in the same tiles, and rematerialised: JAX transposes it to the backward pass, and differentiates both.
+It transposes no loop whose length only the data tell, so that the derivative looks at each block and leaves some out.
 
 Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Rabe and Staats 2021, "Self-attention
 does not need O(n^2) memory"; Dao et al. 2022, "FlashAttention".
@@ -23,18 +24,21 @@ from jax.custom_derivatives import SymbolicZero
 from kvattn import bands
 
 ROWS, COLUMNS = 1024, 1024  # queries of a tile, keys of a block
-EDGE, BAND = 512, 256  # the same where causal or valid_lens, and where a window on both sides, cuts tiles
+EDGE, BAND = 512, 256  # queries of a tile that causal or a window, and that a window on both sides, cuts
+REACH = 2048  # keys that a tile under a window on both sides reaches at most, to meet them in one block
 SMALLEST = 2**14  # scores of a batch entry's head that tiles are worth their own cost for
 FEWEST = 16  # queries, likewise
+LONG = 2**12  # keys up to valid_lens, of which fewer queries than that leave the rest unread
 
 
-def serves(tab, query, key, value, score, normalize, dropout=0.0, return_weights=False):
+def serves(tab, query, key, value, score, normalize, dropout=0.0, return_weights=False, valid_lens=None):
     """Whether tiles serve a call of ``tab``: softmax of dot products, large, on the CPU, weights not asked for.
 
     Values that widen a batch axis are left to the tab.
     """
     n, m = query.shape[-2], key.shape[-2]
-    if n * m < SMALLEST or n < FEWEST or 0 in (*query.shape, *key.shape) or dropout or return_weights:
+    large = n * m >= SMALLEST if n >= FEWEST else m >= LONG and valid_lens is not None
+    if not large or 0 in (*query.shape, *key.shape) or dropout or return_weights:
         return False
     if score not in (tab.scaled_dot_score, tab.dot_score) or normalize not in (tab.softmax, tab.masked_softmax):
         return False
@@ -57,7 +61,8 @@ class Plan(NamedTuple):
     m: int
     rows: int  # queries of a tile
     columns: int  # keys of a block
-    blocks: int  # that a tile can reach, one after another
+    edge: int  # the same where some pairs of the block may be forbidden, and in the derivative
+    blocks: int  # of the latter that a tile can reach
     holes: bool  # whether there may be keys between those that its queries see
 
 
@@ -70,20 +75,23 @@ def attention(query, key, value, scale, *, mask=None, bias=None, valid_lens=None
     left, right = window or (None, None)
     right = 0 if causal else right
     banded = left is not None and right is not None
-    edge = max(BAND, min(EDGE, (left + right) // 2)) if banded else EDGE
-    limited = left is not None or right is not None
-    rows = _part(n, min(ROWS, edge) if limited else ROWS)
-    columns = _part(m, min(COLUMNS, edge) if limited or valid_lens is not None else COLUMNS)
-    blocks = -(-m // columns)
-    if banded:  # no tile reaches more
-        blocks = max(1, min(blocks, 1 - (-(rows + left + right) // columns)))
+    slanted = left is not None or right is not None
+    rows = _part(n, BAND if banded and BAND + left + right <= REACH else EDGE if slanted else ROWS)
+    columns = edge = _part(m, COLUMNS)
+    if slanted or valid_lens is not None:  # never all keys in a block: XLA would take its products out of the loop
+        columns, edge = max(1, min(columns, m // 2)), _part(m, min(COLUMNS, EDGE * EDGE // rows))
+    blocks = -(-m // edge)
+    if banded:
+        reach = rows + left + right
+        edge = min(m, reach) if reach <= REACH else edge
+        blocks = min(-(-m // edge), -(-reach // edge))
     holes = left is not None and valid_lens is not None and valid_lens.ndim == min(axes - 1, 2)
     if axes == 2:
         query, key, value = query[None], key[None], value[None]
-    plan = Plan(lead, key.shape[-3], n, m, rows, columns, blocks, holes)
+    plan = Plan(lead, key.shape[-3], n, m, rows, columns, edge, blocks, holes)
     low, high = _bounds(axes, n, m, left, right, query_offset, valid_lens)
     if high is None and m % columns:
-        high = jnp.full(1, m, jnp.int32)  # the last block is filled up
+        high = jnp.full(1, m, jnp.int32)  # the last block is not whole
     limits = {"low": low, "high": high, "mask": mask, "scale": jnp.asarray(scale, wide)}
     limits["softcap"] = None if softcap is None else jnp.asarray(softcap, wide)
     inputs = {"query": query, "key": key, "value": value, "bias": bias}
@@ -131,70 +139,63 @@ def _dot(x, y):
     return jnp.matmul(x, y, precision="highest")
 
 
-class Forward:
-    """output and lse of a tile: the sums of exp(scores) and of exp(scores) @ value under the maximum so far."""
-
-    @staticmethod
-    def start(rows, keys):
-        ones = jnp.ones((len(rows["query"]), 1), rows["query"].dtype)
-        return jnp.finfo(ones.dtype).min * ones, 0 * ones, jnp.zeros((len(ones), keys["value"].shape[-1]), ones.dtype)
-
-    @staticmethod
-    def step(carry, rows, keys, pairs, limits, allowed):
-        top, sums, total = carry
-        scores, _ = _scores(rows, keys, pairs, limits)
-        if allowed is not None:
-            scores = jnp.where(allowed, scores, -math.inf)
-        new = jnp.maximum(top, scores.max(axis=1, keepdims=True))
-        weights, fade = jnp.exp(scores - new), jnp.exp(top - new)
-        return new, fade * sums + weights.sum(axis=1, keepdims=True), fade * total + _dot(weights, keys["value"])
-
-    @staticmethod
-    def finish(carry, rows):
-        top, sums, total = carry
-        empty = sums == 0
-        sums = jnp.where(empty, 1, sums)
-        return total / sums, jnp.where(empty, -math.inf, top + jnp.log(sums))[:, 0]
+def _edge(step, carry, rows, keys, pairs, limits, low, high, start, at, holes):
+    """``step`` with the keys from ``start`` on, of which those before ``at`` are left out."""
+    position = start + jnp.arange(len(keys["key"]), dtype=jnp.int32)
+    low = jnp.maximum(low, at)
+    allowed = (position >= low[:, None]) & (position < high[:, None])
+    if "mask" in pairs:
+        allowed &= pairs["mask"]
+    if "bias" in pairs:
+        allowed &= pairs["bias"] != -math.inf
+    if pairs or holes:
+        sees, seen = allowed.any(axis=1), allowed.any(axis=0)
+    else:  # the same, in less time
+        sees = jnp.maximum(low, start) < jnp.minimum(high, start + len(position))
+        seen = (low.min() <= position) & (position < high.max())
+    # zeros for the rest: 0 * NaN is NaN
+    rows = {name: jnp.where(sees[:, None], x, 0) if name in ("query", "d_query") else x for name, x in rows.items()}
+    keys = {name: jnp.where(seen if name[0] == "d" else seen[:, None], x, 0) for name, x in keys.items()}
+    pairs = {name: jnp.where(allowed, x, 0) for name, x in pairs.items() if name != "mask"}
+    return step(carry, rows, keys, pairs, limits, allowed)
 
 
-class Tangent:
-    """The derivatives of both along d_query, d_key, d_value and d_bias: linear, and so the backward pass transposed."""
+def _absorb(carry, rows, keys, pairs, limits, allowed):
+    """The sums of exp(scores) and of exp(scores) @ value, under the maximum so far."""
+    top, sums, total = carry
+    scores, _ = _scores(rows, keys, pairs, limits)
+    if allowed is not None:
+        scores = jnp.where(allowed, scores, -math.inf)
+    new = jnp.maximum(top, scores.max(axis=1, keepdims=True))
+    weights, fade = jnp.exp(scores - new), jnp.exp(top - new)
+    return new, fade * sums + weights.sum(axis=1, keepdims=True), fade * total + _dot(weights, keys["value"])
 
-    @staticmethod
-    def start(rows, keys):
-        zeros = jnp.zeros((len(rows["query"]), 1), rows["query"].dtype)
-        return zeros, jnp.zeros((len(zeros), keys["value"].shape[-1]), zeros.dtype)
 
-    @staticmethod
-    def step(carry, rows, keys, pairs, limits, allowed):
-        sums, total = carry
-        scores, slope = _scores(rows, keys, pairs, limits)
-        lse = jnp.where(rows["lse"] == -math.inf, 0, rows["lse"])[:, None]
-        weights = jnp.exp((scores if allowed is None else jnp.where(allowed, scores, -math.inf)) - lse)
-        moved = []
-        if "d_query" in rows:
-            moved.append(_dot(rows["d_query"], keys["key"].T))
-        if "d_key" in keys:
-            moved.append(_dot(rows["query"], keys["d_key"]))
-        moved = [sum(moved) * slope] if moved else []
-        moved += [pairs["d_bias"]] if "d_bias" in pairs else []
-        if moved:
-            moved = weights * sum(moved)
-            sums, total = sums + moved.sum(axis=1, keepdims=True), total + _dot(moved, keys["value"])
-        if "d_value" in keys:
-            total = total + _dot(weights, keys["d_value"].T)
-        return sums, total
-
-    @staticmethod
-    def finish(carry, rows):
-        sums, total = carry
-        return total - sums * rows["output"], sums[:, 0]
+def _along(carry, rows, keys, pairs, limits, allowed):
+    """The same sums' derivatives along d_query, d_key, d_value and d_bias: linear, and so the backward pass transposed."""
+    sums, total = carry
+    scores, slope = _scores(rows, keys, pairs, limits)
+    lse = jnp.where(rows["lse"] == -math.inf, 0, rows["lse"])[:, None]
+    weights = jnp.exp((scores if allowed is None else jnp.where(allowed, scores, -math.inf)) - lse)
+    moved = []
+    if "d_query" in rows:
+        moved.append(_dot(rows["d_query"], keys["key"].T))
+    if "d_key" in keys:
+        moved.append(_dot(rows["query"], keys["d_key"]))
+    moved = [sum(moved) * slope] if moved else []
+    moved += [pairs["d_bias"]] if "d_bias" in pairs else []
+    if moved:
+        moved = weights * sum(moved)
+        sums, total = sums + moved.sum(axis=1, keepdims=True), total + _dot(moved, keys["value"])
+    if "d_value" in keys:
+        total = total + _dot(weights, keys["d_value"].T)
+    return sums, total
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(plan, inputs, limits):
     """The output (*lead, n, v) and lse (*lead, n), float32 for half precision."""
-    return _walk(plan, Forward, inputs, limits)
+    return _forward(plan, inputs, limits)
 
 
 @partial(_attend.defjvp, symbolic_zeros=True)
@@ -206,7 +207,7 @@ def _attend_jvp(plan, primals, tangents):
         return (output, lse), (jnp.zeros_like(output), jnp.zeros_like(lse))
 
     def along(moved):
-        return _walk(plan, Tangent, {**inputs, **moved, "output": output, "lse": lse}, limits)
+        return _tangent(plan, {**inputs, **moved, "output": output, "lse": lse}, limits)
 
     if jax.__version_info__ >= (0, 10):
         return (output, lse), along(moved)
@@ -222,49 +223,129 @@ KEY = ("key", "value", "d_key", "d_value")
 PAIR = ("mask", "bias", "d_bias")
 
 
-def _walk(plan, todo, inputs, limits):
-    """``todo`` for every tile: its results stacked, (*lead, n, ...)."""
-    arrays = {name: x for name, x in (inputs | limits).items() if name not in ("scale", "softcap")}
-    limits = {name: limits[name] for name in ("scale", "softcap") if name in limits}
+def _entries(plan, arrays):
+    """Of each array (entries, rest), and which of them serves each entry; rows of all heads in a row, pairs (group, n, m)."""
+    axes, heads, group = len(plan.lead), len(plan.lead) - 1, plan.lead[-1] // plan.heads
+    parts = {}
+    for name, x in arrays.items():
+        rest = 1 + ROW[name] if name in ROW else 2
+        x = x.reshape(*[1] * (axes + rest - x.ndim), *x.shape)
+        if name in ROW:
+            x = jnp.broadcast_to(x, (*x.shape[:heads], max(x.shape[heads], group), plan.n, *x.shape[axes + 1 :]))
+        (*batch, h), rest = x.shape[:axes], x.shape[axes:]
+        own, full = (*batch, h if name in KEY else max(1, h // group)), (*plan.lead[:-1], plan.heads)
+        index = np.broadcast_to(np.arange(math.prod(own), dtype=np.int32).reshape(own), full).reshape(-1)
+        if name in ROW:
+            rest = (group * plan.n, *rest[1:])
+        elif name in PAIR:
+            rest = (1 if h == 1 else group, *rest)
+        parts[name] = x.reshape(-1, *rest), index
+    return parts
+
+
+def _wide(x):
+    return x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
+
+
+def _bounded(rows, limits, m):
+    """The rows without low and high, scaled; and those."""
+    low, high = rows.pop("low", jnp.zeros(1, jnp.int32)), rows.pop("high", jnp.full(1, m, jnp.int32))
+    return {name: x * limits["scale"] if name in ("query", "d_query") else x for name, x in rows.items()}, low, high
+
+
+def _split(inputs, limits):
+    """(arrays, numbers)."""
+    given = inputs | limits
+    numbers = {name: given.pop(name) for name in ("scale", "softcap") if name in given}
+    return given, numbers
+
+
+def _forward(plan, inputs, limits):
+    """Every tile beside the blocks that it reaches, cut from the arrays as they are."""
+    arrays, limits = _split(inputs, limits)
+    count, group, tiles = math.prod(plan.lead[:-1]) * plan.heads, plan.lead[-1] // plan.heads, -(-plan.n // plan.rows)
+    dtype, parts = limits["scale"].dtype, _entries(plan, arrays)
+    pairs = [name for name in PAIR if name in parts]
+
+    def tile(number, results):
+        entry, head = number // (group * tiles), number // tiles % group
+        first = jnp.minimum(number % tiles * plan.rows, plan.n - plan.rows)
+
+        def part(name, *places):
+            """From and size on each axis; all of one where one place stands for every, and of those not named."""
+            x, index = parts[name]
+            places = [(entry if len(x) == count else jnp.asarray(index)[entry], 1), *places]
+            places += [(jnp.int32(0), size) for size in x.shape[len(places) :]]
+            sizes = [min(size, most) for (_, size), most in zip(places, x.shape, strict=True)]
+            return _wide(lax.dynamic_slice(x, [start for start, _ in places], sizes)[0])
+
+        def keys(start, size):
+            return {name: part(name, (start, size)) for name in ("key", "value")}
+
+        def inside(carry, at):
+            return _absorb(carry, rows, keys(at, plan.columns), {}, limits, None)
+
+        def edge(carry, at):
+            start = jnp.minimum(at, plan.m - plan.edge)
+            here = {name: part(name, (head, 1), (first, plan.rows), (start, plan.edge))[0] for name in pairs}
+            return _edge(_absorb, carry, rows, keys(start, plan.edge), here, limits, low, high, start, at, plan.holes)
+
+        def walk(carry, at, count, size, step):  # as far as the data say: no derivative goes through here
+            count = jnp.maximum(0, count)
+            return lax.fori_loop(0, count, lambda i, carry: step(carry, at + i * size), carry), at + count * size
+
+        rows = {name: part(name, (head * plan.n + first, plan.rows)) for name in ROW if name in parts}
+        rows, low, high = _bounded(rows, limits, plan.m)
+        lowest, inner_lowest, inner_highest, highest = low.min(), low.max(), high.min(), high.max()
+        sums, at = jnp.zeros((plan.rows, 1), dtype), jnp.clip(lowest, 0, plan.m)
+        carry = sums + jnp.finfo(dtype).min, sums, jnp.zeros((plan.rows, inputs["value"].shape[-1]), dtype)
+        limited = pairs or "low" in arrays or "high" in arrays
+        if limited and plan.edge == plan.m:
+            carry = edge(carry, jnp.int32(0))
+        else:
+            if "low" in arrays:
+                carry, at = walk(carry, at, -((at - jnp.minimum(inner_lowest, highest)) // plan.edge), plan.edge, edge)
+            if not pairs:
+                carry, at = walk(carry, at, (inner_highest - at) // plan.columns, plan.columns, inside)
+            if limited:
+                carry, at = walk(carry, at, -((at - highest) // plan.edge), plan.edge, edge)
+        top, sums, total = carry
+        empty = sums == 0
+        sums = jnp.where(empty, 1, sums)
+        found = total / sums, jnp.where(empty, -math.inf, top + jnp.log(sums))[:, 0]
+        where = entry, head * plan.n + first, jnp.int32(0)
+        return tuple(lax.dynamic_update_slice(x, y[None], where[: x.ndim]) for x, y in zip(results, found, strict=True))
+
+    shape = count, group * plan.n
+    results = jnp.zeros((*shape, inputs["value"].shape[-1]), dtype), jnp.zeros(shape, dtype)
+    results = lax.fori_loop(jnp.int32(0), jnp.int32(count * group * tiles), tile, results)
+    return tuple(x.reshape(*plan.lead, plan.n, *x.shape[2:]) for x in results)
+
+
+def _tangent(plan, inputs, limits):
+    """The derivatives of both results along inputs' d_query, d_key, d_value and d_bias: linear in them, and loops all scans."""
+    arrays, limits = _split(inputs, limits)
     count = math.prod(plan.lead[:-1]) * plan.heads
-    parts = {name: _entries(plan, name, x) for name, x in arrays.items()}
+    parts = _entries(plan, arrays)
     own = {name: x for name, (x, _) in parts.items() if len(x) == count}  # the rest is shared by entries
     at = {name: index for name, (_, index) in parts.items() if name not in own}
 
     @partial(jax.checkpoint, prevent_cse=False)
     def entry(given):
         own, at = given
-        return _entry(plan, todo, own | {name: parts[name][0][i] for name, i in at.items()}, limits)
+        return _entry(plan, own | {name: parts[name][0][i] for name, i in at.items()}, limits)
 
     return tuple(x.reshape(*plan.lead, plan.n, *x.shape[2:]) for x in lax.map(entry, (own, at)))
 
 
-def _entries(plan, name, x):
-    """(entries, rest) of an array, and which of them serves each entry; rows of all heads in a row, pairs (group, n, m)."""
-    axes, heads, group = len(plan.lead), len(plan.lead) - 1, plan.lead[-1] // plan.heads
-    rest = 1 + ROW[name] if name in ROW else 2
-    x = x.reshape(*[1] * (axes + rest - x.ndim), *x.shape)
-    if name in ROW:
-        x = jnp.broadcast_to(x, (*x.shape[:heads], max(x.shape[heads], group), plan.n, *x.shape[axes + 1 :]))
-    (*batch, h), rest = x.shape[:axes], x.shape[axes:]
-    own, full = (*batch, h if name in KEY else max(1, h // group)), (*plan.lead[:-1], plan.heads)
-    index = np.broadcast_to(np.arange(math.prod(own)).reshape(own), full).reshape(-1)
-    if name in ROW:
-        rest = (group * plan.n, *rest[1:])
-    elif name in PAIR:
-        rest = (1 if h == 1 else group, *rest)
-    return x.reshape(-1, *rest), index
-
-
-def _entry(plan, todo, arrays, limits):
+def _entry(plan, arrays, limits):
     """One entry's results, (group * n, ...)."""
-    tiles, blocks = -(-plan.n // plan.rows), -(-plan.m // plan.columns)
-    group, n, m = plan.lead[-1] // plan.heads, tiles * plan.rows, blocks * plan.columns
+    tiles, group = -(-plan.n // plan.rows), plan.lead[-1] // plan.heads
+    n, m = tiles * plan.rows, max(plan.m, plan.blocks * plan.edge)
     pairs = {name: _wide(x) for name, x in arrays.items() if name in PAIR}
     for axis, size in ((1, n), (2, m)):
         pairs = {name: x if x.shape[axis] == 1 else _fill(x, axis, size) for name, x in pairs.items()}
-    keys = {name: _fill(_wide(x), 0, m).reshape(blocks, plan.columns, -1) for name, x in arrays.items() if name in KEY}
-    keys = {name: x.swapaxes(1, 2) if name[0] == "d" else x for name, x in keys.items()}  # for the backward pass's products
+    keys = {name: _fill(_wide(x), 0, m) for name, x in arrays.items() if name in KEY}
     rows = {name: _wide(x) for name, x in arrays.items() if name in ROW}
     if n != plan.n:
         ends = {"low": plan.m}  # a row that is no query sees nothing
@@ -274,8 +355,10 @@ def _entry(plan, todo, arrays, limits):
     @partial(jax.checkpoint, prevent_cse=False)
     def tile(given):
         number, rows = given
-        mine = {name: _cut(_cut(x, 0, number // tiles, 1)[0], 0, number % tiles, plan.rows) for name, x in pairs.items()}
-        return _tile(plan, todo, rows, keys, mine, limits)
+        mine = {
+            name: _cut(_cut(x, 0, number // tiles, 1)[0], 0, number % tiles * plan.rows, plan.rows) for name, x in pairs.items()
+        }
+        return _tile(plan, rows, keys, mine, limits)
 
     if group * tiles == 1:
         results = [x[None] for x in tile((0, {name: x[0] for name, x in rows.items()}))]
@@ -286,10 +369,6 @@ def _entry(plan, todo, arrays, limits):
     return tuple(x.reshape(group * plan.n, *x.shape[2:]) for x in results)
 
 
-def _wide(x):
-    return x.astype(jnp.float32) if x.dtype.itemsize == 2 else x
-
-
 def _fill(x, axis, size, value=0):
     """``value`` at the end of an axis up to ``size``."""
     missing = size - x.shape[axis]
@@ -297,50 +376,33 @@ def _fill(x, axis, size, value=0):
     return jnp.pad(x, sides, constant_values=value) if missing else x
 
 
-def _cut(x, axis, number, size):
-    """The part of that number and size, or all where one place stands for every."""
-    return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, number * size, size, axis)
+def _cut(x, axis, start, size):
+    """The part of that start and size, or all where one place stands for every."""
+    return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _tile(plan, todo, rows, keys, pairs, limits):
+def _tile(plan, rows, keys, pairs, limits):
     limited = "low" in rows or "high" in rows
-    low, high = rows.pop("low", jnp.zeros(1, jnp.int32)), rows.pop("high", jnp.full(1, plan.m, jnp.int32))
-    rows = {name: x * limits["scale"] if name in ("query", "d_query") else x for name, x in rows.items()}
+    rows, low, high = _bounded(rows, limits, plan.m)
     lowest, inner_lowest, inner_highest, highest = low.min(), low.max(), high.min(), high.max()
-    first, blocks = 0, len(keys["key"])
-    if plan.blocks < blocks:
-        first = jnp.clip(lowest // plan.columns, 0, blocks - plan.blocks)
-        keys = {name: lax.dynamic_slice_in_dim(x, first, plan.blocks) for name, x in keys.items()}
+    span = plan.blocks * plan.edge
+    first = jnp.clip(lowest, 0, len(keys["key"]) - span)
+    keys = {name: x if len(x) == span else lax.dynamic_slice_in_dim(x, first, span) for name, x in keys.items()}
+    keys = {name: x.reshape(plan.blocks, plan.edge, -1) for name, x in keys.items()}
+    keys = {name: x.swapaxes(1, 2) if name[0] == "d" else x for name, x in keys.items()}  # for the backward pass's products
 
     @partial(jax.checkpoint, prevent_cse=False)
     def block(carry, given):
         number, keys = given
-        start = (first + number) * plan.columns
-        end = start + plan.columns
+        start = first + number * plan.edge
+        end = start + plan.edge
 
         def inside():
-            return todo.step(carry, rows, keys, {}, limits, None)
+            return _along(carry, rows, keys, {}, limits, None)
 
         def edge():
-            here = {name: _cut(x, 1, first + number, plan.columns) for name, x in pairs.items()}
-            position = start + jnp.arange(plan.columns, dtype=jnp.int32)
-            allowed = jnp.ones((plan.rows, plan.columns), bool)
-            if limited:
-                allowed = (position >= low[:, None]) & (position < high[:, None])
-            if "mask" in here:
-                allowed &= here.pop("mask")
-            if "bias" in here:
-                allowed &= here["bias"] != -math.inf
-                here = {name: jnp.where(allowed, x, 0) for name, x in here.items()}
-            if pairs or plan.holes:
-                sees, seen = allowed.any(axis=1), allowed.any(axis=0)
-            else:  # the same, in less time
-                sees = jnp.maximum(low, start) < jnp.minimum(high, end)
-                seen = (lowest <= position) & (position < highest)
-            # zeros for the rest: 0 * NaN is NaN
-            hidden = {name: jnp.where(sees[:, None], x, 0) if name in ("query", "d_query") else x for name, x in rows.items()}
-            shown = {name: jnp.where(seen if name[0] == "d" else seen[:, None], x, 0) for name, x in keys.items()}
-            return todo.step(carry, hidden, shown, here, limits, allowed)
+            here = {name: _cut(x, 1, start, plan.edge) for name, x in pairs.items()}
+            return _edge(_along, carry, rows, keys, here, limits, low, high, start, start, plan.holes)
 
         if not limited:
             return (edge() if pairs else inside()), None
@@ -349,9 +411,11 @@ def _tile(plan, todo, rows, keys, pairs, limits):
             return lax.cond(some, edge, lambda: carry), None
         return lax.switch(jnp.where(some, jnp.where(whole, 1, 2), 0), [lambda: carry, inside, edge]), None
 
-    carry = todo.start(rows, keys)
+    zeros = jnp.zeros((plan.rows, 1), rows["query"].dtype)
+    carry = zeros, jnp.zeros((plan.rows, keys["value"].shape[-1]), zeros.dtype)
     if plan.blocks == 1:
         carry, _ = block(carry, (0, {name: x[0] for name, x in keys.items()}))
     else:
         carry, _ = lax.scan(block, carry, (jnp.arange(plan.blocks), keys))
-    return todo.finish(carry, rows)
+    sums, total = carry
+    return total - sums * rows["output"], sums[:, 0]
