@@ -573,6 +573,7 @@ def merge_attention(outputs, lses, return_lse=False):
     return (output, lse) if return_lse else output
 
 
+@_exact
 def kernel(query, key, value, **options):
     if options["positions"] is not None:
         return explanation.selected(kernel, _select, query, key, value, **options)
