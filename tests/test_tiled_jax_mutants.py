@@ -1,0 +1,66 @@
+"""Break any one line of JAX's tiles and the comparison with all at once turns red, as in test_mutants.py."""
+
+import sys
+
+import pytest
+from conftest import chosen
+from test_mutants import altered
+from test_tiled import RESTRICTIONS, draw
+
+if "jax" not in chosen():
+    pytest.skip("this run has no jax", allow_module_level=True)
+
+import test_tiled_jax
+from test_tiled_jax import tab, tiles
+
+FAR = {"window": (2, 1), "query_offset": 9}
+LEFT = {"window": (2, None)}
+MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction or options that should notice
+    ("computes no last edge", "            if limited:\n", "            if False:\n", "lengths"),
+    ("computes no first edge", "at, -((at - jnp.minimum(inner_lowest", "at, 0 * -((at - jnp.minimum(inner_lowest", LEFT),
+    ("takes the last edge for an inner block", "(inner_highest - at) //", "(highest - at) //", "causal"),
+    ("counts keys of two blocks twice", "low = jnp.maximum(low, at)", "low = jnp.maximum(low, start)", "lengths"),
+    ("sees too far right", "(position < high[:, None])", "(position < high.max())", "causal"),
+    ("sees too far left", "(position >= low[:, None])", "(position >= low.min())", "window"),
+    ("keeps sums under an older maximum", "fade * total + _dot", "total + _dot", "nothing"),
+    ("forgets the maximum in lse", "top + jnp.log(sums)", "jnp.log(sums)", "nothing"),
+    ("divides by nothing", "sums = jnp.where(empty, 1, sums)", "pass", "lengths of 0"),
+    ("puts the last tile past the end", "tiles * plan.rows, plan.n - plan.rows)", "tiles * plan.rows, plan.n)", "bias"),
+    ("shifts a bias's rows", "(head, 1), (first, plan.rows)", "(head, 1), (0 * first, plan.rows)", "bias"),
+    ("reads another entry's lengths", "jnp.asarray(index)[entry]", "jnp.asarray(index)[0]", "lengths"),
+    ("derives by keys out of reach", "jnp.clip(lowest, 0, len", "jnp.clip(0 * lowest, 0, len", FAR),
+    ("derives by no inner block", "jnp.where(whole, 1, 2)", "jnp.where(whole, 0, 2)", "lengths"),
+    ("forgets softcap's slope", "[sum(moved) * slope]", "[sum(moved)]", "softcap"),
+    ("forgets the sums' derivative", "total - sums * rows", "total - 0 * rows", "nothing"),
+]
+
+
+@pytest.fixture
+def mutated(monkeypatch):
+    """Makes the tiles anew, altered, and puts them in their place."""
+
+    def alter(old, new):
+        monkeypatch.setitem(sys.modules, tiles.__name__, tiles)
+        module = altered("kernels/jax.py", tiles.__name__, old, new)
+        monkeypatch.setattr(test_tiled_jax, "tiles", module)
+        monkeypatch.setattr(tab, "tiles", module)
+
+    return alter
+
+
+def compared(which):
+    options = RESTRICTIONS[which](7, 10) if isinstance(which, str) else which
+    test_tiled_jax.same(draw(lead=(2, 4), kv=(2, 2), n=7, m=23 if which is FAR else 10), **options)
+
+
+def test_the_unmutated_file_passes(mutated):
+    mutated("import", "import")
+    for which in (FAR, LEFT, "lengths"):
+        compared(which)
+
+
+@pytest.mark.parametrize(("wrong", "old", "new", "which"), MUTANTS, ids=[row[0] for row in MUTANTS])
+def test_tiles_that(mutated, wrong, old, new, which):
+    mutated(old, new)
+    with pytest.raises(AssertionError):
+        compared(which)
