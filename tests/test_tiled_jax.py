@@ -15,7 +15,7 @@ if "jax" not in chosen():
 
 import jax
 import jax.numpy as jnp
-from tiling import INF, draw, room
+from tiling import INF, call, draw, right, room
 
 import kvattn
 from kvattn.backends import jax as tab
@@ -127,9 +127,9 @@ def test_few_queries_are_served_where_lengths_leave_much_unread():
 def test_a_window_too_wide_for_one_block(window):
     for offset in (-3, 9):
         with patch.object(tiles, "REACH", 0):
-            same(draw(n=11, m=13), window=window, query_offset=offset, valid_lens=np.array([8, 13]))
+            right(ROOM, call(n=11, m=13, window=window, query_offset=offset, valid_lens=np.array([8, 13])))
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 8])
 def test_one_query_with_lengths_around_those_of_a_block(length):
-    same(draw(n=1, m=9), valid_lens=np.array([length, 9]))
+    right(ROOM, call(n=1, m=9, valid_lens=np.array([length, 9])))

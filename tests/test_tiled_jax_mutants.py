@@ -5,13 +5,14 @@ import sys
 import pytest
 from conftest import chosen
 from test_mutants import altered
-from test_tiled import RESTRICTIONS, draw
+from tiling import call, right, room
 
 if "jax" not in chosen():
     pytest.skip("this run has no jax", allow_module_level=True)
 
-import test_tiled_jax
-from test_tiled_jax import tab, tiles
+from kvattn import kernels
+from kvattn.backends import jax as tab
+from kvattn.kernels import jax as tiles
 
 FAR = {"window": (2, 1), "query_offset": 9}
 LEFT = {"window": (2, None)}
@@ -42,15 +43,15 @@ def mutated(monkeypatch):
     def alter(old, new):
         monkeypatch.setitem(sys.modules, tiles.__name__, tiles)
         module = altered("kernels/jax.py", tiles.__name__, old, new)
-        monkeypatch.setattr(test_tiled_jax, "tiles", module)
+        monkeypatch.setattr(kernels, "jax", module)
         monkeypatch.setattr(tab, "tiles", module)
 
     return alter
 
 
 def compared(which):
-    options = RESTRICTIONS[which](7, 10) if isinstance(which, str) else which
-    test_tiled_jax.same(draw(lead=(2, 4), kv=(2, 2), n=7, m=23 if which is FAR else 10), **options)
+    restriction, options = (which, {}) if isinstance(which, str) else ("nothing", which)
+    right(room("jax"), call(restriction, lead=(2, 4), kv=(2, 2), n=7, m=23 if which is FAR else 10, **options))
 
 
 def test_the_unmutated_file_passes(mutated):
