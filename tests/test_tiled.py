@@ -298,21 +298,18 @@ def far(room, **options):
         right(room, call(n=n, m=m, **options))
 
 
-WRAPS = "tiles count keys in 32 bits, and larger numbers wrap around"
-
-
-@each(jax=WRAPS)
+@each()
 def test_a_window_without_end(room):
     far(room, window=(2**40, 0))
 
 
-@each(jax=WRAPS)
+@each()
 def test_an_offset_out_of_sight(room):
     far(room, causal=True, query_offset=-(10**12))
     far(room, causal=True, query_offset=10**12)
 
 
-@each(jax=WRAPS)
+@each()
 def test_lengths_far_beyond_the_keys(room):
     far(room, valid_lens=np.array([0, 2**40]))
 

@@ -28,6 +28,7 @@ EDGE, BAND = 512, 256  # queries of a tile that causal or a window, and that a w
 REACH = 2048  # keys that a tile under a window on both sides reaches at most, to meet them in one block
 SMALLEST = 2**14  # scores of a batch entry's head that tiles are worth their own cost for
 FEWEST = 16  # queries, likewise
+FAR = 2**29  # no array is as long: positions stay within 32 bits
 LONG = 2**12  # keys up to valid_lens, of which fewer queries than that leave the rest unread
 
 
@@ -111,16 +112,23 @@ def _bounds(axes, n, m, left, right, query_offset, valid_lens):
     """low and high, broadcastable to (..., n): query i may see the keys low <= j < high. None where nothing limits them."""
     low = high = None
     if left is not None or right is not None:
-        offset = jnp.asarray(query_offset, jnp.int32)
+        offset = _near(query_offset)
         position = offset.reshape(*offset.shape, *[1] * (axes - 1 - offset.ndim)) + jnp.arange(n, dtype=jnp.int32)
-        low = None if left is None else position - left
-        high = None if right is None else position + right + 1
+        low = None if left is None else position - min(left, FAR)
+        high = None if right is None else position + min(right, FAR) + 1
     if valid_lens is not None:
-        lens = valid_lens.astype(jnp.int32)
+        lens = _near(valid_lens)
         per_query = lens.ndim == (1 if axes == 2 else 2)
         lens = lens.reshape(*lens.shape[: 0 if axes == 2 else 1], *[1] * (axes - 2 - (axes > 2)), n if per_query else 1)
         high = lens if high is None else jnp.minimum(high, lens)
     return low, (high if high is None else jnp.minimum(high, m))
+
+
+def _near(x):
+    """An integer, or an array of them, as int32: no further from 0 than FAR."""
+    if isinstance(x, int):
+        return jnp.int32(max(-FAR, min(x, FAR)))
+    return jnp.clip(x.astype(jnp.promote_types(x.dtype, jnp.int32)), -FAR, FAR).astype(jnp.int32)
 
 
 # ---- what is done with a block of keys

@@ -38,7 +38,7 @@ def choose(query, key, value, usual, score, softcap, scale, where, reach, whole,
     if not parts and (parts := rows(query, key, value, score, fused, **where, **reach)) and not fused:
         kernel = "the formula, in blocks computed again"
     if fused and n and is_band(n, m, **where, **reach):
-        return "SDPA, in bands", parts or [_band(n, m, where["query_offset"], **reach)]
+        return "SDPA, in bands", [_band(i, j, m, where["query_offset"], **reach) for i, j, *_ in parts or [(0, n)]]
     if parts:
         return kernel, parts
     return "SDPA" if fused else "the formula", []
@@ -186,11 +186,12 @@ def is_band(n, m, mask, bias, valid_lens, causal, query_offset, window):
     return (right is None or query_offset + right >= 0) and (left is None or query_offset + n - 1 - left < m)
 
 
-def _band(n, m, offset, causal, window):
-    """All queries, and the keys that some of them sees."""
+def _band(start, end, m, offset, causal, window):
+    """A block of queries, and the keys that some of them sees: the others' NaN would leak."""
     left, right = window or (None, None)
     right = 0 if causal else right
-    return 0, n, 0 if left is None else max(0, offset - left), m if right is None else min(m, offset + n + right)
+    first = 0 if left is None else max(0, offset + start - left)
+    return start, end, first, m if right is None else min(m, offset + end + right)
 
 
 def by_band(steps, query, key, value, causal, query_offset, window, scale):
