@@ -6,6 +6,7 @@ call is an operator of its own: the engine then knows what it reads, and which g
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import math
 import os
@@ -179,7 +180,11 @@ def _record(call, arrays):
 
 
 def _settle():
-    """Before a fork MXNet waits for its operators' threads, and holds Python's lock, which they need for their last steps."""
+    """Lets the operators finish.
+
+    Before a fork MXNet waits for their threads, and holds Python's lock, which these need for their last steps. At exit it ends
+    them, and waits for ever for an operator that comes after.
+    """
     if _Operator.used:
         mx.nd.waitall()
         time.sleep(0.05)  # without the lock
@@ -187,6 +192,7 @@ def _settle():
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_settle)
+atexit.register(_settle)  # the last to be registered is the first to run
 
 
 class _Operator(mx.operator.CustomOp):
