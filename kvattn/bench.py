@@ -356,6 +356,7 @@ def _tensorflow(arrays, options, dtype, grad, device):
 def _mxnet(arrays, options, dtype, grad, device):
     from kvattn.backends import mxnet as tab
 
+    npx = tab.mx.npx
     given = [tab.asarray(x, dtype) for x in arrays]
     options = {name: tab.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     ours = _ours("mxnet", given, options, grad)
@@ -368,14 +369,14 @@ def _mxnet(arrays, options, dtype, grad, device):
 
     def lesson() -> Any:  # as d2l's layer computes it
         query, key, value = flat
-        scores = tab.npx.batch_dot(query, key, transpose_b=True) / math.sqrt(query.shape[-1])
+        scores = npx.batch_dot(query, key, transpose_b=True) / math.sqrt(query.shape[-1])
         if lens is None:
-            weights = tab.npx.softmax(scores)
+            weights = npx.softmax(scores)
         else:
             rows = scores.reshape(-1, scores.shape[-1])
-            masked = tab.npx.sequence_mask(rows, lens, True, value=-1e6, axis=1)
-            weights = tab.npx.softmax(masked).reshape(scores.shape)
-        return tab.npx.batch_dot(weights, value).reshape(given[0].shape).asnumpy()
+            masked = npx.sequence_mask(rows, lens, True, value=-1e6, axis=1)
+            weights = npx.softmax(masked).reshape(scores.shape)
+        return npx.batch_dot(weights, value).reshape(given[0].shape).asnumpy()
 
     yield "MXNet, as d2l", lesson
 
