@@ -107,7 +107,9 @@ def table(rows: list[dict[str, Any]]) -> Any:
 
     rows = [row for row in rows if "failed" not in row]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    made = Table("", "", title=f"time / {YARDSTICK}, all to all: median, quartiles")
+    made = Table(title=f"time / {YARDSTICK}, all to all: median, quartiles")
+    for width in (6, 17):  # however many shapes share the line
+        made.add_column(min_width=width)
     for shape in shapes:
         made.add_column(shape, justify="right", no_wrap=True, min_width=9)
     for kind in dict.fromkeys(row["kind"] for row in rows):

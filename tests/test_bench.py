@@ -1,11 +1,13 @@
 """The benchmark command: that it times what is right, says what is not, and writes what it is told to. No times are judged."""
 
+import io
 import json
 import time
 
 import numpy as np
 import pytest
 from conftest import chosen
+from rich.console import Console
 
 from kvattn import bench, cli
 
@@ -76,3 +78,11 @@ def test_what_is_timed_follows_calls_of_its_own():
     assert called[-1] - before >= bench.WARM
     assert len(called) > 1
     assert 0 < seconds <= time.perf_counter() - before - bench.WARM
+
+
+def test_the_names_stand_in_the_table_beside_however_many_shapes():
+    row = {"what": "kvattn tensorflow", "kind": "causal", "right": True, "ratio": 1.0, "spread": [0.9, 1.1], "error": 0.0}
+    console = Console(width=80, file=io.StringIO())
+    console.print(bench.table([row | {"shape": shape} for shape in bench.SHAPES]))
+    assert "causal" in console.file.getvalue()
+    assert "kvattn tensorflow" in console.file.getvalue()
