@@ -8,6 +8,7 @@ from typing import Any
 Band = tuple[int, int, int, int]
 
 BLOCK = 256  # queries that share one slice of the keys
+FEW = 1024  # keys: not worth a slice for one block
 FAN = 4  # slices cut from one array
 
 
@@ -25,7 +26,7 @@ def plan(n: object, m: object, causal: bool, offset: object, window: tuple[int |
     left, right = window
     right = 0 if causal else right
     reach = (m if left is None else left) + (m if right is None else right) + min(n, BLOCK)
-    if n <= BLOCK or 2 * reach > m:
+    if 2 * reach > m or (n <= BLOCK and m <= FEW):
         return []
     bands = []
     for start in range(0, n, BLOCK):

@@ -48,6 +48,8 @@ def general(
 
 def in_blocks(steps: list[Any]) -> str:
     """What `bands.plan` does to a call, in words."""
+    if len(steps) == 1:
+        return "the queries beside the keys in their window"
     return f"{len(steps)} blocks of queries, each beside the keys in its window"
 
 

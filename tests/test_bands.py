@@ -66,6 +66,21 @@ def test_what_causal_and_a_window_cover(causal, window):
     assert not bands.covers(4, 4, causal, np.array([0, 1]), window)
 
 
+def test_a_few_queries_meet_only_the_keys_in_their_window(backend):
+    n, m, options = 2, 2 * bands.FEW, {"causal": True, "query_offset": 1500, "window": (5, None)}
+    assert bands.plan(n, m, True, 1500, (5, None)) == [(0, n, 1495, 1502)]
+    assert bands.plan(n, bands.FEW, True, 900, (5, None)) == []
+    assert bands.plan(n, m, True, 1500, (m // 2, None)) == []
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.standard_normal((1, 2, length, 4)).astype(np.float32) for length in (n, m, m))
+    mask = (np.arange(m) <= 1500 + np.arange(n)[:, None]) & (np.arange(m) >= 1495 + np.arange(n)[:, None])
+    for asked in ({}, {"return_lse": True}, {"score": kvattn.cosine_score}, {"normalize": kvattn.sparsemax}):
+        found = kvattn.attention(query, key, value, **options, **asked, backend=backend)
+        expected = kvattn.attention(query, key, value, mask=mask, **asked, backend="numpy")
+        for x, y in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True):
+            np.testing.assert_allclose(kvattn.to_numpy(x), y, rtol=0, atol=5e-6)
+
+
 def test_a_long_window_is_the_mask_it_stands_for(backend):
     """Long enough for slices of slices."""
     n = 5 * bands.BLOCK + 20

@@ -85,8 +85,8 @@ NUMPY = [
         "    query = _fold(query, kv_heads)\n",
         "    query = _fold(query, kv_heads)\n    query *= 2; scale = (scale or 1) / 2\n",
     ),
-    ("returns float32 for half", "_unfold(output, heads, n).astype(dtype)", "_unfold(output, heads, n)"),
-    ("returns weights in float32 for half", "[weights.astype(dtype)]", "[weights]"),
+    ("returns float32 for half", "_unfold(output, heads, n).astype(dtype, copy=False)", "_unfold(output, heads, n)"),
+    ("returns weights in float32 for half", "[weights.astype(dtype, copy=False)]", "[weights]"),
     ("returns lse in half", "+ [lse] * return_lse", "+ [lse if lse is None else lse.astype(dtype)] * return_lse"),
     (
         "returns a list",

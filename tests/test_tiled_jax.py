@@ -112,12 +112,13 @@ def test_which_calls_tiles_serve():
     assert not tiles.serves(tab, wider[:1], wider[:1], wider, tab.dot_score, tab.softmax)
 
 
-def test_few_queries_are_served_where_lengths_leave_much_unread():
-    few, keys, lens = jnp.zeros((2, 1, 8)), jnp.zeros((2, tiles.LONG, 8)), jnp.zeros(2, int)
-    serves = partial(tiles.serves, tab, score=tab.scaled_dot_score, normalize=tab.softmax)
-    assert serves(few, keys, keys, valid_lens=lens)
-    assert not serves(few, keys, keys)
-    assert not serves(few, keys[:, 1:], keys[:, 1:], valid_lens=lens)
+def test_few_queries_are_served_where_they_leave_much_unread():
+    few, keys = jnp.zeros((2, 1, 8)), jnp.zeros((2, tiles.LONG, 8))
+    for restriction in ({"valid_lens": [1, 2]}, {"window": 3}, {"causal": True, "query_offset": 9}):
+        assert kvattn.explain(few, keys, keys, **restriction).kernel == "tiles"
+        assert kvattn.explain(few, keys[:, 1:], keys[:, 1:], **restriction).kernel != "tiles"
+    for all_seen in ({}, {"causal": True, "query_offset": tiles.LONG - 1}):
+        assert kvattn.explain(few, keys, keys, **all_seen).kernel != "tiles"
 
 
 # ---- the loops

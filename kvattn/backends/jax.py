@@ -456,7 +456,8 @@ def attention(
     usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
     if usual and jax_gpu.serves(query, key, value, **where, **reach, scale=scale, softcap=softcap):
         return jax_gpu.attention(query, key, value, **where, **reach, scale=scale, softcap=softcap)
-    if tiles.serves(sys.modules[__name__], query, key, value, score, normalize, dropout, return_weights, valid_lens):
+    restricted = causal or not valid_lens is window is None
+    if tiles.serves(sys.modules[__name__], query, key, value, score, normalize, dropout, return_weights, restricted):
         scale = tiles.scale_of(sys.modules[__name__], query, score, scale)
         return tiles.attention(query, key, value, scale, **where, **reach, softcap=softcap, return_lse=return_lse)
     steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
@@ -581,9 +582,10 @@ def kernel(query, key, value, **options):
     names = ("mask", "bias", "valid_lens", "causal", "query_offset", "window", "scale", "softcap")
     if not unusual and jax_gpu.serves(query, key, value, **{name: options[name] for name in names}):
         return "cuDNN", "softmax of scaled dot products in half precision, on a GPU"
-    how = (options[name] for name in ("score", "normalize", "dropout", "return_weights", "valid_lens"))
-    if tiles.serves(sys.modules[__name__], query, key, value, *how):
-        return "tiles", "softmax of dot products, so many that all at once would fill the memory, not the cache"
+    how = (options[name] for name in ("score", "normalize", "dropout", "return_weights"))
+    restricted = options["causal"] or not options["valid_lens"] is options["window"] is None
+    if tiles.serves(sys.modules[__name__], query, key, value, *how, restricted):
+        return "tiles", "softmax of many dot products, of which no more than the cache holds exist at a time"
     why = "tiles are for many dot products on the CPU, without dropout or weights"
     return explanation.general(why, query, key, **options)
 

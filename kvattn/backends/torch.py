@@ -501,7 +501,7 @@ def kernel(query, key, value, **options):
         why = unusual or ("softcap is asked for" if softcap else kernels.LACKS)
     else:
         why = "softmax of scaled dot products"
-    return name, f"{why}; {len(parts)} parts of the call, one after another" if parts else why
+    return name, f"{why}; {len(parts)} parts of the call, one after another" if len(parts) > 1 else why
 
 
 # ---- multi-head attention

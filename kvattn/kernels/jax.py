@@ -29,16 +29,17 @@ REACH = 2048  # keys that a tile under a window on both sides reaches at most, t
 SMALLEST = 2**14  # scores of a batch entry's head that tiles are worth their own cost for
 FEWEST = 16  # queries, likewise
 FAR = 2**29  # no array is as long: positions stay within 32 bits
-LONG = 2**12  # keys up to valid_lens, of which fewer queries than that leave the rest unread
+LONG = 2**12  # keys, of which fewer queries than that leave unread those that are out of their reach
 
 
-def serves(tab, query, key, value, score, normalize, dropout=0.0, return_weights=False, valid_lens=None):
+def serves(tab, query, key, value, score, normalize, dropout=0.0, return_weights=False, restricted=False):
     """Whether tiles serve a call of ``tab``: softmax of dot products, large, on the CPU, weights not asked for.
 
-    Values that widen a batch axis are left to the tab.
+    ``restricted``: to some of the keys, so that blocks need not look at all. Values that widen a batch axis are left to the
+    tab.
     """
     n, m = query.shape[-2], key.shape[-2]
-    large = n * m >= SMALLEST if n >= FEWEST else m >= LONG and valid_lens is not None
+    large = n * m >= SMALLEST if n >= FEWEST else m >= LONG and restricted
     if not large or 0 in (*query.shape, *key.shape) or dropout or return_weights:
         return False
     if score not in (tab.scaled_dot_score, tab.dot_score) or normalize not in (tab.softmax, tab.masked_softmax):
