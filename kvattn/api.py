@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from kvattn import checks, dispatch, explanation
+from kvattn import bands, checks, dispatch, explanation
 from kvattn.cache import KVCache
 from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
 
@@ -289,6 +289,9 @@ def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **op
     back = {name: checks.flag(name, options.pop(name, False)) for name in ("return_weights", "return_lse")}
     features = (query.shape[-1], key.shape[-1])
     options = _options(tab, query, scores, features, return_lse=back["return_lse"], **options) | back
+    offset, window = options["query_offset"], options["window"]
+    if bands.reaches_all(query.shape[-2], key.shape[-2], options["causal"], offset, window):  # as every tab begins
+        options |= {"causal": False, "window": None}
     if hasattr(tab, "kernel"):
         kernel, why = tab.kernel(query, key, value, **options)
     else:

@@ -41,9 +41,9 @@ def general(
     if positions is not None:
         return "the formula, of selected keys", f"{why}; each query beside the {positions.shape[-1]} keys it selects"
     steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
-    if steps:
-        return "the formula, in blocks", f"{why}; {in_blocks(steps)}"
-    return "the formula", why
+    if not steps:
+        return "the formula", why
+    return f"the formula{', in blocks' * (len(steps) > 1)}", f"{why}; {in_blocks(steps)}"
 
 
 def in_blocks(steps: list[Any]) -> str:

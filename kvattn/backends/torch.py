@@ -488,8 +488,6 @@ def kernel(query, key, value, **options):
         return explanation.selected(kernel, _select, query, key, value, **options)
     names = (("mask", "bias", "valid_lens", "query_offset"), ("causal", "window"))
     where, reach = ({name: options[name] for name in some} for some in names)
-    if bands.reaches_all(query.shape[-2], key.shape[-2], reach["causal"], where["query_offset"], reach["window"]):
-        reach = {"causal": False, "window": None}
     score, softcap, scale = options["score"], options["softcap"], options["scale"]
     unusual = explanation.unusual(sys.modules[__name__], options, "dropout", "return_weights", "return_lse")
     if query.is_cuda and not unusual:
@@ -501,7 +499,9 @@ def kernel(query, key, value, **options):
         why = unusual or ("softcap is asked for" if softcap else kernels.LACKS)
     else:
         why = "softmax of scaled dot products"
-    return name, f"{why}; {len(parts)} parts of the call, one after another" if len(parts) > 1 else why
+    if len(parts) == 1:
+        return name.removesuffix(", in blocks"), f"{why}; {explanation.in_blocks(parts)}"
+    return name, f"{why}; {len(parts)} parts of the call, one after another" if parts else why
 
 
 # ---- multi-head attention
