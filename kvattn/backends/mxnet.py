@@ -443,11 +443,7 @@ def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_
     """Each query beside the keys it selects: query (r, 1, d), key (r, s, d), value (r, s, v), a row for each query of each
     head and batch entry, and what may attend."""
     n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
-    query, key, value = (
-        _wide(query),
-        _wide(key),
-        _wide(value),
-    )  # the gradients of what is selected twice are sums
+    query, key, value = _wide(query), _wide(key), _wide(value)  # the gradients of what is selected twice are sums
     index = np.broadcast_to(positions.astype("int64"), (*lead, n, positions.shape[-1]))
     inside = (index >= 0) * (index < m) * np.logical_not(_repeated(index))
     index = np.clip(index, 0, m - 1)

@@ -199,14 +199,14 @@ def by_band(steps, query, key, value, causal, query_offset, window, scale):
     left, right = window or (None, None)
     right = 0 if causal else right
     masks, parts = {}, []
-    for block, at in bands.cuts(steps, query, key, value, mask=None, bias=None, valid_lens=None, query_offset=query_offset):
-        place = at["query_offset"], *(x.shape[-2] for x in block[:2])
+    for block, cut in bands.cuts(steps, query, key, value, mask=None, bias=None, valid_lens=None, query_offset=query_offset):
+        place = cut["query_offset"], *(x.shape[-2] for x in block[:2])
         if place not in masks:
             offset, n, m = place
-            ahead = torch.arange(-offset, m - offset, device=query.device)
-            ahead = ahead - torch.arange(n, device=query.device)[:, None]
-            beyond = torch.zeros_like(ahead, dtype=torch.bool) if left is None else ahead < -left
-            beyond = beyond if right is None else beyond | (ahead > right)
+            keys = torch.arange(-offset, m - offset, device=query.device)  # from the first query on
+            at = torch.arange(n, device=query.device)[:, None]
+            beyond = torch.zeros(n, m, dtype=torch.bool, device=query.device) if left is None else keys < at - left
+            beyond = beyond if right is None else beyond | (keys > at + right)
             masks[place] = torch.zeros(n, m, dtype=query.dtype, device=query.device).masked_fill_(beyond, -math.inf)
         parts.append(fused(*block, masks[place], False, scale))
     return torch.cat(parts, dim=-2)
