@@ -33,6 +33,14 @@ def options_of(kind, n, tab, rng):
     def draw(*shape):
         return tab.asarray(rng.standard_normal(shape, dtype=np.float32))
 
+    def own(query, key):
+        return 0.5 * kvattn.dot_score(query, key)
+
+    def grad(query, key, grad_scores):  # NumPy asks for it
+        return 0.5 * grad_scores @ key, 0.5 * grad_scores.swapaxes(-1, -2) @ query
+
+    own.grad = grad
+
     return {
         "full": lambda: {},
         "causal": lambda: {"causal": True},
@@ -40,7 +48,7 @@ def options_of(kind, n, tab, rng):
         "positions": lambda: {"positions": tab.asarray(rng.integers(0, n, (n, S)))},
         "additive": lambda: {"score": partial(kvattn.additive_score, W_q=draw(32, 32), W_k=draw(32, 32), w_v=draw(32))},
         "gated": lambda: {"score": partial(kvattn.gated_score, w_g=draw(64))},
-        "own": lambda: {"score": lambda query, key: 0.5 * kvattn.dot_score(query, key)},
+        "own": lambda: {"score": own},
     }[kind]()
 
 

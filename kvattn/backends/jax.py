@@ -1,9 +1,11 @@
-"""The JAX tab. The promises are in kvattn/api.py; the five tabs hold the same functions in the same order."""
+"""The JAX tab. The promises are in kvattn/api.py; the five tabs hold the same functions in the same order.
+
+How a function is compiled, and at which precision, its decorators say: kernels/jax_programs.py.
+"""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import sys
 from functools import reduce
@@ -11,21 +13,13 @@ from functools import reduce
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from kvattn import bands, explanation
 from kvattn.kernels import jax as tiles
 from kvattn.kernels import jax_gpu
-
-if hasattr(jax, "enable_x64"):
-    _x64 = jax.enable_x64
-else:  # before jax 0.8
-    from jax.experimental import enable_x64 as _x64
+from kvattn.kernels import jax_programs as programs
 
 HALF = ("float16", "bfloat16")
-_WIDE = frozenset(np.dtype(name) for name in ("float64", "int64", "uint64"))
-_FLAGS = {"causal", "return_weights", "return_lse"}
-_STATIC = ("causal", "window", "dropout", "wrt", "return_weights", "return_lse")
 
 
 # ---- data
@@ -39,11 +33,11 @@ def asarray(x, dtype=None, like=None):
     if not is_array(x):  # not placed beside ``like``: JAX moves what was never placed by itself
         x = np.asarray(x)
         # evaluated now even while tracing, so that checks can look at it; copied, as the caller may write to his
-        with jax.ensure_compile_time_eval(), _x64(True):
+        with jax.ensure_compile_time_eval(), programs.x64(True):
             return jnp.array(x, dtype=np.dtype(dtype or x.dtype))
     if dtype is None or x.dtype == np.dtype(dtype):
         return x
-    with _x64(True):
+    with programs.x64(True):
         return x.astype(dtype)
 
 
@@ -64,102 +58,6 @@ def describe():
 
 def tracing():
     return False  # sizes are numbers under jit too
-
-
-# ---- precision and compilation
-
-
-def _exact(function):
-    """Full float32 products (a GPU would take TF32), and 64 bits for float64 arguments where JAX has them off."""
-
-    @functools.wraps(function)
-    def call(*args, **options):
-        options = {name: _as_tree(x) for name, x in options.items()}
-        needed = jax.config.jax_enable_x64
-        if not needed and (wide := {x.dtype for x in jax.tree.leaves((args, options)) if is_array(x) and x.dtype in _WIDE}):
-            args, options = jax.tree.map(_narrow, (args, options))
-            needed = np.dtype("float64") in wide
-        with _x64(needed), jax.default_matmul_precision("highest"):
-            return function(*args, **options)
-
-    return call
-
-
-def _as_tree(x):
-    """A partial whose arrays JAX can see; the rest as it is."""
-    return Partial(x.func, *x.args, **x.keywords) if type(x) is functools.partial else x
-
-
-def _narrow(x):
-    """64-bit integers as int32, which any length or position fits: then a float32 call needs no 64 bits."""
-    if not is_array(x) or x.dtype not in _WIDE:
-        return x
-    if isinstance(x, jax.core.Tracer):
-        raise TypeError(
-            f"jit, grad and vmap over {x.dtype} need JAX's 64 bits for the whole transformation, not just inside kvattn: "
-            "jax.config.update('jax_enable_x64', True)"
-        )
-    if x.dtype == np.dtype("float64"):
-        return x
-    with jax.ensure_compile_time_eval(), _x64(True):
-        return jnp.clip(x, -(2**31), 2**31 - 1).astype(np.int32)
-
-
-def _reaching(function):
-    """No causal mask nor window where they allow every pair, as in decoding; seen before the offset is traced."""
-
-    @functools.wraps(function)
-    def call(query, key, *args, causal=False, query_offset=0, window=None, **options):
-        if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):
-            causal, query_offset, window = False, 0, None
-        return function(query, key, *args, causal=causal, query_offset=query_offset, window=window, **options)
-
-    return call
-
-
-def _compiled(function):
-    """One program for the whole call, since eager JAX pays for every operation; not where it would freeze a stranger's code."""
-
-    @functools.wraps(function)
-    def call(*args, **options):
-        given = {name: options[name] for name in ("score", "normalize") if name in options}
-        if any(getattr(getattr(f, "func", f), "__module__", None) != __name__ for f in given.values()):
-            return function(*args, **options)
-        static = {*_STATIC, *(name for name, f in given.items() if not isinstance(f, Partial))}
-        offset = options.get("query_offset")
-        if isinstance(offset, int) and (offset == 0 or (options.get("window") and args[0].shape[-2] > bands.BLOCK)):
-            static.add("query_offset")  # the plan of blocks needs the number, and a kernel to know that it is 0
-        if isinstance(options.get("scale"), float) and jax_gpu.device() is not None:
-            static.add("scale")  # cuDNN's is part of the program
-        fixed = tuple((name, x) for name, x in options.items() if name in static)
-        return _run(function, fixed, args, {name: x for name, x in options.items() if name not in static})
-
-    return call
-
-
-def _equal(x, default):
-    return x is default or (type(x) is type(default) is float and x == default)
-
-
-def _short(function):
-    """The commonest calls straight to their program: what the long way looks for is not there."""
-    defaults = inspect.unwrap(function).__kwdefaults__
-    program = jax.jit(function, static_argnames=_FLAGS)
-
-    @functools.wraps(function)
-    def call(query, key, value, **options):
-        if options:
-            options = {name: x for name, x in options.items() if not _equal(x, defaults[name])}
-        if options.keys() <= _FLAGS and (query.dtype not in _WIDE or jax.config.jax_enable_x64):
-            return program(query, key, value, **options)
-        return function(query, key, value, **options)
-
-    return call
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(function, fixed, args, options):
-    return function(*args, **dict(fixed), **options)
 
 
 # ---- shapes and masks
@@ -244,19 +142,19 @@ def _hide_padding(allowed, query, key, value):
 # ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m), float32 for half precision
 
 
-@_exact
+@programs.exact
 def dot_score(query, key):
     if query.shape[-2] == 1:  # as in decoding: on the CPU one row takes twice as long as one column
         return (_wide(key) @ _wide(query).swapaxes(-1, -2)).swapaxes(-1, -2)
     return _wide(query) @ _wide(key).swapaxes(-1, -2)
 
 
-@_exact
+@programs.exact
 def scaled_dot_score(query, key):
     return dot_score(query, key) / math.sqrt(query.shape[-1])
 
 
-@_exact
+@programs.exact
 def additive_score(query, key, W_q, W_k, w_v, b=None):
     query, key = _wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k)
     hidden = query[..., :, None, :] + key[..., None, :, :]  # (..., n, m, h)
@@ -265,12 +163,12 @@ def additive_score(query, key, W_q, W_k, w_v, b=None):
     return jnp.tanh(hidden) @ _wide(w_v)
 
 
-@_exact
+@programs.exact
 def multiplicative_score(query, key, W):
     return (_wide(query) @ _wide(W)) @ _wide(key).swapaxes(-1, -2)
 
 
-@_exact
+@programs.exact
 def gated_score(query, key, w_g):
     query, key, w_g = _wide(query), _wide(key), _wide(w_g)
     d = query.shape[-1]
@@ -278,12 +176,12 @@ def gated_score(query, key, w_g):
     return _sigmoid(gate) * dot_score(query, key)
 
 
-@_exact
+@programs.exact
 def cosine_score(query, key):
     return dot_score(_unit(_wide(query)), _unit(_wide(key)))
 
 
-@_exact
+@programs.exact
 def distance_score(query, key):
     return -_squared_distance(query, key) / 2
 
@@ -291,30 +189,30 @@ def distance_score(query, key):
 # ---- kernels: similarities >= 0 of u = |q - k| / width
 
 
-@_exact
+@programs.exact
 def gaussian_kernel(query, key, width=1.0):
     return jnp.exp(-_squared_distance(query, key) / (2 * width * width))
 
 
-@_exact
+@programs.exact
 def boxcar_kernel(query, key, width=1.0):
     distance = _squared_distance(query, key)
     return (distance < width * width).astype(distance.dtype)
 
 
-@_exact
+@programs.exact
 def triangular_kernel(query, key, width=1.0):
     distance = _squared_distance(query, key)
     distance = jnp.where(distance == 0, 0, jnp.sqrt(jnp.where(distance == 0, 1, distance)))  # the root's slope at 0 is inf
     return jax.nn.relu(1 - distance / width)  # maximum would halve the gradient at ties
 
 
-@_exact
+@programs.exact
 def epanechnikov_kernel(query, key, width=1.0):
     return jax.nn.relu(1 - _squared_distance(query, key) / (width * width))
 
 
-@_exact
+@programs.exact
 def constant_kernel(query, key, width=1.0):
     return jnp.ones_like(_squared_distance(query, key))
 
@@ -337,12 +235,12 @@ def _squared_distance(query, key):
 # ---- normalisers: (scores (..., n, m), where bool) -> weights
 
 
-@_exact
+@programs.exact
 def softmax(scores, where=None):
     return _softmax_lse(scores, where)[0].astype(scores.dtype)
 
 
-@_exact
+@programs.exact
 def masked_softmax(scores, valid_lens=None, where=None):
     if valid_lens is not None:
         inside = jnp.arange(scores.shape[-1]) < _lengths(valid_lens, scores.ndim)
@@ -350,7 +248,7 @@ def masked_softmax(scores, valid_lens=None, where=None):
     return softmax(scores, where)
 
 
-@_exact
+@programs.exact
 def sparsemax(scores, where=None):
     wide = _wide(scores)
     if wide.shape[-1] == 0:
@@ -369,7 +267,7 @@ def sparsemax(scores, where=None):
     return (weights if where is None else jnp.where(where, weights, 0)).astype(scores.dtype)
 
 
-@_exact
+@programs.exact
 def hardmax(scores, where=None):
     if scores.shape[-1] == 0:
         return scores
@@ -378,20 +276,20 @@ def hardmax(scores, where=None):
     return (chosen if where is None else chosen & where).astype(scores.dtype)
 
 
-@_exact
+@programs.exact
 def proportional(scores, where=None):
     wide = identity(_wide(scores), where)
     total = wide.sum(axis=-1, keepdims=True)
     return jnp.where(total == 0, 0, wide / jnp.where(total == 0, 1, total)).astype(scores.dtype)
 
 
-@_exact
+@programs.exact
 def average(scores, where=None):
     ones = identity(jnp.ones(scores.shape, _wide(scores).dtype), where)
     return (ones / jnp.maximum(ones.sum(axis=-1, keepdims=True), 1)).astype(scores.dtype)
 
 
-@_exact
+@programs.exact
 def identity(scores, where=None):
     return scores if where is None else jnp.where(where, scores, 0)
 
@@ -418,10 +316,10 @@ def _softmax_lse(scores, where):
 # ---- attention
 
 
-@_short
-@_exact
-@_reaching
-@_compiled
+@programs.short
+@programs.exact
+@programs.reaching
+@programs.compiled
 def attention(
     query,
     key,
@@ -547,9 +445,9 @@ def _repeated(index):
     return jnp.take_along_axis(again[..., :size], jnp.argsort(order, axis=-1), axis=-1)
 
 
-@_exact
-@_reaching
-@_compiled
+@programs.exact
+@programs.reaching
+@programs.compiled
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
     given = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None)}
     score = options.pop("score", scaled_dot_score)
@@ -565,7 +463,7 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
     return jax.vjp(output, *(sources[name] for name in wrt))[1](grad_output)
 
 
-@_exact
+@programs.exact
 def merge_attention(outputs, lses, return_lse=False):
     outputs, lses = jnp.stack([*outputs], axis=-2), jnp.stack([*lses], axis=-1)  # (..., n, parts, v), (..., n, parts)
     weights, lse = _softmax_lse(lses, lses != -math.inf)
@@ -574,7 +472,7 @@ def merge_attention(outputs, lses, return_lse=False):
     return (output, lse) if return_lse else output
 
 
-@_exact
+@programs.exact
 def kernel(query, key, value, **options):
     if options["positions"] is not None:
         return explanation.selected(kernel, _select, query, key, value, **options)
@@ -593,7 +491,7 @@ def kernel(query, key, value, **options):
 # ---- multi-head attention
 
 
-@_exact
+@programs.exact
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
@@ -630,7 +528,7 @@ def _join(x):
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
-@_exact
+@programs.exact
 def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("query", "key", "value"), **options):
     given = {"query": query, "key": key, "value": value, **params}
 
@@ -641,7 +539,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
     return jax.vjp(output, *(given[name] for name in wrt))[1](grad_output)
 
 
-@_exact
+@programs.exact
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
     results = attention(_wide(x) @ _wide(W_q), _wide(x) @ _wide(W_k), _wide(x) @ _wide(W_v), **options)
@@ -652,7 +550,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     return (output, *rest) if rest else output
 
 
-@_exact
+@programs.exact
 def write(buffer, x, at):
     """``buffer`` with x in the places at, at + 1, ... of axis -2; longer, if it does not hold them."""
     if isinstance(at, int) and at + x.shape[-2] > buffer.shape[-2]:

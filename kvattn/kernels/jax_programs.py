@@ -1,0 +1,126 @@
+"""How the JAX tab's functions run: at which precision, and as which programs. Decorators."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from kvattn import bands
+from kvattn.kernels import jax_gpu
+
+if hasattr(jax, "enable_x64"):
+    x64 = jax.enable_x64
+else:  # before jax 0.8
+    from jax.experimental import enable_x64 as x64
+
+_WIDE = frozenset(np.dtype(name) for name in ("float64", "int64", "uint64"))
+_FLAGS = {"causal", "return_weights", "return_lse"}
+_STATIC = ("causal", "window", "dropout", "wrt", "return_weights", "return_lse")
+
+
+# ---- precision
+
+
+def exact(function):
+    """Full float32 products (a GPU would take TF32), and 64 bits for float64 arguments where JAX has them off."""
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        options = {name: _as_tree(x) for name, x in options.items()}
+        needed = jax.config.jax_enable_x64
+        if not needed and (wide := {x.dtype for x in jax.tree.leaves((args, options)) if _is_wide(x)}):
+            args, options = jax.tree.map(_narrow, (args, options))
+            needed = np.dtype("float64") in wide
+        with x64(needed), jax.default_matmul_precision("highest"):
+            return function(*args, **options)
+
+    return call
+
+
+def _is_wide(x):
+    return isinstance(x, jax.Array) and x.dtype in _WIDE
+
+
+def _as_tree(x):
+    """A partial whose arrays JAX can see; the rest as it is."""
+    return Partial(x.func, *x.args, **x.keywords) if type(x) is functools.partial else x
+
+
+def _narrow(x):
+    """64-bit integers as int32, which any length or position fits: then a float32 call needs no 64 bits."""
+    if not _is_wide(x):
+        return x
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(
+            f"jit, grad and vmap over {x.dtype} need JAX's 64 bits for the whole transformation, not just inside kvattn: "
+            "jax.config.update('jax_enable_x64', True)"
+        )
+    if x.dtype == np.dtype("float64"):
+        return x
+    with jax.ensure_compile_time_eval(), x64(True):
+        return jnp.clip(x, -(2**31), 2**31 - 1).astype(np.int32)
+
+
+# ---- compilation
+
+
+def reaching(function):
+    """No causal mask nor window where they allow every pair, as in decoding; seen before the offset is traced."""
+
+    @functools.wraps(function)
+    def call(query, key, *args, causal=False, query_offset=0, window=None, **options):
+        if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):
+            causal, query_offset, window = False, 0, None
+        return function(query, key, *args, causal=causal, query_offset=query_offset, window=window, **options)
+
+    return call
+
+
+def compiled(function):
+    """One program for the whole call, since eager JAX pays for every operation; not where it would freeze a stranger's code."""
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        given = {name: options[name] for name in ("score", "normalize") if name in options}
+        if any(getattr(getattr(f, "func", f), "__module__", None) != function.__module__ for f in given.values()):
+            return function(*args, **options)
+        static = {*_STATIC, *(name for name, f in given.items() if not isinstance(f, Partial))}
+        offset = options.get("query_offset")
+        if isinstance(offset, int) and (offset == 0 or (options.get("window") and args[0].shape[-2] > bands.BLOCK)):
+            static.add("query_offset")  # the plan of blocks needs the number, and a kernel to know that it is 0
+        if isinstance(options.get("scale"), float) and jax_gpu.device() is not None:
+            static.add("scale")  # cuDNN's is part of the program
+        fixed = tuple((name, x) for name, x in options.items() if name in static)
+        return _run(function, fixed, args, {name: x for name, x in options.items() if name not in static})
+
+    return call
+
+
+def _equal(x, default):
+    return x is default or (type(x) is type(default) is float and x == default)
+
+
+def short(function):
+    """The commonest calls straight to their program: what the long way looks for is not there."""
+    defaults = inspect.unwrap(function).__kwdefaults__
+    program = jax.jit(function, static_argnames=_FLAGS)
+
+    @functools.wraps(function)
+    def call(query, key, value, **options):
+        if options:
+            options = {name: x for name, x in options.items() if not _equal(x, defaults[name])}
+        if options.keys() <= _FLAGS and (query.dtype not in _WIDE or jax.config.jax_enable_x64):
+            return program(query, key, value, **options)
+        return function(query, key, value, **options)
+
+    return call
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(function, fixed, args, options):
+    return function(*args, **dict(fixed), **options)
