@@ -1,7 +1,8 @@
-"""Which keys a block of queries can reach: the plan that makes a window cost O(n w). Plain integers, no framework."""
+"""Blocks of queries: those that make a window cost O(n w), and those that keep memory bounded. Plain integers, no framework."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ Band = tuple[int, int, int, int]
 BLOCK = 256  # queries that share one slice of the keys
 FEW = 1024  # keys: not worth a slice for one block
 FAN = 4  # slices cut from one array
+PLAIN = ("dot_score", "scaled_dot_score", "multiplicative_score", "gated_score", "cosine_score")  # these hold no features
 
 
 def plan(n: object, m: object, causal: bool, offset: object, window: tuple[int | None, int | None] | None) -> list[Band]:
@@ -36,6 +38,26 @@ def plan(n: object, m: object, causal: bool, offset: object, window: tuple[int |
         first = min(max(first, 0), m)
         bands.append((start, end, first, max(first, min(last, m))))
     return bands
+
+
+def held(score: Any, query: tuple[int, ...], key: tuple[int, ...]) -> int:
+    """How many numbers a score holds for each pair while it computes: as many as there are features, if it is not PLAIN."""
+    if getattr(getattr(score, "func", score), "__name__", "") in PLAIN:
+        return 1
+    bound = getattr(score, "keywords", {}).values()
+    return max(1, query[-1], key[-1], *(size for x in bound for size in getattr(x, "shape", ())))
+
+
+def rows(score: Any, query: tuple[int, ...], key: tuple[int, ...], most: int) -> list[Band]:
+    """Blocks of queries, as plan's, that hold at most so many numbers each, all but the last alike; [] where one block is all.
+
+    >>> rows(None, (8, 100), (64, 100), 5 * 64 * 100)
+    [(0, 4, 0, 64), (4, 8, 0, 64)]
+    """
+    n, m = query[-2], key[-2]
+    size = max(1, most // max(1, m * math.prod(lead(query, key)) * held(score, query, key)))
+    size = -(-n // -(-n // size)) if n else size
+    return [(i, min(i + size, n), 0, m) for i in range(0, n, size)] if size < n else []
 
 
 def reaches_all(n: object, m: object, causal: bool, offset: object, window: tuple[int | None, int | None] | None) -> bool:

@@ -156,6 +156,8 @@ def pairs(query: Any, key: Any, value: Any = None) -> tuple[Any, ...]:
             elif _differ(a, b) and 1 not in (a, b):
                 raise ValueError(f"{name} has shape {_show(shape)} but query has {_show(q)}: axis {axis} is {b}, expected {a}")
             elif axis != -3 and leading[axis + 2] == 1:
+                if name == "value" and _differ(b, 1):
+                    raise ValueError(f"value has shape {_show(shape)} but query and key have 1 on axis {axis}: expected 1")
                 leading[axis + 2] = b
     return (*leading, q[-2], k[-2])
 

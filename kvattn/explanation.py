@@ -46,6 +46,13 @@ def general(
     return f"the formula{', in blocks' * (len(steps) > 1)}", f"{why}; {in_blocks(steps)}"
 
 
+def bounded(name: str, why: str, steps: list[Any]) -> tuple[str, str]:
+    """What `general` gave, of a backend that takes these blocks of queries where the formula would hold too much."""
+    if name != "the formula" or not steps:
+        return name, why
+    return "the formula, in blocks", f"{why}; {len(steps)} blocks of queries, as many as keep memory bounded"
+
+
 def in_blocks(steps: list[Any]) -> str:
     """What `bands.plan` does to a call, in words."""
     if len(steps) == 1:

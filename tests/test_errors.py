@@ -29,6 +29,8 @@ BAD = {
     "heads do not divide": (
         {"key": zeros(2, 3, 6, 5), "value": zeros(2, 3, 6, 7)}, ValueError, ["key", "axis -3", "heads", "3", "4"]),
     "value heads differ": ({"value": zeros(2, 4, 6, 7)}, ValueError, ["value", "axis -3", "4", "2"]),
+    "values of a wider batch": (
+        {"query": zeros(1, 4, 3, 5), "key": zeros(1, 2, 6, 5)}, ValueError, ["value", "(2, 2, 6, 7)", "axis -4", "expected 1"]),
     "mixed dtypes": ({"key": zeros(2, 2, 6, 5, dtype=np.float64)}, TypeError, ["key", "float64", "query", "float32"]),
     "mixed half": ({"value": zeros(2, 2, 6, 7, dtype=np.float16)}, TypeError, ["value", "float16", "query", "float32"]),
     "integer query": ({"query": zeros(2, 4, 3, 5, dtype=I)}, TypeError, ["query", "int64", "floating point"]),

@@ -20,7 +20,6 @@ SHAPES = {  # query, key, value
     "no keys": ((1, 2, 4, 8), (1, 2, 0, 8), (1, 2, 0, 8)),
     "no batch": ((6, 8), (9, 8), (9, 5)),
     "large": ((2, 2, 1024, 16), (2, 2, 1024, 16), (2, 2, 1024, 16)),
-    "more batches of values": ((1, 2, 512, 8), (1, 2, 512, 8), (3, 2, 512, 8)),
 }
 OPTIONS = {
     "plain": {},
@@ -113,11 +112,7 @@ def _spy(module, name, seen):
     return patch.object(home, name, spy)
 
 
-WIDER = "more batches of values"  # of which positions cannot choose
-CALLS = [(shapes, what) for shapes in SHAPES for what in OPTIONS if not (shapes == WIDER and "positions" in what)]
-
-
-@pytest.mark.parametrize(("shapes", "what"), CALLS)
+@pytest.mark.parametrize(("shapes", "what"), [(shapes, what) for shapes in SHAPES for what in OPTIONS])
 def test_the_kernel_explained_is_the_one_that_runs(backend, tab, shapes, what):
     query, key, value = SHAPES[shapes]
     options = OPTIONS[what] if isinstance(OPTIONS[what], dict) else OPTIONS[what]((*value[:-3], *query[-3:]), key)

@@ -21,8 +21,8 @@ def _few_compilations():
     """JAX's tab compiles each combination of options, 0.1 s that one call does not earn back: here it runs step by step."""
     with pytest.MonkeyPatch.context() as patch:
         if "jax" in chosen():
-            tab = kvattn.dispatch.load("jax")
-            patch.setattr(tab, "_run", tab._run.__wrapped__)
+            programs = kvattn.dispatch.load("jax").programs
+            patch.setattr(programs, "_run", programs._run.__wrapped__)
         yield
 
 

@@ -121,16 +121,6 @@ def test_a_query_of_every_batch_entry(room):
         right(room, made(query[:1], *keys, **options))
 
 
-@each()
-def test_values_may_widen_the_batch(room):
-    query, key, value = (cached(lead=(1, 2)).arguments[name] for name in WRT)
-    with room.forced(room.few[0]):
-        output = kvattn.attention(*map(room.array, (query, key, np.concatenate([value, -value]))))
-    output = kvattn.to_numpy(output)
-    assert output.shape == (2, 2, 9, 2)
-    np.testing.assert_allclose(output[1], -output[0])
-
-
 def empty(room, **shape):
     arrays = draw(**{"lead": (2, 2)} | shape)
     lens = np.zeros(len(arrays[0]), int)

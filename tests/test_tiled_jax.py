@@ -42,7 +42,7 @@ def test_every_kind_of_derivative(options):
             output, lse = kvattn.attention(*qkv, **options, return_lse=True)
             return (output * g).sum() + jnp.sin(lse).sum()
 
-        with tab._x64(True):
+        with tab.programs.x64(True):
             *qkv, g = map(jnp.asarray, arrays)
             along = [jnp.cos(x) for x in qkv]
             first = partial(jax.grad(loss, argnums=(0, 1, 2)))

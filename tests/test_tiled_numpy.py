@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from tiling import ALWAYS, ARRAYS, RESTRICTIONS, WRT, all_at_once, cached, draw, in_tiles, judge, right, room, with_arrays
+from tiling import ARRAYS, RESTRICTIONS, WRT, all_at_once, cached, draw, in_tiles, judge, right, room, with_arrays
 
 import kvattn
 from kvattn.backends import numpy as tab
@@ -151,14 +151,6 @@ def test_which_calls_tiles_serve():
     assert tiled_grad.serves(tab, query, key, value, WRT, causal=True)
     assert not tiled_grad.serves(tab, query, key, value, ("bias",))
     assert not tiled_grad.serves(tab, query, key, value, WRT, softcap=1.0)
-
-
-def test_values_may_not_widen_the_batch():
-    query, key, value, _ = draw(lead=(1, 2), kv=(1, 2))
-    value = np.concatenate([value, -value])
-    with patch.multiple(tiled, **ALWAYS):
-        assert not tiled.serves(tab, query, key, value)
-        assert tiled.serves(tab, query, key, value[:1])
 
 
 def test_small_calls_are_left_to_the_tab_but_for_those_that_would_copy_many_keys():

@@ -377,7 +377,7 @@ class Jax(Differentiating):
         self.tab.jax.clear_caches()
 
     def array(self, x, dtype="float64"):
-        with self.tab._x64(True):
+        with self.tab.programs.x64(True):
             return super().array(x, dtype)
 
     laid = array
@@ -385,7 +385,7 @@ class Jax(Differentiating):
     def run(self, way, arrays, options):
         """All of a way as one program, compiled once for the same shapes while small tiles are forced."""
         fixed = {name: x for name, x in options.items() if not self.tab.is_array(x)}
-        with self.tab._x64(True):
+        with self.tab.programs.x64(True):
             return self.program(way, tuple(fixed.items()), arrays, {n: x for n, x in options.items() if n not in fixed})
 
     def _with(self, way, fixed, arrays, options):
@@ -396,7 +396,7 @@ class Jax(Differentiating):
 
     def vjp(self, function, inputs, grad_output):
         jax = self.tab.jax
-        with self.tab._x64(True):
+        with self.tab.programs.x64(True):
             results, back = jax.vjp(function, *inputs)
             rest = jax.tree.map(jax.numpy.zeros_like, results)
             return results, back((grad_output, *rest[1:]) if isinstance(results, tuple) else grad_output)

@@ -16,6 +16,7 @@ import numpy as np
 
 from kvattn import bands, explanation
 from kvattn.kernels import jax as tiles
+from kvattn.kernels import jax_blocks as blocks
 from kvattn.kernels import jax_gpu
 from kvattn.kernels import jax_programs as programs
 
@@ -366,6 +367,8 @@ def attention(
         if not return_lse:
             return jnp.concatenate(parts, axis=-2)
         return jnp.concatenate([x for x, _ in parts], axis=-2), jnp.concatenate([x for _, x in parts], axis=-1)
+    if steps := blocks.plan(score, query, key):
+        return blocks.attention(attention, steps, query, key, value, **where, **reach, **how, **back)
 
     dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
     allowed = _allowed(n, jnp.arange(key.shape[-2]), query.ndim, **where, **reach)
@@ -485,7 +488,7 @@ def kernel(query, key, value, **options):
     if tiles.serves(sys.modules[__name__], query, key, value, *how, restricted):
         return "tiles", "softmax of many dot products, of which no more than the cache holds exist at a time"
     why = "tiles are for many dot products on the CPU, without dropout or weights"
-    return explanation.general(why, query, key, **options)
+    return explanation.bounded(*explanation.general(why, query, key, **options), blocks.plan(options["score"], query, key))
 
 
 # ---- multi-head attention

@@ -373,7 +373,7 @@ def attention(
         return tuple(results) if len(results) > 1 else results[0]
     steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
     if not (steps or return_weights or autograd.is_recording()):  # autograd would keep every block
-        steps = views.plan(score, query, key)
+        steps = bands.rows(score, query.shape, key.shape, views.PAIRS)
     if steps:
         parts = []
         for cut, at in bands.cuts(steps, query, key, value, **where):
@@ -493,7 +493,9 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
     if views.serves(sys.modules[__name__], query, key, value, **options):
         return views.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, **options)
     score = options.pop("score", scaled_dot_score)
-    if options.get("positions") is options.get("window") is None and (steps := views.plan(score, query, key, copies=4)):
+    if options.get("positions") is options.get("window") is None and (
+        steps := bands.rows(score, query.shape, key.shape, views.PAIRS // 4)
+    ):
         return _grad_in_blocks(steps, query, key, value, grad_output, wrt, score=score, **options)
     bound = score.keywords if isinstance(score, partial) else {}
     sources = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None), **bound}

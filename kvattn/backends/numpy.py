@@ -414,10 +414,8 @@ def kernel(query, key, value, **options):
         obstacle = "few scores, for which tiles would cost more than they save"
     if not obstacle:
         return "tiles", "softmax of dot products, so many that all at once would fill the memory, not the cache"
-    name, why = explanation.general(obstacle, query, key, **options)
-    if name == "the formula" and (steps := kernels.rows(options["score"], query, key)):
-        return "the formula, in blocks", f"{why}; {len(steps)} blocks of queries, as many as keep memory bounded"
-    return name, why
+    general = explanation.general(obstacle, query, key, **options)
+    return explanation.bounded(*general, kernels.rows(options["score"], query, key))
 
 
 # ---- multi-head attention

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import math
 import os
 import time
 from functools import partial
@@ -19,7 +18,6 @@ import numpy as np
 
 from kvattn import bands
 from kvattn.backends import numpy as by_numpy
-from kvattn.kernels import numpy as kernels
 from kvattn.kernels import tiled
 from kvattn.lend import lend
 
@@ -52,20 +50,12 @@ def _by_numpy(tab, function):
     return getattr(by_numpy, name) if getattr(tab, name, None) is function else None
 
 
-def plan(score, query, key, copies=1):
-    """Blocks of queries, as bands.plan's, for a score that is given MXNet's arrays: PAIRS numbers in ``copies`` at one time."""
-    n, m, lead = query.shape[-2], key.shape[-2], math.prod(bands.lead(query.shape, key.shape))
-    size = max(1, PAIRS // max(1, copies * lead * m * kernels.held_by(score, query, key)))
-    return [(i, min(i + size, n), 0, m) for i in range(0, n, size)] if size < n else []
-
-
 def attention(tab, query, key, value, *, return_lse, **options):
     """The output, or (output, lse)."""
     call, arrays = _call(tab, query, key, value, **options)
     q, k, v = (call.shapes[name] for name in ("query", "key", "value"))
     lead, n, dtype = bands.lead(q, k), q[-2], query.dtype
-    wider = (*map(max, lead[:-1], v[:-3]), *lead[-1:])  # a batch axis may be the values' alone
-    call.results = {"output": ((*wider, n, v[-1]), dtype)}
+    call.results = {"output": ((*lead, n, v[-1]), dtype)}
     if return_lse:
         call.results["lse"] = ((*lead, n), np.dtype("float32") if dtype.itemsize == 2 else dtype)
     if mx.autograd.is_recording():

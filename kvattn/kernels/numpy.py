@@ -16,7 +16,6 @@ from kvattn.kernels import threads, tiled, tiled_grad
 
 PAIRS = 2**22  # numbers that are held at one time: scores, and the features of which they are made
 COLUMNS = 64  # keys that such a block has at least, where it can
-PLAIN = ("dot_score", "scaled_dot_score", "multiplicative_score", "gated_score", "cosine_score")  # these hold no features
 
 
 def _t(x):
@@ -153,7 +152,7 @@ def rows(score, query, key):
     """Blocks of queries, as bands.plan's, that have at most PAIRS scores and features of them; [] where one block is all."""
     if query.size * key.size <= tiled.TINY:
         return []
-    n, m, held = query.shape[-2], key.shape[-2], held_by(score, query, key)
+    n, m, held = query.shape[-2], key.shape[-2], bands.held(score, query.shape, key.shape)
     if query.size * key.size * held <= PAIRS * query.shape[-1] * key.shape[-1]:
         return []
     lead = math.prod(bands.lead(query.shape, key.shape))
@@ -164,18 +163,10 @@ def rows(score, query, key):
 def _columns(score, query, key):
     """Blocks of keys, (first, end), whose features a score holds at one time."""
     m = key.shape[-2]
-    if query.size * key.size <= tiled.TINY or (held := held_by(score, query, key)) == 1:
+    if query.size * key.size <= tiled.TINY or (held := bands.held(score, query.shape, key.shape)) == 1:
         return [(0, m)]
     size = max(1, PAIRS // max(1, math.prod(query.shape[:-1]) * held))
     return [(i, min(i + size, m)) for i in range(0, m, size)] or [(0, m)]
-
-
-def held_by(score, query, key):
-    """How many numbers a score holds for each pair while it computes: as many as there are features, if it is not PLAIN."""
-    inner = score.func if isinstance(score, partial) else score
-    if getattr(inner, "__name__", "") in PLAIN:
-        return 1
-    return max(1, query.shape[-1], key.shape[-1], *(size for x in _parameters(score).values() for size in np.shape(x)))
 
 
 def by_columns(score, query, key):

@@ -34,8 +34,7 @@ def obstacle(tab, query, key, value, *, score=None, normalize=None, dropout=0.0,
     """Why tiles do not serve a call of ``tab``; "" where they do.
 
     Small tiles would cost more than they save: so there must be many scores for each batch entry, of which three axes may
-    have as many as heads. A call restricted to some of the keys gains by what it does not read. Values that widen a batch
-    axis are left to the tab.
+    have as many as heads. A call restricted to some of the keys gains by what it does not read.
     """
     n, m = query.shape[-2], key.shape[-2]
     if query.size * m < SMALLEST * query.shape[-1]:
@@ -53,9 +52,7 @@ def obstacle(tab, query, key, value, *, score=None, normalize=None, dropout=0.0,
     lead = bands.lead(query.shape, key.shape)
     if n * m * (lead[-1] if len(lead) > 1 else 1) < SMALLEST_ENTRY:
         return "few scores in each batch entry, for which tiles would cost more than they save"
-    if all(own in (1, every) for own, every in zip(value.shape[:-3], lead[:-1], strict=True)):
-        return ""
-    return "the values widen a batch axis"
+    return ""
 
 
 def scale_of(tab, query, score, scale):

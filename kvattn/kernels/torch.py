@@ -21,7 +21,6 @@ GAIN = 0.25  # share of the work that calls apart must save: they keep the cores
 PAIRS = 2**24  # numbers that are held at one time, of scores, masks or features: arrays under 32 MB would fragment glibc's heap
 ROWS = 256  # queries of a block for which nothing but a mask is held
 LACKS = "SDPA has no forward derivatives, no gradient by bias, no scale of 0 or less, and no answer without keys"
-PLAIN = ("dot_score", "scaled_dot_score", "multiplicative_score", "gated_score", "cosine_score")  # these hold no features
 
 
 def choose(query, key, value, usual, score, softcap, scale, where, reach, whole, by_lengths=True):
@@ -120,24 +119,15 @@ def rows(query, key, value, score, fused, mask, bias, valid_lens, causal, query_
     """Blocks of queries, as bands.plan's, that hold at most PAIRS numbers each; [] where one block is all."""
     if torch.compiler.is_compiling() or _transformed(query, key, value):
         return []
-    n, m = query.shape[-2], key.shape[-2]
-    if fused:  # nothing but masks is held; with gradients each block would keep its own, and keys without padding
-        by_query = valid_lens is not None and valid_lens.ndim == (2 if query.ndim > 2 else 1)
-        if not (causal or window or by_query) or mask is not bias or _taped(query, key, value):
-            return []
-        size = max(ROWS, PAIRS // max(1, m * (len(valid_lens) if by_query and query.ndim > 2 else 1)))
-    else:
-        size = max(1, PAIRS // max(1, m * math.prod(bands.lead(query.shape, key.shape)) * _held(score, query, key)))
-    reach = query_offset if fused and causal and isinstance(query_offset, int) else m
+    if not fused:
+        return bands.rows(score, query.shape, key.shape, PAIRS)
+    # nothing but masks is held; with gradients each block would keep its own, and keys without padding
+    n, m, by_query = query.shape[-2], key.shape[-2], valid_lens is not None and valid_lens.ndim == (2 if query.ndim > 2 else 1)
+    if not (causal or window or by_query) or mask is not bias or _taped(query, key, value):
+        return []
+    size = max(ROWS, PAIRS // max(1, m * (len(valid_lens) if by_query and query.ndim > 2 else 1)))
+    reach = query_offset if causal and isinstance(query_offset, int) else m
     return [(i, j, 0, min(max(reach + j, 0), m)) for i in range(0, n, size) for j in [min(i + size, n)]] if size < n else []
-
-
-def _held(score, query, key):
-    """How many numbers a score holds for each pair while it computes: as many as there are features, if it is not PLAIN."""
-    if getattr(getattr(score, "func", score), "__name__", "") in PLAIN:
-        return 1
-    bound = [x for x in getattr(score, "keywords", {}).values() if isinstance(x, torch.Tensor)]
-    return max(1, query.shape[-1], key.shape[-1], *(size for x in bound for size in x.shape))
 
 
 def again(attend, rng):

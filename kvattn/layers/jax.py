@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kvattn import api, checks, layers
 from kvattn.backends import jax as tab
+from kvattn.kernels import jax_programs as programs
 
 __all__ = [*layers.LAYERS]
 
@@ -29,7 +30,7 @@ _keyword = partial(dataclasses.field, kw_only=True)
 
 def _exact(call):
     """The tab's precision for a whole call: full float32 products, and float64 where JAX has it off."""
-    inner = tab._exact(call)
+    inner = programs.exact(call)
 
     @functools.wraps(call)
     def outer(module, *args, **options):

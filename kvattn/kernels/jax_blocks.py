@@ -1,0 +1,73 @@
+"""Attention in blocks of queries, one after another, where the scores of all, and the features of which a score is made, would
+fill the memory. Derivatives compute each block again."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kvattn import bands
+
+PAIRS = 2**22  # numbers that are held at one time: scores, and their features
+PAIRS_GPU = 2**26  # where smaller blocks would not keep the device busy
+
+
+def plan(score, query, key):
+    """Blocks of queries, as bands.plan's; [] where one block is all."""
+    return bands.rows(score, query.shape, key.shape, PAIRS if jax.default_backend() == "cpu" else PAIRS_GPU)
+
+
+def attention(attend, steps, query, key, value, *, score, mask, bias, valid_lens, query_offset, rng, **options):
+    """What ``attend`` returns for all queries, made of what it returns for each block.
+
+    A score of one's own is run as it is, a block at a time, where its arguments are known; else it is traced once for all.
+    """
+    n, size = query.shape[-2], steps[0][1]
+    count = n // size  # whole blocks; what is left is a smaller one
+    fixed, each = {"valid_lens": valid_lens, "mask": mask, "bias": bias}, {"query": (query, -2)}
+    if valid_lens is not None and valid_lens.ndim == (1 if query.ndim < 3 else 2):
+        each["valid_lens"] = (valid_lens, -1)
+    each |= {x: (fixed[x], -2) for x in ("mask", "bias") if getattr(fixed[x], "ndim", 0) > 1 and fixed[x].shape[-2] == n}
+    rngs = None if rng is None else jax.random.split(rng, len(steps))  # one key would drop the same in all
+
+    def block(i, rows, rng):
+        here = {**fixed, **rows, "query_offset": query_offset + i * size}
+        results = attend(here.pop("query"), key, value, score=score, rng=rng, **here, **options)
+        return results if isinstance(results, tuple) else (results,)
+
+    given = (query, key, value, score, fixed, query_offset, rng)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given))
+    stacked = {name: _stacked(*at, count, size) for name, at in each.items()}
+    blocks = (jnp.arange(count), stacked, None if rngs is None else rngs[:count])
+    parts = jax.lax.map(_checkpointed(block), blocks) if traced else _one_by_one(block, blocks, count)
+    axes = [-2 if x.ndim > query.ndim else -1 for x in parts]  # lse has no features
+    results = [_side_by_side(x, axis) for x, axis in zip(parts, axes, strict=True)]
+    if count < len(steps):
+        rest = {name: jax.lax.slice_in_dim(x, count * size, n, axis=x.ndim + axis) for name, (x, axis) in each.items()}
+        last = block(count, rest, None if rngs is None else rngs[count])
+        results = [jnp.concatenate(x, axis=axis) for *x, axis in zip(results, last, axes, strict=True)]
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _checkpointed(block):
+    """``block``, of one argument, that keeps nothing for its derivatives but its arguments."""
+    inner = jax.checkpoint(block, prevent_cse=False)
+    return lambda xs: inner(*xs)
+
+
+def _one_by_one(block, blocks, count):
+    parts = [jax.block_until_ready(block(*jax.tree.map(lambda x, i=i: x[i], blocks))) for i in range(count)]
+    return [jnp.stack(x) for x in zip(*parts, strict=True)]
+
+
+def _stacked(x, axis, count, size):
+    """The whole blocks of an array along an axis, as a new first axis."""
+    axis = x.ndim + axis
+    x = jax.lax.slice_in_dim(x, 0, count * size, axis=axis)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _side_by_side(x, axis):
+    """The inverse of _stacked."""
+    axis = x.ndim + axis
+    return jnp.moveaxis(x, 0, axis - 1).reshape(*x.shape[1:axis], -1, *x.shape[axis + 1 :])
