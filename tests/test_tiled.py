@@ -97,8 +97,8 @@ def test_two_and_three_axes(room):
 SHAPES = ((4, 5, 4), (2, 1, 1, 4), (1, 4, 5, 1), (2, 4, 5, 4), (5, 1), (4,), ())
 
 
-@each()
 @pytest.mark.parametrize("what", ["mask", "bias"])
+@each()
 def test_masks_and_biases_of_every_shape(room, what):
     rng = np.random.default_rng(0)
     for shape in table(room, *SHAPES):
