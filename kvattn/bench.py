@@ -167,8 +167,8 @@ def _measure(backend: str, shape: str, kind: str, dtype: str, grad: bool, device
     arrays = [rng.standard_normal((b, h, length, d)).astype("float32") for length in (n, m, m, n)][: 4 if grad else 3]
     lens = np.full(b, max(1, int(0.6 * m)))
     options = {"causal": {"causal": True}, "valid": {"valid_lens": lens}, "window": {"window": WINDOW}}.get(kind, {})
-    calls = {YARDSTICK: _sdpa(arrays, {}, dtype, grad, device)} if find_spec("torch") else {}
-    calls |= PEERS[backend](arrays, options, dtype, grad, device)
+    peers = PEERS[backend](arrays, options, dtype, grad, device)  # first: MXNet's import leaves PyTorch half its threads
+    calls = ({YARDSTICK: _sdpa(arrays, {}, dtype, grad, device)} if find_spec("torch") else {}) | peers
     errors = {  # each is warm now, and checked
         what: _error(call(), arrays, {} if what == YARDSTICK else options, grad) for what, call in calls.items()
     }

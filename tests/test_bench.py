@@ -45,6 +45,21 @@ def test_a_wrong_answer_is_told_from_a_right_one():
     assert bench._error(call(), arrays, {"window": 2}, False) > 1e-3
 
 
+def test_the_yardstick_is_given_its_threads_after_the_backend_is_loaded(monkeypatch):
+    """Importing MXNet takes half of them away."""
+    made = []
+
+    def maker(name):
+        return lambda *args: made.append(name) or {name: lambda: np.zeros((1, 1, 8, 8))}
+
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    monkeypatch.setattr(bench, "_sdpa", lambda *args: maker(bench.YARDSTICK)()[bench.YARDSTICK])
+    monkeypatch.setitem(bench.PEERS, "numpy", maker("kvattn numpy"))
+    rows = list(bench._measure("numpy", "tiny", "full", "float32", False, "cpu", 1))
+    assert made == ["kvattn numpy", bench.YARDSTICK]
+    assert [row["what"] for row in rows] == ["kvattn numpy"]
+
+
 def test_a_wrong_row_makes_the_command_fail(monkeypatch, capsys):
     row = {
         "backend": "numpy",
