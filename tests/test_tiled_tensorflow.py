@@ -210,6 +210,31 @@ def test_a_repeated_call_finds_nothing_of_the_last():
 # ---- memory
 
 
+def test_queries_of_a_block():
+    def queries(m, right=None, scores=1000):
+        sizes = scores, 50, 30, 4
+        arrays = (tf.zeros((2, n, 3)) for n in (200, m, m))
+        blocks = tiled.Call((1.0, None, None, right, False, False, False, *sizes), *arrays, tf.constant(0)).table
+        return int(tf.reduce_max(blocks[:, 1] - blocks[:, 0]))
+
+    assert [queries(m) for m in (10, 25, 1000)] == [50, 40, 4]
+    assert [queries(m, right=2000) for m in (10, 50, 1000)] == [30, 20, 4]
+    assert queries(1000, scores=20_000) == 20
+
+
+def test_blocks_of_the_way_back_are_larger():
+    scores, compiled = {}, tiled._compiled
+
+    def noted(function, kind, specs):
+        scores[function.__name__] = kind[-4]
+        return compiled(function, kind, specs)
+
+    with patch.multiple(tiled, SMALLEST=0, _compiled=noted):
+        kvattn.attention_grad(*map(tf.constant, draw()))
+    assert scores == {"_forward": tiled.SCORES, "_backward": tiled.GRAD_SCORES}
+    assert tiled.GRAD_SCORES > tiled.SCORES
+
+
 PEAK = """
 import resource, sys
 import tensorflow as tf, kvattn

@@ -314,9 +314,9 @@ class Torch(Differentiating):
 
 class TensorFlow(Differentiating):
     sizes: ClassVar = {
-        "blocks of 12 scores": {"SCORES": 12, "ROWS": 4, "BAND_ROWS": 3, "FEWEST": 2},
-        "blocks of a row": {"SCORES": 1, "ROWS": 1, "BAND_ROWS": 1, "FEWEST": 1},
-        "few blocks": {"SCORES": 1000, "ROWS": 5, "BAND_ROWS": 8, "FEWEST": 1},
+        "blocks of 12 scores": {"SCORES": 12, "GRAD_SCORES": 21, "ROWS": 4, "BAND_ROWS": 3, "FEWEST": 2},
+        "blocks of a row": {"SCORES": 1, "GRAD_SCORES": 1, "ROWS": 1, "BAND_ROWS": 1, "FEWEST": 1},
+        "few blocks": {"SCORES": 1000, "GRAD_SCORES": 1000, "ROWS": 5, "BAND_ROWS": 8, "FEWEST": 1},
     }
     dtypes = (*Room.dtypes, "bfloat16")
     compiles = "kinds"

@@ -17,7 +17,7 @@ from tensorflow.python.ops import control_flow_util
 
 SMALLEST = 2**17  # scores of a head that blocks are worth their own cost for; twice that, if they save no work
 HELD = 2**24  # scores of a call that may be held all at once
-SCORES = 2**20  # of a block
+SCORES, GRAD_SCORES = 2**20, 2**22  # of a block, forward and backward: there each adds to all the keys in its reach
 ROWS, BAND_ROWS, FEWEST = 512, 256, 32  # queries of a block: at most, at most beside a band, at least
 AHEAD = 3  # blocks in flight: one works while another waits for a core
 FLOOR = 2.0**-24  # where less than this share of the softmax is left inside the band, small terms may be lost
@@ -65,12 +65,12 @@ def attention(tab, query, key, value, *, score, scale, softcap, return_lse, mask
     where += [] if mask is None else [mask]
     left, right = (None if side is None else min(side, FAR) for side in window or (None, None))
     restricted = (left, 0 if causal else right, valid_lens is not None, mask is not None)
-    kind = (scale, softcap, *restricted, return_lse, (SCORES, ROWS, BAND_ROWS, FEWEST))
+    kind = (scale, softcap, *restricted, return_lse)
     specs = tuple((x.dtype, x.shape.rank) for x in (query, key, value, *where))
 
     @tf.custom_gradient
     def attend(query, key, value):
-        run = _compiled(_forward, kind, specs)
+        run = _compiled(_forward, (*kind, SCORES, ROWS, BAND_ROWS, FEWEST), specs)
         results = run(*_constants(query, key, value), *where)
 
         def grad(*grads):
@@ -80,7 +80,7 @@ def attention(tab, query, key, value, *, score, scale, softcap, return_lse, mask
         def _twice_differentiable(*given):
             grads = [tf.cast(x, results[0].dtype) for x in given[3:]]
             wide = tuple((x.dtype, x.shape.rank) for x in (results[0], *grads))
-            run = _compiled(_backward, kind, specs + wide)
+            run = _compiled(_backward, (*kind, GRAD_SCORES, ROWS, BAND_ROWS, FEWEST), specs + wide)
             firsts = run(*_constants(*given[:3]), *where, *_constants(results[0], *grads))
             for x, like in zip(firsts, given, strict=False):
                 x.set_shape(like.shape)
@@ -133,7 +133,7 @@ class Call:
     """The arguments with all leading axes and rows in one, and a table of which rows of them each block needs."""
 
     def __init__(self, kind, query, key, value, query_offset, *rest):
-        self.scale, self.softcap, self.left, self.right, padded, masked, self.with_lse, sizes = kind
+        self.scale, self.softcap, self.left, self.right, padded, masked, self.with_lse, *sizes = kind
         rest, rank = list(rest), max(query.shape.rank, 3)
         valid_lens, mask = rest.pop(0) if padded else None, rest.pop(0) if masked else None
         self.dtype = tf.float64 if query.dtype == tf.float64 else tf.float32
