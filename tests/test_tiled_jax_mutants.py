@@ -1,18 +1,14 @@
 """Break any one line of JAX's tiles and the comparison with all at once turns red, as in test_mutants.py."""
 
-import sys
+from functools import partial
 
 import pytest
 from conftest import chosen
-from test_mutants import altered
+from test_mutants import mutate_kernels
 from tiling import call, right, room
 
 if "jax" not in chosen():
     pytest.skip("this run has no jax", allow_module_level=True)
-
-from kvattn import kernels
-from kvattn.backends import jax as tab
-from kvattn.kernels import jax as tiles
 
 FAR = {"window": (2, 1), "query_offset": 9}
 LEFT = {"window": (2, None)}
@@ -38,15 +34,7 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
 
 @pytest.fixture
 def mutated(monkeypatch):
-    """Makes the tiles anew, altered, and puts them in their place."""
-
-    def alter(old, new):
-        monkeypatch.setitem(sys.modules, tiles.__name__, tiles)
-        module = altered("kernels/jax.py", tiles.__name__, old, new)
-        monkeypatch.setattr(kernels, "jax", module)
-        monkeypatch.setattr(tab, "tiles", module)
-
-    return alter
+    return partial(mutate_kernels, monkeypatch, "jax")
 
 
 def compared(which):

@@ -198,6 +198,22 @@ def test_a_variable_and_one_tensor_as_query_key_and_value():
     assert served == ["_forward", "_backward"]
 
 
+@pytest.mark.parametrize("way", ["eager", "tf.function"])
+def test_second_derivatives_by_one_tensor_as_query_key_and_value(way):
+    x, *_, grad = (tf.constant(x) for x in draw(lead=(2, 2), m=9, v=3))
+
+    def second(x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            first = kvattn.attention_grad(x, x, x, grad, causal=True)
+        return outer.gradient(first, x)
+
+    expected = second(x)
+    with in_blocks() as served:
+        np.testing.assert_allclose(WAYS[way](second)(x), expected, rtol=0, atol=1e-12)
+    assert "_backward" in served
+
+
 def test_a_repeated_call_finds_nothing_of_the_last():
     arrays = [tf.constant(x) for x in draw(lead=(2, 2))]
     with in_blocks():

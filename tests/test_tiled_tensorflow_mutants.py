@@ -1,0 +1,93 @@
+"""Break any one line of TensorFlow's blocks and a test of them turns red, as in test_mutants.py."""
+
+from functools import partial
+
+import pytest
+from conftest import chosen
+from test_mutants import mutate_kernels
+from tiling import call, right, room
+
+if "tensorflow" not in chosen():
+    pytest.skip("this run is without TensorFlow", allow_module_level=True)
+
+import tensorflow as tf
+import test_tiled
+import test_tiled_tensorflow
+
+RED = AssertionError, LookupError, tf.errors.OpError  # or TensorFlow knows no gradient, or XLA no operation
+
+
+def noticed(test, *given):
+    """A test in test_tiled.py that should notice."""
+    return partial(getattr(test_tiled, f"test_{test}"), room("tensorflow"), *given)
+
+
+def noticed_here(test, *given):
+    """One in test_tiled_tensorflow.py."""
+    return partial(getattr(test_tiled_tensorflow, f"test_{test}"), *given)
+
+
+UNSEEN = partial(noticed, "what_nobody_sees_reaches_nothing")
+SHAPES = noticed_here("a_trace_knows_the_shapes_of_results")
+JACOBIANS = noticed_here("forward_derivatives_and_jacobians")
+LENGTHS = "lengths per query"
+LEFT = {"window": (2, None)}
+HIDE = "self.seen(self.key, seen), self.seen(self.value, seen), self.seen(self.query)"
+MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction, options or a test that should notice
+    ("sees too far right", "tf.minimum(first + self.right - low,", "tf.minimum(first + self.right - low + 1,", "causal"),
+    ("sees too far left", "tf.minimum(low - (first - self.left),", "tf.minimum(low - (first - self.left) + 1,", LEFT),
+    ("reaches every key", "tf.minimum(end + offset + self.right, high)", "high", UNSEEN("causal")),
+    ("reads another entry's lengths", "tf.gather(valid_lens, entry)", "tf.gather(valid_lens, 0 * entry)", "lengths"),
+    ("reads another query's length", "(entry * n + start, entry * n + end)", "(start, end)", LENGTHS),
+    ("reads another entry's offset", "self.lead[:1]), entry)", "self.lead[:1]), 0 * entry)", "causal, offset per batch"),
+    ("shifts a mask's rows", '"masked": (start, end)', '"masked": (0 * start, end - start)', "mask"),
+    ("adds over no group", "tf.raw_ops.InplaceAdd(", "tf.raw_ops.InplaceUpdate(", "nothing"),
+    ("forgets the maximum in lse", "return weights, top - tf", "return weights, -tf", "nothing"),
+    ("gives an empty row an lse", "block.seen(lse, other=-math.inf)", "lse", LENGTHS),
+    ("forgets the sums' derivative", "delta = tf.reduce_sum(grad", "delta = 0 * tf.reduce_sum(grad", "nothing"),
+    ("divides no gradient", "grad, delta = grad / total, delta / total", "pass", "causal"),
+    ("forgets softcap's slope", "by_scores if slope is None else by_scores * slope", "by_scores", "softcap"),
+    ("forgets the lse's gradient", "delta -= block", "block", noticed("gradients_by_the_output_and_the_lse", "nothing")),
+    ("loses what is small", ">= FLOOR", ">= -1", noticed("scores_that_need_their_maximum_taken_off", "window")),
+    ("lets NaN through from keys", HIDE, "self.key, self.value, self.seen(self.query)", UNSEEN("mask of columns")),
+    ("lets NaN through from queries", HIDE, HIDE.replace("self.seen(self.query)", "self.query"), UNSEEN(LENGTHS)),
+    ("cuts a far offset", "tf.clip_by_value(tf.cast(query_offset, tf.int64), -FAR, FAR)", "query_offset",
+     noticed("an_offset_out_of_sight")),
+    ("cuts a long window", "None if side is None else min(side, FAR)", "side", noticed("a_window_without_end")),
+    ("cuts a large length", "tf.minimum(tf.cast(valid_lens, tf.int64), key.shape[-2])", "valid_lens",
+     noticed("lengths_far_beyond_the_keys")),
+    ("serves XLA", "_compiles_with_xla() or ", "", noticed_here("ways_to_call", "jit_compile", "nothing")),
+    ("forgets its results' shapes", "x.set_shape(shape)", "pass", SHAPES),
+    ("lets a tape look inside", "[tf.stop_gradient(x) for x in tensors]", "[*tensors]", JACOBIANS),
+    ("starts from a constant", "tf.raw_ops.Empty(shape=tf.stack([rows, width]), dtype=call.dtype, init=True)",
+     "tf.zeros(tf.stack([rows, width]), call.dtype)", noticed_here("a_repeated_call_finds_nothing_of_the_last")),
+    ("takes blocks of any size", "scores // tf.maximum(self.m, 1)", "scores", noticed_here("queries_of_a_block")),
+]  # fmt: skip
+
+
+@pytest.fixture
+def mutated(monkeypatch):
+    def alter(old, new):
+        monkeypatch.setattr(test_tiled_tensorflow, "tiled", mutate_kernels(monkeypatch, "tensorflow", old, new))
+
+    return alter
+
+
+def compared(which):
+    if callable(which):
+        return which()
+    restriction, options = (which, {}) if isinstance(which, str) else ("nothing", which)
+    return right(room("tensorflow"), call(restriction, lead=(2, 4), kv=(2, 2), n=8, **options))
+
+
+def test_the_unmutated_file_passes(mutated):
+    mutated("import", "import")
+    for which in (LEFT, LENGTHS, "causal", "lengths", SHAPES):
+        compared(which)
+
+
+@pytest.mark.parametrize(("wrong", "old", "new", "which"), MUTANTS, ids=[row[0] for row in MUTANTS])
+def test_blocks_that(mutated, wrong, old, new, which):
+    mutated(old, new)
+    with pytest.raises(RED):
+        compared(which)
