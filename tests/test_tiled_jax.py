@@ -131,6 +131,30 @@ def test_a_window_too_wide_for_one_block(window):
             right(ROOM, call(n=11, m=13, window=window, query_offset=offset, valid_lens=np.array([8, 13])))
 
 
+@pytest.mark.parametrize("area", [0, 3 * 4 * 3, 2**20])
+def test_heads_at_once(area):
+    """One, three or six heads of the keys."""
+    bias = (np.arange(2 * 12 * 9 * 7).reshape(2, 12, 9, 7) % 32 - 16) / 16
+    with patch.object(tiles, "AREA", area):
+        for options in ({}, {"bias": bias}, {"which": "all"}, {"which": "lengths per query, window"}):
+            right(ROOM, call(lead=(2, 12), kv=(2, 6), **options))
+
+
+def test_heads_of_other_lengths_or_offsets_are_computed_alone():
+    plans, attend = [], tiles._attend
+
+    def seen(plan, *args):
+        plans.append(plan.together)
+        return attend(plan, *args)
+
+    with patch.object(tiles, "_attend", seen):
+        for options in ({"valid_lens": np.array([3, 0, 7])}, {"causal": True, "query_offset": np.array([0, 3, -2])}):
+            right(ROOM, call(lead=(3,), kv=(3,), **options))
+        assert {*plans} == {1}
+        right(ROOM, call(lead=(3,), kv=(3,)))
+        assert plans[-1] == 3
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 8])
 def test_one_query_with_lengths_around_those_of_a_block(length):
     right(ROOM, call(n=1, m=9, valid_lens=np.array([length, 9])))

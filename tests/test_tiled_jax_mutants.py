@@ -25,6 +25,8 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
     ("puts the last tile past the end", "tiles * plan.rows, plan.n - plan.rows)", "tiles * plan.rows, plan.n)", "bias"),
     ("shifts a bias's rows", "(head, 1), (first, plan.rows)", "(head, 1), (0 * first, plan.rows)", "bias"),
     ("reads another entry's lengths", "jnp.asarray(index)[entry]", "jnp.asarray(index)[0]", "lengths"),
+    ("takes one head for all", "own = plan.together if", "own = 1 if", "nothing"),
+    ("counts each head as many times as are computed at once", "tiles) * plan.together,", "tiles),", "nothing"),
     ("derives by keys out of reach", "jnp.clip(lowest, 0, len", "jnp.clip(0 * lowest, 0, len", FAR),
     ("derives by no inner block", "jnp.where(whole, 1, 2)", "jnp.where(whole, 0, 2)", "lengths"),
     ("forgets softcap's slope", "[sum(moved) * slope]", "[sum(moved)]", "softcap"),

@@ -25,6 +25,7 @@ from kvattn import bands
 
 ROWS, COLUMNS = 1024, 1024  # queries of a tile, keys of a block
 EDGE, BAND = 512, 256  # queries of a tile that causal or a window, and that a window on both sides, cuts
+AREA = 2**20  # scores that exist at once, in several heads where those of one are fewer
 REACH = 2048  # keys that a tile under a window on both sides reaches at most, to meet them in one block
 SMALLEST = 2**14  # scores of a batch entry's head that tiles are worth their own cost for
 FEWEST = 16  # queries, likewise
@@ -66,6 +67,7 @@ class Plan(NamedTuple):
     edge: int  # the same where some pairs of the block may be forbidden, and in the derivative
     blocks: int  # of the latter that a tile can reach
     holes: bool  # whether there may be keys between those that its queries see
+    together: int  # heads of the keys whose tiles are computed at once
 
 
 def attention(query, key, value, scale, *, mask=None, bias=None, valid_lens=None, causal=False, query_offset=0, window=None,
@@ -90,8 +92,12 @@ def attention(query, key, value, scale, *, mask=None, bias=None, valid_lens=None
     holes = left is not None and valid_lens is not None and valid_lens.ndim == min(axes - 1, 2)
     if axes == 2:
         query, key, value = query[None], key[None], value[None]
-    plan = Plan(lead, key.shape[-3], n, m, rows, columns, edge, blocks, holes)
     low, high = _bounds(axes, n, m, left, right, query_offset, valid_lens)
+    alike = not any(x is not None and math.prod(x.shape[-2:-1]) > 1 for x in (low, high))  # each head has the same
+    heads, fit = key.shape[-3], AREA // (rows * (edge if slanted else columns)) if alike else 1
+    together = max(g for g in range(1, heads + 1) if heads % g == 0 and (g == 1 or g <= fit))
+    columns = min(columns, max(edge, AREA // (together * rows)))
+    plan = Plan(lead, heads, n, m, rows, columns, edge, blocks, holes, together)
     if high is None and m % columns:
         high = jnp.full(1, m, jnp.int32)  # the last block is not whole
     limits = {"low": low, "high": high, "mask": mask, "scale": jnp.asarray(scale, wide)}
@@ -137,7 +143,7 @@ def _near(x):
 
 def _scores(rows, keys, pairs, limits):
     """(scores, the derivative of the softcap or 1)."""
-    scores, slope = _dot(rows["query"], keys["key"].T), 1
+    scores, slope = _dot(rows["query"], keys["key"].mT), 1
     if "softcap" in limits:
         capped = jnp.tanh(scores / limits["softcap"])
         scores, slope = limits["softcap"] * capped, 1 - capped * capped
@@ -150,7 +156,7 @@ def _dot(x, y):
 
 def _edge(step, carry, rows, keys, pairs, limits, low, high, start, at, holes):
     """``step`` with the keys from ``start`` on, of which those before ``at`` are left out."""
-    position = start + jnp.arange(len(keys["key"]), dtype=jnp.int32)
+    position = start + jnp.arange(keys["key"].shape[-2], dtype=jnp.int32)
     low = jnp.maximum(low, at)
     allowed = (position >= low[:, None]) & (position < high[:, None])
     if "mask" in pairs:
@@ -158,13 +164,13 @@ def _edge(step, carry, rows, keys, pairs, limits, low, high, start, at, holes):
     if "bias" in pairs:
         allowed &= pairs["bias"] != -math.inf
     if pairs or holes:
-        sees, seen = allowed.any(axis=1), allowed.any(axis=0)
+        sees, seen = allowed.any(axis=-1), allowed.any(axis=-2)
     else:  # the same, in less time
         sees = jnp.maximum(low, start) < jnp.minimum(high, start + len(position))
         seen = (low.min() <= position) & (position < high.max())
     # zeros for the rest: 0 * NaN is NaN
-    rows = {name: jnp.where(sees[:, None], x, 0) if name in ("query", "d_query") else x for name, x in rows.items()}
-    keys = {name: jnp.where(seen if name[0] == "d" else seen[:, None], x, 0) for name, x in keys.items()}
+    rows = {name: jnp.where(sees[..., None], x, 0) if name in ("query", "d_query") else x for name, x in rows.items()}
+    keys = {name: jnp.where(seen if name[0] == "d" else seen[..., None], x, 0) for name, x in keys.items()}
     pairs = {name: jnp.where(allowed, x, 0) for name, x in pairs.items() if name != "mask"}
     return step(carry, rows, keys, pairs, limits, allowed)
 
@@ -175,9 +181,9 @@ def _absorb(carry, rows, keys, pairs, limits, allowed):
     scores, _ = _scores(rows, keys, pairs, limits)
     if allowed is not None:
         scores = jnp.where(allowed, scores, -math.inf)
-    new = jnp.maximum(top, scores.max(axis=1, keepdims=True))
+    new = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
     weights, fade = jnp.exp(scores - new), jnp.exp(top - new)
-    return new, fade * sums + weights.sum(axis=1, keepdims=True), fade * total + _dot(weights, keys["value"])
+    return new, fade * sums + weights.sum(axis=-1, keepdims=True), fade * total + _dot(weights, keys["value"])
 
 
 def _along(carry, rows, keys, pairs, limits, allowed):
@@ -270,23 +276,24 @@ def _split(inputs, limits):
 
 
 def _forward(plan, inputs, limits):
-    """Every tile beside the blocks that it reaches, cut from the arrays as they are."""
+    """Every tile beside the blocks that it reaches, of some heads at once, cut from the arrays as they are."""
     arrays, limits = _split(inputs, limits)
     count, group, tiles = math.prod(plan.lead[:-1]) * plan.heads, plan.lead[-1] // plan.heads, -(-plan.n // plan.rows)
     dtype, parts = limits["scale"].dtype, _entries(plan, arrays)
     pairs = [name for name in PAIR if name in parts]
 
     def tile(number, results):
-        entry, head = number // (group * tiles), number // tiles % group
+        entry, head = number // (group * tiles) * plan.together, number // tiles % group
         first = jnp.minimum(number % tiles * plan.rows, plan.n - plan.rows)
 
         def part(name, *places):
             """From and size on each axis; all of one where one place stands for every, and of those not named."""
             x, index = parts[name]
-            places = [(entry if len(x) == count else jnp.asarray(index)[entry], 1), *places]
+            own = plan.together if index[0] != index[plan.together - 1] else 1  # of the heads, or one for all
+            places = [(entry if len(x) == count else jnp.asarray(index)[entry], own), *places]
             places += [(jnp.int32(0), size) for size in x.shape[len(places) :]]
             sizes = [min(size, most) for (_, size), most in zip(places, x.shape, strict=True)]
-            return _wide(lax.dynamic_slice(x, [start for start, _ in places], sizes)[0])
+            return _wide(lax.dynamic_slice(x, [start for start, _ in places], sizes))
 
         def keys(start, size):
             return {name: part(name, (start, size)) for name in ("key", "value")}
@@ -296,7 +303,7 @@ def _forward(plan, inputs, limits):
 
         def edge(carry, at):
             start = jnp.minimum(at, plan.m - plan.edge)
-            here = {name: part(name, (head, 1), (first, plan.rows), (start, plan.edge))[0] for name in pairs}
+            here = {name: part(name, (head, 1), (first, plan.rows), (start, plan.edge))[:, 0] for name in pairs}
             return _edge(_absorb, carry, rows, keys(start, plan.edge), here, limits, low, high, start, at, plan.holes)
 
         def walk(carry, at, count, size, step):  # as far as the data say: no derivative goes through here
@@ -304,10 +311,12 @@ def _forward(plan, inputs, limits):
             return lax.fori_loop(0, count, lambda i, carry: step(carry, at + i * size), carry), at + count * size
 
         rows = {name: part(name, (head * plan.n + first, plan.rows)) for name in ROW if name in parts}
+        rows = {name: x[0] if name in ("low", "high") else x for name, x in rows.items()}
         rows, low, high = _bounded(rows, limits, plan.m)
         lowest, inner_lowest, inner_highest, highest = low.min(), low.max(), high.min(), high.max()
-        sums, at = jnp.zeros((plan.rows, 1), dtype), jnp.clip(lowest, 0, plan.m)
-        carry = sums + jnp.finfo(dtype).min, sums, jnp.zeros((plan.rows, inputs["value"].shape[-1]), dtype)
+        shape = plan.together, plan.rows
+        sums, at = jnp.zeros((*shape, 1), dtype), jnp.clip(lowest, 0, plan.m)
+        carry = sums + jnp.finfo(dtype).min, sums, jnp.zeros((*shape, inputs["value"].shape[-1]), dtype)
         limited = pairs or "low" in arrays or "high" in arrays
         if limited and plan.edge == plan.m:
             carry = edge(carry, jnp.int32(0))
@@ -321,13 +330,13 @@ def _forward(plan, inputs, limits):
         top, sums, total = carry
         empty = sums == 0
         sums = jnp.where(empty, 1, sums)
-        found = total / sums, jnp.where(empty, -math.inf, top + jnp.log(sums))[:, 0]
+        found = total / sums, jnp.where(empty, -math.inf, top + jnp.log(sums))[..., 0]
         where = entry, head * plan.n + first, jnp.int32(0)
-        return tuple(lax.dynamic_update_slice(x, y[None], where[: x.ndim]) for x, y in zip(results, found, strict=True))
+        return tuple(lax.dynamic_update_slice(x, y, where[: x.ndim]) for x, y in zip(results, found, strict=True))
 
     shape = count, group * plan.n
     results = jnp.zeros((*shape, inputs["value"].shape[-1]), dtype), jnp.zeros(shape, dtype)
-    results = lax.fori_loop(jnp.int32(0), jnp.int32(count * group * tiles), tile, results)
+    results = lax.fori_loop(jnp.int32(0), jnp.int32(count // plan.together * group * tiles), tile, results)
     return tuple(x.reshape(*plan.lead, plan.n, *x.shape[2:]) for x in results)
 
 
