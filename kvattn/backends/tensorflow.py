@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from kvattn import bands, explanation
 from kvattn.kernels import tensorflow as tiled
+from kvattn.kernels import tensorflow_blocks as blocks
 
 HALF = (tf.float16, tf.bfloat16)
 
@@ -376,6 +377,8 @@ def attention(
         if not return_lse:
             return tf.concat(parts, axis=-2)
         return tf.concat([x for x, _ in parts], axis=-2), tf.concat([x for _, x in parts], axis=-1)
+    if steps := blocks.plan(score, query, key, value, mask, bias):
+        return blocks.attention(sys.modules[__name__], steps, query, key, value, **where, **reach, **how, **back)
 
     dtype, n, (heads, kv_heads) = query.dtype, _shape(query)[-2], _heads(query, key)
     limited = causal or window is not None or valid_lens is not None
@@ -477,7 +480,8 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
         query, key, value, bias = (given.pop(name) for name in ("query", "key", "value", "bias"))
         if given:
             score = partial(score.func, *score.args, **given)
-        output = attention(query, key, value, **{**options, "score": score, "bias": bias})
+        options |= blocks.alone(sys.modules[__name__], score=score, normalize=options.get("normalize", softmax))
+        output = attention(query, key, value, **{**options, "bias": bias})
     grads = tape.gradient(output, [by[name] for name in wrt], grad_output, unconnected_gradients="zero")
     return tuple(tf.convert_to_tensor(grad) for grad in grads)  # the gradient of a gather is sparse
 
@@ -499,7 +503,8 @@ def kernel(query, key, value, **options):
     if tiled.serves(sys.modules[__name__], query, key, value, *how, restricted):
         return "blocks", "softmax of dot products, so many that all at once would fill the memory"
     why = "blocks are for many dot products of known sizes on the CPU, without bias, dropout, weights or XLA"
-    return explanation.general(why, query, key, **options)
+    steps = blocks.plan(options["score"], query, key, value, options["mask"], options["bias"])
+    return explanation.bounded(*explanation.general(why, query, key, **options), steps)
 
 
 # ---- multi-head attention
