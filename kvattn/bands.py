@@ -45,7 +45,8 @@ def held(score: Any, query: tuple[int, ...], key: tuple[int, ...]) -> int:
     if getattr(getattr(score, "func", score), "__name__", "") in PLAIN:
         return 1
     bound = getattr(score, "keywords", {}).values()
-    return max(1, query[-1], key[-1], *(size for x in bound for size in getattr(x, "shape", ())))
+    sizes: list[int] = [size for x in bound for size in getattr(x, "shape", ())]
+    return max(1, query[-1], key[-1], *sizes)
 
 
 def rows(score: Any, query: tuple[int, ...], key: tuple[int, ...], most: int) -> list[Band]:
