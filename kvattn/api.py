@@ -138,7 +138,7 @@ def attention(
     Args:
         query: (..., n, d); the leading axes are batch, then heads.
         key: (..., m, d). Fewer heads than the query's (axis -3, dividing) are shared by groups of query heads.
-        value: (..., m, v).
+        value: (..., m, v), of the key's heads; a batch axis of 1 is shared, as the query's and the key's are.
         score: a function (query, key) -> scores (..., n, m) that treats each pair on its own; default
             `scaled_dot_score`. Bind parameters with functools.partial.
         normalize: a function (scores, where=None) -> weights; default `softmax`.

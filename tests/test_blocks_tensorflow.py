@@ -80,6 +80,22 @@ def test_whole_blocks_and_a_smaller_one_are_the_whole(way, options):
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
 
 
+def test_unknown_sizes_are_served_whole():
+    arrays = [tf.constant(x) for x in draw(n=6, m=5)[:3]]
+    lens = tf.constant([[1, 2, 3, 4, 5, 0]] * 2)
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None, None], lens.dtype)])
+    def call(lens):
+        return kvattn.attention(*arrays, score=kvattn.distance_score, valid_lens=lens)
+
+    expected = kvattn.attention(*arrays, score=kvattn.distance_score, valid_lens=lens)
+    with in_blocks() as served:
+        np.testing.assert_allclose(call(lens), expected, rtol=1e-12)
+        assert not served
+        kvattn.attention(*arrays, score=kvattn.distance_score, valid_lens=lens)
+        assert served
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_what_a_score_of_ones_own_reads_has_its_gradient(way):
     query, key, value, grad = (tf.constant(x) for x in draw(lead=(), n=6, m=5))

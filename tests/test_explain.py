@@ -137,6 +137,12 @@ def test_it_says_so_in_a_sentence(backend, tab):
     assert str(said) == f"{backend} on cpu serves this call by {said.kernel}: {said.why}"
 
 
+def test_it_tells_of_the_blocks_that_keep_memory_bounded(backend, tab):
+    x = tab.asarray(np.zeros((4096, 8), "float32"))
+    said = kvattn.explain(x, x, x, score=lambda query, key: kvattn.distance_score(query, key))
+    assert said.kernel.startswith("the formula, in blocks"), said
+
+
 def test_neutral_data_goes_where_attention_takes_it(backend):
     x = [[1.0, 2.0]]
     assert kvattn.explain(x, x, x, backend=backend).backend == backend

@@ -550,7 +550,9 @@ def kernel(query, key, value, **options):
     if options["positions"] is not None:
         return explanation.selected(kernel, _select, query, key, value, **options)
     why = "dropout, weights, what is not on the CPU and functions of one's own are not for NumPy"
-    return explanation.general(why, query, key, **options)
+    whole = options["return_weights"] or autograd.is_recording()
+    steps = [] if whole else bands.rows(options["score"], query.shape, key.shape, views.PAIRS)
+    return explanation.bounded(*explanation.general(why, query, key, **options), steps)
 
 
 # ---- multi-head attention

@@ -377,7 +377,7 @@ def attention(
         if not return_lse:
             return tf.concat(parts, axis=-2)
         return tf.concat([x for x, _ in parts], axis=-2), tf.concat([x for _, x in parts], axis=-1)
-    if steps := blocks.plan(score, query, key, value, mask, bias):
+    if steps := blocks.plan(score, query, key, value, mask, bias, valid_lens):
         return blocks.attention(sys.modules[__name__], steps, query, key, value, **where, **reach, **how, **back)
 
     dtype, n, (heads, kv_heads) = query.dtype, _shape(query)[-2], _heads(query, key)
@@ -503,7 +503,8 @@ def kernel(query, key, value, **options):
     if tiled.serves(sys.modules[__name__], query, key, value, *how, restricted):
         return "blocks", "softmax of dot products, so many that all at once would fill the memory"
     why = "blocks are for many dot products of known sizes on the CPU, without bias, dropout, weights or XLA"
-    steps = blocks.plan(options["score"], query, key, value, options["mask"], options["bias"])
+    others = (options[name] for name in ("mask", "bias", "valid_lens"))
+    steps = blocks.plan(options["score"], query, key, value, *others)
     return explanation.bounded(*explanation.general(why, query, key, **options), steps)
 
 
