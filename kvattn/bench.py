@@ -7,7 +7,7 @@ median of the rounds with the quartiles. What was timed is checked in the same r
 
 Each is timed as in a loop of its own: it is called over and over for WARM seconds, and then once more by the clock. After
 another's call the threads of that one would go on spinning for some milliseconds; after a pause the system may wake several
-threads on one core, where they stay for as long as a small call takes.
+threads on one core, where they stay for tens of milliseconds, in which small calls take up to seven times as long.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES = {  # batch, heads, queries, keys, features
 }
 KINDS = ("full", "causal", "valid", "window")
 WINDOW = 256  # keys to each side of a query
-WARM = 0.03  # seconds of calls before the one that is timed: longer than a framework's threads spin after its last one
+WARM = 0.1  # seconds of calls before the one that is timed: until a framework's threads have found cores of their own
 # of the largest |value|: is what was timed attention at all? How near it is, the conformance suite says
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 YARDSTICK = "torch SDPA"
@@ -101,15 +101,20 @@ def _processor() -> str:
         return platform.machine()
 
 
-def table(rows: list[dict[str, Any]]) -> Any:
-    """A rich table of the ratios: a line for each that was timed, a column for each shape, a section for each kind."""
+def tables(rows: list[dict[str, Any]], width: int) -> list[Any]:
+    """Rich tables of the ratios: as many shapes in each as ``width`` characters hold."""
+    rows = [row for row in rows if "failed" not in row]
+    shapes, many = list(dict.fromkeys(row["shape"] for row in rows)), max(1, (width - 31) // 12)
+    parts = [shapes[i : i + many] for i in range(0, len(shapes), many)]
+    return [_table([row for row in rows if row["shape"] in part]) for part in parts]
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    """A line for each that was timed, a column for each shape, a section for each kind."""
     from rich.table import Table
 
-    rows = [row for row in rows if "failed" not in row]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    made = Table(title=f"time / {YARDSTICK}, all to all: median, quartiles")
-    for width in (6, 17):  # however many shapes share the line
-        made.add_column(min_width=width)
+    made = Table("", "", title=f"time / {YARDSTICK}, all to all: median, quartiles")
     for shape in shapes:
         made.add_column(shape, justify="right", no_wrap=True, min_width=9)
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -126,7 +131,12 @@ def _cell(row: dict[str, Any]) -> str:
     if row["ratio"] is None:
         return f"{1e3 * row['seconds']:.3g} ms"
     low, high = row["spread"]
-    return f"{row['ratio']:.2f}\n{low:.2f}-{high:.2f}"
+    return f"{_short(row['ratio'])}\n{_short(low)}-{_short(high)}"
+
+
+def _short(ratio: float) -> str:
+    """At most four characters up to 1000, and no digits that mean nothing."""
+    return f"{ratio:.{2 if ratio < 9.995 else 1 if ratio < 99.95 else 0}f}"
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
@@ -198,7 +208,7 @@ def _timed(call: Call) -> float:
 
 def _error(got: Any, arrays: list[np.ndarray], options: dict[str, Any], grad: bool) -> float:
     """The largest difference from float64 NumPy in up to eight rows of the first head, over the largest value."""
-    got = np.asarray(got, dtype=float)
+    got = np.asarray(got.asnumpy() if hasattr(got, "asnumpy") else got, dtype=float)  # MXNet's have no __array__
     query, key, value = (x[0, 0].astype(float) for x in arrays[:3])
     rows = np.unique(np.linspace(0, len(query) - 1, 8).astype(int))
     scores = query[rows] @ key.T / math.sqrt(query.shape[-1])
@@ -218,7 +228,7 @@ def _error(got: Any, arrays: list[np.ndarray], options: dict[str, Any], grad: bo
 
 
 def _named(calls: Callable[..., Iterator[tuple[str, Call]]]) -> Callable[..., dict[str, Call]]:
-    """{name: call} of what a function yields; each call returns a NumPy array, so that its work is done."""
+    """{name: call} of what a function yields; each call returns when its work is done, and copies nothing to show it."""
     return lambda *args: dict(calls(*args))
 
 
@@ -342,7 +352,7 @@ def _tensorflow(arrays, options, dtype, grad, device):
     given = [tf.constant(x, dtype) for x in arrays]
     asked, options = options, {name: tf.constant(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     ours = tf.function(_ours("tensorflow", given, options, grad), autograph=False)
-    yield "kvattn tensorflow", lambda: _first(ours(*given)).numpy()
+    yield "kvattn tensorflow", lambda: np.asarray(_first(ours(*given)))
     if grad:
         return
     moved = [tf.transpose(x, [0, 2, 1, 3]) for x in given]
@@ -351,7 +361,7 @@ def _tensorflow(arrays, options, dtype, grad, device):
     native = tf.function(
         lambda q, k, v: keras.ops.dot_product_attention(q, k, v, mask=mask, is_causal="causal" in options), autograph=False
     )
-    yield "keras.ops", lambda: native(*moved).numpy().swapaxes(1, 2)
+    yield "keras.ops", lambda: np.asarray(native(*moved)).swapaxes(1, 2)
 
 
 @_named
@@ -362,7 +372,12 @@ def _mxnet(arrays, options, dtype, grad, device):
     given = [tab.asarray(x, dtype) for x in arrays]
     options = {name: tab.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     ours = _ours("mxnet", given, options, grad)
-    yield "kvattn mxnet", lambda: _first(ours(*given)).asnumpy()
+
+    def waited(x: Any) -> Any:
+        x.wait_to_read()
+        return x
+
+    yield "kvattn mxnet", lambda: waited(_first(ours(*given)))
     if grad or {"causal", "window"} & options.keys():
         return
     flat = [x.reshape(-1, *x.shape[2:]) for x in given]
@@ -378,7 +393,7 @@ def _mxnet(arrays, options, dtype, grad, device):
             rows = scores.reshape(-1, scores.shape[-1])
             masked = npx.sequence_mask(rows, lens, True, value=-1e6, axis=1)
             weights = npx.softmax(masked).reshape(scores.shape)
-        return npx.batch_dot(weights, value).reshape(given[0].shape).asnumpy()
+        return waited(npx.batch_dot(weights, value).reshape(given[0].shape))
 
     yield "MXNet, as d2l", lesson
 

@@ -345,7 +345,7 @@ def bench(options: argparse.Namespace) -> int:
             progress=advance,
         )  # fmt: skip
         progress.done("done", f"{len(rows)} measurements")
-    console.print(bench.table(rows))
+    console.print(*bench.tables(rows, console.width))
     for row in rows:
         if "failed" in row:
             console.print(f"{row['backend']} failed: {row['failed']}", style="bold red", soft_wrap=True)

@@ -95,9 +95,22 @@ def test_what_is_timed_follows_calls_of_its_own():
     assert 0 < seconds <= time.perf_counter() - before - bench.WARM
 
 
-def test_the_names_stand_in_the_table_beside_however_many_shapes():
-    row = {"what": "kvattn tensorflow", "kind": "causal", "right": True, "ratio": 1.0, "spread": [0.9, 1.1], "error": 0.0}
-    console = Console(width=80, file=io.StringIO())
-    console.print(bench.table([row | {"shape": shape} for shape in bench.SHAPES]))
-    assert "causal" in console.file.getvalue()
-    assert "kvattn tensorflow" in console.file.getvalue()
+def test_tables_hold_every_name_and_figure_however_many_shapes_and_however_narrow_the_console():
+    row = {"what": "kvattn tensorflow", "kind": "causal", "right": True, "spread": [14.256, 160.4], "error": 0.0}
+    rows = [row | {"shape": shape, "ratio": 9 + number / 8} for number, shape in enumerate(bench.SHAPES)]
+    for width in (60, 80, 200):
+        console = Console(width=width, file=io.StringIO())
+        console.print(*bench.tables(rows, width))
+        printed = console.file.getvalue()
+        said = printed.split()
+        assert said.count("causal") == printed.count("kvattn tensorflow") == {60: 3, 80: 2, 200: 1}[width]
+        assert [x for x in said if x in bench.SHAPES] == [*bench.SHAPES]
+        assert [x for x in said if x[0] in "19" and "." in x and "-" not in x] == [
+            "9.00",
+            "9.12",
+            "9.25",
+            "9.38",
+            "9.50",
+            "9.62",
+        ]
+        assert said.count("14.3-160") == len(rows)
