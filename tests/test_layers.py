@@ -1,6 +1,7 @@
 """The native layers, one suite for the five: a plain reference's numbers, weights by one naming scheme, one seed, decoding."""
 
 import importlib
+import inspect
 import itertools
 
 import numpy as np
@@ -65,6 +66,36 @@ def shaken(w):
     """The weights moved off their first values: zeros and ones would hide mistakes."""
     rng = np.random.default_rng(5)
     return {name: (x + rng.normal(size=x.shape) / 4).astype("float32") for name, x in w.items()}
+
+
+PLACES = {  # where d2l has each argument
+    "DotProductAttention": "dropout",
+    "AdditiveAttention": "num_hiddens dropout",
+    "MultiHeadAttention": "num_hiddens num_heads dropout bias",
+    "PositionalEncoding": "num_hiddens dropout max_len",
+    "AddNorm": "norm_shape dropout",
+    "PositionWiseFFN": "ffn_num_hiddens ffn_num_outputs",
+    "TransformerEncoderBlock": "num_hiddens ffn_num_hiddens num_heads dropout use_bias",
+    "TransformerEncoder": "vocab_size num_hiddens ffn_num_hiddens num_heads num_blks dropout use_bias",
+}
+SIZES = "key_size query_size value_size num_hiddens"
+OWN_PLACES = {  # where its tabs differ
+    "mxnet": {"AddNorm": "dropout", "MultiHeadAttention": "num_hiddens num_heads dropout use_bias"},
+    "jax": {"AddNorm": "dropout"},
+    "tensorflow": {
+        "AdditiveAttention": "key_size query_size num_hiddens dropout",
+        "MultiHeadAttention": f"{SIZES} num_heads dropout bias",
+        "TransformerEncoderBlock": f"{SIZES} norm_shape ffn_num_hiddens num_heads dropout bias",
+        "TransformerEncoder": f"vocab_size {SIZES} norm_shape ffn_num_hiddens num_heads num_blks dropout bias",
+    },
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_arguments_have_d2ls_names_in_d2ls_places(backend, name):
+    places = {**PLACES, **OWN_PLACES.get(backend, {})}[name].split()
+    layer = getattr(importlib.import_module(f"kvattn.{backend}"), name)
+    assert list(inspect.signature(layer).parameters)[: len(places)] == places
 
 
 @pytest.mark.parametrize("case", CASES)

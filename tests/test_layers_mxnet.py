@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import gc
-import inspect
 import subprocess
 import sys
 
@@ -131,26 +130,6 @@ def test_the_lessons_calls_work_word_for_word():
     kv.check_shape(encoder(np.ones((2, 100)), valid_lens), (2, 100, 24))  # and nobody has called initialize
     kv.check_shape(kv.concat(encoder.attention_weights, 0), (2 * 2 * 8, 100, 100))
     kv.check_shape(kv.masked_softmax(np.random.uniform(size=(2, 2, 4)), kv.tensor([[1, 3], [2, 4]])), (2, 2, 4))
-
-
-@pytest.mark.parametrize(
-    ("name", "places"),
-    [
-        ("DotProductAttention", ["dropout"]),
-        ("AdditiveAttention", ["num_hiddens", "dropout"]),
-        ("MultiHeadAttention", ["num_hiddens", "num_heads", "dropout", "use_bias"]),
-        ("PositionalEncoding", ["num_hiddens", "dropout", "max_len"]),
-        ("PositionWiseFFN", ["ffn_num_hiddens", "ffn_num_outputs"]),
-        ("AddNorm", ["dropout"]),
-        ("TransformerEncoderBlock", ["num_hiddens", "ffn_num_hiddens", "num_heads", "dropout", "use_bias"]),
-        (
-            "TransformerEncoder",
-            ["vocab_size", "num_hiddens", "ffn_num_hiddens", "num_heads", "num_blks", "dropout", "use_bias"],
-        ),
-    ],
-)
-def test_arguments_have_d2ls_names_in_d2ls_places(name, places):
-    assert list(inspect.signature(getattr(kv, name)).parameters)[: len(places)] == places
 
 
 @pytest.mark.parametrize("hybrid", [False, True])

@@ -1,7 +1,6 @@
 """What is TensorFlow's own in the layers: d2l's calls, training=, Keras's saving, policies and models, graphs, short names."""
 
 import copy
-import inspect
 import subprocess
 import sys
 from functools import partial
@@ -56,30 +55,7 @@ def far(x, y):
     return np.abs(kv.numpy(x).astype(float) - kv.numpy(y).astype(float)).max()
 
 
-# ---- d2l's signatures and calls
-
-
-POSITIONAL = {
-    "DotProductAttention": ["dropout"],
-    "AdditiveAttention": ["key_size", "query_size", "num_hiddens", "dropout"],
-    "MultiHeadAttention": ["key_size", "query_size", "value_size", "num_hiddens", "num_heads", "dropout", "bias"],
-    "PositionalEncoding": ["num_hiddens", "dropout", "max_len"],
-    "AddNorm": ["norm_shape", "dropout"],
-    "PositionWiseFFN": ["ffn_num_hiddens", "ffn_num_outputs"],
-    "TransformerEncoderBlock": [
-        "key_size", "query_size", "value_size", "num_hiddens", "norm_shape", "ffn_num_hiddens", "num_heads", "dropout", "bias",
-    ],
-    "TransformerEncoder": [
-        "vocab_size", "key_size", "query_size", "value_size", "num_hiddens", "norm_shape", "ffn_num_hiddens", "num_heads",
-        "num_blks", "dropout", "bias",
-    ],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", POSITIONAL)
-def test_arguments_come_in_d2ls_order(name):
-    parameters = inspect.signature(getattr(kv, name).__init__).parameters.values()
-    assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:] == POSITIONAL[name]
+# ---- d2l's calls
 
 
 def test_the_calls_of_the_scoring_lesson():

@@ -27,7 +27,7 @@ WRT = ("query", "key", "value")
 
 
 def _lengths(n, m):
-    return np.arange(2 * n).reshape(2, n) % (m + 2)
+    return (np.arange(n) * [[1], [2]] + [[0], [1]]) % (m + 2)  # no two rows alike
 
 
 def _grid(low, high, *shape):
