@@ -281,6 +281,7 @@ def _forward(plan, inputs, limits):
     count, group, tiles = math.prod(plan.lead[:-1]) * plan.heads, plan.lead[-1] // plan.heads, -(-plan.n // plan.rows)
     dtype, parts = limits["scale"].dtype, _entries(plan, arrays)
     pairs = [name for name in PAIR if name in parts]
+    share = 0.5 ** (plan.m - 1).bit_length()  # a power of two, so that nothing is rounded but what is nearly 0
 
     def tile(number, results):
         entry, head = number // (group * tiles) * plan.together, number // tiles % group
@@ -295,8 +296,8 @@ def _forward(plan, inputs, limits):
             sizes = [min(size, most) for (_, size), most in zip(places, x.shape, strict=True)]
             return _wide(lax.dynamic_slice(x, [start for start, _ in places], sizes))
 
-        def keys(start, size):
-            return {name: part(name, (start, size)) for name in ("key", "value")}
+        def keys(start, size):  # values so much smaller that no sum of them exceeds the largest
+            return {"key": part("key", (start, size)), "value": part("value", (start, size)) * share}
 
         def inside(carry, at):
             return _absorb(carry, rows, keys(at, plan.columns), {}, limits, None)
@@ -330,7 +331,7 @@ def _forward(plan, inputs, limits):
         top, sums, total = carry
         empty = sums == 0
         sums = jnp.where(empty, 1, sums)
-        found = total / sums, jnp.where(empty, -math.inf, top + jnp.log(sums))[..., 0]
+        found = total / (sums * share), jnp.where(empty, -math.inf, top + jnp.log(sums))[..., 0]
         where = entry, head * plan.n + first, jnp.int32(0)
         return tuple(lax.dynamic_update_slice(x, y, where[: x.ndim]) for x, y in zip(results, found, strict=True))
 
