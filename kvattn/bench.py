@@ -1,11 +1,11 @@
 """How long attention takes, as a ratio to PyTorch's scaled_dot_product_attention in the same process, call by call in turn.
 
 Each backend runs in a process of its own, since the frameworks' thread pools disturb each other, with PyTorch's kernel beside
-it as the yardstick: every query over every key, whatever part of them the others are restricted to. A round times one call
-each of the yardstick, kvattn and the framework's own attention; the ratio is taken within the round, and the table shows the
+it as the yardstick: every query over every key, whatever part of them the others are restricted to. A round times each of
+the yardstick, kvattn and the framework's own attention; the ratio is taken within the round, and the table shows the
 median of the rounds with the quartiles. What was timed is checked in the same run.
 
-Each is timed as in a loop of its own: it is called over and over for WARM seconds, and then once more by the clock. After
+Each is timed as in a loop of its own: it is called over and over for WARM seconds, and then for TIMED by the clock. After
 another's call the threads of that one would go on spinning for some milliseconds; after a pause the system may wake several
 threads on one core, where they stay for tens of milliseconds, in which small calls take up to seven times as long.
 """
@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -37,7 +38,8 @@ SHAPES = {  # batch, heads, queries, keys, features
 }
 KINDS = ("full", "causal", "valid", "window")
 WINDOW = 256  # keys to each side of a query
-WARM = 0.1  # seconds of calls before the one that is timed: until a framework's threads have found cores of their own
+WARM = 0.1  # seconds of calls before those that are timed: until a framework's threads have found cores of their own
+TIMED = 0.05  # seconds of calls that are timed
 # of the largest |value|: is what was timed attention at all? How near it is, the conformance suite says
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 YARDSTICK = "torch SDPA"
@@ -197,13 +199,16 @@ def _measure(backend: str, shape: str, kind: str, dtype: str, grad: bool, device
 
 
 def _timed(call: Call) -> float:
-    """Seconds of a call that follows others of its own."""
-    start = time.perf_counter()
-    while time.perf_counter() < start + WARM:
+    """Seconds of a call that follows others of its own: the median of as many as TIMED seconds hold, at least one."""
+    end = time.perf_counter() + WARM
+    while time.perf_counter() < end:
         call()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    took: list[float] = []
+    while not took or sum(took) < TIMED:
+        start = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - start)
+    return statistics.median(took)
 
 
 def _error(got: Any, arrays: list[np.ndarray], options: dict[str, Any], grad: bool) -> float:

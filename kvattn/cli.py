@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--valid", action="store_true", help="also with padding: valid_lens at 60%% of the keys")
     bench.add_argument("--window", action="store_true", help="also in a window of 256 keys to each side")
     bench.add_argument("--device", default="cpu", help="PyTorch's name of a device (default: cpu)")
-    bench.add_argument("--rounds", metavar="N", type=int, default=15, help="calls of each, in turn (default: 15)")
+    bench.add_argument("--rounds", metavar="N", type=int, default=15, help="in each of which all take their turn (default: 15)")
     bench.add_argument("--json", metavar="FILE", help="also write the measurements as JSON")
     bench.add_argument("--plot", metavar="FILE", help="also draw them; needs matplotlib")
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import time
 
 import numpy as np
 import pytest
@@ -87,12 +86,24 @@ def test_a_wrong_command_is_refused(extra, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_what_is_timed_follows_calls_of_its_own():
-    called, before = [], time.perf_counter()
-    seconds = bench._timed(lambda: called.append(time.perf_counter()))
-    assert called[-1] - before >= bench.WARM
-    assert len(called) > 1
-    assert 0 < seconds <= time.perf_counter() - before - bench.WARM
+def test_what_is_timed_follows_calls_of_its_own_and_is_their_median(monkeypatch):
+    clock, took, first = 0.0, [], 40
+
+    def call():  # slow at first, and now and then
+        nonlocal clock
+        took.append(0.01 if len(took) < first or len(took) % 3 == 0 else 0.004)
+        clock += took[-1]
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock)
+    first = round(bench.WARM / 0.01)
+    assert bench._timed(call) == pytest.approx(0.004)
+    assert sum(took[:first]) == pytest.approx(bench.WARM)
+    assert sum(took[first:-1]) < bench.TIMED <= sum(took[first:])
+    clock, took, first = 0.0, [], 10**6  # one call takes longer than all that
+    monkeypatch.setattr(bench, "WARM", 0.001)
+    monkeypatch.setattr(bench, "TIMED", 0.001)
+    assert bench._timed(call) == pytest.approx(0.01)
+    assert len(took) == 2
 
 
 def test_tables_hold_every_name_and_figure_however_many_shapes_and_however_narrow_the_console():
