@@ -353,14 +353,16 @@ def attention(
     return_weights=False,
     return_lse=False,
 ):
-    if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):  # as in decoding: no mask to build
+    limited = causal or window is not None  # else no shape is asked for: each costs a microsecond
+    if limited and bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):  # as in decoding
         causal, window = False, None
     where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
     reach = {"causal": causal, "window": window}
     how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
     back = {"return_weights": return_weights, "return_lse": return_lse}
-    if views.serves(sys.modules[__name__], query, key, value, positions=positions, **how, **back):
-        return views.attention(sys.modules[__name__], query, key, value, **where, **reach, **how, **back)
+    by_numpy = views.prepared(sys.modules[__name__], query, key, value, positions=positions, **where, **reach, **how, **back)
+    if by_numpy:
+        return views.attention(*by_numpy)
     lead, n = bands.lead(query.shape, key.shape), query.shape[-2]
     keys = key.shape[-2] if positions is None else positions.shape[-1]
     if 0 in (*lead, n, keys, key.shape[-2]):
@@ -490,8 +492,9 @@ def _repeated(index):
 
 @quirks.shaped
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
-    if views.serves(sys.modules[__name__], query, key, value, **options):
-        return views.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, **options)
+    by_numpy = views.prepared(sys.modules[__name__], query, key, value, **options)
+    if by_numpy:
+        return views.attention_grad(*by_numpy, grad_output, wrt)
     score = options.pop("score", scaled_dot_score)
     if options.get("positions") is options.get("window") is None and (
         steps := bands.rows(score, query.shape, key.shape, views.PAIRS // 4)

@@ -31,13 +31,9 @@ _calls = WeakValueDictionary()  # an operator is given text: the number of its c
 _numbers = count()
 
 
-def serves(tab, query, key, value, *, score=None, normalize=None, positions=None, dropout=0.0, return_weights=False, **_):
+def serves(tab, query, key, value, **options):
     """Whether NumPy serves a call of ``tab``: on CPU arrays, with a score and a normaliser of the tab's own."""
-    if positions is not None or dropout or return_weights or query.ctx.device_type != "cpu":
-        return False
-    if 0 in (*query.shape, *key.shape, *value.shape) or isinstance(normalize, partial):
-        return False
-    return _by_numpy(tab, score or tab.scaled_dot_score) is not None and _by_numpy(tab, normalize or tab.softmax) is not None
+    return prepared(tab, query, key, value, **options) is not None
 
 
 def _by_numpy(tab, function):
@@ -50,27 +46,25 @@ def _by_numpy(tab, function):
     return getattr(by_numpy, name) if getattr(tab, name, None) is function else None
 
 
-def attention(tab, query, key, value, *, return_lse, **options):
-    """The output, or (output, lse)."""
-    call, arrays = _call(tab, query, key, value, **options)
+def attention(call, arrays):
+    """The output, or (output, lse), of a call that is prepared."""
     q, k, v = (call.shapes[name] for name in ("query", "key", "value"))
-    lead, n, dtype = bands.lead(q, k), q[-2], query.dtype
+    lead, n, dtype = bands.lead(q, k), q[-2], arrays[0].dtype
     call.results = {"output": ((*lead, n, v[-1]), dtype)}
-    if return_lse:
+    if call.with_lse:
         call.results["lse"] = ((*lead, n), np.dtype("float32") if dtype.itemsize == 2 else dtype)
     if mx.autograd.is_recording():
         results = _record(call, arrays)
     else:
-        results = [mx.np.empty(shape, dtype=of, ctx=query.ctx) for shape, of in call.results.values()]
+        results = [mx.np.empty(shape, dtype=of, ctx=call.ctx) for shape, of in call.results.values()]
         call.forward(call.views(arrays), *call.places(results))
-    return tuple(results) if return_lse else results[0]
+    return tuple(results) if call.with_lse else results[0]
 
 
-def attention_grad(tab, query, key, value, grad_output, wrt, **options):
+def attention_grad(call, arrays, grad_output, wrt):
     """The gradients by what ``wrt`` names, each in its argument's shape and dtype."""
-    call, arrays = _call(tab, query, key, value, **options)
     grads = call.backward(call.views(arrays), wrt, view(grad_output, grad_output.shape))
-    results = [mx.np.empty(grad.shape, dtype=grad.dtype, ctx=query.ctx) for grad in grads]
+    results = [mx.np.empty(grad.shape, dtype=grad.dtype, ctx=call.ctx) for grad in grads]
     for x, grad in zip(results, grads, strict=True):
         view(x, grad.shape, write=True)[...] = grad
     return tuple(results)
@@ -100,14 +94,27 @@ def view(x, shape, write=False):
 # ---- the call
 
 
-def _call(tab, query, key, value, *, score=None, normalize=None, dropout=0.0, rng=None, return_weights=False, **options):
-    """The call, without its arrays, and these, those that its score binds among them."""
-    bound = score.keywords if isinstance(score, partial) else {}
+def prepared(tab, query, key, value, *, score=None, normalize=None, positions=None, dropout=0.0, rng=None,
+             return_weights=False, return_lse=False, **options):  # fmt: skip
+    """The call, without its arrays, and these, those that its score binds among them; None where NumPy does not serve it.
+
+    Each array is asked for its shape once: that takes a microsecond, and several where the caches are full of keys and values.
+    """
+    if positions is not None or dropout or return_weights or isinstance(normalize, partial):
+        return None
     options |= {"score": _by_numpy(tab, score or tab.scaled_dot_score), "normalize": _by_numpy(tab, normalize or tab.softmax)}
+    if options["score"] is None or options["normalize"] is None:
+        return None
+    call = _Call()
+    call.ctx, call.with_lse = query.ctx, return_lse
+    if call.ctx.device_type != "cpu":
+        return None
+    bound = score.keywords if isinstance(score, partial) else {}
     arrays = {"query": query, "key": key, "value": value}
     arrays |= {name: x for name, x in (*options.items(), *bound.items()) if tab.is_array(x)}
-    call = _Call()
     call.shapes = {name: x.shape for name, x in arrays.items()}
+    if any(0 in call.shapes[name] for name in ("query", "key", "value")):
+        return None
     call.keywords = {name: None if name in arrays else x for name, x in bound.items()}
     call.options = {name: x for name, x in options.items() if name not in arrays}
     return call, [*arrays.values()]
