@@ -360,7 +360,7 @@ def _dropout(weights, rate, rng):
 def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_offset, window):
     """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and what may attend."""
     n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
-    index = np.broadcast_to(positions, (*lead, *positions.shape[-2:]))
+    index = np.broadcast_to(positions, (*lead, n, positions.shape[-1]))
     inside = (index >= 0) & (index < m) & ~_repeated(index)
     if m == 0:  # one key that nobody may attend to, so that there is something to gather
         mask = bias = None

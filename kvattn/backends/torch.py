@@ -129,6 +129,8 @@ def _any_for(flags, shape):
 
 def _hide_padding(allowed, query, key, value):
     """Zeros for keys that no query may attend to and queries with no key: NaN there would leak as 0 * NaN."""
+    if 0 in (*query.shape[:-1], *key.shape[:-1]):  # there are no pairs, so what there is meets nobody
+        allowed = torch.zeros(1, 1, dtype=torch.bool, device=query.device)
     if allowed is None:
         return query, key, value
     if allowed.ndim < 2:

@@ -153,6 +153,18 @@ def shapes(rng):
     yield make("no keys, causal and lengths", *qkv(rng, m=0), causal=True, valid_lens=np.array([0, 3]), group="empty rows")
     yield make("no keys, NaN queries", np.full((2, 2, 4, 3), NAN), *qkv(rng, m=0)[1:], group="empty rows")
     yield make("no queries", *qkv(rng, n=0))
+    yield make("no entries", *qkv(rng, lead=(0, 2)), bias=grid(rng, 4, 5))
+    # of inputs that meet nobody nothing reaches a gradient, by no score and no parameter
+    for score in (*parametrised(rng, 3, 3), "scaled_dot_score", "cosine_score", "distance_score", "triangular_kernel"):
+        name = score if isinstance(score, str) else score[0]
+        _, k, v = qkv(rng, m=0)
+        nan = np.full((2, 2, 4, 1), NAN)
+        yield make(f"no keys, NaN queries and bias, {name}", nan + np.zeros(3), k, v, bias=nan, score=score, group="empty rows")
+        q, k, v = qkv(rng, n=0)
+        yield make(f"no queries, NaN keys, {name}", q, k * NAN, v * NAN, score=score, group="empty rows")
+    shared, k, v = qkv(rng, lead=(0, 2), kv=(1, 2))
+    additive, mask = next(parametrised(rng, 3, 3)), flags(rng, 4, 5)
+    yield make("no entries, shared NaN keys", shared, k * NAN, v * NAN, score=additive, mask=mask, group="empty rows")
 
 
 # ---- numbers
@@ -255,6 +267,23 @@ def positions(rng):
     yield make("positions, grouped heads", q, k, v, positions=chosen)
     yield make("positions, 2 axes", *qkv(rng, lead=()), positions=chosen)
     yield make("positions of no keys", *qkv(rng, m=0), positions=np.full((4, 2), -1))
+    # every axis of positions and of the bias may be shared, and every axis may be empty
+    each_head, each_entry = np.array([[[0, 3, 0]], [[4, -1, 2]]]), np.array([3, 1])[:, None, None, None]
+    yield make("positions for all, bias (n, m)", *qkv(rng), positions=np.array([[0, 1]]), bias=grid(rng, 4, 5))
+    yield make("positions per head, bias (b, 1, n, 1)", *qkv(rng), positions=each_head, bias=grid(rng, 2, 1, 4, 1))
+    q, k, v = qkv(rng, lead=(2, 4), kv=(1, 2))
+    yield make("positions per entry, bias per head, shared keys", q, k, v, positions=each_entry, bias=grid(rng, 4, 1, 5))
+    parameters = [*parametrised(rng, 3, 3)]
+    empty: dict[str, tuple[dict[str, Any], Any]] = {
+        "no position": ({}, np.zeros((1, 0), int)),
+        "no queries": ({"n": 0}, np.array([[0, 1]])),
+        "no keys": ({"m": 0}, np.array([[-1, -1]])),
+        "no entries": ({"lead": (0, 2)}, np.array([[0, 1]])),
+    }
+    for (name, (sizes, chosen)), score in zip(empty.items(), [*parameters, "scaled_dot_score"], strict=True):
+        q, k, v = qkv(rng, **sizes)
+        bias = grid(rng, 1, 2, 1, k.shape[-2])
+        yield make(f"positions, {name}", q, k, v, positions=chosen, bias=bias, score=score, group="empty rows")
 
 
 # ---- combinations

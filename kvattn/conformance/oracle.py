@@ -29,7 +29,7 @@ def dot_score(q, k):
 
 
 def scaled_dot_score(q, k):
-    return dot_score(q, k) / np.sqrt(q.shape[-1])
+    return dot_score(q, k) / np.sqrt(max(q.shape[-1], 1))  # without features the scores are 0
 
 
 def additive_score(q, k, W_q, W_k, w_v, b=0.0):
@@ -106,7 +106,7 @@ def bounds(name: str, q, k, **p) -> dict[str, np.ndarray]:
     u_squared = squares / width**2
     kernel, slope = {
         "dot_score": (dot, None),
-        "scaled_dot_score": (dot / np.sqrt(d), None),
+        "scaled_dot_score": (dot / np.sqrt(max(d, 1)), None),
         "distance_score": (squares / 2, np.ones(len(q))),
         "gaussian_kernel": (np.exp(-u_squared / 2) * (1 + u_squared), np.exp(-u_squared / 2) * (1 + u_squared) / width**2),
         "boxcar_kernel": (np.ones(len(q)), np.zeros(len(q))),
@@ -115,7 +115,7 @@ def bounds(name: str, q, k, **p) -> dict[str, np.ndarray]:
         "constant_kernel": (np.ones(len(q)), np.zeros(len(q))),
     }[name]
     if slope is None:
-        factor = 1 if name == "dot_score" else 1 / np.sqrt(d)
+        factor = 1 if name == "dot_score" else 1 / np.sqrt(max(d, 1))
         return {"size": kernel, "query": k * factor, "key": q * factor}
     return {"size": kernel, "query": slope[:, None] * difference, "key": slope[:, None] * difference}
 
@@ -182,6 +182,11 @@ def slope(function, x, at):
 
 
 # ---- attention
+
+
+def _flat(x):
+    """(..., c) -> (rows, c); c may be 0."""
+    return x.reshape(np.prod(x.shape[:-1], dtype=int), x.shape[-1])
 
 
 def _rows(x, lead):
@@ -253,13 +258,13 @@ def _attention(query, key, value, grad_output, *, score="scaled_dot_score", norm
     at_query, at_key = at_pair[:-1], (*at_pair[:-2], at_pair[-1])
     sources = {"query": (query, _rows(query, lead)[at_query]), "key": (key, _rows(key, lead)[at_key])}
     sources["value"] = (value, _rows(value, lead)[at_key])
-    q, k, v = (x.reshape(-1, x.shape[-1])[rows] for x, rows in sources.values())
+    q, k, v = (_flat(x)[rows] for x, rows in sources.values())
     q_size, k_size, v_size = q, k, np.abs(v)
     g_size = None if grad_output is None else np.abs(grad_output)
     if absolute is not None:
         *inputs, g_size = absolute
         rows = [rows for _, rows in sources.values()]
-        q_size, k_size, v_size = (x.reshape(-1, x.shape[-1])[r] for x, r in zip(inputs, rows, strict=True))
+        q_size, k_size, v_size = (_flat(x)[r] for x, r in zip(inputs, rows, strict=True))
 
     def scores_of(q, k, parameters):
         s = globals()[name](q, k, **parameters) * (1 if scale is None else scale)
@@ -316,7 +321,7 @@ def _attention(query, key, value, grad_output, *, score="scaled_dot_score", norm
 
     by = {"query": lambda x: scores_of(x, k, parameters), "key": lambda x: scores_of(q, x, parameters)}
     for what, x in (("query", q), ("key", k)):
-        slopes = np.stack([slope(by[what], x, (c,)) for c in range(x.shape[-1])], axis=-1)
+        slopes = np.stack([np.zeros(len(s)), *(slope(by[what], x, (c,)) for c in range(x.shape[-1]))], axis=-1)[:, 1:]
         collect(what, grad_s[:, None] * slopes, grad_s_size[:, None] * bound[what] * factor)
     collect("value", grad_v, grad_v_size)
     if bias is not None:
@@ -341,9 +346,6 @@ def multi_head_attention(query, key, value, params, num_heads, num_kv_heads, gra
     def join(x):
         return x.swapaxes(-2, -3).reshape(*x.shape[:-3], x.shape[-2], x.shape[-3] * x.shape[-1])
 
-    def flat(x):
-        return x.reshape(-1, x.shape[-1])
-
     def project(x, name, of=params):
         return x @ of[f"W_{name}"] + of.get(f"b_{name}", 0.0) if f"W_{name}" in of else x
 
@@ -367,10 +369,10 @@ def multi_head_attention(query, key, value, params, num_heads, num_kv_heads, gra
         ):
             for name, x in inputs.items():
                 x, by = (x if kind is values else np.abs(x)), join(kind["grad_" + name])
-                kind["grad_W_" + name[0]] = flat(x).T @ flat(by)
-                kind["grad_b_" + name[0]] = flat(by).sum(axis=0)
+                kind["grad_W_" + name[0]] = _flat(x).T @ _flat(by)
+                kind["grad_b_" + name[0]] = _flat(by).sum(axis=0)
                 kind["grad_" + name] = by @ params_of["W_" + name[0]].T
-            kind["grad_W_o"], kind["grad_b_o"] = flat(o).T @ flat(g), flat(g).sum(axis=0)
+            kind["grad_W_o"], kind["grad_b_o"] = _flat(o).T @ _flat(g), _flat(g).sum(axis=0)
     kept = {"output", "weights", "lse", *(f"grad_{name}" for name in (*inputs, *params))}
     values = {name: x for name, x in values.items() if name in kept}
     return Answer(values, _plain({name: sizes[name] for name in values}), 3 * largest)  # query, key, product: each rounds

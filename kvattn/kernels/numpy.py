@@ -262,6 +262,8 @@ def attention_grad(
     where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
     sources = {"query": query, "key": key, "value": value, "bias": bias, **_parameters(how.get("score"))}
     total = {name: np.zeros(sources[name].shape, tab._wide(sources[name]).dtype) for name in wrt}
+    if 0 in (*query.shape[:-1], *key.shape[:-1], *(() if positions is None else positions.shape)):  # no pair, so no gradient
+        return tuple(total[name].astype(sources[name].dtype, copy=False) for name in wrt)
     if positions is not None:
         return _selected(
             tab, positions, query, key, value, grad_output, wrt, sources, where, {"causal": causal, "window": window}, how
@@ -297,27 +299,24 @@ def attention_grad(
 
 def _selected(tab, positions, query, key, value, grad_output, wrt, sources, where, reach, how):
     """The gradients of the selected pairs, added up at the keys they came from."""
-    m, lead = key.shape[-2], bands.lead(query.shape, key.shape)
-    index = np.broadcast_to(positions, (*lead, *positions.shape[-2:]))
-    index = np.clip(index, 0, max(m - 1, 0)).reshape(-1, *positions.shape[-2:])
+    (n, m), lead = (query.shape[-2], key.shape[-2]), bands.lead(query.shape, key.shape)
+    index = np.broadcast_to(positions, (*lead, n, positions.shape[-1]))
+    index = np.clip(index, 0, m - 1).reshape(-1, n, positions.shape[-1])
     chosen = tab._select(positions, query, key, value, **where, **reach)
     grads = attention_grad(tab, *chosen[:3], grad_output[..., None, :], wrt, **chosen[3], **how)
 
     def scatter(grad, shape):  # (*lead, n, s, c) -> (*lead, m, c) -> shape, whose heads may be shared by a group
         total = np.zeros((len(index), m, grad.shape[-1]), grad.dtype)
-        if m:
-            np.add.at(total, (np.arange(len(index))[:, None, None], index), grad.reshape(*index.shape, -1))
+        np.add.at(total, (np.arange(len(index))[:, None, None], index), grad.reshape(*index.shape, grad.shape[-1]))
         total = total.reshape(*lead, m, grad.shape[-1])
         if lead and shape[-3] != lead[-1]:
             total = total.reshape(*lead[:-1], shape[-3], lead[-1] // shape[-3], m, total.shape[-1]).sum(axis=-3)
         return sum_to(total, shape)
 
     def place(grad):  # (*lead, n, 1, s) -> (*lead, n, m)
-        total = np.zeros((*index.shape[:2], m), grad.dtype)
-        if m:
-            rows = np.arange(len(index))[:, None, None], np.arange(index.shape[1])[:, None], index
-            np.add.at(total, rows, grad.reshape(index.shape))
-        return sum_to(total.reshape(*lead, index.shape[1], m), sources["bias"].shape)
+        total = np.zeros((len(index), n, m), grad.dtype)
+        np.add.at(total, (np.arange(len(index))[:, None, None], np.arange(n)[:, None], index), grad.reshape(index.shape))
+        return sum_to(total.reshape(*lead, n, m), sources["bias"].shape)
 
     found = dict(zip(wrt, grads, strict=True))
     for name in wrt:
