@@ -1,4 +1,4 @@
-"""What the layers of kvattn/layers/tensorflow.py stand on: how options pass through Keras, first values, saving, and names."""
+"""What the layers of kvattn/layers/tensorflow.py stand on: how options and masks pass through Keras, saving, and names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 from keras.layers import Dense, Embedding, LayerNormalization
 
-from kvattn import api, layers
+from kvattn import api, checks, layers
+from kvattn.backends import tensorflow as tab
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(f"kvattn's TensorFlow layers need Keras on TensorFlow, not {keras.backend.backend()}: see KERAS_BACKEND")
@@ -32,6 +33,7 @@ class Layer(keras.layers.Layer):
         super().__init__(**kwargs)
         self._given = {name: x for name, x in given.items() if name not in ("self", "kwargs", "__class__")}
         self._allow_non_tensor_positional_args = True  # lengths may be lists
+        self.supports_masking = True  # the output has the mask of the first input
 
     def __call__(self, *args, arrays=None, cache=None, **options):
         # Keras has a meaning of its own for ``mask``, and refuses an argument in which tensors and other things mix.
@@ -119,6 +121,53 @@ def check_given(layer, **sizes):
             f"{type(layer).__name__} needs {' and '.join(missing)}: give sizes by name, or in d2l's order for TensorFlow, "
             "in which key_size, query_size and value_size come first"
         )
+
+
+# ---- Keras's masks: (batch, n), True where a position is no padding
+
+
+def padding_of(x):
+    """The mask that Keras has noted at a tensor, or None."""
+    return getattr(x, "_keras_mask", None)
+
+
+def hide_padding(options, queries, keys, queries_mask, *keys_masks):
+    """Put Keras's masks among attention's options: padded keys are hidden, and padded queries attend to nothing.
+
+    A query is hidden by a length of 0, not by a mask, which would have an entry for every pair.
+    """
+    scores = (*queries.shape[:-1], keys.shape[-2])
+    for mask in keys_masks:
+        if mask is not None:
+            _hide(options, queries, scores, mask[..., None, :])
+    if queries_mask is not None and len(queries_mask.shape) > 2:
+        _hide(options, queries, scores, queries_mask[..., None])
+    elif queries_mask is not None:
+        lens = options["valid_lens"]
+        lens = keras.ops.shape(keys)[-2] if lens is None else checks.lengths(tab, lens, scores, queries)
+        lens = tf.convert_to_tensor(lens)
+        lens = lens[..., None] if len(lens.shape) < len(queries_mask.shape) else lens
+        options["valid_lens"] = lens * tf.cast(queries_mask, lens.dtype)
+
+
+def _hide(options, queries, scores, mask):
+    """Join a mask (batch, n or 1, m or 1) to the mask of the scores, which may have axes for heads."""
+    mask = tf.cast(mask, "bool")[(slice(None), *[None] * (len(scores) - len(mask.shape)))]
+    if (given := options.get("mask")) is not None:
+        mask = tf.logical_and(mask, checks.masks(tab, queries, scores, given, None)[0])
+    options["mask"] = mask
+
+
+def check_cache_sees_no_padding(options):
+    """A cache keeps keys without their masks: a mask of all of them must be given, and goes instead of Keras's."""
+    if options["keys_mask"] is None and options["values_mask"] is None:
+        return
+    if options.get("mask") is None:
+        raise ValueError(
+            "these keys have Keras's mask of padding, which a cache does not keep for the next call: give mask=, "
+            "(batch, 1, 1, m), True for each key so far, those of earlier calls first, that is no padding"
+        )
+    options["keys_mask"] = options["values_mask"] = None
 
 
 # ---- weights by kvattn's names, for kvattn/weights.py

@@ -9,13 +9,27 @@ import keras
 import tensorflow as tf
 
 from kvattn import api, checks, layers
-from kvattn.layers.keras import Layer, assign, build_once, check_given, dense, export, first, registered, shapes  # noqa: F401
+from kvattn.layers.keras import (  # noqa: F401
+    Layer,
+    assign,
+    build_once,
+    check_cache_sees_no_padding,
+    check_given,
+    dense,
+    export,
+    first,
+    hide_padding,
+    padding_of,
+    registered,
+    shapes,
+)  # fmt: skip
 
 __all__ = [*layers.LAYERS]
 
 # X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
 # kvattn.attention's: mask, causal, window, ..., of which Layer passes tensors on as ``arrays``. key_size, query_size and
-# value_size, which come first in d2l's order, may be left out: the first call gives the sizes.
+# value_size, which come first in d2l's order, may be left out: the first call gives the sizes. Keras gives the masks of
+# Embedding(mask_zero=True) and Masking to the arguments queries_mask (batch, n), keys_mask and values_mask (batch, m).
 
 IN_GRAPH = object()  # instead of a last call that was traced: it has no values to show
 
@@ -34,9 +48,11 @@ class _Attention(Layer):
     def _score(self, queries, keys):
         return api.scaled_dot_score
 
-    def call(self, queries, keys, values, valid_lens=None, arrays=None, training=None, **options):
+    def call(self, queries, keys, values, valid_lens=None, arrays=None, training=None, queries_mask=None, keys_mask=None,
+             values_mask=None, **options):  # fmt: skip
         options |= {name: tf.convert_to_tensor(x) for name, x in (arrays or {}).items()}  # of a variable, the value now
         options |= {"score": self._score(queries, keys), "valid_lens": valid_lens}
+        hide_padding(options, queries, keys, queries_mask, keys_mask, values_mask)
         last = (queries, keys, options) if tf.executing_eagerly() else IN_GRAPH
         vars(self)["_last"] = last  # past Keras, which tracks what it finds in a layer
         rate = self.dropout.rate if training else 0.0
@@ -161,11 +177,14 @@ class MultiHeadAttention(Layer):
             build_once(part, shape)
         build_once(self.W_o, (None, self.W_q.units))
 
-    def call(self, queries, keys, values, valid_lens=None, arrays=None, cache=None, training=None, **options):
+    def call(self, queries, keys, values, valid_lens=None, arrays=None, cache=None, training=None, queries_mask=None,
+             keys_mask=None, values_mask=None, **options):  # fmt: skip
         options |= arrays or {}
+        options |= {"queries_mask": queries_mask, "keys_mask": keys_mask, "values_mask": values_mask}
         queries = _split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = _split(self.W_k(keys), self.num_kv_heads), _split(self.W_v(values), self.num_kv_heads)
         if cache is not None:
+            check_cache_sees_no_padding(options)
             cache = cache.cache.extend(keys, values)
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
@@ -312,6 +331,7 @@ class TransformerEncoder(Layer):
         self.num_hiddens, dtype = num_hiddens, self.dtype_policy
         drawn = first(seed, "embedding", (vocab_size, num_hiddens))
         self.embedding = keras.layers.Embedding(vocab_size, num_hiddens, embeddings_initializer=drawn, dtype=dtype)
+        self.embedding.supports_masking = True  # a mask of the tokens reaches the blocks from here
         self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len, dtype=dtype)
         self.blks = [
             TransformerEncoderBlock(
@@ -321,6 +341,8 @@ class TransformerEncoder(Layer):
             )
             for i in range(num_blks)
         ]  # fmt: skip
+        for i, block in enumerate(self.blks):  # Keras finds them in the list, tf.train.Checkpoint does not
+            self._track_trackable(block, name=f"blks_{i}")
 
     def build(self, X_shape):
         build_once(self.embedding, X_shape)
@@ -329,6 +351,7 @@ class TransformerEncoder(Layer):
 
     def call(self, X, valid_lens=None, arrays=None, cache=None, training=None, **options):
         caches = None if cache is None else layers.caches(cache.cache, len(self.blks))
+        options |= {} if (padding := padding_of(X)) is None else {"queries_mask": padding, "keys_mask": padding}
         X = self.embedding(X) * math.sqrt(self.num_hiddens)
         X = self.pos_encoding(X, offset=caches[0].length if caches else 0, training=training)
         for i, block in enumerate(self.blks):
