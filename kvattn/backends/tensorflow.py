@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import nullcontext
-from functools import partial, reduce
+from functools import partial, reduce, wraps
 
 import numpy as np
 import tensorflow as tf
@@ -148,6 +148,8 @@ def _any_for(flags, shape):
 
 def _hide_padding(allowed, query, key, value):
     """Zeros for keys that no query may attend to and queries with no key: NaN there would leak as 0 * NaN."""
+    if 0 in (*query.shape[:-1], *key.shape[:-1]):  # there are no pairs, so what there is meets nobody
+        allowed = tf.zeros((1, 1), tf.bool)
     if allowed is None:
         return query, key, value
     if len(allowed.shape) < 2:
@@ -158,6 +160,21 @@ def _hide_padding(allowed, query, key, value):
         tf.where(_any_for(seen, key.shape), key, 0),
         tf.where(_any_for(seen, value.shape), value, 0),
     )
+
+
+def _few_axes(score):
+    """``score`` for inputs of any number of axes: of more than five TensorFlow cannot broadcast, nor of nine take a slice."""
+
+    @wraps(score)
+    def flat(query, key, *args, **parameters):
+        if len(query.shape) < 5:
+            return score(query, key, *args, **parameters)
+        lead = _lead(query, key)
+        query, key = (tf.reshape(_widen(x, lead, 2), (math.prod(lead), *_shape(x)[-2:])) for x in (query, key))
+        scores = score(query, key, *args, **parameters)
+        return tf.reshape(scores, (*lead, *_shape(scores)[-2:]))
+
+    return flat
 
 
 # ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m), float32 for half precision
@@ -172,6 +189,7 @@ def scaled_dot_score(query, key):
     return scores / (math.sqrt(d) if isinstance(d, int) else tf.sqrt(tf.cast(d, scores.dtype)))
 
 
+@_few_axes
 def additive_score(query, key, W_q, W_k, w_v, b=None):
     query, key = _product(_wide(query), _wide(W_q)), _product(_wide(key), _wide(W_k))
     hidden = query[..., :, None, :] + key[..., None, :, :]  # (..., n, m, h)
@@ -184,6 +202,7 @@ def multiplicative_score(query, key, W):
     return _product(_product(_wide(query), _wide(W)), _wide(key), transpose_b=True)
 
 
+@_few_axes
 def gated_score(query, key, w_g):
     query, key, w_g = _wide(query), _wide(key), _wide(w_g)
     d = _shape(query)[-1]
@@ -237,6 +256,7 @@ def _unit(x):
     return tf.where(some, x / tf.sqrt(tf.where(some, squares, 1)), 0)
 
 
+@_few_axes
 def _squared_distance(query, key):
     """|q - k|^2 from the differences: |q|^2 + |k|^2 - 2 q.k would cancel."""
     difference = _wide(query)[..., :, None, :] - _wide(key)[..., None, :, :]  # (..., n, m, d)
@@ -253,7 +273,7 @@ def softmax(scores, where=None):
 def masked_softmax(scores, valid_lens=None, where=None):
     if valid_lens is not None:
         inside = tf.range(tf.cast(_shape(scores)[-1], tf.int64)) < _lengths(valid_lens, len(scores.shape))
-        where = inside if where is None else tf.logical_and(where, inside)
+        where = inside if where is None else tf.where(inside, where, False)  # which broadcasts more axes than logical_and
     return softmax(scores, where)
 
 
@@ -351,6 +371,14 @@ def attention(
     return_lse=False,
 ):
     query, key, value = tf.convert_to_tensor(query), tf.convert_to_tensor(key), tf.convert_to_tensor(value)
+    if len(query.shape) > 4:
+        options = {"score": score, "normalize": normalize, "causal": causal, "window": window, "scale": scale}
+        options |= {"softcap": softcap, "dropout": dropout, "rng": rng}
+        options |= {"return_weights": return_weights, "return_lse": return_lse}
+        batch = _lead(query, key)[:-1]
+        arrays, where = _one_batch(batch, query, key, value, mask, bias, valid_lens, query_offset, positions)
+        results = attention(*arrays, **where, **options)
+        return tf.nest.map_structure(lambda x: tf.reshape(x, (*batch, *_shape(x)[1:])), results)
     if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):  # as in decoding: no mask to build
         causal, window = False, None
     where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
@@ -386,6 +414,10 @@ def attention(
     allowed = _allowed(n, keys, len(query.shape), **where, **reach)
     if not (mask is bias is valid_lens is None and bands.covers(n, key.shape[-2], causal, query_offset, window)):
         query, key, value = _hide_padding(allowed, query, key, value)
+
+    if None in (*query.shape[:-1], *key.shape[:-1]) and score not in (scaled_dot_score, dot_score):
+        some = tf.reduce_all(tf.concat([tf.shape(query)[:-1], tf.shape(key)[:-1]], axis=0) > 0)  # without pairs, no gradient
+        query, key = tf.where(some, query, 0), tf.where(some, key, 0)
 
     # weights = normalize(score(query, key)): (..., h, n, m)
     scores = _scores(query, key, score, scale, softcap, bias)
@@ -423,6 +455,35 @@ def _dropout(weights, rate, rng):
     seed = rng if rng is None or isinstance(rng, tuple) else (rng, 0)
     draw = tf.random.uniform if seed is None else partial(tf.random.stateless_uniform, seed=seed)
     return tf.where(draw(_shape(weights)) >= rate, weights / (1 - rate), 0)
+
+
+def _one_batch(batch, query, key, value, mask, bias, valid_lens, query_offset, positions):
+    """The arguments with all their batch axes in one: of more than five axes TensorFlow cannot broadcast, nor of nine slice."""
+
+    def one(x):
+        if x is None or len(x.shape) < 4:
+            return x
+        shared = all(size == 1 for size in x.shape[:-3])
+        x = x if shared else _widen(x, batch, 3)
+        return tf.reshape(x, (1 if shared else math.prod(batch), *_shape(x)[-3:]))
+
+    def each(x):  # numbers by the first axis
+        return tf.repeat(x, math.prod(batch[1:]), axis=0) if x is not None and len(getattr(x, "shape", ())) else x
+
+    where = {"mask": one(mask), "bias": one(bias), "positions": one(positions)}
+    where |= {"valid_lens": each(valid_lens), "query_offset": each(query_offset)}
+    return (one(query), one(key), one(value)), where
+
+
+def _widen(x, lead, last):
+    """x with the axes before its ``last`` broadcast to ``lead``, one after another."""
+    own, kept = _shape(x)[:-last], _shape(x)[-last:]
+    own = (*[1] * (len(lead) - len(own)), *own)
+    for axis, (size, wide) in enumerate(zip(own, lead, strict=True)):
+        if not (type(size) is type(wide) is int and size == wide):
+            x = tf.reshape(x, (math.prod(lead[:axis]), size, math.prod((*own[axis + 1 :], *kept))))
+            x = tf.repeat(x, wide // tf.maximum(size, 1), axis=1)
+    return tf.reshape(x, (*lead, *kept))
 
 
 def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_offset, window):
@@ -489,13 +550,17 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
 def merge_attention(outputs, lses, return_lse=False):
     outputs, lses = tf.stack([*outputs], axis=-2), tf.stack([*lses], axis=-1)  # (..., n, parts, v), (..., n, parts)
     weights, lse = _softmax_lse(lses, tf.not_equal(lses, -math.inf))
-    weights = weights[..., None]
+    weights = tf.expand_dims(weights, -1)
     parts = tf.where(tf.not_equal(weights, 0), _wide(outputs), 0)
     output = tf.cast(tf.reduce_sum(weights * parts, axis=-2), outputs.dtype)
     return (output, lse) if return_lse else output
 
 
 def kernel(query, key, value, **options):
+    if len(query.shape) > 4:
+        names = ("mask", "bias", "valid_lens", "query_offset", "positions")
+        (query, key, value), where = _one_batch(_lead(query, key)[:-1], query, key, value, *(options[name] for name in names))
+        options |= where
     if options["positions"] is not None:
         return explanation.selected(kernel, _select, query, key, value, **options)
     how = (options[name] for name in ("score", "normalize", "bias", "dropout", "return_weights"))

@@ -18,7 +18,7 @@ INF, NAN = np.inf, np.nan
 def every(rng: np.random.Generator) -> Iterator[Case]:
     keywords = (plain, masks, biases, lengths, causal, windows, caps)
     parts = (groups, shapes, large, padding, positions, pooling.scores, pooling.pooling, pooling.normalisers)
-    for family in (*keywords, *parts, merging, blocks, covariance, multihead.cases, combinations):
+    for family in (*keywords, *parts, merging, blocks, covariance, multihead.cases, combinations, many_axes):
         yield from family(rng)
 
 
@@ -165,6 +165,30 @@ def shapes(rng):
     shared, k, v = qkv(rng, lead=(0, 2), kv=(1, 2))
     additive, mask = next(parametrised(rng, 3, 3)), flags(rng, 4, 5)
     yield make("no entries, shared NaN keys", shared, k * NAN, v * NAN, score=additive, mask=mask, group="empty rows")
+
+
+def many_axes(rng):
+    """Frameworks broadcast, slice and normalise arrays of a few axes only; each of these axes may be shared."""
+    make = partial(attend, group="many axes", rng=rng)
+    additive, _, gated = parametrised(rng, 3, 3)
+    lead, kv, sizes = (2, 1, 2, 1, 2), (1, 2, 1, 2, 1), {"n": 2, "m": 3}
+    chosen, lens = np.array([[0, 2], [1, -1]]), np.array([1, 3])
+    yield make("5 axes, mask and positions", *qkv(rng, lead=(2, 1, 2), **sizes), mask=flags(rng, 2, 3), positions=chosen)
+    yield make("6 axes", *qkv(rng, lead=(1, 2, 1, 2), **sizes), asked=())
+    mask, bias = flags(rng, 2, 1, 2, 1, 2, 3), grid(rng, 2, 1, 2, 1, 3)
+    yield make("6 axes, mask and bias", *qkv(rng, lead=(2, 2, 2, 2), **sizes), mask=mask, bias=bias)
+    yield make(
+        "6 axes, lengths and offset", *qkv(rng, lead=(2, 2, 1, 2), **sizes), valid_lens=lens, causal=True, query_offset=lens
+    )
+    yield make("7 axes, each shared", *qkv(rng, lead=lead, kv=kv, **sizes), valid_lens=lens, window=1)
+    for name, score in (("distance_score",) * 2, ("additive_score", additive), ("gated_score", gated)):
+        for given, keys in (((2, 1, 2), (1, 2, 2)), (lead, kv)):
+            axes = f"{len(given) + 2} axes, {name}"
+            yield make(f"{axes}, shared", *qkv(rng, lead=given, kv=keys, **sizes), score=score)
+            q, k, _ = qkv(rng, lead=given, kv=(*keys[:-1], given[-1]), **sizes)
+            yield pooling.pair_scores(f"{axes}, itself", q, k, name, {} if score == name else score[1])
+    yield make("7 axes, positions", *qkv(rng, lead=lead, kv=kv, **sizes), score=additive, positions=chosen, asked=())
+    yield make("5 axes, sparsemax", *qkv(rng, lead=(1, 2, 2), kv=(2, 1, 2), **sizes), normalize="sparsemax", asked=WEIGHTS)
 
 
 # ---- numbers

@@ -380,7 +380,7 @@ def multi_head_attention(query, key, value, params, num_heads, num_kv_heads, gra
 
 def scores(name, query, key, **parameters) -> Answer:
     """A score on its own: (..., n, m)."""
-    shape = (*query.shape[:-1], key.shape[-2])
+    shape = (*leading(query, key), query.shape[-2], key.shape[-2])
     q = np.broadcast_to(query[..., :, None, :], (*shape, query.shape[-1])).reshape(-1, query.shape[-1])
     k = np.broadcast_to(key[..., None, :, :], (*shape, key.shape[-1])).reshape(-1, key.shape[-1])
     size = bounds(name, q, k, **parameters)["size"].max(initial=0)
