@@ -13,6 +13,7 @@ Where every backend must agree:
 - Half precision (float16, bfloat16) is computed in float32; scores come back as float32, other results in the dtype of
   the arguments. float64 stays float64. Mixed dtypes and integers are TypeErrors.
 - A query with nothing to attend to gets zeros, lse -inf and zero gradients.
+- Without features (d = 0) dot products are 0, scaled or not: attention is the average of the values that may be attended to.
 - NaN or inf in a key or value that no query of its batch entry may attend to, or in a query with no key, reaches no
   result and no gradient.
 - Arguments are never written to.
@@ -324,8 +325,12 @@ def _attended(tab: Any, query: Any, key: Any, value: Any, score: Any) -> tuple[A
 def _options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, Any], score: Any = None, normalize: Any = None,
              mask: Any = None, bias: Any = None, valid_lens: Any = None, causal: Any = False, query_offset: Any = 0,
              window: Any = None, positions: Any = None, scale: Any = None, softcap: Any = None, dropout: Any = 0.0,
-             rng: Any = None, return_lse: bool = False) -> dict[str, Any]:  # fmt: skip
-    """The checked keywords of attention, for scores of this shape between queries and keys of these features."""
+             rng: Any = None, return_lse: bool = False, batch: tuple[Any, ...] | None = None) -> dict[str, Any]:  # fmt: skip
+    """The checked keywords of attention, for scores of this shape between queries and keys of these features.
+
+    ``batch``: the batch axis, (size,), or () where there is none; by default the first of the leading axes.
+    """
+    batch = scores[:-2][:1] if batch is None else batch
     normalize, score = _plain(normalize), _plain(score)
     if return_lse and (normalize.func if isinstance(normalize, partial) else normalize) not in (
         None,
@@ -339,9 +344,9 @@ def _options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any,
         "normalize": getattr(tab, "softmax", None) if normalize is None else _own(tab, "normalize", normalize, query, features),
         "mask": mask,
         "bias": bias,
-        "valid_lens": None if valid_lens is None else checks.lengths(tab, valid_lens, scores, query),
+        "valid_lens": None if valid_lens is None else checks.lengths(tab, valid_lens, batch, scores[-2], query),
         "causal": checks.flag("causal", causal),
-        "query_offset": checks.offset(tab, query_offset, scores, query),
+        "query_offset": checks.offset(tab, query_offset, batch, query),
         "window": None if window is None else checks.window(window),
         "positions": None if positions is None else checks.positions(tab, positions, scores, query),
         "scale": None if scale is None else checks.number("scale", scale),
@@ -442,7 +447,8 @@ def multi_head_attention(
     """Attention in several learned projections at once: each head attends by itself, the results are joined and projected.
 
     Args:
-        query: (..., n, d_q), key: (..., m, d_k), value: (..., m, d_v); the leading axes, if any, are batch.
+        query: (..., n, d_q), key: (..., m, d_k), value: (..., m, d_v); the leading axes, if any, are batch: without them
+            valid_lens is () or (n,), for every head.
         params: the projections by name, as layers export them: W_q (d_q, num_heads * d), W_k (d_k, num_kv_heads * d),
             W_v (d_v, num_kv_heads * v), W_o (num_heads * v, o), and biases b_q, b_k, b_v, b_o, each of its matrix's last
             size. All but W_q, W_k and W_v may be absent; without W_o the joined heads (..., n, num_heads * v) are the output.
@@ -563,7 +569,10 @@ def _projected(backend: Any, query: Any, key: Any, value: Any, params: Any, num_
     features = (params["W_q"].shape[-1] // num_heads, params["W_k"].shape[-1] // num_kv_heads)
     checks.same_widths(features, _dots(options.get("score")))
     back = {name: checks.flag(name, options.pop(name, False)) for name in ("return_weights", "return_lse")}
-    options = _options(tab, query, (*batch, num_heads, n, m), features, return_lse=back["return_lse"], **options)
+    scores = (*batch, num_heads, n, m)
+    options = _options(tab, query, scores, features, return_lse=back["return_lse"], batch=tuple(batch[:1]), **options)
+    if not batch and options["valid_lens"] is not None:
+        options["valid_lens"] = checks.for_each_head(tab, options["valid_lens"], num_heads, query)
     return tab, query, key, value, params, {"num_heads": num_heads, "num_kv_heads": num_kv_heads}, options | back
 
 
@@ -739,7 +748,7 @@ def _normalise(name: str, scores: Any, where: Any, backend: Any, **extra: Any) -
         where = checks.where(tab, where, scores)
     if extra.get("valid_lens") is not None:
         checks.shape("scores", scores, 2)
-        extra["valid_lens"] = checks.lengths(tab, extra["valid_lens"], shape, scores)
+        extra["valid_lens"] = checks.lengths(tab, extra["valid_lens"], shape[:-2][:1], shape[-2], scores)
     return getattr(tab, name)(scores, where=where, **extra)
 
 

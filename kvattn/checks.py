@@ -125,6 +125,15 @@ def broadcastable(name: str, shape: tuple[Any, ...], full: tuple[Any, ...], what
             )
 
 
+def _longer(name: str, shape: tuple[Any, ...], axes: int) -> str:
+    """How to give an array of ``shape`` as many axes, its own leading axes staying where they are, as batch."""
+    index = ", ".join([":"] * (len(shape) - 2) + ["None"] * (axes - len(shape)))
+    heads = "one head, which all of the query's share"
+    if name == "query":
+        heads = "its heads (axis -3) must be a multiple of the key's"
+    return f"give {name} the axes that it lacks: {name}[{index}]; {heads}"
+
+
 def pairs(query: Any, key: Any, value: Any = None) -> tuple[Any, ...]:
     """The shape (..., n, m) of the scores. Raises ValueError, naming the argument, both shapes and the axis."""
     q, k = _shape(query), _shape(key)
@@ -135,7 +144,10 @@ def pairs(query: Any, key: Any, value: Any = None) -> tuple[Any, ...]:
                 f"{name} has shape {_show(shape)}; expected at least 2 axes: (..., {'n' if name == 'query' else 'm'}, features)"
             )
         if len(shape) != len(q):
-            raise ValueError(f"{name} has shape {_show(shape)} but query has {_show(q)}: expected the same number of axes")
+            raise ValueError(
+                f"{name} has shape {_show(shape)} but query has {_show(q)}: expected the same number of axes; "
+                + (_longer("query", q, len(k)) if len(q) < len(shape) else _longer(name, shape, len(q)))
+            )
     if value is not None:
         v = named[2][1]
         for axis in range(-2, -len(k) - 1, -1):
@@ -255,7 +267,10 @@ def joined(query: Any, key: Any, value: Any) -> tuple[Any, ...]:
     q, k, v = _shape(query), _shape(key), _shape(value)
     for name, found in (("query", q), ("key", k), ("value", v)):
         if len(found) < 2 or len(found) != len(q):
-            raise ValueError(f"{name} has shape {_show(found)}; expected as many axes as query {_show(q)}, at least 2")
+            raise ValueError(
+                f"{name} has shape {_show(found)}; expected as many axes as query {_show(q)}, at least 2; every leading axis "
+                "is batch here, of one size in query, key and value: broadcast the array that lacks one"
+            )
         for axis in range(-len(q), -1 if name == "value" else -2):
             expected = k[axis] if axis == -2 else q[axis]
             if _differ(found[axis], expected):
@@ -287,16 +302,16 @@ def same_features(query: Any, key: Any) -> None:
         raise ValueError(f"key has shape {_show(k)} but query has {_show(q)}: axis -1 (features) is {k[-1]}, expected {q[-1]}")
 
 
-def lengths(tab: Any, valid_lens: Any, scores: tuple[Any, ...], like: Any) -> Any:
+def lengths(tab: Any, valid_lens: Any, batch: tuple[Any, ...], n: Any, like: Any) -> Any:
     """valid_lens as an integer array (batch,) or (batch, n); () or (n,) where there is no batch axis."""
     x = array(tab, "valid_lens", valid_lens, like=like)
     x = _integral(tab, "valid_lens", x)
-    shape, batch = _shape(x), scores[:-2][:1]
-    expected = (batch, (*batch, scores[-2]))
+    shape = _shape(x)
+    expected = (batch, (*batch, n))
     if len(shape) not in (len(batch), len(batch) + 1) or any(map(_differ, shape, expected[1])):
         raise ValueError(
             f"valid_lens has shape {_show(shape)}; expected {_show(expected[0])} or {_show(expected[1])}, "
-            "which is (batch,) or (batch, n)"
+            + ("which is (batch,) or (batch, n)" if batch else "one for all queries or one for each: there is no batch axis")
         )
     seen = _peek(tab, x)
     if seen is not None and seen.size and seen.min() < 0:
@@ -304,7 +319,19 @@ def lengths(tab: Any, valid_lens: Any, scores: tuple[Any, ...], like: Any) -> An
     return x
 
 
-def offset(tab: Any, query_offset: Any, scores: tuple[Any, ...], like: Any) -> Any:
+def for_each_head(tab: Any, valid_lens: Any, num_heads: int, like: Any) -> Any:
+    """Lengths () or (n,) as (num_heads,) or (num_heads, n): without a batch axis, attention takes the heads for one."""
+    x = _integral(tab, "valid_lens", array(tab, "valid_lens", valid_lens, like=like))
+    shape = _shape(x)
+    if len(shape) > 1:
+        raise ValueError(f"valid_lens has shape {_show(shape)}; expected () or (n,), for inputs without a batch axis")
+    nothing = [[0]] * num_heads if shape else [0] * num_heads
+    if (seen := _peek(tab, x)) is not None:  # MXNet adds nothing to an array of no axes
+        return tab.asarray(seen + nothing, dtype=dtype_name(x), like=x)
+    return x + tab.asarray(nothing, dtype=dtype_name(x), like=x)
+
+
+def offset(tab: Any, query_offset: Any, batch: tuple[Any, ...], like: Any) -> Any:
     """query_offset as a Python int, or as an integer array (batch,)."""
     if is_integer(query_offset):
         return int(query_offset)
@@ -312,7 +339,7 @@ def offset(tab: Any, query_offset: Any, scores: tuple[Any, ...], like: Any) -> A
         raise TypeError(f"query_offset must be an int or an integer array (batch,), not {type(query_offset).__name__}")
     x = array(tab, "query_offset", query_offset, like=like)
     x = _integral(tab, "query_offset", x)
-    shape, batch = _shape(x), scores[:-2][:1]
+    shape = _shape(x)
     if shape != () and (len(shape) != 1 or not batch or _differ(shape[0], batch[0])):
         raise ValueError(f"query_offset has shape {_show(shape)}; expected an int, or one per batch entry: {_show(batch)}")
     return x

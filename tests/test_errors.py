@@ -20,8 +20,10 @@ NAN, INF = float("nan"), float("inf")
 # what: (arguments that replace the good ones, error, words that the message must hold)
 BAD = {
     "query of rank 1": ({"query": zeros(5)}, ValueError, ["query", "(5,)", "at least 2 axes"]),
-    "key of another rank": ({"key": zeros(2, 6, 5)}, ValueError, ["key", "(2, 6, 5)", "(2, 4, 3, 5)", "axes"]),
-    "value of another rank": ({"value": zeros(6, 7)}, ValueError, ["value", "(6, 7)", "(2, 4, 3, 5)"]),
+    "key of another rank": ({"key": zeros(2, 6, 5)}, ValueError, ["key", "(2, 6, 5)", "(2, 4, 3, 5)", "axes", "key[:, None]"]),
+    "value of another rank": ({"value": zeros(6, 7)}, ValueError, ["value", "(6, 7)", "(2, 4, 3, 5)", "value[None, None]"]),
+    "query of another rank": ({"query": zeros(2, 3, 5)}, ValueError, ["query", "(2, 3, 5)", "query[:, None]", "axis -3"]),
+    "query without leading axes": ({"query": zeros(3, 5)}, ValueError, ["query", "(3, 5)", "query[None, None]", "axis -3"]),
     "features differ": ({"key": zeros(2, 2, 6, 4)}, ValueError, ["key", "(2, 2, 6, 4)", "(2, 4, 3, 5)", "axis -1", "4", "5"]),
     "keys and values differ": ({"value": zeros(2, 2, 5, 7)}, ValueError, ["value", "(2, 2, 5, 7)", "(2, 2, 6, 5)", "axis -2"]),
     "batches differ": (
@@ -91,6 +93,39 @@ def test_attention_grad_says_the_same(backend, what):
     replaced, error, words = BAD[what]
     with pytest.raises(error) as caught:
         kvattn.attention_grad(**{**GOOD, **replaced}, grad_output=zeros(2, 4, 3, 7), backend=backend)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("lead", [(2,), (2, 2)])
+def test_the_axes_that_an_error_asks_for_are_enough(lead):
+    """Run once: the errors are the frontend's, the same for every backend."""
+    query, key, value = zeros(*lead, 4, 3, 5), zeros(*lead, 6, 5), zeros(*lead, 6, 7)
+    with pytest.raises(ValueError, match="axes that it lacks") as caught:
+        kvattn.attention(query, key, value)
+    index = (*[slice(None)] * len(lead), None)
+    assert f"key[{', '.join([':'] * len(lead))}, None]" in str(caught.value)
+    assert kvattn.attention(query, key[index], value[index]).shape == (*lead, 4, 3, 7)
+    with pytest.raises(ValueError, match=rf"query\[{', '.join([':'] * len(lead))}, None\]"):
+        kvattn.attention(zeros(*lead, 3, 5), key[index], value[index])
+    assert kvattn.attention(zeros(*lead, 3, 5)[index], key[index], value[index]).shape == (*lead, 1, 3, 7)
+
+
+PARAMS = {"W_q": np.eye(4, dtype=F), "W_k": np.eye(4, dtype=F), "W_v": np.eye(4, dtype=F)}
+UNBATCHED = {
+    "lengths of each head": ({"valid_lens": np.array([1, 2])}, ["valid_lens", "(2,)", "() or (3,)"]),
+    "lengths of two axes": ({"valid_lens": np.array([[1, 2, 3]])}, ["valid_lens", "(1, 3)", "() or (3,)"]),
+    "an offset of each head": ({"query_offset": np.array([1, 2])}, ["query_offset", "(2,)", "int"]),
+    "an offset of each query": ({"query_offset": np.array([1, 2, 3])}, ["query_offset", "(3,)", "int"]),
+    "a query with a batch": ({"query": zeros(2, 3, 4)}, ["key", "(3, 4)", "(2, 3, 4)", "batch"]),
+}
+
+
+@pytest.mark.parametrize("what", UNBATCHED)
+def test_without_a_batch_heads_are_no_batch(backend, what):
+    replaced, words = UNBATCHED[what]
+    given = {name: zeros(3, 4) for name in ("query", "key", "value")} | {"params": PARAMS, "num_heads": 2} | replaced
+    with pytest.raises(ValueError, match="expected") as caught:
+        kvattn.multi_head_attention(**given, backend=backend)
     assert [word for word in words if word not in str(caught.value)] == []
 
 

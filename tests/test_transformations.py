@@ -289,6 +289,42 @@ def test_torch_compile_serves_the_steps_of_decoding_with_one_program(backend):
         assert len(programs) <= 3  # one key, two, and any number
 
 
+@pytest.mark.parametrize("lens", [np.array(4, "int32"), np.array([2, 0, 6], "int32")], ids=["()", "(n,)"])
+def test_lengths_without_a_batch_may_be_traced(backend, tab, lens):
+    """Every head has the same lengths: what the frontend makes of them is part of the program."""
+    x, y = Q[0, 0], K[0, 0]
+    params = {name: tab.asarray(np.eye(8, dtype=np.float32)) for name in ("W_q", "W_k", "W_v")}
+    each = [kvattn.attention(x[:, i:j], y[:, i:j], y[:, i:j], valid_lens=lens) for i, j in ((0, 4), (4, 8))]
+
+    def heads(query, key, lens):
+        return kvattn.multi_head_attention(query, key, key, params, num_heads=2, valid_lens=lens)
+
+    trace = {"torch": torch_program, "jax": jax_program, "tensorflow": tensorflow_program}.get(
+        backend, lambda function: function
+    )
+    got = trace(heads)(tab.asarray(x), tab.asarray(y), tab.asarray(lens))
+    np.testing.assert_allclose(kvattn.to_numpy(got), np.concatenate(each, axis=-1), rtol=1e-4, atol=1e-5)
+
+
+def torch_program(function):
+    import torch
+
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="eager")
+
+
+def jax_program(function):
+    import jax
+
+    return jax.jit(function)
+
+
+def tensorflow_program(function):
+    import tensorflow as tf
+
+    return tf.function(function)
+
+
 def _wide(options):
     """The same options with float64 parameters, for the answer."""
     score = options.get("score")

@@ -86,7 +86,7 @@ def _fold(x, heads):
     """(..., h, n, c) -> (..., heads, h / heads * n, c): the queries of one key head lie in a row."""
     if x.ndim < 3 or x.shape[-3] == heads:
         return x
-    return x.reshape(*x.shape[:-3], heads, -1, x.shape[-1])
+    return x.reshape(*x.shape[:-3], heads, x.shape[-3] // heads * x.shape[-2], x.shape[-1])
 
 
 def _unfold(x, heads, n):
@@ -163,7 +163,7 @@ def dot_score(query, key):
 
 @quirks.scoring
 def scaled_dot_score(query, key):
-    return dot_score(query, key) / math.sqrt(query.shape[-1])
+    return dot_score(query, key) / math.sqrt(query.shape[-1] or 1)  # without features the scores are 0
 
 
 @quirks.scoring
@@ -455,12 +455,12 @@ def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_
     allowed = _allowed(n, index, query.ndim, mask, bias, valid_lens, causal, query_offset, window)
 
     def rows(x):
-        return x.reshape(-1, 1, x.shape[-1])
+        return x.reshape(math.prod(x.shape[:-1]), 1, x.shape[-1])  # MXNet infers no size where there are no features
 
     def selected(x):
         first = _spread(x.shape[:-2], lead, index.ctx).reshape(*lead, 1, 1) * m
-        found = np.take(x.reshape(-1, x.shape[-1]), first + index, axis=0)
-        return found.reshape(-1, *found.shape[-2:])
+        found = np.take(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), first + index, axis=0)
+        return found.reshape(math.prod(found.shape[:-2]), *found.shape[-2:])
 
     where = {"mask": rows(allowed), "bias": None if bias is None else rows(bias)}
     return rows(np.broadcast_to(query, (*lead, *query.shape[-2:]))), selected(key), selected(value), where

@@ -186,7 +186,8 @@ def dot_score(query, key):
 
 def scaled_dot_score(query, key):
     scores, d = dot_score(query, key), _shape(query)[-1]
-    return scores / (math.sqrt(d) if isinstance(d, int) else tf.sqrt(tf.cast(d, scores.dtype)))
+    # without features the scores are 0
+    return scores / (math.sqrt(d or 1) if isinstance(d, int) else tf.sqrt(tf.cast(tf.maximum(d, 1), scores.dtype)))
 
 
 @_few_axes

@@ -151,7 +151,7 @@ def dot_score(query, key):
 
 
 def scaled_dot_score(query, key):
-    return dot_score(query, key) / math.sqrt(query.shape[-1])
+    return dot_score(query, key) / math.sqrt(query.shape[-1] or 1)  # without features the scores are 0
 
 
 def additive_score(query, key, W_q, W_k, w_v, b=None):

@@ -152,6 +152,12 @@ def shapes(rng):
     yield make("no keys, 2 axes", *qkv(rng, m=0, lead=()), group="empty rows")
     yield make("no keys, causal and lengths", *qkv(rng, m=0), causal=True, valid_lens=np.array([0, 3]), group="empty rows")
     yield make("no keys, NaN queries", np.full((2, 2, 4, 3), NAN), *qkv(rng, m=0)[1:], group="empty rows")
+    # scores of no features are 0: an average of what may be attended to
+    yield make("no features", *qkv(rng, d=0))
+    yield make("no features, causal and lengths", *qkv(rng, d=0), causal=True, valid_lens=np.array([0, 3]))
+    yield make("no features, grouped heads, bias", *qkv(rng, d=0, lead=(2, 4), kv=(2, 2)), bias=grid(rng, 4, 1, 5))
+    yield make("no features, positions", *qkv(rng, d=0), positions=np.array([[0, 3, 3]]))
+    yield make("no features, cosine_score", *qkv(rng, d=0), score="cosine_score", mask=flags(rng, 4, 5))
     yield make("no queries", *qkv(rng, n=0))
     yield make("no entries", *qkv(rng, lead=(0, 2)), bias=grid(rng, 4, 5))
     # of inputs that meet nobody nothing reaches a gradient, by no score and no parameter

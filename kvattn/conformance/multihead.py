@@ -60,6 +60,14 @@ def cases(rng):
     yield multi_head("heads: a mask for each head", *inputs(), two(), rng, mask=flags(rng, 2, 2, 3, 4))
     yield multi_head("heads: a bias", *inputs(), two(), rng, bias=grid(rng, 2, 1, 4))
     yield multi_head("heads: causal, scaled", *inputs(), two(), rng, causal=True, query_offset=1, scale=0.5)
+    # without a batch axis n, m and the number of heads are the same here, so that no axis passes for another
+    yield multi_head("heads: no batch, lengths ()", *inputs((), 2, 2), two(), rng, valid_lens=np.array(1), asked=both)
+    yield multi_head("heads: no batch, lengths (n,)", *inputs((), 2, 2), two(), rng, valid_lens=np.array([1, 0]), asked=both)
+    grouped, offset = params_of(rng, 3, 3, 3, 4, 2), np.array(1)
+    each = {"valid_lens": np.array([2, 0, 4]), "causal": True, "query_offset": offset}
+    yield multi_head("heads: no batch, lengths, offset ()", *inputs(()), grouped, rng, heads=4, kv_heads=2, **each)
+    nothing = {"W_q": np.zeros((3, 0)), "W_k": np.zeros((3, 0)), "b_q": np.zeros(0), "b_k": np.zeros(0)}
+    yield multi_head("heads: no features", *inputs(), two() | nothing, rng, valid_lens=np.array([4, 2]), asked=both)
     yield multi_head("heads: no keys", *inputs(m=0), two(), rng, grad=False)
     sparse = params_of(rng, 3, 3, 3, 2, 2)
     yield multi_head("heads: averaged", *inputs(), sparse, rng, normalize="average", asked=("weights",))
@@ -72,6 +80,8 @@ def self_attention(rng):
         ("self-attention", (2,), {}),
         ("self-attention, no batch", (), {"causal": True}),
         ("self-attention, lengths", (2,), {"valid_lens": np.array([1, 4])}),
+        ("self-attention, no batch, lengths ()", (), {"valid_lens": np.array(2)}),
+        ("self-attention, no batch, lengths (n,)", (), {"valid_lens": np.array([1, 4, 0, 2])}),
     ):
         x = grid(rng, *batch, 4, 3)
         params = {n: y for n, y in params_of(rng, 3, 3, 3, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
@@ -92,11 +102,12 @@ def decoding(rng):
     """Step by step with a cache, what the whole causal pass gives."""
     for name, heads, kv_heads, options in (
         ("decoding", 2, 2, {}),
+        ("decoding without a batch, lengths ()", 2, 2, {"batch": (), "valid_lens": np.array(3)}),
         ("decoding, grouped heads", 4, 2, {}),
         ("decoding in a window", 2, 2, {"window": (1, 0)}),
         ("decoding, room set aside", 4, 2, {"capacity": (2, 2, 7, 2, 2)}),
     ):
-        x = grid(rng, 2, 5, 3)
+        x = grid(rng, *options.pop("batch", (2,)), 5, 3)
         params = params_of(rng, 3, 3, 3, heads, kv_heads)
         how = {n: y for n, y in options.items() if n != "capacity"}
         case = multi_head(name, x, x, x, params, rng, heads=heads, kv_heads=kv_heads, grad=False, causal=True, **how)

@@ -359,6 +359,8 @@ def multi_head_attention(query, key, value, params, num_heads, num_kv_heads, gra
         if "W_o" in params:
             back = [back[0] @ params["W_o"].T, back[1] @ size["W_o"].T]
         grads = [split(x, num_heads) for x in back]
+    if query.ndim == 2 and (lens := how.get("valid_lens")) is not None:  # no batch axis: every head has these lengths
+        how["valid_lens"] = np.broadcast_to(lens, (num_heads, *np.shape(lens)))
     values, sizes, largest = _attention(*split_up, grads[0], absolute=[*absolute, grads[1]], **how)
     joined, top = join(values["output"]), np.max(sizes["output"])
     values["output"], sizes["output"] = project(joined, "o"), project(np.full(joined.shape, top), "o", size)

@@ -54,7 +54,7 @@ def scale_of(tab, query, score, scale):
     """What the dot products of a call are multiplied by."""
     if scale is not None:
         return scale
-    return 1 / math.sqrt(query.shape[-1]) if score is tab.scaled_dot_score else 1.0
+    return 1 / math.sqrt(query.shape[-1] or 1) if score is tab.scaled_dot_score else 1.0
 
 
 class Plan(NamedTuple):

@@ -72,7 +72,7 @@ def _reach(causal, window):
 def attention(query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap):
     """softmax(scale * query @ key.T) @ value over the keys allowed, where `serves`: (batch, h, n, d)."""
     left, right = _reach(causal, window)
-    n, scale = query.shape[-2], 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    n, scale = query.shape[-2], 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
     if right == 0:  # the keys beyond are seen by nobody, and a square is what cuDNN's causal mask is surest of
         key, value = key[..., :n, :], value[..., :n, :]
     lens = None

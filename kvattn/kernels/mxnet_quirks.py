@@ -71,6 +71,8 @@ def firm(x):
 
 def where(condition, x, other):
     """np.where(condition, x, number): MXNet swaps its gradients for a number, and has no more than 5 axes."""
+    if not x.size:  # MXNet crashes where it broadcasts what has no elements
+        return x
     if x.ndim > 5:
         condition = np.broadcast_to(condition, x.shape).reshape(-1)
         return where(condition, x.reshape(-1), other).reshape(x.shape)

@@ -61,7 +61,7 @@ def dot_score(tab, query, key, grad):
 
 
 def scaled_dot_score(tab, query, key, grad):
-    return dot_score(tab, query, key, grad / math.sqrt(query.shape[-1]))
+    return dot_score(tab, query, key, grad / math.sqrt(query.shape[-1] or 1))
 
 
 def additive_score(tab, query, key, grad, W_q, W_k, w_v, b=None):
@@ -196,7 +196,8 @@ def _outer(x, grad):
     """sum over every row of x^T grad: (..., r, a), (..., r, b) -> (a, b)."""
     x = np.broadcast_to(x, (*np.broadcast_shapes(x.shape[:-1], grad.shape[:-1]), x.shape[-1]))
     grad = np.broadcast_to(grad, (*x.shape[:-1], grad.shape[-1]))
-    return x.reshape(-1, x.shape[-1]).T @ grad.reshape(-1, grad.shape[-1])
+    rows = math.prod(x.shape[:-1])  # NumPy infers no size where there are no features
+    return x.reshape(rows, x.shape[-1]).T @ grad.reshape(rows, grad.shape[-1])
 
 
 def sum_to(x, shape):

@@ -59,7 +59,7 @@ def attention(tab, query, key, value, *, score, scale, softcap, return_lse, mask
     options |= {"score": score, "scale": scale, "softcap": softcap, "return_lse": return_lse}
     plain = partial(tab.attention, normalize=partial(tab.softmax), **options)  # no blocks: their gradients' derivative
     if scale is None:
-        scale = 1 / math.sqrt(query.shape[-1]) if score is tab.scaled_dot_score else 1.0
+        scale = 1 / math.sqrt(query.shape[-1] or 1) if score is tab.scaled_dot_score else 1.0
     where = [tf.cast(tf.clip_by_value(tf.cast(query_offset, tf.int64), -FAR, FAR), tf.int32)]
     where += [] if valid_lens is None else [tf.cast(tf.minimum(tf.cast(valid_lens, tf.int64), key.shape[-2]), tf.int32)]
     where += [] if mask is None else [mask]

@@ -59,7 +59,7 @@ def scale_of(tab, query, score, scale):
     """What the dot products of a call are multiplied by."""
     if scale is not None:
         return scale
-    return 1.0 if score is tab.dot_score else 1 / math.sqrt(query.shape[-1])
+    return 1.0 if score is tab.dot_score else 1 / math.sqrt(query.shape[-1] or 1)
 
 
 def attention(query, key, value, scale, *, mask=None, bias=None, valid_lens=None, causal=False, query_offset=0, window=None,

@@ -167,7 +167,7 @@ class _Triangle:
 def flex(query, key, value, valid_lens, causal, query_offset, window, scale, softcap):
     """Compiled flex_attention, on the blocks of keys that some query of the block may attend to."""
     heads, n, d = query.shape[1:]
-    m, scale = key.shape[-2], 1 / math.sqrt(d) if scale is None else scale
+    m, scale = key.shape[-2], 1 / math.sqrt(d or 1) if scale is None else scale
     spans = blocks = None
     if valid_lens is not None or causal or window is not None:
         left = (window or (None, None))[0]

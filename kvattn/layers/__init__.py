@@ -137,6 +137,13 @@ def head_width(num_hiddens: int, num_heads: int, num_kv_heads: int) -> int:
     return num_hiddens // num_heads
 
 
+def lengths(tab: Any, valid_lens: Any, queries: Any) -> Any:
+    """valid_lens for queries (batch, heads, n, d), or (heads, n, d): then () and (n,) become the lengths of each head."""
+    if valid_lens is None or len(queries.shape) != 3:
+        return valid_lens
+    return checks.for_each_head(tab, valid_lens, queries.shape[0], queries)
+
+
 def check_activation(activation: str) -> None:
     """Raises ValueError for an activation that not every framework has here."""
     if activation not in ("relu", "gelu"):

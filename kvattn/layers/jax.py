@@ -217,6 +217,7 @@ class MultiHeadAttention(_Layer):
             cache = cache.extend(keys, values)
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
+        valid_lens = layers.lengths(tab, valid_lens, queries)
         output, *rest = _several(self.attention(queries, keys, values, valid_lens, training, **options))
         output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
         rest = rest if cache is None else [*rest, cache]

@@ -297,6 +297,8 @@ class MultiHeadAttention(_Layer):
             cache = cache.extend(keys, values)
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
+        if not tab.deferred(queries):
+            valid_lens = layers.lengths(tab, whole(valid_lens), queries)
         results = self.attention(queries, keys, values, valid_lens, **options)
         output, *rest = results if isinstance(results, (tuple, list)) else (results,)
         output = self.W_o(_join(output))  # (batch, n, num_hiddens)

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from kvattn import api, checks, layers
+from kvattn.backends import numpy as tab
 from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, slots, source
 
 __all__ = [*layers.LAYERS]
@@ -143,6 +144,7 @@ class MultiHeadAttention(Layer):
             cache = cache.extend(keys, values, backend="numpy")
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
+        valid_lens = layers.lengths(tab, valid_lens, queries)
         results = self.attention(queries, keys, values, valid_lens, **options)
         output, *rest = results if type(results) is tuple else (results,)
         output = self.W_o(_join(output))  # (batch, n, num_hiddens)

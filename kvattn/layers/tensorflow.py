@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from kvattn import api, checks, layers
+from kvattn.backends import tensorflow as tab
 from kvattn.layers.keras import (  # noqa: F401
     Layer,
     assign,
@@ -188,6 +189,7 @@ class MultiHeadAttention(Layer):
             cache = cache.cache.extend(keys, values)
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
+        valid_lens = layers.lengths(tab, valid_lens, queries)
         results = self.attention(queries, keys, values, valid_lens, training=training, **options)
         output, *rest = results if isinstance(results, tuple) else (results,)
         output = self.W_o(_join(output))  # (batch, n, num_hiddens)

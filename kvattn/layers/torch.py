@@ -12,6 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from kvattn import api, layers
+from kvattn.backends import torch as tab
 
 __all__ = [*layers.LAYERS]
 
@@ -164,6 +165,7 @@ class MultiHeadAttention(nn.Module):
             cache = cache.extend(keys, values)
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
+        valid_lens = layers.lengths(tab, valid_lens, queries)
         results = self.attention(queries, keys, values, valid_lens, **options)
         output, *rest = results if isinstance(results, tuple) else (results,)
         output = self.W_o(_join(output))  # (batch, n, num_hiddens)
