@@ -31,7 +31,8 @@ EVERYWHERE = [
 ]
 
 NUMPY = [
-    ("ignores sqrt(d)", "return dot_score(query, key) / math.sqrt(query.shape[-1])", "return dot_score(query, key)"),
+    ("ignores sqrt(d)", "return dot_score(query, key) / math.sqrt(query.shape[-1] or 1)", "return dot_score(query, key)"),
+    ("divides by no features", "math.sqrt(query.shape[-1] or 1)", "np.sqrt(query.shape[-1])", "shapes"),
     ("ignores query_offset", "return query_offset + ", "return 0 * query_offset + ", "causal"),
     ("does not forbid where the bias is -inf", "allowed.append(bias != -math.inf)", "pass", "bias"),
     (
@@ -184,6 +185,7 @@ NUMPY = [
 ]
 
 ELSEWHERE = [
+    ("kernels/numpy.py", "takes what there is for pairs", "if 0 in (*query.shape[:-1]", "if 0 in (*query.shape[:0]"),
     ("kernels/numpy.py", "gives the values no gradient", '"value": _t(', '"value": 0 * _t('),
     (
         "kernels/numpy.py",
