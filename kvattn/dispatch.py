@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -65,6 +66,7 @@ _PACKAGES = {"torch": "torch", "tensorflow": "tensorflow", "jax": "jax", "jaxlib
 
 _loaded: dict[str, Backend] = {}
 _homes: dict[type, str | None] = {}  # a plain dict: torch.compile cannot trace lru_cache
+_installed: tuple[Any, dict[str, EntryPoint]] | None = None
 _process: str | None = None
 _context: ContextVar[str | None] = ContextVar("kvattn_backend", default=None)
 
@@ -77,10 +79,23 @@ def canonical(name: str) -> str:
     return _ALIASES.get(name, name)
 
 
-def _plugins() -> dict[str, EntryPoint]:
-    from importlib.metadata import entry_points  # 20 ms: not at import
+def _written(folder: str) -> int | None:
+    """When something was last installed into a folder of sys.path; None if there is no such folder."""
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return None
 
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in _OURS}
+
+def _plugins() -> dict[str, EntryPoint]:
+    """The plugins that are installed now. Looking takes 20 ms: not at import, and again only if something was installed."""
+    global _installed
+    places = [(folder, _written(folder)) for folder in sys.path]
+    if _installed is None or _installed[0] != places:
+        from importlib.metadata import entry_points
+
+        _installed = places, {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in _OURS}
+    return _installed[1]
 
 
 def known_backends() -> tuple[str, ...]:
@@ -120,6 +135,7 @@ def load(name: str) -> Backend:
         except Exception as error:
             raise ImportError(f"backend {name!r}: the plugin {plugins[name].value} fails to load: {error}") from error
         verify(tab, name)
+        _homes.clear()  # classes that were met before may be its own, or claimed by two now
     else:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(known_backends())} (pytorch = torch, tf = tensorflow)")
     _loaded[name] = tab
@@ -139,31 +155,45 @@ def verify(tab: Any, name: str) -> None:
         raise TypeError(f"backend {name!r} does not satisfy kvattn.backends.Backend; missing: {', '.join(missing)}")
 
 
-def _home(x: Any) -> str | None:
-    """The backend an array belongs to, or None for neutral data; found by walking its class's MRO."""
+def _home(x: Any) -> tuple[str | None, ...]:
+    """The backend an array belongs to, (None,) for neutral data; found by walking its class's MRO. () if that tells nothing."""
     if isinstance(x, (int, float)):  # torch.compile's symbolic numbers have no MRO to walk
-        return None
+        return (None,)
     for base in type(x).__mro__:
         package = base.__module__.partition(".")[0]
         if package in _PACKAGES:
-            return _PACKAGES[package]
+            return (_PACKAGES[package],)
         if package == "numpy" or base in (list, tuple, float, int, bool):
-            return None
-    for name, point in _plugins().items():  # a plugin is loaded only if it can own this class: it is loaded, or its home
-        near = name in _loaded or type(x).__module__.partition(".")[0] == point.value.partition(".")[0]
-        if near and load(name).is_array(x):
-            return name
-    return None
+            return (None,)
+    return ()
 
 
-def home(x: Any) -> str | None:
-    """The name of the backend whose array ``x`` is; None for neutral data: NumPy arrays, lists, numbers."""
+def _claims(x: Any) -> tuple[str, ...]:
+    """The plugins whose array ``x`` is. One is loaded only if it can own this class: from the package where it is at home."""
+    package = type(x).__module__.partition(".")[0]
+    near = [name for name, point in _plugins().items() if name in _loaded or package == point.value.partition(".")[0]]
+    return tuple(name for name in near if load(name).is_array(x))
+
+
+def home(x: Any, wanted: str | None = None) -> str | None:
+    """The name of the backend whose array ``x`` is; None for neutral data: NumPy arrays, lists, numbers, and unknown classes.
+
+    Raises TypeError for a class that two plugins claim, unless the one that is ``wanted`` is among them.
+    """
     cls = type(x)
     try:
         return _homes[cls]
     except KeyError:
-        found = _homes[cls] = _home(x)
-        return found
+        found = _home(x) or _claims(x)
+    if len(found) > 1:
+        if wanted in found:
+            return wanted
+        both = " and ".join(map(repr, found))
+        raise TypeError(f"backends {both} both claim arrays of class {cls.__name__}; say which: backend={found[0]!r}")
+    if found:
+        _homes[cls] = found[0]
+        return found[0]
+    return None  # and not remembered: its plugin may yet be installed, or loaded
 
 
 def choose(backend: Any, **arrays: Any) -> Backend:
@@ -172,8 +202,9 @@ def choose(backend: Any, **arrays: Any) -> Backend:
     Raises TypeError, naming both arguments, where the arrays belong to two frameworks, or to another than ``backend``.
     """
     owner = first = None
+    wanted = canonical(backend) if isinstance(backend, str) else None if backend is None else name_of(backend)
     for argument, x in arrays.items():
-        if x is not None and (name := home(x)) is not None:
+        if x is not None and (name := home(x, wanted)) is not None:
             if owner is None:
                 owner, first = name, argument
             elif owner != name:
@@ -186,7 +217,7 @@ def choose(backend: Any, **arrays: Any) -> Backend:
     if not isinstance(backend, str):
         tab: Backend = backend
         return tab
-    if owner is not None and owner != canonical(backend):
+    if owner is not None and owner != wanted:
         raise TypeError(
             f"{first} is an array of {owner} but backend={backend!r}; convert it first: kvattn.convert({first}, {backend!r})"
         )

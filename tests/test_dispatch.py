@@ -114,8 +114,8 @@ def test_a_broken_framework_keeps_its_own_traceback(monkeypatch):
 class Point:
     """An entry point, as far as dispatch looks."""
 
-    def __init__(self, module):
-        self.name, self.value, self.module = "mine", "mine.tab", module
+    def __init__(self, module, name="mine"):
+        self.name, self.value, self.module = name, f"{name}.tab", module
 
     def load(self):
         return self.module
@@ -131,6 +131,90 @@ def test_a_plugin_serves_its_own_arrays(monkeypatch):
     monkeypatch.setattr(dispatch, "_loaded", dict(dispatch._loaded))
     assert kvattn.to_numpy(Own()) is X
     assert "mine" in kvattn.available_backends()
+
+
+class Foreign:
+    """An array of a package that is no plugin's."""
+
+    __module__ = "elsewhere.arrays"
+
+
+def claiming(*classes):
+    """A backend whose arrays these are."""
+    tab = types.SimpleNamespace(is_array=lambda x: isinstance(x, classes), to_numpy=lambda x: X)
+    tab.asarray = tab.attention = lambda *a, **k: tab
+    return tab
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """The plugins that are installed: a dict to put them in."""
+    installed = {}
+    monkeypatch.setattr(dispatch, "_plugins", lambda: installed)
+    monkeypatch.setattr(dispatch, "_loaded", dict(dispatch._loaded))
+    monkeypatch.setattr(dispatch, "_homes", {})
+    return installed
+
+
+def test_a_class_met_before_its_plugin_is_loaded_is_known_after(plugins):
+    plugins["mine"] = Point(claiming(Foreign))
+    assert dispatch.home(Foreign()) is None, "nothing tells of mine before it is loaded: the class is of another package"
+    dispatch.load("mine")
+    assert dispatch.home(Foreign()) == "mine"
+    assert dispatch.choose(None, x=Foreign()) is dispatch.load("mine")
+
+
+def test_a_class_met_before_its_plugin_is_installed_is_known_after(plugins):
+    near = type("Near", (), {"__module__": "mine.arrays"})
+    assert dispatch.home(near()) is None
+    plugins["mine"] = Point(claiming(near))
+    assert dispatch.home(near()) == "mine"
+
+
+def test_a_plugin_is_found_once_it_is_installed(monkeypatch, tmp_path):
+    """As pip installs one while the process runs: into a folder that was looked through before."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(dispatch, "_loaded", dict(dispatch._loaded))
+    monkeypatch.setattr(dispatch, "_homes", {})
+    (tmp_path / "sometime.py").write_text(
+        "class Own: pass\nis_array = lambda x: isinstance(x, Own)\nasarray = attention = to_numpy = lambda *a, **k: Own()\n"
+    )
+    import sometime
+
+    assert "sometime" not in kvattn.available_backends()
+    assert dispatch.home(sometime.Own()) is None
+    (info := tmp_path / "sometime-1.0.dist-info").mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sometime\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvattn.backends]\nsometime = sometime\n")
+    assert "sometime" in kvattn.available_backends()
+    assert dispatch.home(sometime.Own()) == "sometime"
+
+
+@pytest.mark.parametrize("alone_first", [False, True])
+def test_a_class_that_two_plugins_claim_is_refused_by_both_names(plugins, alone_first):
+    mine, yours = claiming(Foreign), claiming(Foreign)
+    plugins |= {"mine": Point(mine), "yours": Point(yours, "yours")}
+    dispatch.load("mine")
+    if alone_first:
+        assert dispatch.home(Foreign()) == "mine"
+    dispatch.load("yours")
+    for given in ({"x": Foreign()}, {"x": X, "y": Foreign()}):
+        with pytest.raises(TypeError, match="'mine' and 'yours' both claim arrays of class Foreign; say which: backend='mine'"):
+            dispatch.choose(None, **given)
+    assert dispatch.choose("yours", x=Foreign()) is yours
+    assert dispatch.choose(mine, x=Foreign()) is mine
+    with pytest.raises(TypeError, match="both claim"):
+        dispatch.choose("numpy", x=Foreign())
+
+
+def test_the_packages_are_looked_through_once(monkeypatch):
+    """An unknown class is looked up at every call: it costs a look at the folders' times, and no more."""
+    import importlib.metadata
+
+    dispatch.known_backends()
+    monkeypatch.setattr(importlib.metadata, "entry_points", None)
+    assert dispatch.home(Foreign()) is None
+    assert dispatch.known_backends()
 
 
 def test_a_plugin_that_lacks_a_function_is_refused(monkeypatch):
