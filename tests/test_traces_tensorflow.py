@@ -1,0 +1,197 @@
+"""One trace serves every input: TensorFlow's tracers, each given one set of sizes and lengths, and run with others."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from conftest import chosen
+
+import kvattn
+
+if "tensorflow" not in chosen():
+    pytest.skip("this run is without TensorFlow", allow_module_level=True)
+
+import keras
+import tensorflow as tf
+
+from kvattn import tensorflow as kv
+
+D, V = 3, 2
+SIZES = ((2, 4, 5), (3, 6, 7), (1, 1, 8), (2, 3, 0), (2, 0, 3), (0, 2, 3))  # batch, n, m: the first is traced
+
+
+def draw(b, n, m, seed=0):
+    """query, key, value, grad_output, and what restricts them, of one batch of two heads."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape).astype("float32")  # noqa: E731
+    return {
+        "query": normal(b, 2, n, D), "key": normal(b, 2, m, D), "value": normal(b, 2, m, V), "grad": normal(b, 2, n, V),
+        "lens": rng.integers(0, m + 2, b), "lens of each": rng.integers(0, m + 2, (b, n)),
+        "mask": rng.random((b, 1, n, m)) < 0.7, "bias": normal(n, m), "offset": rng.integers(-2, m + 1, b),
+        "shift": np.array(m - n), "positions": rng.integers(-1, m, (b, 1, n, 2)),
+    }  # fmt: skip
+
+
+def full(arrays):
+    return {**arrays, "lens": np.full_like(arrays["lens"], arrays["key"].shape[-2])}
+
+
+def short(arrays):
+    return {**arrays, "lens": np.minimum(arrays["lens"], 1)}
+
+
+def empty(arrays):
+    return {**arrays, "lens": 0 * arrays["lens"], "mask": arrays["mask"] & False}
+
+
+# which of the arrays are arguments of the trace, and what else there is
+RESTRICTIONS = {
+    "nothing": ({}, {}),
+    "lengths": ({"valid_lens": "lens"}, {}),
+    "lengths of each": ({"valid_lens": "lens of each"}, {"window": (2, None)}),
+    "causal": ({"query_offset": "shift"}, {"causal": True}),
+    "an offset for each": ({"query_offset": "offset", "valid_lens": "lens"}, {"causal": True}),
+    "mask and bias": ({"mask": "mask", "bias": "bias"}, {"softcap": 2.0}),
+    "window": ({"query_offset": "shift", "mask": "mask"}, {"window": 1}),
+    "positions": ({"positions": "positions", "bias": "bias", "valid_lens": "lens"}, {}),
+    "sparsemax": ({"valid_lens": "lens", "mask": "mask"}, {"normalize": kvattn.sparsemax}),
+    "another score": ({"query_offset": "offset"}, {"causal": True, "score": kvattn.cosine_score}),
+}
+
+
+def call(which, options, query, key, value, grad, *restricting):
+    """Output, lse or weights, and all gradients."""
+    options = {**options, **dict(zip(which, restricting, strict=True))}
+    output, weights = kvattn.attention(query, key, value, **options, return_weights=True)
+    return output, weights, *kvattn.attention_grad(query, key, value, grad, **options)
+
+
+def unknown(x):
+    """All axes but the features unknown."""
+    known = (2, D, V) if x.ndim == 4 else ()
+    shape = [size if axis in (1, x.ndim - 1) and size in known else None for axis, size in enumerate(x.shape)]
+    return tf.TensorSpec(shape, x.dtype)
+
+
+def signature(function, *first):
+    return tf.function(function, input_signature=[unknown(x) for x in first])
+
+
+def concrete(function, *first):
+    return tf.function(function, autograph=False).get_concrete_function(*[unknown(x) for x in first])
+
+
+def relaxed(function, *first):
+    traced = tf.function(function, reduce_retracing=True)
+    traced(*first)
+    return traced
+
+
+def compiled(function, *first):
+    return tf.function(function, input_signature=[unknown(x) for x in first], jit_compile=True)
+
+
+def saved(function, *first, path=None):
+    module = tf.Module()
+    module.attend = tf.function(function, input_signature=[unknown(x) for x in first])
+    tf.saved_model.save(module, path)
+    return tf.saved_model.load(path).attend
+
+
+WAYS = {"signature": signature, "concrete": concrete, "relaxed": relaxed, "compiled": compiled, "saved": saved}
+SOME = ("lengths", "an offset for each", "positions", "another score")  # of these every way is tried
+PAIRS = [("signature", which) for which in RESTRICTIONS] + [
+    (way, which) for way in WAYS if way != "signature" for which in SOME
+]
+
+
+@pytest.mark.parametrize(("way", "which"), PAIRS)
+def test_one_trace_serves_every_input(way, which, tmp_path):
+    names, options = RESTRICTIONS[which]
+    arguments = ["query", "key", "value", "grad", *names.values()]
+    made = partial(WAYS[way], path=str(tmp_path)) if way == "saved" else WAYS[way]
+    first = draw(*SIZES[0])
+    traced = made(partial(call, list(names), options), *[tf.constant(first[name]) for name in arguments])
+    inputs = [change(draw(*SIZES[0], seed=1)) for change in (full, short, empty)]
+    for arrays in inputs + [draw(*sizes) for sizes in SIZES[1:]]:
+        given = [arrays[name] for name in arguments]
+        found = traced(*map(tf.constant, given))
+        with kvattn.use_backend("numpy"):
+            expected = call(list(names), options, *given)
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-5, err_msg=str(arrays["query"].shape))
+
+
+@pytest.mark.parametrize("score", ["cosine_score", "additive_score", "gated_score"])
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])
+def test_a_trace_of_unknown_sizes_has_no_gradient_where_there_is_no_pair(score, sizes):
+    """Of NaN in queries without keys, and in keys without queries, nothing reaches a gradient."""
+    n, m = sizes
+    W, w = tf.ones((D, D)), tf.ones(D)
+    bound = {"additive_score": {"W_q": W, "W_k": W, "w_v": w}, "gated_score": {"w_g": tf.ones(2 * D)}}.get(score, {})
+    score = partial(getattr(kvattn, score), **bound)
+    wrt = ["query", "key", "value", *bound]
+
+    def gradients(query, key, value, grad):
+        return kvattn.attention_grad(query, key, value, grad, score=score, wrt=wrt)
+
+    arrays = draw(2, 4, 5)
+    traced = signature(gradients, *[tf.constant(arrays[name]) for name in ("query", "key", "value", "grad")])
+    nan = [tf.fill(shape, np.nan) for shape in ((2, 2, n, D), (2, 2, m, D), (2, 2, m, V), (2, 2, n, V))]
+    for function in (traced, gradients):
+        for x in function(*map(tf.cast, nan, [tf.float32] * 4)):
+            assert not np.any(x)
+
+
+@pytest.mark.parametrize("mapped", [tf.vectorized_map, tf.map_fn])
+@pytest.mark.parametrize("which", RESTRICTIONS)
+def test_a_map_over_the_batch_gives_each_entry_its_own(which, mapped):
+    names, options = RESTRICTIONS[which]
+    arrays = draw(4, 3, 5)
+    shared = [name for name in names.values() if name in ("bias", "shift")]
+    each = {
+        name: x
+        for name, x in arrays.items()
+        if name in ("query", "key", "value", "grad", *names.values()) and name not in shared
+    }
+
+    def one(entry):
+        entry = {name: x[None] for name, x in entry.items()}
+        given = [entry[name] if name in entry else arrays[name] for name in ("query", "key", "value", "grad", *names.values())]
+        return call(list(names), options, *given)
+
+    more = {} if mapped is tf.vectorized_map else {"fn_output_signature": (tf.float32,) * 5}
+    found = mapped(one, {name: tf.constant(x) for name, x in each.items()}, **more)
+    given = [arrays[name] for name in ("query", "key", "value", "grad", *names.values())]
+    with kvattn.use_backend("numpy"):
+        expected = call(list(names), options, *given)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(tf.squeeze(x, 1), y, rtol=0, atol=1e-5)
+
+
+LAYERS = {
+    "DotProductAttention": ({}, 3, {"causal": True}),
+    "AdditiveAttention": ({"num_hiddens": 4}, 3, {}),
+    "MultiplicativeAttention": ({}, 3, {"softcap": 1.0}),
+    "GatedAttention": ({}, 3, {}),
+    "MultiHeadAttention": ({"num_hiddens": 8, "num_heads": 2}, 3, {"window": 2}),
+    "TransformerEncoderBlock": ({"num_hiddens": 8, "ffn_num_hiddens": 8, "num_heads": 2}, 1, {"causal": True}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_functional_model_of_unknown_axes_serves_every_input(name, tmp_path):
+    sizes, inputs, options = LAYERS[name]
+    layer = getattr(kv, name)(**sizes, **({} if name == "DotProductAttention" else {"seed": 1}))
+    free = [keras.Input((None, 8)) for _ in range(inputs)] + [keras.Input((), dtype="int32")]
+    model = keras.Model(free, layer(*free, **options))
+    model.export(str(tmp_path), verbose=False)
+    exported = tf.saved_model.load(str(tmp_path))
+    rng = np.random.default_rng(0)
+    for b, n, m in ((2, 4, 5), (3, 7, 6), (1, 1, 1), (2, 3, 0) if inputs == 3 else (2, 2, 2)):
+        arrays = [rng.standard_normal((b, size, 8)).astype("float32") for size in (n, m, m)[:inputs]]
+        for lens in (np.full(b, m), rng.integers(0, m + 2, b), np.zeros(b, int)):
+            given = [*arrays, lens.astype("int32")]
+            expected = layer(*given, **options)
+            np.testing.assert_allclose(model(given), expected, rtol=0, atol=1e-6)
+            np.testing.assert_allclose(exported.serve([*map(tf.constant, given)]), expected, rtol=0, atol=1e-6)
