@@ -6,30 +6,103 @@
 
 "kvattn" computes on the model's own tensors, gradients and dropout included. "kvattn-numpy", "kvattn-tensorflow",
 "kvattn-jax" and "kvattn-mxnet" hand queries, keys and values to that backend, and give the gradients back to PyTorch.
-Padding, causal and sliding masks are the model's own; a soft cap and a position bias are passed on. A query that may attend
-to nothing, as in left padding, gets zeros.
+The results are those of ``attn_implementation="eager"``: the model's mask alone says which pairs may attend, and no layer's
+``is_causal``. A query that may attend to nothing, as in left padding, gets zeros, where eager averages all values.
+What is supported and what is refused, and why: docs/howto/transformers.md.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
+import transformers
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.utils import output_capturing
 
 import kvattn
 
 OTHERS = ("numpy", "tensorflow", "jax", "mxnet")
-UNKNOWN = ("s_aux", "cache")  # attention sinks, a paged cache: they change the answer, and kvattn has neither
+REFUSED = {  # arguments of single architectures that change the answer
+    "indices": "a sparse indexer's choice of keys, which reaches no mask",
+    "block_indices": "a sparse indexer's choice of keys, which reaches no mask",
+    "cache": "a paged cache, whose keys lie in blocks",
+    "block_table": "a paged cache, whose keys lie in blocks",
+}
 
 
 def register() -> None:
     """Make the names known to transformers. Nothing else is loaded until a model uses one."""
     for name, backend in {"kvattn": "torch", **{f"kvattn-{other}": other for other in OTHERS}}.items():
         AttentionInterface.register(name, partial(forward, backend=backend))
-        AttentionMaskInterface.register(name, sdpa_mask)  # boolean, True where a query may attend, as kvattn's
+        AttentionMaskInterface.register(name, allowed)
+
+
+def allowed(*, config: Any = None, **options: Any) -> torch.Tensor | None:
+    """The mask that a model builds for its layers: boolean, True where a query may attend, or None where all may.
+
+    "sdpa" leaves out a plain causal mask as well, and then takes a missing mask to be causal where the layer says
+    ``is_causal`` or says nothing; for cross-attention that is wrong. Here a plain causal mask is a `Causal`.
+    """
+    models = _models(type(config))
+    if not all(model._can_set_attn_implementation() for model in models):
+        raise NotImplementedError(
+            f'{models[0].__name__} computes its attention itself, without kvattn: make it with attn_implementation="eager"'
+        )
+    if not all(model._supports_sdpa or model._supports_attention_backend for model in models):
+        return eager_mask(config=config, **options)  # some of its layers may add the mask to scores themselves
+    mask = sdpa_mask(config=config, **options)
+    if mask is not None or not options.get("allow_is_causal_skip", True):
+        return mask
+    written = partial(sdpa_mask, config=config, **options | {"allow_is_causal_skip": False})
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a trace is run with other lengths, and holds tensors only
+        return written()
+    return Causal.of(written, **options)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@cache
+def _models(config: Any) -> tuple[Any, ...]:
+    """The model classes of a configuration; none where transformers lists none, as for parts of a larger model."""
+    try:
+        found = transformers.MODEL_MAPPING.get(config, ())
+    except ValueError:  # a class that it lists and does not have
+        return ()
+    return found if isinstance(found, tuple) else (found,)
+
+
+class Causal(torch.Tensor):  # type: ignore[misc]
+    """A plain causal mask, whose n * m booleans are written only if a model computes with it, slices it, moves it."""
+
+    written: Any
+
+    @classmethod
+    def of(cls, written: Any, *, batch_size: int, q_length: int, kv_length: int, device: Any = "cpu", **_: Any) -> Causal:
+        one = torch.ones((), dtype=torch.bool, device=device)
+        mask: Causal = one.expand(batch_size, 1, q_length, kv_length).as_subclass(cls)
+        mask.written = written
+        return mask
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if function not in SIZES:
+                args, kwargs = tree_map_only(cls, lambda x: x.written(), (args, kwargs or {}))
+            return function(*args, **kwargs or {})
+
+
+SIZES = {  # what torch.compile asks of an argument before it traces anything
+    *(torch.Tensor.size, torch.Tensor.stride, torch.Tensor.dim),
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf", "_base")
+    ),
+}
 
 
 def forward(
@@ -40,69 +113,113 @@ def forward(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    is_causal: bool | None = None,
     softcap: float | None = None,
     position_bias: torch.Tensor | None = None,
     output_attentions: bool = False,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     *,
     backend: str = "torch",
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What transformers calls: query (batch, heads, n, d), key and value (batch, kv_heads, m, d) -> (batch, n, heads, d).
 
-    Raises NotImplementedError for attention sinks, paged caches, and dropout on another backend than torch.
+    Raises NotImplementedError for what docs/howto/transformers.md says is refused, TypeError for a mask of integers.
     """
-    for name in UNKNOWN:
+    for name, what in REFUSED.items():
         if others.get(name) is not None:
-            raise NotImplementedError(f"kvattn has no {name}: use another attention implementation for this model")
-    mask, bias = attention_mask, position_bias
-    if mask is not None and mask.dtype != torch.bool:  # a caller's own 4-d mask, to be added
+            raise NotImplementedError(f'kvattn does not know {name} ({what}): use attn_implementation="eager" for this model')
+    if backend != "torch" and dropout and module.training:
+        raise NotImplementedError(
+            f"dropout while training needs PyTorch's own random numbers: 'kvattn', not 'kvattn-{backend}'"
+        )
+    dtype = value.dtype
+    if not query.dtype == key.dtype == dtype:  # float32 from a rotation, under autocast
+        common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), dtype)
+        query, key, value = query.to(common), key.to(common), value.to(common)
+    mask, bias, causal = attention_mask, position_bias, isinstance(attention_mask, Causal)
+    if causal:
+        mask = None
+    elif mask is not None and mask.dtype != torch.bool:  # a caller's own 4-d mask, to be added
+        if not mask.dtype.is_floating_point:
+            raise TypeError(
+                f"attention_mask of 4 axes has dtype {mask.dtype}: expected bool (True where a query may attend), or "
+                "floats to be added to the scores"
+            )
         mask, bias = None, mask if bias is None else mask + bias
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options: dict[str, Any] = {
         "mask": mask,
-        "bias": bias,
-        "causal": bool(causal) and attention_mask is None and query.shape[2] > 1,  # else the mask says it
+        "bias": bias if bias is None else bias.to(query.dtype),
+        "causal": causal and query.shape[2] > 1,  # transformers leaves out the mask of one query, which sees all keys
         "scale": scaling,
         "softcap": softcap,
     }
+    sink = s_aux.reshape(1, -1, 1, 1) if s_aux is not None else sinks
+    if sink is not None:
+        key, value = pad(key, (0, 0, 1, 0)), pad(value, (0, 0, 1, 0))
+        options |= _with_sink(sink.to(query.dtype), key, **options)
     weights = None
-    if backend == "torch":
-        output = kvattn.attention(query, key, value, **options, dropout=dropout if module.training else 0.0)
-        if output_attentions:
-            weights = kvattn.attention(query, key, value, **options, return_weights=True)[1]
+    shown = output_attentions or _attentions_are_collected()
+    if backend != "torch":
+        bias = options.pop("bias")
+        output = _Elsewhere.apply(query, key, value, bias, options, backend)
+        if shown:  # each value is one key's unit vector, so that the weights have their gradients as the output has
+            unit = torch.eye(key.shape[2], dtype=query.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
+            weights = _Elsewhere.apply(query, key, unit, bias, options, backend)
     else:
-        if dropout and module.training:
-            raise NotImplementedError(
-                f"dropout while training needs PyTorch's own random numbers: 'kvattn', not 'kvattn-{backend}'"
-            )
-        output = _Elsewhere.apply(query, key, value, options, backend)
-        if output_attentions:
-            arrays, given = _there((query, key, value), options, backend)
-            weights = _back(kvattn.attention(*arrays, **given, return_weights=True)[1], query)
-    return output.transpose(1, 2).contiguous(), weights
+        options["dropout"] = dropout if module.training else 0.0
+        output = kvattn.attention(query, key, value, **options, return_weights=shown)
+        if shown:
+            output, weights = output
+    if weights is not None and sink is not None:
+        weights = weights[..., 1:]
+    return output.to(dtype).transpose(1, 2).contiguous(), weights
+
+
+def _attentions_are_collected() -> bool:
+    """Whether the model was asked for its attentions; GPT-2 and others do not hand that on to their layers."""
+    collector = output_capturing._active_collector
+    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
+    return any(name.endswith("attentions") for name in collected or ())
+
+
+def _with_sink(
+    sink: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None, causal: bool, **others: Any
+) -> dict[str, Any]:
+    """The options for keys before which a key of zeros stands whose score is the sink: it takes weight and adds nothing."""
+    if bias is None:
+        bias = sink.new_zeros(())
+    shape = torch.broadcast_shapes(sink.shape, (*bias.shape[:-1], 1))
+    bias = torch.cat([sink.expand(shape), bias.expand(*shape[:-1], key.shape[2] - 1)], -1)
+    if mask is not None:
+        mask = pad(mask.expand(*mask.shape[:-1], key.shape[2] - 1), (1, 0), value=True)
+    return {"mask": mask, "bias": bias, "query_offset": int(causal)}
 
 
 class _Elsewhere(torch.autograd.Function):  # type: ignore[misc]
     """Attention on another backend, with that backend's gradients."""
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, options: dict[str, Any], backend: str) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value)
+    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, options: dict[str, Any], backend: str) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value, bias)
         ctx.options, ctx.backend = options, backend
-        arrays, given = _there((query, key, value), options, backend)
+        arrays, given = _there((query, key, value), {"bias": bias, **options}, backend)
         return _back(kvattn.attention(*arrays, **given), query)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
-        arrays, given = _there((*ctx.saved_tensors, grad_output), ctx.options, ctx.backend)
-        return *(_back(x, grad_output) for x in kvattn.attention_grad(*arrays, **given)), None, None
+        *tensors, bias = ctx.saved_tensors
+        arrays, given = _there((*tensors, grad_output), {"bias": bias, **ctx.options}, ctx.backend)
+        wrt = [name for name, needed in zip(("query", "key", "value", "bias"), ctx.needs_input_grad, strict=False) if needed]
+        found = dict(zip(wrt, kvattn.attention_grad(*arrays, **given, wrt=wrt), strict=True))
+        return *(_back(found[x], grad_output) if x in found else None for x in ("query", "key", "value", "bias")), None, None
 
 
 def _there(tensors: Any, options: dict[str, Any], backend: str) -> tuple[list[Any], dict[str, Any]]:
     def there(x: torch.Tensor) -> Any:
-        dtype = str(x.dtype).removeprefix("torch.")
-        return kvattn.asarray(kvattn.to_numpy(x), dtype=dtype, backend=backend)  # NumPy's view of a tensor on the CPU: no copy
+        """NumPy's view of a tensor on the CPU, no copy. bfloat16 goes as float32, in which it would be computed anyway."""
+        return kvattn.asarray(kvattn.to_numpy(x), backend=backend)
 
     given = {name: there(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     return [there(x) for x in tensors], given
