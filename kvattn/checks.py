@@ -83,11 +83,22 @@ def _boolean(name: str, x: Any) -> None:
         raise TypeError(f"{name} has dtype {dtype}; expected bool, True where a query may attend ({hint})")
 
 
-def _integral(tab: Any, name: str, x: Any) -> Any:
-    """``x``, which must be of an integer dtype; unsigned ones become int32, since positions are subtracted."""
+def _integers(tab: Any, name: str, x: Any, like: Any) -> Any:
+    """``x`` as an array of an integer dtype; unsigned ones become int32, since positions are subtracted."""
+    if not tab.is_array(x) and type(x).__module__ == "numpy":  # before MXNet, which has no uint64, makes another of it
+        x = _signed(x)
+    x = array(tab, name, x, like=like)
     if (dtype := dtype_name(x)) not in INTEGERS:
         raise TypeError(f"{name} has dtype {dtype}; expected an integer dtype")
-    return tab.asarray(x, dtype="int32") if dtype.startswith("u") else x
+    if not dtype.startswith("u"):
+        return x
+    seen = _peek(tab, x)
+    return tab.asarray(x, dtype="int32") if seen is None else tab.asarray(_signed(seen), like=x)
+
+
+def _signed(x: Any) -> Any:
+    """A NumPy array of unsigned integers as int32, those beyond it as the largest that may be added to; others as they are."""
+    return x.clip(max=2**30).astype("int32") if x.dtype.name.startswith("u") and x.dtype.name in INTEGERS else x
 
 
 def is_integer(x: Any) -> bool:
@@ -209,8 +220,7 @@ def where(tab: Any, given: Any, scores: Any) -> Any:
 
 def positions(tab: Any, given: Any, scores: tuple[Any, ...], like: Any) -> Any:
     """positions as an integer array (..., n, s) that broadcasts to the scores' leading axes and queries."""
-    x = array(tab, "positions", given, like=like)
-    x = _integral(tab, "positions", x)
+    x = _integers(tab, "positions", given, like)
     found = shape("positions", x, 2)
     broadcastable("positions", found, (*scores[:-1], found[-1]), "(..., n, s)")
     seen, m = _peek(tab, x), scores[-1]
@@ -304,8 +314,7 @@ def same_features(query: Any, key: Any) -> None:
 
 def lengths(tab: Any, valid_lens: Any, batch: tuple[Any, ...], n: Any, like: Any) -> Any:
     """valid_lens as an integer array (batch,) or (batch, n); () or (n,) where there is no batch axis."""
-    x = array(tab, "valid_lens", valid_lens, like=like)
-    x = _integral(tab, "valid_lens", x)
+    x = _integers(tab, "valid_lens", valid_lens, like)
     shape = _shape(x)
     expected = (batch, (*batch, n))
     if len(shape) not in (len(batch), len(batch) + 1) or any(map(_differ, shape, expected[1])):
@@ -321,7 +330,7 @@ def lengths(tab: Any, valid_lens: Any, batch: tuple[Any, ...], n: Any, like: Any
 
 def for_each_head(tab: Any, valid_lens: Any, num_heads: int, like: Any) -> Any:
     """Lengths () or (n,) as (num_heads,) or (num_heads, n): without a batch axis, attention takes the heads for one."""
-    x = _integral(tab, "valid_lens", array(tab, "valid_lens", valid_lens, like=like))
+    x = _integers(tab, "valid_lens", valid_lens, like)
     shape = _shape(x)
     if len(shape) > 1:
         raise ValueError(f"valid_lens has shape {_show(shape)}; expected () or (n,), for inputs without a batch axis")
@@ -337,8 +346,7 @@ def offset(tab: Any, query_offset: Any, batch: tuple[Any, ...], like: Any) -> An
         return int(query_offset)
     if isinstance(query_offset, (bool, float, str)):
         raise TypeError(f"query_offset must be an int or an integer array (batch,), not {type(query_offset).__name__}")
-    x = array(tab, "query_offset", query_offset, like=like)
-    x = _integral(tab, "query_offset", x)
+    x = _integers(tab, "query_offset", query_offset, like)
     shape = _shape(x)
     if shape != () and (len(shape) != 1 or not batch or _differ(shape[0], batch[0])):
         raise ValueError(f"query_offset has shape {_show(shape)}; expected an int, or one per batch entry: {_show(batch)}")

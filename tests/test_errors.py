@@ -110,6 +110,18 @@ def test_the_axes_that_an_error_asks_for_are_enough(lead):
     assert kvattn.attention(zeros(*lead, 3, 5)[index], key[index], value[index]).shape == (*lead, 1, 3, 7)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint32", "uint64"])
+def test_the_largest_unsigned_length_means_all_and_the_largest_position_none(backend, dtype):
+    far = np.iinfo(dtype).max
+    q, k, v = np.eye(2, 4, dtype=F), np.eye(3, 4, dtype=F), np.eye(3, dtype=F)
+    out = kvattn.to_numpy(
+        kvattn.attention(q, k, v, normalize=kvattn.average, valid_lens=np.array([far, 1], dtype), backend=backend)
+    )
+    np.testing.assert_allclose(out, [[1 / 3] * 3, [1, 0, 0]], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"positions must lie in \[-1, 3\)"):
+        kvattn.attention(q, k, v, positions=np.array([[0, far]], dtype), backend=backend)
+
+
 PARAMS = {"W_q": np.eye(4, dtype=F), "W_k": np.eye(4, dtype=F), "W_v": np.eye(4, dtype=F)}
 UNBATCHED = {
     "lengths of each head": ({"valid_lens": np.array([1, 2])}, ["valid_lens", "(2,)", "() or (3,)"]),

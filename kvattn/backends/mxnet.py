@@ -54,6 +54,8 @@ def asarray(x, dtype=None, like=None):
     name = WIDER.get(x.dtype.name, x.dtype.name)
     if name not in DTYPES:
         raise TypeError(f"MXNet has no dtype {x.dtype.name}; it has {', '.join(DTYPES)}")
+    if x.dtype.name == "uint64" and x.size and x.max() >= 2**63:
+        raise ValueError(f"MXNet has no uint64, and its int64 does not hold {x.max()}")
     with mx.util.np_shape(True):
         return np.array(x, dtype=name, ctx=None if like is None else like.ctx)
 

@@ -16,7 +16,7 @@ INF, NAN = np.inf, np.nan
 
 
 def every(rng: np.random.Generator) -> Iterator[Case]:
-    keywords = (plain, masks, biases, lengths, causal, windows, caps)
+    keywords = (plain, masks, biases, lengths, unsigned, causal, windows, caps)
     parts = (groups, shapes, large, padding, positions, pooling.scores, pooling.pooling, pooling.normalisers)
     for family in (*keywords, *parts, merging, blocks, covariance, multihead.cases, combinations, many_axes):
         yield from family(rng)
@@ -80,6 +80,16 @@ def lengths(rng):
     yield make("valid_lens ()", *qkv(rng, lead=()), grad=False, valid_lens=np.array(3))
     yield make("valid_lens (n,)", *qkv(rng, lead=()), valid_lens=np.array([0, 2, 3, 9]))
     yield make("valid_lens n = batch", *qkv(rng, n=2, m=3), grad=False, valid_lens=np.array([1, 2]))
+
+
+def unsigned(rng):
+    """Lengths, offsets and positions of unsigned dtypes, whose differences would wrap."""
+    make = partial(attend, group="unsigned integers", rng=rng)
+    for name, far in (("uint8", 255), ("uint16", 2**16 - 1), ("uint32", 2**32 - 1), ("uint64", 2**40)):
+        lens, offset = np.array([[2, 0, far, 5], [1, 3, 4, far]], name), np.array([0, 2], name)
+        yield make(f"{name} lengths and offsets", *qkv(rng), valid_lens=lens, query_offset=offset, window=(1, 0))
+        chosen, offset = np.array([[3, 0, 3]], name), np.array([1, far], name)
+        yield make(f"{name} positions and offsets", *qkv(rng), grad=False, positions=chosen, query_offset=offset, causal=True)
 
 
 def causal(rng):
@@ -353,6 +363,8 @@ def blocks(rng):
     # dot products may go another way than blocks
     offset = {"window": (2, 5), "causal": True, "query_offset": 297}
     yield make("blocks of another score", q, k, v, score="distance_score", **offset, asked=())
+    lens = np.array(200, "uint8")  # less than where the last block's keys begin
+    yield make("blocks, uint8 lengths", q, k, v, score="distance_score", window=3, valid_lens=lens, asked=())
     mask, bias = flags(rng, n, m), grid(rng, m)
     which = {"mask": mask, "window": 2, "query_offset": -2, "valid_lens": np.array(258)}
     q, k, v, bias = poisoned(rng, q, k, v, bias=bias, **which)
