@@ -34,6 +34,16 @@ class _Linear(nn.LazyLinear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def _lazy_load_hook(self, state_dict, prefix, *others):
+        """PyTorch's own lets a layer that was never called take weights of any size."""
+        weight, errors = state_dict.get(f"{prefix}weight"), others[-1]
+        if weight is not None and not is_lazy(weight) and len(weight) != self.out_features:
+            errors.append(
+                f"size mismatch for {prefix}weight: {tuple(weight.shape)} in the file, ({self.out_features}, ...) here"
+            )
+        else:
+            super()._lazy_load_hook(state_dict, prefix, *others)
+
 
 def _fill(parameter, seed, name, shape):
     """The first values of the weight that kvattn calls ``name``."""
