@@ -94,7 +94,7 @@ def configuration(saved, inputs, path):
 
 def keras_file(saved, inputs, path):
     functional(saved, inputs).save(path / "model.keras")
-    return keras.models.load_model(path / "model.keras").get_layer(saved.name)
+    return keras.models.load_model(path / "model.keras").layers[-1]
 
 
 def deepcopy(saved, inputs, path):
