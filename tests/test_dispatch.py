@@ -1,5 +1,6 @@
 """Who serves a call: the argument, the arrays, use_backend, set_backend, the environment, numpy."""
 
+import functools
 import subprocess
 import sys
 import threading
@@ -255,3 +256,76 @@ def test_what_was_checked_for_one_backend_is_checked_again_for_another():
         with kvattn.use_backend(other) as tab:
             assert tab.is_array(kvattn.attention(x, x, x))
     assert isinstance(kvattn.attention(x, x, x), np.ndarray)
+
+
+INPUTS = ("query", "key", "value")
+SHAPES = {"query": (2, 4, 3, 5), "key": (2, 2, 6, 5), "value": (2, 2, 6, 7)}
+
+
+@pytest.fixture
+def checked(backend, tab, monkeypatch):
+    """Arrays of the backend that have been served before, with another query, key and value of each number of features."""
+    monkeypatch.setattr(dispatch, "_met", {})
+    arrays = {name: tab.asarray(np.ones(shape, "float32")) for name, shape in SHAPES.items()}
+    kvattn.attention(*arrays.values())
+    assert dispatch.met(*arrays.values(), None), "else there is nothing to test: the call was not remembered"
+    return arrays
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int32"])
+@pytest.mark.parametrize("which", INPUTS)
+def test_after_a_good_call_another_dtype_is_refused_as_before(tab, checked, which, dtype):
+    checked[which] = tab.asarray(np.ones(SHAPES[which]), dtype=dtype)
+    for options in ({}, {"causal": True}, {"scale": 1.0}):
+        with pytest.raises(TypeError, match=dtype):
+            kvattn.attention(*checked.values(), **options)
+
+
+@pytest.mark.parametrize(
+    ("which", "shape"),
+    [
+        *(("query", shape) for shape in ((2, 4, 3, 4), (2, 3, 3, 5), (3, 4, 3, 5), (4, 3, 5))),
+        *(("key", shape) for shape in ((2, 2, 6, 4), (2, 2, 5, 5), (2, 3, 6, 5), (3, 2, 6, 5), (2, 6, 5))),
+        *(("value", shape) for shape in ((2, 2, 5, 7), (2, 4, 6, 7), (3, 2, 6, 7), (2, 6, 7))),
+    ],
+)
+def test_after_a_good_call_another_shape_is_refused_as_before(tab, checked, which, shape):
+    checked[which] = tab.asarray(np.ones(shape, "float32"))
+    with pytest.raises(ValueError, match="has shape"):
+        kvattn.attention(*checked.values())
+
+
+@pytest.mark.parametrize("which", INPUTS)
+def test_after_a_good_call_neutral_data_is_converted_and_a_strangers_array_refused(tab, checked, backend, which):
+    own = checked[which]
+    for neutral in (np.ones(SHAPES[which], "float32"), np.ones(SHAPES[which]).tolist()):
+        checked[which] = neutral
+        assert tab.is_array(kvattn.attention(*checked.values()))
+
+    class Tensor:  # of the same shape and dtype, and of another framework
+        __module__ = "torch.fake" if backend != "torch" else "mxnet.fake"
+        shape, dtype = own.shape, own.dtype
+
+    for strange in ([which], INPUTS):  # one of them, and then all
+        with pytest.raises(TypeError, match=f"{strange[0]} is an array|{strange[0]} of"):
+            kvattn.attention(*(checked | {name: Tensor() for name in strange}).values(), backend=backend)
+
+
+def test_after_a_good_call_another_backend_is_still_another(backend, tab, checked):
+    mine = types.SimpleNamespace(**{name: getattr(tab, name) for name in ("is_array", "asarray", "to_numpy")})
+    mine.attention = lambda *args, **options: "mine"
+    for _ in range(2):
+        assert kvattn.attention(*checked.values(), backend=mine) == "mine"
+        assert tab.is_array(kvattn.attention(*checked.values(), backend=tab))
+        assert tab.is_array(kvattn.attention(*checked.values(), backend=backend))
+        assert tab.is_array(kvattn.attention(*checked.values()))
+
+
+def test_after_a_good_call_of_another_score_the_features_of_a_dot_product_are_looked_at(backend, tab, monkeypatch):
+    monkeypatch.setattr(dispatch, "_met", {})
+    query, key, value = (tab.asarray(np.ones(shape, "float32")) for shape in ((3, 2), (4, 5), (4, 1)))
+    score = functools.partial(kvattn.multiplicative_score, W=np.ones((2, 5), "float32"))
+    kvattn.attention(query, key, value, score=score)
+    for options in ({}, {"score": kvattn.dot_score}, {"score": kvattn.cosine_score}):
+        with pytest.raises(ValueError, match="features"):
+            kvattn.attention(query, key, value, **options)
