@@ -16,6 +16,11 @@ Where every backend must agree:
 - Without features (d = 0) dot products are 0, scaled or not: attention is the average of the values that may be attended to.
 - NaN or inf in a key or value that no query of its batch entry may attend to, or in a query with no key, reaches no
   result and no gradient.
+- NaN, inf or a score that overflows changes nothing but the rows that look at it: in query i or row i of the bias that
+  row, in a key or value the rows that may attend to it. Other rows, and gradients that depend on them alone, are exact.
+- With softmax, a row with a score of NaN or inf has NaN as its output and as the weights of the pairs that may attend (the
+  others' are 0), and an lse and gradients that are not finite. A score of -inf weighs nothing, a row of them alone is
+  empty; a value that is not finite makes its own feature so, in the rows that may attend to it.
 - Arguments are never written to.
 - Wrong shapes are ValueErrors and wrong types TypeErrors, raised here before any framework's own.
 """

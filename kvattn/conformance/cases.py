@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from kvattn.conformance import oracle
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 WEIGHTS, LSE = ("weights",), ("lse",)
+NOT_FINITE = "not finite"  # the group whose inputs, where they are looked at, and answers hold NaN and inf
 TURNS = ("float64", "float32", "float16", "float32", "float64", "bfloat16")
 
 
@@ -23,6 +24,7 @@ class Case:
     score or normaliser is a name, or (name, {parameter: array or number}). ``answer`` and ``magnitude`` are by quantity:
     output, weights, lse, grad_query, grad_W_q, ...; see tolerance.py for what magnitude and largest_score are for.
     ``dtypes`` hold its inputs exactly. Its usual run is in the ``usual`` ones and, if ``alone``, asks for the output alone.
+    Where an answer is NaN a result must be NaN, and where it is inf not finite, whichever; ``judged`` may leave entries out.
     """
 
     name: str
@@ -37,8 +39,11 @@ class Case:
     results: tuple[str, ...] = ("output",)
     usual: tuple[str, ...] = DTYPES
     alone: bool = False
+    judged: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.group != NOT_FINITE and any((np.isnan(x) | (x == np.inf)).any() for x in self.answer.values()):
+            raise ValueError(f"{self.name}: an answer that is not finite, outside the group {NOT_FINITE}")
         bound = [x[-1] for x in self.keywords.values() if isinstance(x, tuple) and isinstance(x[-1], dict)]
         parameters = [x for named in bound for x in named.values()]
         for x in [*(x for name, x in self.arguments.items() if name != "lses"), *parameters]:
@@ -81,7 +86,8 @@ def _shared_out(made: list[Case]) -> list[Case]:
         usual = tuple(TURNS[(turn + step) % len(TURNS)] for step in range(len(TURNS)))
         usual = next((dtype,) for dtype in usual if dtype in case.dtypes)
         usual = case.dtypes if case.group in ("plain", "half precision", "large scores") else usual
-        shared.append(replace(case, usual=usual, alone=case.call == "attention" and turn % 2 == 1))
+        alone = case.call == "attention" and turn % 2 == 1 and case.group != NOT_FINITE  # where each case says what it asks for
+        shared.append(replace(case, usual=usual, alone=alone))
     return shared
 
 
@@ -105,12 +111,14 @@ def flags(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, group: str, rng: np.random.Generator,
            grad: bool = True, asked: tuple[str, ...] = WEIGHTS + LSE, dtypes: tuple[str, ...] = DTYPES,
-           call: str = "attention", **options: Any) -> Case:  # fmt: skip
-    """A case of attention, with its answer and, unless told otherwise, every gradient."""
+           call: str = "attention", looked: np.ndarray | None = None, **options: Any) -> Case:  # fmt: skip
+    """A case of attention, with its answer and, unless told otherwise, every gradient: of a loss that looks at these rows."""
     results = ("output", *asked)
     how = {n: x for n, x in options.items() if n != "splits"}
     options |= {f"return_{what}": True for what in asked}
     grad_output = grid(rng, *oracle.leading(query, key), query.shape[-2], value.shape[-1]) if grad else None
+    if looked is not None and grad_output is not None:
+        grad_output = np.where(looked[:, None], grad_output, 0.0)
     answer = oracle.attention(query, key, value, grad_output, **how)
     wanted = [what for what in answer.values if what in results or what.startswith("grad_")]
     arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output}

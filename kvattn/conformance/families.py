@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn.conformance import multihead, oracle, pooling
+from kvattn.conformance import multihead, notfinite, oracle, pooling
 from kvattn.conformance.cases import LSE, WEIGHTS, Case, attend, flags, grid, poisoned, qkv
 from kvattn.conformance.pooling import parametrised
 
@@ -18,7 +18,7 @@ INF, NAN = np.inf, np.nan
 def every(rng: np.random.Generator) -> Iterator[Case]:
     keywords = (plain, masks, biases, lengths, unsigned, causal, windows, caps)
     parts = (groups, shapes, large, padding, positions, pooling.scores, pooling.pooling, pooling.normalisers)
-    for family in (*keywords, *parts, merging, blocks, covariance, multihead.cases, combinations, many_axes):
+    for family in (*keywords, *parts, merging, blocks, covariance, multihead.cases, combinations, many_axes, notfinite.cases):
         yield from family(rng)
 
 
@@ -347,9 +347,9 @@ def merging(rng):
     yield make("attention over grouped parts", *grouped, grad=False, call="split_attention", splits=[3], asked=LSE)
 
 
-def merged(name, outputs, lses):
+def merged(name, outputs, lses, group="merging"):
     values, magnitude, largest = oracle.merge(outputs, lses)
-    return Case(name, "merging", "merge_attention", {"outputs": outputs, "lses": lses}, {"return_lse": True}, values, magnitude,
+    return Case(name, group, "merge_attention", {"outputs": outputs, "lses": lses}, {"return_lse": True}, values, magnitude,
                 largest, results=("output", "lse"))  # fmt: skip
 
 

@@ -19,7 +19,7 @@ def params_of(rng, d_q, d_k, d_v, heads, kv_heads, d=2, v=2, o=3, biases=BIASES)
 
 
 def multi_head(name, query, key, value, params, rng, *, call="multi_head_attention", heads=2, kv_heads=None, grad=True,
-               asked=(), **options):  # fmt: skip
+               asked=(), group="multi-head", **options):  # fmt: skip
     kv_heads = heads if kv_heads is None else kv_heads
     o = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] // kv_heads * heads
     grad_output = grid(rng, *query.shape[:-1], o) if grad else None
@@ -30,7 +30,7 @@ def multi_head(name, query, key, value, params, rng, *, call="multi_head_attenti
     arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output, **params, **arrays}
     keywords = {n: x for n, x in options.items() if n not in arrays} | {f"return_{what}": True for what in asked}
     keywords |= {"num_heads": heads} | ({"num_kv_heads": kv_heads} if kv_heads != heads else {})
-    return Case(name, "multi-head", call, {n: x for n, x in arguments.items() if x is not None}, keywords,
+    return Case(name, group, call, {n: x for n, x in arguments.items() if x is not None}, keywords,
                 {what: answer.values[what] for what in kept}, {what: answer.magnitude[what] for what in kept},
                 answer.largest_score, results=results)  # fmt: skip
 

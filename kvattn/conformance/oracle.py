@@ -4,6 +4,9 @@ Attention is a list of pairs (query row, key row): what may not attend is not on
 Derivatives are by complex step, f'(x) = Im f(x + ih) / h with h = 1e-30, which neither truncates nor cancels: one step
 for a score of a pair, one for a normaliser of a row; the chain rule between them is written out as sums. Beside every
 number stands its magnitude: the same sums over absolute values, by which `tolerance` measures an error.
+
+Arguments may hold NaN and infinities, which then reach what their pairs reach. Where an answer is NaN, only NaN is right;
+inf stands for whatever is not finite.
 """
 
 from __future__ import annotations
@@ -124,7 +127,9 @@ def bounds(name: str, q, k, **p) -> dict[str, np.ndarray]:
 
 
 def softmax(s):
-    e = np.exp(s - s.real.max())
+    if (s.real == -np.inf).all():
+        return 0 * np.ones_like(s)
+    e = np.exp(s - s.real.max())  # all NaN if a score is NaN or inf
     return e / e.sum()
 
 
@@ -154,6 +159,8 @@ def identity(s):
 
 
 def lse(s):
+    if s.max() == -np.inf:
+        return -np.inf
     return s.max() + np.log(np.exp(s - s.max()).sum())
 
 
@@ -239,8 +246,9 @@ def leading(query, key):
 
 def attention(query, key, value, grad_output=None, **how: Any) -> Answer:
     """Output, weights and lse; with grad_output, the gradients of sum(grad_output * output) by every array. m > 0 or not."""
-    values, sizes, largest = _attention(query, key, value, grad_output, **how)
-    return Answer(values, _plain(sizes), largest)
+    with np.errstate(invalid="ignore", over="ignore"):
+        values, sizes, largest = _attention(query, key, value, grad_output, **how)
+    return Answer(_marked(values), _plain(sizes), largest)
 
 
 def _attention(query, key, value, grad_output, *, score="scaled_dot_score", normalize="softmax", bias=None, scale=None,
@@ -283,9 +291,8 @@ def _attention(query, key, value, grad_output, *, score="scaled_dot_score", norm
     weights, row_sizes, weight_size = np.zeros((*lead, n, slots)), [0.0], [0.0]
     grad_s, grad_s_size, grad_v, grad_v_size = (np.zeros(x.shape) for x in (s, s, v, v))
     flat = np.ravel_multi_index(at_query, (*lead, n)) if len(s) else np.zeros(0, int)
-    for row in np.unique(flat):
-        of = np.flatnonzero(flat == row)
-        at = np.unravel_index(row, (*lead, n))
+    for of in np.split(np.arange(len(s)), np.flatnonzero(np.diff(flat)) + 1) if len(s) else []:
+        at = np.unravel_index(flat[of[0]], (*lead, n))
         w = globals()[normalize](s[of])
         w_size, jacobian_size = weight_bounds(normalize, w, s[of], size[of])
         weights[tuple(x[of] for x in at_slot)] = w
@@ -293,11 +300,17 @@ def _attention(query, key, value, grad_output, *, score="scaled_dot_score", norm
         row_sizes.append((w_size[:, None] * v_size[of]).sum(axis=0).max(initial=0))
         log_sum[at] = lse(s[of])
         output[at] = sum(w[:, None] * v[of])
+        if np.isfinite(w).all():  # a value that is not finite
+            output[at][~np.isfinite(output[at])] = np.inf
         if grad_output is None:
             continue
+        if not grad_output[at].any() and np.isfinite(s[of]).all() and np.isfinite(v[of]).all():
+            continue  # no loss looks at this row
         g = grad_output[at]
         grad_w, grad_w_size = v[of] @ g, v_size[of] @ g_size[at]
-        for j in range(len(of)):
+        if not (np.isfinite(w).all() and np.isfinite(grad_w).all()):  # of softmax: it reaches every score of the row
+            grad_s[of] = grad_s_size[of] = np.nan
+        for j in range(0 if np.isnan(grad_s[of]).any() else len(of)):
             change = slope(globals()[normalize], s[of], (j,))  # d weights / d s_j
             grad_s[of[j]] = grad_w @ change
             grad_s_size[of[j]] = grad_w_size @ jacobian_size[:, j]
@@ -306,9 +319,9 @@ def _attention(query, key, value, grad_output, *, score="scaled_dot_score", norm
     convex = normalize not in ("identity", "proportional")
     finite = np.abs(log_sum[np.isfinite(log_sum)])
     values = {"output": output, "weights": weights, "lse": log_sum}
-    magnitude = {"output": v_size.max(initial=0) if convex else max(row_sizes)}
+    magnitude = {"output": v_size[np.isfinite(v_size)].max(initial=0) if convex else max(row_sizes)}
     magnitude |= {"weights": 1.0 if convex else max(weight_size), "lse": finite.max(initial=1)}
-    largest = size.max(initial=0) if normalize in ("softmax", "sparsemax") else 0.0
+    largest = size[np.isfinite(size)].max(initial=0) if normalize in ("softmax", "sparsemax") else 0.0
     if grad_output is None:
         return values, magnitude, float(largest)
 
@@ -361,7 +374,8 @@ def multi_head_attention(query, key, value, params, num_heads, num_kv_heads, gra
         grads = [split(x, num_heads) for x in back]
     if query.ndim == 2 and (lens := how.get("valid_lens")) is not None:  # no batch axis: every head has these lengths
         how["valid_lens"] = np.broadcast_to(lens, (num_heads, *np.shape(lens)))
-    values, sizes, largest = _attention(*split_up, grads[0], absolute=[*absolute, grads[1]], **how)
+    with np.errstate(invalid="ignore"):
+        values, sizes, largest = _attention(*split_up, grads[0], absolute=[*absolute, grads[1]], **how)
     joined, top = join(values["output"]), np.max(sizes["output"])
     values["output"], sizes["output"] = project(joined, "o"), project(np.full(joined.shape, top), "o", size)
     if grad_output is not None:
@@ -377,7 +391,8 @@ def multi_head_attention(query, key, value, params, num_heads, num_kv_heads, gra
             kind["grad_W_o"], kind["grad_b_o"] = _flat(o).T @ _flat(g), _flat(g).sum(axis=0)
     kept = {"output", "weights", "lse", *(f"grad_{name}" for name in (*inputs, *params))}
     values = {name: x for name, x in values.items() if name in kept}
-    return Answer(values, _plain({name: sizes[name] for name in values}), 3 * largest)  # query, key, product: each rounds
+    sizes = _plain({name: sizes[name] for name in values})
+    return Answer(_marked(values), sizes, 3 * largest)  # query, key, product: each rounds
 
 
 def scores(name, query, key, **parameters) -> Answer:
@@ -411,16 +426,24 @@ def merge(outputs, lses) -> Answer:
     """merge_attention of stacked parts (parts, ..., n, v) and (parts, ..., n)."""
     output, log_sum, largest = np.zeros(outputs.shape[1:]), np.full(lses.shape[1:], -np.inf), [0.0]
     for at in np.ndindex(*lses.shape[1:]):
-        parts = [part for part in range(len(lses)) if lses[(part, *at)] > -np.inf]
+        parts = [part for part in range(len(lses)) if lses[(part, *at)] != -np.inf]
         if parts:
             s = np.array([lses[(part, *at)] for part in parts])
             output[at] = sum(w * outputs[(part, *at)] for w, part in zip(softmax(s), parts, strict=True))
+            if np.isfinite(s).all():
+                output[at][~np.isfinite(output[at])] = np.inf
+                largest.append(np.ptp(s))
             log_sum[at] = lse(s)
-            largest.append(np.ptp(s))
-    shown = np.abs(outputs[lses > -np.inf]).max(initial=0)
-    finite = np.abs(log_sum[np.isfinite(log_sum)]).max(initial=1)
-    return Answer({"output": output, "lse": log_sum}, {"output": float(shown), "lse": float(finite)}, float(max(largest)))
+    sizes = {"output": np.abs(outputs[lses != -np.inf]), "lse": np.maximum(np.abs(log_sum), 1)}
+    return Answer(_marked({"output": output, "lse": log_sum}), _plain(sizes), float(max(largest)))
+
+
+def _marked(values):
+    """inf for every lse and gradient that is not finite: which of them it is depends on the order of the operations."""
+    for name, x in values.items():
+        x[~np.isfinite(x) & (name.startswith("grad_") | ((name == "lse") & (x != -np.inf)))] = np.inf
+    return values
 
 
 def _plain(magnitude):
-    return {name: float(np.max(x, initial=0)) for name, x in magnitude.items()}
+    return {name: float(np.max(x, initial=0, where=np.isfinite(x))) for name, x in magnitude.items()}

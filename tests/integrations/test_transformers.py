@@ -23,7 +23,14 @@ WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "n
 WIDTHS |= {"max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 GROUPED = WIDTHS | {"num_key_value_heads": 2, "head_dim": 4}
 CAPPED = GROUPED | {"sliding_window": 3, "attn_logit_softcapping": 0.7}
-PAIR = {"vocab_size": 12, "d_model": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "decoder_start_token_id": 1}
+PAIR = {
+    "vocab_size": 12,
+    "d_model": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "decoder_start_token_id": 1,
+}
 T5 = PAIR | {"d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
 BART = PAIR | {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 4))}
 BART |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32}

@@ -1,0 +1,182 @@
+"""The cases of NaN, inf and overflow where somebody looks: they change the rows that look, and no other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from kvattn.conformance import oracle
+from kvattn.conformance.cases import LSE, NOT_FINITE, WEIGHTS, Case, attend, flags, grid, kink_free, qkv
+from kvattn.conformance.multihead import multi_head, params_of
+
+INF, NAN = np.inf, np.nan
+HUGE = {"float64": 2.0**600, "float32": 2.0**100, "bfloat16": 2.0**100}  # its square is inf where scores are computed
+
+
+def cases(rng):
+    yield from small(rng)
+    yield from overflows(rng)
+    yield from others(rng)
+    yield from parts(rng)
+    yield from large(rng)
+
+
+def _signed(rng, **sizes):
+    """Queries and keys whose first feature is positive: what is inf there has scores of inf."""
+    q, k, v = qkv(rng, n=5, m=5, **sizes)
+    for x in (q, k):
+        x[..., 0] = np.abs(x[..., 0]) + 1 / 16
+    return q, k, v
+
+
+def small(rng):
+    make = partial(attend, group=NOT_FINITE, rng=rng)
+    chosen = np.array([[0, 2, 4], [4, 1, 0], [3, -1, 2], [1, 0, 3], [2, 4, -1]])
+    mask = np.array([[j <= i or (i + j) % 3 == 0 for j in range(5)] for i in range(5)])
+    mask[4, 3] = False
+    forms: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "causal": {"causal": True},
+        "lengths": {"valid_lens": np.array([3, 4])},
+        "lengths (b, n)": {"valid_lens": np.array([[1, 2, 0, 5, 4], [7, 0, 2, 3, 5]])},
+        "a window": {"window": (1, 0), "query_offset": 1},
+        "a mask": {"mask": mask},
+        "a bias": {"causal": True, "bias": np.where(np.eye(5)[::-1] > 0, -INF, grid(rng, 5, 5))},
+        "positions": {"positions": chosen},
+        "a softcap": {"causal": True, "softcap": 2.0, "scale": 0.5},
+    }
+    # one thing alone, so that nothing else tells of it
+    alone = (("plain", ()), ("causal", ()), ("causal", WEIGHTS + LSE), ("lengths (b, n)", LSE), ("a mask", ()))
+    for name, asked in alone:
+        label, options = ", ".join([name, *asked]), forms[name]
+        q, k, v = _signed(rng)
+        q[0, 0, 3, 1] = NAN
+        yield make(f"a NaN query, {label}", q, k, v, asked=asked, **options)
+        q, k, v = _signed(rng)
+        k[1, 0, 2] = NAN
+        yield make(f"a NaN key, {label}", q, k, v, asked=asked, **options)
+        q, k, v = _signed(rng)
+        v[0, 1, 2, 1] = NAN
+        yield make(f"a NaN value, {label}", q, k, v, asked=asked, **options)
+    # and one of each, in batch entries and heads of their own
+    for number, (name, options) in enumerate(forms.items()):
+        q, k, v = _signed(rng, lead=(2, 4 if number % 2 else 2), kv=(2, 2))
+        far = NAN if name == "a softcap" else INF  # tanh(inf) is 1
+        q[0, 0, 3, 0], k[0, 1, 2, 0], v[1, 0, 2, 0], v[1, 1, 1, 1] = far, far, NAN, INF
+        label = f"inf and NaN, {name}{', grouped heads' * (number % 2)}"
+        yield make(label, q, k, v, **options, asked=() if number % 4 < 2 else LSE)
+    q, k, v = _signed(rng, lead=())
+    q[3, 0] = NAN
+    yield make("a NaN query, 2 axes", q, k, v, causal=True)
+    q, k, v = _signed(rng)
+    bias = grid(rng, 2, 2, 5, 5)
+    bias[0, 0, 3, 1], bias[0, 1, 2, 2], bias[1, 0, 4, 4], bias[1, 1, 0, 3] = NAN, INF, NAN, NAN
+    yield make("a bias of NaN and inf", q, k, v, bias=bias)
+    yield make("a bias of NaN and inf, causal", q, k, v, bias=bias, causal=True, asked=())
+    yield make("a bias of NaN for a key", q, k, v, bias=np.array([0.5, 0.0, -1.0, NAN, 1.0]), causal=True)
+    q, k, v = _signed(rng)
+    q[..., 0], k[:, :, 2, 0] = -q[..., 0], INF
+    yield make("scores of -inf", q, k, v, grad=False)
+    yield make("scores of -inf, causal", q, k[:, :, 2:], v[:, :, 2:], grad=False, causal=True)
+
+
+def overflows(rng):
+    """Query 3 times key 2 overflows; only query 3 sees that key, for its products with others would be nearly as large."""
+    mask = flags(rng, 5, 5)
+    mask[:, 2], mask[3, 2], mask[3, 0] = False, True, True
+    for dtypes in (("float64",), ("float32", "bfloat16")):
+        q, k, v = qkv(rng, n=5, m=5)
+        q[..., 0] = k[..., 0] = 0
+        q[:, 0, 3, 0] = k[:, 0, 2, 0] = HUGE["float64"]
+        case = attend(f"a score that overflows in {dtypes[0]}", q, k, v, mask=mask, group=NOT_FINITE, rng=rng,
+                      dtypes=("float64",))  # fmt: skip
+        held = {n: np.where(x == HUGE["float64"], HUGE[dtypes[0]], x) if x.dtype.kind == "f" else x
+                for n, x in case.arguments.items()}  # fmt: skip
+        yield replace(case, arguments=held, dtypes=dtypes)
+
+
+def others(rng):
+    """Scores that are NaN for NaN; then normalisers, and scores that may not be, where only other rows are promised."""
+    W_q, W_k, w_v = grid(rng, 3, 2, top=1), grid(rng, 3, 2, top=1), grid(rng, 2)
+    for score in (
+        "cosine_score",
+        "distance_score",
+        ("additive_score", {"W_q": W_q, "W_k": W_k, "w_v": w_v}),
+        ("multiplicative_score", {"W": grid(rng, 3, 3, top=1)}),
+        ("gated_score", {"w_g": grid(rng, 6, top=1)}),
+    ):
+        q, k, v = _signed(rng)
+        q[0, 0, 3, 0], k[0, 1, 2, 0], v[1, 0, 2, 0] = NAN, NAN, NAN
+        name = score[0] if isinstance(score, tuple) else score
+        yield attend(f"NaN, causal, {name}", q, k, v, group=NOT_FINITE, rng=rng, score=score, causal=True, asked=())
+    for options in (
+        {"normalize": "sparsemax"},
+        {"normalize": "hardmax"},
+        {"normalize": "average"},
+        {"normalize": "identity"},
+        {"normalize": "proportional", "score": "gaussian_kernel"},
+        {"score": "epanechnikov_kernel"},
+    ):
+        yield _other_rows(rng, options)
+
+
+def _other_rows(rng, options) -> Case:
+    """Judged where softmax would be finite, by the answer of a call with numbers in place of NaN."""
+    q, k, v = _signed(rng)
+    while not kink_free(q, k, v, causal=True, **options):
+        q, k, v = _signed(rng)
+    case = attend(f"NaN, causal, {', '.join(options.values())}", q, k, v, group=NOT_FINITE, rng=rng, causal=True,
+                  asked=WEIGHTS, **options)  # fmt: skip
+    q, k, v = q.copy(), k.copy(), v.copy()
+    q[0, 0, 3, 0], k[0, 1, 2, 0], v[1, 0, 2, 0] = NAN, NAN, NAN
+    reached = oracle.attention(q, k, v, case.arguments["grad_output"], causal=True).values
+    judged = {what: np.isfinite(reached[what]) for what in case.answer}
+    return replace(case, arguments={**case.arguments, "query": q, "key": k, "value": v}, judged=judged)
+
+
+def parts(rng):
+    """Merged parts, and projected heads."""
+    from kvattn.conformance.families import merged
+
+    outputs, lses = grid(rng, 3, 2, 4, 2), grid(rng, 3, 2, 4)
+    lses[0, 0, 1] = lses[2, :, 3] = -INF
+    lses[1, 0, 2], outputs[1, 0, 2], outputs[0, 1, 0, 1], outputs[2, :, 3] = NAN, NAN, NAN, NAN
+    yield merged("merge with NaN in two rows", outputs, lses, NOT_FINITE)
+    for name, kv_heads in (("causal", 2), ("causal, one key head", 1)):
+        x, y, z = (grid(rng, 2, 4, 3) for _ in range(3))
+        x[0, 2, 1] = y[1, 3, 1] = NAN
+        params, options = params_of(rng, 3, 3, 3, 2, kv_heads), {"group": NOT_FINITE, "causal": True}
+        yield multi_head(f"heads: NaN, {name}", x, y, z, params, rng, kv_heads=kv_heads, **options)
+    x = grid(rng, 2, 5, 3)
+    x[0, 3, 0] = NAN
+    case = multi_head("decoding, NaN", x, x, x, params_of(rng, 3, 3, 3, 2, 2), rng, grad=False, causal=True, group=NOT_FINITE)
+    yield replace(case, call="decoding", keywords={"num_heads": 2})
+
+
+def large(rng):
+    """Long enough for tiles and blocks, whose edges lie at multiples of 128 or 256; a loss looks at some rows."""
+
+    def make(name, q, k, v, rows, **options):
+        looked = np.zeros(q.shape[-2], bool)
+        looked[rows] = True
+        return attend(name, q, k, v, group=NOT_FINITE, rng=rng, looked=looked, **options)
+
+    def inputs(n=600, lead=(), **sizes):
+        return qkv(rng, n=n, m=600, d=2, v=2, lead=lead, **sizes)
+
+    q, k, v = inputs()
+    q[300, 1], q[20, 0], k[:21, 0] = NAN, INF, np.abs(k[:21, 0]) + 1 / 16
+    yield make("a NaN query of 600, causal", q, k, v, [0, 255, 256, 299, 301, 599], causal=True, asked=())
+    q, k, v = inputs()
+    k[500, 0] = NAN
+    yield make("a NaN key of 600, causal window", q, k, v, [400, 499, 511, 599], causal=True, window=(99, None), asked=LSE)
+    q, k, v = inputs()
+    v[256, 0], v[255, 1] = NAN, INF
+    yield make("a NaN value of 600, causal", q, k, v, [3, 254, 255, 256, 599], causal=True, asked=())
+    q, k, v = inputs(280, (2,), kv=(1,))
+    lens, bias = rng.integers(0, 601, (2, 280)), grid(rng, 600)
+    lens[:, :3], lens[:, 200:203], bias[400] = [400, 401, 256], [0, 600, 255], NAN
+    yield make("a bias of NaN for a key of 600, lengths", q, k, v, [1, 2, 200, 201, 202], valid_lens=lens, bias=bias, asked=LSE)
