@@ -240,6 +240,16 @@ def test_conversion_keeps_the_dtype(backend, tab, dtype):
     assert kvattn.convert(there, backend) is there
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (2, 0, 4)])
+def test_arrays_of_no_elements_and_of_no_axes_are_converted_too(backend, shape):
+    """MXNet takes zeros in a shape for sizes to come, unless npx.set_np() was called."""
+    x = kvattn.asarray(np.ones(shape, "float32"), backend=backend)
+    for dtype in ("float64", "float16", "float32"):
+        found = kvattn.to_numpy(kvattn.asarray(x, dtype=dtype))
+        assert (found.dtype, found.shape) == (dtype, shape)
+        assert kvattn.to_numpy(kvattn.convert(kvattn.asarray(np.ones(shape, dtype)), backend)).shape == shape
+
+
 def test_a_call_that_was_checked_before_is_not_checked_again(backend, monkeypatch):
     x = kvattn.asarray([[1.0, 2.0], [3.0, 4.0]], dtype="float32", backend=backend)
     first = kvattn.to_numpy(kvattn.attention(x, x, x, causal=True))

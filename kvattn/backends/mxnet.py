@@ -46,8 +46,8 @@ def asarray(x, dtype=None, like=None):
     if dtype == "bfloat16" or str(getattr(x, "dtype", "")) == "bfloat16":
         raise TypeError("MXNet has no bfloat16 here; use float32 or float16")
     if is_array(x):
-        x = x.as_np_ndarray()
-        return x.astype(dtype, copy=False) if dtype else x
+        with quirks.any_shape():
+            return x.as_np_ndarray().astype(dtype, copy=False) if dtype else x.as_np_ndarray()
     if isinstance(x, mx.sym.Symbol):
         raise TypeError("a Symbol has no values: of kvattn's functions only attention waits for them")
     x = numpy.asarray(x, dtype=numpy.dtype(dtype) if dtype else None)
@@ -56,7 +56,7 @@ def asarray(x, dtype=None, like=None):
         raise TypeError(f"MXNet has no dtype {x.dtype.name}; it has {', '.join(DTYPES)}")
     if x.dtype.name == "uint64" and x.size and x.max() >= 2**63:
         raise ValueError(f"MXNet has no uint64, and its int64 does not hold {x.max()}")
-    with mx.util.np_shape(True):
+    with quirks.any_shape():
         return np.array(x, dtype=name, ctx=None if like is None else like.ctx)
 
 
@@ -369,6 +369,10 @@ def attention(
     keys = key.shape[-2] if positions is None else positions.shape[-1]
     if 0 in (*lead, n, keys, key.shape[-2]):
         return _nothing((*lead, n), keys, query, key, value, **how, **back)
+    if folded := quirks.folded(lead, query, key, value, positions, **where):
+        results = attention(*folded[0], **folded[1], **reach, **how, **back)
+        results = [x.reshape(*lead, *x.shape[2:]) for x in (results if isinstance(results, tuple) else [results])]
+        return tuple(results) if len(results) > 1 else results[0]
     if positions is not None:
         rows, key, value, where = _select(positions, query, key, value, **where, **reach)
         results = attention(rows, key, value, **where, **how, **back)
@@ -585,7 +589,7 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
 def _project(x, params, name):
     """x W + b, in float32 for half precision; without W, x."""
     x, W, b = _wide(x), params.get(f"W_{name}"), params.get(f"b_{name}")
-    x = x if W is None else x @ _wide(W)
+    x = x if W is None else np.dot(x, _wide(W))
     return x if b is None else x + _wide(b)
 
 
@@ -616,7 +620,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 @quirks.shaped
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    results = attention(_wide(x) @ _wide(W_q), _wide(x) @ _wide(W_k), _wide(x) @ _wide(W_v), **options)
+    results = attention(*(np.dot(_wide(x), _wide(W)) for W in (W_q, W_k, W_v)), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):
         rest[0] = rest[0].astype(dtype, copy=False)

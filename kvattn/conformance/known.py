@@ -15,7 +15,6 @@ class Difference(NamedTuple):
 DIFFERENCES = (
     Difference("numpy", "bfloat16", "*", "NumPy has no bfloat16 of its own"),
     Difference("mxnet", "bfloat16", "*", "MXNet's NumPy interface has no bfloat16"),
-    Difference("mxnet", "*", "many axes", "MXNet broadcasts five axes at most, and moves six: it raises its own error"),
     Difference(
         "mxnet",
         "*",

@@ -14,14 +14,19 @@ with lend():
     from mxnet import autograd, np, npx
 
 
+def any_shape():
+    """Zero sizes and no axes are shapes in the block, whatever npx.set_np says."""
+    return nullcontext() if mx.util.is_np_shape() else mx.util.np_shape(True)
+
+
 def shaped(function, empty=None):
-    """Zero sizes and no axes are shapes here, whatever npx.set_np says; legacy arrays come in and go out as views."""
+    """Zero sizes and no axes are shapes in it; legacy arrays come in and go out as views."""
 
     @wraps(function)
     def run(*args, **kwargs):
         first = next(iter((*args, *kwargs.values())))
         first = first[0] if isinstance(first, (list, tuple)) else first
-        with nullcontext() if mx.util.is_np_shape() else mx.util.np_shape(True):
+        with any_shape():
             args, kwargs = [_new(x) for x in args], {name: _new(x) for name, x in kwargs.items()}
             results = empty(*args, **kwargs) if empty else None
             results = function(*args, **kwargs) if results is None else results
@@ -31,15 +36,48 @@ def shaped(function, empty=None):
 
 
 def scoring(function):
-    """MXNet cannot broadcast what has no elements, and says so only later, in another call."""
+    """MXNet cannot broadcast what has no elements, and says so only later, in another call; nor two arrays of many axes."""
 
-    def empty(query, key, *_, **__):
-        if 0 in query.shape[:-1] or 0 in key.shape[:-1]:
-            shape = (*bands.lead(query.shape, key.shape), query.shape[-2], key.shape[-2])
+    def apart(query, key, *args, **kwargs):
+        lead, n, m = bands.lead(query.shape, key.shape), query.shape[-2], key.shape[-2]
+        if 0 in (*lead, n, m, *key.shape[:-2]):
+            shape = (*lead, n, m)
             return np.zeros(shape, dtype="float32" if query.dtype.name == "float16" else query.dtype, ctx=query.ctx)
+        if len(lead) > 2 and query.shape[:-2] != key.shape[:-2]:
+            query, key = (spread(x, lead).reshape(math.prod(lead), *x.shape[-2:]) for x in (query, key))
+            return function(query, key, *args, **kwargs).reshape(*lead, n, m)
         return None
 
-    return shaped(function, empty)
+    return shaped(function, apart)
+
+
+def spread(x, lead):
+    """``x`` with these leading axes: one at a time, as where they alternate MXNet broadcasts no more than five."""
+    for axis, size in enumerate(lead):
+        if x.shape[axis] != size:
+            x = np.broadcast_to(x, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
+    return x
+
+
+def folded(lead, query, key, value, positions, mask, bias, valid_lens, query_offset):
+    """(query, key, value) and the rest of a call, with one batch axis for many; None where MXNet can broadcast, and slice, the many."""
+    batch, axes = lead[:-1], len(lead) + 2
+    many = [x for x in (mask, bias, positions) if x is not None and x.ndim > 3]
+    if len(batch) < 2 or (len(batch) == 2 and all(x.shape[:-3] == batch for x in (query, key, value, *many))):
+        return None
+
+    def fold(x):
+        return spread(x, batch).reshape(math.prod(batch), *x.shape[len(batch) :])
+
+    def fold_where(x):
+        return x if x is None or x.ndim <= 3 else fold(x.reshape(*[1] * (axes - x.ndim), *x.shape))
+
+    def fold_each(x):  # (batch,) or (batch, n), of the first axis
+        return fold(x.reshape(-1, *[1] * (len(batch) - 1), *x.shape[1:])) if getattr(x, "ndim", 0) else x
+
+    where = {"positions": fold_where(positions), "mask": fold_where(mask), "bias": fold_where(bias)}
+    where |= {"valid_lens": fold_each(valid_lens), "query_offset": fold_each(query_offset)}
+    return [fold(x) for x in (query, key, value)], where
 
 
 def normalizing(function):
