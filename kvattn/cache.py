@@ -48,6 +48,10 @@ class KVCache(NamedTuple):
         tab = dispatch.choose(backend, cache=self.key, key=key, value=value)
         key, value = checks.array(tab, "key", key, self.key), checks.array(tab, "value", value, self.value)
         if self.key is None:
+            *lead, n, _ = checks.shape("key", key, 2)
+            checks.floating("key", key)
+            checks.floating("value", value, ("key", key))
+            checks.same_shape("value", value, (*lead, n, checks.shape("value", value, 2)[-1]), "the keys need")
             return KVCache(key, value, int(key.shape[-2]))
         for name, x, old in (("key", key, self.key), ("value", value, self.value)):
             checks.floating(name, x, ("the cache", old))

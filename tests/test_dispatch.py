@@ -307,18 +307,22 @@ def test_after_a_good_call_another_shape_is_refused_as_before(tab, checked, whic
 
 @pytest.mark.parametrize("which", INPUTS)
 def test_after_a_good_call_neutral_data_is_converted_and_a_strangers_array_refused(tab, checked, backend, which):
-    own = checked[which]
+    class Theirs:
+        """An array of another framework, of the shape and dtype of one that was served."""
+
+        __module__ = "torch.fake" if backend != "torch" else "mxnet.fake"
+
+        def __init__(self, x):
+            self.shape, self.dtype = x.shape, x.dtype
+
+    theirs = {name: Theirs(x) for name, x in checked.items()}
     for neutral in (np.ones(SHAPES[which], "float32"), np.ones(SHAPES[which]).tolist()):
         checked[which] = neutral
         assert tab.is_array(kvattn.attention(*checked.values()))
 
-    class Tensor:  # of the same shape and dtype, and of another framework
-        __module__ = "torch.fake" if backend != "torch" else "mxnet.fake"
-        shape, dtype = own.shape, own.dtype
-
     for strange in ([which], INPUTS):  # one of them, and then all
         with pytest.raises(TypeError, match=f"{strange[0]} is an array|{strange[0]} of"):
-            kvattn.attention(*(checked | {name: Tensor() for name in strange}).values(), backend=backend)
+            kvattn.attention(*(checked | {name: theirs[name] for name in strange}).values(), backend=backend)
 
 
 def test_after_a_good_call_another_backend_is_still_another(backend, tab, checked):

@@ -544,6 +544,8 @@ def merge_attention(outputs, lses, return_lse=False):
         return (outputs[0], lses[0]) if return_lse else outputs[0]
     outputs, lses = np.stack([*outputs], axis=-2), np.stack([*lses], axis=-1)  # (..., n, parts, v), (..., n, parts)
     weights, lse = _softmax_lse(lses, lses.detach() != -math.inf)
+    if not outputs.size:  # values without features: MXNet broadcasts nothing to them
+        return (outputs[..., 0, :], lse) if return_lse else outputs[..., 0, :]
     weights = weights[..., None]
     output = (weights * quirks.where(weights.detach() != 0, _wide(outputs), 0)).sum(axis=-2).astype(outputs.dtype, copy=False)
     return (output, lse) if return_lse else output

@@ -338,6 +338,8 @@ def merging(rng):
     lses[0, 0], lses[:, 1, 2], lses[1:, 1, 0] = -INF, -INF, -INF
     outputs[lses == -INF] = 0
     yield merged("merge with empty parts", outputs, lses)
+    for nothing, shape in (("queries", (2, 0, 2)), ("entries", (0, 2, 3, 2)), ("features", (2, 3, 0))):
+        yield merged(f"merge of no {nothing}", grid(rng, 2, *shape), grid(rng, 2, *shape[:-1]))
     yield merged("merge of large lse", grid(rng, 2, 4, 2), 1024.0 + grid(rng, 2, 4, top=64))
     yield merged("merge of 1e5", grid(rng, 2, 4, 2), 131072.0 * np.array([[1, -1, 0, 1], [1, -1, 1, -1]]))
     parts = (("two parts", [2]), ("three parts", [2, 4]), ("an empty part", [0, 3, 3]), ("single keys", [1, 2, 3, 4]))
