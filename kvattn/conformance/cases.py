@@ -135,27 +135,19 @@ def poisoned(rng: np.random.Generator, query: np.ndarray, key: np.ndarray, value
              **which: Any) -> Iterator[np.ndarray]:  # fmt: skip
     """query, key, value and the bias, if there is one, with NaN and inf wherever nothing may look."""
     lead, n, _, found = oracle.pairs(query, key, **which)
-    seen, sees = np.zeros((*lead[:1], key.shape[-2]), bool), np.zeros((*lead, n), bool)
-    for _, (*at, i, j) in found:
-        seen[(*at[:1], j)], sees[(*at, i)] = True, True
-    if lead and key.shape[0] != lead[0]:  # one entry for the whole batch
-        seen = seen.any(axis=0, keepdims=True)
-    seen = seen.reshape(*seen.shape[:1], *[1] * (key.ndim - 3), seen.shape[-1]) if lead else seen
+    at = tuple(np.array([pair for _, pair in found], int).reshape(-1, len(lead) + 2).T)
 
-    def poison(x, hidden):
-        hidden = np.broadcast_to(hidden[..., None], x.shape)
-        return np.where(hidden, rng.choice([np.nan, np.inf, -np.inf], x.shape), x)
+    def poison(x, cells, kept, bad):
+        used = np.zeros(kept.shape, bool)
+        used.flat[cells] = True
+        return np.where((used | kept)[(..., *[None] * (x.ndim - kept.ndim))], x, rng.choice(bad, x.shape))
 
-    yield poison(query, ~sees)
-    yield poison(key, ~np.broadcast_to(seen, key.shape[:-1]))
-    yield poison(value, ~np.broadcast_to(seen, value.shape[:-1]))
+    for x, of in ((query, at[:-1]), (key, (*at[:-2], at[-1])), (value, (*at[:-2], at[-1]))):
+        yield poison(x, oracle.flat_rows(x, lead)[of], np.zeros(x.shape[:-1], bool), [np.nan, np.inf, -np.inf])
     if which.get("bias") is not None:
-        bias, used = which["bias"], np.zeros(which["bias"].size, bool)
+        bias = which["bias"]
         cells = np.broadcast_to(np.arange(bias.size).reshape(bias.shape), (*lead, n, key.shape[-2]))
-        for _, at in found:
-            used[cells[at]] = True
-        forbidden = bias == -np.inf  # these say what is forbidden: they stay
-        yield np.where(used.reshape(bias.shape) | forbidden, bias, rng.choice([np.nan, np.inf], bias.shape))
+        yield poison(bias, cells[at], bias == -np.inf, [np.nan, np.inf])  # -inf says what is forbidden: it stays
 
 
 def kink_free(query, key, value, *, score="scaled_dot_score", normalize="softmax", **how: Any) -> bool:
@@ -166,4 +158,4 @@ def kink_free(query, key, value, *, score="scaled_dot_score", normalize="softmax
         nudged = {**how, "scale": (how.get("scale") or 1) * (1 + eps)}
         support = oracle.attention(query, key, value, score=score, normalize=normalize, **nudged).values["weights"] > 0
         return bool(((weights > 0) == support).all() and not ((weights > 0) & (weights < eps)).any())
-    return normalize != "proportional" or bool(np.abs(weights).max() < 8)
+    return normalize != "proportional" or bool(np.abs(weights).max(initial=0) < 8)

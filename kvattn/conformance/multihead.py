@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from kvattn.conformance import oracle
@@ -86,16 +88,20 @@ def self_attention(rng):
         x = grid(rng, *batch, 4, 3)
         params = {n: y for n, y in params_of(rng, 3, 3, 3, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
         case = multi_head(name, x, x, x, params, rng, call="self_attention", heads=1, asked=("weights", "lse"), **options)
-        values, magnitude = dict(case.answer), dict(case.magnitude)
-        three = [f"grad_{what}" for what in ("query", "key", "value")]
+        yield as_self_attention(case, x)
+
+
+def as_self_attention(case, x):
+    """A case of multi-head attention with one head, whose query, key and value are all x, as one of self-attention."""
+    values, magnitude = dict(case.answer), dict(case.magnitude)
+    three = [f"grad_{what}" for what in ("query", "key", "value")]
+    if three[0] in values:
         values["grad_x"], magnitude["grad_x"] = (sum(kind.pop(what) for what in three) for kind in (values, magnitude))
-        for what in ("weights", "lse"):  # one head: no axis for it
-            values[what] = values[what][..., 0, :, :] if what == "weights" else values[what][..., 0, :]
-        arguments = {"x": x} | {n: y for n, y in case.arguments.items() if n not in ("query", "key", "value")}
-        keywords = {n: y for n, y in case.keywords.items() if n != "num_heads"}
-        yield Case(
-            name, "self-attention", case.call, arguments, keywords, values, magnitude, case.largest_score, results=case.results
-        )
+    for what in case.results[1:]:  # one head: no axis for it
+        values[what] = values[what][..., 0, :, :] if what == "weights" else values[what][..., 0, :]
+    arguments = {"x": x} | {n: y for n, y in case.arguments.items() if n not in ("query", "key", "value")}
+    keywords = {n: y for n, y in case.keywords.items() if n != "num_heads"}
+    return replace(case, group="self-attention", arguments=arguments, keywords=keywords, answer=values, magnitude=magnitude)
 
 
 def decoding(rng):

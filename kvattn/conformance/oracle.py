@@ -192,11 +192,11 @@ def slope(function, x, at):
 
 
 def _flat(x):
-    """(..., c) -> (rows, c); c may be 0."""
+    """(..., m, c) -> (rows, c), also where c is 0."""
     return x.reshape(np.prod(x.shape[:-1], dtype=int), x.shape[-1])
 
 
-def _rows(x, lead):
+def flat_rows(x, lead):
     """The flat row of x (..., h_kv, m, c) that serves each (*lead, m)."""
     rows = np.arange(np.prod(x.shape[:-1], dtype=int)).reshape(x.shape[:-1])
     if lead:
@@ -264,8 +264,8 @@ def _attention(query, key, value, grad_output, *, score="scaled_dot_score", norm
     at_slot = tuple(np.array([f[0] for f in found], dtype=int).reshape(-1, len(lead) + 2).T)
     at_pair = tuple(np.array([f[1] for f in found], dtype=int).reshape(-1, len(lead) + 2).T)
     at_query, at_key = at_pair[:-1], (*at_pair[:-2], at_pair[-1])
-    sources = {"query": (query, _rows(query, lead)[at_query]), "key": (key, _rows(key, lead)[at_key])}
-    sources["value"] = (value, _rows(value, lead)[at_key])
+    sources = {"query": (query, flat_rows(query, lead)[at_query]), "key": (key, flat_rows(key, lead)[at_key])}
+    sources["value"] = (value, flat_rows(value, lead)[at_key])
     q, k, v = (_flat(x)[rows] for x, rows in sources.values())
     q_size, k_size, v_size = q, k, np.abs(v)
     g_size = None if grad_output is None else np.abs(grad_output)

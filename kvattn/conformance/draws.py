@@ -1,0 +1,348 @@
+"""Calls drawn at random over every option, dtype and edge of the shapes, judged as the cases are: `kvattn conform --draws`.
+
+A draw is plain data; its arrays are drawn from its seed and their names. So it can be made smaller, an option or a size at
+a time, while the rest stays as it was, and the smallest draw that still fails is printed as code.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from kvattn.conformance import check, multihead, oracle, pooling
+from kvattn.conformance.cases import DTYPES, Case, attend, grid, kink_free, poisoned
+
+SIZES = (0, 1, 1, 2, 3, 4, 5, 7)
+EDGES = (15, 16, 17, 255, 256, 257, 511, 513)  # where the kernels of this package cut their tiles and blocks
+LEADS = (
+    ((), ()), ((2,), (2,)), ((2, 2), (2, 2)), ((2, 4), (2, 2)), ((2, 3), (2, 1)), ((2, 2), (1, 2)),
+    ((1, 2), (3, 1)), ((4,), (2,)), ((2, 1, 2), (1, 2, 2)), ((1, 2, 1, 2), (2, 1, 1, 1)), ((0, 2), (0, 2)),
+)  # fmt: skip
+PARAMETRISED = ("additive_score", "multiplicative_score", "gated_score")
+SCORES = (*pooling.SIMPLE, *PARAMETRISED, *pooling.KERNELS)
+NORMALISERS = tuple(name for name in pooling.NORMALISERS if name != "masked_softmax")
+HEADS = ((1, 1), (2, 2), (4, 2), (3, 1))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A call: ``options`` hold its keywords as plain data, where a shape is told by which of its axes are full, the rest 1."""
+
+    seed: tuple[int, ...]
+    call: str = "attention"
+    dtype: str = "float64"
+    lead: tuple[int, ...] = ()
+    kv: tuple[int, ...] = ()
+    n: int = 1
+    m: int = 1
+    d: int = 1
+    v: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    asked: tuple[str, ...] = ()
+    alone: bool = False
+    grad: bool = True
+
+    def rng(self, name: str) -> np.random.Generator:
+        return np.random.default_rng([*self.seed, zlib.crc32(name.encode())])
+
+
+def cases(count: int, seed: int = 0) -> Iterator[Case]:
+    """So many drawn cases; the same ``seed`` gives the same.
+
+    >>> [case.name for case in cases(1)] == [case.name for case in cases(1)]
+    True
+    """
+    return (case(draw(seed, number)) for number in range(count))
+
+
+def draw(seed: int, number: int) -> Draw:
+    """The draw of that number."""
+    rng = np.random.default_rng([seed, number])
+
+    def one(*of: Any) -> Any:
+        return of[rng.integers(len(of))]
+
+    def often(share: float) -> bool:
+        return bool(rng.random() < share)
+
+    call = "attention" if often(0.7) else one("multi_head_attention", "self_attention", "decoding", "split_attention")
+    lead, kv = LEADS[rng.integers(len(LEADS))]
+    n, m, d, v = (one(*SIZES) for _ in range(4))
+    made = Draw((seed, number), call, one(*DTYPES), lead, kv, n, m, d, v, {}, alone=often(0.5))
+    large = often(0.02)
+    if large:
+        n, m = (int(one(*EDGES)) if often(0.7) else one(1, 3) for _ in range(2))
+        lead, kv = one(((), ()), ((2,), (2,)), ((1, 2), (1, 1)))
+        made = replace(made, call="attention", lead=lead, kv=kv, n=n, m=m, d=one(1, 2), v=1, grad=n * m < 70_000)
+    made = replace(made, asked=tuple(what for what in ("weights", "lse") if often(0.2 if large else 0.4)))
+    headed = call in check.HEADED and not large
+    options: dict[str, Any] = {}
+    if headed:
+        kv = lead = () if often(0.2) else (int(rng.integers(0, 4)),) if often(0.8) else (2, 1)
+        heads, kv_heads = (1, 1) if call == "self_attention" else one(*HEADS)
+        options |= {"num_heads": heads, "num_kv_heads": kv_heads, "biases": often(0.5), "W_o": often(0.8)}
+        made = replace(made, lead=lead, kv=lead, d=one(1, 2, 3), v=one(1, 2), n=max(made.n, 2) if call == "decoding" else made.n)
+    axes = len(made.lead) + (2 if not headed or call == "self_attention" else 3)
+
+    def broadcast() -> tuple[bool, ...]:
+        return tuple(often(0.7) for _ in range(rng.integers(0, axes + 1)))
+
+    if call == "decoding" and not large:
+        options |= {"window": one(None, None, (1, 0), (2, None)), "capacity": bool(made.lead) and often(0.5)}
+        return replace(made, options={name: x for name, x in options.items() if x is not None}, asked=(), grad=False)
+    if call == "split_attention" and not large:
+        options |= {"splits": sorted(int(rng.integers(0, made.m + 1)) for _ in range(rng.integers(1, 4)))}
+        options |= {"softcap": 2.0} if often(0.3) else {}
+        return replace(made, options=options, asked=("lse",), grad=False, alone=False)
+    if often(0.3):
+        options["mask"] = broadcast()
+    if often(0.3):
+        options["bias"] = broadcast()
+    if often(0.35):
+        options["valid_lens"] = often(0.5)
+    if often(0.4):
+        options["causal"] = True
+    if often(0.3):
+        options["window"] = one(0, 1, (2, 0), (0, None), (None, 1), (None, None))
+    if often(0.4):
+        per_entry = bool(made.lead) and often(0.4)
+        options["query_offset"] = "each" if per_entry else int(rng.integers(-2, made.m + 2))
+    if often(0.3):
+        options["scale"] = one(0.5, 1.0, 0.3, -1.5, 0.0)
+    if often(0.2):
+        options["softcap"] = one(0.5, 2.0)
+    if often(0.15) and not headed:
+        options["positions"] = (tuple(often(0.7) for _ in range(rng.integers(1, len(made.lead) + 2))), int(rng.integers(0, 4)))
+    if often(0.35) and not large:
+        options["score"] = one(*(SCORES if not headed else pooling.SIMPLE))
+    if often(0.25) and "lse" not in made.asked and not large:
+        options["normalize"] = one(*NORMALISERS)
+    if often(0.4) and not headed:
+        options["poisoned"] = True
+    return replace(made, options=options)
+
+
+# ---- the arrays of a draw, and its answer
+
+
+def case(drawn: Draw) -> Case:
+    """The call that is drawn, with its answer."""
+    options = _options(drawn)
+    name = f"draw {drawn.seed[-1]} of seed {drawn.seed[0]}: " + ", ".join([drawn.call, *drawn.options])
+    if drawn.call in check.HEADED:
+        made = _headed(drawn, name, options)
+    else:
+        q, k, x = (grid(drawn.rng(which), *shape) for which, shape in _shapes(drawn).items())
+        if "normalize" in options and not _clear(q, k, x, options):
+            options.pop("normalize")
+        if options.pop("poisoned", False):
+            which = {n: x for n, x in options.items() if n not in ("scale", "softcap", "score", "normalize")}
+            q, k, x, *bias = poisoned(drawn.rng("poison"), q, k, x, **which)
+            options |= {"bias": bias[0]} if bias else {}
+        make = {"group": "draws", "rng": drawn.rng("grad_output"), "grad": drawn.grad, "call": drawn.call}
+        made = attend(name, q, k, x, **make, asked=drawn.asked, **options)
+    return replace(made, usual=(drawn.dtype,), alone=drawn.alone and made.call == "attention")
+
+
+def _shapes(drawn: Draw) -> dict[str, tuple[int, ...]]:
+    return {
+        "query": (*drawn.lead, drawn.n, drawn.d),
+        "key": (*drawn.kv, drawn.m, drawn.d),
+        "value": (*drawn.kv, drawn.m, drawn.v),
+    }
+
+
+def _options(drawn: Draw) -> dict[str, Any]:
+    """The keywords of the call, where they are arrays: drawn."""
+    n, m, options = drawn.n, drawn.m, dict(drawn.options)
+    lead = oracle.leading(np.empty((*drawn.lead, n, 0)), np.empty((*drawn.kv, m, 0)))
+    batch = lead[:1]
+    if drawn.call == "multi_head_attention":
+        lead = (*lead, options["num_heads"])
+    if drawn.call == "self_attention":
+        m = n
+    full = (*lead, n, m)
+
+    def shape(axes: tuple[bool, ...], of: tuple[int, ...] = full) -> tuple[int, ...]:
+        return tuple(
+            size if whole else 1 for size, whole in zip(of[max(0, len(of) - len(axes)) :], axes[-len(of) :], strict=True)
+        )
+
+    if "mask" in options:
+        rng = drawn.rng("mask")
+        options["mask"] = np.asarray(rng.random(shape(options["mask"])) < rng.choice([0.3, 0.7, 1.0]))
+    if "bias" in options:
+        rng, of = drawn.rng("bias"), shape(options["bias"])
+        options["bias"] = np.where(rng.random(of) < rng.choice([0.0, 0.2]), -np.inf, grid(rng, *of))
+    if "valid_lens" in options:
+        rng, kind = drawn.rng("valid_lens"), drawn.rng("dtype of valid_lens").choice(["int64", "int32", "uint8"])
+        of = (*batch, n) if options["valid_lens"] else batch
+        options["valid_lens"] = np.asarray(rng.integers(0, m + 2, of)).astype(kind)
+    if options.get("query_offset") == "each":
+        options["query_offset"] = drawn.rng("query_offset").integers(-2, m + 2, batch)
+    if "positions" in options:
+        axes, size = options["positions"]
+        options["positions"] = drawn.rng("positions").integers(-1, m, (*shape(axes, full[:-1]), size))
+    name = options.get("score")
+    if name in PARAMETRISED:
+        options["score"] = next(x for x in pooling.parametrised(drawn.rng(name), drawn.d, drawn.d) if x[0] == name)
+    elif name in pooling.KERNELS:
+        options["score"] = (name, {"width": pooling.WIDTH})
+    return options
+
+
+def _clear(query: Any, key: Any, value: Any, options: dict[str, Any]) -> bool:
+    """Whether rounding cannot take the normaliser over a kink: only then is there one answer."""
+    how = {name: x for name, x in options.items() if name != "poisoned"}
+    if how["normalize"] == "hardmax":
+        how |= {"normalize": "sparsemax", "scale": 1e3 * how.get("scale", 1)}  # near the best, scores share its weight
+        return bool((oracle.attention(query, key, value, **how).values["weights"] % 1 == 0).all())
+    return kink_free(query, key, value, **how)
+
+
+def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
+    heads, kv_heads = options.pop("num_heads"), options.pop("num_kv_heads")
+    biases, with_output, capacity = options.pop("biases"), options.pop("W_o"), options.pop("capacity", False)
+    alone = drawn.call == "self_attention"
+    biases = multihead.BIASES if biases and not alone else ()
+    sizes = {"d": drawn.d, "v": drawn.v, "o": 2 if with_output and not alone else 0, "biases": biases}
+    params = multihead.params_of(drawn.rng("params"), 3, 3, 3, heads, kv_heads, **sizes)
+    m = drawn.m if drawn.call == "multi_head_attention" else drawn.n
+    query = grid(drawn.rng("query"), *drawn.lead, drawn.n, 3)
+    key, value = query, query
+    if drawn.call == "multi_head_attention":
+        key, value = (grid(drawn.rng(which), *drawn.lead, m, 3) for which in ("key", "value"))
+    # The gradients of self-attention are asked of multi-head attention, whose masks have an axis of heads.
+    options |= {"causal": True} if drawn.call == "decoding" else {}
+    over_heads = {n: x[..., None, :, :] for n, x in options.items() if n in ("mask", "bias") and x.ndim > 2 and alone}
+    make = {"heads": heads, "kv_heads": kv_heads, "grad": drawn.grad and not over_heads, "asked": drawn.asked, "call": drawn.call}
+    made = multihead.multi_head(name, query, key, value, params, drawn.rng("grad_output"), **make, **(options | over_heads))
+    if alone:
+        made = multihead.as_self_attention(made, query)
+        made = replace(made, arguments=made.arguments | {n: options[n] for n in over_heads})
+    if drawn.call == "decoding":
+        keywords = {n: x for n, x in made.keywords.items() if n != "causal"}
+        if capacity:
+            keywords["capacity"] = (*drawn.lead, kv_heads, drawn.n + 1, drawn.d, drawn.v)
+        made = replace(made, keywords=keywords)
+    return replace(made, group="draws")
+
+
+# ---- the smallest that fails
+
+
+def smaller(drawn: Draw) -> Iterator[Draw]:
+    """Draws with one thing less: an option, an axis, a size, a result; what makes most difference first."""
+    needed = ("num_heads", "num_kv_heads", "biases", "W_o", "splits")
+    for name in drawn.options:
+        if name not in needed:
+            yield replace(drawn, options={n: x for n, x in drawn.options.items() if n != name})
+    if drawn.lead and "query_offset" not in drawn.options and "capacity" not in drawn.options:
+        yield replace(drawn, lead=(), kv=())
+    if len(drawn.lead) > 1:
+        yield replace(drawn, lead=drawn.lead[1:], kv=drawn.kv[1:])
+    for size in ("n", "m", "d", "v"):
+        now = getattr(drawn, size)
+        for less in sorted({1, 2, now // 2, now - 1}):
+            if 0 < less < now:
+                yield replace(drawn, **{size: less})
+    for axis, size in enumerate(drawn.lead):
+        if size > 1 and drawn.kv[axis] in (1, size):
+            lead, kv = ((*x[:axis], 1, *x[axis + 1 :]) for x in (drawn.lead, drawn.kv))
+            yield replace(drawn, lead=lead, kv=kv)
+    if drawn.options.get("num_heads", 1) > 1:
+        yield replace(drawn, options={**drawn.options, "num_heads": 1, "num_kv_heads": 1})
+    for name, less in (("biases", False), ("W_o", False)):
+        if drawn.options.get(name):
+            yield replace(drawn, options={**drawn.options, name: less})
+    if drawn.asked and drawn.call != "split_attention":
+        yield replace(drawn, asked=drawn.asked[1:])
+    if drawn.grad:
+        yield replace(drawn, grad=False)
+    if drawn.alone:
+        yield replace(drawn, alone=False)
+    if drawn.dtype != "float64":
+        yield replace(drawn, dtype="float64")
+
+
+def shrink(backend: Any, drawn: Draw, tries: int = 300) -> tuple[Case, check.Result]:
+    """The smallest case found that the backend fails, and a result of it that is wrong. ``drawn`` has to be one."""
+    best, failure = drawn, _failure(backend, drawn)
+    if failure is None:
+        raise ValueError(f"{case(drawn).name}: this backend gives the answer")
+    found = True
+    while found:
+        found = False
+        for less in smaller(best):
+            if tries <= 0:
+                break
+            tries -= 1
+            try:
+                worse = _failure(backend, less)
+            except Exception:  # an option may need what was taken away: this is no smaller draw
+                continue
+            if worse is not None:
+                best, failure, found = less, worse, True
+                break
+    assert failure is not None
+    return case(best), failure
+
+
+def _failure(backend: Any, drawn: Draw) -> check.Result | None:
+    return next(iter(check.run(backend, [case(drawn)]).failures), None)
+
+
+# ---- as code
+
+
+def code(made: Case, failure: check.Result, backend: str) -> str:
+    """The call of a case as a program, and what it should give."""
+    lines = ["from functools import partial", "", "import numpy as np", "from numpy import inf, nan", "", "import kvattn", ""]
+    lines += [f"def array(x):\n    return kvattn.asarray(x, dtype={failure.dtype!r}, backend={backend!r})", ""]
+
+    def literal(x: Any) -> str:
+        if not isinstance(x, np.ndarray):
+            return repr(x)
+        text = repr(x.tolist()) if x.size else f"np.zeros({x.shape})"
+        if x.dtype.kind == "f":
+            return f"array({text})"
+        return f"np.array({text}, {x.dtype.name!r})"
+
+    def function(x: Any) -> str:
+        name, parameters = check._named(x)
+        bound = "".join(f", {n}={literal(p)}" for n, p in parameters.items())
+        return f"partial(kvattn.{name}{bound})" if bound else f"kvattn.{name}"
+
+    given = dict(made.arguments)
+    grad_output = given.pop("grad_output", None)
+    wrong = failure.what.removeprefix("grad_") if failure.what.startswith("grad_") else None
+    lines += [f"{name} = {literal(x)}" for name, x in given.items()]
+    keywords = {n: function(x) if n in check.FUNCTIONS else literal(x) for n, x in made.keywords.items()}
+    params = [name for name in check.checks.PARAMS if name in given]
+    inputs = [name for name in ("query", "key", "value", "x") if name in given]
+    call, asked = made.call, {n: x for n, x in keywords.items() if n.startswith("return_")}
+    rest = {n: x for n, x in keywords.items() if n not in asked}
+    rest |= {name: name for name in given if name not in (*params, *inputs)}
+    if call == "self_attention":
+        inputs += params
+    elif params:
+        inputs.append("{" + ", ".join(f"{name!r}: {name}" for name in params) + "}")
+    if call in ("split_attention", "decoding"):
+        lines.append(f"# {call} of kvattn.conformance.check, with {', '.join(f'{n}={x}' for n, x in rest.items())}")
+    else:
+        if wrong is not None and call != "self_attention":
+            lines.append(f"grad_output = {literal(grad_output)}")
+            call, inputs, asked = f"{call}_grad", [*inputs, "grad_output"], {"wrt": repr([wrong])}
+        elif failure.what == check.ALONE:
+            asked = {}
+        keyed = "".join(f", {n}={x}" for n, x in (rest | asked).items())
+        lines.append(f"print(kvattn.{call}({', '.join(inputs)}{keyed}, backend={backend!r}))")
+    lines.append(f"# {failure.message}")
+    answer = made.answer.get("output" if failure.what == check.ALONE else failure.what)
+    if answer is not None and answer.size <= 64:
+        lines.append(f"# expected {failure.what}: {answer.tolist()}")
+    return "\n".join(lines) + "\n"
