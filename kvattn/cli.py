@@ -17,7 +17,7 @@ from kvattn import __version__, dispatch
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvattn.conformance import Report
+    from kvattn.conformance import Case, Report
     from kvattn.lesson import Lesson
 
 
@@ -72,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     conform.add_argument("--text", metavar="FILE", help="UTF-8 text to attend over (default: a sentence about a dog)")
     conform.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     conform.add_argument("--html", metavar="FILE", help="also write the report as one self-contained page")
+    conform.add_argument(
+        "--draws",
+        metavar="N",
+        type=int,
+        help="instead of the suite and the text, N calls drawn at random over every option, dtype and edge of the shapes; "
+        "the smallest that fails is printed as code",
+    )
+    conform.add_argument("--seed", metavar="S", type=int, default=0, help="of the drawn calls (default: 0)")
 
     bench = commands.add_parser(
         "bench",
@@ -142,6 +150,8 @@ def conform(options: argparse.Namespace) -> int:
     from kvattn import report, text
 
     names = _named(options.backend)
+    if options.draws is not None and (options.draws < 1 or options.seed < 0 or options.text):
+        raise _Refused("--draws takes at least 1 call and no --text, --seed a number that is not negative")
     try:
         source = options.text or "the built-in sentence"
         words = text.read(options.text) if options.text else text.SENTENCE
@@ -151,7 +161,7 @@ def conform(options: argparse.Namespace) -> int:
         _writable(path)
 
     console = _console()
-    backends, pairs, usable = _suite(names, console)
+    backends, pairs, usable = _suite(names, _cases(options, console), console)
     document = report.document(
         kvattn=__version__,
         python=platform.python_version(),
@@ -159,9 +169,11 @@ def conform(options: argparse.Namespace) -> int:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         backends=backends,
         pairs=pairs,
-        text=text.compare(source, words, usable),
+        text=text.compare(source, words, [] if options.draws else usable),
     )
     report.show(document, console)
+    if options.draws:
+        _smallest(document, options.seed, console)
     try:
         for path, render in ((options.json, report.to_json), (options.html, report.to_html)):
             if path:
@@ -211,11 +223,41 @@ def _write(path: str, content: str) -> None:
         raise _Refused(f"cannot write {path!r}: {error.strerror or error}") from error
 
 
-def _suite(names: list[str], console: Console) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """The suite on each backend: the report's rows, its pairs, and the names of the backends that import."""
+def _cases(options: argparse.Namespace, console: Console) -> list[Case]:
+    """The cases of the suite, or those that are drawn."""
+    from kvattn import conformance
+    from kvattn.conformance import draws
+
+    if options.draws is None:
+        return conformance.cases()
+    made = []
+    with _Progress(console) as progress:
+        progress.start("drawing", options.draws, "")
+        for case in draws.cases(options.draws, options.seed):
+            made.append(case)
+            progress.move(len(made), case.name)
+    return made
+
+
+def _smallest(document: dict[str, Any], seed: int, console: Console) -> None:
+    """For each backend that fails a drawn call, the smallest such call that is found, as code."""
+    from kvattn.conformance import draws
+    from kvattn.report import clean
+
+    for row in document["backends"]:
+        if row["failures"]:
+            number = min(draws.number_of(each["case"]) for each in row["failures"])
+            made, failure = draws.shrink(row["backend"], draws.draw(seed, number))
+            console.print(f"\nThe smallest call found on which {row['backend']} fails, made from draw {number}:\n")
+            console.print(clean(draws.code(made, failure, row["backend"])), soft_wrap=True)
+
+
+def _suite(
+    names: list[str], cases: Sequence[Case], console: Console
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """The cases on each backend: the report's rows, its pairs, and the names of the backends that import."""
     from kvattn import conformance
 
-    cases = conformance.cases()
     rows, reports, usable = [], [], []
     with _Progress(console) as progress:
         for name in names:

@@ -150,11 +150,10 @@ def show(whole: Document, console: Console) -> None:
         console.print(table)
     console.print(f"Agreement: {_judgement(whole['pairs'])}", soft_wrap=True)
 
-    text = whole["text"]
-    console.print(f"\nAttention over {clean(text['source'])}, {len(text['tokens'])} tokens", style="bold", soft_wrap=True)
-    if text["weights"]:
+    if (text := whole["text"])["weights"]:
+        console.print(f"\nAttention over {clean(text['source'])}, {len(text['tokens'])} tokens", style="bold", soft_wrap=True)
         console.print(heat(text["tokens"], text["weights"], console), no_wrap=True, overflow="crop", end="")
-    console.print(f"Text: {_judgement(text['pairs'])}", soft_wrap=True)
+        console.print(f"Text: {_judgement(text['pairs'])}", soft_wrap=True)
 
     failures = list(problems(whole))
     if failures:

@@ -111,7 +111,9 @@ def _any_for(flags, shape):
 def _hide_padding(allowed, query, key, value):
     """Zeros for keys that no query may attend to and queries with no key: NaN there would leak as 0 * NaN."""
     if allowed is None:
-        return query, key, value
+        if query.shape[-2] and key.shape[-2]:
+            return query, key, value
+        allowed = np.array(False)
     if allowed.ndim < 2:
         allowed = allowed[None] if allowed.ndim else allowed[None, None]
     seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)

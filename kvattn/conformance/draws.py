@@ -85,7 +85,8 @@ def draw(seed: int, number: int) -> Draw:
         kv = lead = () if often(0.2) else (int(rng.integers(0, 4)),) if often(0.8) else (2, 1)
         heads, kv_heads = (1, 1) if call == "self_attention" else one(*HEADS)
         options |= {"num_heads": heads, "num_kv_heads": kv_heads, "biases": often(0.5), "W_o": often(0.8)}
-        made = replace(made, lead=lead, kv=lead, d=one(1, 2, 3), v=one(1, 2), n=max(made.n, 2) if call == "decoding" else made.n)
+        n = max(n, 2) if call == "decoding" else n
+        made = replace(made, lead=lead, kv=lead, n=n, d=one(1, 2, 3), v=one(1, 2))
     axes = len(made.lead) + (2 if not headed or call == "self_attention" else 3)
 
     def broadcast() -> tuple[bool, ...]:
@@ -124,6 +125,15 @@ def draw(seed: int, number: int) -> Draw:
     if often(0.4) and not headed:
         options["poisoned"] = True
     return replace(made, options=options)
+
+
+def number_of(name: str) -> int:
+    """The number of the draw that a case by this name is made of.
+
+    >>> number_of(case(draw(0, 3)).name)
+    3
+    """
+    return int(name.split()[1])
 
 
 # ---- the arrays of a draw, and its answer
@@ -219,7 +229,8 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     # The gradients of self-attention are asked of multi-head attention, whose masks have an axis of heads.
     options |= {"causal": True} if drawn.call == "decoding" else {}
     over_heads = {n: x[..., None, :, :] for n, x in options.items() if n in ("mask", "bias") and x.ndim > 2 and alone}
-    make = {"heads": heads, "kv_heads": kv_heads, "grad": drawn.grad and not over_heads, "asked": drawn.asked, "call": drawn.call}
+    make = {"heads": heads, "kv_heads": kv_heads, "asked": drawn.asked, "call": drawn.call}
+    make["grad"] = drawn.grad and not over_heads
     made = multihead.multi_head(name, query, key, value, params, drawn.rng("grad_output"), **make, **(options | over_heads))
     if alone:
         made = multihead.as_self_attention(made, query)
@@ -331,17 +342,31 @@ def code(made: Case, failure: check.Result, backend: str) -> str:
         inputs += params
     elif params:
         inputs.append("{" + ", ".join(f"{name!r}: {name}" for name in params) + "}")
-    if call in ("split_attention", "decoding"):
-        lines.append(f"# {call} of kvattn.conformance.check, with {', '.join(f'{n}={x}' for n, x in rest.items())}")
+    keyed = "".join(f", {n}={x}" for n, x in rest.items() if n not in ("splits", "capacity"))
+    if call == "split_attention":
+        lines.append(f"ends = [0, *{rest['splits']}, {given['key'].shape[-2]}]")
+        part = f"query, key[..., i:j, :], value[..., i:j, :]{keyed}, return_lse=True, backend={backend!r}"
+        lines.append(f"parts = [kvattn.attention({part}) for i, j in zip(ends, ends[1:])]")
+        lines.append("print(kvattn.merge_attention(*map(list, zip(*parts)), return_lse=True))")
+    elif call == "decoding":
+        lines.append("cache = kvattn.KVCache()")
+        if "capacity" in rest:
+            lead, size = rest["capacity"].rsplit(", ", 1)
+            size = f"{lead}), {size[:-1]}, dtype={failure.dtype!r}, backend={backend!r}"
+            lines[-1] = f"cache = kvattn.KVCache.allocate({size})"
+        lines.append(f"for i, j in [(0, 2), *((i, i + 1) for i in range(2, {given['query'].shape[-2]}))]:")
+        step = ", ".join([*(f"{x}[..., i:j, :]" for x in inputs[:3]), inputs[3]])
+        how = f"{keyed}, causal=True, cache=cache, backend={backend!r}"
+        lines += [f"    output, cache = kvattn.multi_head_attention({step}{how})", "    print(output)"]
     else:
         if wrong is not None and call != "self_attention":
             lines.append(f"grad_output = {literal(grad_output)}")
             call, inputs, asked = f"{call}_grad", [*inputs, "grad_output"], {"wrt": repr([wrong])}
         elif failure.what == check.ALONE:
             asked = {}
-        keyed = "".join(f", {n}={x}" for n, x in (rest | asked).items())
+        keyed += "".join(f", {n}={x}" for n, x in asked.items())
         lines.append(f"print(kvattn.{call}({', '.join(inputs)}{keyed}, backend={backend!r}))")
-    lines.append(f"# {failure.message}")
+    lines += ["# " + line for line in failure.message.strip().splitlines()]
     answer = made.answer.get("output" if failure.what == check.ALONE else failure.what)
     if answer is not None and answer.size <= 64:
         lines.append(f"# expected {failure.what}: {answer.tolist()}")
