@@ -12,11 +12,11 @@ import kvattn
 from kvattn import cli, dispatch
 from kvattn.conformance import check, draws
 
-COUNT = {"numpy": 2000, "torch": 500, "tensorflow": 500, "mxnet": 500, "jax": 150}  # JAX compiles a program for each
+COUNT = {"numpy": 1000, "jax": 80}  # JAX compiles a program for each
 
 
 def test_a_backend_gives_the_answers_of_drawn_calls(backend):
-    report = check.run(backend, list(draws.cases(COUNT.get(backend, 500))))
+    report = check.run(backend, list(draws.cases(COUNT.get(backend, 300))))
     assert not report.failures, "\n".join(result.message for result in report.failures)
 
 
@@ -44,7 +44,7 @@ def test_the_same_seed_draws_the_same_and_another_does_not():
 
 
 FAULTS = [
-    ("the softcap is half of what it should be", "softcap * np.tanh(scores / softcap)", "softcap * np.tanh(scores / (2 * softcap))"),
+    ("softcap is twice itself", "softcap * np.tanh(scores / softcap)", "softcap * np.tanh(scores / (2 * softcap))"),
     ("sums are a thousandth too large", "total = shifted.sum(axis=-1,", "total = 1.001 * shifted.sum(axis=-1,"),
     ("lengths are off by one", "keys < _lengths(valid_lens, ndim)", "keys <= _lengths(valid_lens, ndim)"),
     ("a repeated position counts twice", "& ~_repeated(index)", ""),
@@ -56,7 +56,7 @@ def test_a_fault_is_found_and_its_smallest_call_fails_as_code(monkeypatch, old, 
     tab = mutant("numpy", old, new)
     monkeypatch.setitem(dispatch._loaded, "broken", tab)
     monkeypatch.setattr(dispatch, "known_backends", lambda: (*dispatch._OURS, "broken"))
-    number = next(i for i in range(400) if draws._failure(tab, draws.draw(0, i)))
+    number = next(i for i in range(2000) if draws._failure(tab, draws.draw(0, i)))
     made, failure = draws.shrink(tab, draws.draw(0, number))
     arrays = [x for x in made.arguments.values() if isinstance(x, np.ndarray)]
     assert sum(x.size for x in arrays) <= 24

@@ -592,6 +592,7 @@ def _project(x, params, name):
     """x W + b, in float32 for half precision; without W, x."""
     x, W, b = _wide(x), params.get(f"W_{name}"), params.get(f"b_{name}")
     x = x if W is None else np.dot(x, _wide(W))
+    b = None if 0 in x.shape else b  # backward of a sum over nothing gives whatever lay in memory
     return x if b is None else x + _wide(b)
 
 

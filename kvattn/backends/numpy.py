@@ -110,10 +110,10 @@ def _any_for(flags, shape):
 
 def _hide_padding(allowed, query, key, value):
     """Zeros for keys that no query may attend to and queries with no key: NaN there would leak as 0 * NaN."""
-    if allowed is None:
-        if query.shape[-2] and key.shape[-2]:
-            return query, key, value
+    if 0 in (query.shape[-2], key.shape[-2]):  # there is no pair, whatever a mask that is broadcast says
         allowed = np.array(False)
+    if allowed is None:
+        return query, key, value
     if allowed.ndim < 2:
         allowed = allowed[None] if allowed.ndim else allowed[None, None]
     seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)

@@ -263,8 +263,9 @@ def _split(tab: Any, arguments: dict[str, Any], keywords: dict[str, Any]) -> tup
     ends = [0, *keywords["splits"], int(key.shape[-2])]
     options = {n: x for n, x in keywords.items() if n not in ("splits", "return_lse")}
     merged = None
+    dtype, (key, value) = checks.dtype_name(query), (tab.to_numpy(x) for x in (key, value))
     for start, end in itertools.pairwise(ends):
-        keys, values = (x[..., start:end, :] for x in (key, value))
+        keys, values = (tab.asarray(x[..., start:end, :], dtype=dtype) for x in (key, value))
         part = kvattn.attention(query, keys, values, **options, return_lse=True, backend=tab)
         pair = part if merged is None else tuple(zip(merged, part, strict=True))
         merged = part if merged is None else kvattn.merge_attention(*pair, return_lse=True, backend=tab)
