@@ -266,10 +266,12 @@ def _softmax_lse(scores, where):
     top = _top(scores, where)
     shifted = np.exp((scores if where is None else np.where(where, scores, -math.inf)) - top)
     total = shifted.sum(axis=-1, keepdims=True)
-    empty = total == 0
+    if total.min(initial=1) > 0:
+        return shifted / total, (np.log(total) + top)[..., 0]
+    empty = total == 0  # and others may be NaN
     total = np.where(empty, 1, total).astype(scores.dtype, copy=False)
     lse = np.where(empty, -math.inf, np.log(total) + top).astype(scores.dtype, copy=False)
-    return (shifted / total).astype(scores.dtype, copy=False), lse[..., 0]
+    return identity(shifted / total, where), lse[..., 0]
 
 
 # ---- attention
@@ -331,7 +333,11 @@ def attention(
         weights, lse = normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    output = _fold(_dropout(weights, dropout, rng), kv_heads) @ _wide(value)
+    dropped = _fold(_dropout(weights, dropout, rng), kv_heads)
+    output = dropped @ _wide(value)
+    if allowed is not None and not np.isfinite(output).all():  # 0 * NaN is NaN: only pairs that may attend
+        weights = identity(weights, allowed)
+        output = kernels.seen_product(dropped, _wide(value), _fold(np.broadcast_to(allowed, weights.shape), kv_heads))
     output = _unfold(output, heads, n).astype(dtype, copy=False)
     results = [output] + [weights.astype(dtype, copy=False)] * return_weights + [lse] * return_lse
     return tuple(results) if len(results) > 1 else output

@@ -192,6 +192,13 @@ def _product_by_columns(product, blocks, query, key, grad_scores, args, keywords
     return grads | {"key": np.concatenate([part["key"] for part in parts], axis=-2)}
 
 
+def seen_product(pairs, x, allowed):
+    """pairs @ x over the pairs that are allowed alone: of all, it would hold 0 * NaN."""
+    lost = ~np.isfinite(x)
+    product = np.where(allowed, pairs, 0).astype(x.dtype) @ np.where(lost, 0, x).astype(x.dtype)
+    return np.where(allowed.astype(x.dtype) @ lost.astype(x.dtype) > 0, math.nan, product).astype(x.dtype)
+
+
 def _outer(x, grad):
     """sum over every row of x^T grad: (..., r, a), (..., r, b) -> (a, b)."""
     x = np.broadcast_to(x, (*np.broadcast_shapes(x.shape[:-1], grad.shape[:-1]), x.shape[-1]))
@@ -370,31 +377,59 @@ def _block(
     kept = tab._dropout(np.ones_like(weights), dropout, rng) if dropout else 1
 
     # and back
-    grad_output = tab._fold(grad_output, kv_heads)
-    grads = {"value": _t(tab._fold(weights * kept, kv_heads)) @ grad_output}
-    grad_weights = tab._unfold(grad_output @ _t(value), heads, n) * kept
-    grad_scores = _product(tab, normalize, NORMALISERS, "normalize")(weights, scores, allowed, grad_weights)
-    if grad_lse is not None:
-        grad_scores = grad_scores + weights * grad_lse[..., None]
-    grad_scores = tab.identity(grad_scores, allowed)
-    if bias is not None:
-        grads["bias"] = sum_to(np.broadcast_to(grad_scores, np.broadcast_shapes(grad_scores.shape, bias.shape)), bias.shape)
-    if softcap is not None:
-        capped = np.tanh(tab._scores(query, key, score, scale, None, None) / softcap)
-        grad_scores = grad_scores * (1 - capped * capped)
-    if scale is not None:
-        grad_scores = grad_scores * scale
-        score = tab.dot_score if score is tab.scaled_dot_score else score
-    product = _product(tab, score, SCORES, "score")
-    rest = dict(score.keywords) if isinstance(score, partial) else {}
-    args = score.args if isinstance(score, partial) else ()
-    query, grad_scores = tab._fold(query, kv_heads), tab._fold(grad_scores, kv_heads)
-    by_score = _product_by_columns(product, _columns(score, query, key), query, key, grad_scores, args, rest)
-    grads |= by_score
-    grads["query"] = tab._unfold(grads["query"], heads, n)
+    grad_output, folded = tab._fold(grad_output, kv_heads), tab._fold(query, kv_heads)
+    normal = _product(tab, normalize, NORMALISERS, "normalize")
+    scored = tab.dot_score if scale is not None and score is tab.scaled_dot_score else score
+    rest, args = _parameters(score), score.args if isinstance(score, partial) else ()
+    by_score = partial(_product_by_columns, _product(tab, scored, SCORES, "score"), _columns(score, folded, key))
+
+    def back(sees):
+        """The gradients; given which pairs may attend, nothing of another reaches them, be it NaN."""
+        kept_weights = _t(tab._fold(weights * kept, kv_heads))
+        grad_weights = tab.identity(tab._unfold(grad_output @ _t(value), heads, n), sees) * kept
+        grad_scores = normal(weights, scores, allowed, grad_weights)
+        if grad_lse is not None:
+            grad_scores = grad_scores + weights * grad_lse[..., None]
+        grad_scores = tab.identity(grad_scores, allowed)
+        grads = {}
+        if bias is not None:
+            grads["bias"] = sum_to(np.broadcast_to(grad_scores, np.broadcast_shapes(grad_scores.shape, bias.shape)), bias.shape)
+        if softcap is not None:
+            capped = np.tanh(tab._scores(query, key, score, scale, None, None) / softcap)
+            grad_scores = tab.identity(grad_scores * (1 - capped * capped), sees)
+        if scale is not None:
+            grad_scores = grad_scores * scale
+        grad_scores = tab._fold(grad_scores, kv_heads)
+        if sees is None:
+            grads |= by_score(folded, key, grad_scores, args, rest) | {"value": kept_weights @ grad_output}
+        else:
+            sees = tab._fold(sees, kv_heads)
+            grads |= _of_numbers(by_score, folded, key, grad_scores, sees, args, rest)
+            grads["value"] = seen_product(kept_weights, grad_output, _t(sees))
+        grads["query"] = tab._unfold(grads["query"], heads, n)
+        return grads
+
+    grads = back(None)
+    if allowed is not None and not all(np.isfinite(grads[name]).all() for name in shapes):
+        grads = back(np.broadcast_to(allowed, weights.shape))
     for name, shape in shapes.items():
         grads[name] = sum_to(grads[name], shape)
     return tuple(grads[name] for name in wrt)
+
+
+def _of_numbers(product, query, key, grad_scores, sees, args, keywords):
+    """A score's product over the pairs that may attend and are numbers all through; NaN for whom the others reach."""
+    no_query, no_key = (~np.isfinite(x).all(axis=-1, keepdims=True) for x in (query, key))
+    lost = sees & (no_query | _t(no_key) | ~np.isfinite(grad_scores))
+    query, key, grad_scores = (
+        np.where(hidden, 0, x).astype(x.dtype) for hidden, x in ((no_query, query), (no_key, key), (lost | ~sees, grad_scores))
+    )
+    grads = product(query, key, grad_scores, args, keywords)
+    reached = {"query": lost.any(axis=-1)[..., None], "key": lost.any(axis=-2)[..., None]}
+    for name, x in grads.items():
+        lose = sum_to(reached[name], (*x.shape[:-1], 1)) if name in reached else lost.any()
+        grads[name] = np.where(lose, math.nan, x).astype(x.dtype)
+    return grads
 
 
 def multi_head_attention_grad(

@@ -16,7 +16,7 @@ import numpy as np
 
 from kvattn import bands
 from kvattn.kernels import threads, tiles
-from kvattn.kernels.tiles import EXP, LOG, UNIT, blocks, clear, fold, hidden, product, take
+from kvattn.kernels.tiles import EXP, LOG, UNIT, blocks, clear, fold, product, seen, seen_product, take
 
 TINY = 2**14  # query.size * key.size of a call that need not be looked at: all is the tab's
 SMALLEST, SMALLEST_ENTRY = 2**17, 2**12  # scores of a call, and of a batch entry, that tiles are worth their own cost for
@@ -84,15 +84,16 @@ def forward(call, dtype, workers, with_lse, output=None):
 
 def _attend(call, tile, output, lse, buffers):
     """One tile's output and lse."""
-    output, top = output[tile.at], 0
+    output, top, empty = output[tile.at], 0, None
     query = tiles.scaled_query(call, tile, buffers)
     sums, total = take(buffers, "sums", output.shape[:3], call.dtype), take(buffers, "total", output.shape, call.dtype)
     _sum(call, tile, query, None, sums, total, buffers)
     if not _sound(call, tile, sums, total):
-        top = _running_sum(call, tile, query, sums, total, buffers)
+        top, empty = _running_sum(call, tile, query, sums, total, buffers)
         if not np.isfinite(total).all():  # values so large that a sum of them overflows, though not their mean
             top += LOG(np.where(sums == 0, 1, sums))
             _sum(call, tile, query, top, sums, total, buffers)
+        sums[empty] = total[empty] = 0
     if lse is not None:
         lse[tile.at] = (top + LOG(sums)) / call.dtype.type(UNIT)
     if not sums.all():
@@ -113,7 +114,7 @@ def _sound(call, tile, sums, total):
 
 
 def _sum(call, tile, query, top, sums, total, buffers):
-    """sums = exp(scores - top) @ 1 and total = exp(scores - top) @ values; stops where a sum is too large."""
+    """sums = exp(scores - top) @ 1 and total = exp(scores - top) @ values; without top it stops where a sum is too large."""
     started = False
     for block in blocks(call, tile, query, buffers):
         if top is not None:
@@ -121,7 +122,7 @@ def _sum(call, tile, query, top, sums, total, buffers):
             np.maximum(block.scores, call.lowest, out=block.scores)
         _add(block, sums, total, started, buffers)
         started = True
-        if not sums.max() <= call.ceiling:
+        if top is None and not sums.max() <= call.ceiling:  # with top a sum is NaN in the rows that are, and others go on
             break
     if not started:
         sums[...] = total[...] = 0
@@ -130,19 +131,24 @@ def _sum(call, tile, query, top, sums, total, buffers):
 def _add(block, sums, total, started, buffers):
     """Adds exp(scores) @ 1 and exp(scores) @ values of a block."""
     weights, rows = EXP(block.scores, out=block.scores), block.rows
+    values, sees = block.values, None
     if block.keeps:
         clear(block)
-    values = hidden(block, block.values)
+        sees = None if np.isfinite(values).all() else seen(block)
     if not started and weights.shape[2] == total.shape[2]:
         _row_sums(weights, sums, buffers)
-        product(fold(weights), values, out=fold(total))
+        _product(fold(weights), values, sees, fold(total))
         return
     if not started:
         sums[...] = total[...] = 0
     sums[:, :, rows] += _row_sums(weights, take(buffers, "sum", weights.shape[:3], weights.dtype), buffers)
     part = take(buffers, "part", (*weights.shape[:3], total.shape[-1]), weights.dtype)
-    product(fold(weights), values, out=fold(part))
+    _product(fold(weights), values, sees, fold(part))
     total[:, :, rows] += part
+
+
+def _product(weights, values, sees, out):
+    return product(weights, values, out=out) if sees is None else seen_product(weights, values, sees, out)
 
 
 def _row_sums(weights, out, buffers):
@@ -155,7 +161,7 @@ def _row_sums(weights, out, buffers):
 
 
 def _running_sum(call, tile, query, sums, total, buffers):
-    """The same with the largest score, which it returns, taken off."""
+    """The same with the largest score taken off: returns it, and which rows have none, or none above -inf."""
     sums[...] = total[...] = 0
     top = np.full(sums.shape, -math.inf, call.dtype)
     for block in blocks(call, tile, query, buffers):
@@ -171,4 +177,5 @@ def _running_sum(call, tile, query, sums, total, buffers):
         scores -= shift[..., None]
         np.maximum(scores, call.lowest, out=scores)
         _add(block, sums, total, True, buffers)
-    return np.where(top == -math.inf, 0, top).astype(call.dtype)
+    empty = top == -math.inf
+    return np.where(empty, 0, top).astype(call.dtype), empty

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from kvattn.kernels import threads, tiled, tiles
-from kvattn.kernels.tiles import EXP, UNIT, blocks, clear, fold, hidden, product, ready, take
+from kvattn.kernels.tiles import EXP, UNIT, blocks, clear, fold, product, ready, seen, seen_product, take
 
 
 def serves(tab, query, key, value, wrt, *, softcap=None, **options):
@@ -73,6 +73,7 @@ def _add(call, tile, output, lse, grad_output, grad_lse, by_query, by_key, by_va
     if (empty := lse == -math.inf).any():  # nothing of these rows may reach a key: 0 * NaN is NaN
         lse[empty] = delta[empty] = query[empty] = 0
         grad_output = np.where(empty[..., None], 0, grad_output).astype(call.dtype)
+    finite = all(np.isfinite(x).all() for x in (lse, delta, query))  # else a row of NaN, or of inf, is among them
     total = take(buffers, "total", query.shape, call.dtype)
     total[...] = 0
     for block in blocks(call, tile, query, buffers):
@@ -82,17 +83,25 @@ def _add(call, tile, output, lse, grad_output, grad_lse, by_query, by_key, by_va
         EXP(weights, out=weights)
         if block.keeps:
             clear(block)
-        keys, values = hidden(block, block.keys), hidden(block, block.values)
+        keys, values = block.keys, block.values
+        mixed = bool(block.keeps) and not (finite and np.isfinite(keys).all() and np.isfinite(values).all())
         some_queries, some_grads = fold(query[:, :, rows]), fold(grad_output[:, :, rows])
         grads = take(buffers, "grads", weights.shape, call.dtype)  # by the weights, then by the scores
         np.matmul(some_grads, values.swapaxes(-1, -2), out=fold(grads))
         grads -= delta[:, :, rows, None]
         grads *= weights
         here = (*at, heads, 0, block.columns)
-        by_value[here] += np.matmul(_t(fold(weights)), some_grads)
-        by_key[here] += np.matmul(_t(fold(grads)), some_queries)
         part = take(buffers, "part", (*weights.shape[:3], query.shape[-1]), call.dtype)
-        product(fold(grads), keys, out=fold(part))
+        if mixed:  # what is not finite reaches whom it sees, and who sees it
+            clear(block._replace(scores=grads))
+            sees = seen(block)
+            by_value[here] += seen_product(_t(fold(weights)), some_grads, _t(sees), np.empty_like(values))
+            by_key[here] += seen_product(_t(fold(grads)), some_queries, _t(sees), np.empty_like(keys))
+            seen_product(fold(grads), keys, sees, fold(part))
+        else:
+            by_value[here] += np.matmul(_t(fold(weights)), some_grads)
+            by_key[here] += np.matmul(_t(fold(grads)), some_queries)
+            product(fold(grads), keys, out=fold(part))
         total[:, :, rows] += part
     np.multiply(total, call.dtype.type(call.scale), out=by_query[tile.at])
 

@@ -304,8 +304,16 @@ def clear(block):
         bits[..., rows, :] &= keep
 
 
-def hidden(block, x):
-    """Keys or values, (key heads, keys, c), with zeros for what no row sees if they are not finite: 0 * NaN is NaN."""
-    if not block.keeps or np.isfinite(x).all():
-        return x
-    return np.where((block.scores != 0).any(axis=(1, 2))[..., None], x, 0).astype(x.dtype)
+def seen(block):
+    """1 where a row sees a key and 0 where it does not, (key heads, group * rows, keys)."""
+    ones = np.ones_like(block.scores)
+    clear(block._replace(scores=ones))
+    return fold(ones)
+
+
+def seen_product(pairs, x, sees, out):
+    """pairs @ x, where ``pairs`` is 0 for pairs that may not attend: 0 * NaN is NaN, so these are left out."""
+    lost = ~np.isfinite(x)
+    product(pairs, np.where(lost, 0, x).astype(x.dtype), out=out)
+    out[np.matmul(sees, lost.astype(x.dtype)) > 0] = np.nan
+    return out
