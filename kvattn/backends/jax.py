@@ -32,9 +32,9 @@ def is_array(x):
 
 def asarray(x, dtype=None, like=None):
     if not is_array(x):  # not placed beside ``like``: JAX moves what was never placed by itself
-        x = np.asarray(x)
+        x = programs.fitting(np.asarray(x))
         # evaluated now even while tracing, so that checks can look at it; copied, as the caller may write to his
-        with jax.ensure_compile_time_eval(), programs.x64(True):
+        with programs.evaluated(), programs.x64(True):
             return jnp.array(x, dtype=np.dtype(dtype or x.dtype))
     if dtype is None or x.dtype == np.dtype(dtype):
         return x
@@ -323,6 +323,7 @@ def _softmax_lse(scores, where):
 @programs.exact
 @programs.reaching
 @programs.compiled
+@programs.placed(programs.of_results)
 def attention(
     query,
     key,
@@ -453,6 +454,7 @@ def _repeated(index):
 @programs.exact
 @programs.reaching
 @programs.compiled
+@programs.placed(programs.of_gradients)
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
     given = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None)}
     score = options.pop("score", scaled_dot_score)

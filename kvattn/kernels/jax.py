@@ -39,6 +39,8 @@ def serves(tab, query, key, value, score, normalize, dropout=0.0, return_weights
     ``restricted``: to some of the keys, so that blocks need not look at all. Values that widen a batch axis are left to the
     tab.
     """
+    if any(type(size) is not int for size in (*query.shape, *key.shape, *value.shape)):  # unknown yet, in jax.export
+        return False
     n, m = query.shape[-2], key.shape[-2]
     large = n * m >= SMALLEST if n >= FEWEST else m >= LONG and restricted
     if not large or 0 in (*query.shape, *key.shape) or dropout or return_weights:
@@ -103,11 +105,33 @@ def attention(query, key, value, scale, *, mask=None, bias=None, valid_lens=None
     limits = {"low": low, "high": high, "mask": mask, "scale": jnp.asarray(scale, wide)}
     limits["softcap"] = None if softcap is None else jnp.asarray(softcap, wide)
     inputs = {"query": query, "key": key, "value": value, "bias": bias}
-    output, lse = _attend(plan, *({k: x for k, x in given.items() if x is not None} for given in (inputs, limits)))
+    given = [{name: x for name, x in given.items() if x is not None} for given in (inputs, limits)]
+    varying = _varying(given)
+    output, lse = _attend(plan, *jax.tree.map(lambda x: _vary(x, varying), given))
     output = output.astype(dtype)
     if axes == 2:
         output, lse = output[0], lse[0]
     return (output, lse) if return_lse else output
+
+
+def _varying(arrays):
+    """The axes of a mesh along which any of these arrays differs from device to device, as types say in jax.shard_map."""
+    kinds = [jax.typeof(x) for x in jax.tree.leaves(arrays)]
+    return frozenset().union(
+        *(kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma for kind in kinds)
+    )
+
+
+def _vary(x, axes):
+    """``x``, whose type says that it differs along these axes too: what goes round a loop has one type."""
+    if not (missing := tuple(axes - _varying(x))):
+        return x
+    return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+
+
+def _zeros(shape, limits):
+    """Where sums begin, in the dtype and along the axes of a mesh that all arrays of the call have in common."""
+    return _vary(jnp.zeros(shape, limits["scale"].dtype), _varying(limits["scale"]))
 
 
 def _part(size, most):
@@ -316,8 +340,8 @@ def _forward(plan, inputs, limits):
         rows, low, high = _bounded(rows, limits, plan.m)
         lowest, inner_lowest, inner_highest, highest = low.min(), low.max(), high.min(), high.max()
         shape = plan.together, plan.rows
-        sums, at = jnp.zeros((*shape, 1), dtype), jnp.clip(lowest, 0, plan.m)
-        carry = sums + jnp.finfo(dtype).min, sums, jnp.zeros((*shape, inputs["value"].shape[-1]), dtype)
+        sums, at = _zeros((*shape, 1), limits), jnp.clip(lowest, 0, plan.m)
+        carry = sums + jnp.finfo(dtype).min, sums, _zeros((*shape, inputs["value"].shape[-1]), limits)
         limited = pairs or "low" in arrays or "high" in arrays
         if limited and plan.edge == plan.m:
             carry = edge(carry, jnp.int32(0))
@@ -336,7 +360,7 @@ def _forward(plan, inputs, limits):
         return tuple(lax.dynamic_update_slice(x, y, where[: x.ndim]) for x, y in zip(results, found, strict=True))
 
     shape = count, group * plan.n
-    results = jnp.zeros((*shape, inputs["value"].shape[-1]), dtype), jnp.zeros(shape, dtype)
+    results = _zeros((*shape, inputs["value"].shape[-1]), limits), _zeros(shape, limits)
     results = lax.fori_loop(jnp.int32(0), jnp.int32(count // plan.together * group * tiles), tile, results)
     return tuple(x.reshape(*plan.lead, plan.n, *x.shape[2:]) for x in results)
 
@@ -430,8 +454,7 @@ def _tile(plan, rows, keys, pairs, limits):
             return lax.cond(some, edge, lambda: carry), None
         return lax.switch(jnp.where(some, jnp.where(whole, 1, 2), 0), [lambda: carry, inside, edge]), None
 
-    zeros = jnp.zeros((plan.rows, 1), rows["query"].dtype)
-    carry = zeros, jnp.zeros((plan.rows, keys["value"].shape[-1]), zeros.dtype)
+    carry = _zeros((plan.rows, 1), limits), _zeros((plan.rows, keys["value"].shape[-1]), limits)
     if plan.blocks == 1:
         carry, _ = block(carry, (0, {name: x[0] for name, x in keys.items()}))
     else:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, auto_axes, get_abstract_mesh
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
 from kvattn import bands
@@ -62,8 +65,20 @@ def _narrow(x):
         )
     if x.dtype == np.dtype("float64"):
         return x
-    with jax.ensure_compile_time_eval(), x64(True):
+    with evaluated(), x64(True):
         return jnp.clip(x, -(2**31), 2**31 - 1).astype(np.int32)
+
+
+def evaluated():
+    """A context in which arrays of known values are made at once, not traced; where each device has its own, JAX cannot."""
+    return nullcontext() if get_abstract_mesh().manual_axes else jax.ensure_compile_time_eval()
+
+
+def fitting(x):
+    """A NumPy array that a trace can hold: where nothing is made at once, _narrow would come too late."""
+    if x.dtype == np.int64 and get_abstract_mesh().manual_axes and not jax.config.jax_enable_x64:
+        return np.clip(x, -(2**31), 2**31 - 1).astype(np.int32)
+    return x
 
 
 # ---- compilation
@@ -99,6 +114,70 @@ def compiled(function):
         return _run(function, fixed, args, {name: x for name, x in options.items() if name not in static})
 
     return call
+
+
+# ---- arrays that are spread over devices
+
+
+def placed(layout):
+    """Leaves to XLA, inside, the axes of a mesh that the arrays' types name: else every product would have to name its own.
+
+    ``layout``: a function of the call's arguments, specs in place of arrays, that returns the specs of its results.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*args, **options):
+            given, tree = jax.tree.flatten((args, options))
+            kinds = [jax.typeof(x).sharding if isinstance(x, jax.Array) else None for x in given]
+            mesh = next((kind.mesh for kind in kinds if kind is not None and any(kind.spec)), None)
+            if mesh is None:
+                return function(*args, **options)
+            arrays = [x for x, kind in zip(given, kinds, strict=True) if kind is not None]
+
+            def inner(*arrays):
+                arrays = iter(arrays)
+                whole = [x if kind is None else next(arrays) for x, kind in zip(given, kinds, strict=True)]
+                args, options = jax.tree.unflatten(tree, whole)
+                return function(*args, **options)
+
+            specs = [x if kind is None else tuple(kind.spec) for x, kind in zip(given, kinds, strict=True)]
+            args_specs, options_specs = jax.tree.unflatten(tree, specs)
+            results = layout(*args_specs, **options_specs)
+            explicit = tuple(x for x, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), results, is_leaf=lambda x: isinstance(x, P))
+            return auto_axes(inner, axes=explicit, out_sharding=shardings)(*arrays)
+
+        return call
+
+    return decorate
+
+
+def of_results(query, key, value, *, positions=None, return_weights=False, return_lse=False, **_):
+    """The specs of attention's results, given those of its arguments: batch, heads and queries lie as the query's do."""
+    rows = [*(q if q is not None else k for q, k in zip(query[:-3], key[:-3], strict=True)), *query[-3:-1]]
+    output = _once(*rows, value[-1])
+    results = [output]
+    results += [_once(*rows, key[-2] if positions is None else None)] if return_weights else []
+    results += [_once(*rows)] if return_lse else []
+    return tuple(results) if len(results) > 1 else output
+
+
+def of_gradients(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
+    """The specs of attention_grad's results: each lies as what it is the gradient by."""
+    score = options.get("score")
+    sources = {**getattr(score, "keywords", {}), "query": query, "key": key, "value": value, "bias": options.get("bias")}
+    return tuple(P(*sources[name]) for name in wrt)
+
+
+def _once(*spec):
+    """A spec that names each axis of the mesh once: where it stands first."""
+    seen, found = set(), []
+    for names in spec:
+        names = tuple(x for x in (names if isinstance(names, tuple) else (names,)) if x is not None and x not in seen)
+        seen.update(names)
+        found.append(names or None)
+    return P(*found)
 
 
 def _equal(x, default):
