@@ -126,9 +126,11 @@ def forward(
 
     Raises NotImplementedError for what docs/howto/transformers.md says is refused, TypeError for a mask of integers.
     """
-    for name, what in REFUSED.items():
-        if others.get(name) is not None:
-            raise NotImplementedError(f'kvattn does not know {name} ({what}): use attn_implementation="eager" for this model')
+    for name in REFUSED.keys() & others.keys():
+        if others[name] is not None:
+            raise NotImplementedError(
+                f'kvattn does not know {name} ({REFUSED[name]}): use attn_implementation="eager" for this model'
+            )
     if backend != "torch" and dropout and module.training:
         raise NotImplementedError(
             f"dropout while training needs PyTorch's own random numbers: 'kvattn', not 'kvattn-{backend}'"
@@ -149,7 +151,7 @@ def forward(
         mask, bias = None, mask if bias is None else mask + bias
     options: dict[str, Any] = {
         "mask": mask,
-        "bias": bias if bias is None else bias.to(query.dtype),
+        "bias": None if bias is None else bias.to(query.dtype),
         "causal": causal and query.shape[2] > 1,  # transformers leaves out the mask of one query, which sees all keys
         "scale": scaling,
         "softcap": softcap,
@@ -173,14 +175,16 @@ def forward(
             output, weights = output
     if weights is not None and sink is not None:
         weights = weights[..., 1:]
-    return output.to(dtype).transpose(1, 2).contiguous(), weights
+    if output.dtype != dtype:
+        output = output.to(dtype)
+    return output.transpose(1, 2).contiguous(), weights
 
 
 def _attentions_are_collected() -> bool:
     """Whether the model was asked for its attentions; GPT-2 and others do not hand that on to their layers."""
     collector = output_capturing._active_collector
     collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
-    return any(name.endswith("attentions") for name in collected or ())
+    return bool(collected) and any(name.endswith("attentions") for name in collected)
 
 
 def _with_sink(

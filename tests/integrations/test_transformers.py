@@ -13,6 +13,7 @@ import kvattn
 from kvattn.integrations import transformers as integration
 
 integration.register()
+torch.set_num_threads(1)  # of models as small as these a second thread only waits
 NAMES = ["kvattn", *(f"kvattn-{name}" for name in chosen() if name in integration.OTHERS)]
 TOKENS = torch.tensor([[5, 9, 2, 7, 3, 1, 6], [4, 8, 6, 2, 9, 3, 5]])
 FULL, RIGHT, LEFT = torch.ones(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
@@ -222,8 +223,9 @@ def test_packed_sequences_do_not_see_each_other(name):
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
-def test_a_mask_of_four_axes_is_the_callers_own(kind, name):
-    model = build("llama")
+@pytest.mark.parametrize("which", ["llama", "gpt_oss"])
+def test_a_mask_of_four_axes_is_the_callers_own(which, kind, name):
+    model = build(which)
     seen = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 1], [1, 1, 0, 1]], dtype=torch.bool)[None, None]
     added = torch.zeros(1, 1, 4, 4).masked_fill(~seen, torch.finfo(torch.float32).min)
     with torch.no_grad():
@@ -335,6 +337,18 @@ def test_one_query_without_a_mask_sees_every_key(name):
             torch.testing.assert_close(ours, kvattn.attention(query, key, key).transpose(1, 2), atol=1e-6, rtol=1e-6)
 
 
+def test_a_layer_may_be_asked_for_its_weights(name):
+    backend = "torch" if name == "kvattn" else name.removeprefix("kvattn-")
+    query, key = torch.randn(1, 4, 3, 4), torch.randn(1, 2, 6, 4)
+    for asked in (None, False, True):
+        weights = integration.forward(torch.nn.Identity(), query, key, key, None, output_attentions=asked, backend=backend)[1]
+        if asked:
+            expected = kvattn.attention(query, key, key, return_weights=True)[1]
+            torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-6)
+        else:
+            assert weights is None
+
+
 def test_a_causal_mask_is_written_when_a_model_computes_with_it():
     """Gemma 4 cuts the mask to the queries that it keeps."""
     mask = integration.allowed(batch_size=2, q_length=3, kv_length=5, q_offset=0)
@@ -355,10 +369,11 @@ def test_a_plain_causal_mask_is_not_written(reentrant, monkeypatch):
     monkeypatch.setattr(kvattn, "attention", lambda *x, **options: calls.append(options) or attention(*x, **options))
     if reentrant is not None:
         checkpointed(model, reentrant)
-    called(model, "kvattn", input_ids=TOKENS)
+    called(model, "kvattn", input_ids=TOKENS, output_hidden_states=True)
     assert len(calls) == 2
     for options in calls:
         assert options["causal"]
+        assert not options["return_weights"]
         assert options["mask"] is None
 
 
