@@ -229,6 +229,49 @@ def test_a_graph_runs_at_other_shapes(static):
         layer.hybridize(True, static_alloc=static, clear=False)
 
 
+OTHERS = [  # batch, n, m, lengths: full, none, of each query; other sizes; past a tile; nothing
+    (2, 3, 5, [5, 5]), (2, 3, 5, [0, 0]), (2, 3, 5, [[5, 0, 1], [2, 3, 0]]), (3, 7, 6, [6, 0, 2]), (1, 1, 9, [1]),
+    (1, 300, 300, [257]), (2, 4, 0, [0, 0]),
+]  # fmt: skip
+NOTHING = [(0, 4, 5, numpy.zeros(0)), (2, 0, 5, [0, 0])]
+
+
+def resized(name, batch, n, m, lens):
+    """Inputs of other sizes for a layer of LAYERS."""
+    lens = np.array(lens, dtype="int32")
+    if name == "TransformerEncoder":
+        return np.array(RNG.integers(0, 11, (batch, n)), dtype="int32"), lens
+    inputs = LAYERS[name][1]
+    sizes = (n, m, m) if name.endswith("Attention") else (n, n)
+    floats = [array(batch, size, x.shape[-1]) for size, x in zip(sizes, inputs, strict=False) if x.dtype.kind == "f"]
+    return (*floats, lens) if len(floats) < len(inputs) else tuple(floats)
+
+
+@pytest.mark.filterwarnings("ignore:Cannot decide type")
+@every_layer
+def test_a_graph_of_one_input_serves_others(name, tmp_path):
+    """Of other lengths and sizes: nothing of the input that it was made with stays in it."""
+    plain, inputs = made(name)
+    plain(*inputs)
+    graphs = [copy.deepcopy(plain), copy.deepcopy(plain)]
+    for graph, flags in zip(graphs, ({}, {"static_alloc": True, "static_shape": True}), strict=True):
+        graph.hybridize(**flags)
+        graph(*inputs)
+    graphs[0].export(str(tmp_path / "layer"))
+    places = [f"data{i}" for i in range(len(inputs))] if len(inputs) > 1 else ["data"]
+    imported = gluon.SymbolBlock.imports(str(tmp_path / "layer-symbol.json"), places, str(tmp_path / "layer-0000.params"))
+    for sizes in OTHERS:
+        given = resized(name, *sizes)
+        expected = plain(*given)
+        for graph in (*graphs, imported):
+            same([graph(*given)], [expected], 2e-6)
+    for sizes in NOTHING:  # in its layers: a graph of MXNet's own dense layers fails
+        given = resized(name, *sizes)
+        for graph in graphs:
+            assert graph(*given).shape == plain(*given).shape
+    mx.nd.waitall()
+
+
 def test_calls_of_other_forms_work_beside_a_graph():
     layer, _ = made("TransformerEncoder", seed=1)
     plain, _ = made("TransformerEncoder", seed=1)

@@ -170,12 +170,14 @@ class Attention(mx.operator.CustomOp):
         with mx.autograd.record(train_mode=train):
             return leaves, self._run(leaves)
 
+    @mx.util.use_np_shape  # operators run in threads of MXNet's own, where zeros in a shape are sizes to come
     def forward(self, is_train, req, in_data, out_data, aux):
         drops = self.call.options.get("dropout") or (is_train and self.call.options.get("rate"))
         self.graph = self._record(in_data, bool(is_train)) if drops else None  # backward must drop the same weights
         for i, x in enumerate(self.graph[1] if drops else self._run(_copies(in_data))):
             put(self, out_data[i], req[i], x)
 
+    @mx.util.use_np_shape
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
         if self.graph == ():
             raise RuntimeError("the weights that forward dropped were forgotten after the first backward")

@@ -60,7 +60,7 @@ def spread(x, lead):
 
 
 def folded(lead, query, key, value, positions, mask, bias, valid_lens, query_offset):
-    """(query, key, value) and the rest of a call, with one batch axis for many; None where MXNet can broadcast, and slice, the many."""
+    """(query, key, value) and the rest of a call, with one batch axis; None where MXNet broadcasts and slices as it is."""
     batch, axes = lead[:-1], len(lead) + 2
     many = [x for x in (mask, bias, positions) if x is not None and x.ndim > 3]
     if len(batch) < 2 or (len(batch) == 2 and all(x.shape[:-3] == batch for x in (query, key, value, *many))):

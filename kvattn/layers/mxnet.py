@@ -66,9 +66,13 @@ class _Layer(nn.HybridBlock):
         return self.hybrid_forward(mx.ndarray, *args, **values, **options)
 
     def _fits_graph(self, args):
-        """Whether one graph holds calls like this: gluon makes it of the first call, for arrays and Nones in its places."""
+        """Whether one graph holds calls like this: gluon makes it of the first call, for arrays and Nones in its places.
+
+        MXNet's own products of arrays without elements fail in a graph, and later.
+        """
         form = [-1 if x is None else 0 for x in args]
-        return all(x is None or tab.is_array(x) for x in args) and (not self._cached_graph or self._in_format == form)
+        fit = all(x is None or (tab.is_array(x) and x.size) for x in args)
+        return fit and (not self._cached_graph or self._in_format == form)
 
     @mx.util.use_np
     def __deepcopy__(self, memo):
@@ -283,7 +287,7 @@ class MultiHeadAttention(_Layer):
         super().__init__(**kwargs)
         bias = use_bias if bias is None else bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
+        self.width = width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.attention = DotProductAttention(dropout)
         self.W_q = _Dense("W_q", num_hiddens, bias, seed)
         self.W_k = _Dense("W_k", self.num_kv_heads * width, bias, seed)
@@ -291,8 +295,8 @@ class MultiHeadAttention(_Layer):
         self.W_o = _Dense("W_o", num_hiddens, bias, seed)
 
     def hybrid_forward(self, F, queries, keys, values, valid_lens=None, *, cache=None, **options):
-        queries = _split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
-        keys, values = _split(self.W_k(keys), self.num_kv_heads), _split(self.W_v(values), self.num_kv_heads)
+        queries = _split(self.W_q(queries), self.num_heads, self.width)  # (batch, heads, n, d)
+        keys, values = (_split(x, self.num_kv_heads, self.width) for x in (self.W_k(keys), self.W_v(values)))
         if cache is not None:
             cache = cache.extend(keys, values)
             keys, values = cache.seen()
@@ -301,22 +305,22 @@ class MultiHeadAttention(_Layer):
             valid_lens = layers.lengths(tab, whole(valid_lens), queries)
         results = self.attention(queries, keys, values, valid_lens, **options)
         output, *rest = results if isinstance(results, (tuple, list)) else (results,)
-        output = self.W_o(_join(output))  # (batch, n, num_hiddens)
+        output = self.W_o(_join(output, self.num_heads * self.width))  # (batch, n, num_hiddens)
         rest = rest if cache is None else [*rest, cache]
         return (output, *rest) if rest else output
 
 
-def _split(X, heads):
-    """(batch, n, heads * d) -> (batch, heads, n, d)."""
+def _split(X, heads, width):
+    """(batch, n, heads * width) -> (batch, heads, n, width)."""
     if tab.deferred(X):
-        return mx.sym.npx.reshape(X, (-2, -2, heads, -1)).swapaxes(1, 2)  # -2: a size that stays
-    return X.reshape(*X.shape[:-1], heads, X.shape[-1] // heads).swapaxes(-2, -3)
+        return mx.sym.npx.reshape(X, (-2, -2, heads, width)).swapaxes(1, 2)  # -2: a size that stays
+    return X.reshape(*X.shape[:-1], heads, width).swapaxes(-2, -3)
 
 
-def _join(X):
-    """(batch, heads, n, d) -> (batch, n, heads * d)."""
+def _join(X, width):
+    """(batch, heads, n, d) -> (batch, n, width)."""
     X = X.swapaxes(-2, -3)
-    return mx.sym.npx.reshape(X, (-2, -2, -1)) if tab.deferred(X) else X.reshape(*X.shape[:-2], X.shape[-2] * X.shape[-1])
+    return mx.sym.npx.reshape(X, (-2, -2, width)) if tab.deferred(X) else X.reshape(*X.shape[:-2], width)
 
 
 # ---- the other parts of a transformer
@@ -355,10 +359,12 @@ class _Positions(mx.operator.CustomOp):
         super().__init__()
         self.P = P
 
+    @mx.util.use_np_shape  # in a thread of MXNet's own
     def forward(self, is_train, req, in_data, out_data, aux):
         X = in_data[0].as_np_ndarray()
         kernels.put(self, out_data[0], req[0], X + self.P.astype(X.dtype))
 
+    @mx.util.use_np_shape
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
         kernels.put(self, in_grad[0], req[0], out_grad[0].as_np_ndarray())
 
