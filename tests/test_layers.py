@@ -157,6 +157,17 @@ def test_the_weights_shown_are_those_of_the_last_call(room, name):
     np.testing.assert_allclose(room.shown(layer), reference.attention(name, w, *inputs)[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in SCORED if name != "DotProductAttention"])
+def test_the_weights_shown_do_not_follow_the_optimiser(room, name):
+    _, config, inputs, _ = CASES[name]
+    layer, w = made(room, name, config, inputs)
+    expected = reference.attention(name, w, *inputs)[1]
+    room.call(layer, *inputs)
+    room.load(layer, shaken(w))  # into the same arrays, as an optimiser writes
+    np.testing.assert_allclose(room.shown(layer), expected, atol=1e-5)
+    assert np.abs(reference.attention(name, shaken(w), *inputs)[1] - expected).max() > 0.01
+
+
 def test_the_weights_of_heads_are_shown_batch_times_heads(room):
     layer, w = made(room, "MultiHeadAttention", HEADS, (X, X, X, LENS))
     expected = reference.multi_head(w, X, X, X, LENS, num_heads=4)[1]
@@ -176,11 +187,19 @@ def test_a_sequence_longer_than_max_len_is_refused(room):
         room.call(layer, np.zeros((1, 6, 4), "float32"))
 
 
-def test_dropout_works_in_training_alone(room):
-    layer = room.layer("AddNorm", norm_shape=8, dropout=0.5)
-    still = room.call(layer, X, X)
-    np.testing.assert_array_equal(room.call(layer, X, X), still)
-    assert np.abs(room.call(layer, X, X, training=True) - still).max() > 0.1
+@pytest.mark.parametrize("case", [case for case in CASES if case != "PositionWiseFFN"])
+def test_dropout_works_in_training_alone(room, case):
+    name, config, inputs, answer = CASES[case]
+    layer, w = made(room, name, {**config, "dropout": 0.5}, inputs)
+    expected = answer(w, *inputs)
+    np.testing.assert_allclose(room.call(layer, *inputs), expected, atol=2e-5)
+    assert np.abs(room.call(layer, *inputs, training=True) - expected).max() > 0.05
+
+
+def test_positions_are_dropped_in_training_alone(room):
+    layer, expected = room.layer("PositionalEncoding", num_hiddens=8, dropout=0.5), X + layers.encoding(4, 8)
+    np.testing.assert_allclose(room.call(layer, X), expected, atol=1e-5)
+    assert np.abs(room.call(layer, X, training=True) - expected).max() > 0.05
 
 
 # ---- weights
@@ -234,6 +253,24 @@ def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(room):
     ):
         room.load(layer, wrong)
     np.testing.assert_array_equal(room.weights(layer)["b_1"], w["b_1"])
+
+
+LARGER = [("W_1", 1), ("b_1", 0), ("W_2", 1), ("b_2", 0)]  # names and axes; what goes in is known after a call only
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "called"), [*((*x, True) for x in (("W_1", 0), ("W_2", 0), *LARGER)), *((*x, False) for x in LARGER)]
+)
+def test_larger_arrays_are_no_weights(room, name, axis, called):
+    config = {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}
+    layer, w = made(room, "PositionWiseFFN", config, (X,))
+    target = layer if called else room.layer("PositionWiseFFN", **config)
+    larger = {n: x + 1 for n, x in w.items()}
+    larger[name] = np.concatenate([larger[name], larger[name].take([0], axis)], axis)
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        room.load(target, larger)
+    for n, x in room.weights(layer).items():
+        np.testing.assert_array_equal(x, w[n])
 
 
 def test_weights_rest_in_a_safetensors_file(room, tmp_path):
