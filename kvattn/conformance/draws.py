@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvattn.conformance import check, multihead, oracle, pooling
-from kvattn.conformance.cases import DTYPES, Case, attend, grid, kink_free, poisoned
+from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case, attend, grid, kink_free, poisoned
 
 SIZES = (1, 1, 2, 3, 4, 5, 7)
 EDGES = (15, 16, 17, 255, 256, 257, 511, 513)  # where the kernels of this package cut their tiles and blocks
@@ -124,6 +124,8 @@ def draw(seed: int, number: int) -> Draw:
         options["normalize"] = one(*NORMALISERS)
     if often(0.4) and not headed:
         options["poisoned"] = True
+    if often(0.15) and not headed and "normalize" not in options and options.get("score") not in pooling.KERNELS:
+        options["not_finite"] = one("query", "key", "value", "bias" if "bias" in options else "key")
     return replace(made, options=options)
 
 
@@ -149,11 +151,20 @@ def case(drawn: Draw) -> Case:
         q, k, x = (grid(drawn.rng(which), *shape) for which, shape in _shapes(drawn).items())
         if "normalize" in options and not _clear(q, k, x, options):
             options.pop("normalize")
+        struck = options.pop("not_finite", None)
         if options.pop("poisoned", False):
             which = {n: x for n, x in options.items() if n not in ("scale", "softcap", "score", "normalize")}
             q, k, x, *bias = poisoned(drawn.rng("poison"), q, k, x, **which)
             options |= {"bias": bias[0]} if bias else {}
-        make = {"group": "draws", "rng": drawn.rng("grad_output"), "grad": drawn.grad, "call": drawn.call}
+        if struck is not None:
+            x_struck = {"query": q, "key": k, "value": x, **options}[struck]
+            x_struck.flat[drawn.rng("not_finite").integers(0, max(x_struck.size, 1), min(x_struck.size, 2))] = np.nan
+        make = {
+            "group": "draws" if struck is None else NOT_FINITE,
+            "rng": drawn.rng("grad_output"),
+            "grad": drawn.grad,
+            "call": drawn.call,
+        }
         made = attend(name, q, k, x, **make, asked=drawn.asked, **options)
     return replace(made, usual=(drawn.dtype,), alone=drawn.alone and made.call == "attention")
 
@@ -207,7 +218,7 @@ def _options(drawn: Draw) -> dict[str, Any]:
 
 def _clear(query: Any, key: Any, value: Any, options: dict[str, Any]) -> bool:
     """Whether rounding cannot take the normaliser over a kink: only then is there one answer."""
-    how = {name: x for name, x in options.items() if name != "poisoned"}
+    how = {name: x for name, x in options.items() if name not in ("poisoned", "not_finite")}
     if how["normalize"] == "hardmax":
         how |= {"normalize": "sparsemax", "scale": 1e3 * how.get("scale", 1)}  # near the best, scores share its weight
         return bool((oracle.attention(query, key, value, **how).values["weights"] % 1 == 0).all())
