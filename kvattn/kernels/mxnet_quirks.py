@@ -117,6 +117,26 @@ def where(condition, x, other):
     return firm(np.where(condition, x, np.full_like(x.detach(), other)))
 
 
+def finite(x):
+    """Whether all of ``x`` is, which has to be computed for it."""
+    with autograd.pause():
+        return bool(np.isfinite(x).all())
+
+
+def by_pairs(attention, query, key, value, where, **options):
+    """``attention`` with each query beside keys of its own, as `positions` has it: nothing that another may see reaches it."""
+    n, m = query.shape[-2], key.shape[-2]
+    keys = np.arange(m, dtype="int64", ctx=key.ctx)[None]
+    steps = bands.rows(None, query.shape, key.shape, 2**23) or [(0, n, 0, m)]
+    cuts = bands.cuts(steps, query, key, value, **where)
+    parts = [attention(*cut, positions=keys, **options, **at) for cut, at in cuts]
+    if len(parts) == 1:
+        return parts[0]
+    if not isinstance(parts[0], tuple):
+        return np.concatenate(parts, axis=-2)
+    return tuple(np.concatenate(x, axis=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
+
+
 def matmul(x, y, transpose=False):
     """x @ y, or x @ y^T. The gradient of MXNet's own is wrong where leading axes broadcast, and y^T costs it a copy."""
     lead = tuple(b if a == 1 else a for a, b in zip(x.shape[:-2], y.shape[:-2], strict=True))
