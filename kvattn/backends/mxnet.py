@@ -404,7 +404,7 @@ def attention(
 
     # output = weights @ value: (..., h, n, v)
     output = quirks.matmul(_fold(_wide(_dropout(weights, dropout, rng)), kv_heads), _wide(value))
-    if allowed is not None and not quirks.finite(output):
+    if allowed is not None and not views.finite(output):
         if query.shape[:-1] != (*key.shape[:-2], 1):  # queries share keys: products hold 0 * NaN for pairs that may not attend
             return quirks.by_pairs(attention, query, key, value, where, **reach, **how, **back)
         weights = quirks.where(allowed, weights, 0)

@@ -117,12 +117,6 @@ def where(condition, x, other):
     return firm(np.where(condition, x, np.full_like(x.detach(), other)))
 
 
-def finite(x):
-    """Whether all of ``x`` is, which has to be computed for it."""
-    with autograd.pause():
-        return bool(np.isfinite(x).all())
-
-
 def by_pairs(attention, query, key, value, where, **options):
     """``attention`` with each query beside keys of its own, as `positions` has it: nothing that another may see reaches it."""
     n, m = query.shape[-2], key.shape[-2]
