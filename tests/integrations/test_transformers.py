@@ -392,9 +392,13 @@ def test_a_compiled_and_a_traced_model_keep_causality():
             def forward(self, tokens):
                 return self.model(tokens).logits
 
-        traced = torch.jit.trace(Logits(), (TOKENS,), check_trace=False)
-        for length in (7, 4):
-            torch.testing.assert_close(traced(TOKENS[:, :length]), eager[:, :length], atol=2e-5, rtol=2e-5)
+        for example in (7, 1):
+            traced = torch.jit.trace(Logits(), (TOKENS[:, :example],), check_trace=False)
+            for length in (7, 4, 1):
+                torch.testing.assert_close(traced(TOKENS[:, :length]), eager[:, :length], atol=2e-5, rtol=2e-5)
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(whole(TOKENS).logits, eager, atol=2e-5, rtol=2e-5)
+        torch.compiler.reset()
         for layer in model.model.layers:
             layer.compile(backend="eager")
         for length in (7, 4):
@@ -412,6 +416,16 @@ def test_what_kvattn_has_not_is_refused():
     (first,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_each_name_goes_to_its_backend():
+    known = transformers.AttentionInterface()
+    for other in integration.OTHERS:
+        assert known[f"kvattn-{other}"].keywords == {"backend": other}
+    assert known["kvattn"].keywords == {"backend": "torch"}
+    x = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="nonesuch"):
+        integration.forward(torch.nn.Identity(), x, x, x, None, backend="nonesuch")
 
 
 def test_a_model_that_computes_its_attention_itself_says_so():
