@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from unittest.mock import patch
 
 import numpy as np
@@ -445,3 +445,40 @@ def test_gradients_in_blocks_keep_their_dtype():
     for x, y in zip(found, expected, strict=True):
         assert x.dtype == np.float16
         np.testing.assert_allclose(x.asnumpy(), y, rtol=0, atol=16 * 2**-11 * abs(y).max())
+
+
+@cache
+def nan_and_inf():
+    (case,) = [case for case in conformance.cases() if case.name == "inf and NaN, causal, grouped heads"]
+    return case
+
+
+@pytest.mark.parametrize("way", ["weights", "own", "graph"])
+def test_mxnets_autograd_keeps_nan_in_its_rows(way):
+    case = nan_and_inf()
+    arrays = {name: kvattn.asarray(x, backend="mxnet") for name, x in case.arguments.items()}
+    query, key, value, grad_output = (arrays[name] for name in ("query", "key", "value", "grad_output"))
+    call = partial(kvattn.attention, causal=True)
+    if way == "weights":
+        call = partial(call, return_weights=True)
+    elif way == "own":
+        call = partial(call, score=lambda query, key: kvattn.dot_score(query, key) / query.shape[-1] ** 0.5)
+    else:
+
+        class Block(mx.gluon.HybridBlock):
+            def hybrid_forward(self, F, query, key, value):
+                return kvattn.attention(query, key, value, causal=True)
+
+        call = Block()
+        call.hybridize()
+    for x in (query, key, value):
+        x.attach_grad()
+    with mx.autograd.record():
+        output = call(query, key, value)
+        output = output[0] if isinstance(output, tuple) else output
+    output.backward(grad_output)
+    found = {"output": output, "grad_query": query.grad, "grad_key": key.grad, "grad_value": value.grad}
+    for name, x in found.items():
+        finite = np.isfinite(case.answer[name])
+        np.testing.assert_allclose(x.asnumpy()[finite], case.answer[name][finite], rtol=1e-9, atol=1e-12)
+        assert not np.isfinite(x.asnumpy()[~finite]).any(), name
