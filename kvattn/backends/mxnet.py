@@ -145,6 +145,8 @@ def _any_for(flags, shape):
 
 def _hide_padding(allowed, query, key, value):
     """Zeros for keys that no query may attend to and queries with no key: NaN there would leak as 0 * NaN."""
+    if 0 in (query.shape[-2], key.shape[-2]):  # there are no pairs, so what there is meets nobody
+        allowed = np.zeros((1, 1), dtype="bool", ctx=query.ctx)
     if allowed is None:
         return query, key, value
     if allowed.ndim < 2:
@@ -576,6 +578,7 @@ def kernel(query, key, value, **options):
 @quirks.shaped
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    query, key, value = _hide_padding(None, query, key, value)  # NaN that meets nobody would reach the projections' gradients
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from dataclasses import replace
+
 import numpy as np
 
 from kvattn.conformance import oracle
@@ -71,6 +73,8 @@ def cases(rng):
     nothing = {"W_q": np.zeros((3, 0)), "W_k": np.zeros((3, 0)), "b_q": np.zeros(0), "b_k": np.zeros(0)}
     yield multi_head("heads: no features", *inputs(), two() | nothing, rng, valid_lens=np.array([4, 2]), asked=both)
     yield multi_head("heads: no keys", *inputs(m=0), two(), rng, grad=False)
+    case = multi_head("heads: no keys, NaN queries", *inputs(m=0), two(), rng)  # what meets nobody changes no answer
+    yield replace(case, arguments=case.arguments | {"query": np.full_like(case.arguments["query"], np.nan)})
     sparse = params_of(rng, 3, 3, 3, 2, 2)
     yield multi_head("heads: averaged", *inputs(), sparse, rng, normalize="average", asked=("weights",))
     yield from self_attention(rng)
