@@ -23,6 +23,45 @@ ROWS = 256  # queries of a block for which nothing but a mask is held
 LACKS = "SDPA has no forward derivatives, no gradient by bias, no scale of 0 or less, and no answer without keys"
 
 
+# ---- what a program that is recorded may know
+
+
+def tracing():
+    """Whether a program is recorded that runs with other values later: none of this call's may decide what it does."""
+    if torch.compiler.is_compiling():  # first: torch.compile reads no further
+        return True
+    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+        return True
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()) and _recording_mode()
+
+
+def _recording_mode():
+    """Whether make_fx, FakeTensorMode or a functionalization listens: not every mode that does records a program."""
+    keys = torch._C._TorchDispatchModeKey
+    modes = [torch._C._get_dispatch_mode(key) for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL)]
+    modes += [torch._ops._get_dispatch_mode_pre_dispatch(key) for key in (keys.PROXY, keys.FUNCTIONAL)]
+    return any(mode is not None for mode in modes)
+
+
+def readable(x):
+    """Whether the values of ``x`` may be looked at: they exist, on the CPU, and no program is recorded."""
+    return x.device.type == "cpu" and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not tracing()
+
+
+def known(fact):
+    """Whether a fact about sizes, such as n == m, is true in every run of the program, if one is recorded."""
+    if fact is True or fact is False:
+        return fact
+    if isinstance(fact, torch.Tensor):  # what torch.jit.trace makes of sizes
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads SymPy, which symbols have loaded
+
+    return statically_known_true(fact)
+
+
+# ---- which kernel
+
+
 def choose(query, key, value, usual, score, softcap, scale, where, reach, whole, by_lengths=True):
     """(kernel, its parts) of a call. ``usual``: softmax of scaled dot products; ``whole``: its weights are asked for."""
     fused = usual and not softcap and serves(query, key, value, where["bias"], scale)
@@ -70,9 +109,9 @@ def runs(query, key, value, mask, bias, valid_lens, causal, query_offset, window
     For valid_lens (batch,), where it is the only mask but for causal and can be read without a wait. [(all, None)] where one
     call with a mask is faster.
     """
-    if valid_lens is None or valid_lens.ndim != 1 or not mask is bias is window is None or torch.compiler.is_compiling():
+    if valid_lens is None or valid_lens.ndim != 1 or not mask is bias is window is None or not readable(valid_lens):
         return []
-    if valid_lens.device.type != "cpu" or (causal and not (isinstance(query_offset, int) and query_offset == 0)):
+    if causal and not (isinstance(query_offset, int) and query_offset == 0):
         return []
     if not query.shape[0] == key.shape[0] == value.shape[0] == len(valid_lens) or query.ndim < 3:
         return []
@@ -117,7 +156,7 @@ def _finite(x):
 
 def rows(query, key, value, score, fused, mask, bias, valid_lens, causal, query_offset, window):
     """Blocks of queries, as bands.plan's, that hold at most PAIRS numbers each; [] where one block is all."""
-    if torch.compiler.is_compiling() or _transformed(query, key, value):
+    if tracing() or _transformed(query, key, value):
         return []
     if not fused:
         return bands.rows(score, query.shape, key.shape, PAIRS)
@@ -203,7 +242,7 @@ def by_band(steps, query, key, value, causal, query_offset, window, scale):
 
 
 def fused(query, key, value, mask, causal, scale):
-    if not _taped(query, key, value) or torch.compiler.is_compiling():
+    if not _taped(query, key, value) or tracing():
         return _run(query, key, value, mask, causal, scale)
     return twice_differentiable(partial(_run, causal=causal, scale=scale), query, key, value, mask)
 
@@ -211,7 +250,7 @@ def fused(query, key, value, mask, causal, scale):
 def twice_differentiable(run, query, key, value, mask=None, formula=None):
     """run(query, key, value, mask); second derivatives are those of ``formula``, or of ``run`` by PyTorch's plain formula."""
     output = run(query, key, value, mask)
-    if _taped(query, key, value) and not torch.compiler.is_compiling():
+    if _taped(query, key, value) and not tracing():
         return _TwiceDifferentiable.apply(output, formula or partial(_formula, run), query, key, value, mask)
     return output
 

@@ -56,7 +56,7 @@ def choose(query, key, value, mask, bias, valid_lens, causal, query_offset, wind
     bounded = causal or left is not None or right is not None
     if mask is not None or bias is not None or not (bounded or softcap or valid_lens is not None):
         return None
-    if torch.compiler.is_compiling() or not kernels.serves(query, key, value, bias, scale):
+    if kernels.tracing() or not kernels.serves(query, key, value, bias, scale):
         return None
     if torch.is_autocast_enabled("cuda") or not _in_heads(query, key, value) or query.shape[-2] == 0:
         return None
