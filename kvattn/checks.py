@@ -113,13 +113,13 @@ def _peek(tab: Any, x: Any) -> Any:
 
 def number(name: str, x: Any, *, positive: bool = False) -> float:
     """``x`` as a finite float. Raises TypeError for what is no number, ValueError for one out of range."""
-    if isinstance(x, (bool, str)) or not hasattr(x, "__float__"):
+    if isinstance(x, (bool, str)) or not (isinstance(x, (int, float)) or hasattr(x, "__float__")):
         raise TypeError(f"{name} must be a number, not {type(x).__name__}")
     try:
         value = float(x)
     except Exception as error:
         raise TypeError(f"{name} must be a number that is known now, not {type(x).__name__}") from error
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not -math.inf < value < math.inf or (positive and value <= 0):  # torch.compile has no isfinite of a symbol
         raise ValueError(f"{name} must be finite{' and above 0' if positive else ''}, not {value}")
     return value
 

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -244,9 +244,9 @@ def met(query: Any, key: Any, value: Any, backend: Any) -> tuple[Backend, tuple[
     try:
         name = _homes[type(query)] or get_backend() if backend is None else backend
         looks = _looks(_loaded[name] if type(name) is str else name, query, key, value)
-    except (AttributeError, KeyError):  # lists have no shape; a class or a backend is new
+        return None if looks is None else _met.get(looks)  # not looked into while tracing: torch.compile would watch its length
+    except (AttributeError, KeyError, TypeError):  # lists have no shape; a class or a backend is new; symbols have no hash
         return None
-    return None if looks is None else _met.get(looks)  # not looked into while tracing: torch.compile would watch its length
 
 
 def meet(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, ...]) -> None:
@@ -254,7 +254,8 @@ def meet(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, ...]
     if tab.is_array(query) and (looks := _looks(tab, query, key, value)) is not None:
         if len(_met) >= MOST:
             _met.clear()
-        _met[looks] = tab, scores
+        with suppress(TypeError):  # sizes that are symbols have no hash
+            _met[looks] = tab, scores
 
 
 def get_backend() -> str:

@@ -241,7 +241,7 @@ def sparsemax(scores, where=None):
     ranks = torch.arange(1, wide.shape[-1] + 1, dtype=wide.dtype, device=wide.device)
     sums = ordered.cumsum(dim=-1)
     count = (1 + ranks * ordered > sums).sum(dim=-1, keepdim=True)
-    support = shifted.detach() > (sums.take_along_dim(count - 1, dim=-1) - 1) / count
+    support = shifted.detach() > (sums.gather(-1, count - 1) - 1) / count
     # the threshold again, from its support alone: the gradient passes through no sort
     threshold = (torch.where(support, shifted, 0).sum(dim=-1, keepdim=True) - 1) / support.sum(dim=-1, keepdim=True)
     weights = torch.where(support, shifted - threshold, 0)
@@ -320,7 +320,7 @@ def attention(
     usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
     bare = usual and not softcap and mask is bias is valid_lens is window is positions is None
     if causal:
-        bare = bare and query.shape[-2] == key.shape[-2] and type(query_offset) is int and query_offset == 0
+        bare = bare and kernels.known(query.shape[-2] == key.shape[-2]) and type(query_offset) is int and query_offset == 0
     if bare and kernels.serves(query, key, value, None, scale):  # first, for calls so small that looking costs more
         output = kernels.fused(query, key, value, None, causal, scale)
         return output if output.dtype == query.dtype else output.to(query.dtype)  # autocast's is another
@@ -411,13 +411,14 @@ def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_
     index = index.clamp(0, max(m - 1, 0))
 
     def gather(x):
-        return x.expand(*lead, n, m).take_along_dim(index, dim=-1)
+        return x.expand(*lead, n, m).gather(-1, index)  # take_along_dim would make numbers of traced sizes
 
     mask = inside if mask is None else inside & gather(mask)
     bias = None if bias is None else gather(bias)
     allowed = _allowed(n, index, query.ndim, mask, bias, valid_lens, causal, query_offset, window)
     rows = index.flatten(-2)[..., None]  # one gather from (..., m, c): the gradient is not (..., n, m, c)
-    key, value = (_spread(x, lead).take_along_dim(rows, dim=-2).unflatten(-2, index.shape[-2:]) for x in (key, value))
+    key, value = (_spread(x, lead).gather(-2, rows.expand(*rows.shape[:-1], x.shape[-1])) for x in (key, value))
+    key, value = (x.unflatten(-2, index.shape[-2:]) for x in (key, value))
     where = {"mask": allowed[..., None, :], "bias": None if bias is None else bias[..., None, :]}
     return query.expand(*lead, n, query.shape[-1])[..., None, :], key, value, where
 
@@ -433,9 +434,9 @@ def _repeated(index):
     """True where the same position stands earlier in its row."""
     size = index.shape[-1]
     order = index.argsort(dim=-1, stable=True)
-    ordered = index.take_along_dim(order, dim=-1)
+    ordered = index.gather(-1, order)
     again = torch.cat([torch.zeros_like(ordered[..., :1], dtype=torch.bool), ordered[..., 1:] == ordered[..., :-1]], dim=-1)
-    return again[..., :size].take_along_dim(order.argsort(dim=-1), dim=-1)
+    return again[..., :size].gather(-1, order.argsort(dim=-1))
 
 
 def _recording(function):

@@ -193,6 +193,8 @@ def is_triangle(n, m, mask, bias, valid_lens, causal, query_offset, window):
     """Whether the causal mask from the first key on is the only one: what ``is_causal`` means."""
     if not causal or not isinstance(query_offset, int) or query_offset != 0:
         return False
+    if not (type(n) is type(m) is int or known(n == m)):  # whether there are keys that nobody sees is not known
+        return False
     return mask is None and bias is None and valid_lens is None and window is None
 
 
@@ -208,7 +210,9 @@ def attention(query, key, value, allowed, bias, triangle, scale):
 
 def is_band(n, m, mask, bias, valid_lens, causal, query_offset, window):
     """Whether causal and a window are the only masks, and leave each query some key: no padding to hide."""
-    if not (causal or window) or not mask is bias is valid_lens is None or not isinstance(query_offset, int):
+    if not (causal or window) or not mask is bias is valid_lens is None:
+        return False
+    if not type(n) is type(m) is type(query_offset) is int:  # sizes may be symbols
         return False
     left, right = window or (None, None)
     right = 0 if causal else right
