@@ -85,7 +85,8 @@ def _boolean(name: str, x: Any) -> None:
 
 def _integers(tab: Any, name: str, x: Any, like: Any) -> Any:
     """``x`` as an array of an integer dtype; unsigned ones become int32, since positions are subtracted."""
-    if not tab.is_array(x) and type(x).__module__ == "numpy":  # before MXNet, which has no uint64, makes another of it
+    traced = hasattr(tab, "tracing") and tab.tracing()  # torch.compile knows no dtype of NumPy's arrays
+    if not traced and not tab.is_array(x) and type(x).__module__ == "numpy":  # before MXNet makes another of uint64
         x = _signed(x)
     x = array(tab, name, x, like=like)
     if (dtype := dtype_name(x)) not in INTEGERS:
@@ -377,9 +378,9 @@ def probability(name: str, x: Any) -> float:
 
 def flag(name: str, x: Any) -> bool:
     """``x`` as a bool."""
-    if x is not True and x is not False and type(x).__name__ not in ("bool_", "bool"):
+    if x is not True and x is not False and type(x).__name__ not in ("bool_", "bool", "SymBool"):
         raise TypeError(f"{name} must be True or False, not {x!r}")
-    return bool(x)
+    return True if x else False  # noqa: SIM210 (torch.compile leaves bool of a symbol a symbol)
 
 
 def masks(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any) -> tuple[Any, Any]:

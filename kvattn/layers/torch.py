@@ -72,7 +72,9 @@ class _Attention(nn.Module):
 
     def forward(self, queries, keys, values, valid_lens=None, **options):
         options |= {"score": self._score(queries, keys), "valid_lens": valid_lens}
-        self._last = (queries.detach(), keys.detach(), {**options, "score": _copied(options["score"])})
+        if not tab.tracing():  # a program that is recorded must not assign what it would keep
+            kept = {name: _detached(x) for name, x in options.items()}
+            self._last = (queries.detach(), keys.detach(), {**kept, "score": _copied(options["score"])})
         rate = self.dropout.p if self.training else 0.0
         return api.attention(queries, keys, values, **options, dropout=rate, backend="torch")
 
@@ -86,6 +88,10 @@ class _Attention(nn.Module):
         with torch.no_grad():
             weights = api.attention(queries, keys, keys[..., :1], **options, return_weights=True, backend="torch")[1]
         return weights.flatten(0, -3) if weights.ndim > 3 else weights
+
+
+def _detached(x):
+    return x.detach() if isinstance(x, torch.Tensor) else x
 
 
 def _copied(score):
