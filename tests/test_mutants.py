@@ -49,8 +49,8 @@ NUMPY = [
     ),
     (
         "gives empty rows uniform weights",
-        "return (shifted / total)",
-        "return ((shifted + empty / scores.shape[-1]) / total)",
+        "return identity(shifted / total, where)",
+        "return (shifted + empty / scores.shape[-1]) / total",
         "empty rows",
     ),
     ("gives empty rows an lse of 0", "lse = np.where(empty, -math.inf,", "lse = np.where(empty, 0,", "empty rows"),
@@ -185,8 +185,7 @@ NUMPY = [
 ]
 
 ELSEWHERE = [
-    ("kernels/numpy.py", "takes what there is for pairs", "if 0 in (*query.shape[:-1]", "if 0 in (*query.shape[:0]"),
-    ("kernels/numpy.py", "gives the values no gradient", '"value": _t(', '"value": 0 * _t('),
+    ("kernels/numpy.py", "gives the values no gradient", '"value": kept_weights @', '"value": 0 * kept_weights @'),
     (
         "kernels/numpy.py",
         "transposes a gradient",
