@@ -143,8 +143,8 @@ def hide_padding(options, queries, keys, queries_mask, *keys_masks):
     if queries_mask is not None and len(queries_mask.shape) > 2:
         _hide(options, queries, scores, queries_mask[..., None])
     elif queries_mask is not None:
-        lens = options["valid_lens"]
-        lens = keras.ops.shape(keys)[-2] if lens is None else checks.lengths(tab, lens, scores, queries)
+        lens, (*batch, n) = options["valid_lens"], queries_mask.shape
+        lens = keras.ops.shape(keys)[-2] if lens is None else checks.lengths(tab, lens, tuple(batch), n, queries)
         lens = tf.convert_to_tensor(lens)
         lens = lens[..., None] if len(lens.shape) < len(queries_mask.shape) else lens
         options["valid_lens"] = lens * tf.cast(queries_mask, lens.dtype)
