@@ -105,6 +105,14 @@ class DotProductAttention(_Attention):
     """Scaled dot-product attention, d2l's call: layer(queries, keys, values, valid_lens=None, **options)."""
 
 
+def _matrix(child, x):
+    """The matrix (features of x, out) that a child multiplies by; of one that is wrapped, hooked, parametrized or quantized:
+    what it makes of the identity, since only a call of it is sure to be what it does."""
+    if type(child) is nn.Linear and not (child._forward_hooks or child._forward_pre_hooks):
+        return child.weight.T
+    return child(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+
+
 class AdditiveAttention(_Attention):
     """Attention by the score w_v . tanh(q W_q + k W_k) with ``num_hiddens`` hidden units."""
 
@@ -115,9 +123,10 @@ class AdditiveAttention(_Attention):
         self.w_v = _Linear("w_v", 1, False, seed)
 
     def _score(self, queries, keys):
-        if is_lazy(self.w_v.weight):
+        if is_lazy(getattr(self.w_v, "weight", None)):
             self.w_v(self.W_q(queries) + self.W_k(keys)[..., :1, :])
-        return partial(api.additive_score, W_q=self.W_q.weight.T, W_k=self.W_k.weight.T, w_v=self.w_v.weight[0])
+        W_q, W_k = _matrix(self.W_q, queries), _matrix(self.W_k, keys)
+        return partial(api.additive_score, W_q=W_q, W_k=W_k, w_v=_matrix(self.w_v, W_q)[:, 0])
 
 
 class MultiplicativeAttention(LazyModuleMixin, _Attention):

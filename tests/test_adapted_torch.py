@@ -1,0 +1,93 @@
+"""Layers whose children were changed by PyTorch's tools: what the children do then is what counts, not a weight of theirs."""
+
+import numpy as np
+import pytest
+from conftest import chosen
+
+if "torch" not in chosen():
+    pytest.skip("this run is without PyTorch", allow_module_level=True)
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from kvattn import torch as kv
+
+
+class LoRA(nn.Module):
+    """A dense layer beside a product of two small matrices; it has no weight of its own."""
+
+    def __init__(self, dense):
+        super().__init__()
+        self.dense = dense
+        self.A = nn.Parameter(torch.randn(dense.in_features, 2, generator=torch.manual_seed(3)))
+        self.B = nn.Parameter(torch.randn(2, dense.out_features, generator=torch.manual_seed(4)))
+
+    def forward(self, x):
+        return self.dense(x) + x @ self.A @ self.B
+
+
+def wrapped(layer, name):
+    child = LoRA(getattr(layer, name))
+    setattr(layer, name, child)
+    return child.dense.weight.T + child.A @ child.B
+
+
+def parametrized(layer, name):
+    child = getattr(layer, name)
+    parametrizations.weight_norm(child)
+    with torch.no_grad():
+        child.parametrizations.weight.original0.mul_(2)
+    return child.weight.T
+
+
+def hooked(layer, name):
+    child = getattr(layer, name)
+    child.register_forward_hook(lambda module, given, output: 3 * output)
+    return 3 * child.weight.T
+
+
+def before(layer, name):
+    child = getattr(layer, name)
+    child.register_forward_pre_hook(lambda module, given: (3 * given[0],))
+    return 3 * child.weight.T
+
+
+@pytest.mark.parametrize("change", [wrapped, parametrized, hooked, before])
+@pytest.mark.parametrize("name", ["W_q", "W_k", "w_v"])
+def test_additive_attention_does_what_its_children_do(change, name):
+    x = torch.randn(2, 5, 4, generator=torch.manual_seed(0))
+    layer = kv.AdditiveAttention(6, seed=1)
+    layer(x, x, x)
+    given = {which: getattr(layer, which).weight.T.detach().numpy() for which in ("W_q", "W_k", "w_v")}
+    given[name] = change(layer, name).detach().numpy()
+    hidden = (x.numpy() @ given["W_q"])[:, :, None] + (x.numpy() @ given["W_k"])[:, None]
+    scores = (np.tanh(hidden) @ given["w_v"])[..., 0]
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    output = layer(x, x, x)
+    np.testing.assert_allclose(output.detach(), weights @ x.numpy(), rtol=0, atol=1e-5)
+    (output**2).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of quantized storage
+@pytest.mark.parametrize("kind", ["AdditiveAttention", "MultiHeadAttention"])
+def test_a_quantized_layer_is_near_its_original(kind):
+    x = torch.randn(2, 5, 8, generator=torch.manual_seed(0))
+    layer = kv.AdditiveAttention(6, seed=1) if kind == "AdditiveAttention" else kv.MultiHeadAttention(8, 2, seed=1)
+    expected = layer(x, x, x).detach()
+    quantized = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
+    np.testing.assert_allclose(quantized(x, x, x).detach(), expected, rtol=0, atol=0.05)  # a step of 8 bits is 1 / 127
+
+
+def test_weights_are_still_exported_by_name():
+    layer = kv.AdditiveAttention(6, seed=1)
+    x = torch.randn(2, 5, 4)
+    layer(x, x, x)
+    shapes = {name: array.shape for name, array in kv.export_weights(layer).items()}
+    assert shapes == {
+        "W_q": (4, 6),
+        "W_k": (4, 6),
+        "w_v": (6,),
+    }
