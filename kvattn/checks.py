@@ -53,6 +53,10 @@ def _differ(a: Any, b: Any) -> bool:
 def array(tab: Any, name: str, x: Any, like: Any = None) -> Any:
     """``x`` as an array of ``tab``, on the device of ``like``; lists of floats take its dtype too."""
     if tab.is_array(x):
+        if getattr(x, "is_nested", False):
+            raise TypeError(f"{name} is a nested tensor; expected a padded one, with valid_lens: x.to_padded_tensor(0.0)")
+        if getattr(x, "is_sparse", False) or getattr(x, "is_sparse_csr", False):
+            raise TypeError(f"{name} is a sparse tensor; expected a dense one: x.to_dense()")
         return x
     device = like if like is not None and tab.is_array(like) else None
     try:

@@ -245,7 +245,12 @@ def met(query: Any, key: Any, value: Any, backend: Any) -> tuple[Backend, tuple[
         name = _homes[type(query)] or get_backend() if backend is None else backend
         looks = _looks(_loaded[name] if type(name) is str else name, query, key, value)
         return None if looks is None else _met.get(looks)  # not looked into while tracing: torch.compile would watch its length
-    except (AttributeError, KeyError, TypeError):  # lists have no shape; a class or a backend is new; symbols have no hash
+    except (
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+    ):  # lists and nested tensors have no shape; a class or a backend is new; symbols have no hash
         return None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import kvattn
 from kvattn import torch as kv
 
 
@@ -91,3 +92,17 @@ def test_weights_are_still_exported_by_name():
         "W_k": (4, 6),
         "w_v": (6,),
     }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # nested and compressed tensors are called prototypes
+@pytest.mark.parametrize("what", ["strided", "jagged", "sparse", "compressed"])
+def test_what_is_not_dense_is_refused_with_its_cure(what):
+    x = torch.ones(3, 4)
+    if what in ("strided", "jagged"):
+        layout = torch.strided if what == "strided" else torch.jagged
+        given, cure = torch.nested.nested_tensor([x, x[:2]], layout=layout), "to_padded_tensor"
+    else:
+        given, cure = x.to_sparse() if what == "sparse" else x.to_sparse_csr(), "to_dense"
+    for arrays in ((given,) * 3, (torch.ones(2, 3, 4), given, given)):
+        with pytest.raises(TypeError, match=cure):
+            kvattn.attention(*arrays)
