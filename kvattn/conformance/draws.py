@@ -25,6 +25,7 @@ LEADS = (
 PARAMETRISED = ("additive_score", "multiplicative_score", "gated_score")
 SCORES = (*pooling.SIMPLE, *PARAMETRISED, *pooling.KERNELS)
 NORMALISERS = tuple(name for name in pooling.NORMALISERS if name != "masked_softmax")
+LARGEST = 2**14  # an answer beyond it, of a division by nearly 0, is asked in float64: float16 ends at 65504
 HEADS = ((1, 1), (2, 2), (4, 2), (3, 1))
 
 
@@ -124,7 +125,7 @@ def draw(seed: int, number: int) -> Draw:
         options["normalize"] = one(*NORMALISERS)
     if often(0.4) and not headed:
         options["poisoned"] = True
-    if often(0.15) and not headed and "normalize" not in options and options.get("score") not in pooling.KERNELS:
+    if often(0.15) and not headed and made.v and "normalize" not in options and options.get("score") not in pooling.KERNELS:
         options["not_finite"] = one("query", "key", "value", "bias" if "bias" in options else "key")
     return replace(made, options=options)
 
@@ -166,7 +167,9 @@ def case(drawn: Draw) -> Case:
             "call": drawn.call,
         }
         made = attend(name, q, k, x, **make, asked=drawn.asked, **options)
-    return replace(made, usual=(drawn.dtype,), alone=drawn.alone and made.call == "attention")
+    largest = max((float(np.abs(x[np.isfinite(x)]).max(initial=0)) for x in made.answer.values()), default=0.0)
+    dtype = drawn.dtype if largest < LARGEST else "float64"
+    return replace(made, usual=(dtype,), alone=drawn.alone and made.call == "attention")
 
 
 def _shapes(drawn: Draw) -> dict[str, tuple[int, ...]]:
