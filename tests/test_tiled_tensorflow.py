@@ -230,7 +230,7 @@ def test_queries_of_a_block():
     def queries(m, right=None, scores=1000):
         sizes = scores, 50, 30, 4
         arrays = (tf.zeros((2, n, 3)) for n in (200, m, m))
-        blocks = tiled.Call((1.0, None, None, right, False, False, False, *sizes), *arrays, tf.constant(0)).table
+        blocks = tiled.Call((1.0, None, None, right, False, False, False, False, *sizes), *arrays, tf.constant(0)).table
         return int(tf.reduce_max(blocks[:, 1] - blocks[:, 0]))
 
     assert [queries(m) for m in (10, 25, 1000)] == [50, 40, 4]

@@ -147,3 +147,28 @@ def test_a_functional_model_of_unknown_axes_serves_every_input(name, tmp_path):
             expected = layer(*given, **options)
             np.testing.assert_allclose(model(given), expected, rtol=0, atol=1e-6)
             np.testing.assert_allclose(exported.serve([*map(tf.constant, given)]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value", "grad"])
+@pytest.mark.parametrize("traced", [True, False])
+def test_nan_reaches_only_the_rows_that_look(which, traced):
+    """In a graph no value is seen while it is traced; a loss's own NaN is not seen before the gradient is taken."""
+    arrays = {name: x.astype("float64") for name, x in draw(1, 5, 5).items() if name in ("query", "key", "value", "grad")}
+    row = 2
+    rows = slice(row, row + 1) if which in ("query", "grad") else slice(row, None)  # that look at the NaN
+    keys = slice(None, row + 1) if which in ("query", "grad") else slice(None)  # what these rows look at
+
+    def results(query, key, value, grad):
+        return kvattn.attention(query, key, value, causal=True), *kvattn.attention_grad(query, key, value, grad, causal=True)
+
+    expected = results(**{**arrays, "grad": np.where(np.isin(np.arange(5), np.arange(5)[rows])[:, None], 0, arrays["grad"])})
+    arrays[which][:, :, row] = np.nan
+    function = tf.function(results, autograph=False) if traced else results
+    output, by_query, by_key, by_value = (np.array(x) for x in function(**{n: tf.constant(x) for n, x in arrays.items()}))
+    for found, looked, wanted in ((output, rows, expected[0]), (by_query, rows, expected[1])):
+        if found is not output or which != "grad":
+            assert np.isnan(found[:, :, looked]).all()
+            np.testing.assert_allclose(np.delete(found, looked, 2), np.delete(wanted, looked, 2), rtol=0, atol=1e-12)
+    for found, wanted in ((by_key, expected[2]), (by_value, expected[3])):
+        hidden = np.delete(found, keys, 2)
+        np.testing.assert_allclose(hidden, np.delete(wanted, keys, 2), rtol=0, atol=1e-12)

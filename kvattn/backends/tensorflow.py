@@ -13,6 +13,7 @@ import tensorflow as tf
 from kvattn import bands, explanation
 from kvattn.kernels import tensorflow as tiled
 from kvattn.kernels import tensorflow_blocks as blocks
+from kvattn.kernels import tensorflow_nonfinite as nonfinite
 
 HALF = (tf.float16, tf.bfloat16)
 
@@ -185,9 +186,13 @@ def dot_score(query, key):
 
 
 def scaled_dot_score(query, key):
-    scores, d = dot_score(query, key), _shape(query)[-1]
-    # without features the scores are 0
-    return scores / (math.sqrt(d or 1) if isinstance(d, int) else tf.sqrt(tf.cast(tf.maximum(d, 1), scores.dtype)))
+    return dot_score(query, key) / _root(query)
+
+
+def _root(query):
+    """The square root of d; without features the scores are 0."""
+    d = _shape(query)[-1]
+    return math.sqrt(d or 1) if isinstance(d, int) else tf.sqrt(tf.cast(tf.maximum(d, 1), _wide(query[..., :0]).dtype))
 
 
 @_few_axes
@@ -309,7 +314,8 @@ def proportional(scores, where=None):
     wide = identity(_wide(scores), where)
     total = tf.reduce_sum(wide, axis=-1, keepdims=True)
     some = tf.not_equal(total, 0)
-    return tf.cast(tf.where(some, wide / tf.where(some, total, 1), 0), scores.dtype)
+    shown = some if where is None else tf.logical_and(some, where)  # a row of NaN has weights where it may attend
+    return tf.cast(tf.where(shown, wide / tf.where(some, total, 1), 0), scores.dtype)
 
 
 def average(scores, where=None):
@@ -331,13 +337,15 @@ def _top(scores, where):
 def _softmax_lse(scores, where):
     """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
     scores = _wide(scores)
-    top = _top(scores, where)
-    shifted = tf.exp((scores if where is None else tf.where(where, scores, -math.inf)) - top)
+    scores = scores if where is None else tf.where(where, scores, -math.inf)
+    top = _top(scores, None)
+    shifted = tf.exp(scores - top)
     total = tf.reduce_sum(shifted, axis=-1, keepdims=True)
     some = tf.not_equal(total, 0)
     total = tf.where(some, total, 1)
     lse = tf.where(some, tf.math.log(total) + top, -math.inf)
-    return shifted / total, lse[..., 0]
+    weights = shifted / total
+    return weights if where is None else tf.where(where, weights, 0), lse[..., 0]  # a row of NaN has them where it may attend
 
 
 def _softmax_of_finite(scores, where):
@@ -388,7 +396,9 @@ def attention(
     back = {"return_weights": return_weights, "return_lse": return_lse}
     if positions is not None:
         query, key, value, where = _select(positions, query, key, value, **where, **reach)
-        results = attention(query, key, value, **where, **how, **back)
+        results = attention(
+            query, key, value, **where, **how, **back
+        )  # keys of its own: what is hidden, is hidden from one query
         if not isinstance(results, tuple):
             return results[..., 0, :]
         return tuple(x[..., 0] if len(x.shape) < len(query.shape) else x[..., 0, :] for x in results)
@@ -408,29 +418,58 @@ def attention(
         return tf.concat([x for x, _ in parts], axis=-2), tf.concat([x for _, x in parts], axis=-1)
     if steps := blocks.plan(score, query, key, value, mask, bias, valid_lens):
         return blocks.attention(sys.modules[__name__], steps, query, key, value, **where, **reach, **how, **back)
+    results = _formula(query, key, value, **where, **reach, **how, **back)
+    looked = (query, key) if restricted or bias is not None else ()  # nothing is hidden where all may attend
+    if tf.executing_eagerly() and not nonfinite.absent(*looked, results[0] if isinstance(results, tuple) else results):
+        return _in_blocks(query, key, value, **where, **reach, **how, **back)
+    return results
 
+
+def _in_blocks(query, key, value, **options):
+    """The formula where something is not finite, in blocks of queries: its products leave out the pairs that may not attend."""
+    careful = partial(_formula, careful=True)
+    others = (options[name] for name in ("mask", "bias", "valid_lens"))
+    held = 1 if options["score"] in (scaled_dot_score, dot_score) else query.shape[-1]
+    steps = blocks.plan(options["score"], query, key, value, *others, held=held)
+    if not steps:
+        return careful(query, key, value, **options)
+    return blocks.attention(sys.modules[__name__], steps, query, key, value, attend=careful, **options)
+
+
+def _formula(query, key, value, *, score, normalize, mask, bias, valid_lens, causal, query_offset, window, scale, softcap,
+             dropout, rng, return_weights, return_lse, careful=False):  # fmt: skip
+    """attention by its formula. ``careful``: where something is not finite, it reaches nothing by pairs that may not attend."""
     dtype, n, (heads, kv_heads) = query.dtype, _shape(query)[-2], _heads(query, key)
     limited = causal or window is not None or valid_lens is not None
     keys = tf.range(tf.cast(_shape(key)[-2], tf.int64)) if limited else None
-    allowed = _allowed(n, keys, len(query.shape), **where, **reach)
+    allowed = _allowed(n, keys, len(query.shape), mask, bias, valid_lens, causal, query_offset, window)
     if not (mask is bias is valid_lens is None and bands.covers(n, key.shape[-2], causal, query_offset, window)):
         query, key, value = _hide_padding(allowed, query, key, value)
-
     if None in (*query.shape[:-1], *key.shape[:-1]) and score not in (scaled_dot_score, dot_score):
         some = tf.reduce_all(tf.concat([tf.shape(query)[:-1], tf.shape(key)[:-1]], axis=0) > 0)  # without pairs, no gradient
         query, key = tf.where(some, query, 0), tf.where(some, key, 0)
+    score = dot_score if score is scaled_dot_score and scale is not None else score
+    dots, product, shape = score in (scaled_dot_score, dot_score), _product, (*_lead(query, key), n, _shape(key)[-2])
+    graph = not tf.executing_eagerly()
+    if graph or (careful and allowed is not None):
+        may = None if allowed is None else lambda: _fold(tf.broadcast_to(allowed, shape), kv_heads)
+        pairs = nonfinite.Pairs(may, careful)
+        score, product = score if may is None else pairs.score(sys.modules[__name__], score), pairs.product
 
     # weights = normalize(score(query, key)): (..., h, n, m)
     scores = _scores(query, key, score, scale, softcap, bias)
-    if return_lse:
+    if return_lse or (careful and normalize is softmax):
         weights, lse = _softmax_lse(scores, allowed)
-    elif normalize is softmax and score in (scaled_dot_score, dot_score):
+    elif normalize is softmax and dots:
         weights, lse = _softmax_of_finite(scores, allowed), None
+        weights = nonfinite.spread(weights, allowed) if graph and return_weights else weights
     else:
         weights, lse = normalize(scores, where=allowed), None
+        if product is not _product and allowed is not None and not blocks._known(sys.modules[__name__], normalize):
+            weights = tf.where(allowed, weights, 0)  # whatever a row of NaN has there, and its gradient
 
     # output = weights @ value: (..., h, n, v)
-    output = _product(_fold(_dropout(weights, dropout, rng), kv_heads), _wide(value))
+    output = product(_fold(_dropout(weights, dropout, rng), kv_heads), _wide(value))
     output = tf.cast(_unfold(output, heads, n), dtype)
     results = [output] + [tf.cast(weights, dtype)] * return_weights + [lse] * return_lse
     return tuple(results) if len(results) > 1 else output
@@ -439,12 +478,8 @@ def attention(
 def _scores(query, key, score, scale, softcap, bias):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
     n, (heads, kv_heads) = _shape(query)[-2], _heads(query, key)
-    query = _fold(query, kv_heads)
-    if scale is None:
-        scores = score(query, key)
-    else:
-        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
-    scores = _unfold(scores, heads, n)
+    scores = score(_fold(query, kv_heads), key)
+    scores = _unfold(scores if scale is None else scale * scores, heads, n)
     if softcap is not None:
         scores = softcap * tf.tanh(scores / softcap)
     return scores if bias is None else scores + _wide(bias)
@@ -533,10 +568,11 @@ def _repeated(index):
 
 
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
+    fine = not tf.executing_eagerly() or nonfinite.absent(tf.convert_to_tensor(grad_output))
     score = options.get("score", scaled_dot_score)
     given = {"query": query, "key": key, "value": value, "bias": options.get("bias"), **getattr(score, "keywords", {})}
     by = {name: tf.identity(given[name]) for name in wrt}  # copies: one tensor may be query, key and value
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
+    with tf.GradientTape(watch_accessed_variables=False) as tape, nullcontext() if fine else nonfinite.expected():
         tape.watch(by)
         given |= by
         query, key, value, bias = (given.pop(name) for name in ("query", "key", "value", "bias"))

@@ -15,6 +15,8 @@ from functools import lru_cache, partial, reduce
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
+from kvattn.kernels.tensorflow_nonfinite import Pairs, absent
+
 SMALLEST = 2**17  # scores of a head that blocks are worth their own cost for; twice that, if they save no work
 HELD = 2**24  # scores of a call that may be held all at once
 SCORES, GRAD_SCORES = 2**20, 2**22  # of a block, forward and backward: there each adds to all the keys in its reach
@@ -70,8 +72,7 @@ def attention(tab, query, key, value, *, score, scale, softcap, return_lse, mask
 
     @tf.custom_gradient
     def attend(query, key, value):
-        run = _compiled(_forward, (*kind, SCORES, ROWS, BAND_ROWS, FEWEST), specs)
-        results = run(*_constants(query, key, value), *where)
+        results = _served(_forward, kind, (SCORES, ROWS, BAND_ROWS, FEWEST), specs, *_constants(query, key, value), *where)
 
         def grad(*grads):
             return _twice_differentiable(query, key, value, *grads)
@@ -80,8 +81,8 @@ def attention(tab, query, key, value, *, score, scale, softcap, return_lse, mask
         def _twice_differentiable(*given):
             grads = [tf.cast(x, results[0].dtype) for x in given[3:]]
             wide = tuple((x.dtype, x.shape.rank) for x in (results[0], *grads))
-            run = _compiled(_backward, (*kind, GRAD_SCORES, ROWS, BAND_ROWS, FEWEST), specs + wide)
-            firsts = run(*_constants(*given[:3]), *where, *_constants(results[0], *grads))
+            arrays = (*_constants(*given[:3]), *where, *_constants(results[0], *grads))
+            firsts = _served(_backward, kind, (GRAD_SCORES, ROWS, BAND_ROWS, FEWEST), specs + wide, *arrays)
             for x, like in zip(firsts, given, strict=False):
                 x.set_shape(like.shape)
             return firsts, lambda *seconds: _derivative(plain, given, seconds)
@@ -93,6 +94,14 @@ def attention(tab, query, key, value, *, score, scale, softcap, return_lse, mask
     output, *lse = attend(query, key, value)
     output = tf.cast(output, query.dtype)
     return (output, *lse) if lse else output
+
+
+def _served(function, kind, sizes, specs, *tensors):
+    """What the compiled function returns; where that is not finite, and it can be seen, what its careful kind returns."""
+    results = _compiled(function, (*kind, False, *sizes), specs)(*tensors)
+    if tf.executing_eagerly() and not absent(*results):
+        return _compiled(function, (*kind, True, *sizes), specs)(*tensors)
+    return results
 
 
 def _constants(*tensors):
@@ -133,7 +142,7 @@ class Call:
     """The arguments with all leading axes and rows in one, and a table of which rows of them each block needs."""
 
     def __init__(self, kind, query, key, value, query_offset, *rest):
-        self.scale, self.softcap, self.left, self.right, padded, masked, self.with_lse, *sizes = kind
+        self.scale, self.softcap, self.left, self.right, padded, masked, self.with_lse, self.careful, *sizes = kind
         rest, rank = list(rest), max(query.shape.rank, 3)
         valid_lens, mask = rest.pop(0) if padded else None, rest.pop(0) if masked else None
         self.dtype = tf.float64 if query.dtype == tf.float64 else tf.float32
@@ -265,13 +274,18 @@ class Block:
             allowed.append(tf.broadcast_to(mask, shape))
         return reduce(tf.logical_and, allowed)
 
+    def scores(self):
+        """The scores of all pairs, and the slope of softcap."""
+        scores = tf.matmul(self.query * tf.constant(self.call.scale, self.call.dtype), self.key, transpose_b=True)
+        if self.call.softcap is None:
+            return scores, None
+        capped = tf.tanh(scores / self.call.softcap)
+        return self.call.softcap * capped, 1 - capped * capped
+
     def weights(self):
         """exp(scores) of the allowed pairs over some number, their row sums, the lse, or None, and the slope of softcap."""
-        call, slope = self.call, None
-        scores = tf.matmul(self.query * tf.constant(call.scale, call.dtype), self.key, transpose_b=True)
-        if call.softcap is not None:
-            capped = tf.tanh(scores / call.softcap)
-            scores, slope = call.softcap * capped, 1 - capped * capped
+        call = self.call
+        scores, slope = self.scores()
         if call.masked or not call.banded:
             weights, lse = self._softmax(scores, self.allowed if call.masked else None)
             return weights, 1, lse, slope
@@ -298,6 +312,20 @@ class Block:
         top, largest = (tf.reduce_max(x, axis=1, keepdims=True) for x in (scores, weights))
         return weights, top - tf.math.log(largest)  # the largest weight is 1 / sum(exp(scores - top))
 
+    def careful(self):
+        """The weights, the lse and the slope where something is not finite, and the pairs that may attend."""
+        scores, slope = self.scores()
+        allowed = self._allowed() if self.call.masked or self.call.banded else None
+        pairs = Pairs(None if allowed is None else lambda: allowed, always=True)
+        scores = scores if allowed is None else tf.where(allowed, scores, -math.inf)
+        top = tf.reduce_max(scores, axis=1, keepdims=True)
+        top = tf.where(tf.equal(top, -math.inf), tf.zeros_like(top), top)
+        weights = tf.exp(scores - top)
+        total = tf.reduce_sum(weights, axis=1, keepdims=True)
+        some = tf.not_equal(total, 0)
+        lse = tf.where(some, top + tf.math.log(total), -math.inf)
+        return pairs.only(weights / tf.where(some, total, 1)), lse, slope, pairs
+
     def put(self, into, x):
         """``into``, an array of the output's rows, with x in the block's."""
         return tf.raw_ops.InplaceUpdate(x=into, i=_slice(self.call.numbers, *self.ends["rows"]), v=x)
@@ -312,6 +340,10 @@ def _slice(x, start, end):
     return tf.raw_ops.StridedSlice(input=x, begin=start, end=end, strides=[1])
 
 
+def _product(pairs, x, turned=False):
+    return tf.matmul(pairs, x, transpose_a=turned)
+
+
 def _zeros(call, rows, width):
     return tf.raw_ops.Empty(shape=tf.stack([rows, width]), dtype=call.dtype, init=True)  # no constant: it is written to
 
@@ -321,8 +353,13 @@ def _forward(call):
     rows = tf.reduce_prod(call.lead) * call.n
 
     def body(block, output, *lses):
-        weights, total, lse, _ = block.weights()
-        output = block.put(output, block.seen(tf.matmul(weights, block.value) / total))
+        if call.careful:
+            weights, lse, _, pairs = block.careful()
+            found = pairs.of(weights, block.value)
+        else:
+            weights, total, lse, _ = block.weights()
+            found = tf.matmul(weights, block.value) / total
+        output = block.put(output, block.seen(found))
         return output, *(block.put(x, block.seen(lse, other=-math.inf)) for x in lses)
 
     empty = [_zeros(call, rows, tf.shape(call.value)[1])] + [_zeros(call, rows, 1) - math.inf] * call.with_lse
@@ -339,18 +376,24 @@ def _backward(call):
     output, grad_output, *grad_lse = call.results
 
     def body(block, by_query, by_key, by_value):
-        weights, total, _, slope = block.weights()
         grad = block.seen(block.take(grad_output, "rows"))
         delta = tf.reduce_sum(grad * block.take(output, "rows"), axis=1, keepdims=True)
         for x in grad_lse:
             delta -= block.seen(block.take(x, "rows"))
-        grad, delta = grad / total, delta / total
-        by_value = block.add(by_value, tf.matmul(weights, grad, transpose_a=True), "value")
+        if call.careful:
+            weights, _, slope, pairs = block.careful()
+            product = pairs.of
+        else:
+            weights, total, _, slope = block.weights()
+            grad, delta, product = grad / total, delta / total, _product
         by_scores = weights * (tf.matmul(grad, block.value, transpose_b=True) - delta)
         by_scores = by_scores if slope is None else by_scores * slope
+        by_scores = pairs.only(by_scores) if call.careful else by_scores
         scale = tf.constant(call.scale, call.dtype)
-        by_query = block.add(by_query, tf.matmul(by_scores, block.key) * scale, "query")
-        return by_query, block.add(by_key, tf.matmul(by_scores, block.query * scale, transpose_a=True), "key"), by_value
+        found = [product(by_scores, block.key) * scale, product(by_scores, block.query * scale, turned=True)]
+        found.append(product(weights, grad, turned=True))
+        into = zip((by_query, by_key, by_value), found, ("query", "key", "value"), strict=True)
+        return [block.add(x, y, name) for x, y, name in into]
 
     grads = call.each(body, *(_zeros(call, *tf.unstack(tf.shape(x))) for x in (call.query, call.key, call.value)))
     return [tf.cast(tf.reshape(x, tf.shape(like)), like.dtype) for x, like in zip(grads, call.given, strict=True)]

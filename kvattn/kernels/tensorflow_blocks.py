@@ -16,16 +16,16 @@ class Alone(partial):
     """A function of one's own that reads nothing whose gradients are asked for but its arguments and tf.Variables."""
 
 
-def plan(score, query, key, *others):
-    """Blocks of queries, as bands.plan's; [] where one block is all, or sizes are unknown."""
+def plan(score, query, key, *others, held=1):
+    """Blocks of queries, as bands.plan's; [] where one block is all, or sizes are unknown. ``held``: numbers of each."""
     if any(None in x.shape for x in (query, key, *others) if x is not None):
         return []
-    return bands.rows(score, tuple(query.shape), tuple(key.shape), PAIRS)
+    return bands.rows(score, tuple(query.shape), tuple(key.shape), PAIRS // held)
 
 
 def attention(tab, steps, query, key, value, *, score, normalize, mask, bias, valid_lens, query_offset, dropout, rng,
-              return_weights, return_lse, **options):  # fmt: skip
-    """What attention of ``tab`` returns for all queries, made of what it returns for each block.
+              return_weights, return_lse, attend=None, **options):  # fmt: skip
+    """What attention of ``tab``, or ``attend``, returns for all queries, made of what it returns for each block.
 
     What a score or normaliser of one's own reads beside its arguments, TensorFlow does not tell: unless it is Alone, tapes keep
     every block of it.
@@ -44,6 +44,8 @@ def attention(tab, steps, query, key, value, *, score, normalize, mask, bias, va
         if fixed[name] is not None and len(fixed[name].shape) > 1 and fixed[name].shape[-2] == n:
             each[name] = (fixed[name], -2)
 
+    serve = attend or tab.attention
+
     def attend(i, names, *tensors):
         here = {**fixed, **dict(zip(names, tensors, strict=True))}
         mine = {name: here.pop(name) for name in bound}
@@ -52,7 +54,7 @@ def attention(tab, steps, query, key, value, *, score, normalize, mask, bias, va
         at = tf.cast(query_offset, tf.int64) + size * tf.cast(i, tf.int64)
         back = {"return_weights": return_weights, "return_lse": return_lse}
         arrays = [here.pop(name) for name in ("query", "key", "value")]
-        results = tab.attention(
+        results = serve(
             *arrays, score=rebound, normalize=normalize, query_offset=at, dropout=dropout, rng=draws, **here, **back, **options
         )
         return results if isinstance(results, tuple) else (results,)
