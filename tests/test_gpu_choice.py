@@ -153,7 +153,10 @@ def on_a_device(block=4, compiled=lambda signature: literal):
 @pytest.mark.parametrize("block", [2, 128])
 def test_the_conformance_suite_on_a_stand_in_device(block):
     with on_a_device(block) as called:
-        report = conformance.run("torch")
+        cases = [
+            case for case in conformance.cases() if case.group != "not finite"
+        ]  # no values are read on a GPU: see known.py
+        report = conformance.run("torch", cases)
     assert not report.failures, "\n".join(result.message for result in report.failures)
     assert {*called} == {"corner", "flex", "slices"}
 

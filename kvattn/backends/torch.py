@@ -14,7 +14,7 @@ import torch
 
 from kvattn import bands, explanation
 from kvattn.kernels import torch as kernels
-from kvattn.kernels import torch_gpu
+from kvattn.kernels import torch_gpu, torch_pairs
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -240,7 +240,7 @@ def sparsemax(scores, where=None):
     ordered = shifted.detach().sort(dim=-1, descending=True).values
     ranks = torch.arange(1, wide.shape[-1] + 1, dtype=wide.dtype, device=wide.device)
     sums = ordered.cumsum(dim=-1)
-    count = (1 + ranks * ordered > sums).sum(dim=-1, keepdim=True)
+    count = (1 + ranks * ordered > sums).sum(dim=-1, keepdim=True).clamp(min=1)  # 0 in a row of NaN
     support = shifted.detach() > (sums.gather(-1, count - 1) - 1) / count
     # the threshold again, from its support alone: the gradient passes through no sort
     threshold = (torch.where(support, shifted, 0).sum(dim=-1, keepdim=True) - 1) / support.sum(dim=-1, keepdim=True)
@@ -365,16 +365,24 @@ def attention(
     if kernel == "SDPA":
         return kernels.attention(query, key, value, allowed, bias, triangle, scale).to(dtype)  # autocast's is another
 
+    def pairs():  # as they lie for each key head
+        return _fold(allowed.expand(*bands.lead(query.shape, key.shape), n, key.shape[-2]), kv_heads)
+
     # weights = normalize(score(query, key)): (..., h, n, m)
     scores = _scores(query, key, score, scale, softcap, bias)
+    if allowed is not None and scores.requires_grad and torch_pairs.leaks(query, key):
+        score = torch_pairs.apart(dot_score if scale is not None and score is scaled_dot_score else score, pairs())
+        scores = _scores(query, key, score, scale, softcap, bias)
     if return_lse:
         weights, lse = _softmax_lse(scores, allowed)
     else:
         weights, lse = normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    output = _fold(_dropout(weights, dropout, rng), kv_heads) @ _wide(value)
-    output = _unfold(output, heads, n).to(dtype)
+    kept = _fold(_dropout(weights, dropout, rng), kv_heads)
+    output = _unfold(torch_pairs.product(kept, _wide(value), None if allowed is None else pairs), heads, n).to(dtype)
+    if return_weights and allowed is not None:
+        weights = torch_pairs.cleared(weights, allowed)
     results = [output] + [weights.to(dtype)] * return_weights + [lse] * return_lse
     return tuple(results) if len(results) > 1 else output
 

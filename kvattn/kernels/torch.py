@@ -14,6 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from kvattn import bands
+from kvattn.kernels import torch_pairs as pairs
+from kvattn.kernels.torch_traces import known, readable, tracing
 
 CALL = 2**22  # multiplications that one more call must save, and
 READ = 32  # that take as long as reading one number of a key or value
@@ -21,45 +23,6 @@ GAIN = 0.25  # share of the work that calls apart must save: they keep the cores
 PAIRS = 2**24  # numbers that are held at one time, of scores, masks or features: arrays under 32 MB would fragment glibc's heap
 ROWS = 256  # queries of a block for which nothing but a mask is held
 LACKS = "SDPA has no forward derivatives, no gradient by bias, no scale of 0 or less, and no answer without keys"
-
-
-# ---- what a program that is recorded may know
-
-
-def tracing():
-    """Whether a program is recorded that runs with other values later: none of this call's may decide what it does."""
-    if torch.compiler.is_compiling():  # first: torch.compile reads no further
-        return True
-    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
-        return True
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()) and _recording_mode()
-
-
-def _recording_mode():
-    """Whether make_fx, FakeTensorMode or a functionalization listens: not every mode that does records a program."""
-    keys = torch._C._TorchDispatchModeKey
-    modes = [torch._C._get_dispatch_mode(key) for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL)]
-    modes += [torch._ops._get_dispatch_mode_pre_dispatch(key) for key in (keys.PROXY, keys.FUNCTIONAL)]
-    return any(mode is not None for mode in modes)
-
-
-def readable(x):
-    """Whether the values of ``x`` may be looked at: they exist, on the CPU, and no program is recorded."""
-    return x.device.type == "cpu" and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not tracing()
-
-
-def known(fact):
-    """Whether a fact about sizes, such as n == m, is true in every run of the program, if one is recorded."""
-    if fact is True or fact is False:
-        return fact
-    if isinstance(fact, torch.Tensor):  # what torch.jit.trace makes of sizes
-        return False
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads SymPy, which symbols have loaded
-
-    return statically_known_true(fact)
-
-
-# ---- which kernel
 
 
 def choose(query, key, value, usual, score, softcap, scale, where, reach, whole, by_lengths=True):
@@ -139,19 +102,16 @@ def by_runs(attend, found, query, key, value, valid_lens, causal, scale):
 
 def _padded(query, key, value, valid_lens, causal, scale):
     """All with a mask, or None where what it masks may have to be hidden: a copy of keys and values costs more than a look."""
-    if not valid_lens.all():
+    if not valid_lens.all() or not readable(query):
         return None
     n, m = query.shape[-2], key.shape[-2]
     allowed = torch.arange(m) < valid_lens.reshape(-1, *[1] * (query.ndim - 1))
     allowed = allowed & torch.ones(n, m, dtype=torch.bool).tril() if causal else allowed
-    output = fused(query, key, value, allowed.to(query.device), False, scale)
+    output = _run(query, key, value, allowed, False, scale)
     # NaN and inf in a value are in the output too; in a key they may not be, if its score is -inf, but in the gradient
-    sound = _finite(output) and (_finite(key) or not _taped(query, key, value))
-    return output if sound else None
-
-
-def _finite(x):
-    return math.isfinite(x.detach().sum(dtype=None if x.dtype == torch.float64 else torch.float32))
+    if not pairs.sound(output, query, key, True, False) or (_taped(query, key, value) and not pairs.finite(key)):
+        return None
+    return _taped_as(output, partial(pairs.attention, allowed=allowed, bias=None, scale=scale), query, key, value, allowed)
 
 
 def rows(query, key, value, score, fused, mask, bias, valid_lens, causal, query_offset, window):
@@ -204,7 +164,8 @@ def attention(query, key, value, allowed, bias, triangle, scale):
         allowed = allowed.reshape(*[1] * (query.ndim - allowed.ndim), *allowed.shape)
         some = allowed.any(dim=-1, keepdim=True)
         added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
-    output = fused(query, key, value, None if allowed is None else added, triangle, scale)
+    exact = partial(pairs.attention, allowed=allowed, bias=bias, scale=scale) if allowed is not None else None
+    output = fused(query, key, value, None if allowed is None else added, triangle, scale, exact)
     return output if allowed is None else torch.where(some, output, 0)
 
 
@@ -245,18 +206,44 @@ def by_band(steps, query, key, value, causal, query_offset, window, scale):
     return torch.cat(parts, dim=-2)
 
 
-def fused(query, key, value, mask, causal, scale):
-    if not _taped(query, key, value) or tracing():
-        return _run(query, key, value, mask, causal, scale)
-    return twice_differentiable(partial(_run, causal=causal, scale=scale), query, key, value, mask)
+def fused(query, key, value, mask, causal, scale, exact=None):
+    """scaled_dot_product_attention; the answer of ``exact`` where NaN or inf reached, or may have, what it may not.
+
+    ``exact``: a function (query, key, value) -> output that takes each pair by itself; by default that of the mask.
+    """
+    output = _run(query, key, value, mask, causal, scale)
+    taped = _taped(query, key, value) and not tracing()
+    unsound = not pairs.sound(output, query, key, mask is not None, causal)
+    if not (taped or unsound):
+        return output
+    exact = exact or partial(_exact, mask=mask, causal=causal, scale=scale)
+    return (
+        exact(query, key, value) if unsound else _taped_as(output, exact, query, key, value, mask, mask is None and not causal)
+    )
 
 
-def twice_differentiable(run, query, key, value, mask=None, formula=None):
-    """run(query, key, value, mask); second derivatives are those of ``formula``, or of ``run`` by PyTorch's plain formula."""
-    output = run(query, key, value, mask)
+def _exact(query, key, value, mask, causal, scale):
+    allowed = bias = None
+    if causal:
+        allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    elif mask is not None and mask.dtype == torch.bool:
+        allowed = mask
+    else:
+        bias = mask
+    return pairs.attention(query, key, value, allowed, bias, scale)
+
+
+def twice_differentiable(run, query, key, value, formula=None):
+    """run(query, key, value); second derivatives are those of ``formula``, or of ``run`` by PyTorch's plain formula."""
+    output = run(query, key, value)
     if _taped(query, key, value) and not tracing():
-        return _TwiceDifferentiable.apply(output, formula or partial(_formula, run), query, key, value, mask)
+        return _taped_as(output, formula or partial(_formula, run), query, key, value, unlooked=True)
     return output
+
+
+def _taped_as(output, formula, query, key, value, mask=None, unlooked=False):
+    """The output with its gradients. ``unlooked``: on a GPU, or where all may attend to all and 0 * NaN is nobody else's."""
+    return _TwiceDifferentiable.apply(output, formula, query, key, value, mask, unlooked)
 
 
 def _formula(run, *inputs):
@@ -282,22 +269,26 @@ def _four(x, lead):
 
 
 class _TwiceDifferentiable(torch.autograd.Function):
-    """A fused kernel's output and backward; under create_graph the formula's, since the fused one has no derivative."""
+    """A fused kernel's output and backward; the formula's under create_graph, since the fused one has no derivative, and
+    where the fused one would multiply its zeros by NaN or inf. ``mask`` is kept so that a change of it is noticed."""
 
     @staticmethod
-    def forward(ctx, output, formula, query, key, value, mask):
+    def forward(ctx, output, formula, query, key, value, mask, unlooked):
         ctx.save_for_backward(query, key, value, mask)
-        ctx.formula = formula
+        ctx.formula, ctx.unlooked = formula, unlooked
         return output.detach()
 
     @staticmethod
     def backward(ctx, grad_output):
-        if not torch.is_grad_enabled():
-            return grad_output, None, None, None, None, None
-        *inputs, mask = ctx.saved_tensors
-        inputs = [x.view_as(x) for x in inputs]  # apart, where one tensor is query and key
+        *inputs, _ = ctx.saved_tensors
+        twice = torch.is_grad_enabled()
+        # with a value that is not finite, neither were the output, nor is this its backward
+        if not twice and (ctx.unlooked or not readable(grad_output) or all(map(pairs.finite, (grad_output, *inputs[:2])))):
+            return grad_output, None, None, None, None, None, None
         wanted = ctx.needs_input_grad[2:5]
-        output = ctx.formula(*inputs, mask)
+        with torch.enable_grad():  # apart, where one tensor is query and key
+            inputs = [x.view_as(x) if twice else x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
+            output = ctx.formula(*inputs)
         chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
-        grads = iter(torch.autograd.grad(output, chosen, grad_output, create_graph=True))
-        return None, None, *(next(grads) if w else None for w in wanted), None
+        grads = iter(torch.autograd.grad(output, chosen, grad_output, create_graph=twice))
+        return None, None, *(next(grads) if w else None for w in wanted), None, None

@@ -155,8 +155,9 @@ class _Triangle:
     def __init__(self, square, scale):
         self.square, self.scale = square, scale
 
-    def __call__(self, query, key, value, mask=None):
+    def __call__(self, query, key, value):
         grouped = {} if query.shape[1] == key.shape[1] else {"enable_gqa": True}
+        mask = None
         if self.square is False:
             from torch.nn.attention.bias import causal_lower_right  # loads the compiler, which `import kvattn.torch` need not
 
@@ -188,7 +189,7 @@ class _Flex:
     def __init__(self, signature, spans, blocks, scale, softcap):
         self.signature, self.spans, self.blocks, self.scale, self.softcap = signature, spans, blocks, scale, softcap
 
-    def __call__(self, query, key, value, mask=None):
+    def __call__(self, query, key, value):
         program = compiled(self.signature)
         if program is None:
             return self.formula(query, key, value)
@@ -200,7 +201,7 @@ class _Flex:
             _programs[self.signature] = None
             return self.formula(query, key, value)
 
-    def formula(self, query, key, value, mask=None):
+    def formula(self, query, key, value):
         wide = torch.float32 if query.dtype in HALF else query.dtype
         grouped = query.to(wide).unflatten(1, (key.shape[1], -1))  # (batch, key heads, group, n, d)
         scores = self.scale * (grouped @ key.to(wide)[:, :, None].transpose(-1, -2))

@@ -1,0 +1,38 @@
+"""What a program that is recorded may know: its values come later, and so may its sizes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def tracing():
+    """Whether a program is recorded that runs with other values later: none of this call's may decide what it does."""
+    if torch.compiler.is_compiling():  # first: torch.compile reads no further
+        return True
+    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+        return True
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()) and _recording_mode()
+
+
+def _recording_mode():
+    """Whether make_fx, FakeTensorMode or a functionalization listens: not every mode that does records a program."""
+    keys = torch._C._TorchDispatchModeKey
+    modes = [torch._C._get_dispatch_mode(key) for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL)]
+    modes += [torch._ops._get_dispatch_mode_pre_dispatch(key) for key in (keys.PROXY, keys.FUNCTIONAL)]
+    return any(mode is not None for mode in modes)
+
+
+def readable(x):
+    """Whether the values of ``x`` may be looked at: they exist, on the CPU, and no program is recorded."""
+    return x.device.type == "cpu" and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not tracing()
+
+
+def known(fact):
+    """Whether a fact about sizes, such as n == m, is true in every run of the program, if one is recorded."""
+    if fact is True or fact is False:
+        return fact
+    if isinstance(fact, torch.Tensor):  # what torch.jit.trace makes of sizes
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads SymPy, which symbols have loaded
+
+    return statically_known_true(fact)

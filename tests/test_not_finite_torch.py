@@ -1,0 +1,154 @@
+"""NaN and inf on PyTorch's own paths: SDPA in slices, bands and half precision, its backward, second derivatives, layers.
+
+Which rows are not finite is counted from the pairs; all others are compared with the same call without NaN, which the
+conformance suite judges, and whose group "not finite" asks every backend for what it promises.
+"""
+
+import numpy as np
+import pytest
+from conftest import chosen
+
+if "torch" not in chosen():
+    pytest.skip("this run is without PyTorch", allow_module_level=True)
+
+import torch
+
+import kvattn
+from kvattn.conformance import oracle
+from kvattn.kernels import torch_pairs as pairs
+from kvattn.layers import torch as layers
+
+NAN, INF = float("nan"), float("inf")
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def looks(shape, m, **options):
+    """Which query may attend to which key, (..., n, m), from the oracle's list."""
+    found = np.zeros((*shape[:-1], m), bool)
+    for _, at in oracle.pairs(np.zeros(shape), np.zeros((*shape[:-2], m, 1)), **options)[3]:
+        found[at] = True
+    return torch.from_numpy(found)
+
+
+def same(got, want, reached):
+    """NaN where it reached and what a clean call gives elsewhere."""
+    reached = reached.expand(got.shape)
+    assert torch.isnan(got[reached]).all()
+    torch.testing.assert_close(got[~reached], want[~reached])
+
+
+LENS = [[3, 7, 40, 40], [40, 12, 12, 1], [9, 9, 9, 9]]
+WAYS = {
+    "plain": {},
+    "causal": {"causal": True},
+    **{f"lengths {lens}": {"valid_lens": np.array(lens)} for lens in LENS},
+    "causal lengths": {"causal": True, "valid_lens": np.array(LENS[0])},
+    "a window": {"window": (3, 2)},
+    "a causal window": {"window": 5, "causal": True},
+    "a mask": {"mask": np.tri(40, 40, 3, dtype=bool)},
+    "a mask with empty rows": {"mask": np.tri(40, 40, -2, dtype=bool)},
+}
+
+
+@pytest.mark.parametrize("m", [5, 40])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_rows_that_look_and_no_others(way, m):
+    options = {name: x[:m, :m] if name == "mask" else x for name, x in WAYS[way].items()}
+    x = {name: draw(4, 2, m, 8, seed=seed) for seed, name in enumerate(("query", "key", "value"))}
+    grad = draw(4, 2, m, 8, seed=9)
+    seen = looks((4, 2, m, 8), m, **options)
+    options = {name: torch.from_numpy(o) if isinstance(o, np.ndarray) else o for name, o in options.items()}
+    want = kvattn.attention(**x, **options)
+    clean = kvattn.attention_grad(**x, grad_output=grad, **options)
+    for name in ("query", "key", "value", "grad_output"):
+        given = {**x, "grad_output": grad}
+        given[name] = given[name].clone()
+        given[name][1, 0, 2, 3] = NAN
+        rows = torch.zeros(4, 2, m, 1, dtype=torch.bool)  # what is not finite
+        rows[1, 0, 2] = True
+        if name in ("query", "grad_output"):
+            rows &= seen.any(dim=-1, keepdim=True)
+        else:
+            rows = (seen & rows.mT).any(dim=-1, keepdim=True)
+        got = kvattn.attention(given["query"], given["key"], given["value"], **options)
+        feature = torch.arange(8) == 3 if name == "value" else torch.ones(8, dtype=torch.bool)
+        same(got, want, rows & feature if name != "grad_output" else torch.zeros(1, dtype=torch.bool))
+        by_query, by_key, by_value = kvattn.attention_grad(**given, **options)
+        same(by_query, clean[0], rows)
+        same(by_key, clean[1], (seen & rows).any(dim=-2)[..., None])
+        reached = (seen & rows).any(dim=-2)[..., None]
+        reached = {"value": reached & False, "grad_output": reached & (torch.arange(8) == 3)}.get(name, reached)
+        same(by_value, clean[2], reached)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"mask": torch.ones(16, 16, dtype=torch.bool).tril()}])
+def test_scores_of_inf_in_half_precision_are_nan_not_zeros(dtype, options):
+    query, key, value = (draw(1, 1, 16, 8, seed=seed, dtype=dtype).abs() + 1 for seed in range(3))
+    want = kvattn.attention(query, key, value, **options)
+    key = key.clone()
+    key[..., 7, :] = INF
+    same(kvattn.attention(query, key, value, **options), want, torch.arange(16)[:, None] >= (7 if options else 0))
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": True, "softcap": 2.0}, {"window": (2, 0)}])
+def test_second_derivatives_and_dropout(options):
+    query, key, value = (draw(1, 1, 12, 4, seed=seed) for seed in range(3))
+    odd = query.clone()
+    odd[..., 7, 0] = NAN
+    unseen = ~looks((1, 1, 12, 4), 12, **{n: x for n, x in options.items() if n != "softcap"})[0, 0, 7]
+
+    def grads(query, dropout):
+        query, keys = query.clone().requires_grad_(), key.clone().requires_grad_()
+        rng = {"dropout": dropout, "rng": torch.Generator().manual_seed(1)} if dropout else {}
+        output = kvattn.attention(query, keys, value, **options, **rng)
+        (grad,) = torch.autograd.grad(output.square().sum(), keys, create_graph=True)
+        return grad.detach(), torch.autograd.grad(grad[..., unseen, :].square().sum(), query)[0]
+
+    for dropout in (0.0, 0.4):
+        (first, second), (want, want_second) = grads(odd, dropout), grads(query, dropout)
+        same(first, want, ~unseen[:, None])
+        same(second, want_second, torch.arange(12)[:, None] == 7)
+
+
+def test_one_sequence_of_a_batch_of_layers():
+    layer = layers.TransformerEncoderBlock(8, 16, 2, seed=0)
+    X = draw(3, 20, 8, dtype=torch.float32)
+    odd = X.clone()
+    odd[1, 5, 0] = NAN
+    for options in ({"causal": True}, {"valid_lens": torch.tensor([20, 9, 4])}, {}):
+        want, got = layer(X, **options), layer(odd, **options)
+        rows = torch.zeros(3, 20, 1, dtype=torch.bool)
+        rows[1, 5 if options.get("causal") else 0 :] = True
+        same(got, want, rows)
+
+
+def test_large_numbers_in_half_precision_are_finite():
+    assert pairs.finite(torch.full((2, 1000), 60000.0, dtype=torch.float16))  # though their sum is not, in float16
+    assert not pairs.finite(torch.tensor([1.0, NAN], dtype=torch.float16))
+    assert not pairs.finite(torch.tensor([INF, 1.0]))
+
+
+def test_long_calls_are_cut_in_blocks_of_queries(monkeypatch):
+    query, key, value = (draw(2, 33, 4, seed=seed) for seed in range(3))
+    want = kvattn.attention_grad(query, key, value, value, causal=True)
+    query[0, 20] = NAN
+    for size in (33, 2 * 33 * 7, 2**22):
+        monkeypatch.setattr(pairs, "PAIRS", size)
+        for got, clean in zip(kvattn.attention_grad(query, key, value, value, causal=True), want, strict=True):
+            same(got[1], clean[1], torch.zeros(1, dtype=torch.bool))
+        by_query, *by_keys = kvattn.attention_grad(query, key, value, value, causal=True)
+        same(by_query[0], want[0][0], torch.arange(33)[:, None] == 20)
+        for got, clean in zip(by_keys, want[1:], strict=True):
+            same(got[0], clean[0], torch.arange(33)[:, None] <= 20)
+
+
+def test_values_are_not_looked_at_where_a_program_is_recorded():
+    x = draw(1, 1, 5, 4)
+    assert pairs.readable(x)
+    answers = []
+    torch.func.vmap(lambda x: answers.append(pairs.readable(x)) or x)(x)
+    assert answers == [False]
