@@ -99,7 +99,8 @@ def attention(tab, query, key, value, *, score, scale, softcap, return_lse, mask
 def _served(function, kind, sizes, specs, *tensors):
     """What the compiled function returns; where that is not finite, and it can be seen, what its careful kind returns."""
     results = _compiled(function, (*kind, False, *sizes), specs)(*tensors)
-    if tf.executing_eagerly() and not absent(*results):
+    looked = results[:1] if function is _forward else results  # the lse of an empty row is -inf
+    if tf.executing_eagerly() and not absent(*looked):
         return _compiled(function, (*kind, True, *sizes), specs)(*tensors)
     return results
 
@@ -385,7 +386,8 @@ def _backward(call):
             product = pairs.of
         else:
             weights, total, _, slope = block.weights()
-            grad, delta, product = grad / total, delta / total, _product
+            grad, delta = grad / total, delta / total
+            product = _product
         by_scores = weights * (tf.matmul(grad, block.value, transpose_b=True) - delta)
         by_scores = by_scores if slope is None else by_scores * slope
         by_scores = pairs.only(by_scores) if call.careful else by_scores
