@@ -42,11 +42,6 @@ DIFFERENCES = (
     ),
 )
 
-# For a short time only: whoever cures a backend takes its name out of this tuple, and the last one takes out all of it.
-DIFFERENCES += tuple(
-    Difference(backend, "*", "not finite", "one row's NaN reaches other rows; the cure is under way") for backend in ("jax",)
-)
-
 
 def difference(backend: str, dtype: str, case: str, group: str) -> Difference | None:
     """The row that excuses ``backend`` from this case in this dtype, if there is one."""
