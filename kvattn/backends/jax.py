@@ -388,10 +388,9 @@ def attention(
 
     # output = weights @ value: (..., h, n, v)
     dropped, value = _fold(_dropout(weights, dropout, rng), kv_heads), _wide(value)
+    output = dropped @ value
     if apart:
-        output = finite.weighed(dropped, value, _fold(jnp.broadcast_to(allowed, weights.shape), kv_heads))
-    else:
-        output = dropped @ value
+        output = finite.weighed(output, dropped, value, lambda: _fold(jnp.broadcast_to(allowed, weights.shape), kv_heads))
     output = _unfold(output, heads, n).astype(dtype)
     results = [output] + [weights.astype(dtype)] * return_weights + [lse] * return_lse
     return tuple(results) if len(results) > 1 else output

@@ -208,10 +208,9 @@ def _absorb(carry, rows, keys, pairs, limits, allowed):
         scores = jnp.where(allowed, scores, -math.inf)
     new = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
     weights, fade = jnp.exp(scores - new), jnp.exp(top - new)
-    if allowed is None:
-        here = _dot(weights, keys["value"])
-    else:
-        here = finite.reaching(_dot(weights, finite.finite(keys["value"])), keys["value"], allowed)
+    here = _dot(weights, keys["value"])
+    if allowed is not None:
+        here = finite.weighed(here, weights, keys["value"], lambda: allowed)
     return new, fade * sums + weights.sum(axis=-1, keepdims=True), fade * total + here
 
 

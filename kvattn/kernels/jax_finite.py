@@ -1,7 +1,7 @@
-"""Products over pairs of which some may not attend: 0 * NaN is NaN, so what is not finite takes part where it is looked at only.
+"""Products over pairs of which some may not attend: 0 * NaN is NaN, so what is not finite takes part only where it is seen.
 
 What may not attend has weight 0 and gradient 0. A product with what is not finite set to 0 then is the product of the other
-pairs, and the rows that look at it are told apart: by their scores, or, for values, by a second product where there is need.
+pairs; the rows that look at it are NaN by their scores, or, for values, by a second product, where the first is not finite.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from jax.custom_batching import custom_vmap
 
 @custom_vmap
 def _all_finite(*arrays):
-    return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
+    # sums of columns, which XLA adds several at a time; 0 * NaN and 0 * inf are NaN
+    return jnp.stack([jnp.isfinite((0 * x).sum(axis=range(x.ndim - 1))).all() for x in arrays]).all()
 
 
 @_all_finite.def_vmap
@@ -85,25 +86,16 @@ def _row(x):
     return jnp.isfinite(x).all(axis=-1)
 
 
-@jax.custom_jvp
-def weighed(weights, value, allowed):
-    """weights @ value over the pairs allowed: of the others' values nothing is seen. ``weights`` are 0 there."""
-    return reaching(weights @ finite(value), value, allowed)
+def weighed(product, weights, value, allowed):
+    """``product``, of weights and value, over the pairs allowed: of the others' values nothing is seen.
 
+    Weights and their gradients are 0 for the others. Where every sum is finite there was nothing to be seen.
+    """
 
-@weighed.defjvp
-def _(primals, tangents):
-    (weights, value, allowed), (d_weights, d_value, _) = primals, tangents
-    output = weighed(weights, value, allowed)
-    seen = jnp.where(jnp.isfinite(output), 1, math.nan)
-    return output, seen * (d_weights @ finite(value)) + weights @ d_value
+    def repair(_):
+        pairs = jnp.broadcast_to(allowed(), weights.shape).astype(weights.dtype)
+        reached = product_of(pairs, (~jnp.isfinite(value)).astype(value.dtype))
+        return jnp.where(reached > 0, math.nan, product_of(weights, finite(value)))
 
-
-def reaching(output, value, allowed):
-    """The output, and NaN in those features of a row that a value, which it may attend to, has not finite."""
-
-    def repair(output):
-        reached = allowed.astype(output.dtype) @ (~jnp.isfinite(value)).astype(output.dtype)
-        return jnp.where(reached > 0, math.nan, output)
-
-    return unless(all_finite(value), output, repair)
+    product_of = lambda x, y: jnp.matmul(x, y, precision="highest")  # noqa: E731
+    return unless(all_finite(product), product, repair)
