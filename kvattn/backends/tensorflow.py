@@ -478,8 +478,12 @@ def _formula(query, key, value, *, score, normalize, mask, bias, valid_lens, cau
 def _scores(query, key, score, scale, softcap, bias):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
     n, (heads, kv_heads) = _shape(query)[-2], _heads(query, key)
-    scores = score(_fold(query, kv_heads), key)
-    scores = _unfold(scores if scale is None else scale * scores, heads, n)
+    query = _fold(query, kv_heads)
+    if scale is None:
+        scores = score(query, key)
+    else:
+        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
+    scores = _unfold(scores, heads, n)
     if softcap is not None:
         scores = softcap * tf.tanh(scores / softcap)
     return scores if bias is None else scores + _wide(bias)
