@@ -181,6 +181,16 @@ def test_positions_are_encoded_at_odd_widths_too(room, width):
     np.testing.assert_allclose(got, np.broadcast_to(layers.encoding(6, width), (2, 6, width)), atol=1e-6)
 
 
+def test_the_angles_of_positions_are_of_base_10000(room):
+    """The numbers are those of a program of many digits, written down: sin and cos of 3 / 10000^(j / h)."""
+    row = [0.1411200081, -0.9899924966, 0.0299955002, 0.9995500337]  # of 3, and of 0.03
+    layer = room.layer("PositionalEncoding", num_hiddens=4)
+    np.testing.assert_allclose(room.call(layer, np.zeros((1, 4, 4), "float32"))[0, 3], row, atol=1e-7)
+    row = [0.9092974268, -0.4161468365, 0.0502165994, 0.9987383507, 0.0012619144]  # of 2, odd
+    layer = room.layer("PositionalEncoding", num_hiddens=5)
+    np.testing.assert_allclose(room.call(layer, np.zeros((1, 3, 5), "float32"))[0, 2], row, atol=1e-7)
+
+
 def test_a_sequence_longer_than_max_len_is_refused(room):
     layer = room.layer("PositionalEncoding", num_hiddens=4, max_len=5)
     with pytest.raises(ValueError, match="max_len=5"):
@@ -228,6 +238,50 @@ def test_one_seed_gives_the_same_weights_in_every_framework(room):
     assert set(w) == set(expected)
     for name, x in w.items():
         np.testing.assert_array_equal(x, expected[name], err_msg=name)
+
+
+FIRST = {  # the first and the last number of each weight by seed 7, drawn once beside the layers and written down
+    "AdditiveAttention": {"W_q": (0.49469156, 0.64787999), "W_k": (-0.564648167, 0.000278418691),
+                          "w_v": (-0.08169906, -0.45008675)},
+    "MultiplicativeAttention": {"W": (0.20752409, 0.77924825)},
+    "GatedAttention": {"w_g": (-0.19206951, 0.31715149)},
+    "MultiHeadAttention": {"W_q": (0.42841546, 0.04595702), "W_k": (-0.48899966, 0.48340588),
+                           "W_v": (0.10333479, 0.06636308), "W_o": (-0.21428872, 0.17258088)},
+    "TransformerEncoder": {
+        "embedding": (0.02686391, -0.27858189),
+        "blocks.0.attention.W_q": (-0.50639928, -0.2555469), "blocks.0.attention.W_k": (-0.43579804, -0.36241174),
+        "blocks.0.attention.W_v": (0.58239581, -0.2943985), "blocks.0.attention.W_o": (0.4839662, -0.25993431),
+        "blocks.0.ffn.W_1": (0.4422515, -0.21086681), "blocks.0.ffn.W_2": (0.07692837, -0.51403964),
+        "blocks.1.attention.W_q": (-0.35114111, 0.11157256), "blocks.1.attention.W_k": (0.51006385, 0.37873874),
+        "blocks.1.attention.W_v": (0.425244, 0.51947747), "blocks.1.attention.W_o": (0.59969048, 0.08304621),
+        "blocks.1.ffn.W_1": (0.41114416, -0.42733866), "blocks.1.ffn.W_2": (-0.32612948, 0.18564341),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_seed_gives_the_numbers_that_it_has_always_given(room, name):
+    _, config, inputs, _ = CASES[name]
+    _, w = made(room, name, config, inputs)
+    for which, ends in FIRST[name].items():
+        np.testing.assert_allclose(w[which].ravel()[[0, -1]], ends, rtol=1e-6, err_msg=which)
+
+
+def test_without_a_seed_each_weight_has_its_width_and_its_own_numbers(room):
+    layer = room.layer("MultiHeadAttention", num_hiddens=96, num_heads=4)
+    room.call(layer, *[np.zeros((1, 2, 96), "float32")] * 3, None)
+    drawn = room.weights(layer)
+    for x in drawn.values():  # sqrt(6 / 192): 9,216 numbers come within 1% of it
+        assert 0.175 < np.abs(x).max() < 0.17678
+        assert abs(x.std() - 0.10206) < 0.003
+    for one, other in itertools.combinations(drawn.values(), 2):
+        assert np.abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.06
+    layer = room.layer("AdditiveAttention", num_hiddens=300)
+    room.call(layer, QUERIES, KEYS, VALUES, LENS)
+    assert 0.13 < np.abs(room.weights(layer)["w_v"]).max() < 0.14119  # sqrt(6 / 301)
+    layer = room.layer("TransformerEncoder", **{**ENCODER, "vocab_size": 100, "num_hiddens": 64, "num_blks": 1})
+    room.call(layer, TOKENS, LENS)
+    assert abs(room.weights(layer)["embedding"].std() - 0.125) < 0.008  # 1 / sqrt(64)
 
 
 def test_without_a_seed_the_distribution_is_the_same(room):

@@ -18,7 +18,18 @@ INF, NAN = np.inf, np.nan
 def every(rng: np.random.Generator) -> Iterator[Case]:
     keywords = (plain, masks, biases, lengths, unsigned, causal, windows, caps)
     parts = (groups, shapes, large, padding, positions, pooling.scores, pooling.pooling, pooling.normalisers)
-    for family in (*keywords, *parts, merging, blocks, covariance, multihead.cases, combinations, many_axes, notfinite.cases):
+    for family in (
+        *keywords,
+        *parts,
+        merging,
+        blocks,
+        covariance,
+        multihead.cases,
+        combinations,
+        many_axes,
+        notfinite.cases,
+        lone,
+    ):
         yield from family(rng)
 
 
@@ -353,6 +364,41 @@ def merged(name, outputs, lses, group="merging"):
     values, magnitude, largest = oracle.merge(outputs, lses)
     return Case(name, group, "merge_attention", {"outputs": outputs, "lses": lses}, {"return_lse": True}, values, magnitude,
                 largest, results=("output", "lse"))  # fmt: skip
+
+
+def lone(rng):
+    """What only one of several looks at, one key alone, and a part of nothing: where `any` and `all`, a count and a half,
+    first and last, part."""
+    make = partial(attend, group="padding", rng=rng)
+    first = np.array([True, False, False, True, False, False])
+    each = np.stack([first, ~first])
+    forms: dict[str, dict[str, Any]] = {
+        "lengths": {"valid_lens": np.array([2, 5])},
+        "a mask of entries": {"mask": each[:, None, None, :]},
+        "a mask of heads": {"mask": each[:, None, :]},
+        "a mask of queries": {"mask": np.stack([first, ~first, np.zeros(6, bool)])},
+        "offsets": {"query_offset": np.array([0, 3]), "window": (1, 0)},
+    }
+    for name, which in forms.items():
+        for of, lead, kv in (("keys", (2, 2), (1, 2)), ("queries", (1, 2), (2, 2)), ("keys of heads", (2, 2), (2, 1))):
+            q, k, v = poisoned(rng, *qkv(rng, n=3, m=6, lead=lead, kv=kv), **which)
+            yield make(f"shared {of} seen by some, {name}", q, k, v, **which)
+    alone = np.eye(5, dtype=bool)[[4, 0, 2]]
+    for name in pooling.NORMALISERS:
+        if name != "masked_softmax":
+            s = np.abs(grid(rng, 2, 3, 5, top=1)) + 0.5
+            yield pooling.normal(f"{name} of one key", "normalisers", name, s[..., :1])
+            yield pooling.normal(f"{name} where one key is allowed", "normalisers", name, s, where=alone)
+    make = partial(make, group="pooling", normalize="average", asked=WEIGHTS)
+    yield make("average of one key each", *qkv(rng, n=3), mask=alone)
+    yield make("average of causal keys", *qkv(rng, n=3), causal=True)
+    make = partial(attend, group="positions", rng=rng)  # two: one of them asks for the weights
+    for name, chosen in (("thrice", [[3, 3, 3, 1]]), ("twice, apart", [[0, 4, 2, 0, 4]])):
+        yield make(f"positions {name}", *qkv(rng), positions=np.array(chosen))
+    outputs, lses = grid(rng, 3, 2, 4, 2), grid(rng, 3, 2, 4)
+    lses[0, 0], lses[1:, 1, 0] = -INF, -INF
+    outputs[lses == -INF] = NAN
+    yield merged("merge with NaN in empty parts", outputs, lses)
 
 
 def blocks(rng):
