@@ -445,13 +445,14 @@ def _formula(query, key, value, *, score, normalize, mask, bias, valid_lens, cau
     allowed = _allowed(n, keys, len(query.shape), mask, bias, valid_lens, causal, query_offset, window)
     if not (mask is bias is valid_lens is None and bands.covers(n, key.shape[-2], causal, query_offset, window)):
         query, key, value = _hide_padding(allowed, query, key, value)
-    if None in (*query.shape[:-1], *key.shape[:-1]) and score not in (scaled_dot_score, dot_score):
+    if score not in (scaled_dot_score, dot_score) and None in (*query.shape[:-1], *key.shape[:-1]):
         some = tf.reduce_all(tf.concat([tf.shape(query)[:-1], tf.shape(key)[:-1]], axis=0) > 0)  # without pairs, no gradient
         query, key = tf.where(some, query, 0), tf.where(some, key, 0)
     score = dot_score if score is scaled_dot_score and scale is not None else score
-    dots, product, shape = score in (scaled_dot_score, dot_score), _product, (*_lead(query, key), n, _shape(key)[-2])
+    dots, product = score in (scaled_dot_score, dot_score), _product
     graph = not tf.executing_eagerly()
     if graph or (careful and allowed is not None):
+        shape = (*_lead(query, key), n, _shape(key)[-2])
         may = None if allowed is None else lambda: _fold(tf.broadcast_to(allowed, shape), kv_heads)
         pairs = nonfinite.Pairs(may, careful)
         score, product = score if may is None else pairs.score(sys.modules[__name__], score), pairs.product
