@@ -46,6 +46,33 @@ def test_nan_in_the_gradient_of_a_loss_reaches_its_query_and_the_keys_that_this_
     same(by_value[..., 1], clean[2][..., 1])
 
 
+@analytic
+@pytest.mark.parametrize("which", [1, 2], ids=["key", "value"])
+def test_nan_in_a_block_of_keys_that_no_query_of_a_tile_sees(analytic, which):
+    arrays = draw(600, (1, 1))
+    mask = np.tri(600, dtype=bool)
+    mask[:550, 5] = False
+    clean = kvattn.attention_grad(*arrays, mask=mask)
+    arrays[which] = arrays[which].copy()
+    arrays[which][..., 5, 0] = NAN
+    grads = kvattn.attention_grad(*(kvattn.convert(x, analytic) for x in arrays), mask=mask)
+    by_query = kvattn.to_numpy(grads[0])
+    same(by_query[..., :550, :], clean[0][..., :550, :])
+    assert np.isnan(by_query[..., 550:, :]).all()
+
+
+@analytic
+def test_gradients_of_a_normaliser_that_weighs_nan_are_nan(analytic):
+    query, key, value, grad_output = draw(5)
+    key[1, 0, 2, 1] = query[0, 1, 3, 0] = NAN
+    arrays = (kvattn.convert(x, analytic) for x in (query, key, value, grad_output))
+    by_query, by_key, _ = map(kvattn.to_numpy, kvattn.attention_grad(*arrays, normalize=kvattn.identity, causal=True))
+    assert np.isnan(by_query[1, 0, 2:, 1]).all()
+    assert np.isfinite(by_query[1, 0, :2]).all()
+    assert np.isnan(by_key[0, 1, :4, 0]).all()
+    assert np.isfinite(by_key[0, 1, 4:]).all()
+
+
 def test_nan_changes_its_own_row_under_dropout():
     query, key, value, grad_output = draw(6)
     poisoned = query.copy()

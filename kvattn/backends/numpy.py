@@ -271,7 +271,7 @@ def _softmax_lse(scores, where):
     empty = total == 0  # and others may be NaN
     total = np.where(empty, 1, total).astype(scores.dtype, copy=False)
     lse = np.where(empty, -math.inf, np.log(total) + top).astype(scores.dtype, copy=False)
-    return identity(shifted / total, where), lse[..., 0]
+    return (shifted / total).astype(scores.dtype, copy=False), lse[..., 0]
 
 
 # ---- attention

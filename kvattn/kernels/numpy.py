@@ -418,12 +418,10 @@ def _block(
 
 
 def _of_numbers(product, query, key, grad_scores, sees, args, keywords):
-    """A score's product over the pairs that may attend and are numbers all through; NaN for whom the others reach."""
+    """A score's product with zeros for queries and keys that are not finite, and NaN for whom these reach."""
     no_query, no_key = (~np.isfinite(x).all(axis=-1, keepdims=True) for x in (query, key))
-    lost = sees & (no_query | _t(no_key) | ~np.isfinite(grad_scores))
-    query, key, grad_scores = (
-        np.where(hidden, 0, x).astype(x.dtype) for hidden, x in ((no_query, query), (no_key, key), (lost | ~sees, grad_scores))
-    )
+    lost = sees & (no_query | _t(no_key))
+    query, key = (np.where(hidden, 0, x).astype(x.dtype) for hidden, x in ((no_query, query), (no_key, key)))
     grads = product(query, key, grad_scores, args, keywords)
     reached = {"query": lost.any(axis=-1)[..., None], "key": lost.any(axis=-2)[..., None]}
     for name, x in grads.items():
