@@ -143,6 +143,20 @@ def _hide_padding(allowed, query, key, value):
     )
 
 
+def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
+    """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
+    limited = causal or not mask is bias is valid_lens is window is positions is None
+    if not limited or all((seen := peek(x)) is not None and np.isfinite(seen).all() for x in (query, key, value)):
+        return _hide_padding(None, query, key, value)
+    keys = jnp.arange(key.shape[-2])
+    if positions is not None:
+        chosen = (positions[..., None] == keys).any(axis=-2)
+        mask = chosen if mask is None else mask & chosen
+    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, mask, bias, valid_lens, causal, query_offset, window)
+    hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
+    return tuple(x[..., 0, :, :] for x in hidden)
+
+
 # ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m), float32 for half precision
 
 
@@ -516,7 +530,8 @@ def kernel(query, key, value, **options):
 @programs.exact
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    query, key, value = _hide_padding(None, query, key, value)  # NaN that meets nobody would reach the projections' gradients
+    if cache is None:  # else a later call may look at what is nobody's now
+        query, key, value = _hide_unseen(query, key, value, **options)
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -565,7 +580,8 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 @programs.exact
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    results = attention(_wide(x) @ _wide(W_q), _wide(x) @ _wide(W_k), _wide(x) @ _wide(W_v), **options)
+    query, key, value = _hide_unseen(x, x, x, **options)
+    results = attention(_wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k), _wide(value) @ _wide(W_v), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):
         rest[0] = rest[0].astype(dtype)

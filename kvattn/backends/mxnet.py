@@ -157,6 +157,20 @@ def _hide_padding(allowed, query, key, value):
     return tuple(quirks.where(row, x, 0) for row, x in zip(rows, (query, key, value), strict=True))
 
 
+def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
+    """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
+    limited = causal or not mask is bias is valid_lens is window is positions is None
+    if not limited or not autograd.is_recording() or all(map(views.finite, (query, key, value))):
+        return _hide_padding(None, query, key, value)
+    keys = np.arange(key.shape[-2], dtype="int64", ctx=key.ctx)
+    if positions is not None:
+        chosen = (positions.astype("int64")[..., None] == keys).any(axis=-2)
+        mask = chosen if mask is None else mask * chosen
+    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, mask, bias, valid_lens, causal, query_offset, window)
+    hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
+    return tuple(x[..., 0, :, :] for x in hidden)
+
+
 # ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m), float32 for half precision
 
 
@@ -578,7 +592,8 @@ def kernel(query, key, value, **options):
 @quirks.shaped
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    query, key, value = _hide_padding(None, query, key, value)  # NaN that meets nobody would reach the projections' gradients
+    if cache is None:  # else a later call may look at what is nobody's now
+        query, key, value = _hide_unseen(query, key, value, **options)
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -598,8 +613,11 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
 def _project(x, params, name):
     """x W + b, in float32 for half precision; without W, x."""
     x, W, b = _wide(x), params.get(f"W_{name}"), params.get(f"b_{name}")
+    if W is not None and 0 in x.shape[:-1]:  # backward of a product or a sum over nothing gives whatever lay in memory
+        nothing = np.concatenate([x.reshape(x.size)[:0], _wide(W).reshape(W.size)[:0]])
+        return nothing.reshape(*x.shape[:-1], W.shape[-1])
     x = x if W is None else np.dot(x, _wide(W))
-    b = None if 0 in x.shape else b  # backward of a sum over nothing gives whatever lay in memory
+    b = None if 0 in x.shape else b
     return x if b is None else x + _wide(b)
 
 
@@ -630,7 +648,9 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 @quirks.shaped
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    results = attention(*(np.dot(_wide(x), _wide(W)) for W in (W_q, W_k, W_v)), **options)
+    query, key, value = _hide_unseen(x, x, x, **options)
+    pairs = ((query, W_q), (key, W_k), (value, W_v))
+    results = attention(*(np.dot(_wide(x), _wide(W)) for x, W in pairs), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):
         rest[0] = rest[0].astype(dtype, copy=False)

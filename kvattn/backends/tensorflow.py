@@ -163,6 +163,20 @@ def _hide_padding(allowed, query, key, value):
     )
 
 
+def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
+    """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
+    limited = causal or not mask is bias is valid_lens is window is positions is None
+    if not limited or all((seen := peek(x)) is not None and np.isfinite(seen).all() for x in (query, key, value)):
+        return _hide_padding(None, query, key, value)
+    keys = tf.range(tf.cast(_shape(key)[-2], tf.int64))
+    if positions is not None:
+        chosen = tf.reduce_any(tf.cast(positions, tf.int64)[..., None] == keys, axis=-2)
+        mask = chosen if mask is None else tf.logical_and(mask, chosen)
+    allowed = _allowed(_shape(query)[-2], keys, len(query.shape) + 1, mask, bias, valid_lens, causal, query_offset, window)
+    hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
+    return tuple(x[..., 0, :, :] for x in hidden)
+
+
 def _few_axes(score):
     """``score`` for inputs of any number of axes: of more than five TensorFlow cannot broadcast, nor of nine take a slice."""
 
@@ -620,7 +634,8 @@ def kernel(query, key, value, **options):
 
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    query, key, value = _hide_padding(None, query, key, value)  # NaN that meets nobody would reach the projections' gradients
+    if cache is None:  # else a later call may look at what is nobody's now
+        query, key, value = _hide_unseen(query, key, value, **options)
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -673,7 +688,9 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    results = attention(*(_product(_wide(x), _wide(W)) for W in (W_q, W_k, W_v)), **options)
+    query, key, value = _hide_unseen(x, x, x, **options)
+    pairs = ((query, W_q), (key, W_k), (value, W_v))
+    results = attention(*(_product(_wide(x), _wide(W)) for x, W in pairs), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):
         rest[0] = tf.cast(rest[0], dtype)

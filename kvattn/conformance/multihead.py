@@ -71,11 +71,10 @@ def cases(rng):
     nothing = {"W_q": np.zeros((3, 0)), "W_k": np.zeros((3, 0)), "b_q": np.zeros(0), "b_k": np.zeros(0)}
     yield multi_head("heads: no features", *inputs(), two() | nothing, rng, valid_lens=np.array([4, 2]), asked=both)
     yield multi_head("heads: no keys", *inputs(m=0), two(), rng, grad=False)
-    case = multi_head("heads: no keys, NaN queries", *inputs(m=0), two(), rng)  # what meets nobody changes no answer
-    yield replace(case, arguments=case.arguments | {"query": np.full_like(case.arguments["query"], np.nan)})
     sparse = params_of(rng, 3, 3, 3, 2, 2)
     yield multi_head("heads: averaged", *inputs(), sparse, rng, normalize="average", asked=("weights",))
     yield from self_attention(rng)
+    yield from padded(rng)
     yield from decoding(rng)
 
 
@@ -91,6 +90,53 @@ def self_attention(rng):
         params = {n: y for n, y in params_of(rng, 3, 3, 3, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
         case = multi_head(name, x, x, x, params, rng, call="self_attention", heads=1, asked=("weights", "lse"), **options)
         yield as_self_attention(case, x)
+
+
+def padded(rng):
+    """NaN and inf in rows that no head looks at, which the projections multiply: they reach no gradient of a weight."""
+
+    def hurt(case, **unseen):
+        arguments = dict(case.arguments)
+        for name, rows in unseen.items():
+            bad = rng.choice([np.nan, np.inf, -np.inf], arguments[name].shape)
+            arguments[name] = np.where(np.array(rows)[..., None], bad, arguments[name])
+        return replace(case, arguments=arguments)
+
+    def make(name, n=3, m=4, kv_heads=2, **options):
+        inputs = [grid(rng, 2, rows, 3) for rows in (n, m, m)]
+        return multi_head(
+            f"heads: NaN {name}", *inputs, params_of(rng, 3, 3, 3, 2, kv_heads), rng, kv_heads=kv_heads, **options
+        )
+
+    tail, nobody = [[False] * 4, [False, False, True, True]], [[False] * 4, [True] * 4]
+    yield hurt(make("behind lengths", valid_lens=np.array([4, 2])), key=tail, value=tail)
+    yield hurt(
+        make("behind lengths of 0", valid_lens=np.array([4, 0])), query=[[False] * 3, [True] * 3], key=nobody, value=nobody
+    )
+    each = {"valid_lens": np.array([[4, 1, 2], [2, 0, 1]]), "kv_heads": 1}
+    yield hurt(make("behind lengths of each query", **each), query=each["valid_lens"] == 0, key=tail, value=tail)
+    mask = np.ones((2, 2, 3, 4), bool)
+    mask[0, :, :, 1] = mask[1, :, 2] = mask[1, 0, :, 0] = mask[1, 1, :, 3] = False  # a head looks at the last two
+    yield hurt(make("behind a mask", mask=mask), query=~mask.any((1, 3)), key=~mask.any((1, 2)), value=~mask.any((1, 2)))
+    bias = np.where(mask[:1, :1], grid(rng, 1, 1, 3, 4), -np.inf)
+    yield hurt(make("behind a bias", bias=bias), key=[False, True, False, False], value=[False, True, False, False])
+    out = [False, False, False, True]
+    yield hurt(make("beyond causal", causal=True), key=out, value=out)
+    out = [[True] * 3 + [False], [True] + [False] * 3]
+    case = make("outside a window", window=(0, 1), query_offset=np.array([3, 1]))
+    yield hurt(case, query=[[False, True, True], [False] * 3], key=out, value=out)
+    chosen = np.array([[0, 3], [3, -1], [-1, -1]])
+    out = [False, True, True, False]
+    yield hurt(make("at no position", positions=chosen), query=[False, False, True], key=out, value=out)
+    yield hurt(make("without keys", m=0), query=[True] * 3)
+    yield hurt(make("without queries", n=0), key=[True] * 4, value=[True] * 4)
+    x = grid(rng, 2, 4, 3)
+    params = {n: y for n, y in params_of(rng, 3, 3, 3, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
+    lens = np.array([[4, 1, 2, 3], [2, 1, 0, 0]])
+    case = multi_head(
+        "self-attention, NaN behind lengths", x, x, x, params, rng, call="self_attention", heads=1, valid_lens=lens
+    )
+    yield hurt(as_self_attention(case, x), x=lens == 0)
 
 
 def as_self_attention(case, x):

@@ -434,7 +434,7 @@ def multi_head_attention_grad(
     tab, query, key, value, params, grad_output, wrt, *, num_heads, num_kv_heads, bias=None, **options
 ):
     """The gradients named by ``wrt``, among query, key, value and params, of sum(grad_output * multi_head_attention(...))."""
-    query, key, value = tab._hide_padding(None, query, key, value)
+    query, key, value = tab._hide_unseen(query, key, value, bias=bias, **options)
     inputs, bias = {"query": query, "key": key, "value": value}, None if bias is None else tab._wide(bias)
     heads = {"query": num_heads, "key": num_kv_heads, "value": num_kv_heads}
     split = {name: tab._split(tab._project(x, params, name[0]), heads[name]) for name, x in inputs.items()}

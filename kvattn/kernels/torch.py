@@ -25,6 +25,13 @@ ROWS = 256  # queries of a block for which nothing but a mask is held
 LACKS = "SDPA has no forward derivatives, no gradient by bias, no scale of 0 or less, and no answer without keys"
 
 
+def without_leaks(*inputs):
+    """Whether no NaN or inf in rows that meet nobody can reach a gradient: nobody asks for one, or all inputs are finite."""
+    if not torch.is_grad_enabled() and not tracing():
+        return True
+    return all(readable(x) and pairs.finite(x) for x in inputs)
+
+
 def choose(query, key, value, usual, score, softcap, scale, where, reach, whole, by_lengths=True):
     """(kernel, its parts) of a call. ``usual``: softmax of scaled dot products; ``whole``: its weights are asked for."""
     fused = usual and not softcap and serves(query, key, value, where["bias"], scale)
