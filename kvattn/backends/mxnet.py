@@ -579,6 +579,10 @@ def kernel(query, key, value, **options):
     if 0 in (*bands.lead(query.shape, key.shape), query.shape[-2], keys, key.shape[-2]):
         return "nothing", "there is no query, or no key"
     if options["positions"] is not None:
+        moved = ("positions", "mask", "bias", "valid_lens", "query_offset")
+        lead = bands.lead(query.shape, key.shape)
+        if folded := quirks.folded(lead, query, key, value, *map(options.get, moved)):  # as attention begins
+            (query, key, value), options = folded[0], options | folded[1]
         return explanation.selected(kernel, _select, query, key, value, **options)
     why = "dropout, weights, what is not on the CPU and functions of one's own are not for NumPy"
     whole = options["return_weights"] or autograd.is_recording()
@@ -613,7 +617,10 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
 def _project(x, params, name):
     """x W + b, in float32 for half precision; without W, x."""
     x, W, b = _wide(x), params.get(f"W_{name}"), params.get(f"b_{name}")
-    if W is not None and 0 in x.shape[:-1]:  # backward of a product or a sum over nothing gives whatever lay in memory
+    if W is not None and 0 in (
+        *x.shape[:-1],
+        W.shape[-1],
+    ):  # backward of a product or a sum over nothing gives whatever lay in memory
         nothing = np.concatenate([x.reshape(x.size)[:0], _wide(W).reshape(W.size)[:0]])
         return nothing.reshape(*x.shape[:-1], W.shape[-1])
     x = x if W is None else np.dot(x, _wide(W))
@@ -650,7 +657,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
     query, key, value = _hide_unseen(x, x, x, **options)
     pairs = ((query, W_q), (key, W_k), (value, W_v))
-    results = attention(*(np.dot(_wide(x), _wide(W)) for x, W in pairs), **options)
+    results = attention(*(_project(x, {"W_x": W}, "x") for x, W in pairs), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):
         rest[0] = rest[0].astype(dtype, copy=False)
