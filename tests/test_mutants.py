@@ -49,8 +49,8 @@ NUMPY = [
     ),
     (
         "gives empty rows uniform weights",
-        "return identity(shifted / total, where)",
-        "return (shifted + empty / scores.shape[-1]) / total",
+        "return (shifted / total)",
+        "return ((shifted + empty / scores.shape[-1]) / total)",
         "empty rows",
     ),
     ("gives empty rows an lse of 0", "lse = np.where(empty, -math.inf,", "lse = np.where(empty, 0,", "empty rows"),
