@@ -40,6 +40,19 @@ DIFFERENCES = (
         "on a GPU, compiled, traced or under torch.func, looking would wait, or cannot be: there NaN may reach the "
         "outputs of rows that may not see it, as in PyTorch's own attention; what no row of the batch entry sees is hidden",
     ),
+    Difference(
+        "tensorflow",
+        "*",
+        "NaN and inf in the blocks of a graph",
+        "in a tf.function, calls that are worked through in blocks may carry NaN to rows that may not see it, and scores other "
+        "than dot products to their gradients: a condition there breaks jacobians, vectorized_map and XLA",
+    ),
+    Difference(
+        "jax",
+        "*",
+        "NaN in grad_output alone",
+        "where all else is finite, a gradient by the values adds it with weight 0: asking first is a pass over every gradient",
+    ),
 )
 
 
