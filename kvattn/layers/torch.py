@@ -123,7 +123,7 @@ class AdditiveAttention(_Attention):
         self.w_v = _Linear("w_v", 1, False, seed)
 
     def _score(self, queries, keys):
-        if is_lazy(getattr(self.w_v, "weight", None)):
+        if isinstance(self.w_v, _Linear):  # not called yet, though its weights may have been loaded
             self.w_v(self.W_q(queries) + self.W_k(keys)[..., :1, :])
         W_q, W_k = _matrix(self.W_q, queries), _matrix(self.W_k, keys)
         return partial(api.additive_score, W_q=W_q, W_k=W_k, w_v=_matrix(self.w_v, W_q)[:, 0])
