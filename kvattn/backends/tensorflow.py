@@ -434,9 +434,13 @@ def attention(
         return blocks.attention(sys.modules[__name__], steps, query, key, value, **where, **reach, **how, **back)
     results = _formula(query, key, value, **where, **reach, **how, **back)
     looked = (query, key) if restricted or bias is not None else ()  # nothing is hidden where all may attend
-    if tf.executing_eagerly() and not nonfinite.absent(*looked, results[0] if isinstance(results, tuple) else results):
-        return _in_blocks(query, key, value, **where, **reach, **how, **back)
-    return results
+    output = results[0] if isinstance(results, tuple) else results
+    if not tf.executing_eagerly() or nonfinite.absent(*looked, output):
+        return results
+    allowed = _allowed(_shape(query)[-2], tf.range(tf.cast(_shape(key)[-2], tf.int64)), len(query.shape), **where, **reach)
+    if nonfinite.absent(*_hide_padding(allowed, query, key, value)[:2], output):  # it lay where nobody looks
+        return results
+    return _in_blocks(query, key, value, **where, **reach, **how, **back)
 
 
 def _in_blocks(query, key, value, **options):
