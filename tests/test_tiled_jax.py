@@ -158,36 +158,3 @@ def test_heads_of_other_lengths_or_offsets_are_computed_alone():
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 8])
 def test_one_query_with_lengths_around_those_of_a_block(length):
     right(ROOM, call(n=1, m=9, valid_lens=np.array([length, 9])))
-
-
-# ---- what is not finite
-
-
-@pytest.mark.parametrize("n", [6, 300], ids=["formula", "tiles"])
-def test_under_vmap_only_the_rows_that_look_at_a_nan_change(n):
-    """A query, a key and a value of NaN, each of a batch entry of its own; values and gradients, and one condition for all."""
-    query, key, value, grad = (np.random.default_rng(i).standard_normal((4, n, 8)).astype("float32") for i in range(4))
-
-    def results(*arrays):
-        one = lambda q, k, v, g: (lambda output, back: (output, *back(g)))(  # noqa: E731
-            *jax.vjp(partial(kvattn.attention, causal=True), q, k, v)
-        )
-        return [np.asarray(x) for x in jax.jit(jax.vmap(one))(*map(jnp.asarray, arrays))]
-
-    expected = results(query, key, value, grad)
-    at = n // 2
-    query[1, at, 0] = key[2, at, 0] = value[3, at, 0] = np.nan
-    output, by_query, by_key, by_value = results(query, key, value, grad)
-    row, before, after = np.arange(n) == at, np.arange(n) < at, np.arange(n) >= at
-    for found, exact in ((output, expected[0]), (by_query, expected[1])):
-        np.testing.assert_array_equal(np.isnan(found[1]).any(axis=-1), row)
-        for entry in (2, 3):
-            np.testing.assert_array_equal(np.isnan(found[entry]).any(axis=-1), after)
-        np.testing.assert_allclose(found[1][~row], exact[1][~row], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found[2:, before], exact[2:, before], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(found[0], exact[0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(np.isnan(output[3]).any(axis=0), np.arange(8) == 0)
-    for found, exact in ((by_key, expected[2]), (by_value, expected[3])):
-        np.testing.assert_allclose(found[1, at + 1 :], exact[1, at + 1 :], rtol=1e-4, atol=1e-5)
-        assert np.isnan(found[1, : at + 1]).all()
-    np.testing.assert_allclose(by_value[3], expected[3][3], rtol=1e-4, atol=1e-5)

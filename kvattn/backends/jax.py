@@ -17,7 +17,6 @@ import numpy as np
 from kvattn import bands, explanation
 from kvattn.kernels import jax as tiles
 from kvattn.kernels import jax_blocks as blocks
-from kvattn.kernels import jax_finite as finite
 from kvattn.kernels import jax_gpu
 from kvattn.kernels import jax_programs as programs
 
@@ -328,7 +327,7 @@ def _softmax_lse(scores, where):
     empty = total == 0
     total = jnp.where(empty, 1, total)
     lse = jnp.where(empty, -math.inf, jnp.log(total) + top)
-    return identity(shifted / total, where), lse[..., 0]
+    return shifted / total, lse[..., 0]
 
 
 # ---- attention
@@ -393,43 +392,29 @@ def attention(
     query, key, value = _hide_padding(allowed, query, key, value)
 
     # weights = normalize(score(query, key)): (..., h, n, m)
-    apart = allowed is not None and not _alone(query, key, value)  # whether there are pairs left that may not attend
-    scores = _scores(query, key, score, scale, softcap, bias, allowed if apart else None)
+    scores = _scores(query, key, score, scale, softcap, bias)
     if return_lse:
         weights, lse = _softmax_lse(scores, allowed)
     else:
-        weights, lse = identity(normalize(scores, where=allowed), allowed), None
+        weights, lse = normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    dropped, value = _fold(_dropout(weights, dropout, rng), kv_heads), _wide(value)
-    output = dropped @ value
-    if apart:
-        output = finite.weighed(output, dropped, value, lambda: _fold(jnp.broadcast_to(allowed, weights.shape), kv_heads))
+    output = _fold(_dropout(weights, dropout, rng), kv_heads) @ _wide(value)
     output = _unfold(output, heads, n).astype(dtype)
     results = [output] + [weights.astype(dtype)] * return_weights + [lse] * return_lse
     return tuple(results) if len(results) > 1 else output
 
 
-def _alone(query, key, value):
-    """Whether each query has its keys for itself, so that those it may not attend to are hidden."""
-    lead = bands.lead(query.shape, key.shape)
-    return query.shape[-2] == 1 and key.shape[:-2] == value.shape[:-2] == lead
-
-
-def _scores(query, key, score, scale, softcap, bias, allowed):
+def _scores(query, key, score, scale, softcap, bias):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
     n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
     query = _fold(query, kv_heads)
-    if allowed is not None and score in (dot_score, scaled_dot_score):
-        scale = 1 / math.sqrt(query.shape[-1] or 1) if scale is None and score is scaled_dot_score else scale
-        scores = finite.dots(_wide(query), _wide(key)) * (1 if scale is None else scale)
+    if scale is None:
+        scores = score(query, key)
     else:
-        score = dot_score if score is scaled_dot_score and scale is not None else score
-        scores = score(query, key) if allowed is None else finite.scores(score, query, key)
-        scores = scores if scale is None else scale * scores
+        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
     scores = _unfold(scores, heads, n)
     if softcap is not None:
-        scores = scores if allowed is None else jnp.where(allowed, scores, 0)
         scores = softcap * jnp.tanh(scores / softcap)
     return scores if bias is None else scores + _wide(bias)
 

@@ -22,7 +22,6 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from kvattn import bands
-from kvattn.kernels import jax_finite as finite
 
 ROWS, COLUMNS = 1024, 1024  # queries of a tile, keys of a block
 EDGE, BAND = 512, 256  # queries of a tile that causal or a window, and that a window on both sides, cuts
@@ -208,10 +207,7 @@ def _absorb(carry, rows, keys, pairs, limits, allowed):
         scores = jnp.where(allowed, scores, -math.inf)
     new = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
     weights, fade = jnp.exp(scores - new), jnp.exp(top - new)
-    here = _dot(weights, keys["value"])
-    if allowed is not None:
-        here = finite.weighed(here, weights, keys["value"], lambda: allowed)
-    return new, fade * sums + weights.sum(axis=-1, keepdims=True), fade * total + here
+    return new, fade * sums + weights.sum(axis=-1, keepdims=True), fade * total + _dot(weights, keys["value"])
 
 
 def _along(carry, rows, keys, pairs, limits, allowed):
@@ -219,13 +215,7 @@ def _along(carry, rows, keys, pairs, limits, allowed):
     sums, total = carry
     scores, slope = _scores(rows, keys, pairs, limits)
     lse = jnp.where(rows["lse"] == -math.inf, 0, rows["lse"])[:, None]
-    if allowed is None:
-        weights = jnp.exp(scores - lse)
-    else:  # of what is not finite, what may not attend has nothing: the rows that look at it are told by lse and output
-        weights = jnp.where(allowed, jnp.exp(scores - lse), 0)
-        slope = jnp.where(allowed, slope, 0) if "softcap" in limits else slope
-        rows = {name: finite.finite(x) if name == "query" else x for name, x in rows.items()}
-        keys = {name: finite.finite(x) if name in ("key", "value") else x for name, x in keys.items()}
+    weights = jnp.exp((scores if allowed is None else jnp.where(allowed, scores, -math.inf)) - lse)
     moved = []
     if "d_query" in rows:
         moved.append(_dot(rows["d_query"], keys["key"].T))
@@ -235,7 +225,6 @@ def _along(carry, rows, keys, pairs, limits, allowed):
     moved += [pairs["d_bias"]] if "d_bias" in pairs else []
     if moved:
         moved = weights * sum(moved)
-        moved = moved if allowed is None else jnp.where(allowed, moved, 0)
         sums, total = sums + moved.sum(axis=1, keepdims=True), total + _dot(moved, keys["value"])
     if "d_value" in keys:
         total = total + _dot(weights, keys["d_value"].T)
