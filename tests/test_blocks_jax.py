@@ -43,7 +43,7 @@ def test_options_drawn_together_in_blocks():
     with in_blocks() as served:
         report = conformance.run("jax", cases)
     assert not report.failures, "\n".join(result.message for result in report.failures)
-    assert len(served) > len(cases) / 2
+    assert len(served) >= len(cases) / 2
 
 
 def my_score(query, key):
