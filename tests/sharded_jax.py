@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import kvattn
 from kvattn import jax as kv
-from kvattn.kernels import jax_blocks
+from kvattn.kernels.jax import blocks as jax_blocks
 
 B, N, M = 4, 160, 136
 draw = np.random.default_rng(0)

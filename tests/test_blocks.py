@@ -13,8 +13,8 @@ from tiling import draw
 import kvattn
 from kvattn import conformance
 from kvattn.backends import numpy as tab
-from kvattn.kernels import numpy as blockwise
-from kvattn.kernels import tiled
+from kvattn.kernels.numpy import gradients as blockwise
+from kvattn.kernels.numpy import tiled
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from kvattn.backends import jax as tab
-from kvattn.kernels import jax_blocks
+from kvattn.kernels.jax import blocks as jax_blocks
 
 
 @contextmanager

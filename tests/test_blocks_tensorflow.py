@@ -19,7 +19,7 @@ if "tensorflow" not in chosen():
 
 import tensorflow as tf
 
-from kvattn.kernels import tensorflow_blocks as blocks
+from kvattn.kernels.tensorflow import blocks
 
 graph = partial(tf.function, autograph=False)
 WAYS = {"eager": lambda f: f, "tf.function": graph}

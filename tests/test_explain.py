@@ -61,20 +61,20 @@ def _additive(d):
     return partial(kvattn.additive_score, **{name: np.ones(shape, "float32") for name, shape in shapes.items()})
 
 
-LOOP = ("kernels.jax_blocks", "attention")  # of blocks, the formula of which is traced once
+LOOP = ("kernels.jax.blocks", "attention")  # of blocks, the formula of which is traced once
 
 ENTRIES = {  # a kernel's name: what runs, and nothing else does, where it serves
-    "numpy": {"tiles": [("kernels.tiled", "attention")], "the formula": [("backends.numpy", "_scores")]},
+    "numpy": {"tiles": [("kernels.numpy.tiled", "attention")], "the formula": [("backends.numpy", "_scores")]},
     "torch": {
-        "SDPA": [("kernels.torch", "fused")],
-        "SDPA, by lengths": [("kernels.torch", "by_runs")],
-        "SDPA, in bands": [("kernels.torch", "by_band")],
+        "SDPA": [("kernels.torch.sdpa", "fused")],
+        "SDPA, by lengths": [("kernels.torch.sdpa", "by_runs")],
+        "SDPA, in bands": [("kernels.torch.sdpa", "by_band")],
         "the formula": [("backends.torch", "_scores")],
     },
-    "tensorflow": {"blocks": [("kernels.tensorflow", "attention")], "the formula": [("backends.tensorflow", "_scores")]},
-    "jax": {"tiles": [("kernels.jax", "attention")], "the formula": [("backends.jax", "_scores")], "a loop": [LOOP]},
+    "tensorflow": {"blocks": [("kernels.tensorflow.tiles", "attention")], "the formula": [("backends.tensorflow", "_scores")]},
+    "jax": {"tiles": [("kernels.jax.tiles", "attention")], "the formula": [("backends.jax", "_scores")], "a loop": [LOOP]},
     "mxnet": {
-        "NumPy's": [("kernels.mxnet_views", "attention")],
+        "NumPy's": [("kernels.mxnet.views", "attention")],
         "nothing": [("backends.mxnet", "_nothing")],
         "the formula": [("backends.mxnet", "_scores")],
     },

@@ -21,8 +21,8 @@ if "torch" not in chosen():
 
 import torch
 
-from kvattn.kernels import torch as kernels
-from kvattn.kernels import torch_gpu
+from kvattn.kernels.torch import gpu as torch_gpu
+from kvattn.kernels.torch import sdpa as kernels
 
 OPTIONS = {"mask": None, "bias": None, "valid_lens": None, "causal": False, "query_offset": 0, "window": None, "scale": None}
 

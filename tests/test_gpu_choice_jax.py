@@ -19,7 +19,7 @@ if "jax" not in chosen():
 
 import jax
 
-from kvattn.kernels import jax_gpu
+from kvattn.kernels.jax import gpu as jax_gpu
 
 OPTIONS = {"mask": None, "bias": None, "valid_lens": None, "causal": False, "query_offset": 0, "window": None, "scale": None}
 

@@ -17,7 +17,7 @@ from kvattn import layers
 from kvattn import mxnet as kv
 from kvattn.backends import mxnet as tab
 from kvattn.backends.mxnet import autograd, mx, np
-from kvattn.kernels import mxnet as kernels
+from kvattn.kernels.mxnet import symbols as kernels
 
 gluon, nn = mx.gluon, mx.gluon.nn
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import kvattn
-from kvattn import conformance, dispatch, kernels
+from kvattn import conformance, dispatch
 
 PACKAGE = Path(kvattn.__file__).parent
 HIDE = "query, key, value = _hide_padding(allowed, query, key, value)"
@@ -185,21 +185,21 @@ NUMPY = [
 ]
 
 ELSEWHERE = [
-    ("kernels/numpy.py", "gives the values no gradient", '"value": kept_weights @', '"value": 0 * kept_weights @'),
+    ("kernels/numpy/gradients.py", "gives the values no gradient", '"value": kept_weights @', '"value": 0 * kept_weights @'),
     (
-        "kernels/numpy.py",
+        "kernels/numpy/gradients.py",
         "transposes a gradient",
         '{"query": grad @ key, "key": _t(grad) @ query}',
         '{"query": grad @ key, "key": -_t(grad) @ query}',
     ),
     (
-        "kernels/numpy.py",
+        "kernels/numpy/gradients.py",
         "forgets a softmax's sum",
         "weights * (grad - (weights * grad).sum(axis=-1, keepdims=True))",
         "weights * grad",
     ),
-    ("kernels/numpy.py", "forgets the cap in gradients", "grad_scores * (1 - capped * capped)", "grad_scores"),
-    ("kernels/numpy.py", "forgets the scale in gradients", "grad_scores = grad_scores * scale", "pass"),
+    ("kernels/numpy/gradients.py", "forgets the cap in gradients", "grad_scores * (1 - capped * capped)", "grad_scores"),
+    ("kernels/numpy/gradients.py", "forgets the scale in gradients", "grad_scores = grad_scores * scale", "pass"),
     ("bands.py", "cuts a block too short", "offset + end + right", "offset + end - 1 + right"),
     ("bands.py", "counts a block's offset from 0", "query_offset + start - first", "query_offset - first"),
     ("bands.py", "lets every query see one key too far", "m - 1 - offset <= right", "m - 2 - offset <= right"),
@@ -219,12 +219,12 @@ def altered(file, name, old, new):
 
 
 def mutate_kernels(monkeypatch, backend, old, new):
-    """Makes the backend's fast path anew, altered, and puts it in its place."""
-    tab, name = dispatch.load(backend), f"kvattn.kernels.{backend}"
+    """Makes the backend's tiles anew, altered, and puts them in their place."""
+    tab, name = dispatch.load(backend), f"kvattn.kernels.{backend}.tiles"
     sound = sys.modules[name]
     monkeypatch.setitem(sys.modules, name, sound)
-    module = altered(f"kernels/{backend}.py", name, old, new)
-    monkeypatch.setattr(kernels, backend, module)
+    module = altered(f"kernels/{backend}/tiles.py", name, old, new)
+    monkeypatch.setattr(sys.modules[f"kvattn.kernels.{backend}"], "tiles", module)
     (known,) = (at for at, x in vars(tab).items() if x is sound)
     monkeypatch.setattr(tab, known, module)
     return module

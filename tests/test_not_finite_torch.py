@@ -15,7 +15,7 @@ import torch
 
 import kvattn
 from kvattn.conformance import oracle
-from kvattn.kernels import torch_pairs as pairs
+from kvattn.kernels.torch import pairs
 from kvattn.layers import torch as layers
 
 NAN, INF = float("nan"), float("inf")

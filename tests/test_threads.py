@@ -12,7 +12,7 @@ from test_tiled_numpy import results
 from tiling import ALWAYS, all_at_once, cached, draw, in_tiles, right, room
 
 import kvattn
-from kvattn.kernels import threads, tiled
+from kvattn.kernels.numpy import threads, tiled
 
 
 class Blas:
@@ -163,7 +163,7 @@ def test_where_no_thread_can_be_started_the_caller_does_it_all(blas):
 
 def run(code):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = "import numpy as np, kvattn, os, threading, sys\nfrom kvattn.kernels import threads, tiled\n" + code
+    code = "import numpy as np, kvattn, os, threading, sys\nfrom kvattn.kernels.numpy import threads, tiled\n" + code
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
 
 

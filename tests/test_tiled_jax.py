@@ -19,7 +19,7 @@ from tiling import INF, call, draw, right, room
 
 import kvattn
 from kvattn.backends import jax as tab
-from kvattn.kernels import jax as tiles
+from kvattn.kernels.jax import tiles
 
 ROOM = room("jax")
 

@@ -7,10 +7,11 @@ import pytest
 from test_mutants import altered
 from tiling import ALWAYS, SIZES
 
-from kvattn import conformance, kernels
+from kvattn import conformance
 from kvattn.backends import numpy as tab
-from kvattn.kernels import numpy as blockwise
-from kvattn.kernels import threads, tiled, tiled_grad, tiles
+from kvattn.kernels import numpy as kernels
+from kvattn.kernels.numpy import gradients as blockwise
+from kvattn.kernels.numpy import threads, tiled, tiled_grad, tiles
 
 MUTANTS = [
     ("tiles", "sees one key too many", "first + call.right - ahead", "first + call.right - ahead + 1"),
@@ -46,9 +47,9 @@ def mutated(monkeypatch):
 
     def alter(file, old, new):
         for name in MODULES:
-            monkeypatch.setitem(sys.modules, f"kvattn.kernels.{name}", MODULES[name])
+            monkeypatch.setitem(sys.modules, f"kvattn.kernels.numpy.{name}", MODULES[name])
             change = (old, new) if name == file else ("import", "import")
-            module = altered(f"kernels/{name}.py", f"kvattn.kernels.{name}", *change)
+            module = altered(f"kernels/numpy/{name}.py", f"kvattn.kernels.numpy.{name}", *change)
             monkeypatch.setattr(kernels, name, module)
             for user in (tab, blockwise):
                 if hasattr(user, name):
@@ -88,6 +89,6 @@ def test_tiles_that(mutated, file, wrong, old, new):
 
 
 def test_the_modules_are_the_real_ones_again():
-    assert importlib.import_module("kvattn.kernels.tiled") is tiled
+    assert importlib.import_module("kvattn.kernels.numpy.tiled") is tiled
     assert tab.tiled is tiled
     assert blockwise.tiled is tiled

@@ -18,7 +18,7 @@ from tiling import RESTRICTIONS, SIZES, WRT, all_at_once, cached, draw, in_tiles
 
 import kvattn
 from kvattn import conformance
-from kvattn.kernels import tiled
+from kvattn.kernels.numpy import tiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MXNet's own
 
@@ -29,7 +29,7 @@ tab = ROOM.tab
 
 import mxnet as mx  # noqa: E402  after the tab, which lends NumPy the names it wants
 
-from kvattn.kernels import mxnet_views as views  # noqa: E402
+from kvattn.kernels.mxnet import views  # noqa: E402
 
 
 def arrays_of(arrays):

@@ -14,7 +14,7 @@ from tiling import ARRAYS, RESTRICTIONS, WRT, all_at_once, cached, draw, in_tile
 
 import kvattn
 from kvattn.backends import numpy as tab
-from kvattn.kernels import threads, tiled, tiled_grad, tiles
+from kvattn.kernels.numpy import threads, tiled, tiled_grad, tiles
 
 ROOM = room("numpy")
 

@@ -21,7 +21,7 @@ from tiling import RESTRICTIONS, draw, room
 
 import kvattn
 from kvattn.backends import tensorflow as tab
-from kvattn.kernels import tensorflow as tiled
+from kvattn.kernels.tensorflow import tiles as tiled
 
 ROOM = room("tensorflow")
 

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kvattn
 from kvattn import bands
 from kvattn.backends import torch as tab
-from kvattn.kernels import torch as kernels
+from kvattn.kernels.torch import sdpa as kernels
 
 ROOM = room("torch")
 SIZES = ROOM.sizes

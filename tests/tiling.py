@@ -17,7 +17,7 @@ import kvattn
 from kvattn import bands, checks
 from kvattn.conformance import oracle, tolerance
 from kvattn.conformance.cases import LSE, attend, grid
-from kvattn.kernels import threads, tiled, tiled_grad, tiles
+from kvattn.kernels.numpy import threads, tiled, tiled_grad, tiles
 
 INF, NAN = np.inf, np.nan
 WRT = ("query", "key", "value")
@@ -283,7 +283,7 @@ class Torch(Differentiating):
         """``masks``: a list for those that SDPA is given."""
         from torch.nn.functional import scaled_dot_product_attention
 
-        from kvattn.kernels import torch as kernels
+        from kvattn.kernels.torch import sdpa as kernels
 
         served, masks = [], [] if masks is None else masks
 
@@ -326,7 +326,7 @@ class TensorFlow(Differentiating):
 
     @contextmanager
     def forced(self, sizes):
-        from kvattn.kernels import tensorflow as tiled
+        from kvattn.kernels.tensorflow import tiles as tiled
 
         served, compiled = [], tiled._compiled
 
@@ -360,7 +360,7 @@ class Jax(Differentiating):
 
     @contextmanager
     def forced(self, sizes):
-        from kvattn.kernels import jax as tiles
+        from kvattn.kernels.jax import tiles
 
         served, attention = [], tiles.attention
 
@@ -412,7 +412,7 @@ class MXNet(Differentiating):
 
     @contextmanager
     def forced(self, sizes):
-        from kvattn.kernels import mxnet_views as views
+        from kvattn.kernels.mxnet import views
 
         def counted(function):
             return lambda *args, **options: served.append("views") or function(*args, **options)

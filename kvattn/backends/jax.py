@@ -1,6 +1,6 @@
 """The JAX tab. The promises are in kvattn/api.py; the five tabs hold the same functions in the same order.
 
-How a function is compiled, and at which precision, its decorators say: kernels/jax_programs.py.
+How a function is compiled, and at which precision, its decorators say: kernels/jax/programs.py.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvattn import bands, explanation
-from kvattn.kernels import jax as tiles
-from kvattn.kernels import jax_blocks as blocks
-from kvattn.kernels import jax_gpu
-from kvattn.kernels import jax_programs as programs
+from kvattn.kernels.jax import blocks, programs, tiles
+from kvattn.kernels.jax import gpu as jax_gpu
 
 HALF = ("float16", "bfloat16")
 

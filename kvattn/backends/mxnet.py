@@ -2,7 +2,7 @@
 
 For MXNet 1.9.1, on mx.np arrays; legacy mx.nd arrays are taken too, and answered in kind. Scores and normalisers of
 your own are given mx.np arrays. Where the code is longer than NumPy's, an operator of 1.9.1 is wrong, and a comment says how;
-what is wrong everywhere is put right in kernels/mxnet_quirks.py.
+what is wrong everywhere is put right in kernels/mxnet/quirks.py.
 
 One of its bugs can reach your own functions, and no guard around them can stop it: backward crashes the process where what
 np.where, npx.batch_dot or npx.fully_connected gives is scaled or reshaped and then only compared, or put to another use that
@@ -18,15 +18,14 @@ from functools import partial, reduce
 import numpy
 
 from kvattn import bands, explanation
-from kvattn.kernels import mxnet_quirks as quirks
-from kvattn.kernels import mxnet_views as views
+from kvattn.kernels.mxnet import quirks, views
 from kvattn.lend import lend
 
 with lend():
     import mxnet as mx
     from mxnet import autograd, np
 
-    from kvattn.kernels.mxnet import defer, deferred  # noqa: F401  Symbols: api.attention asks
+    from kvattn.kernels.mxnet.symbols import defer, deferred  # noqa: F401  Symbols: api.attention asks
 
 HALF = ("float16",)
 DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool")

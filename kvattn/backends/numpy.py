@@ -9,8 +9,8 @@ from functools import reduce
 import numpy as np
 
 from kvattn import bands, explanation
-from kvattn.kernels import numpy as kernels
-from kvattn.kernels import tiled
+from kvattn.kernels.numpy import gradients as kernels
+from kvattn.kernels.numpy import tiled
 
 HALF = ("float16", "bfloat16")
 

@@ -11,9 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from kvattn import bands, explanation
-from kvattn.kernels import tensorflow as tiled
-from kvattn.kernels import tensorflow_blocks as blocks
-from kvattn.kernels import tensorflow_nonfinite as nonfinite
+from kvattn.kernels.tensorflow import blocks, nonfinite
+from kvattn.kernels.tensorflow import tiles as tiled
 
 HALF = (tf.float16, tf.bfloat16)
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from kvattn import bands, explanation
-from kvattn.kernels import torch as kernels
-from kvattn.kernels import torch_gpu, torch_pairs
+from kvattn.kernels.torch import gpu as torch_gpu
+from kvattn.kernels.torch import pairs as torch_pairs
+from kvattn.kernels.torch import sdpa as kernels
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -1,1 +1,1 @@
-"""What is fast or long, one file a framework, reached only from its tab."""
+"""What is fast or long, one folder a framework, reached only from its tab and its layers."""

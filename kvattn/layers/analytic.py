@@ -15,7 +15,7 @@ import numpy as np
 
 from kvattn import checks, dispatch, layers
 from kvattn.backends import numpy as tab
-from kvattn.kernels.numpy import sum_to
+from kvattn.kernels.numpy.gradients import sum_to
 
 
 class _Mode(NamedTuple):

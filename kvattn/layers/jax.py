@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from kvattn import api, checks, layers
 from kvattn.backends import jax as tab
-from kvattn.kernels import jax_programs as programs
+from kvattn.kernels.jax import programs
 
 __all__ = [*layers.LAYERS]
 

@@ -13,7 +13,7 @@ import numpy
 
 from kvattn import api, checks, layers
 from kvattn.backends import mxnet as tab
-from kvattn.kernels import mxnet as kernels
+from kvattn.kernels.mxnet import symbols as kernels
 from kvattn.lend import lend
 
 with lend():

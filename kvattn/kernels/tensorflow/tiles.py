@@ -15,7 +15,7 @@ from functools import lru_cache, partial, reduce
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
-from kvattn.kernels.tensorflow_nonfinite import Pairs, absent
+from kvattn.kernels.tensorflow.nonfinite import Pairs, absent
 
 SMALLEST = 2**17  # scores of a head that blocks are worth their own cost for; twice that, if they save no work
 HELD = 2**24  # scores of a call that may be held all at once

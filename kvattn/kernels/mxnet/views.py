@@ -18,7 +18,7 @@ import numpy as np
 
 from kvattn import bands
 from kvattn.backends import numpy as by_numpy
-from kvattn.kernels import tiled
+from kvattn.kernels.numpy import tiled
 from kvattn.lend import lend
 
 with lend():

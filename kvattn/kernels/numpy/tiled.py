@@ -15,8 +15,8 @@ import math
 import numpy as np
 
 from kvattn import bands
-from kvattn.kernels import threads, tiles
-from kvattn.kernels.tiles import EXP, LOG, UNIT, blocks, clear, fold, product, seen, seen_product, take
+from kvattn.kernels.numpy import threads, tiles
+from kvattn.kernels.numpy.tiles import EXP, LOG, UNIT, blocks, clear, fold, product, seen, seen_product, take
 
 TINY = 2**14  # query.size * key.size of a call that need not be looked at: all is the tab's
 SMALLEST, SMALLEST_ENTRY = 2**17, 2**12  # scores of a call, and of a batch entry, that tiles are worth their own cost for

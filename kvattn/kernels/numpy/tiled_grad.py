@@ -12,8 +12,8 @@ import math
 
 import numpy as np
 
-from kvattn.kernels import threads, tiled, tiles
-from kvattn.kernels.tiles import EXP, UNIT, blocks, clear, fold, product, ready, seen, seen_product, take
+from kvattn.kernels.numpy import threads, tiled, tiles
+from kvattn.kernels.numpy.tiles import EXP, UNIT, blocks, clear, fold, product, ready, seen, seen_product, take
 
 
 def serves(tab, query, key, value, wrt, *, softcap=None, **options):

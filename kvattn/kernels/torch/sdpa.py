@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from kvattn import bands
-from kvattn.kernels import torch_pairs as pairs
-from kvattn.kernels.torch_traces import known, readable, tracing
+from kvattn.kernels.torch import pairs
+from kvattn.kernels.torch.traces import known, readable, tracing
 
 CALL = 2**22  # multiplications that one more call must save, and
 READ = 32  # that take as long as reading one number of a key or value

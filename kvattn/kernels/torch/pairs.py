@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kvattn.kernels.torch_traces import readable
+from kvattn.kernels.torch.traces import readable
 
 HALF = (torch.float16, torch.bfloat16)
 VECTOR = 16  # keys, below which the CPU's kernel takes the largest of nothing but NaN for -inf, and gives zeros

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from kvattn import bands
-from kvattn.kernels import threads, tiled, tiled_grad
+from kvattn.kernels.numpy import threads, tiled, tiled_grad
 
 PAIRS = 2**22  # numbers that are held at one time: scores, and the features of which they are made
 COLUMNS = 64  # keys that such a block has at least, where it can

@@ -27,7 +27,7 @@ from types import FunctionType
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvattn.kernels import torch as kernels
+from kvattn.kernels.torch import sdpa as kernels
 
 HALF = (torch.float16, torch.bfloat16)
 SHORTEST = 128  # queries, and keys, that are worth flex_attention's blocks

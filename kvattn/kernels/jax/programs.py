@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
 from kvattn import bands
-from kvattn.kernels import jax_gpu
+from kvattn.kernels.jax import gpu as jax_gpu
 
 if hasattr(jax, "enable_x64"):
     x64 = jax.enable_x64

@@ -1,0 +1,1 @@
+"""JAX: tiles on the CPU, cuDNN on a GPU, any score in blocks; how functions are compiled."""

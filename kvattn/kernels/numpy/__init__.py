@@ -1,0 +1,1 @@
+"""NumPy: softmax attention in tiles, its gradients, and those of every score."""
