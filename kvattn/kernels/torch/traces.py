@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import torch
 
+# by their names: this is asked more than once in every call, and half of what it costs would be looking for them
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.compiler import is_compiling, is_dynamo_compiling
+
 
 def tracing():
     """Whether a program is recorded that runs with other values later: none of this call's may decide what it does."""
-    if torch.compiler.is_compiling():  # first: torch.compile reads no further
-        return True
-    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
-        return True
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()) and _recording_mode()
+    return (
+        is_dynamo_compiling()  # first: torch.compile reads no further
+        or _is_tracing()
+        or _are_functorch_transforms_active()
+        or ((_len_torch_dispatch_stack() or _len_torch_function_stack()) != 0 and _recording_mode())
+    )
 
 
 def _recording_mode():
@@ -19,7 +24,7 @@ def _recording_mode():
     keys = torch._C._TorchDispatchModeKey
     modes = [torch._C._get_dispatch_mode(key) for key in (keys.PROXY, keys.FAKE, keys.FUNCTIONAL)]
     modes += [torch._ops._get_dispatch_mode_pre_dispatch(key) for key in (keys.PROXY, keys.FUNCTIONAL)]
-    return any(mode is not None for mode in modes)
+    return is_compiling() or any(mode is not None for mode in modes)
 
 
 def readable(x):
