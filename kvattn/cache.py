@@ -26,17 +26,21 @@ class KVCache(NamedTuple):
     length: Any = 0
 
     @classmethod
-    def allocate(cls, shape: tuple[int, ...], v: int | None = None, *, dtype: str = "float32", backend: Any = None) -> KVCache:
+    def allocate(
+        cls, shape: tuple[int, ...], v: int | None = None, *, dtype: str = "float32", like: Array = None, backend: Any = None
+    ) -> KVCache:
         """An empty cache with room for keys of ``shape`` (..., capacity, d) and values (..., capacity, v); v: d by default.
+
+        It lies on the device of ``like``, an array, or where the backend puts new arrays.
 
         >>> KVCache.allocate((2, 8, 100, 16)).key.shape
         (2, 8, 100, 16)
         """
         import numpy as np
 
-        tab = dispatch.choose(backend)
+        tab = dispatch.choose(backend, like=like)
         shapes = (shape, (*shape[:-1], shape[-1] if v is None else v))
-        key, value = (tab.asarray(np.zeros(x, "float32"), dtype=dtype) for x in shapes)
+        key, value = (tab.asarray(np.zeros(x, "float32"), dtype=dtype, like=like) for x in shapes)
         return cls(key, value, 0)
 
     def extend(self, key: Array, value: Array, *, backend: Any = None) -> KVCache:

@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow reports its CPU features when it is imported
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it, and JAX, take a GPU's whole memory at once
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a text's words, on a terminal that is not UTF-8
     try:
@@ -69,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = ", ".join(dispatch._OURS)
     conform.add_argument("--backend", metavar="NAMES", help=f"only these, separated by commas: {names}, or a plugin's")
+    conform.add_argument(
+        "--device", metavar="NAME", help="where the arrays lie: cpu, cuda, cuda:1 (default: where each backend puts new ones)"
+    )
     conform.add_argument("--text", metavar="FILE", help="UTF-8 text to attend over (default: a sentence about a dog)")
     conform.add_argument("--json", metavar="FILE", help="also write the report as JSON")
     conform.add_argument("--html", metavar="FILE", help="also write the report as one self-contained page")
@@ -94,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--causal", action="store_true", help="also with the causal mask")
     bench.add_argument("--valid", action="store_true", help="also with padding: valid_lens at 60%% of the keys")
     bench.add_argument("--window", action="store_true", help="also in a window of 256 keys to each side")
-    bench.add_argument("--device", default="cpu", help="PyTorch's name of a device (default: cpu)")
+    bench.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     bench.add_argument("--rounds", metavar="N", type=int, default=15, help="in each of which all take their turn (default: 15)")
     bench.add_argument("--json", metavar="FILE", help="also write the measurements as JSON")
     bench.add_argument("--plot", metavar="FILE", help="also draw them; needs matplotlib")
@@ -161,7 +166,8 @@ def conform(options: argparse.Namespace) -> int:
         _writable(path)
 
     console = _console()
-    backends, pairs, usable = _suite(names, _cases(options, console), console)
+    names = _having(options.device, names, options.backend is None, console)
+    backends, pairs, usable = _suite(names, _cases(options, console), console, options.device)
     document = report.document(
         kvattn=__version__,
         python=platform.python_version(),
@@ -169,11 +175,11 @@ def conform(options: argparse.Namespace) -> int:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         backends=backends,
         pairs=pairs,
-        text=text.compare(source, words, [] if options.draws else usable),
+        text=text.compare(source, words, [] if options.draws else usable, options.device),
     )
     report.show(document, console)
     if options.draws:
-        _smallest(document, options.seed, console)
+        _smallest(document, options.seed, console, options.device)
     try:
         for path, render in ((options.json, report.to_json), (options.html, report.to_html)):
             if path:
@@ -199,6 +205,27 @@ def _named(given: str | None) -> list[str]:
         if name not in installed:
             raise _Refused(f"backend {name!r} is not installed: {_cure(name)}")
     return names
+
+
+def _having(device: str | None, names: list[str], any_will_do: bool, console: Console) -> list[str]:
+    """The backends that have the device, or do not import; refused where one that was asked for, or all, have it not."""
+    lacking: dict[str, str] = {}
+    if device is None:
+        return names
+    for name in names:
+        try:
+            tab = dispatch.load(name)
+        except (Exception, SystemExit):  # a row of the report, later
+            continue
+        try:
+            dispatch.device(tab, device)
+        except ValueError as error:
+            lacking[name] = str(error)
+    if lacking and not (any_will_do and len(lacking) < len(names)):
+        raise _Refused("; ".join(lacking.values()))
+    for why in lacking.values():
+        console.print(f"Not asked: {why}", soft_wrap=True)
+    return [name for name in names if name not in lacking]
 
 
 def _cure(name: str) -> str:
@@ -239,7 +266,7 @@ def _cases(options: argparse.Namespace, console: Console) -> list[Case]:
     return made
 
 
-def _smallest(document: dict[str, Any], seed: int, console: Console) -> None:
+def _smallest(document: dict[str, Any], seed: int, console: Console, device: str | None) -> None:
     """For each backend that fails a drawn call, the smallest such call that is found, as code."""
     from kvattn.conformance import draws
     from kvattn.report import clean
@@ -247,13 +274,13 @@ def _smallest(document: dict[str, Any], seed: int, console: Console) -> None:
     for row in document["backends"]:
         if row["failures"]:
             number = min(draws.number_of(each["case"]) for each in row["failures"])
-            made, failure = draws.shrink(row["backend"], draws.draw(seed, number))
+            made, failure = draws.shrink(row["backend"], draws.draw(seed, number), device=device)
             console.print(f"\nThe smallest call found on which {row['backend']} fails, made from draw {number}:\n")
-            console.print(clean(draws.code(made, failure, row["backend"])), soft_wrap=True)
+            console.print(clean(draws.code(made, failure, row["backend"], device)), soft_wrap=True)
 
 
 def _suite(
-    names: list[str], cases: Sequence[Case], console: Console
+    names: list[str], cases: Sequence[Case], console: Console, device: str | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
     """The cases on each backend: the report's rows, its pairs, and the names of the backends that import."""
     from kvattn import conformance
@@ -273,7 +300,7 @@ def _suite(
             try:
                 dispatch.load(name)
                 usable.append(name)
-                result = conformance.run(name, cases=cases, progress=advance)
+                result = conformance.run(name, cases=cases, progress=advance, device=device)
             except (Exception, SystemExit) as error:  # a framework that fails to import is a row, whatever it raises
                 doing = "the suite stopped" if name in usable else "it does not import"
                 row |= {
@@ -523,4 +550,5 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def _describe(tab: Any) -> tuple[str, str]:
-    return tab.describe() if hasattr(tab, "describe") else ("?", "?")
+    version, device = tab.describe() if hasattr(tab, "describe") else ("?", "?")
+    return version, ", ".join(tab.devices().values()) if hasattr(tab, "devices") else device

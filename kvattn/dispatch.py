@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +194,36 @@ def home(x: Any, wanted: str | None = None) -> str | None:
         _homes[cls] = found[0]
         return found[0]
     return None  # and not remembered: its plugin may yet be installed, or loaded
+
+
+def device(tab: Any, name: str) -> str:
+    """The device of ``tab`` that is meant by ``name``: "cuda" is "cuda:0", where there is one.
+
+    Raises ValueError, saying what is there, for a device that is not.
+
+    >>> device(load("numpy"), "CPU")
+    'cpu'
+    """
+    if not (callable(getattr(tab, "devices", None)) and callable(getattr(tab, "on", None))):
+        raise ValueError(
+            f"backend {name_of(tab)!r} cannot be told to run on {name!r}: it lacks devices() and on(device); "
+            "see kvattn.backends.Backend"
+        )
+    there = tab.devices()
+    for found in (name.strip().lower(), f"{name.strip().lower()}:0"):
+        if found in there:
+            return found
+    has = ", ".join(key if key == what else f"{key} ({what})" for key, what in there.items())
+    raise ValueError(f"backend {name_of(tab).rpartition('.')[2]!r} has no device {name!r} here; it has {has}")
+
+
+def on(tab: Any, name: str | None) -> AbstractContextManager[Any]:
+    """A context whose value ``tab.asarray`` is given as ``like``, so that arrays lie on a device, of those that `device` gives.
+
+    Without a name they lie wherever the backend puts them.
+    """
+    placed: AbstractContextManager[Any] = nullcontext() if name is None else tab.on(name)
+    return placed
 
 
 def choose(backend: Any, **arrays: Any) -> Backend:

@@ -78,8 +78,22 @@ def _vector(token: str, position: int) -> list[float]:
     return row
 
 
-def compare(source: str, text: str, backends: list[str]) -> dict[str, Any]:
+def _attend(x: Any, backend: str, device: str | None) -> Any:
+    import kvattn
+    from kvattn import dispatch
+
+    if device is not None:
+        tab = dispatch.load(backend)
+        with dispatch.on(tab, dispatch.device(tab, device)) as like:
+            x = tab.asarray(x, like=like)
+            return kvattn.attention(x, x, x, return_weights=True, backend=backend)
+    return kvattn.attention(x, x, x, return_weights=True, backend=backend)
+
+
+def compare(source: str, text: str, backends: list[str], device: str | None = None) -> dict[str, Any]:
     """Self-attention over the text in each backend, the backends compared pairwise; plain data for kvattn.report.
+
+    Given a ``device``, the text lies there; else it is a NumPy array.
 
     The errors, of outputs and weights, have the units and the allowance of the suite's cases (conformance/tolerance.py).
     """
@@ -99,7 +113,7 @@ def compare(source: str, text: str, backends: list[str]) -> dict[str, Any]:
     errors: dict[str, str] = {}
     for name in backends:
         try:
-            pair = kvattn.attention(x, x, x, return_weights=True, backend=name)
+            pair = _attend(x, name, device)
             results[name] = tuple(np.asarray(kvattn.to_numpy(each), np.float64) for each in pair)
         except Exception as error:  # one backend's failure is a line of the report
             errors[name] = f"{type(error).__name__}: {error}"

@@ -43,8 +43,9 @@ def world(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     world = SimpleNamespace(failing={}, apart=0.5)
 
-    def run(name, cases=None, dtypes=None, progress=None):
-        version, device = dispatch.load(name).describe()
+    def run(name, cases=None, dtypes=None, progress=None, device=None):
+        version, card = dispatch.load(name).describe()
+        card = card if device is None else dispatch.load(name).devices()[dispatch.device(dispatch.load(name), device)]
         results = []
         for case in cases:
             progress(case.name)
@@ -52,7 +53,7 @@ def world(monkeypatch):
             results.append(Result(case.name, "group", "float32", "output", 0.25, 4.0, True))
             results.append(Result(case.name, "group", "float32", "grad_query", 0.75, 8.0, True))
             results.extend(Result(case.name, "group", "float32", "weights", *each) for each in failing)
-        return Report(name, version, device, results)
+        return Report(name, version, card, results)
 
     def pairwise(reports):
         pairs = [(a.backend, b.backend) for i, a in enumerate(reports) for b in reports[i + 1 :]]
@@ -171,6 +172,32 @@ def test_a_backend_that_is_absent_or_unknown_exits_2_with_the_cure(capsys, world
     status, out, err = run(capsys, "conform", "--backend", given)
     assert (status, out) == (2, "")
     assert said in err
+
+
+def test_a_device_that_is_not_there_exits_2_and_says_what_is(capsys, world):
+    for named in (("--backend", "numpy"), ("--backend", "numpy,twin"), ("--backend", "wreck,numpy")):
+        status, out, err = run(capsys, "conform", "--device", "cuda", *named)
+        assert (status, out) == (2, "")
+        assert "backend 'numpy' has no device 'cuda' here; it has cpu" in err
+    status, _, err = run(capsys, "conform", "--backend", "numpy", "--device", "tpuu", "--draws", "1")
+    assert status == 2
+    assert "has no device 'tpuu'" in err
+
+
+def test_the_device_is_in_every_report_and_who_has_none_is_named(capsys, world, tmp_path, monkeypatch):
+    twin, asked = dispatch.load("twin"), []
+    monkeypatch.setattr(twin, "devices", lambda: {"cpu": "cpu", "cuda:0": "Card 3000"})
+    monkeypatch.setattr(twin, "on", lambda device: asked.append(device) or tab.on("cpu"))
+    paths = {kind: str(tmp_path / f"r.{kind}") for kind in ("json", "html")}
+    status, out, _ = run(capsys, "conform", "--device", "cuda", "--json", paths["json"], "--html", paths["html"])
+    assert status == 1  # the wreck
+    assert asked == ["cuda:0"]  # of the text
+    assert "Not asked: backend 'numpy' has no device 'cuda' here; it has cpu" in out
+    for said in (out, *((tmp_path / f"r.{kind}").read_text() for kind in paths)):
+        assert "Card 3000" in said
+    rows = {row["backend"]: row["device"] for row in json.loads((tmp_path / "r.json").read_text())["backends"]}
+    assert rows == {"twin": "Card 3000", "wreck": None}
+    assert "cpu, Card 3000" in run(capsys, "doctor")[1]
 
 
 def test_aliases_name_backends(world):

@@ -7,6 +7,7 @@ offered by having it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 
@@ -23,6 +24,14 @@ class Backend(Protocol):
 
     def to_numpy(self, x: Any, /) -> Any:
         """``x`` as a NumPy array; bfloat16 comes as float32, which holds it exactly."""
+        ...
+
+    def devices(self) -> dict[str, str]:
+        """What `on` takes, and what it is: {"cpu": "cpu", "cuda:0": "NVIDIA H100"}. Optional, as `on` is."""
+        ...
+
+    def on(self, device: str, /) -> AbstractContextManager[Any]:
+        """A context for arrays and calls on a device; its value, if not None, is what ``asarray`` takes as ``like``."""
         ...
 
     def peek(self, x: Any, /) -> Any:

@@ -55,6 +55,14 @@ def describe():
     return jax.__version__, jax.devices()[0].device_kind
 
 
+def devices():
+    return {name: device.device_kind for name, device in programs.devices().items()}
+
+
+def on(device):
+    return jax.default_device(programs.devices()[device])  # asarray places nothing: it follows this
+
+
 def tracing():
     return False  # sizes are numbers under jit too
 

@@ -42,8 +42,16 @@ def peek(x):
 
 
 def describe():
-    gpus = tf.config.list_physical_devices("GPU")
-    return tf.__version__, tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else "cpu"
+    return tf.__version__, [*devices().values()][:2][-1]  # TensorFlow's own choice: the first GPU
+
+
+def devices():
+    found = [tf.config.experimental.get_device_details(x) for x in tf.config.list_physical_devices("GPU")]
+    return {"cpu": "cpu"} | {f"cuda:{i}": x.get("device_name", "GPU") for i, x in enumerate(found)}
+
+
+def on(device):
+    return tf.device(device.replace("cuda", "GPU"))  # asarray follows it, and so do operations on what lies elsewhere
 
 
 def tracing():

@@ -93,8 +93,11 @@ class Wrong(Exception):
 
 
 def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str] | None = None,
-        progress: Callable[[str], None] | None = None) -> Report:  # fmt: skip
+        progress: Callable[[str], None] | None = None, device: str | None = None) -> Report:  # fmt: skip
     """Run the cases on a backend: a name, or a backend itself (a stranger's too). Raises only if it does not load.
+
+    Given a ``device``, "cpu", "cuda", "cuda:1", the arrays lie there, and so must the results; ValueError, saying what is
+    there, if it is not. By default they lie where the backend puts new arrays.
 
     Given ``dtypes``, each case runs in all of them that hold its inputs exactly, with and without weights and lse;
     by default one dtype and one way stand for the rest, in turn.
@@ -110,8 +113,19 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
     called = backend if isinstance(backend, str) else getattr(tab, "__name__", type(tab).__name__).rpartition(".")[2]
     name = dispatch.canonical(called)
     describe = getattr(tab, "describe", None)
-    version, device = describe() if describe else ("", "")
-    report = Report(name, str(version), str(device))
+    version, card = describe() if describe else ("", "")
+    if device is not None:
+        device = dispatch.device(tab, device)
+        card = tab.devices()[device]
+    report = Report(name, str(version), str(card))
+    with dispatch.on(tab, device) as like:
+        place = None if device is None else _place(tab.asarray(np.zeros(()), like=like))
+        _run(tab, name, cases, dtypes, progress, report, like, place)
+    return report
+
+
+def _run(tab: Any, name: str, cases: Sequence[Case], dtypes: Sequence[str] | None, progress: Callable[[str], None] | None,
+         report: Report, like: Any, place: str | None) -> None:  # fmt: skip
     for case in cases:
         if progress is not None:
             progress(case.name)
@@ -122,8 +136,7 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
         if not able and dtypes is None and known.difference(name, "float32", case.name, case.group) is None:
             able = ["float32"]  # no case goes unasked for want of bfloat16
         for dtype in able:
-            _judge(tab, case, dtype, report, thorough=dtypes is not None)
-    return report
+            _judge(tab, case, dtype, report, thorough=dtypes is not None, like=like, place=place)
 
 
 def pairwise(reports: Sequence[Report]) -> dict[tuple[str, str], Agreement]:
@@ -145,7 +158,7 @@ def _agreement(a: Report, b: Report) -> Agreement:
 # ---- one case in one dtype
 
 
-def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool) -> None:
+def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, like: Any, place: str | None) -> None:
     def result(what: str, error: float, allowed: float, message: str = "") -> None:
         passed = not message and error <= allowed
         if not message and not passed:
@@ -156,7 +169,7 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool) -> 
         result("output", 0.0, 0.0, NOT_OFFERED + ", ".join(missing))
         return
     try:
-        got = _call(tab, case, dtype, thorough)
+        got = _call(tab, case, dtype, thorough, like)
     except Exception as error:
         result("output", np.inf, 0.0, f"{case.name} {dtype}: {type(error).__name__}: {error}")
         return
@@ -170,6 +183,8 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool) -> 
         unit = tolerance.unit(due, magnitude[what])
         try:
             x = _plain(tab, got[what], what, want.shape, due)
+            if place is not None and _place(got[what]) != place:
+                raise Wrong(f"lies on {_place(got[what])}, the arguments on {place}")
         except Exception as error:
             result(what, np.inf, allowed, f"{case.name} {dtype}: {what}: {error}")
             continue
@@ -208,7 +223,12 @@ def _wrt(case: Case) -> list[str]:
     return [what.removeprefix("grad_") for what in case.answer if what.startswith("grad_")]
 
 
-def _call(tab: Any, case: Case, dtype: str, thorough: bool) -> dict[str, Any]:
+def _place(x: Any) -> str:
+    """The device on which an array lies, as its framework calls it."""
+    return str(getattr(x, "device", ""))
+
+
+def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[str, Any]:
     """Every quantity of the case, by name; arguments are compared before and after, bit by bit."""
     given: list[tuple[str, Any]] = []
 
@@ -216,7 +236,7 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool) -> dict[str, Any]:
         if not isinstance(x, np.ndarray):
             return x
         kept = "float32" if name == "lses" and dtype in tolerance.HALF else dtype
-        made = tab.asarray(x.copy(), dtype=kept) if x.dtype.kind == "f" else tab.asarray(x.copy())
+        made = tab.asarray(x.copy(), dtype=kept if x.dtype.kind == "f" else None, like=like)
         given.append((name, made))
         return made
 
@@ -234,14 +254,15 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool) -> dict[str, Any]:
     before = [_bytes(tab, x) for _, x in given]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # PyTorch, once, of a context that it then makes itself
         if case.group == NOT_FINITE:
             warnings.simplefilter("ignore", RuntimeWarning)  # NumPy may warn of what it meets
         options = {n: x for n, x in keywords.items() if not n.startswith("return_")}
         results = {}
         if case.call == "split_attention":
-            results = dict(zip(case.results, _split(tab, arguments, keywords), strict=True))
+            results = dict(zip(case.results, _split(tab, arguments, keywords, like), strict=True))
         elif case.call in HEADED:
-            results = _headed(tab, case, arguments, keywords, grad_output)
+            results = _headed(tab, case, arguments, keywords, grad_output, like)
         elif thorough or not case.alone:
             got = getattr(kvattn, case.call)(**arguments, **keywords, backend=tab)
             results = dict(zip(case.results, got if len(case.results) > 1 else [got], strict=True))
@@ -257,7 +278,7 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool) -> dict[str, Any]:
     return results
 
 
-def _split(tab: Any, arguments: dict[str, Any], keywords: dict[str, Any]) -> tuple[Any, Any]:
+def _split(tab: Any, arguments: dict[str, Any], keywords: dict[str, Any], like: Any) -> tuple[Any, Any]:
     """Attention over parts of the keys, merged two by two, which is to be attention over all of them."""
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     ends = [0, *keywords["splits"], int(key.shape[-2])]
@@ -265,14 +286,16 @@ def _split(tab: Any, arguments: dict[str, Any], keywords: dict[str, Any]) -> tup
     merged = None
     dtype, (key, value) = checks.dtype_name(query), (tab.to_numpy(x) for x in (key, value))
     for start, end in itertools.pairwise(ends):
-        keys, values = (tab.asarray(x[..., start:end, :], dtype=dtype) for x in (key, value))
+        keys, values = (tab.asarray(x[..., start:end, :], dtype=dtype, like=like) for x in (key, value))
         part = kvattn.attention(query, keys, values, **options, return_lse=True, backend=tab)
         pair = part if merged is None else tuple(zip(merged, part, strict=True))
         merged = part if merged is None else kvattn.merge_attention(*pair, return_lse=True, backend=tab)
     return merged
 
 
-def _headed(tab: Any, case: Case, arguments: dict[str, Any], keywords: dict[str, Any], grad_output: Any) -> dict[str, Any]:
+def _headed(
+    tab: Any, case: Case, arguments: dict[str, Any], keywords: dict[str, Any], grad_output: Any, like: Any
+) -> dict[str, Any]:
     """The quantities of a case of multi-head attention, of self-attention, or of multi-head attention step by step."""
     names, wrt = [name for name in checks.PARAMS if name in arguments], _wrt(case)
     params = {name: arguments[name] for name in names}
@@ -282,7 +305,7 @@ def _headed(tab: Any, case: Case, arguments: dict[str, Any], keywords: dict[str,
     if case.call == "self_attention":
         got = kvattn.self_attention(inputs[0], *params.values(), **options, backend=tab)
     elif case.call == "decoding":
-        return {"output": _steps(tab, inputs, params, capacity, options)}
+        return {"output": _steps(tab, inputs, params, capacity, options, like)}
     else:
         got = kvattn.multi_head_attention(*inputs, params, **options, backend=tab)
     results = dict(zip(case.results, got if len(case.results) > 1 else [got], strict=True))
@@ -293,26 +316,27 @@ def _headed(tab: Any, case: Case, arguments: dict[str, Any], keywords: dict[str,
         found = dict(zip(by, grads, strict=True))
         if case.call == "self_attention":
             three = [np.asarray(tab.to_numpy(found[name]), np.float64) for name in ("query", "key", "value")]
-            found["x"] = tab.asarray(sum(three), dtype=checks.dtype_name(found["query"]))  # as JAX adds no float64 by itself
+            dtype = checks.dtype_name(found["query"])
+            found["x"] = tab.asarray(sum(three), dtype=dtype, like=like)  # as JAX adds no float64 by itself
         results |= {f"grad_{name}": found[name] for name in wrt}
     return results
 
 
 def _steps(
-    tab: Any, inputs: list[Any], params: dict[str, Any], capacity: tuple[int, ...] | None, options: dict[str, Any]
+    tab: Any, inputs: list[Any], params: dict[str, Any], capacity: tuple[int, ...] | None, options: dict[str, Any], like: Any
 ) -> Any:
     """Causal multi-head attention with a cache: two positions, then one at a time; joined by NumPy."""
     cache = kvattn.KVCache()
     if capacity is not None:
         wide = checks.dtype_name(inputs[0])
         wide = "float32" if wide in tolerance.HALF else wide
-        cache = kvattn.KVCache.allocate(capacity[:-1], capacity[-1], dtype=wide, backend=tab)
+        cache = kvattn.KVCache.allocate(capacity[:-1], capacity[-1], dtype=wide, like=inputs[0], backend=tab)
     parts, n = [], int(inputs[0].shape[-2])
     for start, end in [(0, 2), *((i, i + 1) for i in range(2, n))]:
         step = [x[..., start:end, :] for x in inputs]
         output, cache = kvattn.multi_head_attention(*step, params, **options, causal=True, cache=cache, backend=tab)
         parts.append(tab.to_numpy(output))
-    return tab.asarray(np.concatenate(parts, axis=-2), dtype=checks.dtype_name(inputs[0]))
+    return tab.asarray(np.concatenate(parts, axis=-2), dtype=checks.dtype_name(inputs[0]), like=like)
 
 
 def _bytes(tab: Any, x: Any) -> bytes:

@@ -295,9 +295,9 @@ def smaller(drawn: Draw) -> Iterator[Draw]:
         yield replace(drawn, dtype="float64")
 
 
-def shrink(backend: Any, drawn: Draw, tries: int = 300) -> tuple[Case, check.Result]:
+def shrink(backend: Any, drawn: Draw, tries: int = 300, device: str | None = None) -> tuple[Case, check.Result]:
     """The smallest case found that the backend fails, and a result of it that is wrong. ``drawn`` has to be one."""
-    best, failure = drawn, _failure(backend, drawn)
+    best, failure = drawn, _failure(backend, drawn, device)
     if failure is None:
         raise ValueError(f"{case(drawn).name}: this backend gives the answer")
     found = True
@@ -308,7 +308,7 @@ def shrink(backend: Any, drawn: Draw, tries: int = 300) -> tuple[Case, check.Res
                 break
             tries -= 1
             try:
-                worse = _failure(backend, less)
+                worse = _failure(backend, less, device)
             except Exception:  # an option may need what was taken away: this is no smaller draw
                 continue
             if worse is not None:
@@ -318,17 +318,23 @@ def shrink(backend: Any, drawn: Draw, tries: int = 300) -> tuple[Case, check.Res
     return case(best), failure
 
 
-def _failure(backend: Any, drawn: Draw) -> check.Result | None:
-    return next(iter(check.run(backend, [case(drawn)]).failures), None)
+def _failure(backend: Any, drawn: Draw, device: str | None = None) -> check.Result | None:
+    return next(iter(check.run(backend, [case(drawn)], device=device).failures), None)
 
 
 # ---- as code
 
 
-def code(made: Case, failure: check.Result, backend: str) -> str:
+def code(made: Case, failure: check.Result, backend: str, device: str | None = None) -> str:
     """The call of a case as a program, and what it should give."""
     lines = ["from functools import partial", "", "import numpy as np", "from numpy import inf, nan", "", "import kvattn", ""]
-    lines += [f"def array(x):\n    return kvattn.asarray(x, dtype={failure.dtype!r}, backend={backend!r})", ""]
+    made_by = f"kvattn.asarray(x, dtype={failure.dtype!r}, backend={backend!r})"
+    if device is not None:
+        lines[:0] = ["from contextlib import ExitStack"]
+        lines += [f"tab, stack = kvattn.dispatch.load({backend!r}), ExitStack()"]
+        lines += [f"like = stack.enter_context(tab.on(kvattn.dispatch.device(tab, {device!r})))", ""]
+        made_by = f"tab.asarray(x, dtype={failure.dtype!r}, like=like)"
+    lines += [f"def array(x):\n    return {made_by}", ""]
 
     def literal(x: Any) -> str:
         if not isinstance(x, np.ndarray):
@@ -367,7 +373,7 @@ def code(made: Case, failure: check.Result, backend: str) -> str:
         lines.append("cache = kvattn.KVCache()")
         if "capacity" in rest:
             lead, size = rest["capacity"].rsplit(", ", 1)
-            size = f"{lead}), {size[:-1]}, dtype={failure.dtype!r}, backend={backend!r}"
+            size = f"{lead}), {size[:-1]}, dtype={failure.dtype!r}, like=query, backend={backend!r}"
             lines[-1] = f"cache = kvattn.KVCache.allocate({size})"
         lines.append(f"for i, j in [(0, 2), *((i, i + 1) for i in range(2, {given['query'].shape[-2]}))]:")
         step = ", ".join([*(f"{x}[..., i:j, :]" for x in inputs[:3]), inputs[3]])

@@ -81,6 +81,18 @@ def fitting(x):
     return x
 
 
+# ---- devices
+
+
+def devices():
+    """JAX's devices by the names that `jax.devices` knows: "cpu", "cuda:0", "tpu:1"."""
+    found = {"cpu": jax.local_devices(backend="cpu")[0]}
+    for at, device in enumerate(x for x in jax.local_devices() if x.platform != "cpu"):
+        kind = str(device).partition(":")[0] if device.platform == "gpu" else device.platform  # cuda, or rocm
+        found[f"{kind}:{at}"] = device
+    return found
+
+
 # ---- compilation
 
 
