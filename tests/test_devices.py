@@ -15,6 +15,7 @@ from kvattn.conformance import check
 PARTS = {"attention", "attention_grad", "multi_head_attention", "merge_attention", "write"}  # what the stand-in offers
 CASES = [x for x in conformance.cases() if not check._missing(SimpleNamespace(**dict.fromkeys(PARTS, print)), x)]
 FEW = [x for call in ("attention", "decoding", "split_attention") for x in [y for y in CASES if y.call == call][:3]]
+FEW += [x for x in CASES if "capacity" in x.keywords][:1]
 CUBLAS = "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context..."
 
 
