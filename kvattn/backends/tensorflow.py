@@ -454,7 +454,7 @@ def _in_blocks(query, key, value, **options):
     """The formula where something is not finite, in blocks of queries: its products leave out the pairs that may not attend."""
     careful = partial(_formula, careful=True)
     others = (options[name] for name in ("mask", "bias", "valid_lens"))
-    held = 1 if options["score"] in (scaled_dot_score, dot_score) else query.shape[-1]
+    held = 1 if options["score"] in (scaled_dot_score, dot_score) else query.shape[-1] or 1
     steps = blocks.plan(options["score"], query, key, value, *others, held=held)
     if not steps:
         return careful(query, key, value, **options)
@@ -568,7 +568,11 @@ def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_
     bias = None if bias is None else gather(bias)
     allowed = _allowed(n, index, len(query.shape), mask, bias, valid_lens, causal, query_offset, window)
     key, value = (tf.pad(_spread(x, lead), [[0, 0]] * len(lead) + [[0, spare], [0, 0]]) for x in (key, value))
-    key, value = (tf.gather(x, index, axis=len(lead), batch_dims=len(lead)) for x in (key, value))
+    # TensorFlow's gradient of a gather fails where there are neither features nor positions
+    key, value = (
+        tf.gather(x, index, axis=len(lead), batch_dims=len(lead)) if x.shape[-1] else tf.zeros((*_shape(index), 0), x.dtype)
+        for x in (key, value)
+    )
     where = {"mask": allowed[..., None, :], "bias": None if bias is None else bias[..., None, :]}
     return tf.broadcast_to(query, (*lead, n, _shape(query)[-1]))[..., None, :], key, value, where
 

@@ -150,12 +150,12 @@ def poisoned(rng: np.random.Generator, query: np.ndarray, key: np.ndarray, value
         yield poison(bias, cells[at], bias == -np.inf, [np.nan, np.inf])  # -inf says what is forbidden: it stays
 
 
-def kink_free(query, key, value, *, score="scaled_dot_score", normalize="softmax", **how: Any) -> bool:
+def kink_free(*inputs, of=oracle.attention, score="scaled_dot_score", normalize="softmax", **how: Any) -> bool:
     """Whether no weight of a sparsemax is so near 0, and no sum so near 0, that rounding could cross the kink."""
-    weights = oracle.attention(query, key, value, score=score, normalize=normalize, **how).values["weights"]
+    weights = of(*inputs, score=score, normalize=normalize, **how).values["weights"]
     if normalize == "sparsemax":
         eps = 2.0**-9
         nudged = {**how, "scale": (how.get("scale") or 1) * (1 + eps)}
-        support = oracle.attention(query, key, value, score=score, normalize=normalize, **nudged).values["weights"] > 0
+        support = of(*inputs, score=score, normalize=normalize, **nudged).values["weights"] > 0
         return bool(((weights > 0) == support).all() and not ((weights > 0) & (weights < eps)).any())
     return normalize != "proportional" or bool(np.abs(weights).max(initial=0) < 8)

@@ -149,7 +149,7 @@ def case(drawn: Draw) -> Case:
         made = _headed(drawn, name, options)
     else:
         q, k, x = (grid(drawn.rng(which), *shape) for which, shape in _shapes(drawn).items())
-        if "normalize" in options and not _clear(q, k, x, options):
+        if "normalize" in options and not _clear(q, k, x, options=options):
             options.pop("normalize")
         struck = options.pop("not_finite", None)
         if options.pop("poisoned", False):
@@ -216,17 +216,17 @@ def _options(drawn: Draw) -> dict[str, Any]:
     return options
 
 
-def _clear(query: Any, key: Any, value: Any, options: dict[str, Any]) -> bool:
+def _clear(*inputs: Any, options: dict[str, Any], of: Any = oracle.attention) -> bool:
     """Whether rounding cannot take the normaliser over a kink: only then is there one answer."""
     how = {name: x for name, x in options.items() if name not in ("poisoned", "not_finite")}
     if how["normalize"] == "hardmax":
         how |= {"normalize": "sparsemax", "scale": 1e3 * how.get("scale", 1)}  # near the best, scores share its weight
-        return bool((oracle.attention(query, key, value, **how).values["weights"] % 1 == 0).all())
+        return bool((of(*inputs, **how).values["weights"] % 1 == 0).all())
     if how["normalize"] == "proportional":  # terms that cancel exactly do not once they are rounded
-        scores = oracle.attention(query, key, value, **how | {"normalize": "identity"}).values["weights"]
+        scores = of(*inputs, **how | {"normalize": "identity"}).values["weights"]
         if ((np.abs(scores.sum(axis=-1)) < 0.05) & (scores != 0).any(axis=-1)).any():
             return False
-    return kink_free(query, key, value, **how)
+    return kink_free(*inputs, of=of, **how)
 
 
 def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
@@ -244,6 +244,9 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     # The gradients of self-attention are asked of multi-head attention, whose masks have an axis of heads.
     options |= {"causal": True} if drawn.call == "decoding" else {}
     over_heads = {n: x[..., None, :, :] for n, x in options.items() if n in ("mask", "bias") and x.ndim > 2 and alone}
+    inputs = (query, key, value, params, heads, kv_heads)
+    if "normalize" in options and not _clear(*inputs, options=options | over_heads, of=oracle.multi_head_attention):
+        options.pop("normalize")
     make = {"heads": heads, "kv_heads": kv_heads, "asked": drawn.asked, "call": drawn.call}
     make["grad"] = drawn.grad and not over_heads
     made = multihead.multi_head(name, query, key, value, params, drawn.rng("grad_output"), **make, **(options | over_heads))

@@ -318,6 +318,8 @@ def positions(rng):
     yield make("positions, grouped heads", q, k, v, positions=chosen)
     yield make("positions, 2 axes", *qkv(rng, lead=()), positions=chosen)
     yield make("positions of no keys", *qkv(rng, m=0), positions=np.full((4, 2), -1))
+    yield make("no positions of no values", *qkv(rng, v=0), positions=np.zeros((4, 0), int))
+    yield make("positions of no queries, no values", *qkv(rng, n=0, v=0), positions=chosen[:0])
     # every axis of positions and of the bias may be shared, and every axis may be empty
     each_head, each_entry = np.array([[[0, 3, 0]], [[4, -1, 2]]]), np.array([3, 1])[:, None, None, None]
     yield make("positions for all, bias (n, m)", *qkv(rng), positions=np.array([[0, 1]]), bias=grid(rng, 4, 5))

@@ -112,6 +112,9 @@ def others(rng):
         q[0, 0, 3, 0], k[0, 1, 2, 0], v[1, 0, 2, 0] = NAN, NAN, NAN
         name = score[0] if isinstance(score, tuple) else score
         yield attend(f"NaN, causal, {name}", q, k, v, group=NOT_FINITE, rng=rng, score=score, causal=True, asked=())
+    q, k, v = qkv(rng, d=0)
+    v[0, 0, 2, 0] = NAN
+    yield attend("a NaN value, no features", q, k, v, group=NOT_FINITE, rng=rng, score="distance_score", causal=True, asked=())
     for options in (
         {"normalize": "sparsemax"},
         {"normalize": "hardmax"},

@@ -273,6 +273,7 @@ def _attention(query, key, value, grad_output, *, score="scaled_dot_score", norm
         *inputs, g_size = absolute
         rows = [rows for _, rows in sources.values()]
         q_size, k_size, v_size = (_flat(x)[r] for x, r in zip(inputs, rows, strict=True))
+        k_size = -k_size  # a difference of such sums is rounded relative to the sum of their magnitudes
 
     def scores_of(q, k, parameters):
         s = globals()[name](q, k, **parameters) * (1 if scale is None else scale)
