@@ -67,6 +67,23 @@ def test_torch_writes_in_place_unless_autograd_records(backend, tab, at):
         np.testing.assert_array_equal(kvattn.to_numpy(cache.key), expected)
 
 
+@pytest.mark.parametrize("leaf", [True, False])
+def test_torch_writes_into_no_cache_that_has_gradients_itself(backend, tab, leaf):
+    """Keys that are learned, or computed from what is: the step has no gradient, and the old keys are not overwritten."""
+    if backend == "torch":
+        learned = [tab.asarray(x[:, :, :5].copy()).requires_grad_() for x in (KEYS, VALUES)]
+        cache = KVCache(*(x if leaf else 2 * x for x in learned), 2)
+        before, step = cache.key.detach().clone(), [tab.asarray(x[:, :, 6:7].copy()) for x in (KEYS, VALUES)]
+        written = cache.extend(*step)
+        assert (cache.key == before).all()
+        assert (written.key[:, :, 2:3] == step[0]).all()
+        for x, own in zip((written.key, written.value), learned, strict=True):
+            x.sum().backward()
+            expected = np.full(own.shape, 1.0 if leaf else 2.0)
+            expected[:, :, 2] = 0
+            np.testing.assert_array_equal(own.grad, expected)
+
+
 def test_a_write_at_the_end_grows_by_what_does_not_fit(tab):
     old, new = tab.asarray(KEYS[:, :, :5]), tab.asarray(KEYS[:, :, 4:7])
     np.testing.assert_array_equal(kvattn.to_numpy(tab.write(old, new, 4)), KEYS)

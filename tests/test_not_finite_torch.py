@@ -152,3 +152,28 @@ def test_values_are_not_looked_at_where_a_program_is_recorded():
     answers = []
     torch.func.vmap(lambda x: answers.append(pairs.readable(x)) or x)(x)
     assert answers == [False]
+
+
+def test_the_scores_of_allowed_pairs_have_the_derivatives_of_what_they_are():
+    query, key = draw(2, 3, 4).requires_grad_(), draw(2, 5, 4, seed=1).requires_grad_()
+    allowed = torch.ones(3, 5, dtype=torch.bool).tril(1)
+
+    def scores(query, key):
+        return pairs._Scores.apply(query, key, allowed)
+
+    torch.testing.assert_close(scores(query, key), torch.where(allowed, query @ key.mT, 0))
+    assert torch.autograd.gradcheck(scores, (query, key))
+    assert torch.autograd.gradgradcheck(scores, (query, key))
+
+
+def test_a_row_of_scores_of_minus_inf_has_gradients_of_zero():
+    """It attends to nothing; another row's NaN has all of them computed pair by pair."""
+    query, key, value = (draw(1, 6, 4, seed=seed).abs() + 1 for seed in range(3))
+    query[0, 3], query[0, 5, 0] = -INF, NAN
+    output = kvattn.attention(query, key, value, causal=True)
+    by_query, _, by_value = kvattn.attention_grad(query, key, value, value, causal=True)
+    for x in (output, by_query):
+        assert (x[0, 3] == 0).all()
+        assert x[0, :3].isfinite().all()
+        assert x[0, 5].isnan().all()
+    assert by_value.isnan().all()

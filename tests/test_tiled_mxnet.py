@@ -191,6 +191,29 @@ def test_hybridized_blocks_are_served_too(legacy):
         np.testing.assert_array_equal(x, y)
 
 
+def test_gradients_of_a_graph_add_up_where_that_is_asked_for():
+    class Attend(mx.gluon.HybridBlock):
+        def hybrid_forward(self, F, query, key, value):
+            return kvattn.attention(query, key, value, causal=True)
+
+    found = []
+    for req, times in (("write", 3), ("add", 1), ("add", 3)):
+        *inputs, grad = arrays_of(draw())
+        for x in inputs:
+            x.attach_grad(req)
+        net = Attend()
+        net.hybridize()
+        for _ in range(times):
+            with mx.autograd.record():
+                output = net(*inputs)
+            output.backward(grad)
+        found.append([x.grad.asnumpy() for x in inputs])
+    for written, once, thrice in zip(*found, strict=True):
+        assert np.abs(written).max() > 0.01
+        np.testing.assert_array_equal(once, written)
+        np.testing.assert_allclose(thrice, 3 * written, rtol=1e-14)
+
+
 def test_what_is_written_later_does_not_reach_what_was_asked_for_before():
     """The engine knows what a recorded call reads."""
     arrays = [x.astype(np.float32) for x in draw(lead=(4,), n=600, m=600, d=16, v=16)]

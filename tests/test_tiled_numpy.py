@@ -68,6 +68,27 @@ def test_small_heads_share_a_tile(which):
         right(ROOM, cached(which, 2, 3, lead=lead, kv=kv), [large])
 
 
+def test_a_triangle_is_kept_for_blocks_of_its_form_alone():
+    buffers = {}
+    for side, compare in (("right", np.less_equal), ("left", np.greater_equal)):
+        for rows, columns, shift in ((2, 3, 0), (2, 3, 1), (2, 3, 1), (3, 2, 1), (2, 3, -1)):
+            row, column = np.ogrid[:rows, :columns]
+            kept = tiles._triangle(side, rows, columns, shift, np.dtype(np.int32), buffers)
+            np.testing.assert_array_equal(kept, np.where(compare(column - row, shift), -1, 0))
+
+
+def test_what_blas_takes_is_not_copied_and_what_it_does_not_take_is():
+    x = np.arange(2 * 6 * 8.0).reshape(2, 6, 8)
+    for taken in (x, x[:, 1:4], x[..., 2:5], x[:, ::2], np.broadcast_to(x[:1], x.shape)):
+        assert tiles.ready(taken, "keys", x.dtype, {}) is taken
+    others = x[..., ::-1], x[:, ::-1], x[..., ::2], x.swapaxes(-1, -2), np.broadcast_to(x[:, :1], x.shape)
+    for other in (*others, x.astype(">f8"), x.astype("float32")):
+        copy = tiles.ready(other, "keys", x.dtype, {})
+        assert copy.flags.c_contiguous
+        assert copy.dtype == x.dtype
+        np.testing.assert_array_equal(copy, other)
+
+
 # ---- numbers
 
 

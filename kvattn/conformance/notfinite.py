@@ -22,11 +22,12 @@ def cases(rng):
     yield from others(rng)
     yield from parts(rng)
     yield from large(rng)
+    yield from unseen(rng)
 
 
-def _signed(rng, **sizes):
+def _signed(rng, n=5, **sizes):
     """Queries and keys whose first feature is positive: what is inf there has scores of inf."""
-    q, k, v = qkv(rng, n=5, m=5, **sizes)
+    q, k, v = qkv(rng, n=n, m=n, **sizes)
     for x in (q, k):
         x[..., 0] = np.abs(x[..., 0]) + 1 / 16
     return q, k, v
@@ -81,6 +82,36 @@ def small(rng):
     q[..., 0], k[:, :, 2, 0] = -q[..., 0], INF
     yield make("scores of -inf", q, k, v, grad=False)
     yield make("scores of -inf, causal", q, k[:, :, 2:], v[:, :, 2:], grad=False, causal=True)
+
+
+def unseen(rng):
+    """What must not be seen where there is nothing to see: at rows without keys, and at scores of -inf."""
+    make = partial(attend, group=NOT_FINITE, rng=rng)
+    mask = np.roll(np.eye(5, dtype=bool), 1, axis=1) | np.eye(5, dtype=bool)
+    mask[1], mask[2, 3] = False, False  # nobody but query 3 sees key 3
+    q, k, v = _signed(rng)
+    k[0, 1, 3, 1] = NAN
+    yield make("a NaN key, a mask with an empty row", q, k, v, mask=mask, asked=())
+    yield make("a NaN key, a bias with an empty row", q, k, v, bias=np.where(mask, grid(rng, 5, 5), -INF), asked=())
+    for name, which in (("key", 1), ("query", 0)):
+        inputs = _signed(rng, n=20)
+        inputs[0][..., 0] *= -1
+        inputs[which][0, 1, 2, 0] = -INF if name == "query" else INF
+        case = make(f"scores of -inf of one {name}, causal", *inputs, causal=True, asked=())
+        # of the rows with such a score the gradients are 0 times inf: those of the others are judged
+        yield replace(case, judged={what: np.isfinite(x) for what, x in case.answer.items()})
+    short = rng.integers(0, 4, 600)  # keys of 600 queries, long enough for tiles
+    short[[0, 257, 599]] = 0
+    empty: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "lengths": ({}, {"valid_lens": np.array([0, 3])}),
+        "a mask": ({}, {"mask": np.array([True, False, True, False])[:, None] & flags(rng, 4, 5)}),
+        "an offset": ({}, {"causal": True, "query_offset": -2}),
+        "many queries": ({"n": 600, "m": 600, "d": 2, "lead": ()}, {"valid_lens": short}),
+    }
+    for name, (sizes, which) in empty.items():
+        case = make(f"a loss of NaN at rows without keys, {name}", *qkv(rng, **sizes), asked=LSE, **which)
+        sees = np.isfinite(case.answer["lse"])[..., None]
+        yield replace(case, arguments={**case.arguments, "grad_output": np.where(sees, case.arguments["grad_output"], NAN)})
 
 
 def overflows(rng):
