@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from kvattn import dispatch
+
 SHAPES = {  # batch, heads, queries, keys, features
     "S": (8, 8, 128, 128, 64),
     "M": (2, 8, 512, 512, 64),
@@ -74,6 +76,17 @@ def run(backends: list[str], shapes: list[str], kinds: list[str], *, dtype: str 
     return rows
 
 
+def lacking(backends: list[str], device: str) -> dict[str, str]:
+    """What each backend that has no such device says; asked in processes of their own, since some take a GPU whole."""
+    found = {}
+    for backend in backends if device.strip().lower() != "cpu" else ():
+        asked = json.dumps({"backend": backend, "device": device})
+        done = subprocess.run([sys.executable, "-m", "kvattn.bench", asked], capture_output=True, text=True, check=False)
+        if done.stdout.startswith("{"):
+            found[backend] = json.loads(done.stdout)["failed"]
+    return found
+
+
 def count(backends: list[str], shapes: list[str], kinds: list[str]) -> int:
     """How many measurements a run makes: one for each backend, shape and kind."""
     return len(backends) * sum(_meaningful(shape, kind) for shape in shapes for kind in kinds)
@@ -116,7 +129,8 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    made = Table("", "", title=f"time / {YARDSTICK}, all to all: median, quartiles")
+    device = rows[0].get("device", "cpu")
+    made = Table("", "", title=f"on {device}: time / {YARDSTICK}, all to all: median, quartiles")
     for shape in shapes:
         made.add_column(shape, justify="right", no_wrap=True, min_width=9)
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -167,10 +181,27 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def _work(asked: dict[str, Any]) -> None:
-    for name in asked["shapes"]:
-        for kind in (kind for kind in asked["kinds"] if _meaningful(name, kind)):
-            for row in _measure(asked["backend"], name, kind, asked["dtype"], asked["grad"], asked["device"], asked["rounds"]):
-                print(json.dumps(row), flush=True)
+    tab = dispatch.load(asked["backend"])
+    try:
+        device = dispatch.device(tab, asked["device"])
+    except ValueError as error:
+        print(json.dumps({"backend": asked["backend"], "failed": str(error)}))
+        return
+    with dispatch.on(tab, device):
+        for name in asked.get("shapes", ()):
+            for kind in (kind for kind in asked["kinds"] if _meaningful(name, kind)):
+                for row in _measure(asked["backend"], name, kind, asked["dtype"], asked["grad"], device, asked["rounds"]):
+                    print(json.dumps(row | {"device": tab.devices()[device]}), flush=True)
+
+
+def _yardstick(device: str) -> bool:
+    """Whether there is a yardstick on this device: else there are times, and no ratios."""
+    if not find_spec("torch"):
+        return False
+    try:
+        return bool(dispatch.device(dispatch.load("torch"), device))
+    except ValueError:
+        return False
 
 
 def _measure(backend: str, shape: str, kind: str, dtype: str, grad: bool, device: str, rounds: int) -> Iterator[dict[str, Any]]:
@@ -180,7 +211,7 @@ def _measure(backend: str, shape: str, kind: str, dtype: str, grad: bool, device
     lens = np.full(b, max(1, int(0.6 * m)))
     options = {"causal": {"causal": True}, "valid": {"valid_lens": lens}, "window": {"window": WINDOW}}.get(kind, {})
     peers = PEERS[backend](arrays, options, dtype, grad, device)  # first: MXNet's import leaves PyTorch half its threads
-    calls = ({YARDSTICK: _sdpa(arrays, {}, dtype, grad, device)} if find_spec("torch") else {}) | peers
+    calls = ({YARDSTICK: _sdpa(arrays, {}, dtype, grad, device)} if _yardstick(device) else {}) | peers
     errors = {  # each is warm now, and checked
         what: _error(call(), arrays, {} if what == YARDSTICK else options, grad) for what, call in calls.items()
     }
@@ -213,7 +244,8 @@ def _timed(call: Call) -> float:
 
 def _error(got: Any, arrays: list[np.ndarray], options: dict[str, Any], grad: bool) -> float:
     """The largest difference from float64 NumPy in up to eight rows of the first head, over the largest value."""
-    got = np.asarray(got.asnumpy() if hasattr(got, "asnumpy") else got, dtype=float)  # MXNet's have no __array__
+    got = got.float().cpu() if hasattr(got, "cpu") else got.asnumpy() if hasattr(got, "asnumpy") else got
+    got = np.asarray(got, dtype=float)  # MXNet's arrays, and tensors on a GPU, have no __array__
     query, key, value = (x[0, 0].astype(float) for x in arrays[:3])
     rows = np.unique(np.linspace(0, len(query) - 1, 8).astype(int))
     scores = query[rows] @ key.T / math.sqrt(query.shape[-1])
@@ -243,10 +275,9 @@ def _sdpa(arrays: list[np.ndarray], options: dict[str, Any], dtype: str, grad: b
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    on = device if device == "cpu" or torch.cuda.is_available() else "cpu"
-    query, key, value, *back = (torch.tensor(x, dtype=getattr(torch, dtype), device=on) for x in arrays)
+    query, key, value, *back = (torch.tensor(x, dtype=getattr(torch, dtype), device=device) for x in arrays)
     mask = _mask(options, query.shape[-2], key.shape[-2]) if {"valid_lens", "window"} & options.keys() else None
-    mask = None if mask is None else torch.tensor(mask, device=on)
+    mask = None if mask is None else torch.tensor(mask, device=device)
     leaves = [x.requires_grad_(grad) for x in (query, key, value)]
 
     def call() -> Any:
@@ -269,8 +300,13 @@ def _mask(options: dict[str, Any], n: int, m: int) -> np.ndarray | None:
 
 
 def _settled(x: Any) -> Any:
-    """A tensor's NumPy view: a GPU's work is waited for."""
-    x = x.detach().cpu()
+    """A tensor whose work is done: on the CPU its NumPy view, on a GPU itself, as nothing is copied while it is timed."""
+    x = x.detach()
+    if x.is_cuda:
+        import torch
+
+        torch.cuda.synchronize(x.device)
+        return x
     return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
 
 
@@ -318,9 +354,8 @@ def _numpy(arrays, options, dtype, grad, device):
 def _torch(arrays, options, dtype, grad, device):
     import torch
 
-    on = device if device == "cpu" or torch.cuda.is_available() else "cpu"
-    given = [torch.tensor(x, dtype=getattr(torch, dtype), device=on) for x in arrays]
-    tensors = {name: torch.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    given = [torch.tensor(x, dtype=getattr(torch, dtype), device=device) for x in arrays]
+    tensors = {name: torch.tensor(x, device=device) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     ours = _ours("torch", given, tensors, grad)
     yield "kvattn torch", lambda: _settled(_first(ours(*given)))
     if options:

@@ -166,7 +166,7 @@ def conform(options: argparse.Namespace) -> int:
         _writable(path)
 
     console = _console()
-    names = _having(options.device, names, options.backend is None, console)
+    names = _having(names, _lacking(names, options.device), options.backend is None, console)
     backends, pairs, usable = _suite(names, _cases(options, console), console, options.device)
     document = report.document(
         kvattn=__version__,
@@ -207,20 +207,23 @@ def _named(given: str | None) -> list[str]:
     return names
 
 
-def _having(device: str | None, names: list[str], any_will_do: bool, console: Console) -> list[str]:
-    """The backends that have the device, or do not import; refused where one that was asked for, or all, have it not."""
+def _lacking(names: list[str], device: str | None) -> dict[str, str]:
+    """What each backend that has no such device says; one that does not import is a row of the report, later."""
     lacking: dict[str, str] = {}
-    if device is None:
-        return names
-    for name in names:
+    for name in names if device is not None else ():
         try:
             tab = dispatch.load(name)
-        except (Exception, SystemExit):  # a row of the report, later
+        except (Exception, SystemExit):
             continue
         try:
-            dispatch.device(tab, device)
+            dispatch.device(tab, str(device))
         except ValueError as error:
             lacking[name] = str(error)
+    return lacking
+
+
+def _having(names: list[str], lacking: dict[str, str], any_will_do: bool, console: Console) -> list[str]:
+    """The backends that have the device; refused where one that was asked for has it not, or none has it."""
     if lacking and not (any_will_do and len(lacking) < len(names)):
         raise _Refused("; ".join(lacking.values()))
     for why in lacking.values():
@@ -399,6 +402,7 @@ def bench(options: argparse.Namespace) -> int:
         _writable(path)
     kinds = [kind for kind in bench.KINDS if kind == "full" or getattr(options, kind)]
     console = _console()
+    names = _having(names, bench.lacking(names, options.device), options.backend is None, console)
     if "torch" not in dispatch.available_backends():
         console.print(f"PyTorch is not installed, so there are times but no ratios: {_cure('torch')}")
     with _Progress(console) as progress:
@@ -421,7 +425,9 @@ def bench(options: argparse.Namespace) -> int:
     if options.json:
         import json
 
-        _write(options.json, json.dumps({"kvattn": __version__, **bench.machine(), "rows": rows}, indent=1))
+        device = next((row["device"] for row in rows if "device" in row), options.device)
+        about = {"kvattn": __version__, **bench.machine(), "device": device}
+        _write(options.json, json.dumps(about | {"rows": rows}, indent=1))
     if options.plot:
         bench.plot(rows, options.plot)
     return 0 if rows and all(row.get("right") for row in rows) else 1

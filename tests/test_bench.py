@@ -8,7 +8,7 @@ import pytest
 from conftest import chosen
 from rich.console import Console
 
-from kvattn import bench, cli
+from kvattn import bench, cli, dispatch
 
 
 def measured(*extra, path):
@@ -25,8 +25,40 @@ def test_every_backend_is_timed_and_right(tmp_path, capsys):
         (f"kvattn {name}", kind) for name in chosen() for kind in bench.KINDS
     }
     assert all(row["right"] and row["seconds"] > 0 for row in rows)
+    assert {row["device"] for row in rows} == {json.loads((tmp_path / "b.json").read_text())["device"]} == {"cpu"}
     assert (tmp_path / "b.png").stat().st_size > 1000
-    assert "kvattn numpy" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "kvattn numpy" in said
+    assert "on cpu: time /" in said
+
+
+@pytest.mark.parametrize("device", ["tpuu", "cuda:99"])
+def test_a_device_that_is_not_there_is_an_error_that_says_what_is(device, capsys, monkeypatch, tmp_path):
+    """Also where no backend is named: with PyTorch's kernel on the CPU beside it nothing would be measured that was asked."""
+    flags = ["--device", device, "--shapes", "tiny", "--rounds", "1", "--json", str(tmp_path / "b.json")]
+    for name in chosen():
+        assert cli.main(["bench", "--backend", name, *flags]) == 2
+        said = capsys.readouterr()
+        assert f"backend '{name}' has no device '{device}' here; it has cpu" in said.err
+        assert said.out == ""
+    monkeypatch.setattr(dispatch, "available_backends", lambda: ("numpy",))
+    assert cli.main(["bench", *flags]) == 2
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_who_has_no_such_device_is_named_and_the_others_are_measured_on_theirs(capsys, monkeypatch, tmp_path):
+    row = {"backend": "numpy", "what": "kvattn numpy", "shape": "S", "kind": "full", "device": "Card 3000"}
+    row |= {"ratio": 1.0, "seconds": 1.0, "spread": [1, 1], "error": 0.0, "right": True}
+    asked = []
+    monkeypatch.setattr(dispatch, "available_backends", lambda: ("numpy", "torch"))
+    monkeypatch.setattr(bench, "lacking", lambda names, device: {"torch": "backend 'torch' has no device 'card' here"})
+    monkeypatch.setattr(bench, "run", lambda names, *args, **options: asked.append((names, options["device"])) or [row])
+    assert cli.main(["bench", "--device", "card", "--json", str(tmp_path / "b.json")]) == 0
+    assert asked == [(["numpy"], "card")]
+    said = capsys.readouterr().out
+    assert "Not asked: backend 'torch' has no device 'card' here" in said
+    assert "on Card 3000: time /" in said
+    assert json.loads((tmp_path / "b.json").read_text())["device"] == "Card 3000"
 
 
 def test_gradients_are_timed_and_right(tmp_path):
@@ -51,7 +83,7 @@ def test_the_yardstick_is_given_its_threads_after_the_backend_is_loaded(monkeypa
     def maker(name):
         return lambda *args: made.append(name) or {name: lambda: np.zeros((1, 1, 8, 8))}
 
-    monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    monkeypatch.setattr(bench, "_yardstick", lambda device: True)
     monkeypatch.setattr(bench, "_sdpa", lambda *args: maker(bench.YARDSTICK)()[bench.YARDSTICK])
     monkeypatch.setitem(bench.PEERS, "numpy", maker("kvattn numpy"))
     rows = list(bench._measure("numpy", "tiny", "full", "float32", False, "cpu", 1))
