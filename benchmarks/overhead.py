@@ -62,7 +62,7 @@ def measure(backend, rounds):
     import numpy as np
 
     import kvattn
-    from kvattn import api, dispatch
+    from kvattn import dispatch, prepare
 
     tab = dispatch.load(backend)
     q, k, v = (tab.asarray(np.random.default_rng(i).standard_normal((1, 1, 8, 8)).astype("float32")) for i in range(3))
@@ -74,10 +74,10 @@ def measure(backend, rounds):
     calls |= {f"native {kind}": call for kind, call in natives(backend, q, k, v).items()}
     named = {"query": q, "key": k, "value": v}
     calls["who serves NumPy's"] = dispatch.get_backend
-    calls["met before?"] = lambda: dispatch.met(q, k, v, None)
+    calls["checked before?"] = lambda: prepare.remembered(q, k, v, None)
     calls["dispatch"] = lambda: dispatch.choose(None, **named)
-    calls["checks"] = lambda: api._attended(tab, q, k, v, None)
-    calls["options"] = lambda: api._options(tab, q, (1, 1, 8, 8), (8, 8))
+    calls["checks"] = lambda: prepare.inputs(tab, q, k, v, None)
+    calls["options"] = lambda: prepare.options(tab, q, (1, 1, 8, 8), (8, 8))
     took = {what: [] for what in calls}
     for call in [*calls.values()] * 3:
         call()
@@ -150,7 +150,7 @@ def overhead(found, table):
 
 def shares(found, table):
     """Where the frontend's microseconds go. A call that was met before pays the first two, any other the rest as well."""
-    parts = ("who serves NumPy's", "met before?", "dispatch", "checks", "options")
+    parts = ("who serves NumPy's", "checked before?", "dispatch", "checks", "options")
     for head in ("backend", *parts):
         table.add_column(head, justify="right")
     for name, took in found.items():

@@ -29,10 +29,9 @@ Where every backend must agree:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
-from kvattn import bands, checks, dispatch, explanation
+from kvattn import bands, checks, dispatch, explanation, prepare
 from kvattn.cache import KVCache
 from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
 
@@ -182,7 +181,7 @@ def attention(
     Source: Vaswani et al. 2017, "Attention is all you need", equation 1; grouped queries: Ainslie et al. 2023; windows:
     Beltagy et al. 2020; soft caps: Gemma 2, 2024.
     """
-    known = dispatch.met(query, key, value, backend)
+    known = prepare.remembered(query, key, value, backend)
     plain = score is normalize is mask is bias is valid_lens is window is positions is scale is softcap is None
     plain = plain and not dropout and type(query_offset) is int
     plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool
@@ -206,10 +205,10 @@ def attention(
         scores = known[1]
     else:
         given = query, key, value
-        query, key, value, scores = _attended(tab, query, key, value, score)
-        if _dots(score):
-            dispatch.meet(tab, *given, scores)
-    options = _options(
+        query, key, value, scores = prepare.inputs(tab, query, key, value, score)
+        if prepare.is_dot_product(score):
+            prepare.remember(tab, *given, scores)
+    options = prepare.options(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
         window, positions, scale, softcap, dropout, rng, return_lse,
     )  # fmt: skip
@@ -257,8 +256,8 @@ def attention_grad(
         backend, query=query, key=key, value=value, grad_output=grad_output, mask=mask, bias=bias, valid_lens=valid_lens,
         query_offset=query_offset, positions=positions,
     )  # fmt: skip
-    query, key, value, scores = _attended(tab, query, key, value, score)
-    options = _options(
+    query, key, value, scores = prepare.inputs(tab, query, key, value, score)
+    options = prepare.options(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
         window, positions, scale, softcap, dropout, rng,
     )  # fmt: skip
@@ -267,10 +266,8 @@ def attention_grad(
     checks.same_shape("grad_output", grad_output, (*checks.pairs(query, key)[:-1], tuple(value.shape)[-1]), "the output")
     bindable = {"query", "key", "value"} | ({"bias"} if bias is not None else set())
     bindable |= {name for name, x in getattr(options["score"], "keywords", {}).items() if tab.is_array(x)}
-    for name in wrt:
-        if name not in bindable:
-            raise ValueError(f"wrt names {name!r}; this call has {', '.join(sorted(bindable))}")
-    return tuple(tab.attention_grad(query, key, value, grad_output, wrt=tuple(wrt), **options))
+    wrt = prepare.differentiable(wrt, bindable)
+    return tuple(tab.attention_grad(query, key, value, grad_output, wrt=wrt, **options))
 
 
 def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **options: Any) -> explanation.Explanation:
@@ -290,12 +287,12 @@ def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **op
     >>> print(explain(x, x, x, normalize=sparsemax))
     numpy on cpu serves this call by the formula: the normaliser is no softmax
     """
-    arrays = {name: options.get(name) for name in _ARRAYS}
+    arrays = {name: options.get(name) for name in prepare.ARRAYS}
     tab = dispatch.choose(backend, query=query, key=key, value=value, **arrays)
-    query, key, value, scores = _attended(tab, query, key, value, options.get("score"))
-    back = {name: checks.flag(name, options.pop(name, False)) for name in ("return_weights", "return_lse")}
+    query, key, value, scores = prepare.inputs(tab, query, key, value, options.get("score"))
+    back = prepare.returned(options)
     features = (query.shape[-1], key.shape[-1])
-    options = _options(tab, query, scores, features, return_lse=back["return_lse"], **options) | back
+    options = prepare.options(tab, query, scores, features, return_lse=back["return_lse"], **options) | back
     offset, window = options["query_offset"], options["window"]
     if bands.reaches_all(query.shape[-2], key.shape[-2], options["causal"], offset, window):  # as every tab begins
         options |= {"causal": False, "window": None}
@@ -304,76 +301,6 @@ def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **op
     else:
         kernel, why = explanation.general("the backend tells of no other kernel", query, key, **options)
     return explanation.Explanation(dispatch.name_of(tab), checks.device_name(query), kernel, why)
-
-
-def _plain(function: Any) -> Any:
-    """kvattn's own score or normaliser, where a namespace's is given: `from kvattn import torch as kv; kv.dot_score`."""
-    if isinstance(function, partial):
-        return partial(_plain(function.func), *function.args, **function.keywords)
-    return inner if (inner := getattr(function, "__wrapped__", None)) in _TABBED else function
-
-
-def _dots(score: Any) -> bool:
-    """Whether the score is a dot product, for which query and key need as many features."""
-    score = _plain(score)
-    return score is None or score is scaled_dot_score or score is dot_score or score is cosine_score
-
-
-def _attended(tab: Any, query: Any, key: Any, value: Any, score: Any) -> tuple[Any, Any, Any, tuple[Any, ...]]:
-    """query, key and value as arrays of ``tab`` that fit each other, and the shape of their scores."""
-    query, key, value = _arrays(tab, query=query, key=key, value=value)
-    scores = checks.pairs(query, key, value)
-    if _dots(score):
-        checks.same_features(query, key)
-    return query, key, value, scores
-
-
-def _options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, Any], score: Any = None, normalize: Any = None,
-             mask: Any = None, bias: Any = None, valid_lens: Any = None, causal: Any = False, query_offset: Any = 0,
-             window: Any = None, positions: Any = None, scale: Any = None, softcap: Any = None, dropout: Any = 0.0,
-             rng: Any = None, return_lse: bool = False, batch: tuple[Any, ...] | None = None) -> dict[str, Any]:  # fmt: skip
-    """The checked keywords of attention, for scores of this shape between queries and keys of these features.
-
-    ``batch``: the batch axis, (size,), or () where there is none; by default the first of the leading axes.
-    """
-    batch = scores[:-2][:1] if batch is None else batch
-    normalize, score = _plain(normalize), _plain(score)
-    if return_lse and (normalize.func if isinstance(normalize, partial) else normalize) not in (
-        None,
-        softmax,
-        getattr(tab, "softmax", None),
-    ):
-        raise ValueError("return_lse needs normalize=softmax: other normalisers have no log-sum-exp")
-    mask, bias = checks.masks(tab, query, scores, mask, bias)
-    return {
-        "score": getattr(tab, "scaled_dot_score", None) if score is None else _own(tab, "score", score, query, features),
-        "normalize": getattr(tab, "softmax", None) if normalize is None else _own(tab, "normalize", normalize, query, features),
-        "mask": mask,
-        "bias": bias,
-        "valid_lens": None if valid_lens is None else checks.lengths(tab, valid_lens, batch, scores[-2], query),
-        "causal": checks.flag("causal", causal),
-        "query_offset": checks.offset(tab, query_offset, batch, query),
-        "window": None if window is None else checks.window(window),
-        "positions": None if positions is None else checks.positions(tab, positions, scores, query),
-        "scale": None if scale is None else checks.number("scale", scale),
-        "softcap": None if softcap is None else checks.number("softcap", softcap, positive=True),
-        "dropout": checks.probability("dropout", dropout) if dropout else 0.0,
-        "rng": rng,
-    }
-
-
-def _arrays(tab: Any, **arguments: Any) -> list[Any]:
-    """The arguments as floating-point arrays of one dtype; lists take the dtype of the arrays beside them."""
-    like = next((x for x in arguments.values() if hasattr(x, "dtype")), None)
-    arrays = {name: checks.array(tab, name, x, like) for name, x in arguments.items()}
-    first = next(iter(arrays.items()))
-    for name, x in arrays.items():
-        checks.floating(name, x, first)
-    return list(arrays.values())
-
-
-def _own(tab: Any, what: str, function: Any, query: Any, features: tuple[Any, Any]) -> Any:
-    return checks.bound(tab, function, what, _TABBED.__contains__, query, features)
 
 
 def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_lse: bool = False, backend: Any = None) -> Any:
@@ -398,7 +325,7 @@ def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_l
     named = {f"outputs[{i}]": x for i, x in enumerate(outputs)}
     lse_named = {f"lses[{i}]": x for i, x in enumerate(lses)}
     tab = dispatch.choose(backend, **named, **lse_named)
-    arrays, lse_arrays = _arrays(tab, **named), _arrays(tab, **lse_named)
+    arrays, lse_arrays = prepare.arrays(tab, **named), prepare.arrays(tab, **lse_named)
     for (name, x), (lse_name, lse) in zip(
         zip(named, arrays, strict=True), zip(lse_named, lse_arrays, strict=True), strict=True
     ):
@@ -425,7 +352,7 @@ def nadaraya_watson(
     Source: Nadaraya 1964; Watson 1964.
     """
     tab = dispatch.choose(backend, x_train=x_train, y_train=y_train, x=x)
-    x_train, y_train, x = _arrays(tab, x_train=x_train, y_train=y_train, x=x)
+    x_train, y_train, x = prepare.arrays(tab, x_train=x_train, y_train=y_train, x=x)
     column = len(y_train.shape) == 1
     query, key = (a[:, None] if len(a.shape) == 1 else a for a in (x, x_train))
     y, weights = attention(
@@ -479,7 +406,7 @@ def multi_head_attention(
 
     Source: Vaswani et al. 2017, section 3.2.2; grouped heads: Ainslie et al. 2023.
     """
-    tab, query, key, value, params, heads, options = _projected(
+    tab, query, key, value, params, heads, options = prepare.multi_head(
         backend, query, key, value, params, num_heads, num_kv_heads, cache, options
     )
     if cache is None:
@@ -509,7 +436,7 @@ def multi_head_attention_grad(
     >>> multi_head_attention_grad([[2.0]], [[3.0]], [[5.0]], one, [[1.0]], num_heads=1, wrt=["W_v"])
     (array([[5.]]),)
     """
-    tab, query, key, value, params, heads, options = _projected(
+    tab, query, key, value, params, heads, options = prepare.multi_head(
         backend, query, key, value, params, num_heads, num_kv_heads, None, options, grad_output
     )
     if options.pop("return_weights") or options.pop("return_lse"):
@@ -519,10 +446,8 @@ def multi_head_attention_grad(
     width = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] * num_heads // (num_kv_heads or num_heads)
     checks.same_shape("grad_output", grad_output, (*checks.joined(query, key, value)[:-1], width), "the output")
     bindable = {"query", "key", "value", *params}
-    for name in wrt:
-        if name not in bindable:
-            raise ValueError(f"wrt names {name!r}; this call has {', '.join(sorted(bindable))}")
-    return tuple(tab.multi_head_attention_grad(query, key, value, params, grad_output, wrt=tuple(wrt), **heads, **options))
+    wrt = prepare.differentiable(wrt, bindable)
+    return tuple(tab.multi_head_attention_grad(query, key, value, params, grad_output, wrt=wrt, **heads, **options))
 
 
 def self_attention(x: Array, W_q: Array, W_k: Array, W_v: Array, *, backend: Any = None, **options: Any) -> Any:
@@ -542,70 +467,17 @@ def self_attention(x: Array, W_q: Array, W_k: Array, W_v: Array, *, backend: Any
     Source: Vaswani et al. 2017, section 3.2.3.
     """
     named = {"W_q": W_q, "W_k": W_k, "W_v": W_v}
-    tab = dispatch.choose(backend, x=x, **named, **{name: options.get(name) for name in _ARRAYS})
-    (x,) = _arrays(tab, x=x)
-    params = _params(tab, x, x, x, named, 1, 1)
-    return_lse = checks.flag("return_lse", options.pop("return_lse", False))
-    back = {"return_weights": checks.flag("return_weights", options.pop("return_weights", False)), "return_lse": return_lse}
+    tab = dispatch.choose(backend, x=x, **named, **{name: options.get(name) for name in prepare.ARRAYS})
+    (x,) = prepare.arrays(tab, x=x)
+    params = prepare.projections(tab, x, x, x, named, 1, 1)
+    back = prepare.returned(options)
     features = (params["W_q"].shape[-1], params["W_k"].shape[-1])
-    checks.same_widths(features, _dots(options.get("score")))
-    options = _options(tab, x, checks.joined(x, x, x), features, return_lse=return_lse, **options)
+    checks.same_widths(features, prepare.is_dot_product(options.get("score")))
+    options = prepare.options(tab, x, checks.joined(x, x, x), features, return_lse=back["return_lse"], **options)
     return tab.self_attention(x, *params.values(), **options, **back)
 
 
-_ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "positions")
-
-
-def _projected(backend: Any, query: Any, key: Any, value: Any, params: Any, num_heads: Any, num_kv_heads: Any, cache: Any,
-               options: dict[str, Any], grad_output: Any = None) -> tuple[Any, ...]:  # fmt: skip
-    """The checked arguments of multi-head attention."""
-    if not isinstance(params, Mapping):
-        raise TypeError(f"params must be a dict of arrays by name, not {type(params).__name__}")
-    checks.param_names(params)
-    tab = dispatch.choose(
-        backend, query=query, key=key, value=value, grad_output=grad_output, **params,
-        **{name: options.get(name) for name in _ARRAYS}, cache=None if cache is None else cache.key,
-    )  # fmt: skip
-    query, key, value = _arrays(tab, query=query, key=key, value=value)
-    num_heads, num_kv_heads = checks.heads(num_heads, num_kv_heads)
-    params = _params(tab, query, key, value, params, num_heads, num_kv_heads)
-    *batch, n, m = checks.joined(query, key, value)
-    if cache is not None:
-        m = checks.cached(cache, n, m, options)
-    features = (params["W_q"].shape[-1] // num_heads, params["W_k"].shape[-1] // num_kv_heads)
-    checks.same_widths(features, _dots(options.get("score")))
-    back = {name: checks.flag(name, options.pop(name, False)) for name in ("return_weights", "return_lse")}
-    scores = (*batch, num_heads, n, m)
-    options = _options(tab, query, scores, features, return_lse=back["return_lse"], batch=tuple(batch[:1]), **options)
-    if not batch and options["valid_lens"] is not None:
-        options["valid_lens"] = checks.for_each_head(tab, options["valid_lens"], num_heads, query)
-    return tab, query, key, value, params, {"num_heads": num_heads, "num_kv_heads": num_kv_heads}, options | back
-
-
-def _params(tab: Any, query: Any, key: Any, value: Any, params: Any, num_heads: int, num_kv_heads: int) -> dict[str, Any]:
-    """The projections as arrays of ``tab`` that fit the inputs and each other."""
-    arrays = {name: checks.array(tab, name, x, query) for name, x in params.items() if x is not None}
-    for name, x in arrays.items():
-        checks.floating(name, x, ("query", query))
-    checks.projections(query, key, value, arrays, num_heads, num_kv_heads)
-    return arrays
-
-
 # ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m); parameters multiply from the right
-
-
-def _score(name: str, query: Any, key: Any, backend: Any, same: bool = True, **parameters: Any) -> Any:
-    tab = dispatch.choose(backend, query=query, key=key, **parameters)
-    query, key = _arrays(tab, query=query, key=key)
-    checks.pairs(query, key)
-    if same:
-        checks.same_features(query, key)
-    for parameter, x in parameters.items():
-        if x is not None and not isinstance(x, float):
-            parameters[parameter] = checks.array(tab, parameter, x, query)
-            checks.floating(parameter, parameters[parameter], ("query", query))
-    checks.parameters(name, query.shape[-1], key.shape[-1], parameters)
-    return getattr(tab, name)(query, key, **parameters)
 
 
 def dot_score(query: Array, key: Array, *, backend: Any = None) -> Array:
@@ -616,7 +488,7 @@ def dot_score(query: Array, key: Array, *, backend: Any = None) -> Array:
 
     Source: Luong et al. 2015, equation 8.
     """
-    return _score("dot_score", query, key, backend)
+    return prepare.score("dot_score", query, key, backend)
 
 
 def scaled_dot_score(query: Array, key: Array, *, backend: Any = None) -> Array:
@@ -627,7 +499,7 @@ def scaled_dot_score(query: Array, key: Array, *, backend: Any = None) -> Array:
 
     Source: Vaswani et al. 2017, equation 1.
     """
-    return _score("scaled_dot_score", query, key, backend)
+    return prepare.score("scaled_dot_score", query, key, backend)
 
 
 def additive_score(
@@ -642,7 +514,7 @@ def additive_score(
 
     Source: Bahdanau et al. 2014, appendix A.1.2.
     """
-    return _score("additive_score", query, key, backend, same=False, W_q=W_q, W_k=W_k, w_v=w_v, b=b)
+    return prepare.score("additive_score", query, key, backend, same=False, W_q=W_q, W_k=W_k, w_v=w_v, b=b)
 
 
 def multiplicative_score(query: Array, key: Array, W: Array, *, backend: Any = None) -> Array:
@@ -655,7 +527,7 @@ def multiplicative_score(query: Array, key: Array, W: Array, *, backend: Any = N
 
     Source: Luong et al. 2015, equation 8 ("general").
     """
-    return _score("multiplicative_score", query, key, backend, same=False, W=W)
+    return prepare.score("multiplicative_score", query, key, backend, same=False, W=W)
 
 
 def gated_score(query: Array, key: Array, w_g: Array, *, backend: Any = None) -> Array:
@@ -668,7 +540,7 @@ def gated_score(query: Array, key: Array, w_g: Array, *, backend: Any = None) ->
 
     Source: the gate of Hochreiter and Schmidhuber 1997, applied to a dot product.
     """
-    return _score("gated_score", query, key, backend, w_g=w_g)
+    return prepare.score("gated_score", query, key, backend, w_g=w_g)
 
 
 def cosine_score(query: Array, key: Array, *, backend: Any = None) -> Array:
@@ -679,7 +551,7 @@ def cosine_score(query: Array, key: Array, *, backend: Any = None) -> Array:
 
     Source: Graves et al. 2014, "Neural Turing machines", equation 6.
     """
-    return _score("cosine_score", query, key, backend)
+    return prepare.score("cosine_score", query, key, backend)
 
 
 def distance_score(query: Array, key: Array, *, backend: Any = None) -> Array:
@@ -690,7 +562,7 @@ def distance_score(query: Array, key: Array, *, backend: Any = None) -> Array:
 
     Source: the exponent of Nadaraya and Watson's Gaussian kernel, 1964.
     """
-    return _score("distance_score", query, key, backend)
+    return prepare.score("distance_score", query, key, backend)
 
 
 # ---- kernels: similarities >= 0 of u = |q - k| / width, for Nadaraya-Watson
@@ -702,7 +574,7 @@ def gaussian_kernel(query: Array, key: Array, width: float = 1.0, *, backend: An
     >>> gaussian_kernel([[1.0]], [[1.0]])
     array([[1.]])
     """
-    return _score("gaussian_kernel", query, key, backend, width=checks.number("width", width, positive=True))
+    return prepare.score("gaussian_kernel", query, key, backend, width=checks.number("width", width, positive=True))
 
 
 def boxcar_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
@@ -711,7 +583,7 @@ def boxcar_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any 
     >>> boxcar_kernel([[1.0]], [[1.5], [2.0]])
     array([[1., 0.]])
     """
-    return _score("boxcar_kernel", query, key, backend, width=checks.number("width", width, positive=True))
+    return prepare.score("boxcar_kernel", query, key, backend, width=checks.number("width", width, positive=True))
 
 
 def triangular_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
@@ -720,7 +592,7 @@ def triangular_kernel(query: Array, key: Array, width: float = 1.0, *, backend: 
     >>> triangular_kernel([[1.0]], [[1.25], [3.0]])
     array([[0.75, 0.  ]])
     """
-    return _score("triangular_kernel", query, key, backend, width=checks.number("width", width, positive=True))
+    return prepare.score("triangular_kernel", query, key, backend, width=checks.number("width", width, positive=True))
 
 
 def epanechnikov_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
@@ -731,7 +603,7 @@ def epanechnikov_kernel(query: Array, key: Array, width: float = 1.0, *, backend
 
     Source: Epanechnikov 1969.
     """
-    return _score("epanechnikov_kernel", query, key, backend, width=checks.number("width", width, positive=True))
+    return prepare.score("epanechnikov_kernel", query, key, backend, width=checks.number("width", width, positive=True))
 
 
 def constant_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
@@ -740,22 +612,10 @@ def constant_kernel(query: Array, key: Array, width: float = 1.0, *, backend: An
     >>> constant_kernel([[1.0]], [[9.0]])
     array([[1.]])
     """
-    return _score("constant_kernel", query, key, backend, width=checks.number("width", width, positive=True))
+    return prepare.score("constant_kernel", query, key, backend, width=checks.number("width", width, positive=True))
 
 
 # ---- normalisers: (scores (..., n, m), where=None) -> weights (..., n, m) in the scores' dtype; a row with nothing gets zeros
-
-
-def _normalise(name: str, scores: Any, where: Any, backend: Any, **extra: Any) -> Any:
-    tab = dispatch.choose(backend, scores=scores, where=where, **extra)
-    (scores,) = _arrays(tab, scores=scores)
-    shape = checks.shape("scores", scores, 1)
-    if where is not None:
-        where = checks.where(tab, where, scores)
-    if extra.get("valid_lens") is not None:
-        checks.shape("scores", scores, 2)
-        extra["valid_lens"] = checks.lengths(tab, extra["valid_lens"], shape[:-2][:1], shape[-2], scores)
-    return getattr(tab, name)(scores, where=where, **extra)
 
 
 def softmax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
@@ -764,7 +624,7 @@ def softmax(scores: Array, where: Array | None = None, *, backend: Any = None) -
     >>> softmax([[0.0, 0.0, 5.0]], where=[[True, True, False]])
     array([[0.5, 0.5, 0. ]])
     """
-    return _normalise("softmax", scores, where, backend)
+    return prepare.weights("softmax", scores, where, backend)
 
 
 def masked_softmax(scores: Array, valid_lens: Array | None = None, where: Array | None = None, *, backend: Any = None) -> Array:
@@ -775,7 +635,7 @@ def masked_softmax(scores: Array, valid_lens: Array | None = None, where: Array 
 
     Source: d2l's function of this name, with other answers at length 0 and for scores below -1e6.
     """
-    return _normalise("masked_softmax", scores, where, backend, valid_lens=valid_lens)
+    return prepare.weights("masked_softmax", scores, where, backend, valid_lens=valid_lens)
 
 
 def sparsemax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
@@ -786,7 +646,7 @@ def sparsemax(scores: Array, where: Array | None = None, *, backend: Any = None)
 
     Source: Martins and Astudillo 2016, algorithm 1.
     """
-    return _normalise("sparsemax", scores, where, backend)
+    return prepare.weights("sparsemax", scores, where, backend)
 
 
 def hardmax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
@@ -795,7 +655,7 @@ def hardmax(scores: Array, where: Array | None = None, *, backend: Any = None) -
     >>> hardmax([[1.0, 3.0, 3.0]])
     array([[0., 1., 0.]])
     """
-    return _normalise("hardmax", scores, where, backend)
+    return prepare.weights("hardmax", scores, where, backend)
 
 
 def proportional(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
@@ -807,7 +667,7 @@ def proportional(scores: Array, where: Array | None = None, *, backend: Any = No
 
     Source: Nadaraya 1964; Watson 1964.
     """
-    return _normalise("proportional", scores, where, backend)
+    return prepare.weights("proportional", scores, where, backend)
 
 
 def average(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
@@ -816,7 +676,7 @@ def average(scores: Array, where: Array | None = None, *, backend: Any = None) -
     >>> average([[7.0, 8.0, 9.0]], where=[[True, False, True]])
     array([[0.5, 0. , 0.5]])
     """
-    return _normalise("average", scores, where, backend)
+    return prepare.weights("average", scores, where, backend)
 
 
 def identity(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
@@ -825,16 +685,16 @@ def identity(scores: Array, where: Array | None = None, *, backend: Any = None) 
     >>> identity([[2.0, -1.0]], where=[[True, False]])
     array([[2., 0.]])
     """
-    return _normalise("identity", scores, where, backend)
+    return prepare.weights("identity", scores, where, backend)
 
 
-_TABBED = frozenset({
+prepare.tabbed |= {
     dot_score, scaled_dot_score, additive_score, multiplicative_score, gated_score, cosine_score, distance_score,
     gaussian_kernel, boxcar_kernel, triangular_kernel, epanechnikov_kernel, constant_kernel,
     softmax, masked_softmax, sparsemax, hardmax, proportional, average, identity,
-})  # fmt: skip
-
+}  # fmt: skip
+prepare.public |= {name: globals()[name] for name in __all__}
 
 for _name in __all__:  # TensorFlow's AutoGraph leaves what bears this mark alone: it need not rewrite the frontend
     if _name != "KVCache":
-        globals()[_name].autograph_info__ = {}
+        prepare.public[_name].autograph_info__ = {}

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -226,6 +226,13 @@ def on(tab: Any, name: str | None) -> AbstractContextManager[Any]:
     return placed
 
 
+def loaded(cls: type, backend: Any) -> Backend:
+    """The backend that serves arrays of a class that was met before; a KeyError if it is new, or no backend is loaded."""
+    name: Any = _homes[cls] or get_backend() if backend is None else backend
+    tab: Backend = _loaded[name] if type(name) is str else name
+    return tab
+
+
 def choose(backend: Any, **arrays: Any) -> Backend:
     """The backend that serves a call with these arguments.
 
@@ -252,45 +259,6 @@ def choose(backend: Any, **arrays: Any) -> Backend:
             f"{first} is an array of {owner} but backend={backend!r}; convert it first: kvattn.convert({first}, {backend!r})"
         )
     return load(backend)
-
-
-# ---- arrays that have passed every check before
-
-
-_met: dict[Any, tuple[Backend, tuple[Any, ...]]] = {}
-MOST = 4096  # then it starts anew: lengths that grow step by step would fill it
-
-
-def _looks(tab: Any, query: Any, key: Any, value: Any) -> tuple[Any, ...] | None:
-    """All that the checks of query, key and value look at; None where it cannot be told: lists, traced sizes."""
-    kind = type(query)
-    if kind is not type(key) or kind is not type(value) or (hasattr(tab, "tracing") and tab.tracing()):
-        return None
-    return id(tab), kind, query.shape, query.dtype, key.shape, key.dtype, value.shape, value.dtype
-
-
-def met(query: Any, key: Any, value: Any, backend: Any) -> tuple[Backend, tuple[Any, ...]] | None:
-    """The tab that served arrays of this class, these shapes and dtypes before, and the shape of their scores."""
-    try:
-        name = _homes[type(query)] or get_backend() if backend is None else backend
-        looks = _looks(_loaded[name] if type(name) is str else name, query, key, value)
-        return None if looks is None else _met.get(looks)  # not looked into while tracing: torch.compile would watch its length
-    except (
-        AttributeError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-    ):  # lists and nested tensors have no shape; a class or a backend is new; symbols have no hash
-        return None
-
-
-def meet(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, ...]) -> None:
-    """Remember that these arguments, as they came, are arrays of ``tab`` that pass every check for such scores."""
-    if tab.is_array(query) and (looks := _looks(tab, query, key, value)) is not None:
-        if len(_met) >= MOST:
-            _met.clear()
-        with suppress(TypeError):  # sizes that are symbols have no hash
-            _met[looks] = tab, scores
 
 
 def get_backend() -> str:

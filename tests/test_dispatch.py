@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kvattn
-from kvattn import dispatch
+from kvattn import dispatch, prepare
 
 X = np.eye(2, dtype=np.float32)
 
@@ -275,10 +275,10 @@ SHAPES = {"query": (2, 4, 3, 5), "key": (2, 2, 6, 5), "value": (2, 2, 6, 7)}
 @pytest.fixture
 def checked(backend, tab, monkeypatch):
     """Arrays of the backend that have been served before, with another query, key and value of each number of features."""
-    monkeypatch.setattr(dispatch, "_met", {})
+    monkeypatch.setattr(prepare, "_remembered", {})
     arrays = {name: tab.asarray(np.ones(shape, "float32")) for name, shape in SHAPES.items()}
     kvattn.attention(*arrays.values())
-    assert dispatch.met(*arrays.values(), None), "else there is nothing to test: the call was not remembered"
+    assert prepare.remembered(*arrays.values(), None), "else there is nothing to test: the call was not remembered"
     return arrays
 
 
@@ -336,7 +336,7 @@ def test_after_a_good_call_another_backend_is_still_another(backend, tab, checke
 
 
 def test_after_a_good_call_of_another_score_the_features_of_a_dot_product_are_looked_at(backend, tab, monkeypatch):
-    monkeypatch.setattr(dispatch, "_met", {})
+    monkeypatch.setattr(prepare, "_remembered", {})
     query, key, value = (tab.asarray(np.ones(shape, "float32")) for shape in ((3, 2), (4, 5), (4, 1)))
     score = functools.partial(kvattn.multiplicative_score, W=np.ones((2, 5), "float32"))
     kvattn.attention(query, key, value, score=score)

@@ -50,7 +50,7 @@ def imports(path):
 
 
 def test_the_frontend_imports_no_framework():
-    for name in ("__init__", "api", "dispatch", "checks", "bands", "explanation"):
+    for name in ("__init__", "api", "prepare", "dispatch", "checks", "bands", "explanation"):
         used = {module.partition(".")[0] for module in imports(PACKAGE / f"{name}.py")}
         assert not used & FRAMEWORKS, name
 
@@ -61,6 +61,25 @@ def test_a_tab_imports_its_own_framework_and_no_other_tab():
         others = FRAMEWORKS - {tab, "numpy"}
         assert not {module.partition(".")[0] for module in modules} & others, tab
         assert not {module for module in modules if module.startswith("kvattn.backends")}, tab
+
+
+def module(path):
+    """The name that the file is imported by."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_imports_go_in_no_circle():
+    """Wherever they stand in a file; but dispatch, which loads tabs by name, as it loads plugins, does not count as theirs."""
+    paths = {module(path): path for path in PACKAGE.rglob("*.py")}
+    below = {}
+    for name, path in paths.items():
+        used = {wanted if wanted in paths else wanted.rpartition(".")[0] for wanted in imports(path)}
+        loads = {f"kvattn.backends.{tab}" for tab in TABS} if name == "kvattn.dispatch" else set()
+        below[name] = (used & set(paths)) - {name, "kvattn.backends"} - loads
+    while leaves := {name for name, used in below.items() if not used}:
+        below = {name: used - leaves for name, used in below.items() if name not in leaves}
+    assert not below
 
 
 def test_nothing_is_pickled_or_evaluated_or_fetched():

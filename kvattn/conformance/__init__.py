@@ -6,7 +6,8 @@
 []
 """
 
-from kvattn.conformance.cases import Case, cases
+from kvattn.conformance.cases import Case
 from kvattn.conformance.check import Agreement, Report, Result, pairwise, run
+from kvattn.conformance.suite import cases
 
 __all__ = ["Agreement", "Case", "Report", "Result", "cases", "pairwise", "run"]

@@ -1,9 +1,9 @@
-"""The cases: plain data, a call and its float64 answer. Inputs lie on a grid that every dtype holds exactly."""
+"""What a case is: plain data, a call and its float64 answer. Inputs lie on a grid that every dtype holds exactly."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from kvattn.conformance import oracle
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 WEIGHTS, LSE = ("weights",), ("lse",)
 NOT_FINITE = "not finite"  # the group whose inputs, where they are looked at, and answers hold NaN and inf
-TURNS = ("float64", "float32", "float16", "float32", "float64", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -62,35 +61,6 @@ def exact(x: np.ndarray, dtype: str) -> bool:
         return bool((x.astype(dtype) == x).all())
 
 
-def cases(seed: int = 0) -> list[Case]:
-    """Every case: the golden ones, whose answers are stored, and those generated here from ``seed``."""
-    from kvattn.conformance import families, golden
-
-    made = _shared_out([*golden.stored(), *families.every(np.random.default_rng(seed))])
-    names = [case.name for case in made]
-    assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
-    return made
-
-
-def _shared_out(made: list[Case]) -> list[Case]:
-    """Give each case its usual run: one dtype, in turn, so that every group meets all; four where numbers are the point;
-    and every other one without weights and lse, since a tab may take another path to the output alone.
-
-    Every case in every dtype, both ways, is `run(..., dtypes=DTYPES)`: seconds where each operation runs by itself, many
-    minutes where XLA compiles a program for each.
-    """
-    met: dict[str, int] = {}
-    shared = []
-    for case in made:
-        turn = met[case.group] = met.get(case.group, -1) + 1
-        usual = tuple(TURNS[(turn + step) % len(TURNS)] for step in range(len(TURNS)))
-        usual = next((dtype,) for dtype in usual if dtype in case.dtypes)
-        usual = case.dtypes if case.group in ("plain", "half precision", "large scores") else usual
-        alone = case.call == "attention" and turn % 2 == 1 and case.group != NOT_FINITE  # where each case says what it asks for
-        shared.append(replace(case, usual=usual, alone=alone))
-    return shared
-
-
 # ---- building blocks
 
 
@@ -129,6 +99,13 @@ def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, 
         {what: answer.values[what] for what in wanted}, {what: answer.magnitude[what] for what in wanted},
         answer.largest_score, dtypes, results,
     )  # fmt: skip
+
+
+def merged(name: str, outputs: np.ndarray, lses: np.ndarray, group: str = "merging") -> Case:
+    """A case of merging these parts."""
+    values, magnitude, largest = oracle.merge(outputs, lses)
+    return Case(name, group, "merge_attention", {"outputs": outputs, "lses": lses}, {"return_lse": True}, values, magnitude,
+                largest, results=("output", "lse"))  # fmt: skip
 
 
 def poisoned(rng: np.random.Generator, query: np.ndarray, key: np.ndarray, value: np.ndarray,

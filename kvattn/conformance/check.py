@@ -106,7 +106,7 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
     True
     """
     if cases is None:
-        from kvattn.conformance.cases import cases as all_cases
+        from kvattn.conformance.suite import cases as all_cases
 
         cases = all_cases()
     tab = dispatch.load(backend) if isinstance(backend, str) else backend

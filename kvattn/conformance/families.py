@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvattn.conformance import multihead, notfinite, oracle, pooling
-from kvattn.conformance.cases import LSE, WEIGHTS, Case, attend, flags, grid, poisoned, qkv
+from kvattn.conformance.cases import LSE, WEIGHTS, Case, attend, flags, grid, merged, poisoned, qkv
 from kvattn.conformance.pooling import parametrised
 
 INF, NAN = np.inf, np.nan
@@ -360,12 +360,6 @@ def merging(rng):
         yield make(f"attention over {name}", *qkv(rng), grad=False, call="split_attention", splits=splits, asked=LSE)
     grouped = qkv(rng, lead=(2, 4), kv=(2, 2))
     yield make("attention over grouped parts", *grouped, grad=False, call="split_attention", splits=[3], asked=LSE)
-
-
-def merged(name, outputs, lses, group="merging"):
-    values, magnitude, largest = oracle.merge(outputs, lses)
-    return Case(name, group, "merge_attention", {"outputs": outputs, "lses": lses}, {"return_lse": True}, values, magnitude,
-                largest, results=("output", "lse"))  # fmt: skip
 
 
 def lone(rng):

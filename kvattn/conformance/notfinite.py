@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvattn.conformance import oracle
-from kvattn.conformance.cases import LSE, NOT_FINITE, WEIGHTS, Case, attend, flags, grid, kink_free, qkv
+from kvattn.conformance.cases import LSE, NOT_FINITE, WEIGHTS, Case, attend, flags, grid, kink_free, merged, qkv
 from kvattn.conformance.multihead import multi_head, params_of
 
 INF, NAN = np.inf, np.nan
@@ -173,8 +173,6 @@ def _other_rows(rng, options) -> Case:
 
 def parts(rng):
     """Merged parts, and projected heads."""
-    from kvattn.conformance.families import merged
-
     outputs, lses = grid(rng, 3, 2, 4, 2), grid(rng, 3, 2, 4)
     lses[0, 0, 1] = lses[2, :, 3] = -INF
     lses[1, 0, 2], outputs[1, 0, 2], outputs[0, 1, 0, 1], outputs[2, :, 3] = NAN, NAN, NAN, NAN

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kvattn import api, checks, layers
+from kvattn import api, checks, layers, prepare
 from kvattn.backends import jax as tab
 from kvattn.kernels.jax import programs
 
@@ -210,7 +210,7 @@ class MultiHeadAttention(_Layer):
 
     @_exact
     def __call__(self, queries, keys, values, valid_lens=None, training=False, *, cache=None, **options):
-        queries, keys, values = api._arrays(tab, queries=queries, keys=keys, values=values)
+        queries, keys, values = prepare.arrays(tab, queries=queries, keys=keys, values=values)
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self._kv_heads), tab._split(self.W_v(values), self._kv_heads)
         if cache is not None:
@@ -247,7 +247,7 @@ class PositionalEncoding(_Layer):
     @_exact
     def __call__(self, X, training=False, *, offset=0):
         layers.check_length(self.max_len, X.shape[1], offset)
-        (X,) = api._arrays(tab, X=X)
+        (X,) = prepare.arrays(tab, X=X)
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "P", self.P)
         P = _encoding(self.max_len, self.num_hiddens).astype(X.dtype)
@@ -283,7 +283,7 @@ class AddNorm(_Layer):
 
     @_exact
     def __call__(self, X, Y, training=False):
-        X, Y = api._arrays(tab, X=X, Y=Y)
+        X, Y = prepare.arrays(tab, X=X, Y=Y)
         if (shape := self.ln.shape) is not None:
             checks.same_shape("X", X, (*X.shape[: -len(shape)], *shape), "norm_shape says")
         return self.ln(self.drop(Y, deterministic=not training) + X).astype(X.dtype)
@@ -303,7 +303,7 @@ class PositionWiseFFN(_Layer):
 
     @_exact
     def __call__(self, X):
-        (X,) = api._arrays(tab, X=X)
+        (X,) = prepare.arrays(tab, X=X)
         X = self.dense1(X)
         return self.dense2(nn.relu(X) if self.activation == "relu" else nn.gelu(X, approximate=False))
 

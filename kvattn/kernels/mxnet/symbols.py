@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 import numpy
 
-from kvattn import bands, dispatch
+from kvattn import bands, dispatch, prepare
 from kvattn.lend import lend
 
 with lend():
@@ -119,9 +119,7 @@ class _Call:
 
 def _named(name):
     """The function of this name that a call may name, or None."""
-    from kvattn import api
-
-    return functions.get(name) or (getattr(api, name) if name in api.__all__ else None)
+    return functions.get(name) or prepare.public.get(name)
 
 
 class _Seen:

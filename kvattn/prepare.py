@@ -1,0 +1,209 @@
+"""A call's arguments as the tab that serves it takes them: chosen for, converted and checked, in this order.
+
+Every function of api.py goes down from here: `dispatch` chooses the tab, `checks` says no, the tab computes. Arguments whose
+classes, shapes and dtypes have passed all the checks before are not checked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from kvattn import checks, dispatch
+
+if TYPE_CHECKING:
+    from kvattn.backends import Backend
+
+ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "positions")  # the options that are arrays
+DOT_PRODUCTS = ("dot_score", "scaled_dot_score", "cosine_score")  # for which query and key need as many features
+REMEMBERED = 4096  # calls: then it starts anew, since lengths that grow step by step would fill the memory
+
+public: dict[str, Any] = {}  # the functions of api.py by name
+tabbed: set[Any] = set()  # its scores and normalisers, which each tab has of its own
+
+
+# ---- attention
+
+
+def inputs(tab: Any, query: Any, key: Any, value: Any, score: Any) -> tuple[Any, Any, Any, tuple[Any, ...]]:
+    """query, key and value as arrays of ``tab`` that fit each other, and the shape of their scores."""
+    query, key, value = arrays(tab, query=query, key=key, value=value)
+    scores = checks.pairs(query, key, value)
+    if is_dot_product(score):
+        checks.same_features(query, key)
+    return query, key, value, scores
+
+
+def options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, Any], score: Any = None, normalize: Any = None,
+            mask: Any = None, bias: Any = None, valid_lens: Any = None, causal: Any = False, query_offset: Any = 0,
+            window: Any = None, positions: Any = None, scale: Any = None, softcap: Any = None, dropout: Any = 0.0,
+            rng: Any = None, return_lse: bool = False, batch: tuple[Any, ...] | None = None) -> dict[str, Any]:  # fmt: skip
+    """The checked keywords of attention, for scores of this shape between queries and keys of these features.
+
+    ``batch``: the batch axis, (size,), or () where there is none; by default the first of the leading axes.
+    """
+    batch = scores[:-2][:1] if batch is None else batch
+    normalize, score = unwrapped(normalize), unwrapped(score)
+    softmax = public["softmax"], getattr(tab, "softmax", None)
+    if return_lse and normalize is not None and getattr(normalize, "func", normalize) not in softmax:
+        raise ValueError("return_lse needs normalize=softmax: other normalisers have no log-sum-exp")
+    mask, bias = checks.masks(tab, query, scores, mask, bias)
+    return {
+        "score": getattr(tab, "scaled_dot_score", None) if score is None else _own(tab, "score", score, query, features),
+        "normalize": getattr(tab, "softmax", None) if normalize is None else _own(tab, "normalize", normalize, query, features),
+        "mask": mask,
+        "bias": bias,
+        "valid_lens": None if valid_lens is None else checks.lengths(tab, valid_lens, batch, scores[-2], query),
+        "causal": checks.flag("causal", causal),
+        "query_offset": checks.offset(tab, query_offset, batch, query),
+        "window": None if window is None else checks.window(window),
+        "positions": None if positions is None else checks.positions(tab, positions, scores, query),
+        "scale": None if scale is None else checks.number("scale", scale),
+        "softcap": None if softcap is None else checks.number("softcap", softcap, positive=True),
+        "dropout": checks.probability("dropout", dropout) if dropout else 0.0,
+        "rng": rng,
+    }
+
+
+def returned(options: dict[str, Any]) -> dict[str, bool]:
+    """return_weights and return_lse, checked and taken out of the options."""
+    return {name: checks.flag(name, options.pop(name, False)) for name in ("return_weights", "return_lse")}
+
+
+def arrays(tab: Any, **arguments: Any) -> list[Any]:
+    """The arguments as floating-point arrays of one dtype; lists take the dtype of the arrays beside them."""
+    like = next((x for x in arguments.values() if hasattr(x, "dtype")), None)
+    made = {name: checks.array(tab, name, x, like) for name, x in arguments.items()}
+    first = next(iter(made.items()))
+    for name, x in made.items():
+        checks.floating(name, x, first)
+    return list(made.values())
+
+
+def differentiable(wrt: Any, names: set[str]) -> tuple[str, ...]:
+    """``wrt`` as a tuple; a ValueError for a name that is not among ``names``."""
+    for name in wrt:
+        if name not in names:
+            raise ValueError(f"wrt names {name!r}; this call has {', '.join(sorted(names))}")
+    return tuple(wrt)
+
+
+# ---- multi-head attention
+
+
+def multi_head(backend: Any, query: Any, key: Any, value: Any, params: Any, num_heads: Any, num_kv_heads: Any, cache: Any,
+               given: dict[str, Any], grad_output: Any = None) -> tuple[Any, ...]:  # fmt: skip
+    """The tab, the arrays, the params, the numbers of heads and the options of multi-head attention."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params must be a dict of arrays by name, not {type(params).__name__}")
+    checks.param_names(params)
+    tab = dispatch.choose(
+        backend, query=query, key=key, value=value, grad_output=grad_output, **params,
+        **{name: given.get(name) for name in ARRAYS}, cache=None if cache is None else cache.key,
+    )  # fmt: skip
+    query, key, value = arrays(tab, query=query, key=key, value=value)
+    num_heads, num_kv_heads = checks.heads(num_heads, num_kv_heads)
+    params = projections(tab, query, key, value, params, num_heads, num_kv_heads)
+    *batch, n, m = checks.joined(query, key, value)
+    if cache is not None:
+        m = checks.cached(cache, n, m, given)
+    features = (params["W_q"].shape[-1] // num_heads, params["W_k"].shape[-1] // num_kv_heads)
+    checks.same_widths(features, is_dot_product(given.get("score")))
+    back = returned(given)
+    scores = (*batch, num_heads, n, m)
+    checked = options(tab, query, scores, features, return_lse=back["return_lse"], batch=tuple(batch[:1]), **given)
+    if not batch and checked["valid_lens"] is not None:
+        checked["valid_lens"] = checks.for_each_head(tab, checked["valid_lens"], num_heads, query)
+    return tab, query, key, value, params, {"num_heads": num_heads, "num_kv_heads": num_kv_heads}, checked | back
+
+
+def projections(tab: Any, query: Any, key: Any, value: Any, params: Any, num_heads: int, num_kv_heads: int) -> dict[str, Any]:
+    """The projections as arrays of ``tab`` that fit the inputs and each other."""
+    made = {name: checks.array(tab, name, x, query) for name, x in params.items() if x is not None}
+    for name, x in made.items():
+        checks.floating(name, x, ("query", query))
+    checks.projections(query, key, value, made, num_heads, num_kv_heads)
+    return made
+
+
+# ---- scores and normalisers
+
+
+def score(name: str, query: Any, key: Any, backend: Any, same: bool = True, **parameters: Any) -> Any:
+    """The score called ``name``; ``same``: query and key need as many features."""
+    tab = dispatch.choose(backend, query=query, key=key, **parameters)
+    query, key = arrays(tab, query=query, key=key)
+    checks.pairs(query, key)
+    if same:
+        checks.same_features(query, key)
+    for parameter, x in parameters.items():
+        if x is not None and not isinstance(x, float):
+            parameters[parameter] = checks.array(tab, parameter, x, query)
+            checks.floating(parameter, parameters[parameter], ("query", query))
+    checks.parameters(name, query.shape[-1], key.shape[-1], parameters)
+    return getattr(tab, name)(query, key, **parameters)
+
+
+def weights(name: str, scores: Any, where: Any, backend: Any, **extra: Any) -> Any:
+    """The weights that the normaliser called ``name`` makes of the scores."""
+    tab = dispatch.choose(backend, scores=scores, where=where, **extra)
+    (scores,) = arrays(tab, scores=scores)
+    shape = checks.shape("scores", scores, 1)
+    if where is not None:
+        where = checks.where(tab, where, scores)
+    if extra.get("valid_lens") is not None:
+        checks.shape("scores", scores, 2)
+        extra["valid_lens"] = checks.lengths(tab, extra["valid_lens"], shape[:-2][:1], shape[-2], scores)
+    return getattr(tab, name)(scores, where=where, **extra)
+
+
+def unwrapped(function: Any) -> Any:
+    """kvattn's own score or normaliser, where a namespace's is given: `from kvattn import torch as kv; kv.dot_score`."""
+    if isinstance(function, partial):
+        return partial(unwrapped(function.func), *function.args, **function.keywords)
+    return inner if (inner := getattr(function, "__wrapped__", None)) in tabbed else function
+
+
+def is_dot_product(score: Any) -> bool:
+    """Whether query and key need as many features; not asked of a score with parameters of its own."""
+    score = unwrapped(score)
+    return score is None or any(score is public[name] for name in DOT_PRODUCTS)
+
+
+def _own(tab: Any, what: str, function: Any, query: Any, features: tuple[Any, Any]) -> Any:
+    return checks.bound(tab, function, what, tabbed.__contains__, query, features)
+
+
+# ---- query, key and value that have passed every check before
+
+
+_remembered: dict[Any, tuple[Backend, tuple[Any, ...]]] = {}
+
+
+def remembered(query: Any, key: Any, value: Any, backend: Any) -> tuple[Backend, tuple[Any, ...]] | None:
+    """The tab that served arrays of this class, these shapes and dtypes before, and the shape of their scores."""
+    try:
+        checked = _all_that_is_checked(dispatch.loaded(type(query), backend), query, key, value)
+        # while tracing it is not looked into: torch.compile would watch its length
+        return None if checked is None else _remembered.get(checked)
+    except (AttributeError, KeyError, RuntimeError, TypeError):
+        return None  # lists and nested tensors have no shape, symbols no hash; a class or a backend is new
+
+
+def remember(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, ...]) -> None:
+    """Remember that these arguments, as they came, are arrays of ``tab`` that pass every check for such scores."""
+    if tab.is_array(query) and (checked := _all_that_is_checked(tab, query, key, value)) is not None:
+        if len(_remembered) >= REMEMBERED:
+            _remembered.clear()
+        with suppress(TypeError):  # sizes that are symbols have no hash
+            _remembered[checked] = tab, scores
+
+
+def _all_that_is_checked(tab: Any, query: Any, key: Any, value: Any) -> tuple[Any, ...] | None:
+    """What the checks of query, key and value look at; None where it cannot be told: lists, traced sizes."""
+    kind = type(query)
+    if kind is not type(key) or kind is not type(value) or (hasattr(tab, "tracing") and tab.tracing()):
+        return None
+    return id(tab), kind, query.shape, query.dtype, key.shape, key.dtype, value.shape, value.dtype
