@@ -149,7 +149,7 @@ def overhead(found, table):
 
 
 def shares(found, table):
-    """Where the frontend's microseconds go. A call whose like was checked before pays the first two, any other the rest as well."""
+    """Where the frontend's microseconds go: a call like one before pays the first two, any other the rest as well."""
     parts = ("who serves NumPy's", "checked before?", "dispatch", "checks", "options")
     for head in ("backend", *parts):
         table.add_column(head, justify="right")
