@@ -3,14 +3,17 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu --size tiny     (that the script works; its figures mean nothing)
 
-torch: against the fastest backend of scaled_dot_product_attention that serves the call, tried one by one, and, where keys are
-masked, against scaled_dot_product_attention with the boolean mask. jax: against jax.nn.dot_product_attention on cuDNN and on
-XLA. A round calls each once; the table has the medians of the rounds, and the ratio to kvattn taken within the rounds: above 1
-kvattn is faster. Checked: one head of the first and one of the last batch entry, against float64. Each framework has a process
-of its own. What does not fit into --minutes is named, not measured. Without a GPU: exit status 2.
+The shapes that people use come first: BERT's, decoding, small calls, lengths that change, a layer; then the large ones. A row's
+ratio is kvattn's time over that of the fastest native way that gives the right answer, which is named: below 1 kvattn is
+faster. Native are, in torch, scaled_dot_product_attention, as it chooses and on each of its backends, with a boolean mask
+where keys are masked, varlen_attn, compiled flex_attention, nn.MultiheadAttention; in jax, jax.nn.dot_product_attention on
+cuDNN and on XLA. A round times each in turn, as often as fills some milliseconds; figures are medians of rounds. Checked: one
+head of the first and one of the last batch entry, against float64. Each framework has a process of its own. What does not fit
+into --minutes is named, not measured. Without a GPU: exit status 2.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -18,177 +21,295 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
 
-SIZES = {"full": (4, 16, 4096, 8192), "tiny": (2, 2, 32, 48)}  # batch, heads, n = m, n = m of a window
-SOFTCAP, FILLED, ROUNDS = 20.0, (0.4, 0.5, 0.7, 0.8), 15  # FILLED: the share of keys that is valid, in turn; 0.6 on average
+SHAPES = {  # batch, heads, heads of keys, queries, keys, features
+    "BERT": (32, 12, 12, 512, 512, 64),
+    "decoding": (8, 32, 8, 1, 8192, 128),
+    "small": (2, 8, 8, 128, 128, 64),
+    "layer": (32, 12, 12, 512, 512, 64),
+    "grouped": (4, 32, 8, 2048, 2048, 128),
+    "large": (4, 16, 16, 4096, 4096, 128),
+    "large, d=64": (4, 16, 16, 4096, 4096, 64),
+    "long": (1, 16, 16, 8192, 8192, 128),
+    "long, d=64": (1, 16, 16, 8192, 8192, 64),
+}
+TINY = {name: (2, 4, 4 if h == hk else 2, min(n, 24), 32 if n == 1 else 24, 8) for name, (_, h, hk, n, _, _) in SHAPES.items()}
+SOFTCAP, FILLED, ROUNDS = 20.0, (0.4, 0.5, 0.7, 0.8), 9  # FILLED: the share of keys that is valid, in turn; 0.6 on average
+FILL = 0.004  # seconds of calls in each round, at most FILLS calls
+FILLS, CHANGES, CHUNK = 20, 20, 6  # CHANGES: different lengths in turn; CHUNK: rows that JAX compiles side by side
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}  # of the largest value; TF32 would be 1e-3
-KINDS = {"torch": ("plain", "causal", "valid 60%", "window", "softcap"), "jax": ("plain", "causal", "valid 60%", "window")}
+BOTH, FORWARD = (False, True), (False,)
+ROWS = [  # shape, kind, dtype, and whether with gradients: in the order of their weight, should time run out
+    *(("BERT", kind, "bfloat16", BOTH) for kind in ("plain", "lengths", "mask", "bias")),
+    *(("decoding", kind, "bfloat16", FORWARD) for kind in ("plain", "lengths")),
+    *(("small", kind, "bfloat16", BOTH) for kind in ("plain", "causal", "lengths", "mask")),
+    ("BERT", "changing lengths", "bfloat16", BOTH),
+    *(("layer", kind, dtype, BOTH) for dtype in ("bfloat16", "float32") for kind in ("plain", "lengths")),
+    ("grouped", "causal", "bfloat16", BOTH),
+    *((shape, kind, "bfloat16", BOTH) for shape in ("large", "large, d=64") for kind in ("plain", "causal", "lengths")),
+    *((shape, "window", "bfloat16", BOTH) for shape in ("long", "long, d=64")),
+    ("large", "softcap", "bfloat16", BOTH),
+    *(("large", kind, "float16", BOTH) for kind in ("plain", "lengths")),
+    *(("large, d=64", kind, "float32", BOTH) for kind in ("plain", "lengths")),
+]
+UNASKED = {"jax": {"softcap"}}  # there is no native way, and the formula with all its scores takes gigabytes
 
 
-def rows(framework):
-    """(kind, dtype, d, gradients) in the order of their weight, should time run out."""
-    for dtype, d in (("bfloat16", 128), ("bfloat16", 64), ("float16", 128), ("float32", 64), ("float16", 64), ("float32", 128)):
-        for kind in KINDS[framework]:
-            for grad in (False, True):
-                yield kind, dtype, d, grad
+def rows(framework, shapes=tuple(SHAPES)):
+    """(shape, kind, dtype, gradients)."""
+    for shape, kind, dtype, grads in ROWS:
+        if shape in shapes and kind not in UNASKED.get(framework, ()):
+            yield from ((shape, kind, dtype, grad) for grad in grads)
 
 
 @cache
-def draw(*shape):
-    rng = np.random.default_rng(0)
-    return [rng.standard_normal(shape, dtype=np.float32) for _ in range(4)]
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def problem(kind, d, size):
-    """Arrays in float32, and what kvattn calls the kind."""
-    batch, heads, n, longer = SIZES[size]
-    if kind == "window":
-        batch, n = max(batch // 4, 1), longer
-    arrays, window = draw(batch, heads, n, d), n // 32
+def lengths(batch, m, turn=0):
+    return np.array([max(1, int(FILLED[(i + turn) % 4] * m) - turn) for i in range(batch)], dtype=np.int32)
+
+
+def problem(shape, kind, size):
+    """Query, key, value and the gradient of the output in float32, and what kvattn calls the kind."""
+    batch, heads, kv_heads, n, m, d = (SHAPES if size == "full" else TINY)[shape]
+    arrays = [draw(batch, h, x, d, seed=i) for i, (h, x) in enumerate(((heads, n), (kv_heads, m), (kv_heads, m), (heads, n)))]
     options = {
         "plain": {},
         "causal": {"causal": True},
-        "valid 60%": {"valid_lens": np.array([max(1, int(FILLED[i % 4] * n)) for i in range(batch)])},
-        "window": {"causal": True, "window": (window, 0)},
+        "lengths": {"valid_lens": lengths(batch, m)},
+        "changing lengths": {"valid_lens": lengths(batch, m)},
+        "mask": {"mask": np.arange(m) < lengths(batch, m)[:, None, None, None]},
+        "bias": {"bias": draw(1, heads, n, m, seed=9)},
+        "window": {"causal": True, "window": (max(n // 32, 1), 0)},
         "softcap": {"softcap": SOFTCAP},
     }[kind]
     return arrays, options
 
 
-def expected(heads, options, entry):
+def weights(shape, size):
+    """The matrices of a layer of as many features as its heads hold: of its queries, keys, values and output."""
+    _, heads, _, _, _, d = (SHAPES if size == "full" else TINY)[shape]
+    return [draw(heads * d, heads * d, seed=20 + i) / math.sqrt(heads * d) for i in range(4)]
+
+
+def expected(arrays, options, entry, head):
     """(output, gradients by query, key and value) in float64, of one head's query, key, value and gradient of the output."""
-    query, key, value, grad = (np.asarray(x, dtype=np.float64) for x in heads)
+    query, key, value, grad = (np.asarray(x, dtype=np.float64) for x in arrays)
     n, d = query.shape
     scores = query @ key.T / math.sqrt(d)
+    if "bias" in options:
+        scores += options["bias"][min(entry, options["bias"].shape[0] - 1), head]
     slope = 1.0
     if "softcap" in options:
         bent = np.tanh(scores / SOFTCAP)
         scores, slope = SOFTCAP * bent, 1 - bent * bent
-    ahead = np.arange(n) - np.arange(n)[:, None]
+    ahead = np.arange(len(key)) - np.arange(n)[:, None]
     if "causal" in options:
         scores[ahead > 0] = -np.inf
     if "window" in options:
         scores[ahead < -options["window"][0]] = -np.inf
     if "valid_lens" in options:
         scores[:, options["valid_lens"][entry] :] = -np.inf
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
+    if "mask" in options:
+        scores[:, ~options["mask"][entry, 0, 0]] = -np.inf
+    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shares /= shares.sum(axis=-1, keepdims=True)
     back = grad @ value.T
-    back = weights * (back - (weights * back).sum(axis=-1, keepdims=True)) * slope / math.sqrt(d)
-    return weights @ value, back @ key, back.T @ query, weights.T @ grad
+    back = shares * (back - (shares * back).sum(axis=-1, keepdims=True)) * slope / math.sqrt(d)
+    return shares @ value, back @ key, back.T @ query, shares.T @ grad
 
 
-def errors(calls, references):
-    """By name, the largest error of what a call gives, over the largest value."""
+def expected_of_layer(x, grad, matrices, options, entry, heads):
+    """(output, gradient by the input) in float64 of self-attention on one batch entry (n, heads * d)."""
+    x, grad, W_q, W_k, W_v, W_o = (np.asarray(each, dtype=np.float64) for each in (x, grad, *matrices))
+    query, key, value, back = (np.split(each, heads, axis=-1) for each in (x @ W_q, x @ W_k, x @ W_v, grad @ W_o.T))
+    found = [expected(each, options, entry, i) for i, each in enumerate(zip(query, key, value, back, strict=True))]
+    output, *by = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))
+    return output @ W_o, sum(x @ W.T for x, W in zip(by, (W_q, W_k, W_v), strict=True))
+
+
+def references(rounded, matrices, options, heads, group):
+    """{place: (output, *gradients)} of the first and the last batch entry, and of a head of each."""
+    last = len(rounded[0]) - 1
+    if matrices is not None:
+        return {entry: expected_of_layer(rounded[0][entry], rounded[1][entry], matrices, options, entry, heads)
+                for entry in {0, last}}  # fmt: skip
     found = {}
-    for name, (call, take) in calls.items():
-        results = take(call())
-        worst = 0.0
-        for (entry, head), wanted in references.items():
-            wanted = wanted[:1] if len(results) == 1 else wanted[1:]
-            for x, y in zip(results, wanted, strict=True):
-                worst = max(worst, float(np.abs(np.asarray(x(entry, head), dtype=np.float64) - y).max() / np.abs(y).max()))
-        found[name] = worst
+    for entry, head in {(0, 0), (last, heads - 1)}:
+        own = [x[entry, head // group if i in (1, 2) else head] for i, x in enumerate(rounded)]
+        # the keys' gradients are of all the queries' heads that share them
+        found[entry, head] = expected(own, options, entry, head)[: 2 if group > 1 else 4]
     return found
 
 
+def error(results, wanted, grad):
+    """The largest difference from the references, over the largest value; of the output, or of the gradients."""
+    worst = 0.0
+    for place, answer in wanted.items():
+        answer = answer[1:] if grad else answer[:1]
+        for x, y in zip(results, answer, strict=False):  # of shared keys only the gradient by the query
+            x = np.asarray(x[place], dtype=np.float64)
+            off = float(np.abs(x - y).max() / np.abs(y).max())
+            worst = max(worst, off if math.isfinite(off) else math.inf)  # max(0, NaN) is 0
+    return worst
+
+
 def medians(calls, clock, rounds):
-    """By name, (milliseconds, the median over rounds of its time to kvattn's)."""
-    took = {name: [] for name in calls}
+    """By name, milliseconds in each round: of each call in turn, as many times as fill FILL seconds."""
+    took = {}
+    for name, call in calls.items():
+        once = min(clock(call, 1) for _ in range(2))
+        took[name] = (max(1, min(FILLS, int(1e3 * FILL / max(once, 1e-3)))), [])
     for _ in range(rounds):
-        for name, (call, _) in calls.items():
-            took[name].append(clock(call))
-    ours = took["kvattn"]
-    return {
-        name: (statistics.median(times), statistics.median(x / y for x, y in zip(times, ours, strict=True)))
-        for name, times in took.items()
-    }
+        for name, call in calls.items():
+            count, times = took[name]
+            times.append(clock(call, count) / count)
+    return {name: times for name, (_, times) in took.items()}
 
 
 # ---- torch
 
 
-def torch_calls(kind, dtype, d, grad, size, device):
+def torch_calls(shape, kind, dtype, grad, size, device):
+    """(arrays as rounded, a layer's matrices, options, {name: call}); a call returns (output,), or the gradients."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
     import kvattn
 
-    arrays, options = problem(kind, d, size)
-    query, key, value, back = (torch.tensor(x, dtype=getattr(torch, dtype), device=device) for x in arrays)
-    rounded = [lambda entry, head, x=x: x[entry, head].double().cpu().numpy() for x in (query, key, value, back)]
-    leaves = [x.requires_grad_(grad) for x in (query, key, value)]
-    given = {name: torch.tensor(x, device=device) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    arrays, options = problem(shape, kind, size)
 
-    def of(forward):
+    def tensor(x, dtype=dtype):
+        return torch.tensor(x, dtype=getattr(torch, dtype) if x.dtype.kind == "f" else None, device=device)
+
+    given = {name: tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    options = {name: x.double().cpu().numpy() if name == "bias" else options[name] for name, x in given.items()}
+    batch, heads, n, d = arrays[0].shape
+    m, grouped = arrays[1].shape[-2], arrays[0].shape[1] != arrays[1].shape[1]
+    at = torch.arange(m, device=device)
+    turns = [given]
+    if kind == "changing lengths":
+        turns = [{"valid_lens": tensor(lengths(batch, m, turn))} for turn in range(CHANGES)]
+    masks = [at < turn["valid_lens"][:, None, None, None] for turn in turns if "valid_lens" in turn] or [given.get("mask")]
+
+    def of(forward, *leaves, back):
+        turn, leaves = itertools.count(), [x.requires_grad_(grad) for x in leaves]
+
         def call():
-            output = forward(*leaves)
-            return torch.autograd.grad(output, leaves, back) if grad else (output,)
+            output = forward(next(turn), *leaves)
+            return torch.autograd.grad(output, leaves, back) if grad else (output.detach(),)
 
-        return call, lambda found: [lambda entry, head, x=x: x[entry, head].detach().double().cpu() for x in found]
+        return call
 
-    def on(backend, **how):
-        def forward(*leaves):
-            with sdpa_kernel(backend):
-                return sdpa(*leaves, **how)
+    if shape == "layer":
+        from kvattn import torch as kv
 
-        return forward
+        x, back = (tensor(each.swapaxes(1, 2).reshape(batch, n, heads * d)) for each in (arrays[0], arrays[3]))
+        matrices = [tensor(W) for W in weights(shape, size)]
+        native = torch.nn.MultiheadAttention(heads * d, heads, bias=False, batch_first=True, device=device, dtype=x.dtype)
+        ours = kv.MultiHeadAttention(heads * d, heads).to(device, x.dtype)
+        ours(x, x, x)
+        with torch.no_grad():
+            native.in_proj_weight.copy_(torch.cat([W.T for W in matrices[:3]]))
+            native.out_proj.weight.copy_(matrices[3].T)
+            for name, W in zip(("W_q", "W_k", "W_v", "W_o"), matrices, strict=True):
+                getattr(ours, name).weight.copy_(W.T)
+        if not grad:
+            native, ours = native.eval(), ours.eval()
+        padding = None if masks[0] is None else ~masks[0][:, 0, 0]
+        calls = {
+            "kvattn": of(lambda _, x: ours(x, x, x, given.get("valid_lens")), x, back=back),
+            "nn.MultiheadAttention": of(
+                lambda _, x: native(x, x, x, key_padding_mask=padding, need_weights=False)[0], x, back=back
+            ),
+        }
+        plain = [each.detach().double().cpu().numpy() for each in (x, back, *matrices)]
+        return plain[:2], plain[2:], options, calls
 
-    def naive(query, key, value):
-        scores = torch.matmul(query, key.transpose(-1, -2)).float() / math.sqrt(d)
-        return torch.softmax(SOFTCAP * torch.tanh(scores / SOFTCAP), dim=-1).to(value.dtype) @ value
+    query, key, value, back = map(tensor, arrays)
+    rounded = [x.double().cpu().numpy() for x in (query, key, value, back)]
+    leaves = query, key, value
 
-    calls = {"kvattn": of(lambda *leaves: kvattn.attention(*leaves, **given))}
-    if kind in ("plain", "causal"):
-        for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-            calls[backend.name.removesuffix("_ATTENTION").lower()] = of(on(backend, is_causal=kind == "causal"))
-    elif kind == "softcap":
-        calls["whole scores"] = of(naive)
-    else:
-        at = torch.arange(key.shape[-2], device=device)
-        if kind == "window":
-            ahead = at - at[:, None]
-            mask = (ahead <= 0) & (ahead >= -options["window"][0])
-        else:
-            mask = at < given["valid_lens"][:, None, None, None]
-        calls["sdpa, mask"] = of(lambda *leaves: sdpa(*leaves, attn_mask=mask))
-        if kind == "valid 60%" and dtype != "float32":
-            calls["varlen_attn"] = of(varlen(given["valid_lens"]))
-    return rounded, options, calls
+    def native(backend=None, mask=None, **how):
+        how |= {"enable_gqa": True} if grouped else {}
+
+        def forward(turn, *leaves):
+            mask = masks[turn % len(masks)] if kind != "bias" else given["bias"]
+            with sdpa_kernel(backend if backend is not None else list(SDPBackend.__members__.values())):
+                return sdpa(*leaves, attn_mask=mask, **how)
+
+        return of(forward, *leaves, back=back)
+
+    def flex(score_mod=None, mask_mod=None):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        block = None if mask_mod is None else create_block_mask(mask_mod, None, None, n, m, device=device)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        return of(lambda _, *leaves: compiled(*leaves, score_mod=score_mod, block_mask=block), *leaves, back=back)
+
+    calls = {"kvattn": of(lambda turn, *leaves: kvattn.attention(*leaves, **turns[turn % len(turns)]), *leaves, back=back)}
+    if kind == "softcap":
+
+        def whole(_, query, key, value):
+            scores = torch.matmul(query, key.transpose(-1, -2)).float() / math.sqrt(d)
+            return torch.softmax(SOFTCAP * torch.tanh(scores / SOFTCAP), dim=-1).to(value.dtype) @ value
+
+        calls["whole scores"] = of(whole, *leaves, back=back)
+        if device != "cpu":
+            calls["flex_attention"] = flex(score_mod=lambda score, *_: SOFTCAP * torch.tanh(score / SOFTCAP))
+        return rounded, None, options, calls
+    if kind == "window":
+        left, ahead = options["window"][0], at - at[:, None]
+        masks = [(ahead <= 0) & (ahead >= -left)]
+        if device != "cpu":
+            calls["flex_attention"] = flex(mask_mod=lambda b, h, q, k: (k <= q) & (k >= q - left))
+    how = {"is_causal": True} if kind == "causal" else {}
+    calls["SDPA"] = native(**how)
+    for backend in ("CUDNN", "FLASH", "EFFICIENT"):
+        calls[f"SDPA {backend.lower()}"] = native(getattr(SDPBackend, f"{backend}_ATTENTION"), **how)
+    if kind == "lengths" and dtype != "float32" and n == m:
+        calls["varlen_attn"] = of(lambda _, *leaves: varlen(given["valid_lens"], *leaves), *leaves, back=back)
+    return rounded, None, options, calls
 
 
-def varlen(lens):
+def varlen(lens, query, key, value):
     """FlashAttention over the valid keys in place: each head is a sequence, and the padding one without queries."""
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
 
-    def forward(query, key, value):
-        import torch
-        from torch.nn.attention.varlen import varlen_attn
+    (batch, heads, n, d), m = query.shape, key.shape[-2]
+    start = torch.arange(batch * heads, device=lens.device)
+    keys = torch.stack([start * m, start * m + lens.repeat_interleave(heads)], dim=1).flatten()
+    rows = torch.stack([start * n, start * n + n], dim=1).flatten()
+    ends = [torch.cat([x, x.new_tensor([batch * heads * r])]).int() for x, r in ((rows, n), (keys, m))]
+    return varlen_attn(*(x.reshape(-1, 1, d) for x in (query, key, value)), *ends, n, m).reshape(query.shape)
 
-        (batch, heads, n, d), m = query.shape, key.shape[-2]
-        start = torch.arange(batch * heads, device=lens.device)
-        keys = torch.stack([start * m, start * m + lens.repeat_interleave(heads)], dim=1).flatten()
-        rows = torch.stack([start * n, start * n + n], dim=1).flatten()
-        ends = [torch.cat([x, x.new_tensor([batch * heads * r])]).int() for x, r in ((rows, n), (keys, m))]
-        return varlen_attn(*(x.reshape(-1, 1, d) for x in (query, key, value)), *ends, n, m).reshape(query.shape)
 
-    return forward
+def torch_plain(results):
+    return [x.double().cpu().numpy() for x in results]
 
 
 def torch_clock(device):
     import torch
 
-    def clock(call):
+    def clock(call, count):
         if device == "cpu":
             start = time.perf_counter()
-            call()
+            for _ in range(count):
+                call()
             return 1e3 * (time.perf_counter() - start)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
         start.record()
-        call()
+        for _ in range(count):
+            call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
@@ -200,52 +321,116 @@ def torch_machine(device):
     import torch
 
     name = "cpu" if device == "cpu" else torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return name, f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+    return name, f"{torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
 
 
 # ---- jax
 
 
-def jax_calls(kind, dtype, d, grad, size, device):
+def jax_calls(shape, kind, dtype, grad, size, device):
     import jax
     import jax.numpy as jnp
 
     import kvattn
 
-    arrays, options = problem(kind, d, size)
-    ours = [jnp.asarray(x, dtype) for x in arrays]
-    rounded = [lambda entry, head, x=x: np.asarray(x[entry, head].astype(jnp.float32)) for x in ours]
-    theirs = [x.swapaxes(1, 2).copy() for x in ours]  # their own layout, (batch, n, heads, d)
-    lens = jnp.asarray(options["valid_lens"], jnp.int32) if "valid_lens" in options else None
-    given = options if lens is None else {"valid_lens": lens}
+    arrays, options = problem(shape, kind, size)
 
-    def of(forward, arrays, place):
-        def gradients(*arrays):
-            return jax.vjp(forward, *arrays[:3])[1](arrays[3])
+    def array(x):
+        return jnp.asarray(x, dtype if x.dtype.kind == "f" else None)
 
-        program = jax.jit(gradients if grad else lambda *arrays: (forward(*arrays[:3]),))
-        return lambda: jax.block_until_ready(program(*arrays)), lambda found: [
-            lambda entry, head, x=x: x[place(entry, head)].astype(jnp.float32) for x in found
-        ]
+    given = {name: array(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    options = {n: np.asarray(x.astype(jnp.float32)) if n == "bias" else options[n] for n, x in given.items()}
+    fixed = {name: x for name, x in given.items() if not isinstance(x, jax.Array)}
+    named = [name for name in given if name not in fixed]
+    batch, heads, n, d = arrays[0].shape
+    m = arrays[1].shape[-2]
+    turns = [[given[name] for name in named]]
+    if kind == "changing lengths":
+        turns = [[array(lengths(batch, m, turn))] for turn in range(CHANGES)]
 
-    def native(implementation):
-        def forward(*arrays):
-            with jax.default_matmul_precision("highest"):
+    def of(forward, *leaves, back):
+        """``forward`` takes the leaves and then the options that are arrays."""
+        size = len(leaves)
+
+        def gradients(*given):
+            return jax.vjp(lambda *leaves: forward(*leaves, *given[size + 1 :]), *given[:size])[1](given[size])
+
+        program = jax.jit(gradients if grad else lambda *given: (forward(*given[:size], *given[size + 1 :]),))
+        turn = itertools.count()
+        return lambda: program(*leaves, back, *turns[next(turn) % len(turns)])
+
+    def native(implementation, precise=dtype == "float32"):
+        def forward(query, key, value, *rest):
+            rest = dict(zip(named, rest, strict=True))
+            with jax.default_matmul_precision("highest" if precise else "default"):
                 return jax.nn.dot_product_attention(
-                    *arrays, is_causal="causal" in options, key_value_seq_lengths=lens, local_window_size=options.get("window"),
+                    query, key, value, bias=rest.get("bias"), mask=rest.get("mask"), is_causal="causal" in options,
+                    key_value_seq_lengths=rest.get("valid_lens"), local_window_size=options.get("window"),
                     implementation=implementation,
                 )  # fmt: skip
 
-        return of(forward, theirs, lambda entry, head: (entry, slice(None), head))
+        return forward
 
-    calls = {"kvattn": of(lambda *a: kvattn.attention(*a, **given), ours, lambda entry, head: (entry, head))}
-    return rounded, options, calls | {"cudnn": native("cudnn"), "xla": native("xla")}
+    implementations = ("cudnn", "xla") if n <= 512 else ("cudnn",) if dtype != "float32" else ("xla",)
+    if shape == "layer":
+        x, back = (array(each.swapaxes(1, 2).reshape(batch, n, heads * d)) for each in (arrays[0], arrays[3]))
+        matrices = [array(W) for W in weights(shape, size)]
+        params = dict(zip(("W_q", "W_k", "W_v", "W_o"), matrices, strict=True))
+
+        def ours(x, *rest):
+            rest = dict(zip(named, rest, strict=True))
+            return kvattn.multi_head_attention(x, x, x, params, num_heads=heads, **rest)
+
+        def by_hand(implementation):
+            attend = native(implementation)
+
+            def forward(x, *rest):
+                with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+                    three = ((x @ W).reshape(batch, n, heads, d) for W in matrices[:3])
+                    return attend(*three, *rest).reshape(x.shape) @ matrices[3]
+
+            return forward
+
+        calls = {"kvattn": of(ours, x, back=back)}
+        calls |= {f"by hand, {name}": of(by_hand(name), x, back=back) for name in implementations}
+        plain = [np.asarray(each.astype(jnp.float32)) for each in (x, back, *matrices)]
+        return plain[:2], plain[2:], options, calls
+
+    query, key, value, back = map(array, arrays)
+    rounded = [np.asarray(x.astype(jnp.float32)) for x in (query, key, value, back)]
+    theirs = [x.swapaxes(1, 2).copy() for x in (query, key, value, back)]  # their own layout, (batch, n, heads, d)
+
+    def forward(query, key, value, *rest):
+        return kvattn.attention(query, key, value, **fixed, **dict(zip(named, rest, strict=True)))
+
+    calls = {"kvattn": of(forward, query, key, value, back=back)}
+    for name in implementations:
+        calls[f"jax.nn {name}"] = _moved(of(native(name), *theirs[:3], back=theirs[3]))
+    return rounded, None, options, calls
+
+
+def _moved(call):
+    """A call whose results have to be moved to kvattn's layout before they are looked at."""
+    made = lambda: call()  # noqa: E731
+    made.moved = True
+    return made
+
+
+def jax_plain(results, moved=False):
+    import jax.numpy as jnp
+
+    results = [np.asarray(x.astype(jnp.float32)) for x in results]
+    return [x.swapaxes(1, 2) for x in results] if moved else results
 
 
 def jax_clock(device):
-    def clock(call):
+    import jax
+
+    def clock(call, count):
         start = time.perf_counter()
-        call()
+        for _ in range(count):
+            results = call()
+        jax.block_until_ready(results)
         return 1e3 * (time.perf_counter() - start)
 
     return clock
@@ -255,85 +440,128 @@ def jax_machine(device):
     import jax
 
     found = [x for x in jax.devices() if device == "cpu" or x.platform == "gpu"]
-    return (found[0].device_kind if found else None), f"jax {jax.__version__}"
+    return (found[0].device_kind if found else None), jax.__version__
 
 
-# ---- one framework's process, and the table
+# ---- one framework's process, and what it says
 
 
-def work(framework, device, size, rounds, deadline):
-    """Prints a JSON line for each row, the first one the machine."""
+def work(framework, device, size, shapes, rounds, deadline):
+    """Prints a JSON line for each row as it is measured, the first one the machine."""
     parts = globals()
     name, versions = parts[f"{framework}_machine"](device)
     print(json.dumps({"framework": framework, "device": name, "versions": versions}), flush=True)
     if name is None:
         return
-    clock, references = parts[f"{framework}_clock"](device), {}
-    for kind, dtype, d, grad in rows(framework):
-        row = {"framework": framework, "kind": kind, "dtype": dtype, "d": d, "grad": grad}
-        if time.time() > deadline:
-            print(json.dumps(row | {"late": True}), flush=True)
-            continue
-        rounded, options, calls = parts[f"{framework}_calls"](kind, dtype, d, grad, size, device)
-        refused = {}
-        for what, (call, _) in list(calls.items()):  # a kernel that does not serve the call says so; ours may not
+    clock, known = parts[f"{framework}_clock"](device), {}
+    plain = parts[f"{framework}_plain"]
+    chunk = CHUNK if framework == "jax" else 1
+    asked = [*rows(framework, shapes)]
+    for start in range(0, len(asked), chunk):
+        made, refused = [], {}
+        for at, (shape, kind, dtype, grad) in enumerate(asked[start : start + chunk]):
+            row = {"framework": framework, "shape": shape, "kind": kind, "dtype": dtype, "grad": grad}
+            if time.time() > deadline:
+                print(json.dumps(row | {"late": True}), flush=True)
+                continue
+            made.append((row, at, *parts[f"{framework}_calls"](shape, kind, dtype, grad, size, device)))
+
+        def compiled(job, refused=refused):
+            """A kernel that does not serve the call says so; ours may not."""
+            at, what, call = job
             try:
                 call()
             except Exception as error:
                 if what == "kvattn":
                     raise
-                refused[what] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                del calls[what]
-        if (kind, dtype, d) not in references:
-            batch, heads = SIZES[size][:2]
-            last = (0 if kind == "window" else batch - 1, heads - 1)
-            references[kind, dtype, d] = {at: expected([x(*at) for x in rounded], options, at[0]) for at in {(0, 0), last}}
-        wrong = errors(calls, references[kind, dtype, d])
-        figures = medians(calls, clock, rounds)
-        row["calls"] = {what: {"ms": ms, "ratio": ratio, "error": wrong[what]} for what, (ms, ratio) in figures.items()}
-        row["right"] = wrong["kvattn"] <= TOLERANCE[dtype]
-        print(json.dumps(row | {"refused": refused}), flush=True)
+                refused[at, what] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+        with ThreadPoolExecutor(chunk * 3 if chunk > 1 else 1) as pool:
+            for _ in pool.map(compiled, [(at, what, call) for _, at, *_, calls in made for what, call in calls.items()]):
+                pass
+        for row, at, rounded, matrices, options, calls in made:
+            turned_down = {what: why for (of, what), why in refused.items() if of == at}
+            calls = {what: call for what, call in calls.items() if what not in turned_down}
+            heads = (SHAPES if size == "full" else TINY)[row["shape"]][1]
+            group = 1 if matrices is not None else heads // rounded[1].shape[1]
+            key = row["shape"], row["kind"], row["dtype"]
+            if key not in known:
+                known[key] = references(rounded, matrices, options, heads, group)
+            changing = row["kind"] == "changing lengths"
+            wrong = {}
+            for what, call in calls.items():
+                for _ in range(CHANGES - 1 if changing else 0):  # to the first lengths again, which the reference has
+                    call()
+                wrong[what] = error(plain(call(), *[True] * hasattr(call, "moved")), known[key], row["grad"])
+            figures = medians(calls, clock, rounds)
+            print(json.dumps(row | judged(figures, wrong, TOLERANCE[row["dtype"]]) | {"refused": turned_down}), flush=True)
 
 
-def table(found):
-    from rich.table import Table
+def judged(figures, wrong, tolerance):
+    """Of a row: kvattn's milliseconds, the fastest native way whose answer is right, and kvattn's time over its."""
+    ms = {what: statistics.median(times) for what, times in figures.items()}
+    right = [what for what in ms if what != "kvattn" and wrong[what] <= tolerance]
+    best = min(right, key=ms.get, default=None)
+    ratios = None if best is None else [x / y for x, y in zip(figures["kvattn"], figures[best], strict=True)]
+    return {
+        "ms": ms["kvattn"],
+        "best": best,
+        "ratio": None if best is None else statistics.median(ratios),
+        "spread": None if best is None else [float(x) for x in np.quantile(ratios, [0.25, 0.75])],
+        "error": wrong["kvattn"],
+        "right": wrong["kvattn"] <= tolerance,
+        "native": {what: {"ms": ms[what], "error": wrong[what]} for what in ms if what != "kvattn"},
+    }
 
-    made = Table(title="milliseconds; of the others, how many times kvattn's", title_justify="left")
-    for head in ("", "", "", "", "kvattn", "others", "largest error"):
-        made.add_column(head)
-    for row in (x for x in found if "calls" in x):
-        ours, *others = row["calls"].items()
-        told = [f"{name} {x['ratio']:.2f}{'' if x['error'] <= TOLERANCE[row['dtype']] else ' WRONG'}" for name, x in others]
-        error = f"{ours[1]['error']:.1e}" + ("" if row["right"] else " WRONG")
-        what = "forward + backward" if row["grad"] else "forward"
-        made.add_row(
-            row["framework"], f"{row['dtype']} d={row['d']}", row["kind"], what, f"{ours[1]['ms']:.3f}", ", ".join(told), error
-        )
-    return made
+
+def told(row):
+    """A row as a line."""
+    if "versions" in row:
+        return f"{row['framework']} {row['versions']} on {row['device'] or 'no GPU'}"
+    what = f"{row['framework']} {row['shape']}, {row['kind']}, {row['dtype']}{', forward + backward' if row['grad'] else ''}"
+    if row.get("late"):
+        return f"not measured, for want of time: {what}"
+    ours = f"{row['ms']:.3f} ms" + ("" if row["right"] else f" WRONG by {row['error']:.1e}")
+    against = "no native way" if row["best"] is None else f"{row['ratio']:.2f} x {row['best']}"
+    others = ", ".join(
+        f"{name} {x['ms']:.3f}{'' if x['error'] <= TOLERANCE[row['dtype']] else ' (wrong)'}"
+        for name, x in row["native"].items()
+    )
+    refused = f"; not {', '.join(row['refused'])}" if row["refused"] else ""
+    return f"{what}: {ours}, {against} ({others}{refused})"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frameworks", default="torch,jax", help="names, separated by commas")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--size", default="full", choices=SIZES)
+    parser.add_argument("--size", default="full", choices=("full", "tiny"))
+    parser.add_argument("--shapes", default=";".join(SHAPES), help=f"separated by semicolons, of: {'; '.join(SHAPES)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--minutes", type=float, default=7, help="after these, rows are named but not measured")
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--minutes", type=float, default=5, help="after these, rows are named but not measured")
+    parser.add_argument("--json", help="write the figures to this file, after each framework")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.work:
-        work(args.work, args.device, args.size, args.rounds, time.time() + 60 * args.minutes)
+        work(args.work, args.device, args.size, args.shapes.split(";"), args.rounds, time.time() + 60 * args.minutes)
         return 0
 
-    from rich.console import Console
-
-    console, found, failed = Console(width=160), [], []
+    found, failed = [], []
     frameworks = args.frameworks.split(",")
-    shares = {"torch": 0.65, "jax": 0.35} if len(frameworks) > 1 else dict.fromkeys(frameworks, 1.0)
     for framework in frameworks:
-        command = [sys.executable, __file__, "--work", framework, "--device", args.device, "--size", args.size]
-        command += ["--rounds", str(args.rounds), "--minutes", str(args.minutes * shares[framework])]
+        command = [
+            sys.executable,
+            __file__,
+            "--work",
+            framework,
+            "--device",
+            args.device,
+            "--size",
+            args.size,
+            "--shapes",
+            args.shapes,
+        ]
+        command += ["--rounds", str(args.rounds), "--minutes", str(args.minutes / len(frameworks))]
         env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (
             {"JAX_PLATFORMS": "cpu"} if args.device == "cpu" else {}
         )
@@ -341,29 +569,26 @@ def main(argv=None):
             for line in process.stdout:
                 if line.startswith("{"):
                     found.append(json.loads(line))
-                    console.print(_progress(found[-1]), style="dim", highlight=False)
+                    print(told(found[-1]), flush=True)
         failed += [framework] if process.returncode else []
-    if not any(row.get("device") for row in found):
-        console.print(f"no GPU here that {' or '.join(frameworks)} can use: nothing was measured")
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump(document(found), file, indent=1)
+    if not failed and not any(row.get("device") for row in found):
+        print(f"no GPU here that {' or '.join(frameworks)} can use: nothing was measured")
         return 2
-    console.print(table(found))
-    for row in found:
-        if row.get("late"):
-            console.print(f"not measured, for want of time: {_progress(row)}")
-        for what, why in row.get("refused", {}).items():
-            console.print(f"{what} does not serve {_progress(row)}: {why}", highlight=False)
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(found, file, indent=1)
     for framework in failed:
-        console.print(f"{framework} failed: its own words are above")
+        print(f"{framework} failed: its own words are above")
     return 1 if failed or not all(row.get("right", True) for row in found) else 0
 
 
-def _progress(row):
-    if "versions" in row:
-        return f"{row['framework']}: {row['device'] or 'no GPU'}, {row['versions']}"
-    return f"{row['framework']} {row['kind']} {row['dtype']} d={row['d']}{' + backward' if row['grad'] else ''}"
+def document(found):
+    """The machine, the versions, and the rows."""
+    about = {"date": time.strftime("%Y-%m-%d")}
+    for row in found:
+        if row.get("device"):
+            about |= {"device": row["device"], row["framework"]: row["versions"]}
+    return about | {"rows": [row for row in found if "versions" not in row]}
 
 
 if __name__ == "__main__":
