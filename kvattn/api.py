@@ -173,7 +173,8 @@ def attention(
 
     Raises:
         ValueError: shapes that do not fit, naming the argument, both shapes and the axis; numbers out of range.
-        TypeError: mixed or integer dtypes, a mask that is not bool, arrays of two frameworks.
+        TypeError: mixed or integer dtypes, a mask that is not bool, arrays of two frameworks. Under torch.autocast mixed
+            dtypes are no error: all but float64 are converted to the query's, as PyTorch's own attention converts them.
 
     >>> attention([[1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]], [[10.0], [20.0]], normalize=hardmax)
     array([[10.]])
@@ -256,18 +257,19 @@ def attention_grad(
         backend, query=query, key=key, value=value, grad_output=grad_output, mask=mask, bias=bias, valid_lens=valid_lens,
         query_offset=query_offset, positions=positions,
     )  # fmt: skip
+    given = {"query": query, "key": key, "value": value, "bias": bias, **getattr(score, "keywords", {})}
     query, key, value, scores = prepare.inputs(tab, query, key, value, score)
     options = prepare.options(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
         window, positions, scale, softcap, dropout, rng,
     )  # fmt: skip
     grad_output = checks.array(tab, "grad_output", grad_output, like=query)
-    checks.floating("grad_output", grad_output, ("query", query))
+    grad_output = checks.floating("grad_output", grad_output, ("query", query), tab)
     checks.same_shape("grad_output", grad_output, (*checks.pairs(query, key)[:-1], tuple(value.shape)[-1]), "the output")
     bindable = {"query", "key", "value"} | ({"bias"} if bias is not None else set())
     bindable |= {name for name, x in getattr(options["score"], "keywords", {}).items() if tab.is_array(x)}
     wrt = prepare.differentiable(wrt, bindable)
-    return tuple(tab.attention_grad(query, key, value, grad_output, wrt=wrt, **options))
+    return prepare.given_back(tab, given, wrt, tab.attention_grad(query, key, value, grad_output, wrt=wrt, **options))
 
 
 def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **options: Any) -> explanation.Explanation:
@@ -436,18 +438,20 @@ def multi_head_attention_grad(
     >>> multi_head_attention_grad([[2.0]], [[3.0]], [[5.0]], one, [[1.0]], num_heads=1, wrt=["W_v"])
     (array([[5.]]),)
     """
+    given, named = {"query": query, "key": key, "value": value}, params
     tab, query, key, value, params, heads, options = prepare.multi_head(
         backend, query, key, value, params, num_heads, num_kv_heads, None, options, grad_output
     )
     if options.pop("return_weights") or options.pop("return_lse"):
         raise ValueError("a gradient returns neither weights nor lse")
     grad_output = checks.array(tab, "grad_output", grad_output, like=query)
-    checks.floating("grad_output", grad_output, ("query", query))
+    grad_output = checks.floating("grad_output", grad_output, ("query", query), tab)
     width = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] * num_heads // (num_kv_heads or num_heads)
     checks.same_shape("grad_output", grad_output, (*checks.joined(query, key, value)[:-1], width), "the output")
     bindable = {"query", "key", "value", *params}
     wrt = prepare.differentiable(wrt, bindable)
-    return tuple(tab.multi_head_attention_grad(query, key, value, params, grad_output, wrt=wrt, **heads, **options))
+    gradients = tab.multi_head_attention_grad(query, key, value, params, grad_output, wrt=wrt, **heads, **options)
+    return prepare.given_back(tab, given | dict(named), wrt, gradients)
 
 
 def self_attention(x: Array, W_q: Array, W_k: Array, W_v: Array, *, backend: Any = None, **options: Any) -> Any:

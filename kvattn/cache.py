@@ -54,11 +54,12 @@ class KVCache(NamedTuple):
         if self.key is None:
             *lead, n, _ = checks.shape("key", key, 2)
             checks.floating("key", key)
-            checks.floating("value", value, ("key", key))
+            value = checks.floating("value", value, ("key", key), tab)
             checks.same_shape("value", value, (*lead, n, checks.shape("value", value, 2)[-1]), "the keys need")
             return KVCache(key, value, int(key.shape[-2]))
+        key = checks.floating("key", key, ("the cache", self.key), tab)
+        value = checks.floating("value", value, ("the cache", self.value), tab)
         for name, x, old in (("key", key, self.key), ("value", value, self.value)):
-            checks.floating(name, x, ("the cache", old))
             checks.same_shape(name, x, (*tuple(old.shape)[:-2], key.shape[-2], old.shape[-1]), "the cache continues")
         length = self.length + key.shape[-2]
         return KVCache(tab.write(self.key, key, self.length), tab.write(self.value, value, self.length), length)

@@ -71,15 +71,19 @@ def array(tab: Any, name: str, x: Any, like: Any = None) -> Any:
     return made
 
 
-def floating(name: str, x: Any, first: tuple[str, Any] | None = None) -> None:
-    """Raises TypeError unless ``x`` is floating point, and of the same dtype as ``first``, a (name, array) pair."""
+def floating(name: str, x: Any, first: tuple[str, Any] | None = None, tab: Any = None) -> Any:
+    """``x``, converted where ``tab`` says that the framework does so itself. Raises TypeError unless it is floating point, and
+    of the same dtype as ``first``, a (name, array) pair."""
     dtype = dtype_name(x)
     if dtype not in FLOATS:
         raise TypeError(f"{name} has dtype {dtype}; expected floating point: one of {', '.join(FLOATS)}")
     if first is not None and dtype != (expected := dtype_name(first[1])):
+        if hasattr(tab, "converts") and tab.converts(x, first[1]):
+            return tab.asarray(x, dtype=expected)
         raise TypeError(
             f"{name} has dtype {dtype} but {first[0]} has {expected}; convert one of them: nothing is promoted silently"
         )
+    return x
 
 
 def _boolean(name: str, x: Any) -> None:
@@ -396,7 +400,7 @@ def masks(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any) -
         broadcastable("mask", _shape(mask), scores, "the scores")
     if bias is not None:
         bias = array(tab, "bias", bias, like=query)
-        floating("bias", bias, ("query", query))
+        bias = floating("bias", bias, ("query", query), tab)
         broadcastable("bias", _shape(bias), scores, "the scores")
     return mask, bias
 
@@ -410,7 +414,7 @@ def bound(tab: Any, function: Any, name: str, own: Any, query: Any, features: tu
         if name == "score":
             for parameter, x in given.items():
                 if tab.is_array(x):
-                    floating(parameter, x, ("query", query))
+                    given[parameter] = floating(parameter, x, ("query", query), tab)
             parameters(function.func.__name__, *features, given)
         return partial(getattr(tab, function.func.__name__), *function.args, **given)
     if not callable(function):

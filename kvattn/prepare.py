@@ -77,9 +77,7 @@ def arrays(tab: Any, **arguments: Any) -> list[Any]:
     like = next((x for x in arguments.values() if hasattr(x, "dtype")), None)
     made = {name: checks.array(tab, name, x, like) for name, x in arguments.items()}
     first = next(iter(made.items()))
-    for name, x in made.items():
-        checks.floating(name, x, first)
-    return list(made.values())
+    return [checks.floating(name, x, first, tab) for name, x in made.items()]
 
 
 def differentiable(wrt: Any, names: set[str]) -> tuple[str, ...]:
@@ -88,6 +86,16 @@ def differentiable(wrt: Any, names: set[str]) -> tuple[str, ...]:
         if name not in names:
             raise ValueError(f"wrt names {name!r}; this call has {', '.join(sorted(names))}")
     return tuple(wrt)
+
+
+def given_back(tab: Any, given: dict[str, Any], wrt: Any, gradients: Any) -> tuple[Any, ...]:
+    """The gradients, each in the dtype of its argument, which is another's where a framework converts them itself."""
+    return tuple(
+        tab.asarray(x, dtype=checks.dtype_name(given[name]))
+        if tab.is_array(given[name]) and given[name].dtype != x.dtype
+        else x
+        for name, x in zip(wrt, gradients, strict=True)
+    )
 
 
 # ---- multi-head attention
@@ -122,8 +130,7 @@ def multi_head(backend: Any, query: Any, key: Any, value: Any, params: Any, num_
 def projections(tab: Any, query: Any, key: Any, value: Any, params: Any, num_heads: int, num_kv_heads: int) -> dict[str, Any]:
     """The projections as arrays of ``tab`` that fit the inputs and each other."""
     made = {name: checks.array(tab, name, x, query) for name, x in params.items() if x is not None}
-    for name, x in made.items():
-        checks.floating(name, x, ("query", query))
+    made = {name: checks.floating(name, x, ("query", query), tab) for name, x in made.items()}
     checks.projections(query, key, value, made, num_heads, num_kv_heads)
     return made
 
@@ -140,8 +147,8 @@ def score(name: str, query: Any, key: Any, backend: Any, same: bool = True, **pa
         checks.same_features(query, key)
     for parameter, x in parameters.items():
         if x is not None and not isinstance(x, float):
-            parameters[parameter] = checks.array(tab, parameter, x, query)
-            checks.floating(parameter, parameters[parameter], ("query", query))
+            x = checks.array(tab, parameter, x, query)
+            parameters[parameter] = checks.floating(parameter, x, ("query", query), tab)
     checks.parameters(name, query.shape[-1], key.shape[-1], parameters)
     return getattr(tab, name)(query, key, **parameters)
 
@@ -194,7 +201,9 @@ def remembered(query: Any, key: Any, value: Any, backend: Any) -> tuple[Backend,
 
 def remember(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, ...]) -> None:
     """Remember that these arguments, as they came, are arrays of ``tab`` that pass every check for such scores."""
-    if tab.is_array(query) and (checked := _all_that_is_checked(tab, query, key, value)) is not None:
+    if not tab.is_array(query) or (checked := _all_that_is_checked(tab, query, key, value)) is None:
+        return
+    if query.dtype == key.dtype == value.dtype:  # else it was their framework that let them pass, here
         if len(_remembered) >= REMEMBERED:
             _remembered.clear()
         with suppress(TypeError):  # sizes that are symbols have no hash

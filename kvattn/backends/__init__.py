@@ -42,6 +42,10 @@ class Backend(Protocol):
         """Whether a graph is being recorded in which sizes may be unknown. Optional."""
         ...
 
+    def converts(self, x: Any, y: Any, /) -> bool:
+        """Whether the framework itself converts floating arrays of these two dtypes here (torch.autocast). Optional."""
+        ...
+
     def kernel(self, query: Any, key: Any, value: Any, /, **options: Any) -> tuple[str, str]:
         """(name, why) of the kernel that serves a call of attention with these options, all of them. Optional."""
         ...

@@ -52,6 +52,10 @@ def tracing():
     return False
 
 
+def converts(x, y):
+    return False
+
+
 # ---- shapes and masks
 
 

@@ -1,6 +1,7 @@
 """The PyTorch tab. The promises are in kvattn/api.py; the five tabs hold the same functions in the same order.
 
-Under torch.autocast the products are taken in its dtype, as everywhere in PyTorch; results keep the arguments' dtype.
+Under torch.autocast the products are taken in its dtype, as everywhere in PyTorch; results keep the query's dtype,
+to which arguments of another one are converted there.
 """
 
 from __future__ import annotations
@@ -65,6 +66,13 @@ def on(device):
 
 def tracing():
     return kernels.tracing()
+
+
+def converts(x, y):
+    """Under torch.autocast arrays of two dtypes meet everywhere; float64 it leaves alone."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return on and torch.float64 not in (x.dtype, y.dtype)
 
 
 # ---- shapes and masks

@@ -73,8 +73,9 @@ class _Attention(nn.Module):
     def forward(self, queries, keys, values, valid_lens=None, **options):
         options |= {"score": self._score(queries, keys), "valid_lens": valid_lens}
         if not tab.tracing():  # a program that is recorded must not assign what it would keep
-            kept = {name: _detached(x) for name, x in options.items()}
-            self._last = (queries.detach(), keys.detach(), {**kept, "score": _copied(options["score"])})
+            kept = {name: _detached(x, queries) for name, x in options.items()}
+            kept["score"] = _copied(options["score"], queries)
+            self._last = (queries.detach(), _detached(keys, queries), kept)
         rate = self.dropout.p if self.training else 0.0
         return api.attention(queries, keys, values, **options, dropout=rate, backend="torch")
 
@@ -90,15 +91,19 @@ class _Attention(nn.Module):
         return weights.flatten(0, -3) if weights.ndim > 3 else weights
 
 
-def _detached(x):
-    return x.detach() if isinstance(x, torch.Tensor) else x
+def _detached(x, queries):
+    """Without its graph, in the dtype of the queries, from which it differs under autocast: what is kept is read outside."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    x = x.detach()
+    return x.to(queries.dtype) if x.is_floating_point() and x.dtype != queries.dtype else x
 
 
-def _copied(score):
+def _copied(score, queries):
     """The score with its parameters as they are now: an optimiser writes into them."""
     if not isinstance(score, partial):
         return score
-    return partial(score.func, **{name: x.detach().clone() for name, x in score.keywords.items()})
+    return partial(score.func, **{name: _detached(x, queries).clone() for name, x in score.keywords.items()})
 
 
 class DotProductAttention(_Attention):
