@@ -1,4 +1,4 @@
-"""Under torch.autocast, arrays of several dtypes meet: PyTorch's own layers give half precision, weights and masks stay float32."""
+"""Under torch.autocast, arrays of several dtypes meet: dense layers give half precision, weights and masks stay float32."""
 
 from functools import partial
 
