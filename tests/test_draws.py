@@ -2,14 +2,17 @@
 
 import contextlib
 import io
+import sys
+import types
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_mutants import mutant
+from test_mutants import altered, mutant
 
 import kvattn
-from kvattn import cli, dispatch
+import kvattn.numpy
+from kvattn import cli, dispatch, layers
 from kvattn.conformance import check, draws
 
 COUNT = {"numpy": 1000, "jax": 80}  # JAX compiles a program for each
@@ -25,12 +28,16 @@ def test_draws_reach_every_option_and_every_edge():
     options = {name for each in drawn for name in each.options}
     signature = set(kvattn.attention.__kwdefaults__) - {"dropout", "rng", "backend", "return_weights", "return_lse"}
     assert signature <= options
-    assert {each.call for each in drawn} == {"attention", "split_attention", *check.HEADED}
+    assert {each.call for each in drawn} == {"attention", "split_attention", *check.HEADED, *layers.LAYERS}
+    stepped = {each.call for each in drawn if "steps" in each.options}
+    assert stepped == {"MultiHeadAttention", "TransformerEncoderBlock", "TransformerEncoder"}
     assert {each.dtype for each in drawn} == set(draws.DTYPES)
     for size in ("n", "m", "v"):
         assert {0, 1} <= {getattr(each, size) for each in drawn}
     assert {*draws.EDGES} <= {each.n for each in drawn} | {each.m for each in drawn}
     assert {len(each.lead) for each in drawn} == {0, 1, 2, 3, 4}
+    of_layers = [each for each in drawn if each.call in layers.LAYERS]
+    assert {0, 1} <= {each.n for each in of_layers} & {each.lead[0] for each in of_layers}
     assert {each.options["score"] for each in drawn if "score" in each.options} == set(draws.SCORES)
     assert {each.options["normalize"] for each in drawn if "normalize" in each.options} == set(draws.NORMALISERS)
 
@@ -71,7 +78,45 @@ def test_a_fault_is_found_and_its_smallest_call_fails_as_code(monkeypatch, old, 
     assert right.getvalue() != printed.getvalue()
 
 
-@pytest.mark.parametrize("call", ["attention", "split_attention", *check.HEADED])
+LAYER_FAULTS = [
+    ("a block forgets what it was given", "Y = self.addnorm1(X, Y)", "Y = self.addnorm1(0 * X, Y)"),
+    ("a step forgets where it stands", 'options["query_offset"] = cache.length - queries.shape[-2]', "pass"),
+    ("positions begin anew", "caches[0].length if caches else 0", "0"),
+    ("a gradient counts twice", "self.gradient(key, by_key)", "self.gradient(key, 2 * by_key)"),
+    ("relu lets small numbers by", "np.maximum(X, 0) if", "np.maximum(X, -0.05) if"),
+    ("gelu is by a logistic function", "_erfc(-X / math.sqrt(2)).astype(X.dtype) / 2", "1 / (1 + np.exp(-1.702 * X))"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), [fault[1:] for fault in LAYER_FAULTS], ids=[fault[0] for fault in LAYER_FAULTS])
+def test_a_fault_of_a_layer_is_found_and_its_smallest_call_fails_as_code(monkeypatch, old, new):
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, "kvattn.layers.numpy", sys.modules["kvattn.layers.numpy"])
+        module = altered("layers/numpy.py", "kvattn.layers.numpy", old, new)
+        for name in layers.LAYERS:
+            broken.setattr(kvattn.numpy, name, getattr(module, name))
+        drawn = (draws.draw(0, number) for number in range(3000))
+        drawn = next(each for each in drawn if each.call in layers.LAYERS and draws._failure("numpy", each))
+        made, failure = draws.shrink("numpy", drawn)
+        program = draws.code(made, failure, "numpy")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(program, {})
+    with contextlib.redirect_stdout(io.StringIO()) as right:
+        exec(program, {})
+    assert printed.getvalue().strip() != right.getvalue().strip()
+
+
+def test_a_backend_without_layers_is_asked_for_none():
+    stranger = types.SimpleNamespace(**{**vars(dispatch.load("numpy")), "__name__": "stranger"})
+    drawn = [case for case in draws.cases(300) if case.call in layers.LAYERS]
+    report = check.run(stranger, drawn)
+    assert drawn
+    assert not report.failures
+    assert {result.message for result in report.not_offered} <= {f"not offered: {name}" for name in layers.LAYERS}
+    assert len(report.not_offered) == len(drawn)
+
+
+@pytest.mark.parametrize("call", ["attention", "split_attention", *check.HEADED, *layers.LAYERS])
 def test_every_kind_of_call_can_be_printed_as_code(call):
     drawn = next(each for each in (draws.draw(3, i) for i in range(500)) if each.call == call and each.n and each.lead)
     for what in ("output", "grad_query"):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 import kvattn
-from kvattn import checks, dispatch
-from kvattn.conformance import known, tolerance
+from kvattn import checks, dispatch, layers
+from kvattn.conformance import known, native, tolerance
 from kvattn.conformance.cases import NOT_FINITE, Case
 
 FUNCTIONS = ("score", "normalize", "kernel")  # keywords that name a function of kvattn
@@ -199,6 +199,8 @@ def _missing(tab: Any, case: Case) -> list[str]:
     """The functions this case needs and a stranger's backend does not have. Ours have all, or fail."""
     if getattr(tab, "__name__", "").startswith("kvattn.backends."):
         return []
+    if case.call in layers.LAYERS:
+        return [case.call]
     needed = {case.call.removeprefix("split_")}
     if case.call in HEADED:
         needed = {"self_attention" if case.call == "self_attention" else "multi_head_attention"}
@@ -230,6 +232,8 @@ def _place(x: Any) -> str:
 
 def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[str, Any]:
     """Every quantity of the case, by name; arguments are compared before and after, bit by bit."""
+    if case.call in layers.LAYERS:
+        return _layer(tab, case, dtype)
     given: list[tuple[str, Any]] = []
 
     def convert(name: str, x: Any) -> Any:
@@ -276,6 +280,23 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[s
         if _bytes(tab, x) != bits:
             raise Wrong(f"the argument {name} was written to")
     return results
+
+
+def _layer(tab: Any, case: Case, dtype: str) -> dict[str, Any]:
+    """The quantities of a case of a layer of ours; its weights and its configuration are among the keywords."""
+    arguments, keywords = dict(case.arguments), dict(case.keywords)
+    names, config, weights = (keywords.pop(name) for name in ("inputs", "config", "weights"))
+    inputs, wrt = [arguments.pop(name) for name in names], _wrt(case)
+    grad_output = arguments.pop("grad_output", None) if wrt else None
+    if "normalize" in keywords:
+        keywords["normalize"] = getattr(kvattn, keywords["normalize"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results, by_inputs, by_weights = native.run(
+            tab, case.call, config, weights, inputs, dtype=dtype, grad_output=grad_output, **arguments, **keywords
+        )
+    grads = dict(zip(names, by_inputs, strict=False)) | by_weights
+    return dict(zip(case.results, results, strict=True)) | {f"grad_{name}": grads[name] for name in wrt}
 
 
 def _split(tab: Any, arguments: dict[str, Any], keywords: dict[str, Any], like: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Calls drawn at random over every option, dtype and edge of the shapes, judged as the cases are: `kvattn conform --draws`.
+"""Calls drawn at random over every option, dtype, edge of the shapes and layer, judged as the cases are: `conform --draws`.
 
 A draw is plain data; its arrays are drawn from its seed and their names. So it can be made smaller, an option or a size at
 a time, while the rest stays as it was, and the smallest draw that still fails is printed as code.
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kvattn import layers
 from kvattn.conformance import check, multihead, oracle, pooling
 from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case, attend, grid, kink_free, poisoned
 
@@ -26,6 +27,12 @@ PARAMETRISED = ("additive_score", "multiplicative_score", "gated_score")
 SCORES = (*pooling.SIMPLE, *PARAMETRISED, *pooling.KERNELS)
 NORMALISERS = tuple(name for name in pooling.NORMALISERS if name != "masked_softmax")
 HEADS = ((1, 1), (2, 2), (4, 2), (3, 1))
+SCORED = {  # layers of one head, and their scores
+    "DotProductAttention": "scaled_dot_score", "AdditiveAttention": "additive_score",
+    "MultiplicativeAttention": "multiplicative_score", "GatedAttention": "gated_score",
+}  # fmt: skip
+PLAIN = ("PositionalEncoding", "AddNorm", "PositionWiseFFN")  # layers without attention
+DEEP = ("TransformerEncoderBlock", "TransformerEncoder")
 
 
 @dataclass(frozen=True)
@@ -69,33 +76,48 @@ def draw(seed: int, number: int) -> Draw:
     def often(share: float) -> bool:
         return bool(rng.random() < share)
 
-    call = "attention" if often(0.7) else one("multi_head_attention", "self_attention", "decoding", "split_attention")
+    rest = ("multi_head_attention", "self_attention", "decoding", "split_attention")
+    call = "attention" if often(0.65) else one(*rest, *layers.LAYERS) if often(0.5) else one(*rest)
     lead, kv = LEADS[rng.integers(len(LEADS))]
     n, m, d, v = (0 if often(0.05) else one(*SIZES) for _ in range(4))
     made = Draw((seed, number), call, one(*DTYPES), lead, kv, n, m, d, v, {}, alone=often(0.5))
     large = often(0.02)
     if large:
+        call = "attention"
         n, m = (int(one(*EDGES)) if often(0.7) else one(1, 3) for _ in range(2))
         lead, kv = one(((), ()), ((2,), (2,)), ((1, 2), (1, 1)))
-        made = replace(made, call="attention", lead=lead, kv=kv, n=n, m=m, d=one(1, 2), v=1, grad=n * m < 70_000)
+        made = replace(made, call=call, lead=lead, kv=kv, n=n, m=m, d=one(1, 2), v=1, grad=n * m < 70_000)
     made = replace(made, asked=tuple(what for what in ("weights", "lse") if often(0.2 if large else 0.4)))
-    headed = call in check.HEADED and not large
+    if call in layers.LAYERS:  # of a batch; in half precision each framework's dense layers round as they do
+        lead = (int(rng.integers(0, 4)),)
+        made = replace(made, dtype=one("float32", "float64"), lead=lead, kv=lead, n=n)
+        if call in PLAIN:
+            made = replace(made, d=one(1, 2, 3, 8), v=max(v, 1), asked=())
+            return replace(made, options={"activation": one("relu", "gelu")} if call == "PositionWiseFFN" else {})
+    headed = call in (*check.HEADED, "MultiHeadAttention", *DEEP)
     options: dict[str, Any] = {}
     if headed:
-        kv = lead = () if often(0.2) else (int(rng.integers(0, 4)),) if often(0.8) else (2, 1)
+        if call in check.HEADED:
+            lead = () if often(0.2) else (int(rng.integers(0, 4)),) if often(0.8) else (2, 1)
         heads, kv_heads = (1, 1) if call == "self_attention" else one(*HEADS)
         options |= {"num_heads": heads, "num_kv_heads": kv_heads, "biases": often(0.5), "W_o": often(0.8)}
         n = max(n, 2) if call == "decoding" else n
         made = replace(made, lead=lead, kv=lead, n=n, d=one(1, 2, 3), v=one(1, 2))
+        if call in DEEP:
+            options |= {"activation": one("relu", "gelu")}
+            made = replace(made, asked=(), grad=False)
+        if call in layers.LAYERS and n > 1 and often(0.3):
+            options |= {"steps": True, "window": one(None, (1, 0))}
+            return replace(made, options={name: x for name, x in options.items() if x is not None}, asked=(), grad=False)
     axes = len(made.lead) + (2 if not headed or call == "self_attention" else 3)
 
     def broadcast() -> tuple[bool, ...]:
         return tuple(often(0.7) for _ in range(rng.integers(0, axes + 1)))
 
-    if call == "decoding" and not large:
+    if call == "decoding":
         options |= {"window": one(None, None, (1, 0), (2, None)), "capacity": bool(made.lead) and often(0.5)}
         return replace(made, options={name: x for name, x in options.items() if x is not None}, asked=(), grad=False)
-    if call == "split_attention" and not large:
+    if call == "split_attention":
         options |= {"splits": sorted(int(rng.integers(0, made.m + 1)) for _ in range(rng.integers(1, 4)))}
         options |= {"softcap": 2.0} if often(0.3) else {}
         return replace(made, options=options, asked=("lse",), grad=False, alone=False)
@@ -118,13 +140,14 @@ def draw(seed: int, number: int) -> Draw:
         options["softcap"] = one(0.5, 2.0)
     if often(0.15) and not headed:
         options["positions"] = (tuple(often(0.7) for _ in range(rng.integers(1, len(made.lead) + 2))), int(rng.integers(0, 4)))
-    if often(0.35) and not large:
+    if often(0.35) and not large and call not in layers.LAYERS:
         options["score"] = one(*(SCORES if not headed else pooling.SIMPLE))
-    if often(0.25) and "lse" not in made.asked and not large:
+    if often(0.25) and "lse" not in made.asked and not large and call not in DEEP:
         options["normalize"] = one(*NORMALISERS)
     if often(0.4) and not headed:
         options["poisoned"] = True
-    if often(0.15) and not headed and made.v and "normalize" not in options and options.get("score") not in pooling.KERNELS:
+    finite_only = {options.get("score"), options.get("normalize")} & {*pooling.KERNELS, *NORMALISERS}
+    if often(0.15) and call == "attention" and made.v and not finite_only:
         options["not_finite"] = one("query", "key", "value", "bias" if "bias" in options else "key")
     return replace(made, options=options)
 
@@ -145,7 +168,9 @@ def case(drawn: Draw) -> Case:
     """The call that is drawn, with its answer."""
     options = _options(drawn)
     name = f"draw {drawn.seed[-1]} of seed {drawn.seed[0]}: " + ", ".join([drawn.call, *drawn.options])
-    if drawn.call in check.HEADED:
+    if drawn.call in (*PLAIN, *DEEP):
+        made = _transformers(drawn, name, options)
+    elif drawn.call in (*check.HEADED, "MultiHeadAttention"):
         made = _headed(drawn, name, options)
     else:
         q, k, x = (grid(drawn.rng(which), *shape) for which, shape in _shapes(drawn).items())
@@ -166,6 +191,10 @@ def case(drawn: Draw) -> Case:
             "call": drawn.call,
         }
         made = attend(name, q, k, x, **make, asked=drawn.asked, **options)
+        if drawn.call in SCORED:
+            weights = options["score"][1] if isinstance(options["score"], tuple) else {}
+            config = {"num_hiddens": len(weights["w_v"])} if drawn.call == "AdditiveAttention" else {}
+            made = _of_layer(made, config, weights)
     return replace(made, usual=(drawn.dtype,), alone=drawn.alone and made.call == "attention")
 
 
@@ -182,9 +211,9 @@ def _options(drawn: Draw) -> dict[str, Any]:
     n, m, options = drawn.n, drawn.m, dict(drawn.options)
     lead = oracle.leading(np.empty((*drawn.lead, n, 0)), np.empty((*drawn.kv, m, 0)))
     batch = lead[:1]
-    if drawn.call == "multi_head_attention":
+    if drawn.call in ("multi_head_attention", "MultiHeadAttention", *DEEP):
         lead = (*lead, options["num_heads"])
-    if drawn.call == "self_attention":
+    if drawn.call in ("self_attention", *DEEP):
         m = n
     full = (*lead, n, m)
 
@@ -208,9 +237,13 @@ def _options(drawn: Draw) -> dict[str, Any]:
     if "positions" in options:
         axes, size = options["positions"]
         options["positions"] = drawn.rng("positions").integers(-1, m, (*shape(axes, full[:-1]), size))
-    name = options.get("score")
+    name = options["score"] = SCORED.get(drawn.call, options.get("score"))
+    if name is None:
+        options.pop("score")
     if name in PARAMETRISED:
         options["score"] = next(x for x in pooling.parametrised(drawn.rng(name), drawn.d, drawn.d) if x[0] == name)
+        if drawn.call in SCORED:
+            options["score"][1].pop("b", None)  # which no layer has
     elif name in pooling.KERNELS:
         options["score"] = (name, {"width": pooling.WIDTH})
     return options
@@ -232,17 +265,16 @@ def _clear(*inputs: Any, options: dict[str, Any], of: Any = oracle.attention) ->
 def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     heads, kv_heads = options.pop("num_heads"), options.pop("num_kv_heads")
     biases, with_output, capacity = options.pop("biases"), options.pop("W_o"), options.pop("capacity", False)
-    alone = drawn.call == "self_attention"
+    alone, layer, steps = drawn.call == "self_attention", drawn.call in layers.LAYERS, options.pop("steps", False)
     biases = multihead.BIASES if biases and not alone else ()
     sizes = {"d": drawn.d, "v": drawn.v, "o": 2 if with_output and not alone else 0, "biases": biases}
+    sizes |= {"v": drawn.d, "o": heads * drawn.d} if layer else {}
     params = multihead.params_of(drawn.rng("params"), 3, 3, 3, heads, kv_heads, **sizes)
-    m = drawn.m if drawn.call == "multi_head_attention" else drawn.n
+    apart = drawn.call in ("multi_head_attention", "MultiHeadAttention") and not steps
     query = grid(drawn.rng("query"), *drawn.lead, drawn.n, 3)
-    key, value = query, query
-    if drawn.call == "multi_head_attention":
-        key, value = (grid(drawn.rng(which), *drawn.lead, m, 3) for which in ("key", "value"))
+    key, value = (grid(drawn.rng(x), *drawn.lead, drawn.m, 3) if apart else query for x in ("key", "value"))
+    options |= {"causal": True} if steps or drawn.call == "decoding" else {}
     # The gradients of self-attention are asked of multi-head attention, whose masks have an axis of heads.
-    options |= {"causal": True} if drawn.call == "decoding" else {}
     over_heads = {n: x[..., None, :, :] for n, x in options.items() if n in ("mask", "bias") and x.ndim > 2 and alone}
     inputs = (query, key, value, params, heads, kv_heads)
     if "normalize" in options and not _clear(*inputs, options=options | over_heads, of=oracle.multi_head_attention):
@@ -258,7 +290,65 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
         if capacity:
             keywords["capacity"] = (*drawn.lead, kv_heads, drawn.n + 1, drawn.d, drawn.v)
         made = replace(made, keywords=keywords)
+    if layer:
+        config = {"num_hiddens": heads * drawn.d, "num_heads": heads, "num_kv_heads": kv_heads, "bias": bool(biases)}
+        made = _of_layer(made, config, params, steps)
     return replace(made, group="draws")
+
+
+def _of_layer(made: Case, config: dict[str, Any], weights: dict[str, np.ndarray], steps: bool = False) -> Case:
+    """The case of the function as one of the layer that computes it, whose call gives no gradient by the bias."""
+    arguments = {n: x for n, x in made.arguments.items() if n not in weights}
+    keywords = {n: x for n, x in made.keywords.items() if n not in ("score", "num_heads", "num_kv_heads")}
+    keywords |= {"inputs": ("query", "key", "value"), "config": config, "weights": weights} | ({"steps": True} if steps else {})
+    answer = {what: x for what, x in made.answer.items() if what != "grad_bias"}
+    return replace(made, arguments=arguments, keywords=keywords, answer=answer)
+
+
+def _transformers(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
+    """The parts of a transformer that are not attention alone, by the output."""
+    heads, kv_heads, use_bias = (options.pop(x, 1) for x in ("num_heads", "num_kv_heads", "biases"))
+    activation, steps, _ = options.pop("activation", "relu"), options.pop("steps", False), options.pop("W_o", None)
+    h, f, call = heads * drawn.d, drawn.v, drawn.call
+    weights: dict[str, np.ndarray] = {}
+
+    def add(prefix: str, **shapes: Any) -> None:
+        weights.update({prefix + x: grid(drawn.rng(prefix + x), *shape, top=1.0) for x, shape in shapes.items()})
+
+    def add_block(prefix: str) -> None:
+        sizes = {"d": drawn.d, "v": drawn.d, "o": h, "biases": multihead.BIASES if use_bias else ()}
+        params = multihead.params_of(drawn.rng(prefix), h, h, h, heads, kv_heads, **sizes)
+        weights.update({f"{prefix}attention.{x}": W for x, W in params.items()})
+        add(prefix + "ffn.", W_1=(h, f), b_1=(f,), W_2=(f, h), b_2=(h,))
+        for part in ("addnorm1.", "addnorm2."):
+            add(prefix + part, gamma=(h,), beta=(h,))
+
+    inputs = {"X": grid(drawn.rng("X"), *drawn.lead, drawn.n, h)}
+    config: dict[str, Any] = {"num_hiddens": h}
+    if call == "PositionalEncoding":
+        options["offset"] = int(drawn.rng("offset").integers(0, 900))
+    elif call == "AddNorm":
+        config = {"norm_shape": h}
+        inputs["Y"] = grid(drawn.rng("Y"), *drawn.lead, drawn.n, h)
+        add("", gamma=(h,), beta=(h,))
+    elif call == "PositionWiseFFN":
+        config = {"ffn_num_hiddens": f, "ffn_num_outputs": 3, "activation": activation}
+        add("", W_1=(h, f), b_1=(f,), W_2=(f, 3), b_2=(3,))
+    else:
+        config |= {"ffn_num_hiddens": f, "num_heads": heads, "num_kv_heads": kv_heads, "use_bias": bool(use_bias)}
+        config["activation"] = activation
+        if call == "TransformerEncoder":
+            config |= {"vocab_size": 5, "num_blks": 2}
+            inputs["X"] = drawn.rng("X").integers(0, 5, (*drawn.lead, drawn.n))
+            add("", embedding=(5, h))
+        for prefix in ("blocks.0.", "blocks.1.") if call == "TransformerEncoder" else ("",):
+            add_block(prefix)
+    options |= {"causal": True} if steps else {}
+    answer = oracle.layer(call, weights, [*inputs.values()], config, **options)
+    arrays = {x: y for x, y in options.items() if isinstance(y, np.ndarray)}
+    keywords = {x: y for x, y in options.items() if x not in arrays} | ({"steps": True} if steps else {})
+    keywords |= {"inputs": (*inputs,), "config": config, "weights": weights}
+    return Case(name, "draws", call, inputs | arrays, keywords, answer.values, answer.magnitude)
 
 
 # ---- the smallest that fails
@@ -266,11 +356,11 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
 
 def smaller(drawn: Draw) -> Iterator[Draw]:
     """Draws with one thing less: an option, an axis, a size, a result; what makes most difference first."""
-    needed = ("num_heads", "num_kv_heads", "biases", "W_o", "splits")
+    needed = ("num_heads", "num_kv_heads", "biases", "W_o", "splits", "steps")
     for name in drawn.options:
         if name not in needed:
             yield replace(drawn, options={n: x for n, x in drawn.options.items() if n != name})
-    if drawn.lead and "query_offset" not in drawn.options and "capacity" not in drawn.options:
+    if drawn.lead and drawn.call not in layers.LAYERS and "query_offset" not in drawn.options and "capacity" not in drawn.options:
         yield replace(drawn, lead=(), kv=())
     if len(drawn.lead) > 1:
         yield replace(drawn, lead=drawn.lead[1:], kv=drawn.kv[1:])
@@ -330,6 +420,8 @@ def _failure(backend: Any, drawn: Draw, device: str | None = None) -> check.Resu
 
 def code(made: Case, failure: check.Result, backend: str, device: str | None = None) -> str:
     """The call of a case as a program, and what it should give."""
+    if made.call in layers.LAYERS:
+        return _layer_code(made, failure, backend)
     lines = ["from functools import partial", "", "import numpy as np", "from numpy import inf, nan", "", "import kvattn", ""]
     made_by = f"kvattn.asarray(x, dtype={failure.dtype!r}, backend={backend!r})"
     if device is not None:
@@ -390,8 +482,38 @@ def code(made: Case, failure: check.Result, backend: str, device: str | None = N
             asked = {}
         keyed += "".join(f", {n}={x}" for n, x in asked.items())
         lines.append(f"print(kvattn.{call}({', '.join(inputs)}{keyed}, backend={backend!r}))")
-    lines += ["# " + line for line in failure.message.strip().splitlines()]
+    return "\n".join(lines + _told(made, failure)) + "\n"
+
+
+def _told(made: Case, failure: check.Result) -> list[str]:
+    """What is wrong and what was expected, as comments."""
+    lines = ["# " + line for line in failure.message.strip().splitlines()]
     answer = made.answer.get("output" if failure.what == check.ALONE else failure.what)
     if answer is not None and answer.size <= 64:
         lines.append(f"# expected {failure.what}: {answer.tolist()}")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _layer_code(made: Case, failure: check.Result, backend: str) -> str:
+    arguments, keywords = dict(made.arguments), dict(made.keywords)
+    names, config, weights = (keywords.pop(name) for name in ("inputs", "config", "weights"))
+    lines = ["import numpy as np", "from numpy import inf, nan", "", "import kvattn"]
+    lines += ["from kvattn.conformance import native", ""]
+
+    def literal(x: Any) -> str:
+        if not isinstance(x, np.ndarray):
+            return repr(x)
+        return f"np.array({x.tolist()}, {x.dtype.name!r}).reshape({x.shape})"
+
+    inputs = [arguments.pop(name) for name in names]
+    if not failure.what.startswith("grad_"):
+        arguments.pop("grad_output", None)
+    options = {n: literal(x) for n, x in {**arguments, **keywords}.items()}
+    options |= {n: f"kvattn.{x}" for n, x in keywords.items() if n in check.FUNCTIONS}
+    told = "".join(f", {n}={x}" for n, x in options.items())
+    lines.append(f"weights = {{{', '.join(f'{n!r}: {literal(x)}' for n, x in weights.items())}}}")
+    lines.append(f"inputs = [{', '.join(map(literal, inputs))}]")
+    call = f"{backend!r}, {made.call!r}, {config}, weights, inputs, dtype={failure.dtype!r}{told}"
+    lines.append(f"results, by_inputs, by_weights = native.run({call})")
+    lines.append("print(results, by_inputs, by_weights)")
+    return "\n".join(lines + _told(made, failure)) + "\n"

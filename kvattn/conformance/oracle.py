@@ -11,9 +11,12 @@ inf stands for whatever is not finite.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from kvattn.conformance import tolerance
 
 STEP = 1e-30
 
@@ -200,7 +203,7 @@ def flat_rows(x, lead):
     """The flat row of x (..., h_kv, m, c) that serves each (*lead, m)."""
     rows = np.arange(np.prod(x.shape[:-1], dtype=int)).reshape(x.shape[:-1])
     if lead:
-        rows = np.repeat(rows, lead[-1] // x.shape[-3], axis=-2)
+        rows = np.repeat(rows, lead[-1] // (x.shape[-3] or 1), axis=-2)
     return np.broadcast_to(rows, (*lead, x.shape[-2]))
 
 
@@ -394,6 +397,84 @@ def multi_head_attention(query, key, value, params, num_heads, num_kv_heads, gra
     values = {name: x for name, x in values.items() if name in kept}
     sizes = _plain({name: sizes[name] for name in values})
     return Answer(_marked(values), sizes, 3 * largest)  # query, key, product: each rounds
+
+
+# ---- the other layers of a transformer, on pairs (value, magnitude)
+
+
+def layer(name, weights, inputs, config, **how: Any) -> Answer:
+    """The output of a layer of kvattn that is no attention on its own: by weights of kvattn's names."""
+    X = (inputs[0], np.abs(inputs[0]))
+    if name == "AddNorm":
+        made = _norm((inputs[0] + inputs[1], np.abs(inputs[0]) + np.abs(inputs[1])), weights)
+    elif name == "PositionWiseFFN":
+        made = _feed_forward(X, weights, config["activation"])
+    elif name == "PositionalEncoding":
+        made = _placed(X, how.get("offset", 0))
+    elif name == "TransformerEncoderBlock":
+        made = _block(X, weights, config, how)
+    else:
+        X = weights["embedding"][inputs[0]] * np.sqrt(config["num_hiddens"])
+        made = _placed((X, np.abs(X)))
+        for i in range(config["num_blks"]):
+            made = _block(made, _under(weights, f"blocks.{i}"), config, how)
+    return Answer({"output": made[0]}, _plain({"output": made[1]}), 0.0)
+
+
+def _under(weights, prefix):
+    return {name.removeprefix(prefix + "."): x for name, x in weights.items() if name.startswith(prefix + ".")}
+
+
+def _placed(X, offset=0):
+    n, h = X[0].shape[-2:]
+    P = np.zeros((n, h))
+    for i, j in np.ndindex(n, h):
+        angle = (i + offset) / 10000 ** ((j - j % 2) / h)
+        P[i, j] = np.cos(angle) if j % 2 else np.sin(angle)
+    return X[0] + P, X[1] + np.abs(P)
+
+
+def _norm(X, w):
+    """Layer norm: an error of X changes the centred features, and the deviation that divides them."""
+    centred, size = X[0] - X[0].mean(axis=-1, keepdims=True), X[1] + X[1].mean(axis=-1, keepdims=True)
+    deviation = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-5)
+    unit = centred / deviation
+    size = size / deviation + np.abs(unit) * (np.abs(unit) * size / deviation).mean(axis=-1, keepdims=True)
+    return unit * w["gamma"] + w["beta"], size * np.abs(w["gamma"]) + np.abs(w["beta"])
+
+
+def _feed_forward(X, w, activation):
+    X = _dense(X, w, "1")
+    if activation == "relu":
+        return _dense((np.maximum(X[0], 0), X[1]), w, "2")
+    erfc = np.vectorize(math.erfc, otypes=[float])
+    return _dense((X[0] * erfc(-X[0] / math.sqrt(2)) / 2, 2 * X[1]), w, "2")  # of a slope below 1.13, and rounded itself
+
+
+def _dense(X, w, name):
+    W, b = w[f"W_{name}"], w[f"b_{name}"]
+    return X[0] @ W + b, X[1] @ np.abs(W) + np.abs(b)
+
+
+def _block(X, w, config, how):
+    params, heads = _under(w, "attention"), (config["num_heads"], config["num_kv_heads"])
+    attended = multi_head_attention(X[0], X[0], X[0], params, *heads, **how)
+    size = attended.magnitude["output"] * (1 + attended.largest_score / tolerance.CONSTANT)  # see tolerance.py
+    size = size + _moved(X, params, config["num_hiddens"] // heads[0], how.get("scale"))
+    Y = _norm((X[0] + attended.values["output"], X[1] + size), _under(w, "addnorm1"))
+    fed = _feed_forward(Y, _under(w, "ffn"), config["activation"])
+    return _norm((Y[0] + fed[0], Y[1] + fed[1]), _under(w, "addnorm2"))
+
+
+def _moved(X, params, d, scale):
+    """How far an error of X moves the output of its self-attention: a weight by at most twice what any score moves by."""
+    top, error = {}, {}
+    for name in "qkv":
+        W = np.abs(params[f"W_{name}"])
+        top[name] = (np.abs(X[0]) @ W + np.abs(params.get(f"b_{name}", 0.0))).max(initial=0)
+        error[name] = (X[1] @ W).max(initial=0)
+    by_score = d * (1 / np.sqrt(d) if scale is None else abs(scale)) * (error["q"] * top["k"] + top["q"] * error["k"])
+    return (2 * by_score * top["v"] + error["v"]) * np.abs(params["W_o"]).sum(axis=0)
 
 
 def scores(name, query, key, **parameters) -> Answer:

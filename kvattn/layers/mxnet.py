@@ -144,7 +144,17 @@ class _Dense(_Wide, nn.Dense):
         super().__init__(units, use_bias=bias, flatten=False, weight_initializer=_First(name, seed, transposed=True))
 
 
-class _LayerNorm(_Wide, nn.LayerNorm):
+class _Norm(nn.LayerNorm):
+    """gluon's; float64 by the formula, since MXNet rounds the epsilon to float32."""
+
+    def hybrid_forward(self, F, x, gamma, beta):
+        if numpy.dtype(self.gamma.dtype) != numpy.float64:
+            return super().hybrid_forward(F, x, gamma, beta)
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return centred / F.np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + self._epsilon) * gamma + beta
+
+
+class _LayerNorm(_Wide, _Norm):
     """gluon's, with kvattn's epsilon."""
 
 
@@ -340,7 +350,8 @@ class PositionalEncoding(_Layer):
             X = F.Custom(X.as_nd_ndarray(), op_type=POSITIONS, max_len=max_len, h=h, offset=offset).as_np_ndarray()
         else:
             layers.check_length(max_len, X.shape[1], offset)
-            X = X + self.P[:, offset : offset + X.shape[1]].as_in_ctx(X.ctx).astype(X.dtype)
+            P = np.array(_table(max_len, h), dtype="float64") if X.dtype == numpy.float64 else self.P
+            X = X + P[:, offset : offset + X.shape[1]].as_in_ctx(X.ctx).astype(X.dtype)
         return self.dropout(X)
 
 
@@ -379,7 +390,7 @@ class _PositionsShapes(mx.operator.CustomOpProp):
         n = shapes[0][1]
         with kernels.telling():
             layers.check_length(self.max_len, n, self.offset)
-        return _Positions(np.array(_table(self.max_len, self.h)[:, self.offset : self.offset + n], dtype="float32"))
+        return _Positions(np.array(_table(self.max_len, self.h)[:, self.offset : self.offset + n], dtype="float64"))
 
 
 class AddNorm(_Layer):
@@ -409,7 +420,11 @@ class PositionWiseFFN(_Layer):
 
     def hybrid_forward(self, F, X):
         X = self.dense1(X)
-        return self.dense2(F.npx.relu(X) if self.activation == "relu" else F.npx.leaky_relu(X, act_type="gelu"))
+        if self.activation == "relu":
+            return self.dense2(F.npx.relu(X))
+        if numpy.dtype(self.dense1.weight.dtype) == numpy.float64:  # MXNet's own rounds the root of 2 to float32
+            return self.dense2(X * (1 + F.npx.erf(X / math.sqrt(2))) / 2)
+        return self.dense2(F.npx.leaky_relu(X, act_type="gelu"))
 
 
 class TransformerEncoderBlock(_Layer):

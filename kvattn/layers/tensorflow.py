@@ -279,7 +279,8 @@ class PositionWiseFFN(Layer):
 
     def call(self, X, training=None):
         X = self.dense1(X)
-        return self.dense2(tf.nn.relu(X) if self.activation == "relu" else tf.nn.gelu(X))
+        # tf.nn.gelu rounds the root of its formula to float32
+        return self.dense2(tf.nn.relu(X) if self.activation == "relu" else X * tf.math.erfc(-X * math.sqrt(0.5)) / 2)
 
 
 @registered

@@ -129,7 +129,8 @@ class AdditiveAttention(_Attention):
 
     def _score(self, queries, keys):
         if isinstance(self.w_v, _Linear):  # not called yet, though its weights may have been loaded
-            self.w_v(self.W_q(queries) + self.W_k(keys)[..., :1, :])
+            self.w_v(self.W_q(queries))
+            self.W_k(keys)
         W_q, W_k = _matrix(self.W_q, queries), _matrix(self.W_k, keys)
         return partial(api.additive_score, W_q=W_q, W_k=W_k, w_v=_matrix(self.w_v, W_q)[:, 0])
 
@@ -205,7 +206,7 @@ class MultiHeadAttention(nn.Module):
 
 def _split(X, heads):
     """(batch, n, heads * d) -> (batch, heads, n, d)."""
-    return X.reshape(*X.shape[:-1], heads, -1).transpose(-2, -3)
+    return X.reshape(*X.shape[:-1], heads, X.shape[-1] // heads).transpose(-2, -3)
 
 
 def _join(X):
@@ -221,13 +222,16 @@ class PositionalEncoding(nn.Module):
 
     def __init__(self, num_hiddens, dropout=0.0, max_len=1000):
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self._sizes = nn.Dropout(dropout), (max_len, num_hiddens)
         P = torch.from_numpy(layers.encoding(max_len, num_hiddens)).float()
         self.register_buffer("P", P[None], persistent=False)  # computed, so not saved
 
     def forward(self, X, offset=0):
         layers.check_length(self.P.shape[1], X.shape[1], offset)
-        return self.dropout(X + self.P[:, offset : offset + X.shape[1]].to(X.dtype))
+        P = self.P
+        if X.dtype == torch.float64:  # a buffer of float64 could not go to every device
+            P = torch.from_numpy(layers.encoding(*self._sizes))[None].to(X.device)
+        return self.dropout(X + P[:, offset : offset + X.shape[1]].to(X.dtype))
 
 
 class AddNorm(nn.Module):

@@ -1,0 +1,168 @@
+"""Our own layers, each in its framework: made, given its weights, called, and asked for its gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Any
+
+import numpy as np
+
+from kvattn import dispatch
+from kvattn.cache import KVCache
+
+
+def run(backend: Any, name: str, config: dict[str, Any], weights: dict[str, np.ndarray], inputs: list[np.ndarray], *,
+        dtype: str = "float32", grad_output: np.ndarray | None = None, steps: bool = False, **options: Any) -> Any:  # fmt: skip
+    """[the layer's results], [gradients of sum(grad_output * output) by floating-point inputs], {by the weight of a name}.
+
+    ``steps``: called with a cache, for two positions, then for one at a time, and the outputs are joined.
+
+    >>> ones = np.ones((1, 2, 1))
+    >>> results, *_ = run("numpy", "AddNorm", {"norm_shape": 1}, {"gamma": np.ones(1), "beta": np.ones(1)}, [ones, ones])
+    >>> results[0].tolist()
+    [[[1.0], [1.0]]]
+    """
+    tab = dispatch.load(backend) if isinstance(backend, str) else backend
+    framework = tab.__name__.rpartition(".")[2]
+    kv = importlib.import_module(f"kvattn.{framework}")
+
+    def array(x: Any) -> Any:
+        if not isinstance(x, np.ndarray):
+            return x
+        return tab.asarray(x.copy(), dtype=dtype if x.dtype.kind == "f" else None)
+
+    def given() -> tuple[list[Any], dict[str, Any]]:
+        return [array(x) for x in inputs], {key: array(x) for key, x in options.items()}
+
+    with _as_users_have_it(framework):
+        exact = {key: np.asarray(x, dtype) for key, x in weights.items()}
+        call, gradients = globals()[f"_{framework}"](kv, name, config, exact, dtype)
+        first, how = given()
+        if steps:
+            return [array(_stepped(tab, call, name, first, how))], [], {}
+        results = _several(call(*first, **how))
+        if grad_output is None:
+            return results, [], {}
+        by_inputs, by_weights = gradients(*given(), array(grad_output))
+    return results, [*by_inputs], {key: array(x) for key, x in by_weights.items()}
+
+
+def _several(results: Any) -> list[Any]:
+    return [*results] if isinstance(results, (tuple, list)) else [results]
+
+
+def _stepped(tab: Any, call: Any, name: str, inputs: list[Any], options: dict[str, Any]) -> np.ndarray:
+    kept: Any = [] if name == "TransformerEncoder" else KVCache()
+    n, parts = int(inputs[0].shape[1]), []
+    for start, end in [(0, 2), *((i, i + 1) for i in range(2, n))]:
+        output, kept = call(*(x[:, start:end] for x in inputs), cache=kept, **options)
+        parts.append(np.array(tab.to_numpy(output)))
+    return np.concatenate(parts, axis=1)
+
+
+def _as_users_have_it(framework: str) -> Any:
+    """JAX with its 64 bits and MXNet with npx.set_np(), for the call alone."""
+    both = contextlib.ExitStack()
+    if framework == "jax":
+        both.enter_context(importlib.import_module("kvattn.kernels.jax.programs").x64(True))
+    elif framework == "mxnet":
+        util = importlib.import_module("mxnet").util
+        both.enter_context(util.np_shape(True))
+        both.enter_context(util.np_array(True))
+    return both
+
+
+# (call, gradients) of a layer that is given these weights
+
+
+def _numpy(kv, name, config, weights, dtype):
+    layer = kv.import_weights(getattr(kv, name)(**config), weights)
+
+    def gradients(inputs, options, grad_output):
+        layer(*inputs, record=True, **options)
+        by_inputs = layer.backward(grad_output)
+        return by_inputs if isinstance(by_inputs, tuple) else (by_inputs,), layer.grads
+
+    return layer, gradients
+
+
+def _torch(kv, name, config, weights, dtype):
+    import torch
+
+    layer = kv.import_weights(getattr(kv, name)(**config), weights).to(getattr(torch, dtype)).eval()
+
+    def gradients(inputs, options, grad_output):
+        leaves, own = [x.requires_grad_() for x in inputs if x.is_floating_point()], [*layer.parameters()]
+        output = _several(layer(*inputs, **options))[0]
+        grads = torch.autograd.grad(output, [*leaves, *own], grad_output, allow_unused=True, materialize_grads=True)
+        for parameter, grad in zip(own, grads[len(leaves) :], strict=True):
+            parameter.data = grad  # read as a weight is
+        return grads[: len(leaves)], kv.export_weights(layer)
+
+    return layer, gradients
+
+
+def _tensorflow(kv, name, config, weights, dtype):
+    import tensorflow as tf
+
+    layer = kv.import_weights(getattr(kv, name)(**config, dtype=dtype), weights)
+
+    def gradients(inputs, options, grad_output):
+        leaves, own = [x for x in inputs if x.dtype.is_floating], layer.trainable_variables
+        with tf.GradientTape() as tape:
+            tape.watch(leaves)
+            output = _several(layer(*inputs, **options))[0]
+        sources = [leaves, [x.value for x in own]]
+        by_inputs, by_own = tape.gradient(output, sources, grad_output, unconnected_gradients="zero")
+        for variable, grad in zip(own, by_own, strict=True):
+            variable.assign(grad)  # read as a weight is
+        return by_inputs, kv.export_weights(layer)
+
+    return layer, gradients
+
+
+def _jax(kv, name, config, weights, dtype):
+    import jax
+    import jax.numpy as jnp
+
+    layer = getattr(kv, name)(**config)
+    variables = jax.tree.map(lambda x: x.astype(dtype), kv.import_weights(layer, weights))
+    silent = {} if name in ("PositionalEncoding", "AddNorm", "PositionWiseFFN") else {"return_weights": False}
+
+    def call(*inputs, **options):
+        return layer.apply(variables, *inputs, **silent | options)
+
+    def gradients(inputs, options, grad_output):
+        floats = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+        def output(variables, *leaves):
+            given = dict(enumerate(inputs)) | dict(zip(floats, leaves, strict=True))
+            return _several(layer.apply(variables, *given.values(), **silent | options))[0]
+
+        by_variables, *by_inputs = jax.vjp(output, variables, *(inputs[i] for i in floats))[1](grad_output)
+        return by_inputs, kv.export_weights(by_variables)
+
+    return call, gradients
+
+
+def _mxnet(kv, name, config, weights, dtype):
+    import mxnet as mx
+
+    layer = getattr(kv, name)(**config)
+    layer.initialize()
+    layer = kv.import_weights(layer, weights)
+    layer.cast(dtype)
+
+    def gradients(inputs, options, grad_output):
+        leaves = [x for x in inputs if x.dtype.kind == "f"]
+        for leaf in leaves:
+            leaf.attach_grad()
+        with mx.autograd.record(train_mode=False):
+            output = _several(layer(*inputs, **options))[0]
+        output.backward(grad_output, train_mode=False)
+        for parameter in layer.collect_params().values():
+            parameter.set_data(parameter.grad())  # read as a weight is
+        return [x.grad for x in leaves], kv.export_weights(layer)
+
+    return layer, gradients
