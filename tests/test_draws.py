@@ -23,6 +23,15 @@ def test_a_backend_gives_the_answers_of_drawn_calls(backend):
     assert not report.failures, "\n".join(result.message for result in report.failures)
 
 
+def test_a_backend_gives_the_answers_of_every_layer(backend):
+    drawn = [draws.draw(1, number) for number in range(1000)]
+    each = [[x for x in drawn if x.call == name and x.dtype == "float64"] for name in layers.LAYERS]
+    assert all(each)
+    cases = [draws.case(x) for of_layer in each for x in of_layer[: 1 if backend == "jax" else 4]]
+    report = check.run(backend, cases)
+    assert not report.failures, "\n".join(result.message for result in report.failures)
+
+
 def test_draws_reach_every_option_and_every_edge():
     drawn = [draws.draw(0, number) for number in range(2000)]
     options = {name for each in drawn for name in each.options}

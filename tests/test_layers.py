@@ -137,6 +137,24 @@ def test_a_layer_gives_the_gradients_of_the_reference(room, case):
         np.testing.assert_allclose(by_input, expected[f"input {i}"], atol=1e-4, err_msg=f"input {i}")
 
 
+@pytest.mark.parametrize("name", [*SCORED, "MultiHeadAttention", "TransformerEncoderBlock"])
+@pytest.mark.parametrize("empty", ["queries", "keys", "batch"])
+def test_a_layer_that_was_never_called_takes_arrays_without_rows(room, name, empty):
+    of_heads = name not in SCORED
+    _, config, inputs, _ = CASES[name]
+    queries, keys, values = (X, X, X) if of_heads else inputs[:3]
+    if empty == "queries":
+        queries = queries[:, :0]
+    elif empty == "keys":
+        keys, values = keys[:, :0], values[:, :0]
+    else:
+        queries, keys, values = queries[:0], keys[:0], values[:0]
+    given = (queries if empty != "keys" else keys,) if name == "TransformerEncoderBlock" else (queries, keys, values)
+    output = room.call(room.layer(name, **config), *given)
+    assert output.shape == (*given[0].shape[:2], values.shape[-1])
+    assert not output.any()
+
+
 def test_the_epsilon_of_a_layer_norm_is_1e_5(room):
     layer, w = made(room, "AddNorm", {"norm_shape": 8}, (X, X))
     small = X / 1000  # of a variance that the epsilon is ten times of

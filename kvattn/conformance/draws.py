@@ -360,7 +360,8 @@ def smaller(drawn: Draw) -> Iterator[Draw]:
     for name in drawn.options:
         if name not in needed:
             yield replace(drawn, options={n: x for n, x in drawn.options.items() if n != name})
-    if drawn.lead and drawn.call not in layers.LAYERS and "query_offset" not in drawn.options and "capacity" not in drawn.options:
+    of_the_batch = {"query_offset", "capacity"} & {*drawn.options} or drawn.call in layers.LAYERS
+    if drawn.lead and not of_the_batch:
         yield replace(drawn, lead=(), kv=())
     if len(drawn.lead) > 1:
         yield replace(drawn, lead=drawn.lead[1:], kv=drawn.kv[1:])
