@@ -297,6 +297,12 @@ def test_without_a_seed_each_weight_has_its_width_and_its_own_numbers(room):
     layer = room.layer("AdditiveAttention", num_hiddens=300)
     room.call(layer, QUERIES, KEYS, VALUES, LENS)
     assert 0.13 < np.abs(room.weights(layer)["w_v"]).max() < 0.14119  # sqrt(6 / 301)
+    layer = room.layer("MultiplicativeAttention")
+    room.call(layer, *[np.zeros((1, 2, 96), "float32")] * 3, None)
+    assert 0.175 < np.abs(room.weights(layer)["W"]).max() < 0.17678
+    layer = room.layer("GatedAttention")
+    room.call(layer, *[np.zeros((1, 2, 150), "float32")] * 3, None)
+    assert 0.13 < np.abs(room.weights(layer)["w_g"]).max() < 0.14119
     layer = room.layer("TransformerEncoder", **{**ENCODER, "vocab_size": 100, "num_hiddens": 64, "num_blks": 1})
     room.call(layer, TOKENS, LENS)
     assert abs(room.weights(layer)["embedding"].std() - 0.125) < 0.008  # 1 / sqrt(64)
