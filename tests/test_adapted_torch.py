@@ -1,5 +1,7 @@
 """Layers whose children were changed by PyTorch's tools: what the children do then is what counts, not a weight of theirs."""
 
+import copy
+
 import numpy as np
 import pytest
 from conftest import chosen
@@ -106,3 +108,15 @@ def test_what_is_not_dense_is_refused_with_its_cure(what):
     for arrays in ((given,) * 3, (torch.ones(2, 3, 4), given, given)):
         with pytest.raises(TypeError, match=cure):
             kvattn.attention(*arrays)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_a_call_with_a_learned_bias_is_copied_and_keeps_no_graph(heads):
+    learned = torch.zeros(5, 5, requires_grad=True)
+    layer = kv.MultiHeadAttention(8, 2, seed=0) if heads else kv.DotProductAttention()
+    x = torch.randn(2, 5, 8, generator=torch.manual_seed(0))
+    layer(x, x, x, bias=2 * learned)
+    attention = layer.attention if heads else layer
+    assert not attention._last[-1]["bias"].requires_grad
+    copied = copy.deepcopy(attention)
+    torch.testing.assert_close(copied.attention_weights, attention.attention_weights)

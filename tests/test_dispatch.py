@@ -343,3 +343,12 @@ def test_after_a_good_call_of_another_score_the_features_of_a_dot_product_are_lo
     for options in ({}, {"score": kvattn.dot_score}, {"score": kvattn.cosine_score}):
         with pytest.raises(ValueError, match="features"):
             kvattn.attention(query, key, value, **options)
+
+
+def test_calls_that_were_checked_are_forgotten_before_they_fill_memory(backend, tab, monkeypatch):
+    monkeypatch.setattr(dispatch, "_met", {})
+    monkeypatch.setattr(dispatch, "MOST", 3)
+    for n in range(1, 8):
+        x = tab.asarray(np.ones((n, 2), "float32"))
+        kvattn.attention(x, x, x)
+        assert 1 <= len(dispatch._met) <= 3

@@ -55,16 +55,21 @@ BAD = {
     "negative side": ({"window": (2, -3)}, ValueError, ["window", "negative"]),
     "float window": ({"window": 1.5}, TypeError, ["window", "int"]),
     "window of three": ({"window": (1, 2, 3)}, ValueError, ["window", "(left, right)"]),
+    "window of a flag": ({"window": True}, TypeError, ["window", "int", "True"]),
     "position out of reach": ({"positions": [[0, 6], [1, 2], [3, 4]]}, ValueError, ["positions", "[-1, 6)", "6"]),
+    "position below none": ({"positions": [[0, 5], [1, -2], [3, 4]]}, ValueError, ["positions", "[-1, 6)", "-2"]),
     "float positions": ({"positions": zeros(3, 2)}, TypeError, ["positions", "integer"]),
     "positions of other queries": ({"positions": zeros(4, 2, dtype=I)}, ValueError, ["positions", "(4, 2)", "axis -2"]),
     "infinite scale": ({"scale": INF}, ValueError, ["scale", "finite", "inf"]),
     "scale that is not a number": ({"scale": NAN}, ValueError, ["scale", "finite", "nan"]),
     "scale of text": ({"scale": "big"}, TypeError, ["scale", "number", "str"]),
+    "scale of a flag": ({"scale": True}, TypeError, ["scale", "number", "bool"]),
     "softcap of zero": ({"softcap": 0.0}, ValueError, ["softcap", "above 0"]),
     "infinite softcap": ({"softcap": INF}, ValueError, ["softcap", "finite"]),
     "dropout of one": ({"dropout": 1.0}, ValueError, ["dropout", "[0, 1)"]),
+    "negative dropout": ({"dropout": -0.5}, ValueError, ["dropout", "[0, 1)", "-0.5"]),
     "causal of text": ({"causal": "yes"}, TypeError, ["causal", "True or False", "yes"]),
+    "causal of a number": ({"causal": 1}, TypeError, ["causal", "True or False", "1"]),
     "score of text": ({"score": "dot_score"}, TypeError, ["score", "function", "kvattn.dot_score"]),
     "normaliser of text": ({"normalize": "softmax"}, TypeError, ["normalize", "function", "kvattn.softmax"]),
     "lse of another normaliser": ({"normalize": kvattn.average, "return_lse": True}, ValueError, ["return_lse", "softmax"]),
@@ -139,6 +144,33 @@ def test_without_a_batch_heads_are_no_batch(backend, what):
     with pytest.raises(ValueError, match="expected") as caught:
         kvattn.multi_head_attention(**given, backend=backend)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+W = PARAMS["W_q"]
+HEADS = {  # what: (arguments of heads that replace the good ones, error, words)
+    "no heads": ({"num_heads": 0}, ValueError, ["num_heads", "at least 1", "0"]),
+    "no key heads": ({"num_kv_heads": 0}, ValueError, ["num_kv_heads", "at least 1", "0"]),
+    "half a head": ({"num_heads": 0.5}, TypeError, ["num_heads", "int", "0.5"]),
+    "key heads that do not divide": ({"num_kv_heads": 3}, ValueError, ["num_kv_heads", "3", "num_heads", "2"]),
+    "a width that heads do not divide": ({"num_heads": 3}, ValueError, ["W_q", "(4, 4)", "multiple", "num_heads", "3"]),
+    "a matrix that is missing": ({"params": {"W_q": W, "W_v": W}}, ValueError, ["params lack W_k"]),
+    "a matrix that nobody knows": ({"params": {**PARAMS, "W_z": W}}, ValueError, ["params have W_z"]),
+    "a bias alone": ({"params": {**PARAMS, "b_o": W[0]}}, ValueError, ["b_o", "no W_o"]),
+    "a matrix of other heads": ({"params": {**PARAMS, "W_o": W[:3]}}, ValueError, ["W_o", "(3, 4)", "joined heads"]),
+    "an offset beside a cache": ({"cache": kvattn.KVCache(), "query_offset": 1}, ValueError, ["query_offset", "cache"]),
+    "offsets beside a cache": ({"cache": kvattn.KVCache(), "query_offset": [1, 1]}, ValueError, ["query_offset", "cache"]),
+    "other keys beside a cache": (
+        {"cache": kvattn.KVCache(), "key": zeros(2, 5, 4), "value": zeros(2, 5, 4)}, ValueError, ["cache", "n is 3", "m is 5"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HEADS)
+def test_bad_heads_are_named(backend, what):
+    replaced, error, words = HEADS[what]
+    given = {name: zeros(2, 3, 4) for name in ("query", "key", "value")} | {"params": PARAMS, "num_heads": 2} | replaced
+    with pytest.raises(error) as caught:
+        kvattn.multi_head_attention(**given, backend=backend)
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
 
 
 def test_wrt_must_be_an_argument(backend):

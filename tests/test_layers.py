@@ -211,6 +211,7 @@ def test_the_angles_of_positions_are_of_base_10000(room):
 
 def test_a_sequence_longer_than_max_len_is_refused(room):
     layer = room.layer("PositionalEncoding", num_hiddens=4, max_len=5)
+    np.testing.assert_allclose(room.call(layer, np.zeros((1, 5, 4), "float32"))[0], layers.encoding(5, 4), atol=1e-6)
     with pytest.raises(ValueError, match="max_len=5"):
         room.call(layer, np.zeros((1, 6, 4), "float32"))
 
@@ -321,6 +322,14 @@ def test_weights_go_into_a_layer_that_was_never_called(room):
     layer, w = made(room, "TransformerEncoder", ENCODER, (TOKENS, LENS))
     other = room.load(room.layer("TransformerEncoder", **ENCODER), w)
     np.testing.assert_array_equal(room.call(other, TOKENS, LENS), room.call(layer, TOKENS, LENS))
+
+
+def test_exported_weights_are_copies_of_their_own(room):
+    layer, w = made(room, "PositionWiseFFN", {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}, (X,))
+    kept = {name: x.copy() for name, x in w.items()}
+    room.load(layer, shaken(w))  # into the same arrays, as an optimiser writes
+    for name, x in w.items():
+        np.testing.assert_array_equal(x, kept[name], err_msg=name)
 
 
 def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(room):

@@ -422,9 +422,11 @@ def test_padding_that_is_no_number_reaches_nothing(hybrid):
             assert np.isfinite(x).all()
 
 
+@pytest.mark.parametrize("hybrid", [False, True])
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0)])
-def test_nothing_to_ask_or_to_attend_to(n, m):
+def test_nothing_to_ask_or_to_attend_to(n, m, hybrid):
     layer, _ = made("MultiHeadAttention")
+    layer.hybridize(hybrid)
     output, *grads = gradients(layer, array(2, n, 4), array(2, m, 4), array(2, m, 6))
     assert output.shape == (2, n, 8)
     assert all(np.isfinite(x).all() for x in grads if x.size)

@@ -125,6 +125,15 @@ class _First(mx.init.Initializer):
 class _Wide:
     """A layer of gluon's whose half precision is computed in float32: Dense has none on a CPU, and LayerNorm overflows."""
 
+    def forward(self, x, *args):
+        if not self._active or not tab.is_array(x) or x.size:
+            return super().forward(x, *args)
+        self._active = False  # a graph of its own cannot hold arrays without elements
+        try:
+            return super().forward(x, *args)
+        finally:
+            self._active = True
+
     def hybrid_forward(self, F, x, **params):
         if tab.is_array(x):
             checks.floating("X", x, next(iter(params.items())))

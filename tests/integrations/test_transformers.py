@@ -337,6 +337,16 @@ def test_one_query_without_a_mask_sees_every_key(name):
             torch.testing.assert_close(ours, kvattn.attention(query, key, key).transpose(1, 2), atol=1e-6, rtol=1e-6)
 
 
+def test_several_queries_without_a_mask_see_every_key_whatever_the_layer_is_called(name):
+    backend = "torch" if name == "kvattn" else name.removeprefix("kvattn-")
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 6, 4)
+    module = torch.nn.Identity()
+    module.is_causal = True
+    for is_causal in (None, True):
+        ours = integration.forward(module, query, key, key, None, is_causal=is_causal, backend=backend)[0]
+        torch.testing.assert_close(ours, kvattn.attention(query, key, key).transpose(1, 2), atol=1e-6, rtol=1e-6)
+
+
 def test_a_layer_may_be_asked_for_its_weights(name):
     backend = "torch" if name == "kvattn" else name.removeprefix("kvattn-")
     query, key = torch.randn(1, 4, 3, 4), torch.randn(1, 2, 6, 4)
