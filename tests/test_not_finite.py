@@ -24,7 +24,7 @@ def same(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
-analytic = pytest.mark.parametrize("analytic", ["numpy", *({"mxnet"} & {*chosen()})])
+analytic = pytest.mark.parametrize("analytic", ["numpy", *sorted({"mxnet", "jax"} & {*chosen()})])
 
 
 @analytic

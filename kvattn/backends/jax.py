@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvattn import bands, explanation
-from kvattn.kernels.jax import blocks, programs, tiles
+from kvattn.kernels.jax import blocks, pairs, programs, tiles
 from kvattn.kernels.jax import gpu as jax_gpu
 
 HALF = ("float16", "bfloat16")
@@ -344,6 +344,7 @@ def _softmax_lse(scores, where):
 
 
 @programs.short
+@programs.careful
 @programs.exact
 @programs.reaching
 @programs.compiled
@@ -379,6 +380,8 @@ def attention(
         if not isinstance(results, tuple):
             return results[..., 0, :]
         return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
+    if pairs.apart():
+        return pairs.attention(sys.modules[__name__], query, key, value, **where, **reach, **how, **back)
     usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
     if usual and jax_gpu.serves(query, key, value, **where, **reach, scale=scale, softcap=softcap):
         return jax_gpu.attention(query, key, value, **where, **reach, scale=scale, softcap=softcap)
@@ -411,7 +414,7 @@ def attention(
     # output = weights @ value: (..., h, n, v)
     output = _fold(_dropout(weights, dropout, rng), kv_heads) @ _wide(value)
     output = _unfold(output, heads, n).astype(dtype)
-    results = [output] + [weights.astype(dtype)] * return_weights + [lse] * return_lse
+    results = [output] + [identity(weights, allowed).astype(dtype)] * return_weights + [lse] * return_lse
     return tuple(results) if len(results) > 1 else output
 
 
@@ -475,6 +478,7 @@ def _repeated(index):
     return jnp.take_along_axis(again[..., :size], jnp.argsort(order, axis=-1), axis=-1)
 
 
+@programs.careful
 @programs.exact
 @programs.reaching
 @programs.compiled

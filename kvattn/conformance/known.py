@@ -50,8 +50,10 @@ DIFFERENCES = (
     Difference(
         "jax",
         "*",
-        "not finite",
-        "NaN and inf that some rows look at may reach others: the cure that was tried has wrong second derivatives",
+        "NaN and inf where values cannot be read",
+        "in what jit, vmap, checkpoint, shard_map or export trace, on a GPU, in arrays spread over devices, and under jax.grad "
+        "of NaN that only the loss brings: there NaN may reach rows that may not see it; what no row of the batch entry sees "
+        "is hidden",
     ),
 )
 

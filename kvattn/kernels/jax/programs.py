@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from contextlib import nullcontext
 
 import jax
@@ -15,6 +16,7 @@ from jax.tree_util import Partial
 
 from kvattn import bands
 from kvattn.kernels.jax import gpu as jax_gpu
+from kvattn.kernels.jax import pairs
 
 if hasattr(jax, "enable_x64"):
     x64 = jax.enable_x64
@@ -123,9 +125,74 @@ def compiled(function):
         if isinstance(options.get("scale"), float) and jax_gpu.device() is not None:
             static.add("scale")  # cuDNN's is part of the program
         fixed = tuple((name, x) for name, x in options.items() if name in static)
-        return _run(function, fixed, args, {name: x for name, x in options.items() if name not in static})
+        return _run(function, fixed, pairs.apart(), args, {name: x for name, x in options.items() if name not in static})
 
     return call
+
+
+# ---- NaN and inf
+
+
+LARGE = {"float16": 0x7C00, "bfloat16": 0x5F00}  # bits, without the sign, from which on a product of two may be inf
+
+
+def careful(function):
+    """Where NaN may have leaked from one row to another, the call again with its pairs apart.
+
+    Python looks at numbers, so at those of a CPU, where JAX runs the call at once: under grad, vjp and jvp too, but not in
+    what jit, vmap, checkpoint and their like trace. It looks at arguments, since to wait for results would cost time.
+    """
+
+    @functools.wraps(function)
+    def call(*arrays, **options):
+        results = function(*arrays, **options)
+        if pairs.apart() or not _shared(*arrays, **options) or sound(results, *arrays, bias=options.get("bias")):
+            return results
+        with pairs.computed_apart():
+            return function(*arrays, **options)
+
+    return call
+
+
+def _shared(query, key, value, *_, causal=False, mask=None, bias=None, valid_lens=None, window=None, positions=None, **__):
+    """Whether some pairs may not attend, and several queries share what they may not attend to: else it is hidden."""
+    if positions is not None or not (causal or not mask is bias is valid_lens is window is None):
+        return False
+    return query.shape[-2] != 1 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+
+
+def sound(results, query, key, value, *grad, bias=None):
+    """Whether nothing leaked into the results, nor will into derivatives that are being taken, as far as is known."""
+    found = results if isinstance(results, tuple) else (results,)
+    derived = isinstance(found[0], jax.core.Tracer)
+    if not grad and not derived:  # weights are 0 where they should be, and reach values alone
+        return _small(value) or not _has_nan(found[0])
+    if not all(map(_small, (query, key, value, *grad))):
+        return not derived and not any(map(_has_nan, found))
+    return bias is None or not any(map(_has_nan, found))
+
+
+def _numbers(x):
+    """``x`` for NumPy, where Python can read it: beneath derivatives that are taken at once too; else None."""
+    while isinstance(x, jax.core.Tracer):
+        x = getattr(x, "primal", None)
+    device = getattr(x, "device", None)  # of an array that is spread, how it is
+    return np.asarray(x) if getattr(device, "platform", None) == "cpu" else None
+
+
+def _small(x):
+    """Whether no number is known that is NaN, inf, or so large that its product with another may be inf."""
+    if (x := _numbers(x)) is None:
+        return True
+    if x.dtype.itemsize == 2:  # for which NumPy's products are slow
+        return (x.view(np.uint16) & 0x7FFF).max(initial=0) < LARGE[x.dtype.name]
+    return math.isfinite(np.vdot(x, x))
+
+
+def _has_nan(x):
+    """What leaks is 0 * NaN or 0 * inf, so NaN. inf beside -inf is a false alarm, which costs time alone."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (x := _numbers(x)) is not None and np.isnan(x.sum())
 
 
 # ---- arrays that are spread over devices
@@ -205,13 +272,15 @@ def short(function):
     def call(query, key, value, **options):
         if options:
             options = {name: x for name, x in options.items() if not _equal(x, defaults[name])}
-        if options.keys() <= _FLAGS and (query.dtype not in _WIDE or jax.config.jax_enable_x64):
-            return program(query, key, value, **options)
+        if options.keys() <= _FLAGS and not pairs.apart() and (query.dtype not in _WIDE or jax.config.jax_enable_x64):
+            results = program(query, key, value, **options)
+            if "causal" not in options or sound(results, query, key, value):
+                return results
         return function(query, key, value, **options)
 
     return call
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(function, fixed, args, options):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(function, fixed, apart, args, options):  # ``apart`` tells one program from the other
     return function(*args, **dict(fixed), **options)

@@ -1,0 +1,63 @@
+"""Attention where something is not finite: every query alone, with keys and values of its own.
+
+In products of all queries and keys a weight of 0 hides nothing: 0 * NaN is NaN, in results and in gradients. Here what a
+query may not attend to is zeros, for that query. No derivative needs a rule of its own: JAX has them all, and they keep
+queries apart too.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+
+import jax.numpy as jnp
+
+from kvattn import bands
+from kvattn.kernels.jax import blocks
+
+_apart = ContextVar("apart", default=False)
+
+
+def apart():
+    """Whether calls are to be computed this way."""
+    return _apart.get()
+
+
+@contextmanager
+def computed_apart(whether=True):
+    token = _apart.set(whether)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
+def attention(tab, query, key, value, *, score, **options):
+    """What ``tab.attention`` returns, in blocks of queries, since n * m * d numbers would fill the memory.
+
+    Each block draws its dropout, so that the draws are others than those of a call where all is finite.
+    """
+    features = max(1, query.shape[-1], value.shape[-1])
+    steps = bands.rows(score, query.shape, key.shape, max(1, blocks.PAIRS // features))
+    attend = partial(_alone, tab)
+    if not steps:
+        return attend(query, key, value, score=score, **options)
+    return blocks.attention(attend, steps, query, key, value, score=score, **options)
+
+
+def _alone(tab, query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, **options):
+    lead, n, m = bands.lead(query.shape, key.shape), query.shape[-2], key.shape[-2]
+    allowed = tab._allowed(n, jnp.arange(m), query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+    mask, bias = (None if x is None else jnp.broadcast_to(x, (*lead, n, m))[..., None, :] for x in (allowed, bias))
+    query = jnp.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :]  # (..., n, 1, d)
+    key, value = (_for_each(n, tab._spread(x, lead)) for x in (key, value))  # (..., n, m, d), (..., n, m, v)
+    with computed_apart(False):
+        results = tab.attention(query, key, value, mask=mask, bias=bias, **options)
+    if not isinstance(results, tuple):
+        return results[..., 0, :]
+    return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
+
+
+def _for_each(n, x):
+    return jnp.broadcast_to(x[..., None, :, :], (*x.shape[:-2], n, *x.shape[-2:]))
