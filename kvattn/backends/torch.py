@@ -392,10 +392,12 @@ def attention(
     triangle = kernel == "SDPA" and kernels.is_triangle(n, key.shape[-2], **where, **reach)
     if triangle and n < key.shape[-2]:  # nobody sees the others, nor NaN in them
         key, value = key[..., :n, :], value[..., :n, :]
-    allowed = None if triangle else _allowed(n, torch.arange(key.shape[-2], device=key.device), query.ndim, **where, **reach)
-    query, key, value = _hide_padding(allowed, query, key, value)
+    keys, forbidding = torch.arange(key.shape[-2], device=key.device), bias if kernels.forbids(bias) else None
+    allowed = None if triangle else _allowed(n, keys, query.ndim, **where | {"bias": forbidding}, **reach)
     if kernel == "SDPA":
-        return kernels.attention(query, key, value, allowed, bias, triangle, scale).to(dtype)  # autocast's is another
+        hide = partial(_hide_padding, allowed)
+        return kernels.attention(query, key, value, allowed, bias, triangle, scale, hide).to(dtype)  # autocast's is another
+    query, key, value = _hide_padding(allowed, query, key, value)
 
     def pairs():  # as they lie for each key head
         return _fold(allowed.expand(*bands.lead(query.shape, key.shape), n, key.shape[-2]), kv_heads)

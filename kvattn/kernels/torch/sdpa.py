@@ -22,6 +22,7 @@ READ = 32  # that take as long as reading one number of a key or value
 GAIN = 0.25  # share of the work that calls apart must save: they keep the cores less busy than one
 PAIRS = 2**24  # numbers that are held at one time, of scores, masks or features: arrays under 32 MB would fragment glibc's heap
 ROWS = 256  # queries of a block for which nothing but a mask is held
+EMPTY_ROWS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)  # zeros on a CPU, read and run there
 LACKS = "SDPA has no forward derivatives, no gradient by bias, no scale of 0 or less, and no answer without keys"
 
 
@@ -165,15 +166,34 @@ def is_triangle(n, m, mask, bias, valid_lens, causal, query_offset, window):
     return mask is None and bias is None and valid_lens is None and window is None
 
 
-def attention(query, key, value, allowed, bias, triangle, scale):
-    """softmax(scale * query @ key.T + bias) @ value: (..., h, n, v). A query with nothing to attend to gets zeros."""
-    if allowed is not None:  # an empty row attends to all and is dropped after: CUDA's kernels have given NaN for it
-        allowed = allowed.reshape(*[1] * (query.ndim - allowed.ndim), *allowed.shape)
-        some = allowed.any(dim=-1, keepdim=True)
-        added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
-    exact = partial(pairs.attention, allowed=allowed, bias=bias, scale=scale) if allowed is not None else None
-    output = fused(query, key, value, None if allowed is None else added, triangle, scale, exact)
-    return output if allowed is None else torch.where(some, output, 0)
+def attention(query, key, value, allowed, bias, triangle, scale, hide=None):
+    """softmax(scale * query @ key.T + bias) @ value: (..., h, n, v). A query with nothing to attend to gets zeros.
+
+    ``hide``: a function (query, key, value) -> the same with zeros for what meets nobody. It copies them, and so is called
+    only where the output tells that NaN or inf came through, or where nobody may look at it.
+    """
+    hide = hide or (lambda *inputs: inputs)
+    if allowed is None and bias is None:
+        return fused(*hide(query, key, value), None, triangle, scale)
+    allowed, bias = (x if x is None else x.reshape(*[1] * (query.ndim - x.ndim), *x.shape) for x in (allowed, bias))
+    exact = partial(pairs.attention, allowed=allowed, bias=bias, scale=scale)
+    if EMPTY_ROWS and query.numel() and readable(query):
+        added = bias if allowed is None else allowed if bias is None else torch.where(allowed, bias, -math.inf)
+        output = _run(query, key, value, added, False, scale)
+        if pairs.sound(output, query, key, True, False):
+            return _taped_as(output, exact, query, key, value, added) if _taped(query, key, value) else output
+    query, key, value = hide(query, key, value)
+    if allowed is None:
+        return fused(query, key, value, bias, False, scale, exact)
+    # an empty row attends to all and is dropped after: the kernels of GPUs, and older ones, have given NaN for it
+    some = allowed.any(dim=-1, keepdim=True)
+    added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
+    return torch.where(some, fused(query, key, value, added, triangle, scale, exact), 0)
+
+
+def forbids(bias):
+    """Whether the bias may hold -inf; a sum tells of a bias that can be looked at, which is one read of it."""
+    return bias is not None and not (readable(bias) and pairs.finite(bias))
 
 
 def is_band(n, m, mask, bias, valid_lens, causal, query_offset, window):
