@@ -7,8 +7,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvattn.conformance import Case, Report
+    from kvattn.conformance.apart import Judged
     from kvattn.lesson import Lesson
 
 
@@ -73,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     conform.add_argument("--backend", metavar="NAMES", help=f"only these, separated by commas: {names}, or a plugin's")
     conform.add_argument(
         "--device", metavar="NAME", help="where the arrays lie: cpu, cuda, cuda:1 (default: where each backend puts new ones)"
+    )
+    conform.add_argument(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=_jobs(),
+        help="backends at one time, each in a process of its own (default: as many as cores, at most 4); 1, or --device or "
+        "--draws: one after another, in this process",
     )
     conform.add_argument("--text", metavar="FILE", help="UTF-8 text to attend over (default: a sentence about a dog)")
     conform.add_argument("--json", metavar="FILE", help="also write the report as JSON")
@@ -137,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _jobs() -> int:
+    """How many backends are judged at one time, unless the user says it: each holds a framework in memory."""
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
+
+
 def _console() -> Console:
     from rich.console import Console
 
@@ -157,6 +172,8 @@ def conform(options: argparse.Namespace) -> int:
     names = _named(options.backend)
     if options.draws is not None and (options.draws < 1 or options.seed < 0 or options.text):
         raise _Refused("--draws takes at least 1 call and no --text, --seed a number that is not negative")
+    if options.jobs < 1:
+        raise _Refused(f"--jobs must be at least 1, not {options.jobs}")
     try:
         source = options.text or "the built-in sentence"
         words = text.read(options.text) if options.text else text.SENTENCE
@@ -167,7 +184,7 @@ def conform(options: argparse.Namespace) -> int:
 
     console = _console()
     names = _having(names, _lacking(names, options.device), options.backend is None, console)
-    backends, pairs, usable = _suite(names, _cases(options, console), console, options.device)
+    backends, pairs, found = _suite(names, words, options, console)
     document = report.document(
         kvattn=__version__,
         python=platform.python_version(),
@@ -175,7 +192,7 @@ def conform(options: argparse.Namespace) -> int:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         backends=backends,
         pairs=pairs,
-        text=text.compare(source, words, [] if options.draws else usable, options.device),
+        text=text.compare(source, words, {} if options.draws else found),
     )
     report.show(document, console)
     if options.draws:
@@ -283,61 +300,90 @@ def _smallest(document: dict[str, Any], seed: int, console: Console, device: str
 
 
 def _suite(
-    names: list[str], cases: Sequence[Case], console: Console, device: str | None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """The cases on each backend: the report's rows, its pairs, and the names of the backends that import."""
+    names: list[str], words: str, options: argparse.Namespace, console: Console
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """The cases on each backend: the report's rows, its pairs, and what those that import make of the text."""
     from kvattn import conformance
 
-    rows, reports, usable = [], [], []
+    apart = options.jobs > 1 and not (options.draws or options.device)
+    every = [] if apart else _cases(options, console)
     with _Progress(console) as progress:
-        for name in names:
-            start = time.perf_counter()
-            progress.start(name, len(cases), "importing")
-            seen: set[str] = set()  # a case comes once for each of its dtypes
+        seen: dict[str, set[str]] = {}  # a case comes once for each of its dtypes
 
-            def advance(case: str, seen: set[str] = seen) -> None:
-                seen.add(case)
-                progress.move(len(seen), case)
+        def begun(name: str, case: str) -> None:
+            seen.setdefault(name, set()).add(case)
+            progress.move(len(seen[name]), case, name)
 
-            row: dict[str, Any] = {"backend": name, "version": None, "device": None, "cases": 0, "error": None, "notes": []}
-            try:
-                dispatch.load(name)
-                usable.append(name)
-                result = conformance.run(name, cases=cases, progress=advance, device=device)
-            except (Exception, SystemExit) as error:  # a framework that fails to import is a row, whatever it raises
-                doing = "the suite stopped" if name in usable else "it does not import"
-                row |= {
-                    "passed": 0,
-                    "failed": 0,
-                    "worst_value": None,
-                    "worst_gradient": None,
-                    "worst_share": None,
-                    "failures": [],
-                }
-                row["error"] = f"{doing}: {_say(error)}"
-            else:
-                reports.append(result)
-                row |= {key: getattr(result, key) for key in ("version", "device", "passed", "failed")}
-                row |= {key: getattr(result, key) for key in ("worst_value", "worst_gradient")}
-                row["worst_share"] = max((each.error / each.allowed for each in result.results if each.allowed), default=None)
-                row["cases"] = result.passed + result.failed
-                row["notes"] = _notes(result)
-                if not row["cases"]:
-                    row["error"] = "no case ran: it offers none of the functions"
-                row["failures"] = [
-                    {key: getattr(each, key) for key in ("case", "group", "dtype", "what", "error", "allowed", "message")}
-                    for each in result.failures
-                ]
-            row["seconds"] = time.perf_counter() - start
-            rows.append(row)
+        if apart:
+            from kvattn.conformance.apart import judge
+
+            for name in names:
+                progress.start(name, None, "")
+            ended = judge(names, words, options.jobs, begun)
+        else:
+            ended = _in_turn(names, every, words, options.device, begun, progress)
+        judged = {}
+        for each in ended:
+            judged[each.name] = each, (row := _row(each))
             outcome = row["error"] or f"{row['passed']} cases passed, {row['failed']} failed, {row['seconds']:.1f} s"
-            progress.done("failed" if row["error"] else "done", outcome)
+            progress.done("failed" if row["error"] else "done", outcome, each.name)
+    inorder = [judged[name] for name in names]
+    reports = [each.report for each, _ in inorder if each.report is not None]
     pairs = [
         {"a": a, "b": b} | {key: getattr(each, key) for key in ("error", "allowed", "passed", "compared", "message")}
         for (a, b), each in conformance.pairwise(reports).items()
         if each.compared
     ]
-    return rows, pairs, usable
+    return [row for _, row in inorder], pairs, {each.name: each.text for each, _ in inorder if each.text is not None}
+
+
+def _in_turn(
+    names: list[str],
+    cases: Sequence[Case],
+    words: str,
+    device: str | None,
+    begun: Callable[[str, str], None],
+    progress: _Progress,
+) -> Iterator[Judged]:
+    """Each backend, one after another, in this process."""
+    from kvattn import conformance, text
+    from kvattn.conformance.apart import Judged
+
+    for name in names:
+        start = time.perf_counter()
+        progress.start(name, len(cases), "importing")
+        judged, doing = Judged(name), "it does not import"
+        try:
+            dispatch.load(name)
+            doing = "the suite stopped"
+            judged.text = text.attend(words, name, device)
+            judged.report = conformance.run(name, cases=cases, progress=partial(begun, name), device=device)
+        except (Exception, SystemExit) as error:  # a framework that fails to import is a row, whatever it raises
+            judged.error = f"{doing}: {_say(error)}"
+        judged.seconds = time.perf_counter() - start
+        yield judged
+
+
+def _row(judged: Judged) -> dict[str, Any]:
+    """A backend's row of the report."""
+    row: dict[str, Any] = {
+        "backend": judged.name, "version": None, "device": None, "cases": 0, "passed": 0, "failed": 0, "worst_value": None,
+        "worst_gradient": None, "worst_share": None, "error": judged.error, "notes": [], "failures": [],
+    }  # fmt: skip
+    if (result := judged.report) is not None:
+        row |= {key: getattr(result, key) for key in ("version", "device", "passed", "failed")}
+        row |= {key: getattr(result, key) for key in ("worst_value", "worst_gradient")}
+        row["worst_share"] = max((each.error / each.allowed for each in result.results if each.allowed), default=None)
+        row["cases"] = result.passed + result.failed
+        row["notes"] = _notes(result) + ([] if judged.quick is None else [f"compiled quickly: XLA_FLAGS={judged.quick!r}"])
+        if not row["cases"]:
+            row["error"] = "no case ran: it offers none of the functions"
+        row["failures"] = [
+            {key: getattr(each, key) for key in ("case", "group", "dtype", "what", "error", "allowed", "message")}
+            for each in result.failures
+        ]
+    row["seconds"] = judged.seconds
+    return row
 
 
 def _notes(result: Report) -> list[str]:
@@ -354,7 +400,7 @@ class _Progress:
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        self.console = console
+        self.console, self.tasks = console, dict[str, Any]()
         columns = (
             TextColumn("{task.description:<10}"),
             BarColumn(30),
@@ -370,19 +416,21 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
-    def start(self, name: str, total: int, doing: str) -> None:
-        self.name, self.total = name, total
-        self.task = self.bars.add_task(name, total=total, doing=doing)
+    def start(self, name: str, total: int | None, doing: str) -> None:
+        self.name = name
+        self.tasks[name] = self.bars.add_task(name, total=total, doing=doing)
 
-    def move(self, completed: int, doing: str) -> None:
+    def move(self, completed: int, doing: str, name: str | None = None) -> None:
+        """So many are done, and this one begins: of what started last, or of what is named."""
         from kvattn.report import clean
 
-        self.bars.update(self.task, completed=completed, doing=clean(doing)[: max(0, self.console.width - 60)])
+        doing = clean(doing)[: max(0, self.console.width - 60)]
+        self.bars.update(self.tasks[name or self.name], completed=completed, doing=doing)
 
-    def done(self, state: str, outcome: str) -> None:
-        self.bars.update(self.task, completed=self.total, doing=state)
+    def done(self, state: str, outcome: str, name: str | None = None) -> None:
+        self.bars.update(self.tasks[name or self.name], total=1, completed=1, doing=state)
         if not self.console.is_terminal:
-            self.console.print(f"{self.name}: {outcome}", soft_wrap=True)
+            self.console.print(f"{name or self.name}: {outcome}", soft_wrap=True)
 
 
 # ---- bench

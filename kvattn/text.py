@@ -78,28 +78,34 @@ def _vector(token: str, position: int) -> list[float]:
     return row
 
 
-def _attend(x: Any, backend: str, device: str | None) -> Any:
+def attend(text: str, backend: str, device: str | None = None) -> Any:
+    """Self-attention over the text in a backend: (output, weights) as float64 NumPy arrays, or why not, in words.
+
+    Given a ``device``, the text lies there; else it is a NumPy array.
+    """
+    import numpy as np
+
     import kvattn
     from kvattn import dispatch
 
-    if device is not None:
+    x: Any = embed(tokenize(text)[:USED])
+    try:
         tab = dispatch.load(backend)
-        with dispatch.on(tab, dispatch.device(tab, device)) as like:
-            x = tab.asarray(x, like=like)
-            return kvattn.attention(x, x, x, return_weights=True, backend=backend)
-    return kvattn.attention(x, x, x, return_weights=True, backend=backend)
+        with dispatch.on(tab, None if device is None else dispatch.device(tab, device)) as like:
+            x = x if device is None else tab.asarray(x, like=like)
+            pair = kvattn.attention(x, x, x, return_weights=True, backend=backend)
+        return tuple(np.asarray(kvattn.to_numpy(each), np.float64) for each in pair)
+    except Exception as error:  # one backend's failure is a line of the report
+        return f"{type(error).__name__}: {error}"
 
 
-def compare(source: str, text: str, backends: list[str], device: str | None = None) -> dict[str, Any]:
-    """Self-attention over the text in each backend, the backends compared pairwise; plain data for kvattn.report.
-
-    Given a ``device``, the text lies there; else it is a NumPy array.
+def compare(source: str, text: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What `attend` made of the text in each backend, by name, compared pairwise; plain data for kvattn.report.
 
     The errors, of outputs and weights, have the units and the allowance of the suite's cases (conformance/tolerance.py).
     """
     import numpy as np
 
-    import kvattn
     from kvattn.conformance import tolerance
 
     tokens = tokenize(text)[:USED]
@@ -109,14 +115,8 @@ def compare(source: str, text: str, backends: list[str], device: str | None = No
     allowed = 2 * tolerance.allowed("output", "float32", score)  # two backends may each be off by it
     units = [tolerance.unit("float32", magnitude) for magnitude in (float(sizes.max()), 1.0)]  # of the output, the weights
 
-    results: dict[str, tuple[Any, ...]] = {}
-    errors: dict[str, str] = {}
-    for name in backends:
-        try:
-            pair = _attend(x, name, device)
-            results[name] = tuple(np.asarray(kvattn.to_numpy(each), np.float64) for each in pair)
-        except Exception as error:  # one backend's failure is a line of the report
-            errors[name] = f"{type(error).__name__}: {error}"
+    errors = {name: made for name, made in found.items() if isinstance(made, str)}
+    results = {name: [np.asarray(x) for x in made] for name, made in found.items() if name not in errors}
     pairs = []
     for a, b in combinations(results, 2):
         apart = [float(np.abs(p - q).max()) / u for p, q, u in zip(results[a], results[b], units, strict=True)]

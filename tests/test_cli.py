@@ -41,6 +41,7 @@ def world(monkeypatch):
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(cli, "_jobs", lambda: 1)  # what stands in for the suite here is not there in another process
     world = SimpleNamespace(failing={}, apart=0.5)
 
     def run(name, cases=None, dtypes=None, progress=None, device=None):

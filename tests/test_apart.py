@@ -1,0 +1,88 @@
+"""Backends judged in processes of their own: what comes back is what one process finds; none harms another."""
+
+import json
+
+import numpy as np
+import pytest
+
+from kvattn import cli, conformance, text
+from kvattn.conformance import apart
+
+STRANGERS = """
+import os, sys
+from kvattn.backends.numpy import *
+print("a framework that talks")
+asked = asarray
+def asarray(*args, **options):
+    if __name__ == "dies":
+        os._exit(7)
+    return asked(*args, **options)
+if __name__ == "breaks":
+    raise OSError("libbreaks.so")
+if __name__ == "aborts" and os.environ.get("XLA_FLAGS"):
+    os.abort()
+"""
+
+
+@pytest.fixture
+def strangers(tmp_path, monkeypatch):
+    """Plugins that are installed: one whose process dies, one that does not import, one that does not know the flags."""
+    info = tmp_path / "strangers-1.0.dist-info"
+    info.mkdir()
+    names = ("dies", "breaks", "aborts")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strangers\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvattn.backends]\n" + "".join(f"{name} = {name}\n" for name in names))
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(STRANGERS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    return names
+
+
+def test_what_comes_back_is_what_one_process_finds(strangers, monkeypatch):
+    monkeypatch.setitem(apart.SHARED, "numpy", 16)  # dealt out to two processes
+    monkeypatch.setitem(apart.QUICK, "aborts", "--no_such_flag")
+    seen = set()
+    found = {
+        each.name: each
+        for each in apart.judge(["numpy", *strangers], text.SENTENCE, 2, lambda name, case: seen.add((name, case)))
+    }
+    assert sorted(found) == sorted(["numpy", *strangers])
+    whole, got = conformance.run("numpy"), found["numpy"].report
+    key = lambda each: (each.case, each.dtype, each.what)  # noqa: E731
+    assert sorted(got.results, key=key) == sorted(whole.results, key=key)
+    assert (got.version, got.device, got.excused) == (whole.version, whole.device, whole.excused)
+    assert got.tolerances == whole.tolerances
+    assert got.outputs.keys() == whole.outputs.keys()
+    assert all(np.array_equal(x, whole.outputs[at], equal_nan=True) for at, x in got.outputs.items())
+    assert {case for name, case in seen if name == "numpy"} == {case.name for case in conformance.cases()}
+    for made in (found["numpy"].text, found["aborts"].text):
+        assert all(np.array_equal(x, y) for x, y in zip(made, text.attend(text.SENTENCE, "numpy"), strict=True))
+    assert found["dies"].error == "the process in which it was judged ended by itself"
+    assert found["breaks"].error == "it does not import: OSError: libbreaks.so"
+    assert found["aborts"].report.passed > 500
+    assert found["aborts"].quick is None  # and it was asked again, without the flags
+
+
+def test_the_command_prints_a_backend_when_it_is_done_and_writes_all(strangers, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert cli.main(["conform", "--backend", "breaks,numpy", "--jobs", "2", "--json", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert out.index("numpy: ") < out.index("Conformance: ")
+    document = json.loads(path.read_text())
+    assert [row["backend"] for row in document["backends"]] == ["breaks", "numpy"]  # as they were named
+    assert document["backends"][1]["cases"] == len(conformance.cases())
+    assert document["text"]["weights"]
+
+
+def test_flags_of_the_users_own_are_kept(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    asked = []
+    monkeypatch.setattr(apart, "_ask", lambda what, quick, *_: asked.append(quick) or {"error": "not asked"})
+    assert [each.error for each in apart.judge(["jax"], "", 1)] == ["not asked"]
+    assert asked == [None]
+
+
+def test_jobs_that_are_none_are_refused(capsys):
+    assert cli.main(["conform", "--jobs", "0"]) == 2
+    assert "--jobs must be at least 1" in capsys.readouterr().err
