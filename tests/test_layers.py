@@ -387,6 +387,73 @@ def test_the_params_of_the_function_are_those_of_the_layer(room, backend):
     np.testing.assert_allclose(kvattn.to_numpy(by_function), room.call(layer, X, X, X, LENS), atol=1e-5)
 
 
+# ---- padding
+
+
+EACH = np.array([[5, 0, 2], [2, 1, 0]])
+MASK = np.ones((2, 3, 5), bool)
+MASK[0, 1] = MASK[0, :, 4] = MASK[1, :, 1] = False
+NOTHING = np.zeros((2, 3), bool)
+HIDDEN = {  # options, (batch, n) queries that see no key, (batch, m) keys that no query sees; without a batch, of the first
+    "lengths": ({"valid_lens": LENS}, NOTHING, np.arange(5) >= LENS[:, None]),
+    "lengths of each query": ({"valid_lens": EACH}, EACH == 0, np.arange(5) >= EACH.max(1)[:, None]),
+    "a mask": ({"mask": MASK[:, None]}, ~MASK.any(2), ~MASK.any(1)),
+    "a bias": ({"bias": np.where(MASK[:1, None], 0.5, -np.inf).astype("float32")}, ~MASK.any(2)[[0, 0]], ~MASK.any(1)[[0, 0]]),
+    "causal": ({"causal": True}, NOTHING, np.arange(5) >= np.array([[3], [3]])),
+    "a window": ({"window": (1, 0), "query_offset": 4}, NOTHING | [False, False, True], np.arange(5) < np.array([[3], [3]])),
+    "positions": (
+        {"positions": np.array([[0, 2], [2, -1], [-1, -1]])}, NOTHING | [False, False, True],
+        np.array([[False, True, False, True, True]] * 2),
+    ),
+}  # fmt: skip
+
+
+def hurt(x, rows):
+    """x with NaN and inf in these rows."""
+    x = x.copy()
+    x[rows] = RNG.choice([np.nan, np.inf, -np.inf], x[rows].shape)
+    return x
+
+
+def same_gradients(room, layer, clean, dirty, grad_output, options):
+    """Whether output and all gradients are those of clean inputs."""
+    np.testing.assert_allclose(room.call(layer, *dirty, **options), room.call(layer, *clean, **options), atol=1e-6)
+    (by_inputs, by_weights), expected = (room.gradients(layer, x, grad_output, **options) for x in (dirty, clean))
+    for name, x in expected[1].items():
+        np.testing.assert_allclose(by_weights[name], x, atol=2e-6, err_msg=name)
+    for i, (x, y) in enumerate(zip(by_inputs, expected[0], strict=True)):
+        np.testing.assert_allclose(x, y, atol=2e-6, err_msg=f"input {i}")
+
+
+@pytest.mark.parametrize("hidden", [*HIDDEN, "lengths of each query, no batch"])
+def test_nan_in_padding_reaches_no_gradient_of_a_head(room, hidden):
+    options, alone, unseen = HIDDEN[hidden.partition(", no batch")[0]]
+    clean, dirty = (QUERIES, KEYS, VALUES), (hurt(QUERIES, alone), hurt(KEYS, unseen), hurt(VALUES, unseen))
+    grad_output = GRAD["X"][:, :3]
+    if hidden.endswith("no batch"):  # the second of the batch alone
+        options, grad_output = {"valid_lens": options["valid_lens"][1]}, grad_output[1]
+        clean, dirty = ([x[1] for x in some] for some in (clean, dirty))
+    layer, _ = made(room, "MultiHeadAttention", {**HEADS, "bias": True, "num_kv_heads": 2}, clean)
+    same_gradients(room, layer, clean, dirty, grad_output, options)
+
+
+@pytest.mark.parametrize("name", [name for name in SCORED if name != "DotProductAttention"])
+def test_nan_in_padding_reaches_no_gradient_of_a_score(room, name):
+    options, alone, unseen = HIDDEN["lengths of each query"]
+    clean, dirty = (QUERIES, KEYS, VALUES), (hurt(QUERIES, alone), hurt(KEYS, unseen), hurt(VALUES, unseen))
+    layer, _ = made(room, name, CASES[name][1], clean)
+    same_gradients(room, layer, clean, dirty, GRAD["QKV"], options)
+
+
+def test_nan_in_a_padded_position_stays_in_it(room):
+    """A block's norms and its network treat every position alike, padded or not: NaN in one stays there."""
+    layer, _ = made(room, "TransformerEncoderBlock", {"num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4}, (X, LENS))
+    padded = np.arange(4) >= LENS[:, None]
+    clean, dirty = room.call(layer, X, LENS), room.call(layer, np.where(padded[..., None], np.float32(np.nan), X), LENS)
+    np.testing.assert_allclose(dirty[~padded], clean[~padded], atol=1e-6)
+    assert np.isnan(dirty[padded]).all()
+
+
 # ---- decoding
 
 

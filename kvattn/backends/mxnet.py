@@ -169,10 +169,15 @@ def _hide_padding(allowed, query, key, value):
     return tuple(quirks.where(row, x, 0) for row, x in zip(rows, (query, key, value), strict=True))
 
 
+def _leaks(*inputs):
+    """Whether NaN or inf in rows that meet nobody may reach a gradient: not where none is asked for or all is finite."""
+    return autograd.is_recording() and not all(map(views.finite, {id(x): x for x in inputs}.values()))
+
+
 def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     limited = causal or not mask is bias is valid_lens is window is positions is None
-    if not limited or not autograd.is_recording() or all(map(views.finite, (query, key, value))):
+    if not limited or not _leaks(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = np.arange(key.shape[-2], dtype="int64", ctx=key.ctx)
     if positions is not None:

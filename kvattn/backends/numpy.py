@@ -137,10 +137,15 @@ def _hide_padding(allowed, query, key, value):
     )
 
 
+def _leaks(*inputs):
+    """Whether NaN or inf in rows that meet nobody may reach a gradient: not where all inputs are finite."""
+    return not all(np.isfinite(x).all() for x in {id(x): x for x in inputs}.values())
+
+
 def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     limited = causal or not mask is bias is valid_lens is window is positions is None
-    if not limited or all(np.isfinite(x).all() for x in (query, key, value)):
+    if not limited or not _leaks(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = np.arange(key.shape[-2])
     if positions is not None:

@@ -174,10 +174,15 @@ def _hide_padding(allowed, query, key, value):
     )
 
 
+def _leaks(*inputs):
+    """Whether NaN or inf in rows that meet nobody may reach a gradient: not where all inputs are known to be finite."""
+    return any((seen := peek(x)) is None or not np.isfinite(seen).all() for x in {id(x): x for x in inputs}.values())
+
+
 def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     limited = causal or not mask is bias is valid_lens is window is positions is None
-    if not limited or all((seen := peek(x)) is not None and np.isfinite(seen).all() for x in (query, key, value)):
+    if not limited or not _leaks(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = tf.range(tf.cast(_shape(key)[-2], tf.int64))
     if positions is not None:

@@ -156,10 +156,15 @@ def _hide_padding(allowed, query, key, value):
     )
 
 
+def _leaks(*inputs):
+    """Whether NaN or inf in rows that meet nobody may reach a gradient: not where none is asked for or all is finite."""
+    return not kernels.without_leaks(*inputs)
+
+
 def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     limited = causal or not mask is bias is valid_lens is window is positions is None
-    if not limited or kernels.without_leaks(query, key, value):
+    if not limited or not _leaks(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = torch.arange(key.shape[-2], device=key.device)
     if positions is not None:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import checks
+from kvattn import checks, prepare
 from kvattn.cache import KVCache
 
 LAYERS = (
@@ -142,6 +142,29 @@ def lengths(tab: Any, valid_lens: Any, queries: Any) -> Any:
     if valid_lens is None or len(queries.shape) != 3:
         return valid_lens
     return checks.for_each_head(tab, valid_lens, queries.shape[0], queries)
+
+
+LIMITS = ("mask", "bias", "causal", "query_offset", "window", "positions")  # the options that forbid pairs, but for lengths
+
+
+def hide_unseen(tab: Any, queries: Any, keys: Any, values: Any, num_heads: int, valid_lens: Any = None, **options: Any) -> Any:
+    """queries, keys and values (..., n, features) with zeros in rows that meet nobody in any head, where NaN may be: it would
+    reach the gradients of the matrices that project them. Raises what attention would."""
+    limits = {name: options[name] for name in LIMITS if options.get(name) is not None and options[name] is not False}
+    limits |= {} if valid_lens is None else {"valid_lens": valid_lens}
+    alone = 0 in (*queries.shape[:-1], *keys.shape[:-1])
+    if not (limits or alone) or not tab._leaks(queries, keys, values):
+        return queries, keys, values
+    lead = tuple(queries.shape)[:-2]
+    *batch, _, n, m = checks.pairs(*(x[..., None, :, :] for x in (queries, keys, values)))
+    scores, bias = (*batch, num_heads, n, m), limits.pop("bias", None)
+    limits = prepare.options(tab, queries, scores, (None, None), **limits, batch=tuple(batch[:1]))
+    if not lead and valid_lens is not None:
+        limits["valid_lens"] = checks.for_each_head(tab, limits["valid_lens"], num_heads, queries)
+    if bias is not None:  # of the dtype of what is projected, which autocast may choose
+        limits["bias"] = checks.array(tab, "bias", bias, like=queries)
+        checks.broadcastable("bias", tuple(limits["bias"].shape), scores, "the scores")
+    return tab._hide_unseen(queries, keys, values, **limits)
 
 
 def check_activation(activation: str) -> None:

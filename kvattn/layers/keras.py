@@ -131,12 +131,12 @@ def padding_of(x):
     return getattr(x, "_keras_mask", None)
 
 
-def hide_padding(options, queries, keys, queries_mask, *keys_masks):
-    """Put Keras's masks among attention's options: padded keys are hidden, and padded queries attend to nothing.
+def hide_padding(options, queries, keys, scores, queries_mask, *keys_masks):
+    """Put Keras's masks among attention's options, for ``scores`` of this shape: padded keys are hidden, and padded queries
+    attend to nothing.
 
     A query is hidden by a length of 0, not by a mask, which would have an entry for every pair.
     """
-    scores = (*queries.shape[:-1], keys.shape[-2])
     for mask in keys_masks:
         if mask is not None:
             _hide(options, queries, scores, mask[..., None, :])

@@ -314,6 +314,11 @@ class MultiHeadAttention(_Layer):
         self.W_o = _Dense("W_o", num_hiddens, bias, seed)
 
     def hybrid_forward(self, F, queries, keys, values, valid_lens=None, *, cache=None, **options):
+        if cache is None and tab.is_array(
+            queries
+        ):  # else a later call may look at what is nobody's now; a Symbol has no values
+            valid_lens = whole(valid_lens)
+            queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = _split(self.W_q(queries), self.num_heads, self.width)  # (batch, heads, n, d)
         keys, values = (_split(x, self.num_kv_heads, self.width) for x in (self.W_k(keys), self.W_v(values)))
         if cache is not None:

@@ -53,7 +53,7 @@ class _Attention(Layer):
              values_mask=None, **options):  # fmt: skip
         options |= {name: tf.convert_to_tensor(x) for name, x in (arrays or {}).items()}  # of a variable, the value now
         options |= {"score": self._score(queries, keys), "valid_lens": valid_lens}
-        hide_padding(options, queries, keys, queries_mask, keys_mask, values_mask)
+        hide_padding(options, queries, keys, (*queries.shape[:-1], keys.shape[-2]), queries_mask, keys_mask, values_mask)
         last = (queries, keys, options) if tf.executing_eagerly() else IN_GRAPH
         vars(self)["_last"] = last  # past Keras, which tracks what it finds in a layer
         rate = self.dropout.rate if training else 0.0
@@ -180,8 +180,15 @@ class MultiHeadAttention(Layer):
 
     def call(self, queries, keys, values, valid_lens=None, arrays=None, cache=None, training=None, queries_mask=None,
              keys_mask=None, values_mask=None, **options):  # fmt: skip
-        options |= arrays or {}
-        options |= {"queries_mask": queries_mask, "keys_mask": keys_mask, "values_mask": values_mask}
+        options |= {name: tf.convert_to_tensor(x) for name, x in (arrays or {}).items()}  # of a variable, the value now
+        if cache is None:
+            options["valid_lens"] = valid_lens
+            scores = (*queries.shape[:-2], self.num_heads, queries.shape[-2], keys.shape[-2])
+            hide_padding(options, queries, keys, scores, queries_mask, keys_mask, values_mask)
+            queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, **options)
+            valid_lens = options.pop("valid_lens")
+        else:  # a later call may look at what is nobody's now
+            options |= {"queries_mask": queries_mask, "keys_mask": keys_mask, "values_mask": values_mask}
         queries = _split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = _split(self.W_k(keys), self.num_kv_heads), _split(self.W_v(values), self.num_kv_heads)
         if cache is not None:

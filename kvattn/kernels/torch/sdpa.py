@@ -28,9 +28,11 @@ LACKS = "SDPA has no forward derivatives, no gradient by bias, no scale of 0 or 
 
 def without_leaks(*inputs):
     """Whether no NaN or inf in rows that meet nobody can reach a gradient: nobody asks for one, or all inputs are finite."""
-    if not torch.is_grad_enabled() and not tracing():
+    if tracing():
+        return False
+    if not torch.is_grad_enabled():
         return True
-    return all(readable(x) and pairs.finite(x) for x in inputs)
+    return all(readable(x) and pairs.finite(x) for x in {id(x): x for x in inputs}.values())
 
 
 def choose(query, key, value, usual, score, softcap, scale, where, reach, whole, by_lengths=True):
