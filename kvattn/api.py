@@ -15,7 +15,8 @@ Where every backend must agree:
 - A query with nothing to attend to gets zeros, lse -inf and zero gradients.
 - Without features (d = 0) dot products are 0, scaled or not: attention is the average of the values that may be attended to.
 - NaN or inf in a key or value that no query of its batch entry may attend to, or in a query with no key, reaches no
-  result and no gradient.
+  result and no gradient. With a cache it reaches no result, but gradients by what projects a step's keys, values and
+  queries, through a framework's autodiff: a later step may look at what nobody does now.
 - NaN, inf or a score that overflows changes nothing but the rows that look at it: in query i or row i of the bias that
   row, in a key or value the rows that may attend to it. Other rows, and gradients that depend on them alone, are exact:
   eagerly on a CPU (under jax.grad, vjp and jvp too); what may leak elsewhere stands in conformance/known.py.

@@ -27,6 +27,7 @@ EVERYWHERE = [
     ("lets key valid_lens in", "keys < _lengths(valid_lens, ndim)", "keys <= _lengths(valid_lens, ndim)", "lengths"),
     ("projects values as keys", '_project(value, params, "v")', '_project(value, params, "k")', "multi-head"),
     ("forgets the biases of heads", "return x if b is None else x + _wide(b)", "return x", "multi-head"),
+    ("leaks NaN into projections", "hidden = _hide_padding(allowed, *(", "hidden = _hide_padding(None, *(", "multi-head"),
     ("forgets where a cached query stands", "cache.length - query.shape[-2]", "0", "decoding"),
 ]
 
@@ -49,8 +50,8 @@ NUMPY = [
     ),
     (
         "gives empty rows uniform weights",
-        "return (shifted / total)",
-        "return ((shifted + empty / scores.shape[-1]) / total)",
+        "weights = (shifted / total)",
+        "weights = ((shifted + empty / scores.shape[-1]) / total)",
         "empty rows",
     ),
     ("gives empty rows an lse of 0", "lse = np.where(empty, -math.inf,", "lse = np.where(empty, 0,", "empty rows"),
@@ -180,7 +181,9 @@ NUMPY = [
         "identity(np.ones(scores.shape, _wide(scores).dtype), where)",
         "np.ones(scores.shape, _wide(scores).dtype)",
     ),
-    ("divides by a sum of 0", "np.where(total == 0, 0, wide / np.where(total == 0, 1, total))", "wide / total", "normalisers"),
+    ("divides by a sum of 0", "wide / np.where(total == 0, math.inf, total)", "wide / total", "normalisers"),
+    ("leaves NaN where nothing may look", "else identity(weights, where), lse", "else weights, lse", "normalisers"),
+    ("leaves NaN in proportions", "else identity(weights, where)).astype", "else weights).astype", "normalisers"),
     ("thresholds too early", "(1 + ranks * ordered > sums)", "(0.5 + ranks * ordered > sums)", "normalisers"),
 ]
 

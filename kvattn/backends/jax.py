@@ -313,7 +313,7 @@ def hardmax(scores, where=None):
 def proportional(scores, where=None):
     wide = identity(_wide(scores), where)
     total = wide.sum(axis=-1, keepdims=True)
-    return jnp.where(total == 0, 0, wide / jnp.where(total == 0, 1, total)).astype(scores.dtype)
+    return identity(wide / jnp.where(total == 0, math.inf, total), where).astype(scores.dtype)
 
 
 @programs.exact
@@ -328,20 +328,20 @@ def identity(scores, where=None):
 
 
 def _top(scores, where):
-    """The largest score of each row, 0 where nothing may be attended to."""
+    """The largest score of each row, 0 where nothing may be attended to; NaN for inf, which makes NaN of the row."""
     scores = jax.lax.stop_gradient(scores if where is None else jnp.where(where, scores, -math.inf))
     top = scores.max(axis=-1, keepdims=True, initial=-math.inf)
-    return jnp.where(top == -math.inf, 0, top)
+    return jnp.nan_to_num(top, nan=math.nan, posinf=math.nan, neginf=0)
 
 
 def _softmax_lse(scores, where):
     """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
     scores = _wide(scores)
     top = _top(scores, where)
-    shifted = jnp.exp((scores if where is None else jnp.where(where, scores, -math.inf)) - top)
+    shifted = jnp.exp(scores - top if where is None else jnp.where(where, scores - top, -math.inf))
     total = shifted.sum(axis=-1, keepdims=True)
     empty = total == 0
-    total = jnp.where(empty, 1, total)
+    total = jnp.where(total > 0, total, 1)  # where a row is NaN, what it may not attend to is 0 / 1
     lse = jnp.where(empty, -math.inf, jnp.log(total) + top)
     return shifted / total, lse[..., 0]
 

@@ -328,8 +328,9 @@ def hardmax(scores, where=None):
 def proportional(scores, where=None):
     wide = identity(_wide(scores), where)
     total = wide.sum(axis=-1, keepdims=True)
-    some = total.detach() != 0
-    return quirks.where(some, wide / quirks.where(some, total, 1), 0).astype(scores.dtype, copy=False)
+    weights = wide / quirks.where(total.detach() != 0, total, math.inf)
+    shown = where is None or views.finite(total)
+    return (weights if shown else identity(weights, where)).astype(scores.dtype, copy=False)
 
 
 @quirks.normalizing
@@ -360,7 +361,8 @@ def _softmax_lse(scores, where):
     some = total.detach() != 0
     total = quirks.where(some, total, 1)
     lse = quirks.where(some, np.log(total) + top, -math.inf)
-    return shifted / total, lse[..., 0]
+    weights = shifted / total
+    return weights if where is None or views.finite(total) else quirks.where(where, weights, 0), lse[..., 0]
 
 
 # ---- attention

@@ -273,7 +273,8 @@ def hardmax(scores, where=None):
 def proportional(scores, where=None):
     wide = identity(_wide(scores), where)
     total = wide.sum(axis=-1, keepdims=True)
-    return np.where(total == 0, 0, wide / np.where(total == 0, 1, total)).astype(scores.dtype)
+    weights = wide / np.where(total == 0, math.inf, total)
+    return (weights if np.isfinite(total).all() else identity(weights, where)).astype(scores.dtype)
 
 
 def average(scores, where=None):
@@ -303,7 +304,8 @@ def _softmax_lse(scores, where):
     empty = total == 0  # and others may be NaN
     total = np.where(empty, 1, total).astype(scores.dtype, copy=False)
     lse = np.where(empty, -math.inf, np.log(total) + top).astype(scores.dtype, copy=False)
-    return (shifted / total).astype(scores.dtype, copy=False), lse[..., 0]
+    weights = (shifted / total).astype(scores.dtype, copy=False)
+    return weights if np.isfinite(total).all() else identity(weights, where), lse[..., 0]
 
 
 # ---- attention

@@ -296,7 +296,8 @@ def hardmax(scores, where=None):
 def proportional(scores, where=None):
     wide = identity(_wide(scores), where)
     total = wide.sum(dim=-1, keepdim=True)
-    return torch.where(total == 0, 0, wide / torch.where(total == 0, 1, total)).to(scores.dtype)
+    weights = wide / torch.where(total == 0, math.inf, total)
+    return (weights if where is None else torch_pairs.cleared(weights, where)).to(scores.dtype)
 
 
 def average(scores, where=None):
@@ -309,23 +310,23 @@ def identity(scores, where=None):
 
 
 def _top(scores, where):
-    """The largest score of each row, 0 where nothing may be attended to."""
+    """The largest score of each row, 0 where nothing may be attended to; NaN for inf, which makes NaN of the row."""
     scores = scores.detach()  # whatever is taken off, the weights and their gradients are the same
     if scores.shape[-1] == 0:
         return scores.new_zeros((*scores.shape[:-1], 1))
     scores = scores if where is None else torch.where(where, scores, -math.inf)
     top = scores.amax(dim=-1, keepdim=True)
-    return torch.where(top == -math.inf, 0, top)
+    return top.nan_to_num(math.nan, posinf=math.nan, neginf=0)
 
 
 def _softmax_lse(scores, where):
     """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
     scores = _wide(scores)
     top = _top(scores, where)
-    shifted = torch.exp((scores if where is None else torch.where(where, scores, -math.inf)) - top)
+    shifted = torch.exp(scores - top if where is None else torch.where(where, scores - top, -math.inf))
     total = shifted.sum(dim=-1, keepdim=True)
     empty = total == 0
-    total = torch.where(empty, 1, total)
+    total = torch.where(total > 0, total, 1)  # where a row is NaN, what it may not attend to is 0 / 1
     lse = torch.where(empty, -math.inf, total.log() + top)
     return shifted / total, lse[..., 0]
 

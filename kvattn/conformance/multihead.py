@@ -160,10 +160,16 @@ def decoding(rng):
         ("decoding, grouped heads", 4, 2, {}),
         ("decoding in a window", 2, 2, {"window": (1, 0)}),
         ("decoding, room set aside", 4, 2, {"capacity": (2, 2, 7, 2, 2)}),
+        ("decoding, NaN behind lengths", 2, 2, {"valid_lens": np.array([5, 2])}),
+        ("decoding, NaN behind lengths, room set aside", 4, 2, {"capacity": (2, 2, 7, 2, 2), "valid_lens": np.array([1, 4])}),
     ):
         x = grid(rng, *options.pop("batch", (2,)), 5, 3)
         params = params_of(rng, 3, 3, 3, heads, kv_heads)
         how = {n: y for n, y in options.items() if n != "capacity"}
         case = multi_head(name, x, x, x, params, rng, heads=heads, kv_heads=kv_heads, grad=False, causal=True, **how)
         keywords = {n: y for n, y in case.keywords.items() if n != "causal"} | options
-        yield Case(name, "decoding", "decoding", case.arguments, keywords, case.answer, case.magnitude, case.largest_score)
+        arguments = dict(case.arguments)
+        for hidden in ("key", "value") if "NaN" in name else ():
+            behind = np.arange(5) >= how["valid_lens"][:, None]
+            arguments[hidden] = np.where(behind[..., None], np.nan, arguments[hidden])
+        yield Case(name, "decoding", "decoding", arguments, keywords, case.answer, case.magnitude, case.largest_score)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from kvattn.conformance import oracle
 from kvattn.conformance.cases import DTYPES, WEIGHTS, Case, attend, flags, grid, kink_free, qkv
 
-INF = np.inf
+INF, NAN = np.inf, np.nan
 SIMPLE = ("dot_score", "scaled_dot_score", "cosine_score", "distance_score")
 KERNELS = ("gaussian_kernel", "boxcar_kernel", "triangular_kernel", "epanechnikov_kernel", "constant_kernel")
 NORMALISERS = ("softmax", "masked_softmax", "sparsemax", "hardmax", "proportional", "average", "identity")
@@ -115,6 +116,16 @@ def normal(name, group, function, scores, dtypes=DTYPES, **arguments):
     return Case(name, group, function, {"scores": scores, **arguments}, {}, *answer, dtypes)
 
 
+def beside_nan(rng, name):
+    """Rows with NaN have 0 where nothing may be attended to; what they have elsewhere, only softmax says, in attention."""
+    s, where = grid(rng, 2, 4, 5, top=1) + (1.0 if name == "proportional" else 0.0), flags(rng, 2, 4, 5)
+    where[0, :3], where[1, 1, 0], where[1, 3] = [True, False, True, False, True], True, False
+    case, bad = normal(f"{name} beside NaN", "normalisers", name, s, where=where), s.copy()
+    bad[0, 1, 2] = bad[0, 2, 1] = bad[1, 1, 0] = bad[1, 3] = NAN  # of which the second and the last are hidden
+    told = ~(np.isnan(bad) & where).any(axis=-1, keepdims=True) | ~where
+    return replace(case, arguments={"scores": bad, "where": where}, judged={"output": told})
+
+
 def normalisers(rng):
     for name in NORMALISERS:
         s = grid(rng, 2, 4, 5, top=1) + (1.0 if name == "proportional" else 0.0)
@@ -142,3 +153,5 @@ def normalisers(rng):
     yield normal("masked_softmax, 4 axes, (b, n)", "normalisers", "masked_softmax", four, valid_lens=per_query)
     low, lens = np.floor(s) - 2.0**21, np.array([2, 4])  # below the -1e6 that d2l fills in for what is masked
     yield normal("masked_softmax below -1e6", "normalisers", "masked_softmax", low, valid_lens=lens, dtypes=DTYPES[:2])
+    for name in NORMALISERS:
+        yield beside_nan(rng, name)
