@@ -150,11 +150,10 @@ LIMITS = ("mask", "bias", "causal", "query_offset", "window", "positions")  # th
 def hide_unseen(tab: Any, queries: Any, keys: Any, values: Any, num_heads: int, valid_lens: Any = None, **options: Any) -> Any:
     """queries, keys and values (..., n, features) with zeros in rows that meet nobody in any head, where NaN may be: it would
     reach the gradients of the matrices that project them. Raises what attention would."""
-    limits = {name: options[name] for name in LIMITS if options.get(name) is not None and options[name] is not False}
-    limits |= {} if valid_lens is None else {"valid_lens": valid_lens}
-    alone = 0 in (*queries.shape[:-1], *keys.shape[:-1])
-    if not (limits or alone) or not tab._leaks(queries, keys, values):
+    free = valid_lens is None and not options and 0 not in (*queries.shape[:-1], *keys.shape[:-1])
+    if free or not tab._leaks(queries, keys, values):
         return queries, keys, values
+    limits = {name: options[name] for name in LIMITS if name in options} | {"valid_lens": valid_lens}
     lead = tuple(queries.shape)[:-2]
     *batch, _, n, m = checks.pairs(*(x[..., None, :, :] for x in (queries, keys, values)))
     scores, bias = (*batch, num_heads, n, m), limits.pop("bias", None)
