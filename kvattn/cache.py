@@ -56,12 +56,12 @@ class KVCache(NamedTuple):
             checks.floating("key", key)
             value = checks.floating("value", value, ("key", key), tab)
             checks.same_shape("value", value, (*lead, n, checks.shape("value", value, 2)[-1]), "the keys need")
-            return KVCache(key, value, int(key.shape[-2]))
+            return KVCache(key, value, _known(key.shape[-2]))
         key = checks.floating("key", key, ("the cache", self.key), tab)
         value = checks.floating("value", value, ("the cache", self.value), tab)
         for name, x, old in (("key", key, self.key), ("value", value, self.value)):
             checks.same_shape(name, x, (*tuple(old.shape)[:-2], key.shape[-2], old.shape[-1]), "the cache continues")
-        length = self.length + key.shape[-2]
+        length = self.length + _known(key.shape[-2])
         return KVCache(tab.write(self.key, key, self.length), tab.write(self.value, value, self.length), length)
 
     def seen(self) -> tuple[Array, Array]:
@@ -69,3 +69,10 @@ class KVCache(NamedTuple):
         if not checks.is_integer(self.length) or self.key is None or self.length == self.key.shape[-2]:
             return self.key, self.value
         return self.key[..., : self.length, :], self.value[..., : self.length, :]
+
+
+def _known(n: Any) -> Any:
+    """How many keys a step adds, as its shape tells: a number, or where a program is recorded what stands for one."""
+    if n is None:
+        raise ValueError("key has an axis -2 of unknown size; a cache counts its keys: give the step a size (tf.ensure_shape)")
+    return n

@@ -356,6 +356,8 @@ def offset(tab: Any, query_offset: Any, batch: tuple[Any, ...], like: Any) -> An
         return int(query_offset)
     if isinstance(query_offset, (bool, float, str)):
         raise TypeError(f"query_offset must be an int or an integer array (batch,), not {type(query_offset).__name__}")
+    if hasattr(query_offset, "__index__") and not hasattr(query_offset, "shape"):  # a size that is a symbol
+        return query_offset
     x = _integers(tab, "query_offset", query_offset, like)
     shape = _shape(x)
     if shape != () and (len(shape) != 1 or not batch or _differ(shape[0], batch[0])):

@@ -713,3 +713,19 @@ def test_short_names_have_mxnets_meaning():
     assert isinstance(kv.get_key(), int)
     for name in ("abs", "arange", "exp", "ones", "sin", "zeros", "sigmoid", "tanh", "linspace", "meshgrid", "stack", "log"):
         assert callable(getattr(kv, name)), name
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_a_layer_keeps_a_learned_bias_as_it_was_and_is_copied(hybrid):
+    layer, bias = kv.MultiHeadAttention(8, 2, seed=1), array(4, 4)
+    layer.initialize()
+    if hybrid:
+        layer.hybridize()
+    bias.attach_grad()
+    with autograd.record():
+        output = layer(X, X, X, bias=bias)
+    output.backward()
+    shown = layer.attention.attention_weights
+    bias[:] = 0  # as an optimiser writes into it
+    same(layer.attention.attention_weights, shown)
+    same(copy.deepcopy(layer)(X, X, X), layer(X, X, X))

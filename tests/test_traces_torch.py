@@ -8,6 +8,7 @@ import pytest
 from conftest import chosen
 
 import kvattn
+import kvattn.numpy
 
 if "torch" not in chosen():
     pytest.skip("this run is without PyTorch", allow_module_level=True)
@@ -16,6 +17,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from traced import RESTRICTIONS, SIZES, D, V, call, draw, empty, full, short
 
+import kvattn.torch
 from kvattn import torch as kv
 
 # PyTorch warns of every size that Python compares while torch.jit.trace looks on
@@ -26,9 +28,9 @@ pytestmark = [
 
 
 class Module(torch.nn.Module):
-    def __init__(self, function):
+    def __init__(self, function, *parts):
         super().__init__()
-        self.function = function
+        self.function, self.parts = function, torch.nn.ModuleList(parts)
 
     def forward(self, *arrays):
         return self.function(*arrays)
@@ -40,24 +42,24 @@ def free(x):
     return {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(x.shape) if axis not in fixed and size != 1}
 
 
-def jit(function, *first):
-    return torch.jit.trace(Module(function), first, check_trace=False)
+def jit(function, *first, parts=()):
+    return torch.jit.trace(Module(function, *parts), first, check_trace=False)
 
 
 def recorded(mode, pre_dispatch, function, *first):
     return make_fx(function, tracing_mode=mode, pre_dispatch=pre_dispatch)(*first)
 
 
-def exported(strict, function, *first):
-    program = torch.export.export(Module(function), first, dynamic_shapes=(tuple(map(free, first)),), strict=strict)
-    return program.module()
+def exported(strict, function, *first, parts=(), free=free):
+    module = Module(function, *parts)
+    return torch.export.export(module, first, dynamic_shapes=(tuple(map(free, first)),), strict=strict).module()
 
 
 def functional(function, *first):
     return make_fx(torch.func.functionalize(function), tracing_mode="symbolic")(*first)
 
 
-def compiled(function, *first):
+def compiled(function, *first, parts=()):
     torch._dynamo.reset()
     program = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
     program(*first)
@@ -184,3 +186,161 @@ def test_a_layer_is_copied_after_a_call_with_a_learned_bias(name):
     torch.testing.assert_close(copied(x, x, x, bias=bias), output, rtol=0, atol=0)
     output.sum().backward()
     assert bias.grad is not None
+    attention = layer if name == "DotProductAttention" else layer.attention
+    shown = attention.attention_weights.clone()
+    with torch.no_grad():
+        bias.zero_()  # as an optimiser writes into it
+    torch.testing.assert_close(attention.attention_weights, shown, rtol=0, atol=0)
+
+
+# ---- whole models, and caches
+
+
+ENCODER = {"vocab_size": 20, "num_hiddens": 8, "ffn_num_hiddens": 6, "num_heads": 2, "num_blks": 2, "seed": 1}
+RNG = np.random.default_rng(0)
+PARAMS = dict(zip(("W_q", "W_k", "W_v", "W_o"), RNG.standard_normal((4, 8, 8)).astype("float32"), strict=True))
+
+
+def normal(*shape):
+    return RNG.standard_normal(shape).astype("float32")
+
+
+def tokens(*shape):
+    return RNG.integers(0, 20, shape)
+
+
+def every(x):
+    """Every axis dynamic but those of size 1, the features (8, or 4 in a head), and the heads."""
+    fixed = [x.ndim - 1, *([1] if x.ndim == 4 else [])] if x.is_floating_point() else []
+    return {axis: torch.export.Dim.DYNAMIC for axis, size in enumerate(x.shape) if axis not in fixed and size != 1}
+
+
+def heads(x, y, lens):
+    return kvattn.multi_head_attention(x, y, y, PARAMS, num_heads=2, valid_lens=lens)
+
+
+def itself(x, lens):
+    return kvattn.self_attention(x, *list(PARAMS.values())[:3], valid_lens=lens, causal=True)
+
+
+def twice(x, y):
+    """Two steps of attention with a cache that is empty at first."""
+    call = {"params": PARAMS, "num_heads": 2, "causal": True}
+    first, cache = kvattn.multi_head_attention(x, x, x, **call, cache=kvattn.KVCache())
+    second, cache = kvattn.multi_head_attention(y, y, y, **call, cache=cache)
+    return first, second, cache.key
+
+
+def continued(x, key, value):
+    """A step with a cache that is full."""
+    cache = kvattn.KVCache(key, value, key.shape[-2])
+    return kvattn.multi_head_attention(x, x, x, PARAMS, num_heads=2, causal=True, cache=cache)[0]
+
+
+def extended(key, value, more):
+    return kvattn.KVCache().extend(key, value).extend(more, more).seen()
+
+
+def shifted(query, key):
+    return kvattn.attention(query, key, key, causal=True, query_offset=key.shape[-2] - query.shape[-2])
+
+
+STEPS = {
+    "heads": (heads, lambda b, n, m: (normal(b, n, 8), normal(b, m, 8), RNG.integers(0, m + 2, b))),
+    "itself": (itself, lambda b, n, m: (normal(b, n, 8), RNG.integers(0, n + 2, b))),
+    "twice": (twice, lambda b, n, m: (normal(b, m, 8), normal(b, n, 8))),
+    "continued": (continued, lambda b, n, m: (normal(b, n, 8), normal(b, 2, m, 4), normal(b, 2, m, 4))),
+    "extended": (extended, lambda b, n, m: (normal(b, 2, m, 4), normal(b, 2, m, 4), normal(b, 2, n, 4))),
+    "shifted": (shifted, lambda b, n, m: (normal(b, 2, n, 4), normal(b, 2, m, 4))),
+}
+
+
+BY_STEPS = [(way, what) for what in STEPS for way in ("jit", "exported")]
+BY_STEPS += [("exported strictly", "continued"), ("exported strictly", "heads"), ("compiled", "twice")]
+
+
+@pytest.mark.parametrize(("way", "what"), BY_STEPS)
+def test_one_trace_of_heads_and_caches_serves_every_input(way, what, monkeypatch):
+    function, arrays = STEPS[what]
+    first = arrays(6, 3, 5)
+    sizes = [(6, 3, 5), (2, 4, 9), (3, 2, 2), (2, 7, 3)] + ([(1, 1, 4), (2, 3, 0), (0, 3, 2)] if way == "jit" else [])
+    calls = [arrays(*size) for size in sizes]
+    with kvattn.use_backend("numpy"):
+        expected = [function(*given) for given in calls]
+    monkeypatch.setattr(f"{__name__}.PARAMS", {name: torch.tensor(x) for name, x in PARAMS.items()})
+    more = {"free": every} if way.startswith("exported") else {}
+    program = WAYS[way](function, *map(torch.tensor, first), **more)
+    for given, answers in zip(calls, expected, strict=True):
+        found = program(*map(torch.tensor, given))
+        for x, y in zip(found, answers, strict=True) if isinstance(answers, tuple) else [(found, answers)]:
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-4, err_msg=str([x.shape for x in given]))
+
+
+def encoded(encoder, x, y, lens):
+    """All of x at one time, and x and then y by steps."""
+    whole = encoder(x, lens)
+    first, caches = encoder(x, cache=[], causal=True)
+    second, caches = encoder(y, cache=caches, causal=True)
+    return whole, first, second, caches[-1].key
+
+
+@pytest.mark.parametrize("way", ["jit", "exported"])
+def test_one_trace_of_an_encoder_serves_every_input(way):
+    layer, native = kv.TransformerEncoder(**ENCODER).eval(), kvattn.numpy.TransformerEncoder(**ENCODER)
+
+    def arrays(b, n, m):
+        return tokens(b, m), tokens(b, n), RNG.integers(0, m + 2, b)
+
+    first = [torch.tensor(x) for x in arrays(6, 3, 5)]
+    layer(first[0])  # its weights take their sizes from a call
+    more = {"free": every} if way.startswith("exported") else {}
+    with torch.no_grad():
+        program = WAYS[way](partial(encoded, layer), *first, parts=[layer], **more)
+        for size in [(6, 3, 5), (2, 4, 9), (3, 2, 2)] + ([(1, 1, 4), (2, 0, 3), (0, 3, 2), (2, 3, 0)] if way == "jit" else []):
+            given = arrays(*size)
+            found = program(*map(torch.tensor, given))
+            for x, y in zip(found, encoded(native, *given), strict=True):
+                np.testing.assert_allclose(x, y, rtol=0, atol=1e-5, err_msg=str(size))
+
+
+@pytest.mark.parametrize("way", ["exported", "compiled"])
+def test_a_cache_with_room_is_written_where_the_trace_is_told(way):
+    key, value, x = normal(2, 2, 7, 4), normal(2, 2, 7, 4), normal(2, 1, 8)
+
+    def step(x, key, value, at):
+        cache = kvattn.KVCache(key, value, at)
+        output, cache = kvattn.multi_head_attention(x, x, x, PARAMS, num_heads=2, causal=True, cache=cache)
+        return output, cache.key
+
+    with kvattn.use_backend("numpy"):
+        expected = [step(x, key.copy(), value.copy(), at) for at in (4, 0, 6)]
+    more = {"free": every} if way == "exported" else {}
+    program = WAYS[way](step, *map(torch.tensor, (x, key, value, np.array(4))), **more)
+    for at, (output, written) in zip((4, 0, 6), expected, strict=True):
+        found = program(*map(torch.tensor, (x, key, value, np.array(at))))
+        np.testing.assert_allclose(found[0], output, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(found[1][..., : at + 1, :], written[..., : at + 1, :], rtol=0, atol=1e-5)
+
+
+def test_one_compiled_window_serves_every_length():
+    programs = []
+    torch._dynamo.reset()
+    call = torch.compile(
+        lambda x: kvattn.attention(x, x, x, causal=True, window=2), fullgraph=True, dynamic=True,
+        backend=lambda graph, _: programs.append(graph) or graph,
+    )  # fmt: skip
+    for n in (5, 7, 9, 30, 31):
+        x = normal(2, 2, n, 4)
+        expected = kvattn.attention(x, x, x, causal=True, window=2, backend="numpy")
+        np.testing.assert_allclose(call(torch.tensor(x)), expected, rtol=0, atol=1e-5)
+    assert len(programs) == 1
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 3), (2, 3, 0), (0, 3, 2)])
+def test_layers_take_inputs_without_elements(sizes):
+    b, n, m = sizes
+    for name in ("torch", "numpy"):
+        layer = getattr(kvattn, name).MultiHeadAttention(8, 2, seed=1)
+        x, y = (torch.tensor(a) if name == "torch" else a for a in (normal(b, n, 8), normal(b, m, 8)))
+        assert tuple(layer(x, y, y).shape) == (b, n, 8)
+        assert tuple(layer.attention.attention_weights.shape) == (2 * b, n, m)

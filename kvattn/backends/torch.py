@@ -99,15 +99,14 @@ def _unfold(x, heads, n):
 
 def _lengths(valid_lens, ndim):
     """valid_lens as (batch, 1, ..., 1 or n, 1) of ndim axes."""
-    if ndim == 2:
-        return valid_lens.reshape(-1, 1)
-    batch, *per_query = valid_lens.shape
-    return valid_lens.reshape(batch, *[1] * (ndim - 3), *(per_query or [1]), 1)
+    if valid_lens.ndim < 2:
+        return valid_lens.reshape(-1, *[1] * (ndim - 1))
+    return valid_lens[(slice(None), *[None] * (ndim - 3), slice(None), None)]  # no reshape: in ONNX its sizes may not be 0
 
 
 def _positions(query_offset, n, ndim, device):
     """Where each query stands: (n, 1), or (batch, 1, ..., n, 1) of ndim axes."""
-    if not isinstance(query_offset, int) and query_offset.ndim:
+    if is_array(query_offset) and query_offset.ndim:
         query_offset = query_offset.reshape(-1, *[1] * (ndim - 1))
     return query_offset + torch.arange(n, device=device)[:, None]
 
@@ -481,7 +480,8 @@ def _spread(x, lead):
 def _repeated(index):
     """True where the same position stands earlier in its row."""
     size = index.shape[-1]
-    order = index.argsort(dim=-1, stable=True)
+    places = torch.arange(size, device=index.device)
+    order = (index * size + places).argsort(dim=-1)  # of equals the first first; a stable sort would be none of ONNX's
     ordered = index.gather(-1, order)
     again = torch.cat([torch.zeros_like(ordered[..., :1], dtype=torch.bool), ordered[..., 1:] == ordered[..., :-1]], dim=-1)
     return again[..., :size].gather(-1, order.argsort(dim=-1))
@@ -613,8 +613,10 @@ def self_attention(x, W_q, W_k, W_v, **options):
 
 def write(buffer, x, at):
     """``buffer`` with x in the places at, at + 1, ... of axis -2; longer, if it does not hold them."""
+    if is_array(at) and kernels.tracing() and not torch.jit.is_tracing():  # a place that is not known yet: there must be room
+        return buffer.index_copy(-2, at + torch.arange(x.shape[-2], device=x.device), x)
     end = at + x.shape[-2]
-    if end > buffer.shape[-2] or (torch.is_grad_enabled() and (x.requires_grad or buffer.requires_grad)):
+    if is_array(end) or end > buffer.shape[-2] or (torch.is_grad_enabled() and (x.requires_grad or buffer.requires_grad)):
         return torch.cat([buffer[..., :at, :], x, buffer[..., end:, :]], dim=-2)
     buffer[..., at:end, :] = x
     return buffer

@@ -204,7 +204,7 @@ class _Attention(_Layer):
         options = {name: x for name, x in options.items() if not name.startswith("return_")}
         with autograd.pause():
             weights = api.attention(queries, keys, keys[..., :1], **options, return_weights=True, backend="mxnet")[1]
-        return weights.reshape(-1, *weights.shape[-2:]) if weights.ndim > 3 else weights
+        return weights.reshape(math.prod(weights.shape[:-2]), *weights.shape[-2:]) if weights.ndim > 3 else weights
 
 
 _traced = WeakValueDictionary()  # layers by the name that their graphs, which are text, have for them
@@ -215,7 +215,8 @@ def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=N
     options |= {"score": score, "valid_lens": whole(valid_lens, backend)}
     layer = _traced.get(layer) if isinstance(layer, str) else layer
     if layer is not None and tab.is_array(query):
-        layer._last = (query.detach(), key.detach(), {**options, "score": _copied(score)})
+        kept = {name: _detached(x) for name, x in options.items()}
+        layer._last = (query.detach(), key.detach(), {**kept, "score": _copied(score)})
     dropout = rate if autograd.is_training() else 0.0
     return api.attention(query, key, value, **options, dropout=dropout, backend=backend)
 
@@ -232,6 +233,13 @@ def whole(valid_lens, backend="mxnet"):
     if seen is not None and (seen != numpy.floor(seen)).any():
         raise TypeError(f"valid_lens has dtype {valid_lens.dtype} and fractions; expected whole numbers")
     return backend.asarray(valid_lens, dtype="int64")
+
+
+def _detached(x):
+    """Without its graph, and as it is now where it may be learned."""
+    if not tab.is_array(x):
+        return x
+    return x.detach().copy() if autograd.is_recording() else x.detach()
 
 
 def _copied(score):

@@ -59,7 +59,7 @@ class _Attention(Layer):
         if self._last is None:
             return None
         weights = _weights(*self._last)
-        return weights.reshape(-1, *weights.shape[-2:]) if weights.ndim > 3 else weights
+        return weights.reshape(math.prod(weights.shape[:-2]), *weights.shape[-2:]) if weights.ndim > 3 else weights
 
 
 def _drawn(rate, seed):

@@ -73,7 +73,7 @@ class _Attention(nn.Module):
     def forward(self, queries, keys, values, valid_lens=None, **options):
         options |= {"score": self._score(queries, keys), "valid_lens": valid_lens}
         if not tab.tracing():  # a program that is recorded must not assign what it would keep
-            kept = {name: _detached(x, queries) for name, x in options.items()}
+            kept = {name: _detached(x, queries, copied=True) for name, x in options.items()}
             kept["score"] = _copied(options["score"], queries)
             self._last = (queries.detach(), _detached(keys, queries), kept)
         rate = self.dropout.p if self.training else 0.0
@@ -91,11 +91,14 @@ class _Attention(nn.Module):
         return weights.flatten(0, -3) if weights.ndim > 3 else weights
 
 
-def _detached(x, queries):
-    """Without its graph, in the dtype of the queries, from which it differs under autocast: what is kept is read outside."""
+def _detached(x, queries, copied=False):
+    """Without its graph, in the dtype of the queries, from which it differs under autocast: what is kept is read outside.
+
+    ``copied``: as it is now where it is learned, since an optimiser writes into it.
+    """
     if not isinstance(x, torch.Tensor):
         return x
-    x = x.detach()
+    x = x.detach().clone() if copied and x.requires_grad else x.detach()
     return x.to(queries.dtype) if x.is_floating_point() and x.dtype != queries.dtype else x
 
 

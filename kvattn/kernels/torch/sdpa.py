@@ -8,14 +8,16 @@ from functools import partial
 from itertools import groupby
 
 import torch
+from torch._C import _is_tracing
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from kvattn import bands
 from kvattn.kernels.torch import pairs
-from kvattn.kernels.torch.traces import known, readable, tracing
+from kvattn.kernels.torch.traces import fusible, known, readable, tracing
 
 CALL = 2**22  # multiplications that one more call must save, and
 READ = 32  # that take as long as reading one number of a key or value
@@ -63,7 +65,9 @@ def serves(query, key, value, bias, scale):
         return False
     if scale is not None and scale <= 0:  # CUDA's flash kernel takes the row maximum before it scales
         return False
-    return torch.compiler.is_compiling() or not _transformed(query, key, value)
+    if is_compiling() or _is_tracing():
+        return fusible() and (is_compiling() or not _transformed(query, key, value))
+    return not _transformed(query, key, value)
 
 
 def _transformed(*inputs):
@@ -218,20 +222,20 @@ def _band(start, end, m, offset, causal, window):
 
 
 def by_band(steps, query, key, value, causal, query_offset, window, scale):
-    """Causal or a window in blocks of queries and the keys they see; those that lie alike share a mask."""
+    """Causal or a window in blocks of queries and the keys they see; neighbours that lie alike share a mask."""
     left, right = window or (None, None)
     right = 0 if causal else right
-    masks, parts = {}, []
+    last, mask, parts = None, None, []  # no dict of places: torch.compile would fix what is looked up
     for block, cut in bands.cuts(steps, query, key, value, mask=None, bias=None, valid_lens=None, query_offset=query_offset):
         place = cut["query_offset"], *(x.shape[-2] for x in block[:2])
-        if place not in masks:
-            offset, n, m = place
+        if place != last:
+            last = offset, n, m = place
             keys = torch.arange(-offset, m - offset, device=query.device)  # from the first query on
             at = torch.arange(n, device=query.device)[:, None]
             beyond = torch.zeros(n, m, dtype=torch.bool, device=query.device) if left is None else keys < at - left
             beyond = beyond if right is None else beyond | (keys > at + right)
-            masks[place] = torch.zeros(n, m, dtype=query.dtype, device=query.device).masked_fill_(beyond, -math.inf)
-        parts.append(fused(*block, masks[place], False, scale))
+            mask = torch.zeros(n, m, dtype=query.dtype, device=query.device).masked_fill_(beyond, -math.inf)
+        parts.append(fused(*block, mask, False, scale))
     return torch.cat(parts, dim=-2)
 
 

@@ -32,6 +32,11 @@ def readable(x):
     return x.device.type == "cpu" and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not tracing()
 
 
+def fusible():
+    """Whether a program that is recorded may call the fused kernel: ONNX's takes neither every mask nor a size of 0."""
+    return is_dynamo_compiling() or not torch.onnx.is_in_onnx_export()
+
+
 def known(fact):
     """Whether a fact about sizes, such as n == m, is true in every run of the program, if one is recorded."""
     if fact is True or fact is False:
