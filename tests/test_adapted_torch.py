@@ -1,6 +1,7 @@
 """Layers whose children were changed by PyTorch's tools: what the children do then is what counts, not a weight of theirs."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -71,6 +72,51 @@ def test_additive_attention_does_what_its_children_do(change, name):
     np.testing.assert_allclose(output.detach(), weights @ x.numpy(), rtol=0, atol=1e-5)
     (output**2).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+class Bent(nn.Module):
+    """A child that is not linear: what it does to the identity tells nothing."""
+
+    def __init__(self, dense):
+        super().__init__()
+        self.dense = dense
+
+    def forward(self, x):
+        return torch.relu(self.dense(x)) + 0.5
+
+
+@pytest.mark.parametrize("name", ["W_q", "W_k", "w_v"])
+@pytest.mark.parametrize("mask", [False, True])
+def test_additive_attention_calls_a_child_that_is_not_linear(name, mask):
+    x = torch.randn(2, 5, 4, generator=torch.manual_seed(0))
+    allowed = np.tril(np.ones((5, 5), bool)) if mask else np.ones((5, 5), bool)
+    layer = kv.AdditiveAttention(6, seed=1)
+    layer(x, x, x)
+    setattr(layer, name, Bent(getattr(layer, name)))
+    made = {}
+    for which in ("W_q", "W_k", "w_v"):
+        W = (getattr(layer, which).dense if which == name else getattr(layer, which)).weight.T.detach().numpy()
+        made[which] = lambda y, W=W, bent=which == name: np.maximum(y @ W, 0) + 0.5 if bent else y @ W
+    hidden = made["W_q"](x.numpy())[:, :, None] + made["W_k"](x.numpy())[:, None]
+    weights = np.exp(made["w_v"](np.tanh(hidden))[..., 0]) * allowed
+    weights /= weights.sum(-1, keepdims=True)
+    output = layer(x, x, x, causal=mask)
+    np.testing.assert_allclose(output.detach(), weights @ x.numpy(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(layer.attention_weights, weights, rtol=0, atol=1e-5)
+    (output**2).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    torch.testing.assert_close(copy.deepcopy(layer)(x, x, x, causal=mask), output, rtol=0, atol=0)
+
+
+def test_additive_attention_adds_the_bias_of_a_dense_child_put_in_its_place():
+    x, layer = torch.randn(2, 5, 4, generator=torch.manual_seed(0)), kv.AdditiveAttention(6, seed=1)
+    layer(x, x, x)
+    weights = kv.export_weights(layer)
+    layer.W_q = nn.Linear(4, 6)
+    weights["W_q"] = layer.W_q.weight.T.detach().numpy()
+    score = partial(kvattn.additive_score, **weights, b=layer.W_q.bias.detach().numpy())
+    expected = kvattn.attention(*[x.numpy()] * 3, score=score, backend="numpy")
+    np.testing.assert_allclose(layer(x, x, x).detach(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -113,12 +113,9 @@ class DotProductAttention(_Attention):
     """Scaled dot-product attention, d2l's call: layer(queries, keys, values, valid_lens=None, **options)."""
 
 
-def _matrix(child, x):
-    """The matrix (features of x, out) that a child multiplies by; of one that is wrapped, hooked, parametrized or quantized:
-    what it makes of the identity, since only a call of it is sure to be what it does."""
-    if type(child) is nn.Linear and not (child._forward_hooks or child._forward_pre_hooks):
-        return child.weight.T
-    return child(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+def _only_multiplies(child):
+    """Whether a child is its weight and nothing else: not wrapped, hooked, parametrized, sharded or quantized."""
+    return type(child) is nn.Linear and child.bias is None and not (child._forward_hooks or child._forward_pre_hooks)
 
 
 class AdditiveAttention(_Attention):
@@ -134,8 +131,14 @@ class AdditiveAttention(_Attention):
         if isinstance(self.w_v, _Linear):  # not called yet, though its weights may have been loaded
             self.w_v(self.W_q(queries))
             self.W_k(keys)
-        W_q, W_k = _matrix(self.W_q, queries), _matrix(self.W_k, keys)
-        return partial(api.additive_score, W_q=W_q, W_k=W_k, w_v=_matrix(self.w_v, W_q)[:, 0])
+        if not all(map(_only_multiplies, (self.W_q, self.W_k, self.w_v))):
+            return self._called
+        return partial(api.additive_score, W_q=self.W_q.weight.T, W_k=self.W_k.weight.T, w_v=self.w_v.weight[0])
+
+    def _called(self, queries, keys):
+        """The score by calls of the children, which may do more than multiply; ``attention_weights`` calls them when read."""
+        hidden = self.W_q(queries)[..., :, None, :] + self.W_k(keys)[..., None, :, :]
+        return self.w_v(torch.tanh(hidden))[..., 0]
 
 
 class MultiplicativeAttention(LazyModuleMixin, _Attention):
