@@ -47,9 +47,8 @@ def hidden(arrays, options):
     query, key, value, grad = (x.copy() for x in arrays)
     options = {n: x for n, x in options.items() if n not in ("scale", "softcap")}
     n, m = query.shape[2], key.shape[2]
-    blank = (np.zeros((len(query), 1, rows, 1)) for rows in (n, m, m))
-    seen = kvattn.attention(*blank, return_weights=True, **options)[1] > 0
-    key[np.broadcast_to(~seen.any(axis=-2), key.shape[:3])] = NAN
-    value[np.broadcast_to(~seen.any(axis=-2), value.shape[:3])] = NAN
-    query[np.broadcast_to(~seen.any(axis=-1), query.shape[:3])] = NAN
+    blank = (np.zeros((*query.shape[:2], rows, 1), query.dtype) for rows in (n, m, m))
+    pairs = kvattn.attention(*blank, return_weights=True, **options)[1] > 0  # (batch, heads, n, m)
+    seen = pairs.reshape(len(key), key.shape[1], -1, m).any(axis=-2)  # by any of the heads that share a key
+    key[~seen], value[~seen], query[~pairs.any(axis=-1)] = NAN, NAN, NAN
     return query, key, value, grad

@@ -37,12 +37,15 @@ def test_which_calls_cudnn_serves():
         {}, {"dtype": "float16"}, {"heads": (8, 2)}, {"n": 1}, {"d": 8}, {"d": 256}, {"d": 128, "device": ampere},
         {"causal": True}, {"causal": True, "m": 80}, {"valid_lens": lens}, {"valid_lens": lens, "causal": True},
         {"window": (8, 0)}, {"window": (8, None), "causal": True}, {"window": (None, 0)}, {"scale": 0.3},
+        {"mask": lens}, {"bias": lens, "heads": (8, 2)}, {"mask": lens, "window": (8, 8), "valid_lens": lens[:, None]},
+        {"bias": lens, "causal": True, "query_offset": lens, "m": 80},
     ):  # fmt: skip
         assert served(**call), call
     for call in (
         {"device": None}, {"device": ((7, 5), 91500)}, {"device": ((9, 0), 8906)}, {"d": 256, "device": ampere},
         {"dtype": "float32"}, {"dtype": "float64"}, {"d": 12}, {"d": 264}, {"v": 32}, {"batch": (2, 1)}, {"m": 0},
-        {"mask": lens}, {"bias": lens}, {"softcap": 5.0}, {"valid_lens": lens[:, None]}, {"scale": lens}, {"scale": -1.0},
+        {"mask": lens, "dtype": "float16"}, {"bias": lens, "n": 1}, {"bias": lens, "m": 63}, {"mask": lens, "n": 63},
+        {"mask": lens, "softcap": 5.0}, {"softcap": 5.0}, {"valid_lens": lens[:, None]}, {"scale": lens}, {"scale": -1.0},
         {"causal": True, "n": 80}, {"causal": True, "query_offset": 1}, {"causal": True, "query_offset": lens},
         {"window": (8, 8)}, {"window": (8, None)}, {"window": (8, 0), "valid_lens": lens},
     ):  # fmt: skip
@@ -50,36 +53,45 @@ def test_which_calls_cudnn_serves():
 
 
 @contextmanager
-def cudnn_stand_in():
+def cudnn_stand_in(version=91900):
     """A process whose "CUDA" is the CPU, and a kernel with cuDNN's arguments, limits and lack of further derivatives."""
     called = []
 
-    def kernel(query, key, value, *, q_seqlen, kv_seqlen, scale, mask_type, qkv_layout, sliding_window_length):
-        called.append(mask_type)
+    def kernel(query, key, value, *, bias, q_seqlen, kv_seqlen, scale, mask_type, qkv_layout, sliding_window_length):
+        called.append(mask_type if bias is None else "BIAS")
         assert qkv_layout == "BNTH"
+        assert bias is None or (bias.shape[2:] == (query.shape[2], key.shape[2]) and mask_type == "NO_MASK")
         assert ("PADDING" in mask_type) == (q_seqlen is not None) == (kv_seqlen is not None)
         how = {"causal": "CAUSAL" in mask_type, "left": sliding_window_length and sliding_window_length - 1, "scale": scale}
 
-        @jax.custom_vjp
-        def once(query, key, value, lens):
-            return jax_gpu.formula(query, key, value, lens, **how)
+        def plain(query, key, value, bias, lens):
+            """An entry without keys has zeros, whatever is in its queries."""
+            if lens is None:
+                return jax_gpu.formula(query, key, value, bias, lens, **how)
+            some = (lens > 0)[:, None, None, None]
+            query, key = jax.numpy.where(some, query, 0), jax.numpy.where(some, key, 0)
+            return jax.numpy.where(some, jax_gpu.formula(query, key, value, bias, lens, **how), 0)
 
         @jax.custom_vjp
-        def pull(arrays, lens, grad):
-            return jax.vjp(lambda *arrays: jax_gpu.formula(*arrays, lens, **how), *arrays)[1](grad)
+        def once(query, key, value, bias, lens):
+            return plain(query, key, value, bias, lens)
+
+        @jax.custom_vjp
+        def pull(arrays, bias, lens, grad):
+            return jax.vjp(lambda *arrays: plain(*arrays, bias, lens), *arrays)[1](grad)
 
         def refuse(*_):
             raise AssertionError("cuDNN's backward pass has no derivative")
 
-        once.defvjp(lambda *given: (once(*given), given), lambda given, grad: (*pull(given[:3], given[3], grad), None))
+        once.defvjp(lambda *given: (once(*given), given), lambda given, grad: (*pull(given[:3], *given[3:], grad), None, None))
         pull.defvjp(refuse, refuse)
-        return once(query, key, value, kv_seqlen)
+        return once(query, key, value, bias, kv_seqlen)
 
     names = SimpleNamespace(NO_MASK="NO_MASK", CAUSAL="CAUSAL", PADDING="PADDING", PADDING_CAUSAL="PADDING_CAUSAL")
     halves = (*jax_gpu.HALF, "float32", "float64")
     jax.clear_caches()
     with (
-        patch.multiple(jax_gpu, device=lambda: ((9, 0), 91500), HALF=halves, PLATFORM="cpu"),
+        patch.multiple(jax_gpu, device=lambda: ((9, 0), version), HALF=halves, BIASED=halves, PLATFORM="cpu"),
         patch.object(jax_gpu, "_fused", lambda: SimpleNamespace(MaskType=names, dot_product_attention=kernel)),
     ):  # fmt: skip
         yield called
@@ -99,6 +111,79 @@ def test_cudnn_is_given_what_numpy_computes(options):
     for x, y, z in zip(found, leaking, run("numpy", arrays, options), strict=True):
         np.testing.assert_allclose(x, z, atol=3e-6)
         np.testing.assert_allclose(y, z, atol=3e-6)
+
+
+def test_an_older_cudnn_is_given_no_entry_without_keys():
+    arrays, options = draw(9, 11, d=8, v=8, dtype=np.float32), {"valid_lens": np.array([0, 4, 11])}
+    with cudnn_stand_in(version=91500) as called:
+        found, leaking = run("jax", arrays, options), run("jax", hidden(arrays, options), options)
+    assert called
+    for x, y, z in zip(found, leaking, run("numpy", arrays, options), strict=True):
+        np.testing.assert_allclose(x, z, atol=3e-6)
+        np.testing.assert_allclose(y, z, atol=3e-6)
+
+
+def _biases():
+    rng = np.random.default_rng(1)
+    mask, holes = rng.random((3, 4, 10, 12)) < 0.6, rng.standard_normal((4, 10, 12)).astype("float32")
+    mask[1, :, 3], mask[0, 2, :, 5], holes[:, 7], holes[1, 2, :6] = False, False, -np.inf, -np.inf
+    keys = (np.arange(12) < np.array([0, 5, 12])[:, None])[:, None, None, :]
+    yield {"mask": keys}
+    yield {"mask": mask}
+    yield {"mask": mask[0, 0], "valid_lens": np.array([3, 12, 0])}
+    yield {"bias": holes}
+    yield {"bias": holes[:1], "causal": True, "query_offset": np.array([-4, 0, 2])}
+    yield {"bias": holes[None], "mask": keys, "window": (3, 2), "scale": 0.3}
+
+
+@pytest.mark.parametrize("options", [*_biases()], ids=lambda options: ", ".join(options))
+def test_masks_and_biases_are_given_to_cudnn_as_one_bias(options):
+    arrays = draw(10, 12, d=8, v=8, dtype=np.float32)
+    with cudnn_stand_in() as called:
+        found, leaking = run("jax", arrays, options), run("jax", hidden(arrays, options), options)
+        by = None
+        if "bias" in options:
+            by = kvattn.attention_grad(*map(jax.numpy.asarray, arrays), wrt=["bias"], **options)[0]
+    assert set(called) == {"BIAS"}
+    for x, y, z in zip(found, leaking, run("numpy", arrays, options), strict=True):
+        np.testing.assert_allclose(x, z, atol=3e-6)
+        np.testing.assert_allclose(y, z, atol=3e-6)
+    if by is not None:
+        np.testing.assert_allclose(by, kvattn.attention_grad(*arrays, wrt=["bias"], **options)[0], atol=5e-6)
+
+
+def test_second_derivatives_by_a_bias_are_the_formulas():
+    jnp = jax.numpy
+    query, key, value, grad = map(jnp.asarray, draw(4, 6, d=8, v=8, batch=1, heads=2, dtype=np.float32))
+    bias = jnp.asarray(np.random.default_rng(2).standard_normal((2, 4, 6)).astype("float32")).at[0, 1].set(-jnp.inf)
+
+    def slope(bias, query):
+        def loss(bias, query):
+            return (grad[:, :2] * jnp.sin(kvattn.attention(query, key[:, :2], value[:, :2], bias=bias))).sum()
+
+        return sum((x**2).sum() for x in jax.grad(loss, argnums=(0, 1))(bias, query))
+
+    expected = jax.grad(slope, argnums=(0, 1))(bias, query)
+    with cudnn_stand_in() as called:
+        found = jax.grad(slope, argnums=(0, 1))(bias, query)
+    assert set(called) == {"BIAS"}
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+def test_forward_hides_values_only():
+    """A pass over an array costs 5 % of cuDNN's time; of lengths, cuDNN keeps NaN in keys to itself, until backward."""
+    arrays, lens, seen = [jax.numpy.ones((2, 4, 8, 8))] * 3, jax.numpy.array([3, 8]), []
+
+    def kernel(query, key, value, *_, **__):
+        jax.debug.callback(lambda *sums: seen.append([float(x) for x in sums]), query.sum(), key.sum(), value.sum())
+        return query
+
+    with cudnn_stand_in(), patch.object(jax_gpu, "cudnn", kernel):
+        jax.block_until_ready(kvattn.attention(*arrays, valid_lens=lens))
+        jax.effects_barrier()
+    whole, padded = 2.0 * 4 * 8 * 8, (3.0 + 8) * 4 * 8
+    assert seen == [[whole, whole, padded]]
 
 
 def test_second_derivatives_of_what_cudnn_serves_are_the_formulas():

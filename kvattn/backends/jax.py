@@ -390,7 +390,8 @@ def attention(
         return pairs.attention(sys.modules[__name__], query, key, value, **where, **reach, **how, **back)
     usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
     if usual and jax_gpu.serves(query, key, value, **where, **reach, scale=scale, softcap=softcap):
-        return jax_gpu.attention(query, key, value, **where, **reach, scale=scale, softcap=softcap)
+        tab = sys.modules[__name__]
+        return jax_gpu.attention(tab, query, key, value, **where, **reach, scale=scale, softcap=softcap)
     restricted = causal or not valid_lens is window is None
     if tiles.serves(sys.modules[__name__], query, key, value, score, normalize, dropout, return_weights, restricted):
         scale = tiles.scale_of(sys.modules[__name__], query, score, scale)

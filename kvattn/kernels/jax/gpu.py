@@ -1,11 +1,16 @@
 """Attention on a CUDA device: cuDNN's fused kernel wherever it keeps the promises; elsewhere XLA compiles the tab's own path.
 
 cuDNN serves float16 and bfloat16 with as many features of values as of keys, a multiple of 8 and at most 128 (256 from Hopper
-on), grouped heads, causal from position 0, a window to the left of it, and valid_lens (batch,). Not:
+on), grouped heads, causal from position 0, a window to the left of it, and valid_lens (batch,). A mask or a bias, with whatever
+else restricts the call, becomes one bias in bfloat16, whose -2^41 forbids as JAX's own does. Not:
 
 - float32 and float64: it has no kernel for them (XLA's products take no TF32 here: the tab asks for the highest precision);
-- mask and bias: JAX gives it a mask as a bias of -2^15 in float16, which scores can reach, and a bias may forbid with -inf;
+- mask and bias in float16, where what forbids would be -2^15, which scores can reach; of one query, not measured yet;
 - softcap, dropout, weights, lse, other scores and normalisers; a window with lengths or to the right; other offsets.
+
+NaN in padding: cuDNN leaves scores beyond the lengths out, but multiplies their values by 0, and in backward their keys; an
+entry without keys has zeros from it, whatever is in its queries (seen on cuDNN 9.19). So forward hides values alone, backward
+keys as well. Each such pass over an array costs 5 % of cuDNN's time, unless XLA joins it to what made the array.
 
 Where the arrays lie is not known while JAX traces: `platform_dependent` holds both ways until the program is compiled for one
 platform, so that a program for the CPU on a machine with a GPU is right too, and eager calls follow their arrays.
@@ -21,8 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 HALF = ("float16", "bfloat16")
+BIASED = ("bfloat16",)
+FORBIDDEN = -(2.0**41)  # as JAX's own: of two that are larger cuDNN takes the difference wrongly
 PLATFORM = "cuda"
 OLDEST = 90000  # cuDNN 9: before, queries shorter than 64 are refused
+EMPTY = 91900  # the oldest cuDNN seen to give zeros to an entry without keys
 
 
 @cache
@@ -44,7 +52,7 @@ def _fused():
 
 def serves(query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap):
     """Whether cuDNN serves such a call; all but the arrays' values is known while JAX traces."""
-    if device() is None or query.dtype.name not in HALF or not mask is bias is softcap is None:
+    if device() is None or query.dtype.name not in HALF or softcap is not None:
         return False
     capability, version = device()
     n, m, d = query.shape[-2], key.shape[-2], query.shape[-1]
@@ -54,6 +62,8 @@ def serves(query, key, value, mask, bias, valid_lens, causal, query_offset, wind
         return False
     if not (scale is None or (isinstance(scale, float) and scale > 0)):
         return False
+    if not mask is bias is None:  # its backward pass takes even numbers of queries and keys only
+        return query.dtype.name in BIASED and n > 1 and n % 2 == m % 2 == 0
     if not (valid_lens is None or valid_lens.ndim == 1):
         return False
     left, right = _reach(causal, window)
@@ -69,27 +79,42 @@ def _reach(causal, window):
     return left, 0 if causal else right
 
 
-def attention(query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap):
+def attention(tab, query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap):
     """softmax(scale * query @ key.T) @ value over the keys allowed, where `serves`: (batch, h, n, d)."""
-    left, right = _reach(causal, window)
-    n, scale = query.shape[-2], 1 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
-    if right == 0:  # the keys beyond are seen by nobody, and a square is what cuDNN's causal mask is surest of
-        key, value = key[..., :n, :], value[..., :n, :]
-    lens = None
-    if valid_lens is not None:  # NaN in padding would leak as 0 * NaN; an entry without keys attends to one, of zeros
-        lens = jnp.clip(valid_lens, 0, key.shape[-2]).astype(jnp.int32)
-        inside = (jnp.arange(key.shape[-2]) < lens[:, None])[:, None, :, None]
-        key, value = jnp.where(inside, key, 0), jnp.where(inside, value, 0)
-        query = jnp.where(lens[:, None, None, None] > 0, query, 0)
-        lens = jnp.maximum(lens, 1)
-    how = {"causal": right == 0, "left": left, "scale": scale}
+    n, m, scale = query.shape[-2], key.shape[-2], 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    how, added, lens, sees, seen = {"causal": False, "left": None, "scale": scale}, None, None, None, None
+    if not mask is bias is None:
+        allowed = tab._allowed(n, jnp.arange(m), query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+        allowed = allowed.reshape(*[1] * (query.ndim - allowed.ndim), *allowed.shape)
+        added = jnp.where(allowed, jnp.zeros((), query.dtype) if bias is None else bias.astype(query.dtype), FORBIDDEN)
+        added = jnp.broadcast_to(added, (*added.shape[:-2], n, m))
+        sees, seen = (tab._any_for(allowed.any(axis=-1), query.shape), tab._any_for(allowed.any(axis=-2), key.shape))
+    else:
+        left, right = _reach(causal, window)
+        how |= {"causal": right == 0, "left": left}
+        if right == 0:  # the keys beyond are seen by nobody, and a square is what cuDNN's causal mask is surest of
+            key, value = key[..., :n, :], value[..., :n, :]
+        if valid_lens is not None:
+            lens = jnp.clip(valid_lens, 0, key.shape[-2]).astype(jnp.int32)
+            seen = (jnp.arange(key.shape[-2]) < lens[:, None])[:, None, :, None]
+            if device()[1] < EMPTY:
+                sees, lens = (lens > 0)[:, None, None, None], jnp.maximum(lens, 1)
     plain = partial(formula, **how)
+
+    def whole(query, key, value, added, lens, sees, seen):
+        return _only(sees, plain(_only(sees, query), _only(seen, key), _only(seen, value), added, lens))
+
     # recomputed in backward: both ways' intermediate results are kept, and this one's would be the scores
-    ways = {PLATFORM: _differentiable(partial(cudnn, **how), plain), "default": jax.checkpoint(plain)}
-    return jax.lax.platform_dependent(query, key, value, lens, **ways)
+    ways = {PLATFORM: _differentiable(partial(cudnn, **how), plain), "default": jax.checkpoint(whole)}
+    return jax.lax.platform_dependent(query, key, value, added, lens, sees, seen, **ways)
 
 
-def cudnn(query, key, value, lens, causal, left, scale):
+def _only(flags, x):
+    """``x`` where the flags hold, 0 elsewhere: NaN there would leak as 0 * NaN."""
+    return x if flags is None else jnp.where(flags, x, 0)
+
+
+def cudnn(query, key, value, added, lens, causal, left, scale):
     fused = _fused()
     kind = fused.MaskType.CAUSAL if causal else fused.MaskType.NO_MASK
     rows = None
@@ -97,68 +122,81 @@ def cudnn(query, key, value, lens, causal, left, scale):
         kind = fused.MaskType.PADDING_CAUSAL if causal else fused.MaskType.PADDING
         rows = jnp.full(lens.shape, query.shape[-2], jnp.int32)
     return fused.dot_product_attention(
-        query, key, value, q_seqlen=rows, kv_seqlen=lens, scale=scale, mask_type=kind, qkv_layout="BNTH",
+        query, key, value, bias=added, q_seqlen=rows, kv_seqlen=lens, scale=scale, mask_type=kind, qkv_layout="BNTH",
         sliding_window_length=None if left is None else left + 1,
     )  # fmt: skip
 
 
-def formula(query, key, value, lens, causal, left, scale):
-    """The same with all its scores, in float32."""
+def formula(query, key, value, added, lens, causal, left, scale):
+    """The same with all its scores, in float32; an entry without keys attends to one."""
     (batch, heads, n, d), (kv_heads, m) = query.shape, key.shape[1:3]
     wide = [x.astype(jnp.float32) for x in (query.reshape(batch, kv_heads, heads // kv_heads, n, d), key, value)]
     scores = scale * jnp.einsum("bkgnd,bkmd->bkgnm", *wide[:2], precision="highest")
+    if added is not None:
+        wider = jnp.broadcast_to(added.astype(jnp.float32), (*added.shape[:1], heads if added.shape[1] > 1 else 1, n, m))
+        split = (kv_heads, heads // kv_heads) if added.shape[1] > 1 else (1, 1)
+        scores = scores + wider.reshape(added.shape[0], *split, n, m)
     ahead = jnp.arange(m) - jnp.arange(n)[:, None]
     allowed = jnp.ones((n, m), bool) if not causal else ahead <= 0
     allowed = allowed if left is None else allowed & (ahead >= -left)
     if lens is not None:
-        allowed = allowed & (jnp.arange(m) < lens[:, None, None, None, None])
+        allowed = allowed & (jnp.arange(m) < jnp.maximum(lens, 1)[:, None, None, None, None])
     weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
     output = jnp.einsum("bkgnm,bkmd->bkgnd", weights, wide[2], precision="highest")
     return output.reshape(query.shape).astype(query.dtype)
 
 
 def _differentiable(kernel, plain):
-    """``kernel``, whose own backward pass has no derivative, with those of ``plain`` beyond the first."""
+    """``kernel``, whose own backward pass has no derivative, with those of ``plain`` beyond the first.
+
+    Its gradient by what is added to the scores is that of ``plain``, which XLA leaves out where nobody asks for it.
+    """
 
     tree = []  # how the arrays that backward keeps go together: never equal to itself from another trace
 
     @jax.custom_jvp
-    def forward(query, key, value, lens):
-        output, back = jax.vjp(lambda *arrays: kernel(*arrays, lens), query, key, value)
+    def forward(query, key, value, added, lens):
+        output, back = jax.vjp(lambda *arrays: kernel(*arrays, added, lens), query, key, value)
         kept, tree[:] = jax.tree.leaves(back), [jax.tree.structure(back)]
         return output, kept
 
     @forward.defjvp
     def _(primals, tangents):
-        arrays, lens = primals[:3], primals[3]
+        arrays, lens = primals[:4], primals[4]
         output, kept = forward(*primals)
-        change = jax.jvp(lambda *arrays: plain(*arrays, lens), arrays, tangents[:3])[1]
+        change = jax.jvp(lambda *arrays: plain(*arrays, lens), arrays, tangents[:4])[1]
         return (output, kept), (change, [_none(x) for x in kept])
 
     @jax.custom_jvp
-    def backward(kept, lens, query, key, value, grad):
-        return jax.tree.unflatten(tree[0], kept)(grad)
+    def backward(kept, lens, query, key, value, added, grad):
+        by_added = None
+        if added is not None:
+            by_added = jax.vjp(lambda added: plain(query, key, value, added, lens), added)[1](grad)[0]
+        return *jax.tree.unflatten(tree[0], kept)(grad), by_added
 
     @backward.defjvp
     def _(primals, tangents):
         lens = primals[1]
 
         def formula(*arrays):
-            return jax.vjp(lambda *arrays: plain(*arrays, lens), *arrays[:3])[1](arrays[3])
+            return jax.vjp(lambda *arrays: plain(*arrays, lens), *arrays[:4])[1](arrays[4])
 
         return backward(*primals), jax.jvp(formula, primals[2:], tangents[2:])[1]
 
     @jax.custom_vjp
-    def attend(query, key, value, lens):
-        return kernel(query, key, value, lens)
+    def attend(query, key, value, added, lens, sees, seen):
+        key = key if added is None else _only(seen, key)  # a score beyond the lengths is left out; NaN + -2^41 is NaN
+        return _only(sees, kernel(query, key, _only(seen, value), added, lens))
 
-    def run(query, key, value, lens):
-        output, kept = forward(query, key, value, lens)
-        return output, (kept, lens, query, key, value)
+    def run(query, key, value, added, lens, sees, seen):
+        arrays = _only(sees, query), _only(seen, key), _only(seen, value), added
+        output, kept = forward(*arrays, lens)
+        return _only(sees, output), (kept, arrays, lens, sees, seen)
 
     def pull(residuals, grad):
-        lens = residuals[1]
-        return *backward(*residuals, grad), None if lens is None else _none(lens)
+        kept, arrays, *rest = residuals
+        lens, sees, _ = rest
+        return *backward(kept, lens, *arrays, _only(sees, grad)), *(None if x is None else _none(x) for x in rest)
 
     attend.defvjp(run, pull)
     return attend
