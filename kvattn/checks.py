@@ -103,7 +103,9 @@ def _integers(tab: Any, name: str, x: Any, like: Any) -> Any:
     if not dtype.startswith("u"):
         return x
     seen = _peek(tab, x)
-    return tab.asarray(x, dtype="int32") if seen is None else tab.asarray(_signed(seen), like=x)
+    if seen is not None:
+        return tab.asarray(_signed(seen), like=x)
+    return tab.signed(x) if hasattr(tab, "signed") else tab.asarray(x, dtype="int32")
 
 
 def _signed(x: Any) -> Any:

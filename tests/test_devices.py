@@ -13,7 +13,8 @@ from kvattn.backends import numpy as tab
 from kvattn.conformance import check
 
 PARTS = {"attention", "attention_grad", "multi_head_attention", "merge_attention", "write"}  # what the stand-in offers
-CASES = [x for x in conformance.cases() if not check._missing(SimpleNamespace(**dict.fromkeys(PARTS, print)), x)]
+ALL = conformance.cases()
+CASES = [x for x in ALL if not check._missing(SimpleNamespace(**dict.fromkeys(PARTS, print)), x)]
 FEW = [x for call in ("attention", "decoding", "split_attention") for x in [y for y in CASES if y.call == call][:3]]
 FEW += [x for x in CASES if "capacity" in x.keywords][:1]
 CUBLAS = "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context..."
@@ -117,3 +118,18 @@ def test_a_cache_lies_where_an_array_lies():
     backend = stranger()
     cache = kvattn.KVCache.allocate((1, 4, 2), like=laid(0.0, "card:1"), backend=backend)
     assert (cache.key.device, cache.value.device) == ("card:1", "card:1")
+
+
+def test_unsigned_lengths_whose_values_cannot_be_seen_do_not_wrap(backend, tab, monkeypatch):
+    """On a GPU, and in traces: 2^32 - 1 was -1."""
+    monkeypatch.setattr(tab, "peek", lambda x: None)
+    cases = [case for case in ALL if case.name == "uint32 positions and offsets"]
+    report = conformance.run(backend, cases, dtypes=["float32"])
+    assert not report.failures, report.failures[0].message
+    assert report.passed == 1
+    for dtype, far in (("uint32", 2**32 - 1), ("uint64", 2**40), ("uint8", 255)):
+        x = tab.asarray(np.array([far, 3, 0], dtype=dtype))
+        if kvattn.checks.dtype_name(x) == dtype:  # MXNet makes int64 of the larger ones
+            found = tab.signed(x)
+            assert kvattn.checks.dtype_name(found) == "int32"
+            assert tab.to_numpy(found).tolist() == [min(far, 2**30), 3, 0]

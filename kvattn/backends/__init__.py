@@ -38,6 +38,10 @@ class Backend(Protocol):
         """``x`` as a NumPy array if that costs no wait and no trace, else None."""
         ...
 
+    def signed(self, x: Any, /) -> Any:
+        """Unsigned integers as int32, those beyond 2^30 as that. Optional: asked where `peek` does not show the values."""
+        ...
+
     def tracing(self) -> bool:
         """Whether a graph is being recorded in which sizes may be unknown. Optional."""
         ...

@@ -41,6 +41,11 @@ def peek(x):
     return to_numpy(x) if tf.executing_eagerly() and "CPU" in tf.convert_to_tensor(x).device else None
 
 
+def signed(x):
+    x = tf.cast(x, tf.int64)  # beyond it uint64 is negative
+    return tf.cast(tf.where((x < 0) | (x > 2**30), tf.constant(2**30, tf.int64), x), tf.int32)
+
+
 def describe():
     return tf.__version__, [*devices().values()][:2][-1]  # TensorFlow's own choice: the first GPU
 

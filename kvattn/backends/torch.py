@@ -52,6 +52,11 @@ def peek(x):
     return to_numpy(x) if kernels.readable(x) else None
 
 
+def signed(x):
+    x = x.long()  # beyond it uint64 is negative
+    return torch.where((x < 0) | (x > 2**30), 2**30, x).int()
+
+
 def describe():
     return torch.__version__, "cpu"  # where asarray puts what comes from elsewhere
 
