@@ -153,3 +153,13 @@ def test_the_judge_takes_nan_for_no_answer_that_is_a_number():
     nowhere.attention = lambda *args, **options: tuple(np.full_like(x, NAN) for x in by_numpy.attention(*args, **options))
     nowhere.__name__ = "a.stranger"
     assert {failure.what for failure in conformance.run(nowhere, [case], ["float64"]).failures} >= {"output", "weights", "lse"}
+
+
+@pytest.mark.parametrize("lens", [2, [1, 2, 3, 2]], ids=str)
+def test_nan_in_inputs_without_a_batch(backend, lens):
+    """One length for all queries, or one for each: it was looked for in a batch axis, where NaN was to be hidden."""
+    x = np.random.default_rng(0).standard_normal((4, 6)).astype("float32")
+    x[3, 1] = np.nan
+    given = [kvattn.asarray(each, backend=backend) for each in (x, *[np.eye(6, dtype="float32")] * 3)]
+    found = kvattn.to_numpy(kvattn.self_attention(*given, valid_lens=np.array(lens)))
+    assert np.isnan(found).any(axis=-1).tolist() == [False, False, False, True]

@@ -187,7 +187,8 @@ def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_off
     if positions is not None:
         chosen = (positions.astype("int64")[..., None] == keys).any(axis=-2)
         mask = chosen if mask is None else mask * chosen
-    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, mask, bias, valid_lens, causal, query_offset, window)
+    axes = query.ndim + (query.ndim > 2)  # of the heads, if there is a batch; else lengths are by query
+    allowed = _allowed(query.shape[-2], keys, axes, mask, bias, valid_lens, causal, query_offset, window)
     hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
     return tuple(x[..., 0, :, :] for x in hidden)
 

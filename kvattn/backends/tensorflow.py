@@ -193,7 +193,8 @@ def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_off
     if positions is not None:
         chosen = tf.reduce_any(tf.cast(positions, tf.int64)[..., None] == keys, axis=-2)
         mask = chosen if mask is None else tf.logical_and(mask, chosen)
-    allowed = _allowed(_shape(query)[-2], keys, len(query.shape) + 1, mask, bias, valid_lens, causal, query_offset, window)
+    axes = len(query.shape) + (len(query.shape) > 2)  # of the heads, if there is a batch; else lengths are by query
+    allowed = _allowed(_shape(query)[-2], keys, axes, mask, bias, valid_lens, causal, query_offset, window)
     hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
     return tuple(x[..., 0, :, :] for x in hidden)
 
