@@ -1,4 +1,4 @@
-"""What `kvattn bench`, benchmarks/curves.py or benchmarks/overhead.py wrote (`--json`), as a part of a page: tables and plots.
+"""What `kvattn bench` or a script of benchmarks/ wrote (`--json`), as a part of a page: tables and plots.
 
 No number is typed by hand.
 """
@@ -23,6 +23,8 @@ KINDS = {
     "scale": "With a scale",
     "valid_lens": "With `valid_lens`",
     "parts": "What the frontend does in between",
+    "torch": "PyTorch",
+    "jax": "JAX",
 }
 PLOTTED = ("M", "L", "XL", "D")  # shapes; the others are in the tables
 
@@ -36,13 +38,16 @@ def myst(file, pictures, columns="shape", value="ratio"):
         return "Not measured yet.\n"
     document = json.loads(Path(file).read_text(encoding="utf-8"))
     rows, pieces = _rows(document), []
-    for kind in dict.fromkeys(row.get("kind") for row in rows if "failed" not in row):
-        these = [row for row in rows if "failed" not in row and row.get("kind") == kind]
+    told = [row for row in rows if "failed" not in row and not row.get("late")]
+    for kind in dict.fromkeys(row.get("kind") for row in told):
+        these = [row for row in told if row.get("kind") == kind]
         path = Path(pictures, f"{Path(file).stem}-{kind or 'all'}.svg")
         drawn = _draw(these, path, columns, value)
         title = KINDS.get(kind, kind)
         pieces += [f"**{title}**\n"] * (title is not None) + [_table(these, columns, value)] + [_image(path)] * drawn
     pieces += [f"{row['backend']} failed: `{row['failed']}`\n" for row in rows if "failed" in row]
+    if late := [f"{row['what']}, {row['shape']}" for row in rows if row.get("late")]:
+        pieces.append(f"Not measured, for want of time: {'; '.join(late)}.\n")
     if "import" in document:
         pieces.append(f"`import kvattn` takes {document.pop('import'):.1f} ms, NumPy's own import not counted.\n")
     about = ", ".join(f"{key} {said}" for key, said in document.items())
@@ -50,14 +55,19 @@ def myst(file, pictures, columns="shape", value="ratio"):
 
 
 def _rows(document):
-    """A list of dicts with ``what`` was measured; of overhead.py's calls, each by its kind and part."""
-    rows = document.pop("rows", [])
+    """A list of dicts with ``what`` was measured; of overhead.py's calls and gpu.py's rows, each by its kind and part."""
+    rows = [_on_gpu(row) if "framework" in row else row for row in document.pop("rows", [])]
     for backend, calls in document.pop("calls", {}).items():
         for name, (median, _) in calls.items():
             part, _, kind = name.partition(" ")
             known = part in ("native", "tab", "api")
             rows.append({"backend": backend, "kind": kind if known else "parts", "part": part if known else name, "us": median})
-    return [{"what": f"kvattn {row['backend']}"} | row for row in rows]
+    return [row if "what" in row else {"what": f"kvattn {row['backend']}"} | row for row in rows]
+
+
+def _on_gpu(row):
+    passes = "forward + backward" if row["grad"] else "forward"
+    return row | {"what": f"{row['shape']}: {row['kind']}, {row['dtype']}", "kind": row["framework"], "shape": passes}
 
 
 def _image(path):
@@ -76,6 +86,9 @@ def _table(rows, columns, value):
 def _cell(row, value):
     if not row.get("right", True):
         return f"wrong by {row['error']:.1g}"
+    if "best" in row:  # one of gpu.py's
+        took = f"<small>{row['ms']:.3g} ms; {row['best'] or 'no native way'}</small>"
+        return took if row["best"] is None else f"{row['ratio']:.2f}<br>{took}"
     if row[value] is None:
         return f"{1e3 * row['seconds']:.3g} ms" if "seconds" in row else "–"
     if value == "ratio":

@@ -93,6 +93,23 @@ def test_the_files_of_curves_and_overhead_are_read(measured, tmp_path):
     assert text.endswith("`import kvattn` takes 12.3 ms, NumPy's own import not counted.\n")
 
 
+def test_the_rows_of_a_gpu_name_what_they_are_measured_against_and_what_there_was_no_time_for(measured, tmp_path):
+    row = {"framework": "torch", "shape": "BERT", "kind": "lengths", "dtype": "bfloat16", "grad": False, "ms": 0.1234}
+    row |= {"best": "SDPA cudnn", "ratio": 0.85, "spread": [0.8, 0.9], "error": 1e-3, "right": True}
+    rows = [row, row | {"grad": True, "best": None, "ratio": None}, row | {"framework": "jax", "right": False, "error": 0.5}]
+    rows.append({name: row[name] for name in ("framework", "shape", "dtype", "grad")} | {"kind": "mask", "late": True})
+    (tmp_path / "gpu.json").write_text(json.dumps({"device": "Card 3000", "torch": "2.11", "rows": rows}))
+    text = measured.myst(tmp_path / "gpu.json", tmp_path)
+    torch, jax = text.split("**JAX**")
+    assert torch.startswith("**PyTorch**\n\n|  | forward | forward + backward |\n")
+    cells = "0.85<br><small>0.123 ms; SDPA cudnn</small> | <small>0.123 ms; no native way</small>"
+    assert f"| BERT: lengths, bfloat16 | {cells} |\n" in torch
+    assert "| BERT: lengths, bfloat16 | wrong by 0.5 |\n" in jax
+    assert "Not measured, for want of time: BERT: mask, bfloat16, forward.\n" in jax
+    assert text.endswith("*Measured with device Card 3000, torch 2.11.*\n")
+    assert "{image}" not in text
+
+
 def test_what_is_not_measured_is_said(measured, tmp_path):
     assert measured.myst(tmp_path / "memory.json", tmp_path) == "Not measured yet.\n"
 
@@ -100,8 +117,8 @@ def test_what_is_not_measured_is_said(measured, tmp_path):
 @pytest.mark.parametrize("path", sorted((DOCS / "reference" / "speed").glob("*.json")), ids=lambda path: path.stem)
 def test_a_committed_measurement_is_one(measured, path, tmp_path):
     document = json.loads(path.read_text(encoding="utf-8"))
-    assert {"date", "processor", "cores", "numpy"} <= document.keys()
+    assert {"date"} | ({"device"} if path.stem == "gpu" else {"processor", "cores", "numpy"}) <= document.keys()
     assert document.get("rows") or document["calls"]
     rows = document.get("rows", [])
-    assert {row["shape"] for row in rows if "shape" in row} <= set(bench.SHAPES)
+    assert path.stem == "gpu" or {row["shape"] for row in rows if "shape" in row} <= set(bench.SHAPES)
     assert all(row.get("right", True) for row in rows)
