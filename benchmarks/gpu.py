@@ -166,10 +166,11 @@ def medians(calls, clock, rounds):
     for name, call in calls.items():
         once = min(clock(call, 1) for _ in range(2))
         took[name] = (max(1, min(FILLS, int(1e3 * FILL / max(once, 1e-3)))), [])
-    for _ in range(rounds):
-        for name, call in calls.items():
+    names = [*calls]
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # who comes first finds the GPU at rest
             count, times = took[name]
-            times.append(clock(call, count) / count)
+            times.append(clock(calls[name], count) / count)
     return {name: times for name, (_, times) in took.items()}
 
 
@@ -203,8 +204,9 @@ def torch_calls(shape, kind, dtype, grad, size, device):
         turn, leaves = itertools.count(), [x.requires_grad_(grad) for x in leaves]
 
         def call():
-            output = forward(next(turn), *leaves)
-            return torch.autograd.grad(output, leaves, back) if grad else (output.detach(),)
+            with torch.set_grad_enabled(grad):
+                output = forward(next(turn), *leaves)
+            return torch.autograd.grad(output, leaves, back) if grad else (output,)
 
         return call
 
@@ -242,7 +244,9 @@ def torch_calls(shape, kind, dtype, grad, size, device):
 
         def forward(turn, *leaves):
             mask = masks[turn % len(masks)] if kind != "bias" else given["bias"]
-            with sdpa_kernel(backend if backend is not None else list(SDPBackend.__members__.values())):
+            if backend is None:
+                return sdpa(*leaves, attn_mask=mask, **how)
+            with sdpa_kernel(backend):
                 return sdpa(*leaves, attn_mask=mask, **how)
 
         return of(forward, *leaves, back=back)
