@@ -346,9 +346,9 @@ def test_after_a_good_call_of_another_score_the_features_of_a_dot_product_are_lo
 
 
 def test_calls_that_were_checked_are_forgotten_before_they_fill_memory(backend, tab, monkeypatch):
-    monkeypatch.setattr(dispatch, "_met", {})
-    monkeypatch.setattr(dispatch, "MOST", 3)
+    monkeypatch.setattr(prepare, "_remembered", {})
+    monkeypatch.setattr(prepare, "REMEMBERED", 3)
     for n in range(1, 8):
         x = tab.asarray(np.ones((n, 2), "float32"))
         kvattn.attention(x, x, x)
-        assert 1 <= len(dispatch._met) <= 3
+        assert 1 <= len(prepare._remembered) <= 3

@@ -237,6 +237,8 @@ def test_the_frameworks_agree_about_neutral_data_and_their_own(world):
         ("3 of 4", "3 of 5", False),
         ("tensor([0.5000], dtype=torch.float32)", "[0.5]", True),
         ("step 1000: 0.001", "step 1000: 0.004", False),
+        ("1.50e-05", "1.51e-05", True),
+        ("1.50e-05", "1.53e-05", False),
         ("accuracy 0.5", "accuracy", False),
     ],
 )

@@ -388,6 +388,7 @@ def lone(rng):
     make = partial(make, group="pooling", normalize="average", asked=WEIGHTS)
     yield make("average of one key each", *qkv(rng, n=3), mask=alone)
     yield make("average of causal keys", *qkv(rng, n=3), causal=True)
+    yield make("average of keys that a bias allows", *qkv(rng), bias=np.array([0.5, -INF, 0.0, -1.0, -INF]))
     make = partial(attend, group="positions", rng=rng)  # two: one of them asks for the weights
     for name, chosen in (("thrice", [[3, 3, 3, 1]]), ("twice, apart", [[0, 4, 2, 0, 4]])):
         yield make(f"positions {name}", *qkv(rng), positions=np.array(chosen))

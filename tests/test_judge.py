@@ -1,0 +1,72 @@
+"""The judge of the conformance suite: how far off a result may be, in numbers that are written down here."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from kvattn import conformance
+from kvattn.backends import numpy as by_numpy
+from kvattn.conformance import tolerance
+
+CASES = {case.name: case for case in conformance.cases()}
+
+
+@pytest.mark.parametrize(
+    ("what", "dtype", "allowed"),
+    [
+        ("output", "float64", 7.0),
+        ("lse", "float32", 7.0),
+        ("grad_key", "float32", 14.0),
+        ("output", "float16", 0.5 + 7 / 8192),  # float32's, and the half unit of rounding
+        ("output", "bfloat16", 0.5 + 7 / 65536),
+        ("grad_key", "float16", 1.0 + 14 / 8192),
+    ],
+)
+def test_what_scores_of_3_allow(what, dtype, allowed):
+    assert tolerance.allowed(what, dtype, 3.0) == allowed
+
+
+def judged(name, dtype, changed):
+    """What the suite says of NumPy's tab, whose results ``changed`` changes, by name."""
+    case = CASES[name]
+
+    def attention(*args, **options):
+        results = by_numpy.attention(*args, **options)
+        if not isinstance(results, tuple):  # asked for the output alone
+            return results
+        results = dict(zip(case.results, results, strict=True))
+        return tuple((results | changed(results)).values())
+
+    own = {name: getattr(by_numpy, name) for name in dir(by_numpy) if not name.startswith("__")}
+    tab = SimpleNamespace(**own | {"__name__": "a.stranger", "attention": attention})
+    return conformance.run(tab, [case], [dtype]).failures
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("what", ["output", "weights"])
+def test_an_error_is_noticed_from_where_it_is_too_large(what, dtype):
+    case = CASES["with weights"]
+    largest = tolerance.allowed(what, dtype, case.largest_score) * tolerance.unit(dtype, case.magnitude[what])
+
+    def off(share):
+        return lambda results: {what: (case.answer[what] + share * largest).astype(dtype)}
+
+    assert {result.what for result in judged("with weights", dtype, off(1.2))} == {what}
+    assert not judged("with weights", dtype, off(0.8))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (lambda results: {"weights": results["weights"].astype("float32")}, "has dtype float32; promised float64"),
+        (lambda results: {"weights": results["weights"][..., :1]}, "promised (2, 2, 4, 5)"),
+        (lambda results: {"weights": results["weights"].tolist()}, "is a list"),
+        (lambda results: {"weights": results["weights"] * np.nan}, "off by inf eps"),
+        (lambda results: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_what_is_promised_beside_the_numbers(changed, words):
+    failures = judged("with weights", "float64", changed)
+    assert failures
+    assert words in failures[0].message
