@@ -182,8 +182,15 @@ def _numbers(x):
 
 def _small(x):
     """Whether no number is known that is NaN, inf, or so large that its product with another may be inf."""
-    if (x := _numbers(x)) is None:
-        return True
+    return (x := _numbers(x)) is None or _is_small(x)
+
+
+def finite(x):
+    """Whether all numbers are known, beneath derivatives that are taken at once too, and finite, none of them large."""
+    return (x := _numbers(x)) is not None and _is_small(x)
+
+
+def _is_small(x):
     if x.dtype.itemsize == 2:  # for which NumPy's products are slow
         return (x.view(np.uint16) & 0x7FFF).max(initial=0) < LARGE[x.dtype.name]
     return math.isfinite(np.vdot(x, x))
