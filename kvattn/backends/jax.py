@@ -276,7 +276,7 @@ def _squared_distance(query, key):
 
 @programs.exact
 def softmax(scores, where=None):
-    return _softmax_lse(scores, where)[0].astype(scores.dtype)
+    return identity(_softmax_lse(scores, where)[0], where).astype(scores.dtype)  # a row of NaN has 0 where it may not attend
 
 
 @programs.exact
@@ -334,20 +334,20 @@ def identity(scores, where=None):
 
 
 def _top(scores, where):
-    """The largest score of each row, 0 where nothing may be attended to; NaN for inf, which makes NaN of the row."""
+    """The largest score of each row, 0 where nothing may be attended to."""
     scores = jax.lax.stop_gradient(scores if where is None else jnp.where(where, scores, -math.inf))
     top = scores.max(axis=-1, keepdims=True, initial=-math.inf)
-    return jnp.nan_to_num(top, nan=math.nan, posinf=math.nan, neginf=0)
+    return jnp.where(top == -math.inf, 0, top)
 
 
 def _softmax_lse(scores, where):
     """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
     scores = _wide(scores)
     top = _top(scores, where)
-    shifted = jnp.exp(scores - top if where is None else jnp.where(where, scores - top, -math.inf))
+    shifted = jnp.exp((scores if where is None else jnp.where(where, scores, -math.inf)) - top)
     total = shifted.sum(axis=-1, keepdims=True)
     empty = total == 0
-    total = jnp.where(total > 0, total, 1)  # where a row is NaN, what it may not attend to is 0 / 1
+    total = jnp.where(empty, 1, total)
     lse = jnp.where(empty, -math.inf, jnp.log(total) + top)
     return shifted / total, lse[..., 0]
 
