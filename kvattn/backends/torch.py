@@ -360,7 +360,8 @@ def attention(
     return_weights=False,
     return_lse=False,
 ):
-    usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
+    fusible = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights)
+    usual = fusible and not return_lse
     bare = usual and not softcap and mask is bias is valid_lens is window is positions is None
     if causal:
         bare = bare and kernels.known(query.shape[-2] == key.shape[-2]) and type(query_offset) is int and query_offset == 0
@@ -379,10 +380,11 @@ def attention(
         if not isinstance(results, tuple):
             return results[..., 0, :]
         return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
-    if usual and query.is_cuda:
-        kernel = torch_gpu.choose(query, key, value, **where, **reach, scale=scale, softcap=softcap)
+    if fusible and query.is_cuda:
+        call = {**where, **reach, "scale": scale, "softcap": softcap, "return_lse": return_lse}
+        kernel = torch_gpu.choose(query, key, value, **call)
         if kernel:
-            return torch_gpu.attention(kernel, query, key, value, **where, **reach, scale=scale, softcap=softcap)
+            return torch_gpu.attention(kernel, query, key, value, **call)
     call = (usual, score, softcap, scale, where, reach, return_weights)
     kernel, parts = kernels.choose(query, key, value, *call)
     if kernel == "SDPA, by lengths":
@@ -541,11 +543,13 @@ def kernel(query, key, value, **options):
     names = (("mask", "bias", "valid_lens", "query_offset"), ("causal", "window"))
     where, reach = ({name: options[name] for name in some} for some in names)
     score, softcap, scale = options["score"], options["softcap"], options["scale"]
-    unusual = explanation.unusual(sys.modules[__name__], options, "dropout", "return_weights", "return_lse")
-    if query.is_cuda and not unusual:
-        name = torch_gpu.choose(query, key, value, **where, **reach, scale=scale, softcap=softcap)
+    if query.is_cuda and not explanation.unusual(sys.modules[__name__], options, "dropout", "return_weights"):
+        name = torch_gpu.choose(
+            query, key, value, **where, **reach, scale=scale, softcap=softcap, return_lse=options["return_lse"]
+        )
         if name:
-            return f"SDPA, {name}" if name != "flex" else "compiled flex_attention", torch_gpu.WHY[name]
+            return "kvattn's kernel in Triton" if name == "flash" else f"SDPA, {name}", torch_gpu.WHY[name]
+    unusual = explanation.unusual(sys.modules[__name__], options, "dropout", "return_weights", "return_lse")
     name, parts = kernels.choose(query, key, value, not unusual, score, softcap, scale, where, reach, options["return_weights"])
     if name.startswith("the formula"):
         why = unusual or ("softcap is asked for" if softcap else kernels.LACKS)

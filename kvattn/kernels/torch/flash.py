@@ -1,0 +1,393 @@
+"""Calls of the kernels in tiles.py: their tiles, their launch, their gradients, and the operators that torch.compile sees."""
+
+from __future__ import annotations
+
+import math
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+from kvattn.kernels.torch import tiles
+
+HALF = (torch.float16, torch.bfloat16)
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, for tests
+FAR = 2**29  # as in tiles.py
+MOST_PARTS = 64
+
+
+class Rest(NamedTuple):
+    """What is not an array: ``first`` and ``last``: query i sees the keys i + first <= j < i + last, or None."""
+
+    first: int | None
+    last: int | None
+    scale: float
+    softcap: float | None
+
+
+# ---- a call
+
+
+def attention(query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap, return_lse=False):
+    """(batch, h, n, v) for query (batch, h, n, d), key (batch, h_kv, m, d), value (batch, h_kv, m, v); lse, if asked for."""
+    (batch, heads, n, d), m = query.shape, key.shape[-2]
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    offsets = None
+    if not isinstance(query_offset, int):
+        if left is not None or right is not None:
+            offsets = query_offset.to(query.device).expand(batch).contiguous()
+        query_offset = 0
+    first = None if left is None else _near(query_offset - left)
+    last = None if right is None else _near(query_offset + right + 1)
+    lens = None if valid_lens is None else valid_lens.to(query.device).contiguous()
+    mask, bias = (None if x is None else x.expand(batch, heads, n, m) for x in (mask, bias))
+    rest = Rest(first, last, 1 / math.sqrt(d) if scale is None else float(scale), None if softcap is None else float(softcap))
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    arrays = (query, key, value, mask, bias, lens, offsets)
+    if torch.compiler.is_compiling():
+        output, lse = torch.ops.kvattn.attention(*arrays, *rest)
+    elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        output, lse = _Attention.apply(*arrays, rest)
+    else:
+        output, lse = forward(*arrays, rest)
+    return (output, lse) if return_lse else output
+
+
+def _near(x):
+    return max(-FAR, min(x, FAR))
+
+
+class _Attention(torch.autograd.Function):
+    """The kernels' output, lse and gradients; the formula's under create_graph, since the kernels have no derivative."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, bias, lens, offsets, rest):
+        output, lse = forward(query, key, value, mask, bias, lens, offsets, rest)
+        ctx.save_for_backward(query, key, value, mask, bias, lens, offsets, output, lse)
+        ctx.rest = rest
+        ctx.set_materialize_grads(False)
+        return output, lse
+
+    @staticmethod
+    def backward(ctx, grad, grad_lse):
+        *arrays, output, lse = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            grad = torch.zeros_like(output) if grad is None else grad
+            return *backward(*arrays, ctx.rest, output, lse, grad, grad_lse), None, None, None, None, None
+        wanted = ctx.needs_input_grad[:3]
+        with torch.enable_grad():
+            inputs = [x.view_as(x) for x in arrays[:3]]  # apart, where one tensor is query and key
+            results = zip(formula(*inputs, *arrays[3:], ctx.rest), (grad, grad_lse), strict=True)
+            results = [(x, g) for x, g in results if g is not None]
+        chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
+        outputs, grads = zip(*results, strict=True)
+        found = iter(torch.autograd.grad(outputs, chosen, grads, create_graph=True))
+        return *(next(found) if w else None for w in wanted), None, None, None, None, None
+
+
+def formula(query, key, value, mask, bias, lens, offsets, rest):
+    """The same, (output, lse), with all its scores."""
+    n, m = query.shape[-2], key.shape[-2]
+    j = torch.arange(m, device=query.device)
+    i = torch.arange(n, device=query.device)[:, None]
+    i = i if offsets is None else i + offsets[:, None, None, None]
+    allowed = torch.ones(1, 1, 1, m, dtype=torch.bool, device=query.device) if mask is None else mask
+    if bias is not None:
+        allowed = allowed & (bias != -math.inf)
+    if lens is not None:
+        allowed = allowed & (j < lens.reshape(len(lens), 1, -1, 1))
+    if rest.first is not None:
+        allowed = allowed & (j >= i + rest.first)
+    if rest.last is not None:
+        allowed = allowed & (j < i + rest.last)
+    wide = torch.float32 if query.dtype in HALF else query.dtype
+    key, value = (torch.repeat_interleave(x.to(wide), query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    seen = allowed.any(dim=-2)[..., None]
+    key, value = (torch.where(seen, x, 0) for x in (key, value))
+    scores = rest.scale * (query.to(wide) @ key.mT)
+    scores = scores if rest.softcap is None else rest.softcap * torch.tanh(scores / rest.softcap)
+    scores = scores if bias is None else scores + bias
+    some = allowed.any(dim=-1, keepdim=True)
+    scores = torch.where(allowed, scores, torch.where(some, -math.inf, 0))
+    output = torch.where(some, torch.softmax(scores, dim=-1), 0) @ value
+    lse = torch.where(some[..., 0], torch.logsumexp(scores, dim=-1), -math.inf)
+    return output.to(query.dtype), lse
+
+
+# ---- operators, for torch.compile, which does not look into them
+
+
+@torch.library.custom_op("kvattn::attention", mutates_args=())
+def _operator(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    lens: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    first: int | None,
+    last: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return forward(query, key, value, mask, bias, lens, offsets, Rest(first, last, scale, softcap))
+
+
+@_operator.register_fake
+def _(query, key, value, *rest):
+    return _like(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvattn::attention_backward", mutates_args=())
+def _operator_backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    lens: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    first: int | None,
+    last: int | None,
+    scale: float,
+    softcap: float | None,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rest = Rest(first, last, scale, softcap)
+    return backward(query, key, value, mask, bias, lens, offsets, rest, output, lse, grad, grad_lse)
+
+
+@_operator_backward.register_fake
+def _(query, key, value, *rest):
+    return _like(query, query.shape[-1]), *(x.new_empty(x.shape) for x in (key, value))
+
+
+def _keep(ctx, inputs, output):
+    *arrays, first, last, scale, softcap = inputs
+    ctx.save_for_backward(*arrays, *output)
+    ctx.rest = first, last, scale, softcap
+
+
+def _operator_gradients(ctx, grad, grad_lse):
+    *arrays, output, lse = ctx.saved_tensors
+    grads = torch.ops.kvattn.attention_backward(*arrays, *ctx.rest, output, lse, grad, grad_lse)
+    return *grads, *[None] * 8
+
+
+_operator.register_autograd(_operator_gradients, setup_context=_keep)
+
+
+# ---- the kernels
+
+
+def forward(query, key, value, mask, bias, lens, offsets, rest):
+    """(output, lse)."""
+    plan = _planned(query, key, value, mask, bias, lens, offsets, rest)
+    output = _like(query, value.shape[-1])
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    parts = lse if plan.partial is None else query.new_empty(plan.partial, dtype=torch.float32)
+    masks = [lse if x is None else x for x in (lens, offsets, mask, bias)]  # lse: for what is not there, and not read
+    plan.forward(query, key, value, output, lse, parts, *masks)
+    if plan.partial is not None:
+        plan.combine(parts, output, lse)
+    return output, lse
+
+
+def backward(query, key, value, mask, bias, lens, offsets, rest, output, lse, grad, grad_lse):
+    """The gradients by query, key and value."""
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    plan = _planned(query, key, value, mask, bias, lens, offsets, rest, grad.stride(), grad_lse is not None)
+    delta, by_query = torch.empty_like(lse), _like(query, query.shape[-1])
+    by_key, by_value = key.new_empty(key.shape), value.new_empty(value.shape)
+    grad_lse = lse if grad_lse is None else grad_lse.contiguous()
+    masks = [lse if x is None else x for x in (lens, offsets, mask, bias)]
+    plan.by_query(query, key, value, output, lse, grad, grad_lse, delta, by_query, *masks)
+    plan.by_key(query, key, value, lse, grad, delta, by_key, by_value, *masks)
+    return by_query, by_key, by_value
+
+
+def _like(query, features):
+    """An empty output that lies in memory as the query does: heads before queries, or queries before heads."""
+    batch, heads, n, _ = query.shape
+    if _heads_last(query.shape, query.stride()):
+        return query.new_empty((batch, n, heads, features)).transpose(1, 2)
+    return query.new_empty((batch, heads, n, features))
+
+
+def _heads_last(shape, strides):
+    return shape[1] > 1 and strides[1] < strides[2]
+
+
+# ---- what is the same for all calls of some shapes
+
+
+def _planned(query, key, value, mask, bias, lens, offsets, rest, grad_strides=None, by_lse=False):
+    shapes = query.shape, key.shape, value.shape[-1], query.stride(), key.stride(), value.stride()
+    masks = [None if x is None else (x.dtype, x.shape, x.stride()) for x in (mask, bias, lens, offsets)]
+    return _plan(query.device, query.dtype, *shapes, *masks, rest, grad_strides, by_lse)
+
+
+class _Plan(NamedTuple):
+    forward: Launch | None
+    combine: Launch | None
+    by_query: Launch | None
+    by_key: Launch | None
+    partial: int | None  # numbers that the parts of the keys leave to ``combine``
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    device, dtype, shape, of_keys, v, q_strides, k_strides, v_strides, mask, bias, lens, offsets, rest, grad_strides, by_lse
+):
+    (batch, heads, n, d), (_, kv_heads, m, _) = shape, of_keys
+    group, width = heads // kv_heads, max(d, v)
+    first, last, scale, softcap = rest
+    numbers = (kv_heads, group, n, m, first or 0, last or 0, scale, softcap or 1.0)
+    steps = [_steps(x) for x in (mask, bias)]
+    kinds = [0 if x is None else 1 if by[1:3] == (0, 0) else 2 for x, by in zip((mask, bias), steps, strict=True)]
+    flags = (
+        0 if lens is None else len(lens[1]),
+        offsets is not None,
+        first is not None,
+        last is not None,
+        *kinds,
+        softcap is not None,
+    )
+    inputs = (*q_strides[:3], *k_strides[:3], *v_strides[:3])
+    outputs = _rows(shape, q_strides, v)
+    masks = (*steps[0], *steps[1])
+    sizes = (d, v, _wide(d), _wide(v))
+    types = (dtype, *(None if x is None else x[0] for x in (mask, bias, lens, offsets)))
+    if grad_strides is None:
+        rows, cols, warps, stages = forward_tiles(dtype, width, group * n, kinds)
+        programs = -(-group * n // rows) * batch * kv_heads
+        parts = how_many_parts(programs, m, cols, device)
+        constants = (*sizes, rows, cols, parts, *flags)
+        strides = (*inputs, *outputs, *masks)
+        forward = Launch(tiles.forward, device, types, programs * parts, strides, numbers, constants, warps, stages)
+        if parts == 1:
+            return _Plan(forward, None, None, None, None)
+        constants = (v, _wide(v), parts, parts)
+        combine = Launch(tiles.combine, device, types, batch * heads * n, outputs, (heads, n), constants, 4, 1)
+        return _Plan(forward, combine, None, None, parts * batch * heads * n * (v + 2))
+    rows, cols, warps, stages = query_tiles(dtype, width, kinds)
+    strides = (*inputs, *outputs, *grad_strides[:3], *_rows(shape, q_strides, d), *masks)
+    programs = -(-group * n // rows) * batch * kv_heads
+    constants = (*sizes, rows, cols, by_lse, *flags)
+    by_query = Launch(tiles.backward_query, device, types, programs, strides, numbers, constants, warps, stages)
+    rows, cols, warps, stages = key_tiles(dtype, width, kinds)
+    programs = -(-m // cols) * batch * kv_heads
+    strides = (*inputs, *grad_strides[:3], *masks)
+    by_key = Launch(tiles.backward_key, device, types, programs, strides, numbers, (*sizes, rows, cols, *flags), warps, stages)
+    return _Plan(None, None, by_query, by_key, None)
+
+
+def _rows(shape, strides, features):
+    """The strides of what `_like` makes."""
+    _, heads, n, _ = shape
+    if _heads_last(shape, strides):
+        return n * heads * features, features, heads * features
+    return heads * n * features, n * features, features
+
+
+def _steps(described):
+    """The strides of a mask or a bias, 0 where it is the same for all."""
+    if described is None:
+        return 0, 0, 0, 0
+    return tuple(0 if size == 1 else step for size, step in zip(*described[1:], strict=True))
+
+
+def _wide(features):
+    return max(16, 1 << (features - 1).bit_length())
+
+
+class Launch:
+    """A kernel with all its arguments but the arrays.
+
+    Triton looks at every argument of every call to find the program that was compiled for its like, which takes longer than
+    a small attention. That program depends on nothing but what ``self.like`` holds, if all arrays begin at a multiple of 16
+    bytes; ``numbers`` are those arguments that tiles.py does not let it depend on, and floats.
+    """
+
+    def __init__(self, kernel, device, types, programs, strides, numbers, constants, warps, stages):
+        self.kernel, self.device, self.grid = kernel, device, (programs, 1, 1)
+        self.arguments = (*strides, *numbers, *constants)
+        self.options = {"num_warps": warps, "num_stages": stages}
+        self.like = (kernel, device, types, strides, constants, warps)
+        self.run = _compiled[self.like][self.grid] if self.like in _compiled else None
+
+    def __call__(self, *arrays):
+        if INTERPRETED:
+            self.kernel[self.grid](*arrays, *self.arguments)
+            return
+        if self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self(*arrays)
+        at = [x.data_ptr() for x in arrays]
+        aligned = not any(x & 15 for x in at)
+        if aligned and self.run is not None:
+            self.run(*at, *self.arguments)
+            return
+        compiled = self._first(arrays)
+        if aligned:
+            _compiled[self.like] = compiled
+            self.run = compiled[self.grid]
+
+    def _first(self, arrays):
+        """Runs the kernel as Triton's documentation tells; with fewer stages on a device with less shared memory."""
+        while True:
+            try:
+                return self.kernel[self.grid](*arrays, *self.arguments, **self.options)
+            except triton.runtime.errors.OutOfResources:
+                if self.options["num_stages"] == 1:
+                    raise
+                self.options["num_stages"] -= 1
+
+
+_compiled = {}
+
+
+# ---- tiles: (queries, keys, warps, stages), the fastest on an H100 of those that were tried
+
+
+def forward_tiles(dtype, width, rows, kinds):
+    if dtype == torch.float32:
+        return 32, 32, 4, 1
+    if rows <= 32:
+        return 16 if rows <= 16 else 32, 64, 4, 3
+    if width > 128:
+        return 64, 64, 4, 2
+    if rows <= 64 or not any(kinds):
+        return 64, 64, 4, 3
+    return (128, 64, 8, 2) if width > 64 else (128, 64, 4, 3)
+
+
+def query_tiles(dtype, width, kinds):
+    if dtype == torch.float32:
+        return 32, 32, 4, 1
+    return (64, 32, 4, 2) if width > 128 else (64, 64, 4, 2) if width > 64 else (64, 64, 4, 3)
+
+
+def key_tiles(dtype, width, kinds):
+    if dtype == torch.float32:
+        return 32, 32, 4, 1
+    return (32, 64, 4, 2) if width > 128 else (32, 128, 8, 3) if width > 64 and not any(kinds) else (32, 64, 4, 3)
+
+
+def how_many_parts(programs, m, cols, device):
+    """A power of two: parts of the keys that keep the device busy, of at least two tiles each."""
+    parts, processors = 1, _processors(device)
+    while parts < MOST_PARTS and parts * programs < 3 * processors and 4 * parts * cols <= m:
+        parts *= 2
+    return parts
+
+
+@cache
+def _processors(device):
+    return 8 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,372 @@
+"""kvattn's kernel in Triton, run by Triton's interpreter on the CPU: its numbers are the other paths' and the suite's.
+
+What only a device can show (bfloat16, which the interpreter's products do not know; speed), benchmarks/gpu.py shows.
+"""
+
+import importlib.util
+import os
+import warnings
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from conftest import chosen
+from device_calls import CALLS, draw, hidden, run
+
+import kvattn
+from kvattn import conformance
+from kvattn.conformance.cases import NOT_FINITE
+
+if "torch" not in chosen():
+    pytest.skip("this run is without PyTorch", allow_module_level=True)
+
+os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where functions are defined: before the first import of it
+
+import torch
+
+from kvattn.kernels.torch import flash, tiles
+from kvattn.kernels.torch import gpu as torch_gpu
+
+NAN = float("nan")
+SMALL = (16, 16, 4, 1)  # tiles: (queries, keys, ...)
+rng = np.random.default_rng(0)
+EXTRA = [
+    {},
+    {"mask": rng.random((3, 1, 20, 40)) < 0.3, "causal": True, "query_offset": 20},
+    {"mask": rng.random((1, 1, 20, 40)) < 0.3},
+    {"mask": rng.random((3, 1, 1, 40)) < 0.3, "valid_lens": np.array([40, 20, 0])},
+    {"bias": rng.standard_normal((20, 40)), "softcap": 2.0, "window": (12, 3), "query_offset": np.array([0, 9, 20])},
+    {"mask": np.arange(40) < np.array([40, 25, 0])[:, None, None, None]},
+    {"bias": np.where(rng.random((3, 1, 1, 40)) < 0.5, -np.inf, 1.0)},
+    {"bias": rng.standard_normal((20, 1)), "scale": 0.3},
+]
+
+
+def here(x):
+    return torch.tensor(x, dtype=torch.float32 if x.dtype.kind == "f" else None) if isinstance(x, np.ndarray) else x
+
+
+def everything(options):
+    """All that the kernel takes, by name."""
+    absent = {"mask": None, "bias": None, "valid_lens": None, "causal": False, "query_offset": 0, "window": None}
+    return absent | {"scale": None, "softcap": None} | {name: here(x) for name, x in options.items()}
+
+
+@contextmanager
+def small_tiles(parts=1, rows=SMALL):
+    choice = {"forward_tiles": lambda *_: rows, "query_tiles": lambda *_: SMALL, "key_tiles": lambda *_: SMALL}
+    flash._plan.cache_clear()
+    with patch.multiple(flash, how_many_parts=lambda *_: parts, **choice), patch.object(flash.Launch, "__call__", silently):
+        yield
+    flash._plan.cache_clear()
+
+
+def silently(launch, *arrays):
+    """NumPy, with which Triton interprets, warns of NaN and inf, which a device computes with in silence."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        called_as_it_is(launch, *arrays)
+
+
+called_as_it_is = flash.Launch.__call__
+
+
+def called(query, key, value, grad, options, grad_lse=None):
+    """Output, lse and the gradients by query, key and value."""
+    leaves = [here(x).requires_grad_() for x in (query, key, value)]
+    output, lse = flash.attention(*leaves, **everything(options), return_lse=True)
+    results, grads = [output], [here(grad)]
+    if grad_lse is not None:
+        results, grads = [output, lse], [here(grad), here(grad_lse)]
+    return [output.detach(), lse.detach(), *torch.autograd.grad(results, leaves, grads)]
+
+
+def expected(query, key, value, grad, options, grad_lse=None):
+    """The same from the formula in float64, which the suite judges."""
+    leaves = [torch.tensor(x, dtype=torch.float64).requires_grad_() for x in (query, key, value)]
+    options = {name: torch.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    output, lse = kvattn.attention(*leaves, **options, return_lse=True)
+    results, grads = [output], [torch.tensor(grad)]
+    if grad_lse is not None:
+        some = lse > -np.inf
+        results, grads = [output, lse[some]], [torch.tensor(grad), torch.tensor(grad_lse)[some]]
+    return [output.detach(), lse.detach(), *torch.autograd.grad(results, leaves, grads)]
+
+
+def same(found, wanted):
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x.to(y.dtype), y, atol=2e-5, rtol=1e-5, equal_nan=True)
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("options", [*CALLS, *EXTRA], ids=range(len(CALLS) + len(EXTRA)))
+def test_outputs_lse_and_gradients_are_the_formulas(options):
+    n, m = (20, 40) if any(options is extra for extra in EXTRA) else (9, 11) if "softcap" in options else (20, 24)
+    n = 11 if getattr(options.get("valid_lens"), "ndim", 1) == 2 else n
+    heads = 1 if any(options is call for call in CALLS) else 2
+    arrays = draw(n, m, d=5, v=7, heads=heads, kv_heads=1)
+    grad_lse = np.random.default_rng(1).standard_normal(arrays[0].shape[:-1])
+    wanted = expected(*arrays, options, grad_lse)
+    with small_tiles():
+        same(called(*hidden(arrays, options), options, grad_lse), wanted)  # NaN wherever nobody looks
+
+
+@pytest.mark.parametrize("options", [{"valid_lens": np.array([5, 0, 70])}, {"window": (50, 0), "query_offset": 60}], ids=str)
+def test_keys_that_are_split_among_programs_give_the_same(options):
+    arrays = draw(2, 70, d=8, v=8, heads=2, kv_heads=1)
+    with small_tiles(parts=4):
+        same(called(*arrays, options)[:2], expected(*arrays, options)[:2])
+
+
+def test_arrays_of_any_strides_of_the_batch_the_heads_and_the_rows():
+    query, key, value, grad = draw(20, 40, d=8, v=8)
+    options = {"mask": np.random.default_rng(1).random((3, 1, 40, 20)).swapaxes(2, 3) < 0.5}
+    wanted = expected(query, key, value, grad, options)
+    query, grad = (x.transpose(0, 2, 1, 3).copy().transpose(0, 2, 1, 3) for x in (query, grad))
+    with small_tiles():
+        found = called(query, key.transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2), value, grad, options)
+        spread = [here(x[:1]).expand(3, *x.shape[1:]).requires_grad_() for x in (query, key, value)]
+        output = flash.attention(*spread, **everything({}))
+        torch.autograd.grad(output.sum(), spread)  # a sum's gradient has strides of 0
+    same(found, wanted)
+    assert found[0].transpose(1, 2).is_contiguous()  # as the query lies, so that the heads can be joined without a copy
+
+
+def test_half_precision_adds_up_in_float32():
+    arrays = [x.astype(np.float16) for x in draw(20, 40, d=8, v=8)]
+    wanted = expected(*(x.astype(np.float64) for x in arrays), {"causal": True})
+    with small_tiles():
+        leaves = [torch.tensor(x).requires_grad_() for x in arrays[:3]]
+        output = flash.attention(*leaves, **everything({"causal": True}))
+        found = [output.detach(), *torch.autograd.grad(output, leaves, torch.tensor(arrays[3]))]
+    for x, y in zip(found, [wanted[0], *wanted[2:]], strict=True):
+        assert x.dtype == torch.float16
+        torch.testing.assert_close(x.double(), y, atol=4e-3, rtol=4e-3)
+
+
+# ---- NaN
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value", "grad"])
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True, "query_offset": 4}, EXTRA[1], {"valid_lens": np.array([40, 30, 20])}],
+    ids=["causal", "mask", "lengths"],
+)
+def test_nan_stays_in_the_rows_that_may_attend_to_it(which, options):
+    heads, kv_heads = (4, 2) if "mask" in options else (2, 2)
+    arrays = draw(20, 40, d=8, v=8, heads=heads, kv_heads=kv_heads)
+    arrays = dict(zip(("query", "key", "value", "grad"), arrays, strict=True))
+    with small_tiles():
+        clean = called(*arrays.values(), options)
+        arrays[which] = arrays[which].copy()
+        arrays[which][1, 0, 9, 2] = NAN
+        found = called(*arrays.values(), options)
+    blank = [np.zeros((3, h, rows, 1)) for h, rows in ((heads, 20), (kv_heads, 40), (kv_heads, 40))]
+    seen = kvattn.attention(*blank, return_weights=True, **options)[1] > 0  # (batch, heads, n, m)
+    rows = np.zeros((3, heads, 20), bool)  # the queries whose gradients or outputs the NaN may reach
+    if which in ("query", "grad"):
+        rows[1, 0, 9] = True
+    else:
+        group = heads // kv_heads
+        rows[1, :group] = seen[1, :group, :, 9]
+    keys = (seen & rows[..., None]).any(axis=2).reshape(3, kv_heads, -1, 40).any(axis=2)  # the keys that those may attend to
+    reached = [rows, rows, rows, keys, keys]
+    if which == "grad":
+        reached[0] = rows & False
+    if which in ("grad", "value"):
+        reached[1] = rows & False
+    if which == "value":
+        reached[4] = keys & False
+    for x, y, where in zip(found, clean, reached, strict=True):
+        where = torch.tensor(where)
+        assert torch.isnan(x[where]).any() == bool(where.any())
+        torch.testing.assert_close(x[~where], y[~where])
+
+
+# ---- around the kernels
+
+
+def test_second_derivatives_are_the_formulas():
+    arrays, options = draw(5, 6, d=4), {"softcap": 2.0, "causal": True, "query_offset": np.array([-2, 0, 3])}
+
+    def twice(attend, dtype):
+        leaves = [torch.tensor(x, dtype=dtype).requires_grad_() for x in arrays[:3]]
+        grads = torch.autograd.grad(attend(*leaves).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in grads), leaves)
+
+    given = {name: torch.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    wanted = twice(lambda *x: kvattn.attention(*x, **given), torch.float64)
+    with small_tiles():
+        found = twice(lambda *x: flash.attention(*x, **everything(options)), torch.float32)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x.double(), y, atol=1e-4, rtol=1e-4)
+
+
+def test_torch_compile_keeps_the_operator_and_sees_its_gradients():
+    calls = []
+
+    def counting(graph, inputs):
+        calls.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    def attend(query, key, value, lens):
+        return flash.attention(query, key, value, **everything({}) | {"valid_lens": lens})
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    seen = torch.compile(attend, fullgraph=True, backend=counting)
+    for m in (24, 40, 33):
+        query, key, value, grad = draw(20, m, d=8, v=8)
+        lens = torch.tensor([m, 5, 0])
+        leaves = [here(x).requires_grad_() for x in (query, key, value)]
+        with small_tiles():
+            output = compiled(*leaves, lens)
+            found = [output.detach(), *torch.autograd.grad(output, leaves, here(grad))]
+            seen(*leaves, lens)
+        wanted = expected(query, key, value, grad, {"valid_lens": lens.numpy()})
+        same(found, [wanted[0], *wanted[2:]])
+    assert len(calls) == 2  # one for the first length, one for all others
+    assert all(torch.ops.kvattn.attention in targets or torch.ops.kvattn.attention.default in targets for targets in calls)
+
+
+def test_the_operators_are_declared_as_they_are():
+    query, key, value, grad = (here(x) for x in draw(5, 6, d=4, v=4))
+    rest = (None, None, torch.tensor([3, 6, 0]), None, None, 2, 0.5, None)
+    with small_tiles():
+        torch.library.opcheck(torch.ops.kvattn.attention, (query.requires_grad_(), key, value, *rest))
+
+
+# ---- through the tab
+
+
+@contextmanager
+def on_a_device():
+    """Tensors say that they are CUDA's, and half precision goes where it goes there. Counts the kernel's calls."""
+    counted = []
+
+    def attention(*args, **options):
+        counted.append(options)
+        return flash_attention(*args, **options)
+
+    def flexible(query, key, value):
+        return query.dtype != torch.bfloat16 and torch_gpu_flexible(query, key, value)
+
+    flash_attention, torch_gpu_flexible = flash.attention, torch_gpu._flexible
+    with (
+        patch.object(torch.Tensor, "is_cuda", property(lambda x: True)), patch.object(flash, "attention", attention),
+        patch.multiple(torch_gpu, _flexible=flexible, can_compile=lambda device: True, SHORTEST=0), small_tiles(),
+    ):  # fmt: skip
+        yield counted
+
+
+def cases():
+    """Those with something that the kernel has and scaled_dot_product_attention has not."""
+    asked = {"mask", "bias", "valid_lens", "window", "softcap", "query_offset"}
+    for case in conformance.cases():
+        if case.call in ("attention", "attention_grad") and asked & {*case.keywords, *case.arguments}:
+            yield case
+
+
+def test_the_conformance_suite():
+    with on_a_device() as counted:
+        report = conformance.run("torch", [*cases()], dtypes=["float16"])
+        report_wide = conformance.run("torch", [case for case in cases() if case.group != NOT_FINITE], dtypes=["float32"])
+    failures = [*report.failures, *report_wide.failures]
+    assert not failures, "\n".join(result.message for result in failures)
+    assert len(counted) > 100
+
+
+@pytest.mark.parametrize("options", [{"valid_lens": np.array([5, 9])}, {"mask": np.eye(9, dtype=bool)}], ids=str)
+def test_arrays_without_a_head_axis(options):
+    arrays = [x[:2, 0] for x in draw(9, 9, d=8, v=8, dtype=np.float16)]
+    with on_a_device() as counted:
+        found = run("torch", arrays, options)
+    assert len(counted) == 2
+    for x, y in zip(found, run("numpy", arrays, options), strict=True):
+        np.testing.assert_allclose(x, y, atol=4e-3)
+
+
+# ---- mutants
+
+MUTANTS = [  # what it does wrong, the text, what replaces it, and the options that should notice
+    ("sees one key too many", "end = tl.minimum(end, at + last)", "end = tl.minimum(end, at + last + 1)", {"causal": True}),
+    ("forgets the window's left", "(cols >= begin) & (cols < end)", "cols < end", {"window": (3, 0)}),
+    ("reads another entry's length", "tl.load(Lens + entry)", "tl.load(Lens)", {"valid_lens": np.array([40, 3, 20])}),
+    (
+        "takes the last edge for inner tiles",
+        "ends // SIZE * SIZE",
+        "tl.cdiv(ends, SIZE) * SIZE",
+        {"valid_lens": np.array([20, 3, 40])},
+    ),
+    ("computes no edges", "tl.range(low, high - (stop - start), COLS)", "tl.range(low, low, COLS)", {"causal": True}),
+    (
+        "counts inner tiles again at the edge",
+        "tl.where(edge < start, 0, stop - start)",
+        "0 * (stop - start)",
+        {"valid_lens": np.array([20, 3, 40])},
+    ),
+    ("keeps sums under an older maximum", "total = total * fade +", "total = total +", {}),
+    ("forgets the softcap's slope", "ds = ds * (1 - bent * bent)", "pass", {"softcap": 1.0}),
+    (
+        "forgets the output's share in gradients",
+        "delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)",
+        "delta = tl.sum(o.to(tl.float32) * 0, 1)",
+        {},
+    ),
+    (
+        "takes the first head's bias for all",
+        "(own_ * bias_h + i_ * bias_n)",
+        "(0 * own_ * bias_h + i_ * bias_n)",
+        {"bias": rng.standard_normal((4, 20, 40))},
+    ),
+    (
+        "forgets a mask",
+        "allowed = allowed & (seen != 0)",
+        "pass",
+        {"mask": EXTRA[1]["mask"], "causal": True, "query_offset": 20},
+    ),
+    ("adds keys to one member of a group", "for member in tl.range(0, group):", "for member in tl.range(0, 1):", {}),
+]
+
+
+def compared(options):
+    arrays = draw(20, 40, d=8, v=8)
+    with small_tiles():
+        same(called(*arrays, options), expected(*arrays, options))
+
+
+@pytest.fixture
+def mutated(monkeypatch, tmp_path):
+    def mutate(old, new):
+        with open(tiles.__file__) as file:
+            source = file.read()
+        assert old in source, f"tiles.py no longer holds {old!r}"
+        path = tmp_path / "mutant.py"  # Triton reads the source of its functions from their file
+        path.write_text(source.replace(old, new))
+        spec = importlib.util.spec_from_file_location("mutant", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(flash, "tiles", module)
+
+    return mutate
+
+
+def test_the_unmutated_file_passes(mutated):
+    mutated("import", "import")
+    compared({"causal": True})
+
+
+@pytest.mark.parametrize(("wrong", "old", "new", "options"), MUTANTS, ids=[row[0] for row in MUTANTS])
+def test_a_kernel_that(mutated, wrong, old, new, options):
+    mutated(old, new)
+    with pytest.raises(AssertionError):
+        compared(options)
+
+
+def test_a_kernel_that_lets_nan_through(mutated):
+    mutated("if _any_odd(acc):", "if _any_odd(acc) and False:")
+    with pytest.raises(AssertionError):
+        test_nan_stays_in_the_rows_that_may_attend_to_it("value", {"causal": True, "query_offset": 4})
