@@ -21,13 +21,17 @@ from kvattn.conformance.cases import NOT_FINITE
 if "torch" not in chosen():
     pytest.skip("this run is without PyTorch", allow_module_level=True)
 
-os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it where functions are defined: before the first import of it
+# the room of tox.ini that has Triton sets it; it is read where functions are defined, before the first import of Triton
+if importlib.util.find_spec("triton") is None and not os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("Triton is not installed here", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 
 from kvattn.kernels.torch import flash, tiles
 from kvattn.kernels.torch import gpu as torch_gpu
 
+assert flash.INTERPRETED
 NAN = float("nan")
 SMALL = (16, 16, 4, 1)  # tiles: (queries, keys, ...)
 rng = np.random.default_rng(0)
@@ -157,11 +161,11 @@ def test_half_precision_adds_up_in_float32():
     ids=["causal", "mask", "lengths"],
 )
 def test_nan_stays_in_the_rows_that_may_attend_to_it(which, options):
-    heads, kv_heads = (4, 2) if "mask" in options else (2, 2)
+    heads, kv_heads = 2, 1
     arrays = draw(20, 40, d=8, v=8, heads=heads, kv_heads=kv_heads)
+    clean = expected(*arrays, options)
     arrays = dict(zip(("query", "key", "value", "grad"), arrays, strict=True))
     with small_tiles():
-        clean = called(*arrays.values(), options)
         arrays[which] = arrays[which].copy()
         arrays[which][1, 0, 9, 2] = NAN
         found = called(*arrays.values(), options)
@@ -184,7 +188,7 @@ def test_nan_stays_in_the_rows_that_may_attend_to_it(which, options):
     for x, y, where in zip(found, clean, reached, strict=True):
         where = torch.tensor(where)
         assert torch.isnan(x[where]).any() == bool(where.any())
-        torch.testing.assert_close(x[~where], y[~where])
+        same([x[~where]], [y[~where]])
 
 
 # ---- around the kernels
@@ -233,7 +237,7 @@ def test_torch_compile_keeps_the_operator_and_sees_its_gradients():
 
 
 def test_the_operators_are_declared_as_they_are():
-    query, key, value, grad = (here(x) for x in draw(5, 6, d=4, v=4))
+    query, key, value, _ = (here(x) for x in draw(5, 6, d=4, v=4))
     rest = (None, None, torch.tensor([3, 6, 0]), None, None, 2, 0.5, None)
     with small_tiles():
         torch.library.opcheck(torch.ops.kvattn.attention, (query.requires_grad_(), key, value, *rest))
@@ -320,7 +324,7 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and the options t
         "takes the first head's bias for all",
         "(own_ * bias_h + i_ * bias_n)",
         "(0 * own_ * bias_h + i_ * bias_n)",
-        {"bias": rng.standard_normal((4, 20, 40))},
+        {"bias": rng.standard_normal((2, 20, 40))},
     ),
     (
         "forgets a mask",
@@ -333,7 +337,7 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and the options t
 
 
 def compared(options):
-    arrays = draw(20, 40, d=8, v=8)
+    arrays = draw(20, 40, d=8, v=8, heads=2, kv_heads=1)
     with small_tiles():
         same(called(*arrays, options), expected(*arrays, options))
 

@@ -210,7 +210,7 @@ def _attend(
     dots = tl.dot(q, k, input_precision="ieee")
     bias = _extra(bias_at, (cols < high)[None, :], BIAS, EDGE)
     seen = _extra(mask_at, (cols < high)[None, :], MASK, EDGE)
-    scores, bent, allowed = _scores(
+    scores, _bent, _allowed = _scores(
         dots, begin[:, None], end[:, None], cols[None, :], bias, seen, scale, cap, EDGE, MASK, BIAS, CAP
     )
     largest = tl.maximum(top, tl.max(scores, 1))
@@ -306,7 +306,8 @@ def forward(
             WIDE_V != V_D,
         )  # fmt: skip
 
-    if LENS == 2 or LEFT or RIGHT or MASK or BIAS:  # else all queries of a tile see the same keys
+    # else all queries of a tile see the same keys; `and` would look at all of it where nothing is to be looked at
+    if LENS == 2 or LEFT or RIGHT or MASK or BIAS:  # noqa: SIM102
         if _any_odd(acc):
             acc = tl.zeros([ROWS, WIDE_V], tl.float32)
             base = tl.where(top == -float("inf"), 0.0, top)
@@ -317,7 +318,7 @@ def forward(
                 dots = tl.dot(q, k, input_precision="ieee")
                 bias = _extra(bias_at + _far(j, bias_m), (cols < high)[None, :], BIAS, True)
                 seen = _extra(mask_at + _far(j, mask_m), (cols < high)[None, :], MASK, True)
-                scores, bent, allowed = _scores(
+                scores, _bent, allowed = _scores(
                     dots, begin[:, None], end[:, None], cols[None, :], bias, seen, scale, cap, True, MASK, BIAS, CAP
                 )
                 acc = _apart(tl.exp2((scores - base[:, None]) * unit), allowed, v, acc)
@@ -495,7 +496,7 @@ def backward_query(
             begin, end, j, high, d < D, e < V_D, scale, cap, unit, COLS, True, False, MASK, BIAS, CAP, WIDE_D != D,
             WIDE_V != V_D,
         )  # fmt: skip
-    if LENS == 2 or LEFT or RIGHT or MASK or BIAS:
+    if LENS == 2 or LEFT or RIGHT or MASK or BIAS:  # noqa: SIM102
         if _any_odd(dq):
             dq = tl.zeros([ROWS, WIDE_D], tl.float32)
             for j in tl.range(low, high, COLS, num_stages=1):
@@ -659,7 +660,7 @@ def backward_key(
                 entry, Lens, Offsets, n, m, first, last, limit, d < D, e < V_D, scale, cap, unit,
                 ROWS, True, False, LENS, OFFSETS, LEFT, RIGHT, MASK, BIAS, CAP, WIDE_D != D, WIDE_V != V_D,
             )  # fmt: skip
-    if LENS or LEFT or RIGHT or MASK or BIAS:
+    if LENS or LEFT or RIGHT or MASK or BIAS:  # noqa: SIM102
         if _any_odd(dk) | _any_odd(dv):
             dk = tl.zeros([COLS, WIDE_D], tl.float32)
             dv = tl.zeros([COLS, WIDE_V], tl.float32)
