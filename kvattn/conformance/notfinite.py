@@ -145,7 +145,8 @@ def others(rng):
         yield attend(f"NaN, causal, {name}", q, k, v, group=NOT_FINITE, rng=rng, score=score, causal=True, asked=())
     q, k, v = qkv(rng, d=0)
     v[0, 0, 2, 0] = NAN
-    yield attend("a NaN value, no features", q, k, v, group=NOT_FINITE, rng=rng, score="distance_score", causal=True, asked=())
+    yield attend("a NaN value, no features", q, k, v, group=NOT_FINITE, rng=rng, score="distance_score", causal=True,
+                 bias=grid(rng, 4, 5), asked=())  # fmt: skip
     for options in (
         {"normalize": "sparsemax"},
         {"normalize": "hardmax"},

@@ -410,7 +410,7 @@ def _block(
         return grads
 
     grads = back(None)
-    if allowed is not None and not all(np.isfinite(grads[name]).all() for name in shapes):
+    if allowed is not None and not all(np.isfinite(grad).all() for grad in grads.values()):
         grads = back(np.broadcast_to(allowed, weights.shape))
     for name, shape in shapes.items():
         grads[name] = sum_to(grads[name], shape)
