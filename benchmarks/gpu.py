@@ -23,6 +23,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -543,7 +544,7 @@ def main(argv=None):
     parser.add_argument("--shapes", default=";".join(SHAPES), help=f"separated by semicolons, of: {'; '.join(SHAPES)}")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--minutes", type=float, default=5, help="after these, rows are named but not measured")
-    parser.add_argument("--json", help="write the figures to this file, after each framework")
+    parser.add_argument("--json", help="write the figures to this file, as they come")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.work:
@@ -574,10 +575,9 @@ def main(argv=None):
                 if line.startswith("{"):
                     found.append(json.loads(line))
                     print(told(found[-1]), flush=True)
+                    if args.json:
+                        Path(args.json).write_text(json.dumps(document(found), indent=1))
         failed += [framework] if process.returncode else []
-        if args.json:
-            with open(args.json, "w") as file:
-                json.dump(document(found), file, indent=1)
     if not failed and not any(row.get("device") for row in found):
         print(f"no GPU here that {' or '.join(frameworks)} can use: nothing was measured")
         return 2
