@@ -10,6 +10,7 @@ class Difference(NamedTuple):
     dtype: str  # "*" for every dtype
     case: str  # "*" for every case, else a case's name or its group, or what no case can ask
     reason: str
+    device: str = "*"  # "*" for every device, else a part of what the framework calls it: "cuda" of "cuda:0"
 
 
 DIFFERENCES = (
@@ -69,12 +70,27 @@ DIFFERENCES = (
         "of NaN that only the loss brings: there NaN may reach rows that may not see it; what no row of the batch entry sees "
         "is hidden",
     ),
+    Difference(
+        "torch",
+        "*",
+        "not finite",
+        "on a GPU NaN and inf may reach rows that may not see them: to look at values would wait",
+        device="cuda",
+    ),
+    Difference(
+        "jax",
+        "*",
+        "not finite",
+        "on a GPU NaN and inf may reach rows that may not see them: to look at values would wait",
+        device="cuda",
+    ),
 )
 
 
-def difference(backend: str, dtype: str, case: str, group: str) -> Difference | None:
-    """The row that excuses ``backend`` from this case in this dtype, if there is one."""
+def difference(backend: str, dtype: str, case: str, group: str, device: str = "") -> Difference | None:
+    """The row that excuses ``backend`` from this case in this dtype on this device, if there is one."""
     for row in DIFFERENCES:
-        if row.backend == backend and row.dtype in ("*", dtype) and row.case in ("*", case, group):
+        asked = row.backend == backend and row.dtype in ("*", dtype) and row.case in ("*", case, group)
+        if asked and (row.device == "*" or row.device in device):
             return row
     return None
