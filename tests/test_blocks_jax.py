@@ -95,10 +95,10 @@ def test_a_score_of_ones_own_is_run_as_it_is_where_its_arguments_are_known():
 
 def test_dropout_in_blocks_draws_for_each():
     same, eye = jnp.zeros((64, 3), "float32"), jnp.eye(64, dtype="float32")
-    with in_blocks(8 * 64):
-        output, weights = kvattn.attention(same, same, eye, dropout=0.5, rng=jax.random.key(3), return_weights=True)
+    with in_blocks(8 * 64):  # and a smaller one
+        output, weights = kvattn.attention(same[:60], same, eye, dropout=0.5, rng=jax.random.key(3), return_weights=True)
     kept = np.asarray(output) > 0
-    assert len({*map(bytes, kept)}) == 64
+    assert len({*map(bytes, kept)}) == 60
     assert 0.4 < kept.mean() < 0.6
     np.testing.assert_allclose(weights, 1 / 64)
 

@@ -36,6 +36,14 @@ def test_equal_vectors_have_a_finite_gradient_under_every_kernel(backend):
         assert all(np.isfinite(kvattn.to_numpy(g)).all() for g in gradients), name
 
 
+def test_a_kernel_has_no_slope_at_its_edge(backend):
+    query, key, value = np.zeros((1, 1)), np.array([[1.0], [-1.0]]), np.array([[1.0], [3.0]])
+    for kernel in (kvattn.triangular_kernel, kvattn.epanechnikov_kernel, kvattn.boxcar_kernel):
+        how = {"score": kernel, "normalize": kvattn.identity, "backend": backend}
+        for grad in kvattn.attention_grad(query, key, value, np.ones((1, 1)), **how):
+            assert not kvattn.to_numpy(grad).any(), kernel
+
+
 def test_ties_go_to_the_first(backend):
     weights = kvattn.hardmax(np.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]]), backend=backend)
     np.testing.assert_array_equal(kvattn.to_numpy(weights), [[0, 1, 0], [1, 0, 0]])

@@ -215,6 +215,15 @@ def test_scores_far_below_zero_lose_nothing(room):
 
 
 @each()
+def test_scores_that_must_not_be_seen_do_not_drown_those_that_may(room):
+    rng = np.random.default_rng(0)
+    query, key, value = np.abs(grid(rng, 2, 9, 3)) + 1, grid(rng, 2, 7, 3), grid(rng, 2, 7, 2)
+    key[:, -1] = 512  # its score is some 1,500 above the others
+    for options in table(room, {"causal": True, "query_offset": -3}, {"window": (3, 1)}, most=1):
+        right(room, made(query, key, value, **options))
+
+
+@each()
 def test_the_largest_values_do_not_overflow_and_small_ones_do_not_vanish(room):
     query, key, value = (cached().arguments[name] for name in WRT)
     for dtype in ("float32", "float64"):
