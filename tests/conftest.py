@@ -1,6 +1,8 @@
 """Every test that asks for ``backend`` runs once for each backend of this run: KVATTN_CONFORMANCE, or all installed."""
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,21 @@ def tab(backend):
 @pytest.fixture(scope="session")
 def backends():
     return chosen()
+
+
+# What takes most of the time is left to tox, and to those who name a file: `pytest tests/test_mutants.py`.
+SLOW = ("apart", "docs", "draws", "lesson", "mutants", "properties", "tiled", "tiled_mutants", "tiled_numpy")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Bare `pytest`, without KVATTN_CONFORMANCE, is the quick loop; None leaves the question to others."""
+    named = [Path(arg.partition("::")[0]).resolve() for arg in config.args]
+    if os.environ.get("KVATTN_CONFORMANCE") or any(
+        path in (collection_path, *collection_path.parents[:1]) for path in named if path.name != "tests"
+    ):
+        return None
+    slow = collection_path.name in {f"test_{name}.py" for name in SLOW}
+    return True if slow or (collection_path.name == "integrations" and find_spec("transformers") is None) else None
 
 
 def pytest_addoption(parser):

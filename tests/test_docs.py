@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,20 @@ def test_there_are_lessons_for_five_frameworks():
     assert len(LESSONS) == 8
     for path in LESSONS:
         assert set(lesson.read(path).tabs) == {"numpy", "torch", "tensorflow", "jax", "mxnet"}, path.name
+
+
+def test_what_contributors_are_told_of_is_there():
+    root = DOCS.parent
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = re.findall(r"`((?:kvattn|tests|docs)/[\w./-]*|[\w-]+\.(?:md|ini))`", text) + re.findall(r"\]\((docs/[^)]+)\)", text)
+    assert len(told) > 15
+    assert [name for name in told if not (root / name).exists()] == []
+    tox = (root / "tox.ini").read_text(encoding="utf-8")
+    assert "torch" in tox.partition("env_list =")[2].partition("\n")[0]
+    assert "weekly = oldest, deep" in tox
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    tools = {re.match(r"[\w-]+", each)[0] for each in extras["dev"]}
+    assert tools >= {"pytest", "ruff", "mypy", "tox", "pre-commit"}
 
 
 def test_the_code_of_the_lessons_fits_the_page():
