@@ -1,7 +1,6 @@
 """Every test that asks for ``backend`` runs once for each backend of this run: KVATTN_CONFORMANCE, or all installed."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,8 +44,8 @@ def pytest_ignore_collect(collection_path, config):
         path in (collection_path, *collection_path.parents[:1]) for path in named if path.name != "tests"
     ):
         return None
-    slow = collection_path.name in {f"test_{name}.py" for name in SLOW}
-    return True if slow or (collection_path.name == "integrations" and find_spec("transformers") is None) else None
+    quick = collection_path.name not in {"integrations", "site", *(f"test_{name}.py" for name in SLOW)}
+    return None if quick else True
 
 
 def pytest_addoption(parser):
