@@ -163,3 +163,6 @@ def test_nan_in_inputs_without_a_batch(backend, lens):
     given = [kvattn.asarray(each, backend=backend) for each in (x, *[np.eye(6, dtype="float32")] * 3)]
     found = kvattn.to_numpy(kvattn.self_attention(*given, valid_lens=np.array(lens)))
     assert np.isnan(found).any(axis=-1).tolist() == [False, False, False, True]
+    params = dict(zip(("W_q", "W_k", "W_v"), given[1:], strict=True))
+    found = kvattn.multi_head_attention(*given[:1] * 3, params, num_heads=2, valid_lens=np.array(lens))
+    assert np.isnan(kvattn.to_numpy(found)).any(axis=-1).tolist() == [False, False, False, True]

@@ -193,8 +193,7 @@ def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_off
     if positions is not None:
         chosen = tf.reduce_any(tf.cast(positions, tf.int64)[..., None] == keys, axis=-2)
         mask = chosen if mask is None else tf.logical_and(mask, chosen)
-    axes = len(query.shape) + (len(query.shape) > 2)  # of the heads, if there is a batch; else lengths are by query
-    allowed = _allowed(_shape(query)[-2], keys, axes, mask, bias, valid_lens, causal, query_offset, window)
+    allowed = _allowed(_shape(query)[-2], keys, len(query.shape) + 1, mask, bias, valid_lens, causal, query_offset, window)
     hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
     return tuple(x[..., 0, :, :] for x in hidden)
 
@@ -718,7 +717,9 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    query, key, value = _hide_unseen(x, x, x, **options)
+    lens = options["valid_lens"]
+    lens = lens[None] if lens is not None and len(x.shape) == 2 else lens  # of the one head there is
+    query, key, value = _hide_unseen(x, x, x, **options | {"valid_lens": lens})
     pairs = ((query, W_q), (key, W_k), (value, W_v))
     results = attention(*(_product(_wide(x), _wide(W)) for x, W in pairs), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)

@@ -174,8 +174,7 @@ def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_off
     if positions is not None:
         chosen = (positions[..., None] == keys).any(dim=-2)
         mask = chosen if mask is None else mask & chosen
-    axes = query.ndim + (query.ndim > 2)  # of the heads, if there is a batch; else lengths are by query
-    allowed = _allowed(query.shape[-2], keys, axes, mask, bias, valid_lens, causal, query_offset, window)
+    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, mask, bias, valid_lens, causal, query_offset, window)
     hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
     return tuple(x[..., 0, :, :] for x in hidden)
 
@@ -612,7 +611,9 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    query, key, value = _hide_unseen(x, x, x, **options)
+    lens = options["valid_lens"]
+    lens = lens[None] if lens is not None and x.ndim == 2 else lens  # of the one head there is
+    query, key, value = _hide_unseen(x, x, x, **options | {"valid_lens": lens})
     results = attention(_wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k), _wide(value) @ _wide(W_v), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):
