@@ -46,8 +46,10 @@ def myst(file, pictures, columns="shape", value="ratio"):
         title = KINDS.get(kind, kind)
         pieces += [f"**{title}**\n"] * (title is not None) + [_table(these, columns, value)] + [_image(path)] * drawn
     pieces += [f"{row['backend']} failed: `{row['failed']}`\n" for row in rows if "failed" in row]
-    if late := [f"{row['what']}, {row['shape']}" for row in rows if row.get("late")]:
-        pieces.append(f"Not measured, for want of time: {'; '.join(late)}.\n")
+    late = [row for row in rows if row.get("late")]
+    for kind in dict.fromkeys(row["kind"] for row in late):
+        these = dict.fromkeys(row["what"] for row in late if row["kind"] == kind)
+        pieces.append(f"Not measured in {KINDS[kind]}, for want of time: {'; '.join(these)}.\n")
     if "import" in document:
         pieces.append(f"`import kvattn` takes {document.pop('import'):.1f} ms, NumPy's own import not counted.\n")
     about = ", ".join(f"{key} {said}" for key, said in document.items())

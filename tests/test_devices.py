@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import chosen
 
 import kvattn
 from kvattn import conformance, dispatch
 from kvattn.backends import numpy as tab
-from kvattn.conformance import check, known
+from kvattn.conformance import check, known, native
 
 PARTS = {"attention", "attention_grad", "multi_head_attention", "merge_attention", "write"}  # what the stand-in offers
 ALL = conformance.cases()
@@ -141,3 +142,17 @@ def test_unsigned_lengths_whose_values_cannot_be_seen_do_not_wrap(backend, tab, 
             found = tab.signed(x)
             assert kvattn.checks.dtype_name(found) == "int32"
             assert tab.to_numpy(found).tolist() == [min(far, 2**30), 3, 0]
+
+
+@pytest.mark.parametrize("framework", [name for name in chosen() if name == "torch"])
+def test_a_layer_lies_where_its_arrays_lie(framework, monkeypatch):
+    """Also its weights: PyTorch makes them on the CPU, whatever the inputs are."""
+    tab = dispatch.load(framework)
+    moved, to = [], tab.torch.nn.Module.to
+    monkeypatch.setattr(tab.torch.nn.Module, "to", lambda layer, where: moved.append(str(where)) or to(layer, where))
+    ones, likes, asarray = np.ones((1, 2, 1)), [], tab.asarray
+    monkeypatch.setattr(tab, "asarray", lambda x, dtype=None, like=None: likes.append(like) or asarray(x, dtype, like))
+    with dispatch.on(tab, "cpu") as like:
+        native.run(tab, "AddNorm", {"norm_shape": 1}, {"gamma": np.ones(1), "beta": np.ones(1)}, [ones, ones], like=like)
+    assert "cpu" in moved
+    assert any(x is like for x in likes)

@@ -120,7 +120,7 @@ def test_the_rows_of_a_gpu_name_what_they_are_measured_against_and_what_there_wa
     cells = "0.85<br><small>0.123 ms; SDPA cudnn</small> | <small>0.123 ms; no native way</small>"
     assert f"| BERT: lengths, bfloat16 | {cells} |\n" in torch
     assert "| BERT: lengths, bfloat16 | wrong by 0.5 |\n" in jax
-    assert "Not measured, for want of time: BERT: mask, bfloat16, forward.\n" in jax
+    assert "Not measured in PyTorch, for want of time: BERT: mask, bfloat16.\n" in jax
     assert text.endswith("*Measured with device Card 3000, torch 2.11.*\n")
     assert "{image}" not in text
 

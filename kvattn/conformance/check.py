@@ -237,7 +237,7 @@ def _place(x: Any) -> str:
 def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[str, Any]:
     """Every quantity of the case, by name; arguments are compared before and after, bit by bit."""
     if case.call in layers.LAYERS:
-        return _layer(tab, case, dtype)
+        return _layer(tab, case, dtype, like)
     given: list[tuple[str, Any]] = []
 
     def convert(name: str, x: Any) -> Any:
@@ -286,7 +286,7 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[s
     return results
 
 
-def _layer(tab: Any, case: Case, dtype: str) -> dict[str, Any]:
+def _layer(tab: Any, case: Case, dtype: str, like: Any) -> dict[str, Any]:
     """The quantities of a case of a layer of ours; its weights and its configuration are among the keywords."""
     arguments, keywords = dict(case.arguments), dict(case.keywords)
     names, config, weights = (keywords.pop(name) for name in ("inputs", "config", "weights"))
@@ -296,8 +296,9 @@ def _layer(tab: Any, case: Case, dtype: str) -> dict[str, Any]:
         keywords["normalize"] = getattr(kvattn, keywords["normalize"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
         results, by_inputs, by_weights = native.run(
-            tab, case.call, config, weights, inputs, dtype=dtype, grad_output=grad_output, **arguments, **keywords
+            tab, case.call, config, weights, inputs, dtype=dtype, grad_output=grad_output, like=like, **arguments, **keywords
         )
     grads = dict(zip(names, by_inputs, strict=False)) | by_weights
     return dict(zip(case.results, results, strict=True)) | {f"grad_{name}": grads[name] for name in wrt}

@@ -13,9 +13,11 @@ from kvattn.cache import KVCache
 
 
 def run(backend: Any, name: str, config: dict[str, Any], weights: dict[str, np.ndarray], inputs: list[np.ndarray], *,
-        dtype: str = "float32", grad_output: np.ndarray | None = None, steps: bool = False, **options: Any) -> Any:  # fmt: skip
+        dtype: str = "float32", grad_output: np.ndarray | None = None, steps: bool = False, like: Any = None,
+        **options: Any) -> Any:  # fmt: skip
     """[the layer's results], [gradients of sum(grad_output * output) by floating-point inputs], {by the weight of a name}.
 
+    Arrays and weights lie on the device of ``like``, an array.
     ``steps``: called with a cache, for two positions, then for one at a time, and the outputs are joined.
 
     >>> ones = np.ones((1, 2, 1))
@@ -30,7 +32,7 @@ def run(backend: Any, name: str, config: dict[str, Any], weights: dict[str, np.n
     def array(x: Any) -> Any:
         if not isinstance(x, np.ndarray):
             return x
-        return tab.asarray(x.copy(), dtype=dtype if x.dtype.kind == "f" else None)
+        return tab.asarray(x.copy(), dtype=dtype if x.dtype.kind == "f" else None, like=like)
 
     def given() -> tuple[list[Any], dict[str, Any]]:
         return [array(x) for x in inputs], {key: array(x) for key, x in options.items()}
@@ -38,6 +40,8 @@ def run(backend: Any, name: str, config: dict[str, Any], weights: dict[str, np.n
     with _as_users_have_it(framework):
         exact = {key: np.asarray(x, dtype) for key, x in weights.items()}
         call, gradients = globals()[f"_{framework}"](kv, name, config, exact, dtype)
+        if framework == "torch" and like is not None:  # others make weights where they compute
+            call.to(like.device)
         first, how = given()
         if steps:
             return [array(_stepped(tab, call, name, first, how))], [], {}
