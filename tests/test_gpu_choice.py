@@ -29,9 +29,9 @@ OPTIONS = {"mask": None, "bias": None, "valid_lens": None, "causal": False, "que
 # ---- the choice
 
 
-def chosen_for(dtype="bfloat16", n=256, m=256, d=64, v=None, heads=(4, 4), batch=(2, 2), capable=True, **options):
+def chosen_for(dtype="bfloat16", n=256, m=256, d=64, v=None, heads=(4, 4), batch=(2, 2), capable=True, grad=False, **options):
     shapes = ((batch[0], heads[0], n, d), (batch[1], heads[1], m, d), (batch[1], heads[1], m, v or d))
-    arrays = [torch.zeros(shape, dtype=getattr(torch, dtype), device="meta") for shape in shapes]
+    arrays = [torch.zeros(shape, dtype=getattr(torch, dtype), device="meta", requires_grad=grad) for shape in shapes]
     with patch.object(torch_gpu, "can_compile", lambda device: capable):
         return torch_gpu.choose(*arrays, **OPTIONS | {"softcap": None} | options)
 
@@ -73,6 +73,10 @@ def table():
     ):
         yield None, {"softcap": 5.0, **few}
     yield None, {"softcap": 5.0, "capable": False}
+    for grad, kernel in ((True, None), (False, "flash")):
+        yield kernel, {"valid_lens": lens, "d": 256, "grad": grad}
+        yield "flash", {"valid_lens": lens, "d": 256, "window": (64, 0), "grad": grad}
+        yield "flash", {"valid_lens": lens, "d": 128, "grad": grad}
     yield "flash", {"softcap": 5.0, "d": 1, "v": 256}
     yield None, {"softcap": 5.0, "scale": -1.0}
     yield None, {"bias": torch.zeros(256, requires_grad=True)}

@@ -259,13 +259,14 @@ def _plan(
         *kinds,
         softcap is not None,
     )
+    narrow = softcap is not None or first is not None
     inputs = (*q_strides[:3], *k_strides[:3], *v_strides[:3])
     outputs = _rows(shape, q_strides, v)
     masks = (*steps[0], *steps[1])
     sizes = (d, v, _wide(d), _wide(v))
     types = (dtype, *(None if x is None else x[0] for x in (mask, bias, lens, offsets)))
     if grad_strides is None:
-        rows, cols, warps, stages = forward_tiles(dtype, width, group * n, kinds)
+        rows, cols, warps, stages = forward_tiles(dtype, width, group * n, any(kinds), narrow)
         programs = -(-group * n // rows) * batch * kv_heads
         parts = how_many_parts(programs, m, cols, device)
         constants = (*sizes, rows, cols, parts, *flags)
@@ -276,12 +277,12 @@ def _plan(
         constants = (v, _wide(v), parts, parts)
         combine = Launch(tiles.combine, device, types, batch * heads * n, outputs, (heads, n), constants, 4, 1)
         return _Plan(forward, combine, None, None, parts * batch * heads * n * (v + 2))
-    rows, cols, warps, stages = query_tiles(dtype, width, kinds)
+    rows, cols, warps, stages = query_tiles(dtype, width, any(kinds), narrow)
     strides = (*inputs, *outputs, *grad_strides[:3], *_rows(shape, q_strides, d), *masks)
     programs = -(-group * n // rows) * batch * kv_heads
     constants = (*sizes, rows, cols, by_lse, *flags)
     by_query = Launch(tiles.backward_query, device, types, programs, strides, numbers, constants, warps, stages)
-    rows, cols, warps, stages = key_tiles(dtype, width, kinds)
+    rows, cols, warps, stages = key_tiles(dtype, width, any(kinds), narrow)
     programs = -(-m // cols) * batch * kv_heads
     strides = (*inputs, *grad_strides[:3], *masks)
     by_key = Launch(tiles.backward_key, device, types, programs, strides, numbers, (*sizes, rows, cols, *flags), warps, stages)
@@ -356,28 +357,33 @@ _compiled = {}
 # ---- tiles: (queries, keys, warps, stages), the fastest on an H100 of those that were tried
 
 
-def forward_tiles(dtype, width, rows, kinds):
+def forward_tiles(dtype, width, rows, masked, narrow):
+    """``masked``: by a mask or a bias; ``narrow``: with a softcap, whose tanh takes registers, or a window's left end."""
     if dtype == torch.float32:
         return 32, 32, 4, 1
     if rows <= 32:
         return 16 if rows <= 16 else 32, 64, 4, 3
     if width > 128:
         return 64, 64, 4, 2
-    if rows <= 64 or not any(kinds):
-        return 64, 64, 4, 3
-    return (128, 64, 8, 2) if width > 64 else (128, 64, 4, 3)
+    return (128, 64, 4, 3) if rows > 64 and width <= 64 and (masked or narrow) else (64, 64, 4, 3)
 
 
-def query_tiles(dtype, width, kinds):
+def query_tiles(dtype, width, masked, narrow):
     if dtype == torch.float32:
         return 32, 32, 4, 1
-    return (64, 32, 4, 2) if width > 128 else (64, 64, 4, 2) if width > 64 else (64, 64, 4, 3)
+    if width > 128:
+        return 64, 32, 4, 2
+    if width > 64:
+        return 128, 64, 8, 3
+    return (64, 32, 4, 3) if masked or narrow else (64, 64, 4, 3)
 
 
-def key_tiles(dtype, width, kinds):
+def key_tiles(dtype, width, masked, narrow):
     if dtype == torch.float32:
         return 32, 32, 4, 1
-    return (32, 64, 4, 2) if width > 128 else (32, 128, 8, 3) if width > 64 and not any(kinds) else (32, 64, 4, 3)
+    if width > 128:
+        return 32, 64, 4, 2
+    return (32, 128, 8, 3) if width > 64 and not narrow else (32, 64, 4, 3)
 
 
 def how_many_parts(programs, m, cols, device):

@@ -80,6 +80,12 @@ def choose(query, key, value, mask, bias, valid_lens, causal, query_offset, wind
             return None
     if query.dtype == torch.float32 and not (softcap or window or (causal and not isinstance(query_offset, int))):
         return None
+    if (
+        max(query.shape[-1], value.shape[-1]) > 128
+        and not (softcap or window or return_lse)
+        and kernels._taped(query, key, value)
+    ):
+        return None  # three times as slow backward as SDPA with a mask, on an H100
     return "flash" if _flexible(query, key, value) else None
 
 
