@@ -384,13 +384,9 @@ def attention(
         kernel = torch_gpu.choose(query, key, value, **call)
         if kernel:
             return torch_gpu.attention(kernel, query, key, value, **call)
-    call = (usual, score, softcap, scale, where, reach, return_weights)
-    kernel, parts = kernels.choose(query, key, value, *call)
+    kernel, parts = kernels.choose(query, key, value, usual, score, softcap, scale, where, reach, return_weights)
     if kernel == "SDPA, by lengths":
-        output = kernels.by_runs(attention, parts, query, key, value, valid_lens, causal, scale)
-        if output is not None:
-            return output.to(query.dtype)
-        kernel, parts = kernels.choose(query, key, value, *call, by_lengths=False)
+        return kernels.by_runs(attention, parts, query, key, value, causal, scale).to(query.dtype)
     if kernel == "SDPA, in bands":
         return kernels.by_band(parts, query, key, value, causal, query_offset, window, scale).to(query.dtype)
     if parts:

@@ -24,7 +24,7 @@ READ = 32  # that take as long as reading one number of a key or value
 GAIN = 0.25  # share of the work that calls apart must save: they keep the cores less busy than one
 PAIRS = 2**24  # numbers that are held at one time, of scores, masks or features: arrays under 32 MB would fragment glibc's heap
 ROWS = 256  # queries of a block for which nothing but a mask is held
-EMPTY_ROWS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)  # zeros on a CPU, read and run there
+EMPTY_ROWS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)  # zeros on a CPU: run there, and in 2.13
 LACKS = "SDPA has no forward derivatives, no gradient by bias, no scale of 0 or less, and no answer without keys"
 
 
@@ -37,10 +37,10 @@ def without_leaks(*inputs):
     return all(readable(x) and pairs.finite(x) for x in {id(x): x for x in inputs}.values())
 
 
-def choose(query, key, value, usual, score, softcap, scale, where, reach, whole, by_lengths=True):
+def choose(query, key, value, usual, score, softcap, scale, where, reach, whole):
     """(kernel, its parts) of a call. ``usual``: softmax of scaled dot products; ``whole``: its weights are asked for."""
     fused = usual and not softcap and serves(query, key, value, where["bias"], scale)
-    if fused and by_lengths and (parts := runs(query, key, value, **where, **reach)):
+    if fused and (parts := runs(query, key, value, **where, **reach)):
         return "SDPA, by lengths", parts
     n, m = query.shape[-2], key.shape[-2]
     unmasked = where["mask"] is where["bias"] is where["valid_lens"] is reach["window"] is None and not reach["causal"]
@@ -83,8 +83,7 @@ def _taped(query, key, value):
 def runs(query, key, value, mask, bias, valid_lens, causal, query_offset, window):
     """Neighbours in the batch that have as many keys and share a call, [(how many, keys)]; or [].
 
-    For valid_lens (batch,), where it is the only mask but for causal and can be read without a wait. [(all, None)] where one
-    call with a mask is faster.
+    For valid_lens (batch,), where it is the only mask but for causal, can be read without a wait, and calls apart save work.
     """
     if valid_lens is None or valid_lens.ndim != 1 or not mask is bias is window is None or not readable(valid_lens):
         return []
@@ -99,33 +98,17 @@ def runs(query, key, value, mask, bias, valid_lens, causal, query_offset, window
     each = (n + READ) * math.prod(query.shape[1:-2]) * (query.shape[-1] + value.shape[-1])  # of a key
     saved, whole = each * (m * len(lens) - sum(lens)), each * m * len(lens)
     too_large = causal and len(lens) * n * m > PAIRS  # a mask
-    return found if len(found) <= 1 or too_large or saved > max(CALL * len(found), GAIN * whole) else [(len(lens), None)]
+    return found if len(found) <= 1 or too_large or saved > max(CALL * len(found), GAIN * whole) else []
 
 
-def by_runs(attend, found, query, key, value, valid_lens, causal, scale):
-    """Each run by itself: no work on padding, and none to hide. None where a mask was chosen, and is not enough."""
-    if found and found[0][1] is None:
-        return _padded(query, key, value, valid_lens, causal, scale)
+def by_runs(attend, found, query, key, value, causal, scale):
+    """Each run by itself: no work on padding, and none to hide."""
     parts = (x.split([size for size, _ in found]) for x in (query, key, value))
     outputs = []
     for (_, length), q, k, v in zip(found, *parts, strict=True):
         k, v = k[..., :length, :], v[..., :length, :]
         outputs.append(fused(q, k, v, None, causal, scale) if length else attend(q, k, v))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def _padded(query, key, value, valid_lens, causal, scale):
-    """All with a mask, or None where what it masks may have to be hidden: a copy of keys and values costs more than a look."""
-    if not valid_lens.all() or not readable(query):
-        return None
-    n, m = query.shape[-2], key.shape[-2]
-    allowed = torch.arange(m) < valid_lens.reshape(-1, *[1] * (query.ndim - 1))
-    allowed = allowed & torch.ones(n, m, dtype=torch.bool).tril() if causal else allowed
-    output = _run(query, key, value, allowed, False, scale)
-    # NaN and inf in a value are in the output too; in a key they may not be, if its score is -inf, but in the gradient
-    if not pairs.sound(output, query, key, True, False) or (_taped(query, key, value) and not pairs.finite(key)):
-        return None
-    return _taped_as(output, partial(pairs.attention, allowed=allowed, bias=None, scale=scale), query, key, value, allowed)
 
 
 def rows(query, key, value, score, fused, mask, bias, valid_lens, causal, query_offset, window):
@@ -183,18 +166,20 @@ def attention(query, key, value, allowed, bias, triangle, scale, hide=None):
         return fused(*hide(query, key, value), None, triangle, scale)
     allowed, bias = (x if x is None else x.reshape(*[1] * (query.ndim - x.ndim), *x.shape) for x in (allowed, bias))
     exact = partial(pairs.attention, allowed=allowed, bias=bias, scale=scale)
-    if EMPTY_ROWS and query.numel() and readable(query):
-        added = bias if allowed is None else allowed if bias is None else torch.where(allowed, bias, -math.inf)
-        output = _run(query, key, value, added, False, scale)
-        if pairs.sound(output, query, key, True, False):
-            return _taped_as(output, exact, query, key, value, added) if _taped(query, key, value) else output
-    query, key, value = hide(query, key, value)
-    if allowed is None:
-        return fused(query, key, value, bias, False, scale, exact)
-    # an empty row attends to all and is dropped after: the kernels of GPUs, and older ones, have given NaN for it
-    some = allowed.any(dim=-1, keepdim=True)
-    added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
-    return torch.where(some, fused(query, key, value, added, triangle, scale, exact), 0)
+
+    def hidden(query, key, value):
+        query, key, value = hide(query, key, value)
+        if allowed is None:
+            return fused(query, key, value, bias, False, scale, exact)
+        # an empty row attends to all and is dropped after: the kernels of GPUs, and older ones, have given NaN for it
+        some = allowed.any(dim=-1, keepdim=True)
+        added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
+        return torch.where(some, fused(query, key, value, added, triangle, scale, exact), 0)
+
+    if not (EMPTY_ROWS and query.numel() and readable(query)):
+        return hidden(query, key, value)
+    added = bias if allowed is None else allowed if bias is None else torch.where(allowed, bias, -math.inf)
+    return fused(query, key, value, added, False, scale, exact, hidden)
 
 
 def forbids(bias):
@@ -239,20 +224,21 @@ def by_band(steps, query, key, value, causal, query_offset, window, scale):
     return torch.cat(parts, dim=-2)
 
 
-def fused(query, key, value, mask, causal, scale, exact=None):
-    """scaled_dot_product_attention; the answer of ``exact`` where NaN or inf reached, or may have, what it may not.
+def fused(query, key, value, mask, causal, scale, exact=None, unsound=None):
+    """scaled_dot_product_attention; what ``unsound`` gives where NaN or inf reached, or may have, what it may not.
 
-    ``exact``: a function (query, key, value) -> output that takes each pair by itself; by default that of the mask.
+    ``exact``: a function (query, key, value) -> output that takes each pair by itself; by default that of the mask. Its
+    derivatives are those where something is not finite, and second ones. ``unsound``: another such function, else ``exact``.
     """
     output = _run(query, key, value, mask, causal, scale)
     taped = _taped(query, key, value) and not tracing()
-    unsound = not pairs.sound(output, query, key, mask is not None, causal)
-    if not (taped or unsound):
+    sound = pairs.sound(output, query, key, mask is not None, causal)
+    if sound and not taped:
         return output
     exact = exact or partial(_exact, mask=mask, causal=causal, scale=scale)
-    return (
-        exact(query, key, value) if unsound else _taped_as(output, exact, query, key, value, mask, mask is None and not causal)
-    )
+    if not sound:
+        return (unsound or exact)(query, key, value)
+    return _taped_as(output, exact, query, key, value, mask, mask is None and not causal)
 
 
 def _exact(query, key, value, mask, causal, scale):
