@@ -3,27 +3,23 @@
     s_ij = scale * q_i . k_j            softcap: s_ij = softcap * tanh(s_ij / softcap)         bias: s_ij += bias_ij
     o_i = sum_j exp(s_ij - lse_i) v_j   lse_i = log sum_j exp(s_ij)        over the keys j that query i may attend to
 
-Which keys those are: j in [begin_i, end_i), where lengths, causal, a window and an offset meet, and mask_ij,
-and a bias_ij
-that is not -inf. A tile of queries walks over tiles of keys, from its lowest begin to its highest end,
-and keeps for each
-query the largest score met,
-the sum of the weights relative to it and their sum of values (online softmax: Milakov and
-Gimelshein, 2018, https://arxiv.org/abs/1805.02867; FlashAttention-2: Dao, 2023,
-https://arxiv.org/abs/2307.08691). Only the
-tiles at the edge of that range ask of each pair whether it may attend. Backward, from the same lse:
+Which keys those are: j in [begin_i, end_i), where lengths, causal, a window and an offset meet, where mask_ij is true and
+bias_ij is not -inf. A tile of queries walks over tiles of keys, from its lowest begin to its highest end, and keeps for each
+query the largest score met, the sum of the weights relative to it and their sum of values. Only the tiles at the edge of
+that range ask of each pair whether it may attend. Backward, from the same lse:
 
     p_ij = exp(s_ij - lse_i)    dv_j = sum_i p_ij do_i    ds_ij = p_ij (do_i . v_j - do_i . o_i + dlse_i) * the softcap's slope
     dq_i = scale * sum_j ds_ij k_j                        dk_j = scale * sum_i ds_ij q_i
 
 NaN and inf. Keys at and after the highest end are never read. Within a tile a pair that may not attend has weight 0, and
-0 * NaN is NaN: so a tile whose result is not finite is computed again, pair by pair (`_apart`),
-and then NaN is only in
-the rows that may attend to it. That costs nothing where all is finite but a look at the result.
+0 * NaN is NaN: so a tile whose result is not finite is computed again, pair by pair (`_apart`), and then NaN is only in the
+rows that may attend to it. That costs nothing where all is finite but a look at the result.
 
-The queries of all the heads that share a key head are one list of rows,
-head after head. Where that list is short (as in
+The queries of all the heads that share a key head are one list of rows, head after head. Where that list is short (as in
 decoding) the keys are split among programs, and `combine` puts their parts together.
+
+Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax" (https://arxiv.org/abs/1805.02867); Dao 2023,
+"FlashAttention-2" (https://arxiv.org/abs/2307.08691).
 """
 
 from __future__ import annotations
