@@ -133,6 +133,42 @@ def test_the_kernel_explained_is_the_one_that_runs(backend, tab, shapes, what):
     assert ("of selected keys" in said.kernel) == ("positions" in options and name != "nothing")
 
 
+def test_few_queries_in_a_window_from_an_offset(backend, tab):
+    """Of JAX, a program that serves other offsets too."""
+    query, key = (tab.asarray(RNG.standard_normal((1, 1, n, 8)).astype("float32")) for n in (200, 4096))
+    sizes, scores = [], tab._scores
+
+    def spy(query, key, *args):
+        sizes.append(key.shape[-2])
+        return scores(query, key, *args)
+
+    for score in (None, kvattn.distance_score, lambda query, key: kvattn.dot_score(query, key)):
+        options = {"score": score, "window": 3, "query_offset": 50, "normalize": kvattn.sparsemax}
+        said = kvattn.explain(query, key, key, **options)
+        with patch.object(tab, "_scores", spy):
+            TRACED.get(backend, lambda call: call())(lambda options=options: kvattn.attention(query, key, key, **options))
+        if sizes:  # else another kernel serves it than the formula
+            assert ("beside the keys in" in said.why) == (max(sizes) < 4096), (said, sizes)
+        sizes.clear()
+
+
+def test_a_mask_of_unknown_sizes_is_not_cut(backend, tab):
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        said = []
+        x = tf.zeros((1, 1024, 8))
+
+        @tf.function(input_signature=[tf.TensorSpec((None, None), tf.bool)], autograph=False)
+        def call(mask):
+            said.append(kvattn.explain(x, x, x, mask=mask, window=3, normalize=kvattn.sparsemax))
+            return kvattn.attention(x, x, x, mask=mask, window=3, normalize=kvattn.sparsemax)
+
+        with patch("kvattn.bands.cuts", side_effect=AssertionError("it was cut")):
+            call(tf.ones((1024, 1024), tf.bool))
+        assert "window" not in said[0].why
+
+
 def test_it_says_so_in_a_sentence(backend, tab):
     x = tab.asarray(np.zeros((4, 8), "float32"))
     said = kvattn.explain(x, x, x, normalize=kvattn.sparsemax)

@@ -532,6 +532,9 @@ def kernel(query, key, value, **options):
     if tiles.serves(sys.modules[__name__], query, key, value, *how, restricted):
         return "tiles", "softmax of many dot products, of which no more than the cache holds exist at a time"
     why = "tiles are for many dot products on the CPU, without dropout or weights"
+    planned = (options[name] for name in ("score", "normalize", "query_offset", "window"))
+    if programs.traces_offset(__name__, query, *planned):
+        options["query_offset"] = None
     return explanation.bounded(*explanation.general(why, query, key, **options), blocks.plan(options["score"], query, key))
 
 

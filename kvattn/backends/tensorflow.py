@@ -441,7 +441,7 @@ def attention(
     if tiled.serves(sys.modules[__name__], query, key, value, score, normalize, bias, dropout, return_weights, restricted):
         how = {"score": score, "scale": scale, "softcap": softcap, "return_lse": return_lse}
         return tiled.attention(sys.modules[__name__], query, key, value, **how, **where, **reach)
-    whole = return_weights or any(None in x.shape[-2:] for x in (mask, bias) if x is not None)  # unknown: cannot be cut
+    whole = return_weights or not _cuttable(mask, bias)
     steps = [] if whole else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
     if steps:
         parts = []
@@ -462,6 +462,11 @@ def attention(
     if nonfinite.absent(*_hide_padding(allowed, query, key, value)[:2], output):  # it lay where nobody looks
         return results
     return _in_blocks(query, key, value, **where, **reach, **how, **back)
+
+
+def _cuttable(*masks):
+    """Whether each can be cut into blocks: its sizes are known."""
+    return not any(None in x.shape[-2:] for x in masks if x is not None)
 
 
 def _in_blocks(query, key, value, **options):
@@ -655,6 +660,8 @@ def kernel(query, key, value, **options):
     why = "blocks are for many dot products of known sizes on the CPU, without bias, dropout, weights or XLA"
     others = (options[name] for name in ("mask", "bias", "valid_lens"))
     steps = blocks.plan(options["score"], query, key, value, *others)
+    if not _cuttable(options["mask"], options["bias"]):
+        options["window"] = None  # by which blocks would be planned
     return explanation.bounded(*explanation.general(why, query, key, **options), steps)
 
 

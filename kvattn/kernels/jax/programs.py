@@ -110,18 +110,31 @@ def reaching(function):
     return call
 
 
+def traces_offset(module, query, score, normalize, query_offset, window):
+    """Whether a call becomes a program of the tab ``module`` that serves other offsets too: no blocks are planned by this."""
+    return _own((score, normalize), module) and not _keeps_offset(query, query_offset, window)
+
+
+def _own(functions, module):
+    return all(getattr(getattr(f, "func", f), "__module__", None) == module for f in functions)
+
+
+def _keeps_offset(query, query_offset, window):
+    """The plan of blocks needs the number, and a kernel to know that it is 0."""
+    return isinstance(query_offset, int) and (query_offset == 0 or bool(window and query.shape[-2] > bands.BLOCK))
+
+
 def compiled(function):
     """One program for the whole call, since eager JAX pays for every operation; not where it would freeze a stranger's code."""
 
     @functools.wraps(function)
     def call(*args, **options):
         given = {name: options[name] for name in ("score", "normalize") if name in options}
-        if any(getattr(getattr(f, "func", f), "__module__", None) != function.__module__ for f in given.values()):
+        if not _own(given.values(), function.__module__):
             return function(*args, **options)
         static = {*_STATIC, *(name for name, f in given.items() if not isinstance(f, Partial))}
-        offset = options.get("query_offset")
-        if isinstance(offset, int) and (offset == 0 or (options.get("window") and args[0].shape[-2] > bands.BLOCK)):
-            static.add("query_offset")  # the plan of blocks needs the number, and a kernel to know that it is 0
+        if _keeps_offset(args[0], options.get("query_offset"), options.get("window")):
+            static.add("query_offset")
         if isinstance(options.get("scale"), float) and jax_gpu.device() is not None:
             static.add("scale")  # cuDNN's is part of the program
         fixed = tuple((name, x) for name, x in options.items() if name in static)
