@@ -75,10 +75,14 @@ def judge(
             start = time.perf_counter()
             asked = {"backend": name, "share": share, "of": shares[name], "words": words}
             quick = QUICK.get(name) if "XLA_FLAGS" not in os.environ else None
-            found = _ask(asked, quick, running, lambda case, name=name: events.put((name, case)))
+
+            def tell(case: Any, name: str = name) -> None:
+                events.put((name, case))
+
+            found = _ask(asked, quick, running, tell)
             if quick is not None and found is None:  # a release of XLA that does not know the flags aborts
                 quick = None
-                found = _ask(asked, None, running, lambda case, name=name: events.put((name, case)))
+                found = _ask(asked, None, running, tell)
             found = found or {"error": "the process in which it was judged ended by itself"}
             events.put((name, found | {"quick": quick, "start": start, "share": share}))
 
