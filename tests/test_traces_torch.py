@@ -15,7 +15,7 @@ if "torch" not in chosen():
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from traced import RESTRICTIONS, SIZES, D, V, call, draw, empty, full, short
+from traced import RESTRICTIONS, SIZES, D, V, call, draw, empty, full, padded, short
 
 import kvattn.torch
 from kvattn import torch as kv
@@ -98,7 +98,8 @@ def test_one_trace_serves_every_input(way, which):
 
     first = draw(*FIRST)
     program = WAYS[way](attend, *[torch.tensor(first[name]) for name in arguments])
-    inputs = [change(draw(*FIRST, seed=1)) for change in (full, short, empty)]
+    changes = [full, short, empty, *[padded] * (which == "lengths")]
+    inputs = [change(draw(*FIRST, seed=1)) for change in changes]
     if way not in FIXED:
         inputs += [draw(*sizes) for sizes in (*SIZES[1:], (2, 6, 3), (3, 5, 5)) if min(sizes) >= SMALLEST.get(way, 2)]
     for arrays in inputs:

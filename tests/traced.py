@@ -32,6 +32,13 @@ def empty(arrays):
     return {**arrays, "lens": 0 * arrays["lens"], "mask": arrays["mask"] & False}
 
 
+def padded(arrays):
+    """Short lengths, and NaN in the keys and values behind them."""
+    arrays = short(arrays)
+    behind = np.arange(arrays["key"].shape[-2]) >= arrays["lens"][:, None]
+    return arrays | {x: np.where(behind[:, None, :, None], np.float32("nan"), arrays[x]) for x in ("key", "value")}
+
+
 # which of the arrays are arguments of the trace, and what else there is
 RESTRICTIONS = {
     "nothing": ({}, {}),
