@@ -305,13 +305,16 @@ class Block:
 
     def _softmax(self, scores, allowed=None):
         """Weights that sum to 1, and the lse; an empty row has some or other."""
+        least = scores.dtype.min
         if allowed is not None:
-            scores = tf.where(allowed, scores, scores.dtype.min)
+            scores = tf.where(allowed, scores, least)
         weights = tf.nn.softmax(scores)
+        kept = weights if allowed is None else tf.where(allowed, weights, 0)  # beside scores of -inf the others' are not 0
         if not self.call.with_lse:
-            return weights, None
+            return kept, None
         top, largest = (tf.reduce_max(x, axis=1, keepdims=True) for x in (scores, weights))
-        return weights, top - tf.math.log(largest)  # the largest weight is 1 / sum(exp(scores - top))
+        top = tf.where(tf.equal(top, least), -math.inf, top)
+        return kept, top - tf.math.log(largest)  # the largest weight is 1 / sum(exp(scores - top))
 
     def careful(self):
         """The weights, the lse and the slope where something is not finite, and the pairs that may attend."""
