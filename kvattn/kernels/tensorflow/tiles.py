@@ -313,7 +313,7 @@ class Block:
         if not self.call.with_lse:
             return kept, None
         top, largest = (tf.reduce_max(x, axis=1, keepdims=True) for x in (scores, weights))
-        top = tf.where(tf.equal(top, least), -math.inf, top)
+        top = tf.where(tf.not_equal(top, least), top, -math.inf)
         return kept, top - tf.math.log(largest)  # the largest weight is 1 / sum(exp(scores - top))
 
     def careful(self):
