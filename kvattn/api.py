@@ -34,6 +34,7 @@ from typing import Any
 
 from kvattn import bands, checks, dispatch, explanation, prepare
 from kvattn.cache import KVCache
+from kvattn.call import Call
 from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
 
 __all__ = [
@@ -296,6 +297,9 @@ def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **op
     back = prepare.returned(options)
     features = (query.shape[-1], key.shape[-1])
     options = prepare.options(tab, query, scores, features, return_lse=back["return_lse"], **options) | back
+    if hasattr(tab, "choose"):
+        kernel, why = tab.choose(query, key, value, Call.of(query, key, **options))[:2]
+        return explanation.Explanation(dispatch.name_of(tab), checks.device_name(query), kernel, why)
     offset, window = options["query_offset"], options["window"]
     if bands.reaches_all(query.shape[-2], key.shape[-2], options["causal"], offset, window):  # as every tab begins
         options |= {"causal": False, "window": None}

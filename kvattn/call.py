@@ -1,0 +1,126 @@
+"""One description of a call of attention, which the frontend's options become and every kernel takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from kvattn import bands
+
+
+class Call(NamedTuple):
+    """What a call asks for beside query, key and value, checked by the frontend.
+
+    A query that stands at position p = query_offset + its row may attend to the keys p - left ... p + right, where the mask,
+    a bias above -inf and the valid lengths let it. ``causal`` is right = 0; None is no limit.
+    """
+
+    score: Any
+    normalize: Any
+    mask: Any = None
+    bias: Any = None
+    valid_lens: Any = None
+    query_offset: Any = 0
+    left: int | None = None
+    right: int | None = None
+    positions: Any = None
+    scale: Any = None
+    softcap: Any = None
+    dropout: Any = 0.0
+    rng: Any = None
+    return_weights: bool = False
+    return_lse: bool = False
+
+    @classmethod
+    def of(cls, query: Any, key: Any, *, causal: Any, window: tuple[int | None, int | None] | None, query_offset: Any,
+           **options: Any) -> Call:  # fmt: skip
+        """The description of a tab's call with these keywords of `attention`, which are all but return_weights and return_lse.
+
+        What causal and the window forbid to nobody, as in decoding, is left out: then there is no mask to build.
+        """
+        if not causal and window is None:  # most calls: each question costs a part of a microsecond
+            return cls(query_offset=query_offset, **options)
+        left, right = window or (None, None)
+        right = 0 if causal else right
+        if bands.reaches_all(query.shape[-2], key.shape[-2], False, query_offset, (left, right)):
+            left = right = None
+        return cls(query_offset=query_offset, left=left, right=right, **options)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The keywords of `attention` that say the same."""
+        options = self._asdict()
+        left, right = options.pop("left"), options.pop("right")
+        return options | {"causal": False, "window": None if left is right is None else (left, right)}
+
+    # ---- what is asked of it
+
+    @property
+    def windowed(self) -> bool:
+        """Whether a query's position limits the keys that it may attend to."""
+        return self.left is not None or self.right is not None
+
+    @property
+    def masked(self) -> bool:
+        """Whether a mask, a bias or lengths, which may forbid any pair, are given."""
+        return not (self.mask is None and self.bias is None and self.valid_lens is None)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some pairs may be forbidden; a bias counts, since it may hold -inf."""
+        return self.windowed or self.masked
+
+    @property
+    def from_the_first(self) -> bool:
+        """Whether query i is known to stand at key i."""
+        return type(self.query_offset) is int and self.query_offset == 0
+
+    @property
+    def only_causal(self) -> bool:
+        """Whether query i attends to the keys up to i and nothing else is forbidden: what frameworks call ``is_causal``."""
+        return self.right == 0 and self.left is None and self.from_the_first and not self.masked
+
+    def lengths_per_query(self, axes: int) -> bool:
+        """Whether each query has a valid length of its own, not each batch entry; ``axes``: of the query."""
+        return self.valid_lens is not None and len(self.valid_lens.shape) == (2 if axes > 2 else 1)
+
+    def beyond_softmax(self, tab: Any, *names: str) -> str:
+        """What it asks for beyond softmax of scaled dot products, in words; "" for nothing. ``names``: options that count."""
+        if self.score is not tab.scaled_dot_score:
+            return "the score is not scaled_dot_score"
+        if self.normalize is not tab.softmax:
+            return "the normaliser is not softmax"
+        return next((f"{name} is asked for" for name in names if getattr(self, name)), "")
+
+    # ---- blocks of queries
+
+    def leaves_none_out(self, n: object, m: object) -> bool:
+        """Whether the window leaves each query a key and each key a query; False where a size or the offset is unknown."""
+        return bands.covers(n, m, False, self.query_offset, (self.left, self.right))
+
+    def window_blocks(self, n: object, m: object) -> list[bands.Band]:
+        """Blocks (first query, end, first key, end) that hold every pair in the window; [] where they would save nothing."""
+        return bands.plan(n, m, False, self.query_offset, (self.left, self.right)) if self.windowed else []
+
+    def cut(self, blocks: list[bands.Band], query: Any, key: Any, value: Any) -> Iterator[tuple[Any, Any, Any, Call]]:
+        """Each block's own query, key, value and call: slices, with lengths and offset counted from its first key."""
+        where = {name: getattr(self, name) for name in ("mask", "bias", "valid_lens", "query_offset")}
+        for arrays, at in bands.cuts(blocks, query, key, value, **where):
+            yield *arrays, self._replace(**at)
+
+    def of_selected_keys(self, mask: Any, bias: Any) -> Call:
+        """The call once each query lies beside the keys that ``positions`` selects; ``mask``: those it may attend to."""
+        return self._replace(mask=mask, bias=bias, valid_lens=None, query_offset=0, left=None, right=None, positions=None)
+
+
+class Choice(NamedTuple):
+    """The kernel that a tab chose for a call: its name and why, for users; and how it serves the call, for the tab.
+
+    ``blocks``: the parts of the call that it serves one after another, blocks of queries or others; none for one. ``run``: a
+    function (query, key, value, call, blocks) -> the results of attention.
+    """
+
+    kernel: str
+    why: str
+    blocks: Sequence[Any] = ()
+    run: Callable[..., Any] | None = None
