@@ -88,13 +88,19 @@ def attend(text: str, backend: str, device: str | None = None) -> Any:
     import kvattn
     from kvattn import dispatch
 
+    from kvattn.conformance.check import parts
+
     x: Any = embed(tokenize(text)[:USED])
     try:
         tab = dispatch.load(backend)
         with dispatch.on(tab, None if device is None else dispatch.device(tab, device)) as like:
             x = x if device is None else tab.asarray(x, like=like)
-            pair = kvattn.attention(x, x, x, return_weights=True, backend=backend)
-        return tuple(np.asarray(kvattn.to_numpy(each), np.float64) for each in pair)
+            pair = parts(kvattn.attention(x, x, x, return_weights=True, backend=backend), ("output", "weights"))
+        found = tuple(np.asarray(tab.to_numpy(each), np.float64) for each in pair)
+        for name, each, last in zip(("output", "weights"), found, x.shape[::-1], strict=True):
+            if each.shape != (len(x), last):
+                raise ValueError(f"{name} has shape {each.shape}; promised {(len(x), last)}")
+        return found
     except Exception as error:  # one backend's failure is a line of the report
         return f"{type(error).__name__}: {error}"
 

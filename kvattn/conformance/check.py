@@ -6,7 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -113,8 +113,9 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
     tab = dispatch.load(backend) if isinstance(backend, str) else backend
     called = backend if isinstance(backend, str) else getattr(tab, "__name__", type(tab).__name__).rpartition(".")[2]
     name = dispatch.canonical(called)
-    describe = getattr(tab, "describe", None)
-    version, card = describe() if describe else ("", "")
+    version = card = ""
+    with suppress(Exception):  # of a stranger's: no version is no reason to judge nothing
+        version, card = parts(tab.describe(), ("version", "device"))
     if device is not None:
         device = dispatch.device(tab, device)
         card = tab.devices()[device]
@@ -130,13 +131,15 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
 def _run(tab: Any, name: str, cases: Sequence[Case], dtypes: Sequence[str] | None, progress: Callable[[str], None] | None,
          report: Report, like: Any, place: str, told: bool) -> None:  # fmt: skip
     """``place``: where arrays lie; ``told``: that they lie there was asked for, so that results have to."""
+    lacks = [] if _is_ours(tab) else [dtype for dtype in tolerance.HALF if not _makes(tab, dtype, like)]
+    report.excused += [f"its asarray makes no {dtype}: cases in that dtype are asked in float32" for dtype in lacks]
     for case in cases:
         if progress is not None:
             progress(case.name)
         wanted = case.usual if dtypes is None else [dtype for dtype in dtypes if dtype in case.dtypes]
         excuses = {dtype: row for dtype in wanted if (row := known.difference(name, dtype, case.name, case.group, place))}
         report.excused += sorted({row.reason for row in excuses.values()} - {*report.excused})
-        able = [dtype for dtype in wanted if dtype not in excuses]
+        able = [dtype for dtype in wanted if dtype not in excuses and dtype not in lacks]
         if not able and dtypes is None and known.difference(name, "float32", case.name, case.group, place) is None:
             able = ["float32"]  # no case goes unasked for want of bfloat16
         for dtype in able:
@@ -172,6 +175,10 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, lik
     if missing := _missing(tab, case):
         result("output", 0.0, 0.0, NOT_OFFERED + ", ".join(missing))
         return
+    grad = "multi_head_attention_grad" if case.call in HEADED else "attention_grad"
+    if _wrt(case) and not _is_ours(tab) and not callable(getattr(tab, grad, None)):  # what it computes is judged all the same
+        result("gradients", 0.0, 0.0, NOT_OFFERED + grad)
+        case = replace(case, answer={what: x for what, x in case.answer.items() if not what.startswith("grad_")})
     try:
         got = _call(tab, case, dtype, thorough, like)
     except Exception as error:
@@ -199,9 +206,24 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, lik
         result(what, _distance(x, want, unit), allowed)
 
 
+def _is_ours(tab: Any) -> bool:
+    return str(getattr(tab, "__name__", "")).startswith("kvattn.backends.")
+
+
+def _makes(tab: Any, dtype: str, like: Any) -> bool:
+    """Whether the backend has arrays of this dtype: a framework need not have both kinds of half precision."""
+    try:
+        tab.asarray(np.zeros(1), dtype=dtype, like=like)
+    except Exception:
+        with suppress(Exception):
+            tab.asarray(np.zeros(1), dtype="float32", like=like)
+            return False
+    return True  # or nothing is made, which each case will say
+
+
 def _missing(tab: Any, case: Case) -> list[str]:
     """The functions this case needs and a stranger's backend does not have. Ours have all, or fail."""
-    if getattr(tab, "__name__", "").startswith("kvattn.backends."):
+    if _is_ours(tab):
         return []
     if case.call in layers.LAYERS:
         return [case.call]
@@ -216,7 +238,6 @@ def _missing(tab: Any, case: Case) -> list[str]:
     if case.call == "nadaraya_watson":
         needed = {"attention", "gaussian_kernel", "proportional"}
     needed |= {_named(case.keywords[what])[0] for what in FUNCTIONS if what in case.keywords}
-    needed |= {"attention_grad"} if _wrt(case) else set()
     needed |= {"merge_attention"} if case.call == "split_attention" else set()
     return sorted(name for name in needed if not callable(getattr(tab, name, None)))
 
@@ -273,13 +294,13 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[s
             results = _headed(tab, case, arguments, keywords, grad_output, like)
         elif thorough or not case.alone:
             got = getattr(kvattn, case.call)(**arguments, **keywords, backend=tab)
-            results = dict(zip(case.results, got if len(case.results) > 1 else [got], strict=True))
+            results = dict(zip(case.results, parts(got, case.results), strict=True))
         if case.alone or (thorough and case.call == "attention" and len(case.results) > 1):
             what = ALONE if results else "output"
             results[what] = kvattn.attention(**arguments, **options, backend=tab)
         if case.call not in HEADED and (wrt := _wrt(case)):
             grads = kvattn.attention_grad(**arguments, grad_output=grad_output, wrt=wrt, **options, backend=tab)
-            results |= dict(zip((f"grad_{name}" for name in wrt), grads, strict=True))
+            results |= zip((f"grad_{name}" for name in wrt), parts(grads, wrt, single=False), strict=True)
     for (name, x), bits in zip(given, before, strict=True):
         if _bytes(tab, x) != bits:
             raise Wrong(f"the argument {name} was written to")
@@ -334,12 +355,12 @@ def _headed(
         return {"output": _steps(tab, inputs, params, capacity, options, like)}
     else:
         got = kvattn.multi_head_attention(*inputs, params, **options, backend=tab)
-    results = dict(zip(case.results, got if len(case.results) > 1 else [got], strict=True))
+    results = dict(zip(case.results, parts(got, case.results), strict=True))
     if wrt:
         options = {"num_heads": 1} | {name: x for name, x in options.items() if not name.startswith("return_")}
         by = ["query", "key", "value", *names]
         grads = kvattn.multi_head_attention_grad(*inputs, params, grad_output, wrt=by, **options, backend=tab)
-        found = dict(zip(by, grads, strict=True))
+        found = dict(zip(by, parts(grads, by, single=False), strict=True))
         if case.call == "self_attention":
             three = [np.asarray(tab.to_numpy(found[name]), np.float64) for name in ("query", "key", "value")]
             dtype = checks.dtype_name(found["query"])
@@ -365,6 +386,19 @@ def _steps(
     return tab.asarray(np.concatenate(parts, axis=-2), dtype=checks.dtype_name(inputs[0]), like=like)
 
 
+def parts(got: Any, names: Sequence[str], single: bool = True) -> Sequence[Any]:
+    """What was returned, one for each name; an array that stands where a tuple was promised is not taken apart.
+
+    ``single``: one result comes by itself, as attention's does, and not in a tuple. Raises `Wrong` for what is no such tuple.
+    """
+    if single and len(names) == 1:
+        return [got]
+    if not isinstance(got, (tuple, list)) or len(got) != len(names):
+        what = f"{len(got)} results" if isinstance(got, (tuple, list)) else f"a {type(got).__name__}"
+        raise Wrong(f"returned {what}; promised ({', '.join(names)}{',' * (len(names) == 1)})")
+    return got
+
+
 def _bytes(tab: Any, x: Any) -> bytes:
     return np.array(tab.to_numpy(x)).tobytes()
 
@@ -377,7 +411,10 @@ def _plain(tab: Any, x: Any, what: str, shape: tuple[int, ...], dtype: str) -> n
         raise Wrong(f"has dtype {checks.dtype_name(x)}; promised {dtype}")
     if tuple(x.shape) != shape:
         raise Wrong(f"has shape {tuple(x.shape)}; promised {shape}")
-    return np.array(tab.to_numpy(x), dtype=np.float64)
+    plain = np.array(tab.to_numpy(x), dtype=np.float64)
+    if plain.shape != shape:
+        raise Wrong(f"has shape {shape} but to_numpy makes {plain.shape} of it")
+    return plain
 
 
 def _distance(x: np.ndarray, y: np.ndarray, unit: float) -> float:

@@ -1,0 +1,175 @@
+"""The code of README and of the how-to pages, run as a reader would run it: word for word, from top to bottom, in a new folder."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import types
+from pathlib import Path
+
+import pytest
+from conftest import chosen
+
+import kvattn
+from kvattn import cli, conformance, dispatch
+from kvattn.backends import numpy
+
+ROOT = Path(__file__).parent.parent
+FILES = {"docs/howto/lessons.md": "lesson.md", "docs/howto/add-a-backend.md": "fakecupy.py"}  # what a page says to save
+FRAMEWORKS = ("torch", "tensorflow", "jax", "mxnet")
+
+
+def blocks(page):
+    """(language, code) of each fenced block of a page, in order; those of d2l are lessons' own."""
+    found = re.findall(r"^(`{3,})(\w+)\n(.*?)^\1$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [(language, code) for _, language, code in found]
+
+
+def asked(code):
+    """The frameworks that code asks for."""
+    words = re.findall(r"^(?:from kvattn )?import (\w+)|backend[ =]+\"?([\w,]+)|KVATTN_BACKEND=(\w+)", code, re.MULTILINE)
+    return {name for found in words for each in found for name in each.split(",") if name in FRAMEWORKS}
+
+
+def pages():
+    """Each page whose frameworks are all in this run; of the front page, each tab."""
+    found = []
+    for page in ["README.md", "docs/index.md", *(f"docs/howto/{path.name}" for path in (ROOT / "docs/howto").glob("*.md"))]:
+        parts = [(language, code) for language, code in blocks(page) if language in ("python", "md", "sh", "toml")]
+        if page == "docs/index.md":
+            for part in parts:
+                if asked(part[1]) <= {*chosen()}:
+                    found.append(pytest.param(page, [part], id=f"index {' '.join(asked(part[1])) or 'numpy'}"))
+        elif page != "docs/howto/transformers.md" and {name for _, code in parts for name in asked(code)} <= {*chosen()}:
+            found.append(pytest.param(page, parts, id=Path(page).stem))
+    return found
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Run a command in the new folder, where ``kvattn`` and ``python`` are what runs this test."""
+    for name, of in (("python", ""), ("kvattn", " -m kvattn")):
+        (script := tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        script.write_text(f'#!/bin/sh\nexec {sys.executable}{of} "$@"\n')
+        script.chmod(0o755)
+    (folder := tmp_path / "new").mkdir()
+    found = os.pathsep.join([str(Path(kvattn.__file__).parents[1]), str(folder)])
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": found}
+
+    def run(*words):
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    run.folder = folder
+    return run
+
+
+def entry_point(folder, project):
+    """What ``pip install -e .`` of a pyproject.toml leaves: its name, and the entry points that it declares."""
+    declared = tomllib.loads(project)["project"]
+    (info := folder / f"{declared['name']}-{declared['version']}.dist-info").mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {declared['name']}\nVersion: {declared['version']}\n")
+    points = declared["entry-points"]["kvattn.backends"].items()
+    (info / "entry_points.txt").write_text("[kvattn.backends]\n" + "".join(f"{name} = {of}\n" for name, of in points))
+
+
+@pytest.mark.parametrize(("page", "parts"), pages())
+def test_a_page_does_what_it_says(command, page, parts):
+    (command.folder / "script.py").write_text(blocks("README.md")[0][1])
+    saved = FILES.get(page)
+    for number, (language, code) in enumerate(parts):
+        if saved and number == 0:
+            (command.folder / saved).write_text(code)
+        if language == "python":
+            (command.folder / f"block{number}.py").write_text(code)
+            status, said = command("python", f"block{number}.py")
+        elif language == "toml":
+            entry_point(command.folder, code)
+        elif language == "sh" and "pip" not in code:
+            status, said = command("sh", "-c", code)
+            assert "Traceback" not in said
+            status = 0 if "conform" in code else status  # a stranger's failures are counted below
+        else:
+            continue
+        assert status == 0, f"{page}, block {number}:\n{code}\n{said}"
+
+
+def test_every_page_is_run_by_some_room():
+    assert {Path(page).name for page in FILES} < {path.name for path in (ROOT / "docs/howto").glob("*.md")}
+    assert asked("from kvattn import jax as kv\nimport torch\nf(backend=\"mxnet\")\n--backend torch,tensorflow") == {*FRAMEWORKS}
+
+
+def test_the_backend_of_the_page_passes_more_than_it_fails_and_fails_where_the_page_says():
+    example = types.ModuleType("fakecupy")
+    exec(blocks("docs/howto/add-a-backend.md")[0][1], vars(example))
+    report = conformance.run(example)
+    assert 0.75 < report.passed / (report.passed + report.failed) < 0.85
+    assert report.passed > 200
+    for each in report.failures:
+        assert "positions" in each.message or each.group == "not finite"
+    assert report.excused == ["its asarray makes no bfloat16: cases in that dtype are asked in float32"]
+    assert {"attention_grad"} <= {name for each in report.not_offered for name in each.message.split(": ")[1].split(", ")}
+
+
+# ---- judging a stranger's backend never raises
+
+
+def hostile(**changed):
+    """NumPy's tab but for what is changed."""
+    return types.SimpleNamespace(**vars(numpy) | {"__name__": "hostile"} | changed)
+
+
+@pytest.fixture(scope="module")
+def few():
+    return conformance.cases()[::20]
+
+
+def alone(query, key, value, **options):
+    return numpy.attention(query, key, value)
+
+
+def raises(*args, **options):
+    raise ZeroDivisionError("[red]")
+
+
+STRANGERS = {
+    "ignores what is asked for": hostile(attention=alone),
+    "gives lists": hostile(attention=lambda *args, **options: [alone(*args), 1]),
+    "gives nothing": hostile(attention=lambda *args, **options: None),
+    "gives too much": hostile(attention=lambda *args, **options: (alone(*args),) * 4),
+    "gives words": hostile(attention=lambda *args, **options: "no"),
+    "gives rows": hostile(attention=lambda *args, **options: (alone(*args)[0],) * 3),
+    "raises": hostile(attention=raises),
+    "takes no keywords": hostile(attention=lambda query, key, value: query),
+    "knows no array": hostile(is_array=raises),
+    "makes no array": hostile(asarray=raises),
+    "takes no array apart": hostile(to_numpy=raises),
+    "takes arrays apart into others": hostile(to_numpy=lambda x: numpy.to_numpy(x).reshape(-1)),
+    "takes arrays apart into words": hostile(to_numpy=lambda x: "no"),
+    "does not describe itself": hostile(describe=raises),
+    "describes itself in a word": hostile(describe=lambda: "no"),
+    "gives gradients alone": hostile(attention_grad=lambda *args, **options: numpy.attention_grad(*args, **options)[0]),
+    "gives no gradients": hostile(attention_grad=lambda *args, **options: None),
+}
+
+
+@pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STRANGERS)
+def test_judging_a_strangers_backend_never_raises(stranger, few, monkeypatch, tmp_path, capsys):
+    good = stranger in (STRANGERS["does not describe itself"], STRANGERS["describes itself in a word"])
+    plugin = types.SimpleNamespace(load=lambda: stranger, value="hostile")
+    monkeypatch.setattr(dispatch, "_plugins", lambda: {"hostile": plugin})
+    monkeypatch.setattr(dispatch, "_loaded", {"numpy": numpy})
+    monkeypatch.setattr(conformance, "cases", lambda seed=0: few)
+    json_file = str(tmp_path / "r.json")
+    status = cli.main(["conform", "--backend", "numpy,hostile", "--jobs", "1", "--json", json_file])
+    out, err = capsys.readouterr()
+    row = json.loads(Path(json_file).read_text())["backends"][1]
+    assert (row["error"], err) == (None, "")
+    assert (status, bool(row["failed"])) == ((0, False) if good else (1, True)), out
+    assert "zip()" not in out
+    assert "unpack" not in out
+    assert good or "hostile" in out.partition("Failures")[2]
+    drawn = cli.main(["conform", "--backend", "hostile", "--draws", "3", "--json", json_file])
+    assert drawn in (0, 1)
