@@ -90,6 +90,8 @@ def differentiable(wrt: Any, names: set[str]) -> tuple[str, ...]:
 
 def given_back(tab: Any, given: dict[str, Any], wrt: Any, gradients: Any) -> tuple[Any, ...]:
     """The gradients, each in the dtype of its argument, which is another's where a framework converts them itself."""
+    if not isinstance(gradients, (tuple, list)) or len(gradients) != len(wrt):  # a stranger's backend
+        raise TypeError(f"backend {dispatch.name_of(tab)!r} returned no tuple of {len(wrt)} gradients, by {', '.join(wrt)}")
     return tuple(
         tab.asarray(x, dtype=checks.dtype_name(given[name]))
         if tab.is_array(given[name]) and given[name].dtype != x.dtype

@@ -87,7 +87,6 @@ def attend(text: str, backend: str, device: str | None = None) -> Any:
 
     import kvattn
     from kvattn import dispatch
-
     from kvattn.conformance.check import parts
 
     x: Any = embed(tokenize(text)[:USED])

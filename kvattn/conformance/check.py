@@ -21,6 +21,7 @@ FUNCTIONS = ("score", "normalize", "kernel")  # keywords that name a function of
 HEADED = ("multi_head_attention", "self_attention", "decoding")
 ALONE = "output alone"  # the output where neither weights nor lse are asked for: a tab may take another path to it
 NOT_OFFERED = "not offered: "
+LACKS = "its asarray makes no {}: cases in that dtype are asked in float32"
 
 
 @dataclass(frozen=True)
@@ -131,14 +132,14 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
 def _run(tab: Any, name: str, cases: Sequence[Case], dtypes: Sequence[str] | None, progress: Callable[[str], None] | None,
          report: Report, like: Any, place: str, told: bool) -> None:  # fmt: skip
     """``place``: where arrays lie; ``told``: that they lie there was asked for, so that results have to."""
-    lacks = [] if _is_ours(tab) else [dtype for dtype in tolerance.HALF if not _makes(tab, dtype, like)]
-    report.excused += [f"its asarray makes no {dtype}: cases in that dtype are asked in float32" for dtype in lacks]
+    lacks = {} if _is_ours(tab) else {dtype: LACKS.format(dtype) for dtype in tolerance.HALF if not _makes(tab, dtype, like)}
     for case in cases:
         if progress is not None:
             progress(case.name)
         wanted = case.usual if dtypes is None else [dtype for dtype in dtypes if dtype in case.dtypes]
         excuses = {dtype: row for dtype in wanted if (row := known.difference(name, dtype, case.name, case.group, place))}
-        report.excused += sorted({row.reason for row in excuses.values()} - {*report.excused})
+        reasons = {row.reason for row in excuses.values()} | {lacks[dtype] for dtype in wanted if dtype in lacks}
+        report.excused += sorted(reasons - {*report.excused})
         able = [dtype for dtype in wanted if dtype not in excuses and dtype not in lacks]
         if not able and dtypes is None and known.difference(name, "float32", case.name, case.group, place) is None:
             able = ["float32"]  # no case goes unasked for want of bfloat16

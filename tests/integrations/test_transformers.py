@@ -1,6 +1,8 @@
 """kvattn inside Hugging Face transformers: models of random weights give what they give with their own attention, "eager"."""
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,14 @@ MODELS = {  # one of each way in which an architecture uses attention
         BART | {"attention_type": "original_full"},
     ),
 }
+
+
+def test_the_code_of_the_page_runs_and_the_model_has_our_attention():
+    page = Path(__file__).parents[2] / "docs" / "howto" / "transformers.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(code, found := {})
+    assert found["model"].config._attn_implementation == "kvattn"
+    assert found["model"](input_ids=TOKENS).last_hidden_state.shape == (2, 7, 768)
 
 
 def build(name, **options):
