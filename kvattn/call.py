@@ -42,9 +42,14 @@ class Call(NamedTuple):
             return cls(query_offset=query_offset, **options)
         left, right = window or (None, None)
         right = 0 if causal else right
-        if bands.reaches_all(query.shape[-2], key.shape[-2], False, query_offset, (left, right)):
-            left = right = None
-        return cls(query_offset=query_offset, left=left, right=right, **options)
+        return cls(query_offset=query_offset, left=left, right=right, **options)._of_a_block(query, key)
+
+    def _of_a_block(self, query: Any, key: Any) -> Call:
+        """The same, without a window that forbids none of these queries any of these keys."""
+        sizes = query.shape[-2], key.shape[-2]
+        if self.windowed and bands.reaches_all(*sizes, False, self.query_offset, (self.left, self.right)):
+            return self._replace(left=None, right=None)
+        return self
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -103,10 +108,13 @@ class Call(NamedTuple):
         return bands.plan(n, m, False, self.query_offset, (self.left, self.right)) if self.windowed else []
 
     def cut(self, blocks: list[bands.Band], query: Any, key: Any, value: Any) -> Iterator[tuple[Any, Any, Any, Call]]:
-        """Each block's own query, key, value and call: slices, with lengths and offset counted from its first key."""
+        """Each block's own query, key, value and call: slices, with lengths and offset counted from its first key.
+
+        A query by itself meets just the keys in its window: there is no mask to build then.
+        """
         where = {name: getattr(self, name) for name in ("mask", "bias", "valid_lens", "query_offset")}
         for arrays, at in bands.cuts(blocks, query, key, value, **where):
-            yield *arrays, self._replace(**at)
+            yield *arrays, self._replace(**at)._of_a_block(*arrays[:2])
 
     def of_selected_keys(self, mask: Any, bias: Any) -> Call:
         """The call once each query lies beside the keys that ``positions`` selects; ``mask``: those it may attend to."""

@@ -86,3 +86,12 @@ def test_a_cut_call_counts_from_its_blocks_first_key():
         np.testing.assert_array_equal(part.bias, row[:, k:l])
         np.testing.assert_array_equal(part.valid_lens, lens[i:j] - k)
         assert (part.query_offset, part.left, part.right, part.softcap) == (offset + i - k, 40, 0, 2.0)
+
+
+def test_a_query_cut_out_with_the_keys_in_its_window_needs_no_mask():
+    query, key = np.zeros((1, 2)), np.zeros((4096, 2))
+    call = described(1, 4096, window=(9, 0), query_offset=3000)
+    blocks = call.window_blocks(1, 4096)
+    ((_, found, _, part),) = call.cut(blocks, query, key, key)
+    assert found.shape[-2] == 10
+    assert not part.windowed
