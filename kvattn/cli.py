@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from kvattn.lesson import Lesson
 
 
+CELLS = "a cell is fenced as ```{.python .input}, ```{code-cell} or ```python, or is a code cell of a notebook"
+
+
 class _Refused(Exception):
     """The command cannot be carried out as it was given: its message, exit status 2."""
 
@@ -114,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="also write the measurements as JSON")
     bench.add_argument("--plot", metavar="FILE", help="also draw them; needs matplotlib")
 
-    lesson = commands.add_parser("lesson", help="run a lesson in Markdown on all its tabs, or make a notebook of it for one")
+    lesson = commands.add_parser("lesson", help="run a lesson on all its tabs, or make a notebook of it for one")
     actions = lesson.add_subparsers(dest="action", metavar="ACTION", required=True)
     run = actions.add_parser(
         "run",
@@ -123,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "common to all tabs show. A comment '#@differs' in a cell excuses it. Exit status 1 if a cell fails or the tabs "
         "disagree, 2 if the command itself is wrong.",
     )
-    run.add_argument("file", metavar="FILE", help="a lesson: Markdown in the notation of d2l")
+    run.add_argument("file", metavar="FILE", help="a lesson: Markdown in the notation of d2l or MyST, or a notebook")
     run.add_argument(
         "--backend",
         metavar="NAMES",
@@ -137,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         help="write a notebook for one framework",
         description="Write a notebook with the prose and the code of one tab of a lesson, the code as it stands there.",
     )
-    convert.add_argument("file", metavar="FILE", help="a lesson: Markdown in the notation of d2l")
+    convert.add_argument("file", metavar="FILE", help="a lesson: Markdown in the notation of d2l or MyST, or a notebook")
     convert.add_argument("--backend", metavar="NAME", required=True, help="the tab")
     convert.add_argument(
         "--output",
@@ -440,7 +443,10 @@ def bench(options: argparse.Namespace) -> int:
     """Time the backends, print the table of ratios, and write it where asked."""
     from kvattn import bench
 
-    names = [name for name in _named(options.backend) if name in bench.PEERS]
+    names = _named(options.backend)
+    if options.backend is not None and (strange := [name for name in names if name not in bench.PEERS]):
+        raise _Refused(f"backend {strange[0]!r} is not timed; those that are: {', '.join(bench.PEERS)}")
+    names = [name for name in names if name in bench.PEERS]
     shapes = list(dict.fromkeys(name.strip() for name in options.shapes.split(",")))
     if unknown := [name for name in shapes if name not in bench.SHAPES]:
         raise _Refused(f"unknown shape {unknown[0]!r}; known: {', '.join(bench.SHAPES)}")
@@ -512,6 +518,9 @@ def _run_lesson(given: Lesson, options: argparse.Namespace) -> int:
 
     console = _console()
     names = _tabs(given, options.backend)
+    if not any(given.on(name) for name in names):
+        where = f"on {', '.join(names)}" if given.cells else "in it"
+        raise _Refused(f"{options.file}: there is no code {where}, so nothing was run: {CELLS}")
     if absent := [name for name in given.tabs if name not in names and options.backend is None]:
         console.print(f"Not installed, so not run: {', '.join(f'{name} ({_cure(name)})' for name in absent)}", soft_wrap=True)
     ran = {}
@@ -606,3 +615,7 @@ def doctor(options: argparse.Namespace) -> int:
 def _describe(tab: Any) -> tuple[str, str]:
     version, device = tab.describe() if hasattr(tab, "describe") else ("?", "?")
     return version, ", ".join(tab.devices().values()) if hasattr(tab, "devices") else device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

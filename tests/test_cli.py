@@ -84,8 +84,9 @@ def test_without_arguments_it_helps(capsys):
 
 
 def test_the_module_is_the_command_and_help_loads_nothing_heavy():
-    version = subprocess.run([sys.executable, "-m", "kvattn", "--version"], capture_output=True, text=True, check=True)
-    assert version.stdout.startswith("kvattn ")
+    for module in ("kvattn", "kvattn.cli"):
+        version = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+        assert version.stdout.startswith("kvattn ")
     code = (
         "import sys, kvattn.cli as c; c.main([]); assert not {'numpy', 'rich', 'torch'} & set(sys.modules), sys.modules.keys()"
     )
@@ -199,6 +200,13 @@ def test_the_device_is_in_every_report_and_who_has_none_is_named(capsys, world, 
     rows = {row["backend"]: row["device"] for row in json.loads((tmp_path / "r.json").read_text())["backends"]}
     assert rows == {"twin": "Card 3000", "wreck": None}
     assert "cpu, Card 3000" in run(capsys, "doctor")[1]
+
+
+def test_a_backend_that_bench_does_not_time_is_refused_and_not_left_out(capsys, world):
+    for named in ("twin", "numpy,twin"):
+        status, out, err = run(capsys, "bench", "--backend", named)
+        assert (status, out) == (2, "")
+        assert "backend 'twin' is not timed; those that are: numpy, torch" in err
 
 
 def test_aliases_name_backends(world):

@@ -72,6 +72,43 @@ def test_a_lesson_is_prose_and_cells_with_their_tabs_and_lines():
     assert [each.title for each in got.on("jax")] == ["y"]
 
 
+MYST = """---
+jupytext:
+  text_representation: {extension: .md, format_name: myst}
+---
+
+# Title
+
+```{code-cell} ipython3
+:tags: [hide-input]
+
+x = 0.5
+```
+
+```python
+code that is shown
+```
+
+```{code-cell}
+---
+tags: [a]
+---
+%%tab numpy
+x / 0
+```
+"""
+
+
+def test_plain_python_and_mysts_code_cells_are_cells_where_there_are_none_of_d2ls():
+    got = lesson.parse(MYST)
+    assert [(each.code, each.tabs) for each in got.cells] == [("x = 0.5", None), ("x / 0", ("numpy",))]
+    lines = MYST.split("\n")
+    assert [lines[each.line - 1] for each in got.cells] == ["x = 0.5", "x / 0"]
+    assert got.parts[0].text.strip() == "# Title"
+    got = lesson.parse("# Title\n```python\nx = 1\n```\n``` py\n%%tab torch\ny\n```\n```sh\nls\n```\n```\nno\n```\n")
+    assert [(each.line, each.code, each.tabs) for each in got.cells] == [(3, "x = 1", None), (7, "y", ("torch",))]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -110,6 +147,46 @@ def test_tabs_that_agree_exit_0_and_each_cell_is_reported(command, world):
     ]
     assert "\x1b" not in got.out
     assert sorted(os.listdir(world)) == ["lesson.md", "site"]
+
+
+@pytest.mark.parametrize("kind", ["ipynb", "py", "myst.md", "plain.md"])
+def test_what_jupytext_reads_is_run_and_converted(world, capsys, kind):
+    import jupytext
+
+    new = nbformat.v4
+    cells = [new.new_markdown_cell("# Title"), new.new_code_cell("x = 6"), new.new_raw_cell("raw")]
+    cells += [new.new_code_cell("%%tab numpy\n\ny = 7"), new.new_code_cell("y = 1\nx / (y - 1)")]
+    notebook = new.new_notebook(cells=cells)
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    formats = {"py": "py:percent", "myst.md": "md:myst", "plain.md": "md"}
+    text = jupytext.writes(notebook, fmt=formats.get(kind, "ipynb"))
+    (file := world / f"lesson.{kind}").write_text(text)
+    assert cli.main(["lesson", "run", str(file), "--backend", "numpy"]) == 1
+    out = capsys.readouterr().out.replace(str(file), "FILE")
+    where = f"FILE:{text.split('x /')[0].count(chr(10)) + 1}" if kind.endswith("md") else "FILE: cell 5, line 2"
+    assert f"numpy: {where}: x / (y - 1)\n  ZeroDivisionError" in out
+    assert "3 cells run" in out
+    file.write_text(text.replace("y - 1", "y + 1"))
+    assert cli.main(["lesson", "run", str(file), "--backend", "numpy"]) == 0
+    assert "3 cells run on 1 tabs, 0 errors" in capsys.readouterr().out
+    assert cli.main(["lesson", "convert", str(file), "--backend", "numpy", "--output", str(world / "new.ipynb")]) == 0
+    made = nbformat.read(world / "new.ipynb", as_version=4)
+    assert [each.source.strip() for each in made.cells if each.cell_type == "code"] == ["x = 6", "y = 7", "y = 1\nx / (y + 1)"]
+    assert made.cells[0].source.strip() == "# Title"
+
+
+def test_nothing_run_is_no_success(command, world, capsys):
+    for text in ("# Title\n", "# Title\n```sh\nls\n```\n", TWINS, TWINS + cell("")):
+        got = command(text, "run")
+        assert (got.status, got.out) == (2, "")
+        assert "FILE: there is no code in it, so nothing was run: a cell is fenced as ```{.python .input}" in got.err
+    got = command(TWINS + cell("1", "twin"), "run", "--backend", "numpy")
+    assert got.status == 2
+    assert "there is no code on numpy" in got.err
+    for name, content in (("a.ipynb", "[]"), ("b.ipynb", "{"), ("c.rst", "Title"), ("d.ipynb", "")):
+        (world / name).write_text(content)
+        assert cli.main(["lesson", "run", str(world / name)]) == 2
+        assert f"{name} is no Markdown, and no notebook that can be read" in capsys.readouterr().err
 
 
 def test_tabs_that_disagree_exit_1(command):

@@ -1,8 +1,10 @@
-"""A lesson file: Markdown in the notation of d2l, read into its prose and its code cells."""
+"""A lesson file, read into its prose and its code cells: Markdown whose cells are fenced as d2l's, as MyST's {code-cell} or as
+plain python; or a notebook, in any format that jupytext reads."""
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,13 @@ from kvattn import dispatch, tab
 _SETUP = re.compile(r"(?:\s|#[^\n]*|%load_ext\s+(?:d2lbook|kvattn)\.tab\b|tab\.(?:interact_select|select_tab)\([^()]*\))+")
 _OFFER = re.compile(r"^tab\.interact_select\(([^()]*)\)", re.MULTILINE)
 _DIFFERS = re.compile(r"#@differs\b")
+
+# How Markdown says that a fence is a cell. A file keeps to the first of them that it uses: beside d2l's cells, a fence of plain
+# python is code to look at.
+_FENCED = (re.compile(r"\{\.python\s+\.input\b.*\}"), re.compile(r"\{code-cell\}.*"), re.compile(r"(?:i?python3?|py)\b.*"))
+_OPTIONS = re.compile(r"---\n(?:.*\n)*?---\n|(?::[\w-]+:.*\n)*")  # of a {code-cell}: its tags, and the like
+_FRONT = re.compile(r"---\n(?:.*\n)*?---\n")  # what jupytext writes at the top of a file: the kernel, and the like
+MARKDOWN = (".md", ".markdown", ".myst")
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,14 @@ class Lesson:
     path: Path
     parts: tuple[Prose | Cell, ...]
     tabs: tuple[str, ...]
+    starts: tuple[int, ...] = ()  # of a notebook: the first line of each of its cells, if all stood in one text
+
+    def at(self, line: int) -> str:
+        """Where a line is: FILE:LINE; in a notebook, whose file has other lines than its cells, the cell and its line."""
+        if not self.starts:
+            return f"{self.path}:{line}"
+        number = bisect_right(self.starts, line)
+        return f"{self.path}: cell {number}, line {line - self.starts[number - 1] + 1}"
 
     @property
     def cells(self) -> list[Cell]:
@@ -66,11 +83,14 @@ class Lesson:
 
 
 def read(path: str | Path) -> Lesson:
-    """Read a lesson.
+    """Read a lesson: Markdown, or a notebook, .ipynb, .py or whatever else jupytext knows by its ending.
 
-    Raises OSError, and ValueError, naming file and line, for a file that is not UTF-8 and for a cell that cannot be read.
+    Raises OSError, and ValueError, naming file and line, for a file that is not UTF-8 and for a cell that cannot be read;
+    ModuleNotFoundError for a notebook where jupytext is not installed.
     """
     path = Path(path)
+    if path.suffix.lower() not in MARKDOWN and path.is_file():
+        return _notebook(path)
     try:
         return parse(path.read_text(encoding="utf-8-sig"), path)
     except UnicodeDecodeError as error:
@@ -86,24 +106,61 @@ def parse(text: str, path: Path = Path("lesson.md")) -> Lesson:
     """
     lines = text.split("\n")
     parts: list[Prose | Cell] = []
+    found = fences(text)
+    fenced = next((each for each in _FENCED if any(each.fullmatch(info) for _, _, info, *_ in found)), None)
+    front = _FRONT.match(text) if fenced is not _FENCED[0] else None
+    end = front.group().count("\n") if front else 0
     names: list[str] = []
-    end = 0
-    for start, stop, info, code, nested in fences(text):
-        if not {".python", ".input"} <= set(info.strip("{}").split()):
+    for start, stop, info, code, nested in found:
+        if fenced is None or not fenced.fullmatch(info):
             continue
+        options = _OPTIONS.match(code) if fenced is _FENCED[1] else None
+        if options:
+            code = "\n" * options.group().count("\n") + code[options.end() :]
         try:
             if nested:
                 raise ValueError("a code cell in a list or a quotation: cells stand at the left margin")
-            cell = _cell(start + 2, code)
-            names += cell.tabs or ()
-            names += tab.known(*re.findall(r"""["']([^"']+)["']""", " ".join(_OFFER.findall(code))))
+            cell, tabs = _cell(start + 2, code)
         except ValueError as error:
             raise ValueError(f"{path}:{start + 2}: {error}") from None
+        names += tabs
         parts += [_prose(lines, end, start), cell]
         end = stop
     parts.append(_prose(lines, end, len(lines)))
+    return _lesson(path, parts, names)
+
+
+def _notebook(path: Path) -> Lesson:
+    """The lesson in a notebook, whose cells may begin with ``%%tab`` as those of Markdown do."""
+    import jupytext
+
+    try:
+        cells = jupytext.read(path).cells
+    except OSError:
+        raise
+    except Exception as error:  # an ending that jupytext does not know, and whatever it meets in a file that is no notebook
+        raise ValueError(f"{path} is no Markdown, and no notebook that can be read: {type(error).__name__}: {error}") from None
+    parts: list[Prose | Cell] = []
+    names: list[str] = []
+    starts, line = [], 1
+    for number, each in enumerate(cells, 1):
+        starts.append(line)
+        if each.cell_type == "code":
+            try:
+                cell, tabs = _cell(line, each.source)
+            except ValueError as error:
+                raise ValueError(f"{path}: cell {number}: {error}") from None
+            names += tabs
+            parts.append(cell)
+        elif each.cell_type == "markdown":
+            parts.append(Prose(line, each.source))
+        line += each.source.count("\n") + 1
+    return _lesson(path, parts, names, tuple(starts))
+
+
+def _lesson(path: Path, parts: list[Prose | Cell], names: list[str], starts: tuple[int, ...] = ()) -> Lesson:
     tabs = tuple(name for name in dispatch.known_backends() if name in names)
-    return Lesson(path, tuple(part for part in parts if isinstance(part, Cell) or part.text.strip()), tabs)
+    return Lesson(path, tuple(part for part in parts if isinstance(part, Cell) or part.text.strip()), tabs, starts)
 
 
 def fences(text: str) -> list[tuple[int, int, str, str, bool]]:
@@ -121,8 +178,8 @@ def _prose(lines: list[str], start: int, stop: int) -> Prose:
     return Prose(start + 1, "\n".join(lines[start:stop]))
 
 
-def _cell(line: int, code: str) -> Cell:
-    """The cell whose fence holds this code, from this line of the file on."""
+def _cell(line: int, code: str) -> tuple[Cell, list[str]]:
+    """The cell whose fence holds this code, from this line of the file on, and the tabs that it names."""
     rest, tabs = code.lstrip("\n"), None
     if rest.startswith("#@tab"):
         raise ValueError("'#@tab' is an older notation of d2l: begin the cell with '%%tab', or with '%%tab all'")
@@ -131,4 +188,6 @@ def _cell(line: int, code: str) -> Cell:
         named = tab.named(head.strip().removeprefix("%%tab"))
         tabs, rest = tuple(named) if named is not None else None, rest.lstrip("\n")
     skipped = code.count("\n") - rest.count("\n")
-    return Cell(line + skipped, rest.rstrip(), tabs, bool(rest.strip()) and _SETUP.fullmatch(rest) is not None)
+    offered = tab.known(*re.findall(r"""["']([^"']+)["']""", " ".join(_OFFER.findall(code))))
+    setup = bool(rest.strip()) and _SETUP.fullmatch(rest) is not None
+    return Cell(line + skipped, rest.rstrip(), tabs, setup), [*(tabs or ()), *offered]

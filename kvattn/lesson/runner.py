@@ -79,9 +79,8 @@ class Result:
 
     def problems(self) -> list[str]:
         """What is wrong, a text for each error and disagreement, with file and line."""
-        where = self.lesson.path
         stopped = [f"{name}: {ran.error}" for name, ran in self.errors]
-        return stopped + [f"{where}:{cell.line}: the tabs disagree: {found.message}" for cell, found in self.apart]
+        return stopped + [f"{self.lesson.at(cell.line)}: the tabs disagree: {found.message}" for cell, found in self.apart]
 
 
 def run(
@@ -241,7 +240,7 @@ def _results(lesson: Lesson, cells: list[Cell], notebook: Any) -> list[Ran]:
             if about["starting"]:
                 error = f"{lesson.path}: the tab does not start: {error}"
             elif error:
-                trace = _trace(lesson, lines, notes["trace"]) or [f"{lesson.path}:{cell.line}:"]
+                trace = _trace(lesson, lines, notes["trace"]) or [f"{lesson.at(cell.line)}:"]
                 error = "\n".join([*trace, textwrap.indent(_ANSI.sub("", error), "  ")])
             results.append(Ran(cell, about["seconds"], outputs, notes["seen"], error))
     return results
@@ -253,7 +252,7 @@ def _trace(lesson: Lesson, lines: dict[int, int], frames: list[list[Any]]) -> li
     for frame in frames:
         place, line, function, source = frame
         if place.startswith("In[") and (first := lines.get(int(place[3:-1]))):
-            trace.append(f"{lesson.path}:{first + (line or 1) - 1}: {source or ''}")
+            trace.append(f"{lesson.at(first + (line or 1) - 1)}: {source or ''}")
         elif frame is frames[-1]:
             trace.append(f"  {place}:{line}, in {function}: {source or ''}")
     return trace
