@@ -18,6 +18,7 @@ from tiling import RESTRICTIONS, SIZES, WRT, all_at_once, cached, draw, in_tiles
 
 import kvattn
 from kvattn import conformance
+from kvattn.call import Call
 from kvattn.kernels.numpy import tiled
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MXNet's own
@@ -62,7 +63,7 @@ def test_small_calls_by_numpys_formula(which):
 def test_the_conformance_suite_without_views():
     """The tab's own code, which serves what NumPy cannot; known.py tells what its gradients let through."""
     told = ("scores of -inf of one ", "a loss of NaN at rows without keys")
-    with patch.object(views, "prepared", lambda *_, **__: None):
+    with patch.object(views, "obstacle", lambda *_: "a test"):
         report = conformance.run("mxnet", [case for case in conformance.cases() if not case.name.startswith(told)])
     assert not report.failures, "\n".join(result.message for result in report.failures)
 
@@ -371,7 +372,11 @@ print("done")
 
 def test_which_calls_are_served():
     query, key, value = arrays_of(draw()[:3])
-    serves = partial(views.serves, tab, query, key, value)
+
+    def serves(score=tab.scaled_dot_score, normalize=tab.softmax, **options):
+        call = Call.of(query, key, score=score, normalize=normalize, causal=False, window=None, query_offset=0, **options)
+        return tab.choose(query, key, value, call).kernel == "NumPy's"
+
     assert serves()
     assert serves(score=tab.distance_score, normalize=tab.sparsemax)
     assert serves(score=partial(tab.gaussian_kernel, width=2.0))
@@ -458,7 +463,7 @@ def test_gradients_of_a_score_of_ones_own_in_blocks_of_rows(which):
         found = kvattn.attention_grad(*arrays_of(arrays), **options, score=bound, wrt=[*wrt, "slope"])
     for name, x, y in zip([*wrt, "slope"], found, [*expected[:-1], np.diag(expected[-1])], strict=True):
         np.testing.assert_allclose(x.asnumpy(), y, rtol=0, atol=1e-13, err_msg=name)
-    assert len(sizes) == (1 if "window" in options else 5)
+    assert len(sizes) == 5
 
 
 def test_gradients_in_blocks_keep_their_dtype():

@@ -19,6 +19,7 @@ from functools import partial, reduce
 import numpy
 
 from kvattn import bands, explanation
+from kvattn.call import Call, Choice
 from kvattn.kernels.mxnet import quirks, views
 from kvattn.lend import lend
 
@@ -130,22 +131,20 @@ def _positions(query_offset, n, ndim, ctx):
     return query_offset + np.arange(n, dtype="int64", ctx=ctx)[:, None]
 
 
-def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window):
+def _allowed(n, keys, ndim, call):
     """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
     with autograd.pause():
-        allowed = [] if mask is None else [mask]
-        if bias is not None:
-            allowed.append(bias != -math.inf)
-        if valid_lens is not None:
-            allowed.append(keys < _lengths(valid_lens, ndim))
-        if causal or window is not None:
-            ahead = keys - _positions(query_offset, n, ndim, keys.ctx)  # how far each key lies after each query
-            left, right = window or (None, None)
-            right = 0 if causal else right
-            if left is not None:
-                allowed.append(ahead >= -left)
-            if right is not None:
-                allowed.append(ahead <= right)
+        allowed = [] if call.mask is None else [call.mask]
+        if call.bias is not None:
+            allowed.append(call.bias != -math.inf)
+        if call.valid_lens is not None:
+            allowed.append(keys < _lengths(call.valid_lens, ndim))
+        if call.windowed:
+            ahead = keys - _positions(call.query_offset, n, ndim, keys.ctx)  # how far each key lies after each query
+            if call.left is not None:
+                allowed.append(ahead >= -call.left)
+            if call.right is not None:
+                allowed.append(ahead <= call.right)
         return reduce(np.multiply, allowed) if allowed else None  # of bools: MXNet has no logical_and
 
 
@@ -178,16 +177,15 @@ def _leaks(*inputs):
     return autograd.is_recording() and not all(map(views.finite, {id(x): x for x in inputs}.values()))
 
 
-def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
+def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    limited = causal or not mask is bias is valid_lens is window is positions is None
-    if not limited or not _leaks(query, key, value):
+    if not (call.restricted or call.positions is not None) or not _leaks(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = np.arange(key.shape[-2], dtype="int64", ctx=key.ctx)
-    if positions is not None:
-        chosen = (positions.astype("int64")[..., None] == keys).any(axis=-2)
-        mask = chosen if mask is None else mask * chosen
-    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, mask, bias, valid_lens, causal, query_offset, window)
+    if call.positions is not None:
+        chosen = (call.positions.astype("int64")[..., None] == keys).any(axis=-2)
+        call = call._replace(mask=chosen if call.mask is None else call.mask * chosen)
+    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, call)
     hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
     return tuple(x[..., 0, :, :] for x in hidden)
 
@@ -394,76 +392,83 @@ def attention(
     return_weights=False,
     return_lse=False,
 ):
-    limited = causal or window is not None  # else no shape is asked for: each costs a microsecond
-    if limited and bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):  # as in decoding
-        causal, window = False, None
-    where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
-    reach = {"causal": causal, "window": window}
-    how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
-    back = {"return_weights": return_weights, "return_lse": return_lse}
-    by_numpy = views.prepared(sys.modules[__name__], query, key, value, positions=positions, **where, **reach, **how, **back)
-    if by_numpy:
-        return views.attention(*by_numpy)
-    lead, n = bands.lead(query.shape, key.shape), query.shape[-2]
-    keys = key.shape[-2] if positions is None else positions.shape[-1]
-    if 0 in (*lead, n, keys, key.shape[-2]):
-        return _nothing((*lead, n), keys, query, key, value, **how, **back)
-    if folded := quirks.folded(lead, query, key, value, positions, **where):
-        results = attention(*folded[0], **folded[1], **reach, **how, **back)
-        results = [x.reshape(*lead, *x.shape[2:]) for x in (results if isinstance(results, tuple) else [results])]
-        return tuple(results) if len(results) > 1 else results[0]
-    if positions is not None:
-        rows, key, value, where = _select(positions, query, key, value, **where, **reach)
-        results = attention(rows, key, value, **where, **how, **back)
-        results = [x.reshape(*lead, n, *x.shape[2:]) for x in (results if isinstance(results, tuple) else [results])]
-        results = [x.astype(query.dtype, copy=False) if x.ndim > len(lead) + 1 else x for x in results]  # but for lse
-        return tuple(results) if len(results) > 1 else results[0]
-    steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
-    if not (steps or return_weights or autograd.is_recording()):  # autograd would keep every block
-        steps = bands.rows(score, query.shape, key.shape, views.PAIRS)
-    if steps:
-        parts = []
-        for cut, at in bands.cuts(steps, query, key, value, **where):
-            parts.append(attention(*cut, **reach, **how, **back, **at))
-            (parts[-1][0] if return_lse else parts[-1]).wait_to_read()  # else MXNet begins many blocks at one time
-        if not return_lse:
-            return np.concatenate(parts, axis=-2)
-        return np.concatenate([x for x, _ in parts], axis=-2), np.concatenate([x for _, x in parts], axis=-1)
+    call = Call.of(
+        query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
+        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,
+        return_weights=return_weights, return_lse=return_lse,
+    )  # fmt: skip
+    return _attend(query, key, value, call)
 
-    dtype, (heads, kv_heads) = query.dtype, bands.heads(query.shape, key.shape)
-    allowed = _allowed(n, np.arange(key.shape[-2], dtype="int64", ctx=key.ctx), query.ndim, **where, **reach)
+
+def choose(query, key, value, call):
+    """The kernel that serves a call. It looks at shapes alone: each costs a microsecond, so it asks for them once."""
+    shapes = query.shape, key.shape, value.shape
+    obstacle = views.obstacle(sys.modules[__name__], query.ctx, shapes, call)
+    if not obstacle:
+        why = "views of the arrays need no copy, and MXNet's own products of batches are slower"
+        return Choice("NumPy's", why, (), partial(views.attention, shapes))
+    n, m = shapes[0][-2], shapes[1][-2]
+    selected = m if call.positions is None else call.positions.shape[-1]
+    if 0 in (*bands.lead(*shapes[:2]), n, m, selected):
+        return Choice("nothing", "there is no query, or no key", (), _nothing)
+    if call.positions is not None:
+        obstacle = views.obstacle(sys.modules[__name__], query.ctx, shapes, call.of_selected_keys(None, None))
+        name, why = ("the formula", obstacle) if obstacle else ("NumPy's", "views of what is selected need no copy")
+        why = f"{why}; each query beside the {selected} keys it selects"
+        return Choice(f"{name}, of selected keys", why, (), _of_selected_keys)
+    blocks = [] if call.return_weights else call.window_blocks(n, m)
+    if blocks:
+        name = "the formula, in blocks" if len(blocks) > 1 else "the formula"
+        return Choice(name, f"{obstacle}; {explanation.in_blocks(blocks)}", blocks, _in_blocks)
+    if not (call.return_weights or autograd.is_recording()):  # autograd would keep every block
+        blocks = bands.rows(call.score, *shapes[:2], views.PAIRS)
+    if blocks:
+        why = f"{obstacle}; {len(blocks)} blocks of queries, as many as keep memory bounded"
+        return Choice("the formula, in blocks", why, blocks, _in_blocks)
+    return Choice("the formula", obstacle, (), _formula)
+
+
+def _attend(query, key, value, call):
+    choice = choose(query, key, value, call)
+    return choice.run(query, key, value, call, choice.blocks)
+
+
+@quirks.one_batch_axis
+def _formula(query, key, value, call, blocks=()):
+    n, dtype, (heads, kv_heads) = query.shape[-2], query.dtype, bands.heads(query.shape, key.shape)
+    allowed = _allowed(n, np.arange(key.shape[-2], dtype="int64", ctx=key.ctx), query.ndim, call)
     query, key, value = _hide_padding(allowed, query, key, value)
 
     # weights = normalize(score(query, key)): (..., h, n, m)
-    scores = _scores(query, key, score, scale, softcap, bias)
-    if return_lse:
+    scores = _scores(query, key, call)
+    if call.return_lse:
         weights, lse = _softmax_lse(scores, allowed)
     else:
-        weights, lse = normalize(scores, where=allowed), None
+        weights, lse = call.normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    output = quirks.matmul(_fold(_wide(_dropout(weights, dropout, rng)), kv_heads), _wide(value))
+    output = quirks.matmul(_fold(_wide(_dropout(weights, call.dropout, call.rng)), kv_heads), _wide(value))
     if allowed is not None and not views.finite(output):
         if query.shape[:-1] != (*key.shape[:-2], 1):  # queries share keys: products hold 0 * NaN for pairs that may not attend
-            return quirks.by_pairs(attention, query, key, value, where, **reach, **how, **back)
+            return _by_pairs(query, key, value, call)
         weights = quirks.where(allowed, weights, 0)
     output = _unfold(output, heads, n).astype(dtype, copy=False)
-    results = [output] + [weights.astype(dtype, copy=False)] * return_weights + [lse] * return_lse
+    results = [output] + [weights.astype(dtype, copy=False)] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
 
-def _scores(query, key, score, scale, softcap, bias):
+def _scores(query, key, call):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
     n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
     query = _fold(query, kv_heads)
-    if scale is None:
-        scores = score(query, key)
+    if call.scale is None:
+        scores = call.score(query, key)
     else:
-        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
+        scores = call.scale * (dot_score if call.score is scaled_dot_score else call.score)(query, key)
     scores = _unfold(scores, heads, n)
-    if softcap is not None:
-        scores = softcap * np.tanh(scores / softcap)
-    return scores if bias is None else scores + _wide(bias)
+    if call.softcap is not None:
+        scores = call.softcap * np.tanh(scores / call.softcap)
+    return scores if call.bias is None else scores + _wide(call.bias)
 
 
 def _dropout(weights, rate, rng):
@@ -475,8 +480,28 @@ def _dropout(weights, rate, rng):
     return quirks.where(kept, weights / (1 - rate), 0)
 
 
-def _nothing(shape, keys, query, key, value, *, return_weights, return_lse, **how):
-    """The results where there are no queries (shape: (..., n)) or no keys: connected, as backward wants a graph."""
+@quirks.one_batch_axis
+def _in_blocks(query, key, value, call, blocks):
+    """One block of queries after another."""
+    parts = []
+    for block in call.cut(blocks, query, key, value):
+        parts.append(_attend(*block))
+        (parts[-1][0] if call.return_lse else parts[-1]).wait_to_read()  # else MXNet begins many blocks at one time
+    return quirks.joined(parts, query.ndim)
+
+
+def _by_pairs(query, key, value, call):
+    """The formula with a copy of all keys for each query, so that nothing that only others may attend to reaches it."""
+    keys = np.arange(key.shape[-2], dtype="int64", ctx=key.ctx)[None]
+    blocks = bands.rows(None, query.shape, key.shape, views.PAIRS) or [(0, query.shape[-2], 0, key.shape[-2])]
+    parts = [_attend(*block) for block in call._replace(positions=keys).cut(blocks, query, key, value)]
+    return quirks.joined(parts, query.ndim)
+
+
+def _nothing(query, key, value, call, blocks):
+    """The results where there are no queries or no keys: connected, as backward wants a graph."""
+    shape = (*bands.lead(query.shape, key.shape), query.shape[-2])
+    keys = key.shape[-2] if call.positions is None else call.positions.shape[-1]
     if 0 in shape:
         none = np.concatenate([x.reshape(x.size)[:0] for x in (query, key, value)])
         output, lse = none.reshape(*shape, value.shape[-1]), _wide(none).reshape(shape)
@@ -484,24 +509,34 @@ def _nothing(shape, keys, query, key, value, *, return_weights, return_lse, **ho
         zeros = [np.zeros((*x.shape[:-2], 1, x.shape[-1]), dtype=x.dtype, ctx=x.ctx) for x in (key, value)]
         key, value = (np.concatenate([x[..., :0, :], zero], axis=-2) for x, zero in zip((key, value), zeros, strict=True))
         nowhere = np.zeros((1, 1), dtype="bool", ctx=query.ctx)
-        output, lse = attention(query, key, value, mask=nowhere, return_lse=True, **how)
+        alone = call.of_selected_keys(nowhere, None)._replace(return_weights=False, return_lse=True)
+        output, lse = _attend(query, key, value, alone)
     weights = np.zeros((*shape, keys), dtype=query.dtype, ctx=query.ctx)
-    results = [output] + [weights] * return_weights + [lse] * return_lse
+    results = [output] + [weights] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
 
-def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_offset, window):
+@quirks.one_batch_axis
+def _of_selected_keys(query, key, value, call, blocks):
+    """Each query beside the keys that it selects, as a batch entry of its own."""
+    lead = (*bands.lead(query.shape, key.shape), query.shape[-2])
+    results = _attend(*_select(query, key, value, call))
+    results = quirks.each(lambda x: x.reshape(*lead, *x.shape[2:]), results)
+    return quirks.each(lambda x: x.astype(query.dtype, copy=False) if x.ndim > len(lead) else x, results)  # but for the lse
+
+
+def _select(query, key, value, call):
     """Each query beside the keys it selects: query (r, 1, d), key (r, s, d), value (r, s, v), a row for each query of each
-    head and batch entry, and what may attend."""
+    head and batch entry, and the call of these."""
     n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
     query, key, value = _wide(query), _wide(key), _wide(value)  # the gradients of what is selected twice are sums
-    index = np.broadcast_to(positions.astype("int64"), (*lead, n, positions.shape[-1]))
+    index = np.broadcast_to(call.positions.astype("int64"), (*lead, n, call.positions.shape[-1]))
     inside = (index >= 0) * (index < m) * np.logical_not(_repeated(index))
     index = np.clip(index, 0, m - 1)
 
-    mask = inside if mask is None else inside * _gather(mask, index)
-    bias = None if bias is None else _gather(_wide(bias), index)
-    allowed = _allowed(n, index, query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+    mask = inside if call.mask is None else inside * _gather(call.mask, index)
+    bias = None if call.bias is None else _gather(_wide(call.bias), index)
+    allowed = _allowed(n, index, query.ndim, call._replace(mask=mask, bias=bias))
 
     def rows(x):
         return x.reshape(math.prod(x.shape[:-1]), 1, x.shape[-1])  # MXNet infers no size where there are no features
@@ -511,8 +546,8 @@ def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_
         found = np.take(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), first + index, axis=0)
         return found.reshape(math.prod(found.shape[:-2]), *found.shape[-2:])
 
-    where = {"mask": rows(allowed), "bias": None if bias is None else rows(bias)}
-    return rows(np.broadcast_to(query, (*lead, *query.shape[-2:]))), selected(key), selected(value), where
+    call = call.of_selected_keys(rows(allowed), None if bias is None else rows(bias))
+    return rows(np.broadcast_to(query, (*lead, *query.shape[-2:]))), selected(key), selected(value), call
 
 
 def _spread(shape, lead, ctx):
@@ -541,36 +576,38 @@ def _repeated(index):
 
 @quirks.shaped
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
-    by_numpy = views.prepared(sys.modules[__name__], query, key, value, **options)
-    if by_numpy:
-        return views.attention_grad(*by_numpy, grad_output, wrt)
-    score = options.pop("score", scaled_dot_score)
-    if options.get("positions") is options.get("window") is None and (
-        steps := bands.rows(score, query.shape, key.shape, views.PAIRS // 4)
-    ):
-        return _grad_in_blocks(steps, query, key, value, grad_output, wrt, score=score, **options)
-    bound = score.keywords if isinstance(score, partial) else {}
-    sources = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None), **bound}
+    return _attend_grad(query, key, value, grad_output, wrt, Call.of(query, key, **options))
+
+
+def _attend_grad(query, key, value, grad_output, wrt, call):
+    shapes = query.shape, key.shape, value.shape
+    if not views.obstacle(sys.modules[__name__], query.ctx, shapes, call):
+        return views.attention_grad(shapes, query, key, value, grad_output, wrt, call)
+    whole = call.positions is not None or call.window_blocks(shapes[0][-2], shapes[1][-2])  # as attention, which is cut anyway
+    if not whole and (blocks := bands.rows(call.score, *shapes[:2], views.PAIRS // 4)):
+        return _grad_in_blocks(query, key, value, grad_output, wrt, call, blocks)
+    bound = call.score.keywords if isinstance(call.score, partial) else {}
+    sources = {"query": query, "key": key, "value": value, "bias": call.bias, **bound}
     copies = {name: x.detach() if is_array(x) else x for name, x in sources.items()}  # whose gradients are nobody else's
     for name in {*wrt, "value"}:  # value: where nothing else is reached, as by hardmax, backward needs a graph
         copies[name].attach_grad()
     query, key, value, bias = (copies.pop(name) for name in ("query", "key", "value", "bias"))
     with autograd.record():
-        if isinstance(score, partial):
-            score = partial(score.func, *(x.detach() if is_array(x) else x for x in score.args), **copies)
-        output = attention(query, key, value, score=score, bias=bias, **options)
+        if isinstance(call.score, partial):
+            args = (x.detach() if is_array(x) else x for x in call.score.args)
+            call = call._replace(score=partial(call.score.func, *args, **copies))
+        output = _attend(query, key, value, call._replace(bias=bias))
     output.backward(grad_output)
     copies |= {"query": query, "key": key, "value": value, "bias": bias}
     return tuple(copies[name].grad for name in wrt)
 
 
-def _grad_in_blocks(steps, query, key, value, grad_output, wrt, *, mask=None, bias=None, valid_lens=None, query_offset=0,
-                    **options):  # fmt: skip
+def _grad_in_blocks(query, key, value, grad_output, wrt, call, blocks):
     """The gradients of one block of queries after another, side by side where each has rows of its own, else summed."""
-    of_rows = ("query",) if bias is None or bias.shape[-2:-1] != query.shape[-2:-1] else ("query", "bias")
-    where, found = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}, {}
-    for (start, end, *_), (cut, at) in zip(steps, bands.cuts(steps, query, key, value, **where), strict=True):
-        grads = attention_grad(*cut, grad_output[..., start:end, :], wrt=wrt, **options, **at)
+    of_rows = ("query",) if call.bias is None or call.bias.shape[-2:-1] != query.shape[-2:-1] else ("query", "bias")
+    found = {}
+    for (start, end, *_), (*arrays, part) in zip(blocks, call.cut(blocks, query, key, value), strict=True):
+        grads = _attend_grad(*arrays, grad_output[..., start:end, :], wrt, part)
         for name, grad in zip(wrt, grads, strict=True):
             grad.wait_to_read()  # else MXNet begins many blocks at one time
             if name in of_rows:
@@ -594,25 +631,6 @@ def merge_attention(outputs, lses, return_lse=False):
     return (output, lse) if return_lse else output
 
 
-@quirks.shaped
-def kernel(query, key, value, **options):
-    if views.serves(sys.modules[__name__], query, key, value, **options):
-        return "NumPy's", "views of the arrays need no copy, and MXNet's own products of batches are slower"
-    keys = key.shape[-2] if options["positions"] is None else options["positions"].shape[-1]
-    if 0 in (*bands.lead(query.shape, key.shape), query.shape[-2], keys, key.shape[-2]):
-        return "nothing", "there is no query, or no key"
-    if options["positions"] is not None:
-        moved = ("positions", "mask", "bias", "valid_lens", "query_offset")
-        lead = bands.lead(query.shape, key.shape)
-        if folded := quirks.folded(lead, query, key, value, *map(options.get, moved)):  # as attention begins
-            (query, key, value), options = folded[0], options | folded[1]
-        return explanation.selected(kernel, _select, query, key, value, **options)
-    why = "dropout, weights, what is not on the CPU and functions of one's own are not for NumPy"
-    whole = options["return_weights"] or autograd.is_recording()
-    steps = [] if whole else bands.rows(options["score"], query.shape, key.shape, views.PAIRS)
-    return explanation.bounded(*explanation.general(why, query, key, **options), steps)
-
-
 # ---- multi-head attention
 
 
@@ -620,7 +638,7 @@ def kernel(query, key, value, **options):
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, **options)
+        query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -680,7 +698,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
     lens = options["valid_lens"]
     lens = lens.reshape((1, *lens.shape)) if lens is not None and x.ndim == 2 else lens  # of the one head there is
-    query, key, value = _hide_unseen(x, x, x, **options | {"valid_lens": lens})
+    query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
     pairs = ((query, W_q), (key, W_k), (value, W_v))
     results = attention(*(_project(x, {"W_x": W}, "x") for x, W in pairs), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)

@@ -59,25 +59,47 @@ def spread(x, lead):
     return x
 
 
-def folded(lead, query, key, value, positions, mask, bias, valid_lens, query_offset):
-    """(query, key, value) and the rest of a call, with one batch axis; None where MXNet broadcasts and slices as it is."""
-    batch, axes = lead[:-1], len(lead) + 2
-    many = [x for x in (mask, bias, positions) if x is not None and x.ndim > 3]
-    if len(batch) < 2 or (len(batch) == 2 and all(x.shape[:-3] == batch for x in (query, key, value, *many))):
-        return None
+def one_batch_axis(kernel):
+    """MXNet broadcasts and slices arrays of few axes alone: where there are many, a kernel is given all batch axes as one."""
 
-    def fold(x):
-        return spread(x, batch).reshape(math.prod(batch), *x.shape[len(batch) :])
+    @wraps(kernel)
+    def run(query, key, value, call, blocks=()):
+        batch, axes = bands.lead(query.shape, key.shape)[:-1], query.ndim
+        many = [x for x in (call.mask, call.bias, call.positions) if x is not None and x.ndim > 3]
+        if len(batch) < 2 or (len(batch) == 2 and all(x.shape[:-3] == batch for x in (query, key, value, *many))):
+            return kernel(query, key, value, call, blocks)
 
-    def fold_where(x):
-        return x if x is None or x.ndim <= 3 else fold(x.reshape(*[1] * (axes - x.ndim), *x.shape))
+        def fold(x):
+            return spread(x, batch).reshape(math.prod(batch), *x.shape[len(batch) :])
 
-    def fold_each(x):  # (batch,) or (batch, n), of the first axis
-        return fold(x.reshape(-1, *[1] * (len(batch) - 1), *x.shape[1:])) if getattr(x, "ndim", 0) else x
+        def fold_pairs(x):
+            return x if x is None or x.ndim <= 3 else fold(x.reshape(*[1] * (axes - x.ndim), *x.shape))
 
-    where = {"positions": fold_where(positions), "mask": fold_where(mask), "bias": fold_where(bias)}
-    where |= {"valid_lens": fold_each(valid_lens), "query_offset": fold_each(query_offset)}
-    return [fold(x) for x in (query, key, value)], where
+        def fold_each(x):  # (batch,) or (batch, n), of the first axis
+            return fold(x.reshape(-1, *[1] * (len(batch) - 1), *x.shape[1:])) if getattr(x, "ndim", 0) else x
+
+        call = call._replace(
+            positions=fold_pairs(call.positions), mask=fold_pairs(call.mask), bias=fold_pairs(call.bias),
+            valid_lens=fold_each(call.valid_lens), query_offset=fold_each(call.query_offset),
+        )  # fmt: skip
+        results = kernel(fold(query), fold(key), fold(value), call, blocks)
+        return each(lambda x: x.reshape(*batch, *x.shape[1:]), results)
+
+    return run
+
+
+def each(change, results):
+    """``change`` of each result, of which there may be one."""
+    return tuple(map(change, results)) if isinstance(results, tuple) else change(results)
+
+
+def joined(parts, axes):
+    """The results of blocks of queries, of so many axes, as those of all: an lse has one axis fewer."""
+    if len(parts) == 1:
+        return parts[0]
+    if not isinstance(parts[0], tuple):
+        return np.concatenate(parts, axis=-2)
+    return tuple(np.concatenate(x, axis=-1 if x[0].ndim < axes else -2) for x in zip(*parts, strict=True))
 
 
 def normalizing(function):
@@ -115,20 +137,6 @@ def where(condition, x, other):
         condition = np.broadcast_to(condition, x.shape).reshape(-1)
         return where(condition, x.reshape(-1), other).reshape(x.shape)
     return firm(np.where(condition, x, np.full_like(x.detach(), other)))
-
-
-def by_pairs(attention, query, key, value, where, **options):
-    """``attention`` with each query beside keys of its own, as `positions` has it: nothing that another may see reaches it."""
-    n, m = query.shape[-2], key.shape[-2]
-    keys = np.arange(m, dtype="int64", ctx=key.ctx)[None]
-    steps = bands.rows(None, query.shape, key.shape, 2**23) or [(0, n, 0, m)]
-    cuts = bands.cuts(steps, query, key, value, **where)
-    parts = [attention(*cut, positions=keys, **options, **at) for cut, at in cuts]
-    if len(parts) == 1:
-        return parts[0]
-    if not isinstance(parts[0], tuple):
-        return np.concatenate(parts, axis=-2)
-    return tuple(np.concatenate(x, axis=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
 
 
 def matmul(x, y, transpose=False):

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from kvattn import bands
-from kvattn.backends import numpy as by_numpy
+from kvattn.backends import numpy as numpy_tab
 from kvattn.kernels.numpy import tiled
 from kvattn.lend import lend
 
@@ -31,40 +31,49 @@ _calls = WeakValueDictionary()  # an operator is given text: the number of its c
 _numbers = count()
 
 
-def serves(tab, query, key, value, **options):
-    """Whether NumPy serves a call of ``tab``: on CPU arrays, with a score and a normaliser of the tab's own."""
-    return prepared(tab, query, key, value, **options) is not None
+def obstacle(tab, ctx, shapes, call):
+    """Why NumPy does not serve a call of ``tab`` on arrays of these shapes that lie on ``ctx``; "" where it does."""
+    if call.return_weights or call.dropout:
+        return "the weights are asked for" if call.return_weights else "dropout is asked for"
+    if call.positions is not None:
+        return "each query has keys of its own"
+    if _of_numpy(tab, call.score) is None:
+        return "the score is a function of one's own, or has parameters that NumPy's has no gradient by"
+    if isinstance(call.normalize, partial) or _of_numpy(tab, call.normalize) is None:
+        return "the normaliser is a function of one's own"
+    if ctx.device_type != "cpu":
+        return "the arrays are not on the CPU"
+    if any(0 in shape for shape in shapes):
+        return "the arrays hold nothing"
+    return ""
 
 
-def _by_numpy(tab, function):
+def _of_numpy(tab, function):
     """NumPy's function of the same name; None where it is none of the tab's, or has gradients that NumPy's has not."""
     if isinstance(function, partial):
         if function.args or tab.is_array(function.keywords.get("width")):
             return None
         function = function.func
     name = getattr(function, "__name__", "")
-    return getattr(by_numpy, name) if getattr(tab, name, None) is function else None
+    return getattr(numpy_tab, name) if getattr(tab, name, None) is function else None
 
 
-def attention(call, arrays):
-    """The output, or (output, lse), of a call that is prepared."""
-    q, k, v = (call.shapes[name] for name in ("query", "key", "value"))
-    lead, n, dtype = bands.lead(q, k), q[-2], arrays[0].dtype
-    call.results = {"output": ((*lead, n, v[-1]), dtype)}
-    if call.with_lse:
-        call.results["lse"] = ((*lead, n), np.dtype("float32") if dtype.itemsize == 2 else dtype)
+def attention(shapes, query, key, value, call, blocks=()):
+    """The output, or (output, lse); ``shapes``: of query, key and value."""
+    lent, arrays = _lend(shapes, query, key, value, call)
     if mx.autograd.is_recording():
-        results = _record(call, arrays)
+        results = _record(lent, arrays)
     else:
-        results = [mx.np.empty(shape, dtype=of, ctx=call.ctx) for shape, of in call.results.values()]
-        call.forward(call.views(arrays), *call.places(results))
-    return tuple(results) if call.with_lse else results[0]
+        results = [mx.np.empty(shape, dtype=dtype, ctx=query.ctx) for shape, dtype in lent.results.values()]
+        lent.forward(lent.views(arrays), *lent.places(results))
+    return tuple(results) if call.return_lse else results[0]
 
 
-def attention_grad(call, arrays, grad_output, wrt):
+def attention_grad(shapes, query, key, value, grad_output, wrt, call):
     """The gradients by what ``wrt`` names, each in its argument's shape and dtype."""
-    grads = call.backward(call.views(arrays), wrt, view(grad_output, grad_output.shape))
-    results = [mx.np.empty(grad.shape, dtype=grad.dtype, ctx=call.ctx) for grad in grads]
+    lent, arrays = _lend(shapes, query, key, value, call)
+    grads = lent.backward(lent.views(arrays), wrt, view(grad_output, grad_output.shape))
+    results = [mx.np.empty(grad.shape, dtype=grad.dtype, ctx=query.ctx) for grad in grads]
     for x, grad in zip(results, grads, strict=True):
         view(x, grad.shape, write=True)[...] = grad
     return tuple(results)
@@ -104,34 +113,41 @@ def finite(x):
 # ---- the call
 
 
-def prepared(tab, query, key, value, *, score=None, normalize=None, positions=None, dropout=0.0, rng=None,
-             return_weights=False, return_lse=False, **options):  # fmt: skip
-    """The call, without its arrays, and these, those that its score binds among them; None where NumPy does not serve it.
+ARRAYS = ("mask", "bias", "valid_lens", "query_offset")  # the options that may be arrays
+
+
+def _lend(shapes, query, key, value, call):
+    """The call as NumPy takes it, and its arrays, those that its score binds among them.
 
     Each array is asked for its shape once: that takes a microsecond, and several where the caches are full of keys and values.
     """
-    if positions is not None or dropout or return_weights or isinstance(normalize, partial):
-        return None
-    options |= {"score": _by_numpy(tab, score or tab.scaled_dot_score), "normalize": _by_numpy(tab, normalize or tab.softmax)}
-    if options["score"] is None or options["normalize"] is None:
-        return None
-    call = _Call()
-    call.ctx, call.with_lse = query.ctx, return_lse
-    if call.ctx.device_type != "cpu":
-        return None
-    bound = score.keywords if isinstance(score, partial) else {}
     arrays = {"query": query, "key": key, "value": value}
-    arrays |= {name: x for name, x in (*options.items(), *bound.items()) if tab.is_array(x)}
-    call.shapes = {name: x.shape for name, x in arrays.items()}
-    if any(0 in call.shapes[name] for name in ("query", "key", "value")):
-        return None
-    call.keywords = {name: None if name in arrays else x for name, x in bound.items()}
-    call.options = {name: x for name, x in options.items() if name not in arrays}
-    return call, [*arrays.values()]
+    arrays |= {name: x for name in ARRAYS if isinstance(x := getattr(call, name), mx.nd.NDArray)}
+    score, normalize, bound = call.score, getattr(numpy_tab, call.normalize.__name__), {}
+    if isinstance(score, partial):
+        bound, score = score.keywords, score.func
+    call = call._replace(score=getattr(numpy_tab, score.__name__), normalize=normalize)
+    call = call._replace(**dict.fromkeys(list(arrays)[3:])) if len(arrays) > 3 else call  # which would keep the arrays
+    arrays |= {name: x for name, x in bound.items() if isinstance(x, mx.nd.NDArray)}
+    bound = {name: None if name in arrays else x for name, x in bound.items()}
+    return _Lent(call, bound, [*shapes, *(x.shape for x in list(arrays.values())[3:])], [*arrays], query.dtype), [
+        *arrays.values()
+    ]
 
 
-class _Call:
-    """A call of NumPy's attention that lacks its arrays: their shapes by name, what else it and its score are given."""
+class _Lent:
+    """A call as NumPy takes it, but for its arrays, which are lent to it: the names and shapes of these and of the results.
+
+    ``bound``: what the call's score is bound to, None for arrays.
+    """
+
+    def __init__(self, call, bound, shapes, names, dtype):
+        self.call, self.bound, self.shapes = call, bound, dict(zip(names, shapes, strict=True))
+        query, key, value = shapes[:3]
+        rows = (*bands.lead(query, key), query[-2])
+        self.results = {"output": ((*rows, value[-1]), dtype)}
+        if call.return_lse:
+            self.results["lse"] = (rows, np.dtype("float32") if dtype.itemsize == 2 else dtype)
 
     def views(self, arrays):
         return [view(x, shape) for x, shape in zip(arrays, self.shapes.values(), strict=True)]
@@ -140,38 +156,44 @@ class _Call:
         return [view(x, shape, write) for x, (shape, _) in zip(results, self.results.values(), strict=True)]
 
     def _given(self, arrays):
-        """query, key, value and the options."""
-        given = dict(zip(self.shapes, arrays, strict=True))
-        inputs = [given.pop(name) for name in ("query", "key", "value")]
-        options = self.options
-        if self.keywords:
-            keywords = {name: given.pop(name, x) for name, x in self.keywords.items()}
-            options = {**options, "score": partial(options["score"], **keywords)}
-        return inputs, {**options, **given}
+        """query, key, value and the call of NumPy arrays."""
+        query, key, value, *rest = arrays
+        if not (rest or self.bound):
+            return query, key, value, self.call
+        given = dict(zip(list(self.shapes)[3:], rest, strict=True))
+        bound = {name: given.pop(name, x) for name, x in self.bound.items()}
+        score = partial(self.call.score, **bound) if bound else self.call.score
+        return query, key, value, self.call._replace(**given, score=score)
 
     def forward(self, arrays, output, lse=None, keep=False):
         """Writes the results; returns the lse if it was computed, as tiles do where it is to be kept."""
-        inputs, options = self._given(arrays)
-        found, with_lse = None, lse is not None
+        *inputs, call = self._given(arrays)
+        found, with_lse, options = None, lse is not None, call.keywords
+        options = {name: x for name, x in options.items() if not name.startswith("return_")}
         with np.errstate(all="ignore"):
-            if inputs[0].size * inputs[1].size > tiled.TINY and tiled.serves(by_numpy, *inputs, **options):
-                how = {name: x for name, x in options.items() if name not in ("score", "normalize", "scale")}
-                scale = tiled.scale_of(by_numpy, inputs[0], options["score"], options.get("scale"))
+            if inputs[0].size * inputs[1].size > tiled.TINY and tiled.serves(numpy_tab, *inputs, **options):
+                how = {
+                    name: x
+                    for name, x in options.items()
+                    if name not in ("score", "normalize", "scale", "positions", "dropout", "rng")
+                }
+                scale = tiled.scale_of(numpy_tab, inputs[0], call.score, call.scale)
                 found = tiled.attention(*inputs, scale, **how, return_lse=keep or with_lse, output=output)
                 found = found[1] if keep or with_lse else None
             elif with_lse:
-                output[...], found = by_numpy.attention(*inputs, **options, return_lse=True)
+                output[...], found = numpy_tab.attention(*inputs, **options, return_lse=True)
             else:
-                output[...] = by_numpy.attention(*inputs, **options)
+                output[...] = numpy_tab.attention(*inputs, **options)
             if with_lse:
                 lse[...] = found
         return found
 
     def backward(self, arrays, wrt, grad_output, **known):
         """The gradients; ``known``: what forward found, and the gradient by the lse."""
-        inputs, options = self._given(arrays)
+        *inputs, call = self._given(arrays)
+        options = {name: x for name, x in call.keywords.items() if not name.startswith("return_")}
         with np.errstate(all="ignore"):
-            return by_numpy.attention_grad(*inputs, grad_output, wrt=wrt, **options, **known)
+            return numpy_tab.attention_grad(*inputs, grad_output, wrt=wrt, **options, **known)
 
 
 # ---- while autograd records
