@@ -198,12 +198,6 @@ def attention(
         backend, query=query, key=key, value=value, mask=mask, bias=bias, valid_lens=valid_lens,
         query_offset=query_offset, positions=positions,
     )  # fmt: skip
-    if not tab.is_array(query) and hasattr(tab, "deferred") and tab.deferred(query):  # no shape yet: the call waits for it
-        return tab.defer(
-            attention, query, key, value, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens,
-            causal=causal, query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap,
-            dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
-        )  # fmt: skip
     if known is not None and known[0] is tab:
         scores = known[1]
     else:

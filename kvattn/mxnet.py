@@ -6,6 +6,7 @@ The layers and the short names are MXNet's mx.np: call mxnet.npx.set_np() first,
 import functools
 
 from kvattn import api, namespace
+from kvattn.kernels.mxnet import symbols
 from kvattn.layers.mxnet import *  # noqa: F403
 from kvattn.layers.mxnet import mx, np, whole
 from kvattn.namespace import check_shape  # noqa: F401
@@ -32,7 +33,16 @@ def _counting(function):
     return call
 
 
-attention, attention_grad = _counting(attention), _counting(attention_grad)  # noqa: F405
+_of_arrays, attention_grad = _counting(attention), _counting(attention_grad)  # noqa: F405
+
+
+@functools.wraps(api.attention)
+def attention(query, key, value, *, backend="mxnet", **options):
+    if symbols.deferred(query):  # while a hybridized block is traced: its graph makes the call whenever it runs
+        return symbols.defer(api.attention, query, key, value, **options)
+    return _of_arrays(query, key, value, backend=backend, **options)
+
+
 multi_head_attention, multi_head_attention_grad = map(_counting, (multi_head_attention, multi_head_attention_grad))  # noqa: F405
 self_attention = _counting(self_attention)  # noqa: F405
 

@@ -17,7 +17,7 @@ from kvattn import layers
 from kvattn import mxnet as kv
 from kvattn.backends import mxnet as tab
 from kvattn.backends.mxnet import autograd, mx, np
-from kvattn.kernels.mxnet import symbols as kernels
+from kvattn.kernels.mxnet import symbols
 
 gluon, nn = mx.gluon, mx.gluon.nn
 
@@ -373,7 +373,7 @@ def test_a_graph_keeps_nothing_of_a_call_whose_backward_is_done():
     for _ in range(3):
         gradients(layer, TOKENS, train=True)
     mx.nd.waitall()
-    operators = [x for x in gc.get_objects() if type(x) is kernels.Attention]
+    operators = [x for x in gc.get_objects() if type(x) is symbols.Attention]
     assert operators
     assert not any(x.graph for x in operators)
 

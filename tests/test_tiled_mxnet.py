@@ -30,6 +30,7 @@ tab = ROOM.tab
 
 import mxnet as mx  # noqa: E402  after the tab, which lends NumPy the names it wants
 
+from kvattn import mxnet as kv  # noqa: E402
 from kvattn.kernels.mxnet import views  # noqa: E402
 
 
@@ -171,7 +172,7 @@ def test_scores_of_all_kinds_and_gradients_by_their_parameters_and_the_bias(name
 def test_hybridized_blocks_are_served_too(legacy):
     class Attend(mx.gluon.HybridBlock):
         def hybrid_forward(self, F, query, key, value):
-            return kvattn.attention(query, key, value, causal=True)
+            return kv.attention(query, key, value, causal=True)
 
     arrays = draw(dtype=np.float32)
     with in_tiles() as served:
@@ -196,7 +197,7 @@ def test_hybridized_blocks_are_served_too(legacy):
 def test_gradients_of_a_graph_add_up_where_that_is_asked_for():
     class Attend(mx.gluon.HybridBlock):
         def hybrid_forward(self, F, query, key, value):
-            return kvattn.attention(query, key, value, causal=True)
+            return kv.attention(query, key, value, causal=True)
 
     found = []
     for req, times in (("write", 3), ("add", 1), ("add", 3)):
@@ -496,7 +497,7 @@ def test_mxnets_autograd_keeps_nan_in_its_rows(way):
 
         class Block(mx.gluon.HybridBlock):
             def hybrid_forward(self, F, query, key, value):
-                return kvattn.attention(query, key, value, causal=True)
+                return kv.attention(query, key, value, causal=True)
 
         call = Block()
         call.hybridize()

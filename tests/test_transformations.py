@@ -97,12 +97,13 @@ def tensorflow_keras_functional(**options):
 
 def mxnet_hybrid(hybridize, *inputs, **options):
     """Outputs and gradients of a HybridBlock with these inputs."""
-    kvattn.dispatch.load("mxnet")
-    import mxnet as mx
+    from kvattn import mxnet as kv
+
+    mx = kv.mx
 
     class Attend(mx.gluon.HybridBlock):
         def hybrid_forward(self, F, q, k, v):
-            return kvattn.attention(q, k, v, **options)
+            return kv.attention(q, k, v, **options)
 
     net = Attend()
     if hybridize:
@@ -375,20 +376,20 @@ TRACED = {
     "torch": torch_traced,
     "jax": lambda f, *arrays: __import__("jax").jit(f)(*arrays),
     "tensorflow": lambda f, *arrays: __import__("tensorflow").function(f)(*arrays),
-    "mxnet": lambda f, *arrays: mxnet_block(f)(*arrays),
+    "mxnet": lambda f, *arrays: mxnet_block(**f.keywords)(*arrays),
 }
 UNTRACED = {"query of text", "ragged query"}  # no arrays to trace
 UNSEEN = {"negative length", "position out of reach", "position below none"}  # values, which these compilers do not show
 NARROWED = {"mixed dtypes", "integer query"}  # jax.jit makes 32 bits of 64, before anybody sees them
 
 
-def mxnet_block(function):
-    """A hybridized block; MXNet's are traced when they first run."""
-    import mxnet as mx
+def mxnet_block(**options):
+    """A hybridized block that attends; MXNet's are traced when they first run."""
+    from kvattn import mxnet as kv
 
-    class Block(mx.gluon.HybridBlock):
+    class Block(kv.mx.gluon.HybridBlock):
         def hybrid_forward(self, F, *arrays):
-            return function(*arrays)
+            return kv.attention(*arrays, **options)
 
     block = Block()
     block.hybridize()
@@ -415,12 +416,25 @@ def test_errors_are_the_same_at_trace_time(backend, tab, what):
 def test_a_symbol_waits_for_its_shape_and_for_nothing_else(backend, tab, what):
     """What is wrong with anything else is raised when the block is traced."""
     if backend == "mxnet":
-        import mxnet as mx
+        from kvattn import mxnet as kv
 
         replaced, error, words = BAD[what]
         with pytest.raises(error) as traced:
-            kvattn.attention(*map(mx.sym.var, ("query", "key", "value")), **replaced)
+            kv.attention(*map(kv.mx.sym.var, ("query", "key", "value")), **replaced)
         assert [word for word in words if word not in str(traced.value)] == []
+
+
+def test_a_symbol_is_sent_to_its_namespace(backend, tab):
+    if backend == "mxnet":
+        import mxnet as mx
+
+        from kvattn import mxnet as kv
+
+        query, key, value = map(mx.sym.var, ("query", "key", "value"))
+        with pytest.raises(TypeError, match=r"query must be an array, not Symbol: .*`from kvattn import mxnet`"):
+            kvattn.attention(query, key, value)
+        with pytest.raises(TypeError, match="query is a Symbol, but key is of class ndarray: a graph takes Symbols"):
+            kv.attention(query, K, value)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MXNet's own
@@ -431,7 +445,7 @@ def test_a_hybridized_block_returns_what_was_asked_for_in_half_precision(backend
         inputs = [mx.nd.array(x, dtype="float16") for x in (Q, K, V)]
         chosen = [[0, 2], [1, 3], [5, -1]]
         call = partial(kvattn.attention, positions=chosen, return_weights=True, return_lse=True)
-        for found, expected in zip(mxnet_block(call)(*inputs), call(*inputs), strict=True):
+        for found, expected in zip(mxnet_block(**call.keywords)(*inputs), call(*inputs), strict=True):
             assert found.dtype == expected.dtype
             np.testing.assert_array_equal(found.asnumpy(), expected.asnumpy())
 
@@ -447,7 +461,7 @@ def test_a_score_of_ones_own_is_let_go_with_its_block(backend, tab):
         def score(query, key):
             return kvattn.dot_score(query, key)
 
-        block = mxnet_block(partial(kvattn.attention, score=score))
+        block = mxnet_block(score=score)
         block(*(mx.nd.array(x, dtype="float32") for x in (Q, K, V))).wait_to_read()
         kept = weakref.ref(score)
         del block, score

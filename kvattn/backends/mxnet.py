@@ -27,8 +27,6 @@ with lend():
     import mxnet as mx
     from mxnet import autograd, np
 
-    from kvattn.kernels.mxnet.symbols import defer, deferred  # noqa: F401  Symbols: api.attention asks
-
 HALF = ("float16",)
 DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool")
 WIDER = {"int16": "int32", "uint16": "int32", "uint32": "int64", "uint64": "int64"}
@@ -50,7 +48,10 @@ def asarray(x, dtype=None, like=None):
         with quirks.any_shape():
             return x.as_np_ndarray().astype(dtype, copy=False) if dtype else x.as_np_ndarray()
     if isinstance(x, mx.sym.Symbol):
-        raise TypeError("a Symbol has no values: of kvattn's functions only attention waits for them")
+        raise TypeError(
+            "a Symbol has no values: of kvattn's functions only the `attention` of `from kvattn import mxnet`, and the layers "
+            "there, wait for them"
+        )
     x = numpy.asarray(x, dtype=numpy.dtype(dtype) if dtype else None)
     name = WIDER.get(x.dtype.name, x.dtype.name)
     if name not in DTYPES:

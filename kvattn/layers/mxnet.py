@@ -13,7 +13,7 @@ import numpy
 
 from kvattn import api, checks, layers
 from kvattn.backends import mxnet as tab
-from kvattn.kernels.mxnet import symbols as kernels
+from kvattn.kernels.mxnet import symbols
 from kvattn.lend import lend
 
 with lend():
@@ -52,7 +52,7 @@ class _Layer(nn.HybridBlock):
         args, options = (args[:-1], args[-1]) if isinstance(args[-1], dict) else (args, {})
         while args[-1] is None:
             args = args[:-1]
-        if tab.deferred(args[0]):
+        if symbols.deferred(args[0]):
             return self.hybrid_forward(mx.symbol, *args, **{name: x.var() for name, x in self._reg_params.items()}, **options)
         if self._active and not options and self._fits_graph(args):
             return super().forward(*args)
@@ -189,10 +189,10 @@ class _Attention(_Layer):
         params = {name: options.pop(name) for name in self._reg_params}
         score = partial(self._score(), **params) if params else self._score()
         options |= {"score": score, "valid_lens": valid_lens, "rate": self.dropout}
-        if not tab.deferred(queries):
+        if not symbols.deferred(queries):
             return _attend(queries, keys, values, layer=self, **options)
         _traced[name := uuid4().hex] = self
-        return kernels.defer(_attend, queries, keys, values, layer=name, **options)
+        return symbols.defer(_attend, queries, keys, values, layer=name, **options)
 
     @property
     def attention_weights(self):
@@ -221,7 +221,7 @@ def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=N
     return api.attention(query, key, value, **options, dropout=dropout, backend=backend)
 
 
-kernels.functions["_attend"] = _attend
+symbols.functions["_attend"] = _attend
 
 
 def whole(valid_lens, backend="mxnet"):
@@ -333,7 +333,7 @@ class MultiHeadAttention(_Layer):
             cache = cache.extend(keys, values)
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
-        if not tab.deferred(queries):
+        if not symbols.deferred(queries):
             valid_lens = layers.lengths(tab, whole(valid_lens), queries)
         results = self.attention(queries, keys, values, valid_lens, **options)
         output, *rest = results if isinstance(results, (tuple, list)) else (results,)
@@ -344,7 +344,7 @@ class MultiHeadAttention(_Layer):
 
 def _split(X, heads, width):
     """(batch, n, heads * width) -> (batch, heads, n, width)."""
-    if tab.deferred(X):
+    if symbols.deferred(X):
         return mx.sym.npx.reshape(X, (-2, -2, heads, width)).swapaxes(1, 2)  # -2: a size that stays
     return X.reshape(*X.shape[:-1], heads, width).swapaxes(-2, -3)
 
@@ -352,7 +352,7 @@ def _split(X, heads, width):
 def _join(X, width):
     """(batch, heads, n, d) -> (batch, n, width)."""
     X = X.swapaxes(-2, -3)
-    return mx.sym.npx.reshape(X, (-2, -2, width)) if tab.deferred(X) else X.reshape(*X.shape[:-2], width)
+    return mx.sym.npx.reshape(X, (-2, -2, width)) if symbols.deferred(X) else X.reshape(*X.shape[:-2], width)
 
 
 # ---- the other parts of a transformer
@@ -368,7 +368,7 @@ class PositionalEncoding(_Layer):
 
     def hybrid_forward(self, F, X, offset=0):
         _, max_len, h = self.P.shape
-        if tab.deferred(X):
+        if symbols.deferred(X):
             X = F.Custom(X.as_nd_ndarray(), op_type=POSITIONS, max_len=max_len, h=h, offset=offset).as_np_ndarray()
         else:
             layers.check_length(max_len, X.shape[1], offset)
@@ -395,11 +395,11 @@ class _Positions(mx.operator.CustomOp):
     @mx.util.use_np_shape  # in a thread of MXNet's own
     def forward(self, is_train, req, in_data, out_data, aux):
         X = in_data[0].as_np_ndarray()
-        kernels.put(self, out_data[0], req[0], X + self.P.astype(X.dtype))
+        symbols.put(self, out_data[0], req[0], X + self.P.astype(X.dtype))
 
     @mx.util.use_np_shape
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
-        kernels.put(self, in_grad[0], req[0], out_grad[0].as_np_ndarray())
+        symbols.put(self, in_grad[0], req[0], out_grad[0].as_np_ndarray())
 
 
 @mx.operator.register(POSITIONS)
@@ -410,7 +410,7 @@ class _PositionsShapes(mx.operator.CustomOpProp):
 
     def create_operator(self, ctx, shapes, dtypes):
         n = shapes[0][1]
-        with kernels.telling():
+        with symbols.telling():
             layers.check_length(self.max_len, n, self.offset)
         return _Positions(np.array(_table(self.max_len, self.h)[:, self.offset : self.offset + n], dtype="float64"))
 

@@ -47,6 +47,9 @@ def defer(function, query, key, value, **options):
     if isinstance(score, partial):
         options["score"], keywords = score.func, score.keywords
     inputs = {"query": query, "key": key, "value": value}
+    for name, x in inputs.items():
+        if not deferred(x):
+            raise TypeError(f"query is a Symbol, but {name} is of class {type(x).__name__}: a graph takes Symbols")
     inputs |= {name: x for name, x in options.items() if deferred(x)}
     bound = {name: x for name, x in keywords.items() if deferred(x)}
     call = _Call(
