@@ -409,6 +409,18 @@ def masks(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any) -
     return mask, bias
 
 
+SCORES = tuple(f"{x}_score" for x in ("scaled_dot", "dot", "additive", "multiplicative", "gated", "cosine", "distance"))
+SCORES += tuple(f"{x}_kernel" for x in ("gaussian", "boxcar", "triangular", "epanechnikov", "constant"))
+NORMALIZERS = ("softmax", "sparsemax", "hardmax", "proportional", "average", "identity")
+
+
+def _meant(name: str, word: Any) -> list[str]:
+    """kvattn's functions that may stand for this argument; of a word, those that it may mean."""
+    known = SCORES if name == "score" else NORMALIZERS
+    word = str(word).lower() if isinstance(word, str) and word else " "
+    return [f"kvattn.{each}" for each in [each for each in known if each.startswith(word)] or known]
+
+
 def bound(tab: Any, function: Any, name: str, own: Any, query: Any, features: tuple[Any, Any]) -> Any:
     """A score or normaliser for ``tab``: kvattn's own become the tab's, parameters of a partial become its arrays."""
     if isinstance(function, partial) and own(function.func):
@@ -422,6 +434,5 @@ def bound(tab: Any, function: Any, name: str, own: Any, query: Any, features: tu
             parameters(function.func.__name__, *features, given)
         return partial(getattr(tab, function.func.__name__), *function.args, **given)
     if not callable(function):
-        cure = f"; kvattn.{function} is one" if isinstance(function, str) else ""
-        raise TypeError(f"{name} must be a function, not {function!r}{cure}")
+        raise TypeError(f"{name} must be a function, not {function!r}: {', '.join(_meant(name, function))}, or your own")
     return getattr(tab, function.__name__) if own(function) else function

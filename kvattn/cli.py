@@ -252,7 +252,9 @@ def _having(names: list[str], lacking: dict[str, str], any_will_do: bool, consol
 
 
 def _cure(name: str) -> str:
-    return f"pip install 'kvattn[{name}]'"
+    from kvattn import install
+
+    return install.line(name)
 
 
 def _writable(path: str) -> None:
@@ -499,7 +501,7 @@ def lesson(options: argparse.Namespace) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in ("ipykernel", "jupytext", "jupyter_client", "nbclient", "nbformat"):
             raise
-        raise _Refused(f"it needs {package}, which is not installed: pip install 'kvattn[lessons]'") from error
+        raise _Refused(f"it needs {package}, which is not installed: {_cure('lessons')}") from error
 
 
 def _lesson(file: str) -> Lesson:
@@ -576,6 +578,7 @@ def doctor(options: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
+    from kvattn import lend
     from kvattn.report import clean
 
     console = _console()
@@ -605,6 +608,9 @@ def doctor(options: argparse.Namespace) -> int:
         console.print(f"  But it is {'broken' if name in broken else 'not installed'}: such a call fails.", soft_wrap=True)
     for each, why in broken.items():
         console.print(f"\n{each} is broken: {clean(why)}\n  to install it anew: {_cure(each)}", soft_wrap=True)
+    if "mxnet" in installed and "mxnet" not in broken and lend.lacking():
+        cure = "'import kvattn.mxnet_compat' before it, or kvattn.mxnet, is the cure"
+        console.print(f"\n'import mxnet' by itself fails on this NumPy: {cure}.", soft_wrap=True)
     if missing := [each for each in known if each not in installed]:
         console.print("\nTo add what is not installed:", soft_wrap=True)
         for each in missing:

@@ -126,7 +126,9 @@ def load(name: str) -> Backend:
             tab = _OURS[name]()
         except Exception as error:  # a broken framework may raise anything while it is imported
             if importlib.util.find_spec(name) is None:
-                cure = f"pip install 'kvattn[{name}]'"
+                from kvattn import install
+
+                cure = install.line(name)
                 raise ModuleNotFoundError(f"backend {name!r} needs {name}, which is not installed: {cure}") from error
             raise ImportError(f"backend {name!r}: {name} is installed but does not import: {error}") from error
     elif name in (plugins := _plugins()):

@@ -24,6 +24,13 @@ NAMES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def lacking() -> dict[str, Any]:
+    """What this NumPy no longer has of it: nothing, where ``import mxnet`` works by itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that are soon to go
+        return {name: x for name, x in NAMES.items() if not hasattr(np, name)}
+
+
 @contextmanager
 def lend() -> Iterator[None]:
     """Within the block ``import mxnet`` works and is quiet; afterwards numpy is as it was.
@@ -37,9 +44,11 @@ def lend() -> Iterator[None]:
     if "mxnet" in sys.modules:
         yield
         return
+    for name in [name for name in sys.modules if name.startswith("mxnet.")]:  # what is left of an import that failed
+        del sys.modules[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mxnet's own source: invalid escapes, deprecated aliases
-        lent = {name: x for name, x in NAMES.items() if not hasattr(np, name)}
+        lent = lacking()
         vars(np).update(lent)
         try:
             yield

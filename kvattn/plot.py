@@ -1,6 +1,6 @@
 """Pictures of any framework's arrays: heat maps, attention between tokens, kernels, curves.
 
-Needs matplotlib, ``pip install 'kvattn[plot]'``, imported with the first picture. Each function returns its figure, made
+Needs matplotlib, which the extra ``plot`` names, imported with the first picture. Each function returns its figure, made
 through pyplot: ``plt.show()`` opens it in a script, a notebook shows it once, and without a display it can be saved.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvattn import api, checks, dispatch
+from kvattn import api, checks, dispatch, install
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -422,7 +422,7 @@ def _pyplot() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        raise ModuleNotFoundError("kvattn.plot needs matplotlib, which is not installed: pip install 'kvattn[plot]'") from error
+        raise ModuleNotFoundError(f"kvattn.plot needs matplotlib, which is not installed: {install.line('plot')}") from error
     return pyplot
 
 

@@ -55,7 +55,9 @@ def interact_select(*tabs: str | Iterable[str]) -> None:
             raise ValueError(f"the tab {chosen!r}, chosen by {why}, is not offered: {offers}; {cure}")
         chosen = next((name for name in names if name in dispatch.available_backends()), "")
         if not chosen:
-            raise ModuleNotFoundError(f"{offers}, and none is installed: pip install 'kvattn[{names[0]}]'")
+            from kvattn import install
+
+            raise ModuleNotFoundError(f"{offers}, and none is installed: {install.line(names[0])}")
         note = f", the first of {', '.join(given)} that is installed; tab.select_tab or {dispatch.ENVIRONMENT} chooses"
         select_tab(chosen)
     if not _drop_down(dict(zip(given, names, strict=True)), chosen):

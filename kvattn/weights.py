@@ -50,7 +50,7 @@ def import_weights(layer: Any, weights: Mapping[str, Any]) -> Any:
 
 
 def save_weights(layer: Any, path: str | Path) -> None:
-    """`export_weights`, or a dict of arrays, in a .safetensors file. Needs safetensors: pip install 'kvattn[weights]'."""
+    """`export_weights`, or a dict of arrays, in a .safetensors file. Needs safetensors, of the extra ``weights``."""
     arrays = layer if _plain(layer) else export_weights(layer)
     _safetensors().save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path)
 
@@ -77,7 +77,9 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as error:
-        raise ImportError("weights are kept in .safetensors files: pip install 'kvattn[weights]'") from error
+        from kvattn import install
+
+        raise ImportError(f"weights are kept in .safetensors files: {install.line('weights')}") from error
     return safetensors.numpy
 
 

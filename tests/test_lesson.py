@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from rich.console import Console
 
 import kvattn
-from kvattn import cli, lesson
+from kvattn import cli, install, lesson
 from kvattn.lesson import agree, page, prose, runner, watch
 
 
@@ -253,10 +253,10 @@ def test_a_framework_that_is_absent_is_left_out_with_its_cure_and_refused_if_all
     text = setup("numpy", "mxnet") + cell("1")
     got = command(text, "run")
     assert got.status == 0
-    assert "Not installed, so not run: mxnet (pip install 'kvattn[mxnet]')" in got.out
+    assert f"Not installed, so not run: mxnet ({install.line('mxnet')})" in got.out
     got = command(text, "run", "--backend", "all")
     assert got.status == 2
-    assert "'mxnet' is not installed: pip install 'kvattn[mxnet]'" in got.err
+    assert f"'mxnet' is not installed: {install.line('mxnet')}" in got.err
     assert command(setup("mxnet") + cell("1"), "run").status == 2
 
 
@@ -264,7 +264,7 @@ def test_a_package_that_is_absent_is_named_with_its_extra(command, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nbformat", None)
     got = command(TWINS + cell("1"), "run")
     assert got.status == 2
-    assert "it needs nbformat, which is not installed: pip install 'kvattn[lessons]'" in got.err
+    assert f"it needs nbformat, which is not installed: {install.line('lessons')}" in got.err
 
 
 def test_the_frameworks_agree_about_neutral_data_and_their_own(world):

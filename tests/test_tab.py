@@ -150,7 +150,7 @@ def test_interact_select_takes_the_first_that_is_installed_if_nobody_chose(world
 
 
 def test_interact_select_says_what_to_install_if_none_is(world):
-    with pytest.raises(ModuleNotFoundError, match=r"none is installed: pip install 'kvattn\[mxnet\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"none is installed: .*pip install .*\[mxnet\]"):
         tab.interact_select("mxnet")
 
 
