@@ -206,10 +206,10 @@ def test_it_raises_what_attention_raises(backend):
 
 def test_a_backend_that_tells_nothing_is_explained_too():
     class Mine:
-        """NumPy's tab without `kernel`."""
+        """NumPy's tab without `choose`."""
 
         def __getattr__(self, name):
-            if name in ("kernel", "__name__"):
+            if name in ("kernel", "choose", "__name__"):
                 raise AttributeError(name)
             return getattr(kvattn.dispatch.load("numpy"), name)
 

@@ -36,17 +36,17 @@ NUMPY = [
     ("ignores sqrt(d)", "return dot_score(query, key) / math.sqrt(query.shape[-1] or 1)", "return dot_score(query, key)"),
     ("divides by no features", "math.sqrt(query.shape[-1] or 1)", "np.sqrt(query.shape[-1])", "shapes"),
     ("ignores query_offset", "return query_offset + ", "return 0 * query_offset + ", "causal"),
-    ("does not forbid where the bias is -inf", "allowed.append(bias != -math.inf)", "pass", "bias"),
+    ("does not forbid where the bias is -inf", "allowed.append(call.bias != -math.inf)", "pass", "bias"),
     (
         "masks after the softmax",
-        "normalize(scores, where=allowed), None",
-        "normalize(scores) if allowed is None else (normalize(scores) * allowed).astype(scores.dtype), None",
+        "call.normalize(scores, where=allowed), None",
+        "call.normalize(scores) if allowed is None else (call.normalize(scores) * allowed).astype(scores.dtype), None",
         "masks",
     ),
     (
         "puts the lse before the mask",
         "weights, lse = _softmax_lse(scores, allowed)",
-        "weights, lse = normalize(scores, where=allowed), _softmax_lse(scores, None)[1]",
+        "weights, lse = call.normalize(scores, where=allowed), _softmax_lse(scores, None)[1]",
         "masks",
     ),
     (
@@ -58,13 +58,13 @@ NUMPY = [
     ("gives empty rows an lse of 0", "lse = np.where(empty, -math.inf,", "lse = np.where(empty, 0,", "empty rows"),
     (
         "caps after the bias",
-        "    if softcap is not None:\n        scores = softcap * np.tanh(scores / softcap)\n"
-        "    return scores if bias is None else scores + _wide(bias)",
-        "    scores = scores if bias is None else scores + _wide(bias)\n"
-        "    return scores if softcap is None else softcap * np.tanh(scores / softcap)",
+        "    if call.softcap is not None:\n        scores = call.softcap * np.tanh(scores / call.softcap)\n"
+        "    return scores if call.bias is None else scores + _wide(call.bias)",
+        "    scores = scores if call.bias is None else scores + _wide(call.bias)\n"
+        "    return scores if call.softcap is None else call.softcap * np.tanh(scores / call.softcap)",
         "softcap",
     ),
-    ("ignores softcap", "scores = softcap * np.tanh(scores / softcap)", "pass", "softcap"),
+    ("ignores softcap", "scores = call.softcap * np.tanh(scores / call.softcap)", "pass", "softcap"),
     ("subtracts no maximum", "np.where(top == -math.inf, 0, top)", "np.where(top == -math.inf, 0, 0)", "large scores"),
     ("forgets the maximum in lse", "np.log(total) + top", "np.log(total)", "plain"),
     ("leaks NaN from keys", "np.where(_any_for(seen, key.shape), key, 0)", "key", "padding"),
@@ -86,11 +86,11 @@ NUMPY = [
     (
         "scales the query in place",
         "    query = _fold(query, kv_heads)\n",
-        "    query = _fold(query, kv_heads)\n    query *= 2; scale = (scale or 1) / 2\n",
+        "    query = _fold(query, kv_heads)\n    query *= 2; call = call._replace(scale=(call.scale or 1) / 2)\n",
     ),
     ("returns float32 for half", "_unfold(output, heads, n).astype(dtype, copy=False)", "_unfold(output, heads, n)"),
     ("returns weights in float32 for half", "[weights.astype(dtype, copy=False)]", "[weights]"),
-    ("returns lse in half", "+ [lse] * return_lse", "+ [lse if lse is None else lse.astype(dtype)] * return_lse"),
+    ("returns lse in half", "+ [lse] * call.return_lse", "+ [lse if lse is None else lse.astype(dtype)] * call.return_lse"),
     (
         "returns a list",
         "return tuple(results) if len(results) > 1 else output",
@@ -104,14 +104,14 @@ NUMPY = [
     ),
     (
         "keeps scores in half",
-        "    scores = _scores(query, key, score, scale, softcap, bias)\n",
-        "    scores = _scores(query, key, score, scale, softcap, bias).astype(dtype)\n    scores = _wide(scores)\n",
+        "    scores = _scores(query, key, call)\n",
+        "    scores = _scores(query, key, call).astype(dtype)\n    scores = _wide(scores)\n",
         "half precision",
     ),
     (
         "computes the softmax in half",
-        "normalize(scores, where=allowed), None",
-        "normalize(scores.astype(dtype), where=allowed).astype(scores.dtype), None",
+        "call.normalize(scores, where=allowed), None",
+        "call.normalize(scores.astype(dtype), where=allowed).astype(scores.dtype), None",
         "half precision",
     ),
     (
@@ -119,12 +119,12 @@ NUMPY = [
         "    scores = _wide(scores)\n    top",
         "    scores = _wide(scores).astype(np.float32)\n    top",
     ),
-    ("looks one key too far left", "ahead >= -left", "ahead >= -left - 1", "window"),
-    ("looks one key too near right", "ahead <= right", "ahead < right", "window"),
+    ("looks one key too far left", "ahead >= -call.left", "ahead >= -call.left - 1", "window"),
+    ("looks one key too near right", "ahead <= call.right", "ahead < call.right", "window"),
     (
         "takes valid_lens 0 for 1",
-        "keys < _lengths(valid_lens, ndim)",
-        "keys < np.maximum(_lengths(valid_lens, ndim), 1)",
+        "keys < _lengths(call.valid_lens, ndim)",
+        "keys < np.maximum(_lengths(call.valid_lens, ndim), 1)",
         "empty rows",
     ),
     (
@@ -280,9 +280,13 @@ def test_a_numpy_tab_that(wrong, old, new, group):
 @pytest.mark.parametrize(("file", "wrong", "old", "new"), [pytest.param(*row, id=row[1]) for row in ELSEWHERE])
 def test_a_numpy_tab_beside_which(file, wrong, old, new):
     tab = mutant("numpy", "import math", "import math")
-    part = "bands" if file == "bands.py" else "kernels"
-    setattr(tab, part, altered(file, f"kvattn_mutants.{part}", old, new))
-    assert notices(tab, "blocks" if part == "bands" else "plain")
+    if file == "bands.py":
+        call = altered("call.py", "kvattn_mutants.call", "import bands", "import bands")
+        call.bands = altered(file, "kvattn_mutants.bands", old, new)
+        tab.Call = call.Call
+    else:
+        tab.gradients = altered(file, "kvattn_mutants.gradients", old, new)
+    assert notices(tab, "blocks" if file == "bands.py" else "plain")
 
 
 def of_call(text):

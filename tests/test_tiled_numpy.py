@@ -10,10 +10,11 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from tiling import ARRAYS, RESTRICTIONS, WRT, all_at_once, cached, draw, in_tiles, judge, right, room, with_arrays
+from tiling import ARRAYS, RESTRICTIONS, all_at_once, cached, draw, in_tiles, judge, right, room, with_arrays
 
 import kvattn
 from kvattn.backends import numpy as tab
+from kvattn.call import Call
 from kvattn.kernels.numpy import threads, tiled, tiled_grad, tiles
 
 ROOM = room("numpy")
@@ -32,15 +33,16 @@ def results(query, key, value, grad_output, **options):
 
 def test_no_keys_and_no_queries():
     query, key, value, grad = draw(m=0)
-    output, lse = tiled.attention(query, key, value, 1.0, return_lse=True)
+    call = Call.of(query, key, score=tab.dot_score, normalize=tab.softmax, causal=False, window=None, query_offset=0)
+    output, lse = tiled.attention(query, key, value, call._replace(return_lse=True))
     assert (output == 0).all()
     assert (lse == -np.inf).all()
-    grads = tiled_grad.attention_grad(query, key, value, grad, 1.0)
+    grads = tiled_grad.attention_grad(query, key, value, grad, call)
     assert [x.shape for x in grads] == [query.shape, key.shape, value.shape]
     assert not grads[0].any()
     query, key, value, grad = draw(n=0)
-    assert tiled.attention(query, key, value, 1.0).shape == (2, 0, 2)
-    assert not any(x.any() for x in tiled_grad.attention_grad(query, key, value, grad, 1.0)[1:])
+    assert tiled.attention(query, key, value, call).shape == (2, 0, 2)
+    assert not any(x.any() for x in tiled_grad.attention_grad(query, key, value, grad, call)[1:])
 
 
 def test_layouts_that_no_other_framework_has():
@@ -159,29 +161,35 @@ def test_memory_of_gradients_grows_with_the_length():
 # ---- the condition
 
 
+def tiles_serve(query, key, **options):
+    return kvattn.explain(query, key, key, **options).kernel == "tiles"
+
+
 def test_which_calls_tiles_serve():
-    query, key, value, _ = draw(lead=(2,), n=300, m=300, dtype=np.float32)
-    serves = partial(tiled.serves, tab, query, key, value)
+    query, key, value, grad = draw(lead=(2,), n=300, m=300, dtype=np.float32)
+    serves = partial(tiles_serve, query, key)
     assert serves()
-    assert serves(score=tab.dot_score, normalize=tab.masked_softmax, mask=np.array(True), softcap=1.0)
-    assert not serves(score=tab.distance_score)
+    assert serves(score=kvattn.dot_score, normalize=kvattn.masked_softmax, mask=np.array(True), softcap=1.0)
+    assert not serves(score=kvattn.distance_score)
     assert not serves(score=partial(tab.dot_score))
-    assert not serves(normalize=tab.sparsemax)
+    assert not serves(normalize=kvattn.sparsemax)
     assert not serves(dropout=0.1)
     assert not serves(return_weights=True)
-    assert tiled_grad.serves(tab, query, key, value, WRT, causal=True)
-    assert not tiled_grad.serves(tab, query, key, value, ("bias",))
-    assert not tiled_grad.serves(tab, query, key, value, WRT, softcap=1.0)
+    with in_tiles() as served:
+        kvattn.attention_grad(query, key, value, grad, causal=True)
+        assert served == ["attention_grad"]
+        kvattn.attention_grad(query, key, value, grad, wrt=("bias",), bias=np.zeros((300, 300), np.float32))
+        kvattn.attention_grad(query, key, value, grad, softcap=1.0)
+        assert served == ["attention_grad"]
 
 
 def test_small_calls_are_left_to_the_tab_but_for_those_that_would_copy_many_keys():
-    query, key, value, _ = draw(lead=(2,), n=50, m=300)
-    assert not tiled.serves(tab, query, key, value)
-    entries = [np.ones((2000, 1, 10, 2))] * 3
-    assert not tiled.serves(tab, *entries)
+    query, key, *_ = draw(lead=(2,), n=50, m=300)
+    assert not tiles_serve(query, key)
+    assert not tiles_serve(*[np.ones((2000, 1, 10, 2))] * 2)
     long = np.ones((1, 2, 4096, 64))
-    assert not tiled.serves(tab, long[..., :1, :], long, long)
-    assert tiled.serves(tab, long[..., :1, :], long, long, valid_lens=np.array([9]))
+    assert not tiles_serve(long[..., :1, :], long)
+    assert tiles_serve(long[..., :1, :], long, valid_lens=np.array([9]))
 
 
 def test_both_bases_of_the_exponential():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import nullcontext
-from functools import reduce
+from functools import partial, reduce
 
 import numpy as np
 
 from kvattn import bands, explanation
-from kvattn.kernels.numpy import gradients as kernels
-from kvattn.kernels.numpy import tiled
+from kvattn.call import Call, Choice
+from kvattn.kernels.numpy import gradients, tiled
 
 HALF = ("float16", "bfloat16")
 
@@ -97,21 +97,19 @@ def _positions(query_offset, n, ndim):
     return query_offset + np.arange(n)[:, None]
 
 
-def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window):
+def _allowed(n, keys, ndim, call):
     """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
-    allowed = [] if mask is None else [mask]
-    if bias is not None:
-        allowed.append(bias != -math.inf)
-    if valid_lens is not None:
-        allowed.append(keys < _lengths(valid_lens, ndim))
-    if causal or window is not None:
-        ahead = keys - _positions(query_offset, n, ndim)  # how far each key lies after each query
-        left, right = window or (None, None)
-        right = 0 if causal else right
-        if left is not None:
-            allowed.append(ahead >= -left)
-        if right is not None:
-            allowed.append(ahead <= right)
+    allowed = [] if call.mask is None else [call.mask]
+    if call.bias is not None:
+        allowed.append(call.bias != -math.inf)
+    if call.valid_lens is not None:
+        allowed.append(keys < _lengths(call.valid_lens, ndim))
+    if call.windowed:
+        ahead = keys - _positions(call.query_offset, n, ndim)  # how far each key lies after each query
+        if call.left is not None:
+            allowed.append(ahead >= -call.left)
+        if call.right is not None:
+            allowed.append(ahead <= call.right)
     return reduce(np.logical_and, allowed) if allowed else None
 
 
@@ -146,16 +144,15 @@ def _leaks(*inputs):
     return not all(np.isfinite(x).all() for x in {id(x): x for x in inputs}.values())
 
 
-def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
+def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    limited = causal or not mask is bias is valid_lens is window is positions is None
-    if not limited or not _leaks(query, key, value):
+    if not (call.restricted or call.positions is not None) or not _leaks(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = np.arange(key.shape[-2])
-    if positions is not None:
-        chosen = (positions[..., None] == keys).any(axis=-2)
-        mask = chosen if mask is None else mask & chosen
-    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, mask, bias, valid_lens, causal, query_offset, window)
+    if call.positions is not None:
+        selected = (call.positions[..., None] == keys).any(axis=-2)
+        call = call._replace(mask=selected if call.mask is None else call.mask & selected)
+    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, call)
     hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
     return tuple(x[..., 0, :, :] for x in hidden)
 
@@ -336,64 +333,98 @@ def attention(
     return_weights=False,
     return_lse=False,
 ):
-    if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):  # as in decoding: no mask to build
-        causal, window = False, None
-    where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
-    reach = {"causal": causal, "window": window}
-    how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
-    back = {"return_weights": return_weights, "return_lse": return_lse}
-    if positions is not None:
-        query, key, value, where = _select(positions, query, key, value, **where, **reach)
-        results = attention(query, key, value, **where, **how, **back)
-        if not isinstance(results, tuple):
-            return results[..., 0, :]
-        return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
-    small = query.size * key.size <= tiled.TINY
-    if not small and tiled.serves(sys.modules[__name__], query, key, value, **where, **reach, **how, **back):
-        scale = tiled.scale_of(sys.modules[__name__], query, score, scale)
-        return tiled.attention(query, key, value, scale, **where, **reach, softcap=softcap, return_lse=return_lse)
-    steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
-    if steps := steps or kernels.rows(score, query, key):
-        parts = [attention(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(steps, query, key, value, **where)]
-        if not isinstance(parts[0], tuple):
-            return np.concatenate(parts, axis=-2)
-        return tuple(np.concatenate(x, axis=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
+    call = Call.of(
+        query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
+        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,
+        return_weights=return_weights, return_lse=return_lse,
+    )  # fmt: skip
+    return _attend(query, key, value, call)
 
+
+def choose(query, key, value, call):
+    """The kernel that serves a call: Choice(kernel, why, blocks, run). It looks at the call and the shapes of the arrays."""
+    if call.positions is None:
+        return _choose(query.shape, key.shape, call)
+    each, selected = (*bands.lead(query.shape, key.shape), query.shape[-2]), call.positions.shape[-1]
+    alone = call.of_selected_keys(mask=call.positions, bias=None)  # that there is a mask counts here, not which
+    choice = _choose((*each, 1, query.shape[-1]), (*each, selected, key.shape[-1]), alone)
+    why = f"{choice.why}; each query beside the {selected} keys it selects"
+    return Choice(f"{choice.kernel}, of selected keys", why, run=partial(_of_selected_keys, choice))
+
+
+def _choose(query, key, call):
+    """The kernel for arrays of these shapes, where no positions are given."""
+    why = tiled.obstacle(sys.modules[__name__], query, key, call)
+    if not why:
+        why = "softmax of dot products, so many that all at once would fill the memory, not the cache"
+        return Choice("tiles", why, run=tiled.attention)
+    blocks = [] if call.return_weights else call.window_blocks(query[-2], key[-2])
+    if blocks:
+        kernel = "the formula, in blocks" if len(blocks) > 1 else "the formula"
+        return Choice(kernel, f"{why}; {explanation.in_blocks(blocks)}", blocks, _in_blocks)
+    if blocks := gradients.rows(call.score, query, key):
+        why = f"{why}; {len(blocks)} blocks of queries, as many as keep memory bounded"
+        return Choice("the formula, in blocks", why, blocks, _in_blocks)
+    return Choice("the formula", why, run=_formula)
+
+
+def _attend(query, key, value, call):
+    choice = choose(query, key, value, call)
+    return choice.run(query, key, value, call, choice.blocks)
+
+
+def _formula(query, key, value, call, blocks=()):
     dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
-    allowed = _allowed(n, np.arange(key.shape[-2]), query.ndim, **where, **reach)
+    allowed = _allowed(n, np.arange(key.shape[-2]), query.ndim, call)
     query, key, value = _hide_padding(allowed, query, key, value)
 
     # weights = normalize(score(query, key)): (..., h, n, m)
-    scores = _scores(query, key, score, scale, softcap, bias)
-    if return_lse:
+    scores = _scores(query, key, call)
+    if call.return_lse:
         weights, lse = _softmax_lse(scores, allowed)
     else:
-        weights, lse = normalize(scores, where=allowed), None
+        weights, lse = call.normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    dropped = _fold(_dropout(weights, dropout, rng), kv_heads)
+    dropped = _fold(_dropout(weights, call.dropout, call.rng), kv_heads)
     output = dropped @ _wide(value)
     if allowed is not None and not np.isfinite(output).all():  # 0 * NaN is NaN: only pairs that may attend
         weights = identity(weights, allowed)
-        output = kernels.seen_product(dropped, _wide(value), _fold(np.broadcast_to(allowed, weights.shape), kv_heads))
+        output = gradients.seen_product(dropped, _wide(value), _fold(np.broadcast_to(allowed, weights.shape), kv_heads))
     output = _unfold(output, heads, n).astype(dtype, copy=False)
-    results = [output] + [weights.astype(dtype, copy=False)] * return_weights + [lse] * return_lse
+    results = [output] + [weights.astype(dtype, copy=False)] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
 
-def _scores(query, key, score, scale, softcap, bias):
+def _scores(query, key, call):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
     n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
     query = _fold(query, kv_heads)
-    score = kernels.by_columns(score, query, key)
-    if scale is None:
+    score = gradients.by_columns(call.score, query, key)
+    if call.scale is None:
         scores = score(query, key)
     else:
-        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
+        scores = call.scale * (dot_score if score is scaled_dot_score else score)(query, key)
     scores = _unfold(scores, heads, n)
-    if softcap is not None:
-        scores = softcap * np.tanh(scores / softcap)
-    return scores if bias is None else scores + _wide(bias)
+    if call.softcap is not None:
+        scores = call.softcap * np.tanh(scores / call.softcap)
+    return scores if call.bias is None else scores + _wide(call.bias)
+
+
+def _in_blocks(query, key, value, call, blocks):
+    """One block of queries after another."""
+    parts = [_attend(*block) for block in call.cut(blocks, query, key, value)]
+    if not isinstance(parts[0], tuple):
+        return np.concatenate(parts, axis=-2)
+    return tuple(np.concatenate(x, axis=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
+
+
+def _of_selected_keys(choice, query, key, value, call, blocks):
+    """Each query beside the keys that it selects, by the kernel chosen for that."""
+    results = choice.run(*_select(query, key, value, call), choice.blocks)
+    if not isinstance(results, tuple):
+        return results[..., 0, :]
+    return tuple(x[..., 0] if x.ndim <= query.ndim else x[..., 0, :] for x in results)
 
 
 def _dropout(weights, rate, rng):
@@ -403,25 +434,25 @@ def _dropout(weights, rate, rng):
     return np.where(kept, weights / (1 - rate), 0).astype(weights.dtype)
 
 
-def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_offset, window):
-    """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and what may attend."""
+def _select(query, key, value, call):
+    """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and the call of these."""
     n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
-    index = np.broadcast_to(positions, (*lead, n, positions.shape[-1]))
+    index = np.broadcast_to(call.positions, (*lead, n, call.positions.shape[-1]))
     inside = (index >= 0) & (index < m) & ~_repeated(index)
     if m == 0:  # one key that nobody may attend to, so that there is something to gather
-        mask = bias = None
+        call = call._replace(mask=None, bias=None)
         key, value = (np.zeros((*x.shape[:-2], 1, x.shape[-1]), x.dtype) for x in (key, value))
     index = np.clip(index, 0, max(m - 1, 0))
 
     def gather(x):
         return np.take_along_axis(np.broadcast_to(x, (*lead, n, m)), index, axis=-1)
 
-    mask = inside if mask is None else inside & gather(mask)
-    bias = None if bias is None else gather(bias)
-    allowed = _allowed(n, index, query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+    mask = inside if call.mask is None else inside & gather(call.mask)
+    bias = None if call.bias is None else gather(call.bias)
+    allowed = _allowed(n, index, query.ndim, call._replace(mask=mask, bias=bias))
     key, value = (np.take_along_axis(_spread(x, lead)[..., None, :, :], index[..., None], axis=-2) for x in (key, value))
-    where = {"mask": allowed[..., None, :], "bias": None if bias is None else bias[..., None, :]}
-    return np.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :], key, value, where
+    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :])
+    return np.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :], key, value, call
 
 
 def _spread(x, lead):
@@ -441,7 +472,9 @@ def _repeated(index):
 
 
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
-    return kernels.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, **options)
+    known = {name: options.pop(name) for name in ("output", "lse", "grad_lse") if name in options}  # by MXNet's views
+    call = Call.of(query, key, **options)
+    return gradients.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, call, **known)
 
 
 def merge_attention(outputs, lses, return_lse=False):
@@ -452,25 +485,13 @@ def merge_attention(outputs, lses, return_lse=False):
     return (output, lse) if return_lse else output
 
 
-def kernel(query, key, value, **options):
-    if options["positions"] is not None:
-        return explanation.selected(kernel, _select, query, key, value, **options)
-    obstacle = tiled.obstacle(sys.modules[__name__], query, key, value, **options)
-    if query.size * key.size <= tiled.TINY:
-        obstacle = "few scores, for which tiles would cost more than they save"
-    if not obstacle:
-        return "tiles", "softmax of dot products, so many that all at once would fill the memory, not the cache"
-    general = explanation.general(obstacle, query, key, **options)
-    return explanation.bounded(*general, kernels.rows(options["score"], query, key))
-
-
 # ---- multi-head attention
 
 
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, **options)
+        query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -506,14 +527,15 @@ def _join(x):
 
 
 def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("query", "key", "value"), **options):
-    return kernels.multi_head_attention_grad(sys.modules[__name__], query, key, value, params, grad_output, wrt, **options)
+    inputs = {"query": query, "key": key, "value": value}
+    return gradients.multi_head_attention_grad(sys.modules[__name__], inputs, params, grad_output, wrt, **options)
 
 
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and x.ndim == 2 else lens  # of the one head there is
-    query, key, value = _hide_unseen(x, x, x, **options | {"valid_lens": lens})
+    query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
     results = attention(_wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k), _wide(value) @ _wide(W_v), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):

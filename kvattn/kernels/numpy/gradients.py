@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 
 from kvattn import bands
+from kvattn.call import Call
 from kvattn.kernels.numpy import threads, tiled, tiled_grad
 
 PAIRS = 2**22  # numbers that are held at one time: scores, and the features of which they are made
@@ -149,14 +150,17 @@ def epanechnikov_kernel(tab, query, key, grad, width=1.0):
 
 
 def rows(score, query, key):
-    """Blocks of queries, as bands.plan's, that have at most PAIRS scores and features of them; [] where one block is all."""
-    if query.size * key.size <= tiled.TINY:
+    """Blocks of queries, as bands.plan's, that have at most PAIRS scores and features of them; [] where one block is all.
+
+    ``query`` and ``key``: their shapes.
+    """
+    sizes = math.prod(query) * math.prod(key)
+    if sizes <= tiled.TINY:
         return []
-    n, m, held = query.shape[-2], key.shape[-2], bands.held(score, query.shape, key.shape)
-    if query.size * key.size * held <= PAIRS * query.shape[-1] * key.shape[-1]:
+    n, m, held = query[-2], key[-2], bands.held(score, query, key)
+    if sizes * held <= PAIRS * query[-1] * key[-1]:
         return []
-    lead = math.prod(bands.lead(query.shape, key.shape))
-    size = max(1, PAIRS // (lead * max(m, min(m, COLUMNS) * held)))
+    size = max(1, PAIRS // (math.prod(bands.lead(query, key)) * max(m, min(m, COLUMNS) * held)))
     return [(i, min(i + size, n), 0, m) for i in range(0, n, size)] if size < n else []
 
 
@@ -241,77 +245,57 @@ def _stranger(grad, what):
     )
 
 
-def attention_grad(
-    tab,
-    query,
-    key,
-    value,
-    grad_output,
-    wrt,
-    *,
-    positions=None,
-    causal=False,
-    window=None,
-    query_offset=0,
-    mask=None,
-    bias=None,
-    valid_lens=None,
-    output=None,
-    lse=None,
-    grad_lse=None,
-    **how,
-):
+def attention_grad(tab, query, key, value, grad_output, wrt, call, *, output=None, lse=None, grad_lse=None):
     """The gradients named by ``wrt`` of sum(grad_output * attention(...)), as a tuple, each in its argument's dtype.
 
     ``output`` and ``lse`` spare computing them again; with ``grad_lse`` the gradients are those of sum(grad_lse * lse) as well.
     """
-    if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):
-        causal, window = False, None
-    where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
-    sources = {"query": query, "key": key, "value": value, "bias": bias, **_parameters(how.get("score"))}
-    total = {name: np.zeros(sources[name].shape, tab._wide(sources[name]).dtype) for name in wrt}
-    if 0 in (*query.shape[:-1], *key.shape[:-1], *(() if positions is None else positions.shape)):  # no pair, so no gradient
-        return tuple(total[name].astype(sources[name].dtype, copy=False) for name in wrt)
-    if positions is not None:
-        return _selected(
-            tab, positions, query, key, value, grad_output, wrt, sources, where, {"causal": causal, "window": window}, how
-        )
-    small = query.size * key.size <= tiled.TINY
-    if not small and tiled_grad.serves(tab, query, key, value, wrt, causal=causal, window=window, **where, **how):
-        scale = tiled.scale_of(tab, query, how.get("score"), how.get("scale"))
-        known = {"output": output, "lse": lse, "grad_lse": grad_lse}
-        grads = tiled_grad.attention_grad(query, key, value, grad_output, scale, causal=causal, window=window, **where, **known)
-        grads = dict(zip(("query", "key", "value"), grads, strict=True))
-        return tuple(sum_to(grads[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
-    steps = bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window) or rows(how.get("score"), query, key)
-    m, n = key.shape[-2], query.shape[-2]
-    for (i, j, k, l), (block, at) in zip(steps, bands.cuts(steps, query, key, value, **where), strict=True):
-        at["grad_lse"] = None if grad_lse is None else grad_lse[..., i:j]
-        grads = _block(tab, *block, grad_output[..., i:j, :], wrt, causal=causal, window=window, **at, **how)
-        for name, grad in zip(wrt, grads, strict=True):
-            if name == "query":
-                total[name][..., i:j, :] += grad
-            elif name in ("key", "value"):
-                total[name][..., k:l, :] += grad
-            elif name == "bias":
-                part = total[name][..., k:l] if bias.shape[-1] == m else total[name]
-                part = part[..., i:j, :] if bias.ndim > 1 and bias.shape[-2] == n else part
-                part += grad
-            else:
-                total[name] += grad
-    if not steps:
-        how |= {"causal": causal, "window": window, "grad_lse": grad_lse}
-        total = dict(zip(wrt, _block(tab, query, key, value, grad_output, wrt, **where, **how), strict=True))
-    return tuple(total[name].astype(sources[name].dtype) for name in wrt)
+    sources = {"query": query, "key": key, "value": value, "bias": call.bias, **_parameters(call.score)}
+    selected = () if call.positions is None else call.positions.shape
+    if 0 in (*query.shape[:-1], *key.shape[:-1], *selected):  # no pair, so no gradient
+        return tuple(np.zeros(sources[name].shape, sources[name].dtype) for name in wrt)
+    if call.positions is not None:
+        found = _of_selected_keys(tab, query, key, value, grad_output, wrt, call)
+        return tuple(found[name].astype(sources[name].dtype) for name in wrt)
+    if _in_tiles(tab, query, key, wrt, call):
+        found = tiled_grad.attention_grad(query, key, value, grad_output, call, output, lse, grad_lse)
+        found = dict(zip(("query", "key", "value"), found, strict=True))
+        return tuple(sum_to(found[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
+    if blocks := call.window_blocks(query.shape[-2], key.shape[-2]) or rows(call.score, query.shape, key.shape):
+        found = {name: np.zeros(sources[name].shape, tab._wide(sources[name]).dtype) for name in wrt}
+        m, n = key.shape[-2], query.shape[-2]
+        for (i, j, k, l), (*arrays, part) in zip(blocks, call.cut(blocks, query, key, value), strict=True):
+            of_lse = None if grad_lse is None else grad_lse[..., i:j]
+            for name, grad in _formula(tab, *arrays, grad_output[..., i:j, :], part, of_lse).items():
+                if name not in wrt:
+                    continue
+                total = found[name]
+                if name == "query":
+                    total = total[..., i:j, :]
+                elif name in ("key", "value"):
+                    total = total[..., k:l, :]
+                elif name == "bias":
+                    total = total[..., k:l] if total.shape[-1] == m else total
+                    total = total[..., i:j, :] if total.ndim > 1 and total.shape[-2] == n else total
+                total += grad
+    else:
+        found = _formula(tab, query, key, value, grad_output, call, grad_lse)
+    return tuple(found[name].astype(sources[name].dtype) for name in wrt)
 
 
-def _selected(tab, positions, query, key, value, grad_output, wrt, sources, where, reach, how):
+def _in_tiles(tab, query, key, wrt, call):
+    """Whether tiles serve the gradients: those by query, key and value, without a softcap."""
+    wanted = set(wrt) <= {"query", "key", "value"} and call.softcap is None
+    return wanted and not tiled.obstacle(tab, query.shape, key.shape, call)
+
+
+def _of_selected_keys(tab, query, key, value, grad_output, wrt, call):
     """The gradients of the selected pairs, added up at the keys they came from."""
     (n, m), lead = (query.shape[-2], key.shape[-2]), bands.lead(query.shape, key.shape)
-    index = np.broadcast_to(positions, (*lead, n, positions.shape[-1]))
-    index = np.clip(index, 0, m - 1).reshape(-1, n, positions.shape[-1])
-    chosen = tab._select(positions, query, key, value, **where, **reach)
-    grads = attention_grad(tab, *chosen[:3], grad_output[..., None, :], wrt, **chosen[3], **how)
+    index = np.broadcast_to(call.positions, (*lead, n, call.positions.shape[-1]))
+    index = np.clip(index, 0, m - 1).reshape(-1, n, index.shape[-1])
+    *selected, of_these = tab._select(query, key, value, call)
+    grads = attention_grad(tab, *selected, grad_output[..., None, :], wrt, of_these)
 
     def scatter(grad, shape):  # (*lead, n, s, c) -> (*lead, m, c) -> shape, whose heads may be shared by a group
         total = np.zeros((len(index), m, grad.shape[-1]), grad.dtype)
@@ -324,61 +308,41 @@ def _selected(tab, positions, query, key, value, grad_output, wrt, sources, wher
     def place(grad):  # (*lead, n, 1, s) -> (*lead, n, m)
         total = np.zeros((len(index), n, m), grad.dtype)
         np.add.at(total, (np.arange(len(index))[:, None, None], np.arange(n)[:, None], index), grad.reshape(index.shape))
-        return sum_to(total.reshape(*lead, n, m), sources["bias"].shape)
+        return sum_to(total.reshape(*lead, n, m), call.bias.shape)
 
-    found = dict(zip(wrt, grads, strict=True))
+    found, shapes = dict(zip(wrt, grads, strict=True)), {"key": key.shape, "value": value.shape}
     for name in wrt:
         if name == "query":
             found[name] = sum_to(found[name][..., 0, :], query.shape)
-        elif name in ("key", "value"):
-            found[name] = scatter(found[name], sources[name].shape)
+        elif name in shapes:
+            found[name] = scatter(found[name], shapes[name])
         elif name == "bias":
             found[name] = place(found[name])
-    return tuple(found[name] for name in wrt)
+    return found
 
 
 def _parameters(score):
     return dict(score.keywords) if isinstance(score, partial) else {}
 
 
-def _block(
-    tab,
-    query,
-    key,
-    value,
-    grad_output,
-    wrt,
-    *,
-    mask,
-    bias,
-    valid_lens,
-    causal,
-    query_offset,
-    window,
-    score=None,
-    normalize=None,
-    scale=None,
-    softcap=None,
-    dropout=0.0,
-    rng=None,
-    grad_lse=None,
-):
-    score, normalize = score or tab.scaled_dot_score, normalize or tab.softmax
+def _formula(tab, query, key, value, grad_output, call, grad_lse):
+    """Every gradient, by name, in float32 for half precision, from all scores at one time."""
+    score, scale, softcap, bias = call.score, call.scale, call.softcap, call.bias
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
     n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
-    allowed = tab._allowed(n, np.arange(key.shape[-2]), query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+    allowed = tab._allowed(n, np.arange(key.shape[-2]), query.ndim, call)
     hidden = tab._hide_padding(allowed, query, key, value)
     query, key, value = (tab._wide(x) for x in hidden)
     grad_output = tab._wide(grad_output)
 
     # forward again
-    scores = tab._scores(query, key, score, scale, softcap, bias)
-    weights = tab._wide(normalize(scores, where=allowed))
-    kept = tab._dropout(np.ones_like(weights), dropout, rng) if dropout else 1
+    scores = tab._scores(query, key, call)
+    weights = tab._wide(call.normalize(scores, where=allowed))
+    kept = tab._dropout(np.ones_like(weights), call.dropout, call.rng) if call.dropout else 1
 
     # and back
     grad_output, folded = tab._fold(grad_output, kv_heads), tab._fold(query, kv_heads)
-    normal = _product(tab, normalize, NORMALISERS, "normalize")
+    normal = _product(tab, call.normalize, NORMALISERS, "normalize")
     scored = tab.dot_score if scale is not None and score is tab.scaled_dot_score else score
     rest, args = _parameters(score), score.args if isinstance(score, partial) else ()
     by_score = partial(_product_by_columns, _product(tab, scored, SCORES, "score"), _columns(score, folded, key))
@@ -395,7 +359,7 @@ def _block(
         if bias is not None:
             grads["bias"] = sum_to(np.broadcast_to(grad_scores, np.broadcast_shapes(grad_scores.shape, bias.shape)), bias.shape)
         if softcap is not None:
-            capped = np.tanh(tab._scores(query, key, score, scale, None, None) / softcap)
+            capped = np.tanh(tab._scores(query, key, call._replace(softcap=None, bias=None)) / softcap)
             grad_scores = tab.identity(grad_scores * (1 - capped * capped), sees)
         if scale is not None:
             grad_scores = grad_scores * scale
@@ -412,9 +376,7 @@ def _block(
     grads = back(None)
     if allowed is not None and not all(np.isfinite(grad).all() for grad in grads.values()):
         grads = back(np.broadcast_to(allowed, weights.shape))
-    for name, shape in shapes.items():
-        grads[name] = sum_to(grads[name], shape)
-    return tuple(grads[name] for name in wrt)
+    return grads | {name: sum_to(grads[name], shape) for name, shape in shapes.items()}
 
 
 def _of_numbers(product, query, key, grad_scores, sees, args, keywords):
@@ -430,21 +392,20 @@ def _of_numbers(product, query, key, grad_scores, sees, args, keywords):
     return grads
 
 
-def multi_head_attention_grad(
-    tab, query, key, value, params, grad_output, wrt, *, num_heads, num_kv_heads, bias=None, **options
-):
+def multi_head_attention_grad(tab, inputs, params, grad_output, wrt, *, num_heads, num_kv_heads, **options):
     """The gradients named by ``wrt``, among query, key, value and params, of sum(grad_output * multi_head_attention(...))."""
-    query, key, value = tab._hide_unseen(query, key, value, bias=bias, **options)
-    inputs, bias = {"query": query, "key": key, "value": value}, None if bias is None else tab._wide(bias)
+    options["bias"] = None if options.get("bias") is None else tab._wide(options["bias"])
+    call = Call.of(inputs["query"], inputs["key"], **options)
+    inputs = dict(zip(inputs, tab._hide_unseen(*inputs.values(), call), strict=True))
     heads = {"query": num_heads, "key": num_kv_heads, "value": num_kv_heads}
     split = {name: tab._split(tab._project(x, params, name[0]), heads[name]) for name, x in inputs.items()}
     grads, grad = {}, tab._wide(grad_output)
     if "W_o" in params:
         if {"W_o", "b_o"} & {*wrt}:
-            joined = tab._join(tab.attention(*split.values(), bias=bias, **options))
+            joined = tab._join(tab.attention(*split.values(), **options))
             grads |= {"W_o": _outer(joined, grad), "b_o": sum_to(grad, grad.shape[-1:])}
         grad = grad @ tab._wide(params["W_o"]).T
-    by_heads = attention_grad(tab, *split.values(), tab._split(grad, num_heads), tuple(split), bias=bias, **options)
+    by_heads = attention_grad(tab, *split.values(), tab._split(grad, num_heads), tuple(split), call)
     for (name, x), grad in zip(inputs.items(), map(tab._join, by_heads), strict=True):
         W = tab._wide(params[f"W_{name[0]}"])
         grads |= {f"W_{name[0]}": _outer(tab._wide(x), grad), f"b_{name[0]}": sum_to(grad, grad.shape[-1:]), name: grad @ W.T}

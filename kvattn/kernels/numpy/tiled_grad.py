@@ -16,82 +16,76 @@ from kvattn.kernels.numpy import threads, tiled, tiles
 from kvattn.kernels.numpy.tiles import EXP, UNIT, blocks, clear, fold, product, ready, seen, seen_product, take
 
 
-def serves(tab, query, key, value, wrt, *, softcap=None, **options):
-    """Whether tiles serve the gradients of a call of ``tab``: those by query, key and value, without a softcap."""
-    return softcap is None and tiled.serves(tab, query, key, value, **options) and set(wrt) <= {"query", "key", "value"}
-
-
-def attention_grad(query, key, value, grad_output, scale, *, mask=None, bias=None, valid_lens=None, causal=False,
-                   query_offset=0, window=None, output=None, lse=None, grad_lse=None):  # fmt: skip
+def attention_grad(query, key, value, grad_output, call, output=None, lse=None, grad_lse=None):
     """The gradients by query, key and value of sum(grad_output * attention(...)), float32 for half precision.
 
     Each has its argument's heads and every batch entry. ``output`` and ``lse`` are what attention returned, if they are known;
     with ``grad_lse`` they are those of sum(grad_lse * lse) as well.
     """
-    call = tiles.Call(query, key, value, scale, mask, bias, valid_lens, causal, query_offset, window, None)
+    tiling = tiles.Tiling(query, key, value, call)
     workers = threads.count()
     if output is None:
-        output, lse = tiled.forward(call, call.dtype, workers, True)
-    output, grad_output = (call.split(x.reshape(*call.lead, *x.shape[-2:])) for x in (output, grad_output))
-    lse, grad_lse = (x if x is None else call.split(x.reshape(*call.lead, call.n), 1) for x in (lse, grad_lse))
+        output, lse = tiled.forward(tiling, tiling.dtype, workers, True)
+    output, grad_output = (tiling.split(x.reshape(*tiling.lead, *x.shape[-2:])) for x in (output, grad_output))
+    lse, grad_lse = (x if x is None else tiling.split(x.reshape(*tiling.lead, tiling.n), 1) for x in (lse, grad_lse))
 
     # the tiles of one key head add to the same gradients: they are one task, or several with arrays of their own
     by_head = {}
-    for tile in call.tiles(workers):
+    for tile in tiling.tiles(workers):
         by_head.setdefault((*tile.at[:-3], tile.at[-3].start), []).append(tile)
     parts = -(-workers // max(len(by_head), 1))
     tasks = [(part, group[part::parts]) for group in by_head.values() for part in range(parts)]
-    by_query = np.empty((*call.lead, *query.shape[-2:]), call.dtype)
-    by_key, by_value = (np.zeros((parts, *x.shape), call.dtype) for x in (call.key, call.value))
-    into = call.split(by_query)
+    by_query = np.empty((*tiling.lead, *query.shape[-2:]), tiling.dtype)
+    by_key, by_value = (np.zeros((parts, *x.shape), tiling.dtype) for x in (tiling.key, tiling.value))
+    into = tiling.split(by_query)
 
     def work(task, buffers):
         part, group = task
         for tile in group:
-            _add(call, tile, output, lse, grad_output, grad_lse, into, by_key[part], by_value[part], buffers)
+            _add(tiling, tile, output, lse, grad_output, grad_lse, into, by_key[part], by_value[part], buffers)
 
     threads.share(tasks, work, workers)
-    by_key *= call.dtype.type(1 / UNIT)
-    grads = (by_query, _together(call, by_key), _together(call, by_value))
+    by_key *= tiling.dtype.type(1 / UNIT)
+    grads = (by_query, _together(tiling, by_key), _together(tiling, by_value))
     return tuple(x[0] for x in grads) if query.ndim == 2 else grads
 
 
-def _together(call, x):
+def _together(tiling, x):
     """(parts, *batch, key heads, group or 1, ..., m, c) -> (*batch, key heads, m, c), summed."""
-    x = x.reshape(len(x), *call.lead[:-1], call.heads[0], call.heads[1] if len(call.heads) > 2 else 1, *x.shape[-2:])
+    x = x.reshape(len(x), *tiling.lead[:-1], tiling.heads[0], tiling.heads[1] if len(tiling.heads) > 2 else 1, *x.shape[-2:])
     return x.sum(axis=(0, -3)) if len(x) > 1 or x.shape[-3] > 1 else x[0, ..., 0, :, :]
 
 
-def _add(call, tile, output, lse, grad_output, grad_lse, by_query, by_key, by_value, buffers):
+def _add(tiling, tile, output, lse, grad_output, grad_lse, by_query, by_key, by_value, buffers):
     """Writes the gradient by the tile's queries and adds those by the keys and values that they see."""
     *at, heads, _, _ = tile.at
-    query, lse = tiles.scaled_query(call, tile, buffers), lse[tile.at] * call.dtype.type(UNIT)
-    grad_output = ready(grad_output[tile.at], "grad_output", call.dtype, buffers)
+    query, lse = tiles.scaled_query(tiling, tile, buffers), lse[tile.at] * tiling.dtype.type(UNIT)
+    grad_output = ready(grad_output[tile.at], "grad_output", tiling.dtype, buffers)
     delta = (grad_output * output[tile.at]).sum(axis=-1)
     if grad_lse is not None:
         delta -= grad_lse[tile.at]
     if (empty := lse == -math.inf).any():  # nothing of these rows may reach a key: 0 * NaN is NaN
         lse[empty] = delta[empty] = query[empty] = 0
-        grad_output = np.where(empty[..., None], 0, grad_output).astype(call.dtype)
+        grad_output = np.where(empty[..., None], 0, grad_output).astype(tiling.dtype)
     finite = np.isfinite(lse).all() and np.isfinite(delta).all()  # else a row of NaN is among them
-    total = take(buffers, "total", query.shape, call.dtype)
+    total = take(buffers, "total", query.shape, tiling.dtype)
     total[...] = 0
-    for block in blocks(call, tile, query, buffers):
+    for block in blocks(tiling, tile, query, buffers):
         rows, weights = block.rows, block.scores
         weights -= lse[:, :, rows, None]
-        np.maximum(weights, call.lowest, out=weights)
+        np.maximum(weights, tiling.lowest, out=weights)
         EXP(weights, out=weights)
         if block.keeps:
             clear(block)
         keys, values = block.keys, block.values
         mixed = bool(block.keeps) and not (finite and np.isfinite(keys).all() and np.isfinite(values).all())
         some_queries, some_grads = fold(query[:, :, rows]), fold(grad_output[:, :, rows])
-        grads = take(buffers, "grads", weights.shape, call.dtype)  # by the weights, then by the scores
+        grads = take(buffers, "grads", weights.shape, tiling.dtype)  # by the weights, then by the scores
         np.matmul(some_grads, values.swapaxes(-1, -2), out=fold(grads))
         grads -= delta[:, :, rows, None]
         grads *= weights
         here = (*at, heads, 0, block.columns)
-        part = take(buffers, "part", (*weights.shape[:3], query.shape[-1]), call.dtype)
+        part = take(buffers, "part", (*weights.shape[:3], query.shape[-1]), tiling.dtype)
         if mixed:  # what is not finite reaches whom it sees, and who sees it
             clear(block._replace(scores=grads))
             sees = seen(block)
@@ -103,7 +97,7 @@ def _add(call, tile, output, lse, grad_output, grad_lse, by_query, by_key, by_va
             by_key[here] += np.matmul(_t(fold(grads)), some_queries)
             product(fold(grads), keys, out=fold(part))
         total[:, :, rows] += part
-    np.multiply(total, call.dtype.type(call.scale), out=by_query[tile.at])
+    np.multiply(total, tiling.dtype.type(tiling.scale), out=by_query[tile.at])
 
 
 def _t(x):

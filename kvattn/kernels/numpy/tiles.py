@@ -38,10 +38,17 @@ class Tile(NamedTuple):
     inner_last: int
 
 
-class Call:
+def scale_of(call, d):
+    """What the dot products of a call are multiplied by; its score is dot_score or scaled_dot_score."""
+    if call.scale is not None:
+        return call.scale
+    return 1.0 if call.score.__name__ == "dot_score" else 1 / math.sqrt(d or 1)
+
+
+class Tiling:
     """The arguments as views (*batch, key heads, group, rows, features), and what each query may see."""
 
-    def __init__(self, query, key, value, scale, mask, bias, valid_lens, causal, query_offset, window, softcap):
+    def __init__(self, query, key, value, call):
         axes, self.n, self.m = query.ndim, query.shape[-2], key.shape[-2]
         if axes == 2:
             query, key, value = query[None], key[None], value[None]
@@ -49,16 +56,15 @@ class Call:
         self.bits = np.dtype(np.int64 if query.itemsize == 8 else np.int32)
         self.lowest = (np.finfo(self.dtype).minexp + 4) * math.log(2) * UNIT  # below this exp is slow, and as good as 0
         self.ceiling = float(np.finfo(self.dtype).max) ** 0.75
-        self.scale, self.softcap = scale, softcap
+        self.scale, self.softcap = scale_of(call, query.shape[-1]), call.softcap
 
         # a query at position p sees the keys p - left <= j <= p + right below the length, each None where there is no limit
-        self.left, self.right = window or (None, None)
-        self.right = 0 if causal else self.right
-        self.offsets, self.lengths, self.per_query = np.reshape(query_offset, -1).tolist(), [self.m], None
-        if valid_lens is not None and valid_lens.ndim > (axes > 2):
-            self.per_query = np.clip(valid_lens, 0, self.m).astype(self.bits).reshape(-1, self.n)
-        elif valid_lens is not None:
-            self.lengths = np.clip(valid_lens, 0, self.m).reshape(-1).tolist()
+        self.left, self.right = call.left, call.right
+        self.offsets, self.lengths, self.per_query = np.reshape(call.query_offset, -1).tolist(), [self.m], None
+        if call.lengths_per_query(axes):
+            self.per_query = np.clip(call.valid_lens, 0, self.m).astype(self.bits).reshape(-1, self.n)
+        elif call.valid_lens is not None:
+            self.lengths = np.clip(call.valid_lens, 0, self.m).reshape(-1).tolist()
 
         self.lead = bands.lead(query.shape, key.shape)
         self.heads = (key.shape[-3], self.lead[-1] // key.shape[-3])
@@ -72,7 +78,7 @@ class Call:
             _broadcast(x.reshape(*x.shape[:-2], *[1] * (len(shared) - 1), *x.shape[-2:]), (*self.lead[:-1], *shared))
             for x in (key, value)
         )
-        self.mask, self.bias = (x if x is None else self.split(_axes(x, len(self.lead) + 2)) for x in (mask, bias))
+        self.mask, self.bias = (x if x is None else self.split(_axes(x, len(self.lead) + 2)) for x in (call.mask, call.bias))
 
     def split(self, x, rest=2):
         """(*batch, heads, rest) -> (*batch, key heads, group, rest), a view; one head may stand for all."""
@@ -181,11 +187,13 @@ def fold(x):
     return x.reshape(len(x), -1, x.shape[-1])
 
 
-def scaled_query(call, tile, buffers):
+def scaled_query(tiling, tile, buffers):
     """The tile's queries times what turns their products with keys into scores: (key heads, group, rows, d)."""
-    query = call.query[tile.at]
-    factor = call.scale * UNIT if call.softcap is None else call.scale / call.softcap
-    return np.multiply(query, call.dtype.type(factor), out=take(buffers, "query", query.shape, call.dtype), dtype=call.dtype)
+    query = tiling.query[tile.at]
+    factor = tiling.scale * UNIT if tiling.softcap is None else tiling.scale / tiling.softcap
+    return np.multiply(
+        query, tiling.dtype.type(factor), out=take(buffers, "query", query.shape, tiling.dtype), dtype=tiling.dtype
+    )
 
 
 class Block(NamedTuple):
@@ -197,7 +205,7 @@ class Block(NamedTuple):
     values: np.ndarray  # (key heads, keys, v)
 
 
-def blocks(call, tile, query, buffers):
+def blocks(tiling, tile, query, buffers):
     """The blocks of keys that some row of the tile sees."""
     *at, heads, group, rows = tile.at
     alone = query.shape[1] == 1  # one head of a group: rows that see nothing can be left out
@@ -205,29 +213,31 @@ def blocks(call, tile, query, buffers):
     for start, end in _stretches(tile, width, EDGE if alone else width):
         part, columns, keeps = slice(0, query.shape[2]), slice(start, end), []
         if start < tile.inner_first or end > tile.inner_last:
-            part, keeps = _within(call, tile, start, end, alone, buffers)
+            part, keeps = _within(tiling, tile, start, end, alone, buffers)
             if part.start >= part.stop:
                 continue
         index = (*at, heads, group, slice(rows.start + part.start, rows.start + part.stop), columns)
-        if call.mask is not None and not (mask := cut(call.mask, index)).all():
+        if tiling.mask is not None and not (mask := cut(tiling.mask, index)).all():
             if not mask.any():
                 continue
-            keeps.append((slice(None), _ones(mask, "mask", call.bits, buffers)))
-        keys = ready(call.key[(*at, heads, 0, columns)], "keys", call.dtype, buffers)
-        values = ready(call.value[(*at, heads, 0, columns)], "values", call.dtype, buffers)
+            keeps.append((slice(None), _ones(mask, "mask", tiling.bits, buffers)))
+        keys = ready(tiling.key[(*at, heads, 0, columns)], "keys", tiling.dtype, buffers)
+        values = ready(tiling.value[(*at, heads, 0, columns)], "values", tiling.dtype, buffers)
         some = query[:, :, part]
-        scores = take(buffers, "scores", (*some.shape[:3], end - start), call.dtype)
+        scores = take(buffers, "scores", (*some.shape[:3], end - start), tiling.dtype)
         np.matmul(fold(some), keys.swapaxes(-1, -2), out=fold(scores))
-        if call.softcap is not None:
+        if tiling.softcap is not None:
             np.tanh(scores, out=scores)
-            scores *= call.dtype.type(call.softcap * UNIT)
-        if call.bias is not None:
-            bias = cut(call.bias, index)
-            bias = np.multiply(bias, call.dtype.type(UNIT), out=take(buffers, "bias", bias.shape, call.dtype), dtype=call.dtype)
+            scores *= tiling.dtype.type(tiling.softcap * UNIT)
+        if tiling.bias is not None:
+            bias = cut(tiling.bias, index)
+            bias = np.multiply(
+                bias, tiling.dtype.type(UNIT), out=take(buffers, "bias", bias.shape, tiling.dtype), dtype=tiling.dtype
+            )
             scores += bias
             if not (allowed := bias != -math.inf).all():
-                keeps.append((slice(None), _ones(allowed, "allowed", call.bits, buffers)))
-                np.maximum(scores, call.lowest, out=scores)
+                keeps.append((slice(None), _ones(allowed, "allowed", tiling.bits, buffers)))
+                np.maximum(scores, tiling.lowest, out=scores)
         yield Block(part, columns, scores, keeps, keys, values)
 
 
@@ -252,7 +262,7 @@ def _ones(allowed, name, bits, buffers):
     return np.negative(keep, out=keep)
 
 
-def _within(call, tile, start, end, alone, buffers):
+def _within(tiling, tile, start, end, alone, buffers):
     """The rows that see any of the keys start <= j < end, and what limits leave of them: (rows, bits) for each that cuts them.
 
     Row r stands at tile.position + r: from which row on a limit is met, and of which shape is its triangle, is arithmetic.
@@ -262,18 +272,18 @@ def _within(call, tile, start, end, alone, buffers):
     ahead = start - tile.position  # of row 0, by how much
     width = end - start
     if alone:
-        first = first if call.right is None else max(first, ahead - call.right)
-        last = last if call.left is None else min(last, ahead + width + call.left)
-    if call.right is not None and (cut_until := min(last, ahead + width - 1 - call.right)) > first:
-        keep = _triangle("right", cut_until - first, width, first + call.right - ahead, call.bits, buffers)
+        first = first if tiling.right is None else max(first, ahead - tiling.right)
+        last = last if tiling.left is None else min(last, ahead + width + tiling.left)
+    if tiling.right is not None and (cut_until := min(last, ahead + width - 1 - tiling.right)) > first:
+        keep = _triangle("right", cut_until - first, width, first + tiling.right - ahead, tiling.bits, buffers)
         keeps.append((slice(0, cut_until - first), keep))
-    if call.left is not None and (cut_from := max(first, ahead + call.left + 1)) < last:
-        keep = _triangle("left", last - cut_from, width, cut_from - call.left - ahead, call.bits, buffers)
+    if tiling.left is not None and (cut_from := max(first, ahead + tiling.left + 1)) < last:
+        keep = _triangle("left", last - cut_from, width, cut_from - tiling.left - ahead, tiling.bits, buffers)
         keeps.append((slice(cut_from - first, last - first), keep))
-    if call.per_query is not None and first < last:
-        lengths = call.lengths_of(tile)[first:last, None]
-        keep = take(buffers, "per query", (last - first, width), call.bits)
-        keeps.append((slice(None), _signs(np.subtract(np.arange(start, end, dtype=call.bits), lengths, out=keep))))
+    if tiling.per_query is not None and first < last:
+        lengths = tiling.lengths_of(tile)[first:last, None]
+        keep = take(buffers, "per query", (last - first, width), tiling.bits)
+        keeps.append((slice(None), _signs(np.subtract(np.arange(start, end, dtype=tiling.bits), lengths, out=keep))))
     return slice(first, last), keeps
 
 
