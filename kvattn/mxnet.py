@@ -52,49 +52,25 @@ def masked_softmax(scores, valid_lens=None, *args, **options):
     return api.masked_softmax(scores, whole(valid_lens), *args, **{"backend": "mxnet"} | options)
 
 
-def numpy(x):
-    """The array as a NumPy array."""
-    return x.asnumpy()
+def _method(name):
+    """A function that calls the method ``name`` of the array that it is given first."""
+
+    def call(x, *args, **options):
+        return getattr(x, name)(*args, **options)
+
+    return call
 
 
-def astype(x, dtype):
-    return x.astype(dtype)
-
-
-def reshape(x, *shape):
-    return x.reshape(*shape)
+numpy, to, reduce_sum, reduce_mean = map(_method, ("asnumpy", "as_in_context", "sum", "mean"))
+astype, reshape, swapaxes, repeat, argmax = map(_method, ("astype", "reshape", "swapaxes", "repeat", "argmax"))
 
 
 def transpose(x):
     return x.T
 
 
-def swapaxes(x, a, b):
-    return x.swapaxes(a, b)
-
-
-def repeat(x, *args, **options):
-    return x.repeat(*args, **options)
-
-
-def argmax(x, *args, **options):
-    return x.argmax(*args, **options)
-
-
-def reduce_sum(x, *args, **options):
-    return x.sum(*args, **options)
-
-
-def reduce_mean(x, *args, **options):
-    return x.mean(*args, **options)
-
-
 def size(x):
     return x.size
-
-
-def to(x, device):
-    return x.as_in_context(device)
 
 
 def get_key():

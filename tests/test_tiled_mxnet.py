@@ -439,7 +439,7 @@ def test_a_block_is_waited_for_before_the_next_begins(lse):
         wait(x)
 
     *inputs, grad = arrays_of(draw(lead=(2,)))
-    with patch.object(views, "PAIRS", 1), patch.object(mx.nd.NDArray, "wait_to_read", waited):
+    with patch.object(views, "MOST", 1), patch.object(mx.nd.NDArray, "wait_to_read", waited):
         kvattn.attention(*inputs, score=score, return_lse=lse)
         assert events == ["score", "wait"] * 9
         kvattn.attention_grad(*inputs, grad, score=score)
@@ -460,7 +460,7 @@ def test_gradients_of_a_score_of_ones_own_in_blocks_of_rows(which):
     product = partial(kvattn.multiplicative_score, W=np.diag(slope))
     expected = kvattn.attention_grad(*arrays, **options, score=product, wrt=[*wrt, "W"])
     bound = partial(score, slope=arrays_of([slope])[0])
-    with patch.object(views, "PAIRS", 4 * 2 * 4 * 7 * 3 * 2):  # two queries of each head
+    with patch.object(views, "MOST", 4 * 2 * 4 * 7 * 3 * 2):  # two queries of each head
         found = kvattn.attention_grad(*arrays_of(arrays), **options, score=bound, wrt=[*wrt, "slope"])
     for name, x, y in zip([*wrt, "slope"], found, [*expected[:-1], np.diag(expected[-1])], strict=True):
         np.testing.assert_allclose(x.asnumpy(), y, rtol=0, atol=1e-13, err_msg=name)
@@ -470,7 +470,7 @@ def test_gradients_of_a_score_of_ones_own_in_blocks_of_rows(which):
 def test_gradients_in_blocks_keep_their_dtype():
     arrays = draw(lead=(2,), n=9, dtype=np.float16)
     expected = kvattn.attention_grad(*(x.astype(np.float64) for x in arrays), score=kvattn.dot_score)
-    with patch.object(views, "PAIRS", 1):
+    with patch.object(views, "MOST", 1):
         found = kvattn.attention_grad(*arrays_of(arrays), score=lambda query, key: kvattn.dot_score(query, key))
     for x, y in zip(found, expected, strict=True):
         assert x.dtype == np.float16

@@ -422,7 +422,7 @@ def choose(query, key, value, call):
         name = "the formula, in blocks" if len(blocks) > 1 else "the formula"
         return Choice(name, f"{obstacle}; {explanation.in_blocks(blocks)}", blocks, _in_blocks)
     if not (call.return_weights or autograd.is_recording()):  # autograd would keep every block
-        blocks = bands.rows(call.score, *shapes[:2], views.PAIRS)
+        blocks = bands.rows(call.score, *shapes[:2], views.MOST)
     if blocks:
         why = f"{obstacle}; {len(blocks)} blocks of queries, as many as keep memory bounded"
         return Choice("the formula, in blocks", why, blocks, _in_blocks)
@@ -487,16 +487,17 @@ def _in_blocks(query, key, value, call, blocks):
     parts = []
     for block in call.cut(blocks, query, key, value):
         parts.append(_attend(*block))
-        (parts[-1][0] if call.return_lse else parts[-1]).wait_to_read()  # else MXNet begins many blocks at one time
-    return quirks.joined(parts, query.ndim)
+        (parts[-1][0] if isinstance(parts[-1], tuple) else parts[-1]).wait_to_read()  # else MXNet begins many at one time
+    if not isinstance(parts[0], tuple):
+        return np.concatenate(parts, axis=-2)
+    return tuple(np.concatenate(x, axis=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
 
 
 def _by_pairs(query, key, value, call):
     """The formula with a copy of all keys for each query, so that nothing that only others may attend to reaches it."""
-    keys = np.arange(key.shape[-2], dtype="int64", ctx=key.ctx)[None]
-    blocks = bands.rows(None, query.shape, key.shape, views.PAIRS) or [(0, query.shape[-2], 0, key.shape[-2])]
-    parts = [_attend(*block) for block in call._replace(positions=keys).cut(blocks, query, key, value)]
-    return quirks.joined(parts, query.ndim)
+    (n, m), keys = (query.shape[-2], key.shape[-2]), np.arange(key.shape[-2], dtype="int64", ctx=key.ctx)[None]
+    blocks = bands.rows(None, query.shape, key.shape, views.MOST) or [(0, n, 0, m)]
+    return _in_blocks(query, key, value, call._replace(positions=keys), blocks)
 
 
 def _nothing(query, key, value, call, blocks):
@@ -585,7 +586,7 @@ def _attend_grad(query, key, value, grad_output, wrt, call):
     if not views.obstacle(sys.modules[__name__], query.ctx, shapes, call):
         return views.attention_grad(shapes, query, key, value, grad_output, wrt, call)
     whole = call.positions is not None or call.window_blocks(shapes[0][-2], shapes[1][-2])  # as attention, which is cut anyway
-    if not whole and (blocks := bands.rows(call.score, *shapes[:2], views.PAIRS // 4)):
+    if not whole and (blocks := bands.rows(call.score, *shapes[:2], views.MOST // 4)):
         return _grad_in_blocks(query, key, value, grad_output, wrt, call, blocks)
     bound = call.score.keywords if isinstance(call.score, partial) else {}
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, **bound}

@@ -221,7 +221,7 @@ def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=N
     return api.attention(query, key, value, **options, dropout=dropout, backend=backend)
 
 
-symbols.functions["_attend"] = _attend
+symbols.callable_by_name["_attend"] = _attend
 
 
 def whole(valid_lens, backend="mxnet"):
@@ -410,7 +410,7 @@ class _PositionsShapes(mx.operator.CustomOpProp):
 
     def create_operator(self, ctx, shapes, dtypes):
         n = shapes[0][1]
-        with symbols.telling():
+        with symbols.keeping_the_error():
             layers.check_length(self.max_len, n, self.offset)
         return _Positions(np.array(_table(self.max_len, self.h)[:, self.offset : self.offset + n], dtype="float64"))
 
@@ -492,7 +492,7 @@ class TransformerEncoder(_Layer):
             self.blks.add(block)
 
     def forward(self, X, *args):
-        if tab.is_array(X) and not _begun(self.embedding.weight):  # d2l's initializes itself
+        if tab.is_array(X) and not _initialized(self.embedding.weight):  # d2l's initializes itself
             self.initialize(ctx=X.ctx)
         return super().forward(X, *args)
 
@@ -512,7 +512,7 @@ class TransformerEncoder(_Layer):
         return [block.attention.attention.attention_weights for block in self.blks]
 
 
-def _begun(parameter):
+def _initialized(parameter):
     """Whether initialize() has been called."""
     return parameter._data is not None or bool(parameter._deferred_init)
 

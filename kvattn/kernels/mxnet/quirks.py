@@ -93,15 +93,6 @@ def each(change, results):
     return tuple(map(change, results)) if isinstance(results, tuple) else change(results)
 
 
-def joined(parts, axes):
-    """The results of blocks of queries, of so many axes, as those of all: an lse has one axis fewer."""
-    if len(parts) == 1:
-        return parts[0]
-    if not isinstance(parts[0], tuple):
-        return np.concatenate(parts, axis=-2)
-    return tuple(np.concatenate(x, axis=-1 if x[0].ndim < axes else -2) for x in zip(*parts, strict=True))
-
-
 def normalizing(function):
     return shaped(function, lambda scores, *_, **__: None if scores.size else scores)
 
@@ -124,7 +115,7 @@ def _legacy(x):
     return x.as_nd_ndarray()
 
 
-def firm(x):
+def safe_backward(x):
     """The result of where or batch_dot: MXNet crashes the process where only a constant's gradient comes back to these."""
     return npx.reshape_like(x, x) if autograd.is_recording() else x
 
@@ -136,7 +127,7 @@ def where(condition, x, other):
     if x.ndim > 5:
         condition = np.broadcast_to(condition, x.shape).reshape(-1)
         return where(condition, x.reshape(-1), other).reshape(x.shape)
-    return firm(np.where(condition, x, np.full_like(x.detach(), other)))
+    return safe_backward(np.where(condition, x, np.full_like(x.detach(), other)))
 
 
 def matmul(x, y, transpose=False):
@@ -147,4 +138,4 @@ def matmul(x, y, transpose=False):
         return np.matmul(x, y.swapaxes(-1, -2) if transpose else y)
     rows, columns = x.shape[-2], y.shape[-2 if transpose else -1]
     x, y = (a.reshape(math.prod(lead), *a.shape[-2:]) for a in (x, y))
-    return firm(npx.batch_dot(x, y, transpose_b=transpose)).reshape(*lead, rows, columns)
+    return safe_backward(npx.batch_dot(x, y, transpose_b=transpose)).reshape(*lead, rows, columns)

@@ -22,12 +22,12 @@ from kvattn.lend import lend
 
 with lend():
     import mxnet as mx
-    from mxnet.ndarray.ndarray import _DTYPE_MX_TO_NP as DTYPES
+    from mxnet.ndarray.ndarray import _DTYPE_MX_TO_NP as DTYPES  # private, as read in MXNet 1.9.1, like the next
     from mxnet.symbol.numpy import _Symbol as NumpySymbol
 
 OPERATOR = "kvattn_attention"
 ARRAYS = {"mask": (), "valid_lens": (None,), "query_offset": (), "positions": (None, None)}  # and shapes that always fit
-functions = {}  # by name, what a call may name besides the functions of kvattn.api
+callable_by_name = {}  # what a call may name besides the functions of kvattn.api
 _calls = WeakValueDictionary()  # calls that text cannot hold: a number stands for each, while its graph lives
 _numbers = count()
 _failed = local()
@@ -52,7 +52,7 @@ def defer(function, query, key, value, **options):
             raise TypeError(f"query is a Symbol, but {name} is of class {type(x).__name__}: a graph takes Symbols")
     inputs |= {name: x for name, x in options.items() if deferred(x)}
     bound = {name: x for name, x in keywords.items() if deferred(x)}
-    call = _Call(
+    call = _Deferred(
         function, [*inputs, *bound], len(inputs), {name: x for name, x in options.items() if name not in inputs},
         {name: x for name, x in keywords.items() if name not in bound},
     )  # fmt: skip
@@ -63,7 +63,7 @@ def defer(function, query, key, value, **options):
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
-class _Call:
+class _Deferred:
     """A call of ``function``: the names of the arrays to come, the first ``own`` of them its own and the rest its score's,
     and the options and the score's keywords that it has already."""
 
@@ -79,12 +79,11 @@ class _Call:
     def check(self):
         """Raises what the call raises whatever the shapes and dtypes of the arrays to come are."""
         options = {name: x for name, x in self.options.items() if name not in ("bias", *ARRAYS)}
-        seen = {
-            name: _Seen(ARRAYS[name], x.dtype) for name, x in self.options.items() if name in ARRAYS and hasattr(x, "dtype")
-        }
+        arrays = {name: self.options[name] for name in ARRAYS if hasattr(self.options.get(name), "dtype")}
+        arrays = {name: _ShapeAndDtype(ARRAYS[name], x.dtype) for name, x in arrays.items()}
         if self.own < len(self.names) or self.keywords:
             options.pop("score")
-        self.function(*[_Seen((None, None, None), "float32")] * 3, **options, **seen, backend=_Checks())
+        self.function(*[_ShapeAndDtype((None, None, None), "float32")] * 3, **options, **arrays, backend=_ChecksAlone())
 
     def outputs(self):
         flags = (("weights", "return_weights"), ("lse", "return_lse"))
@@ -114,7 +113,7 @@ class _Call:
 
         call = json.loads(text, object_hook=function)
         if isinstance(call, list):
-            return _Call(*call)
+            return _Deferred(*call)
         if call not in _calls:
             raise ValueError("this graph attends with a function or an array of the process that made it")
         return _calls[call]
@@ -122,17 +121,17 @@ class _Call:
 
 def _named(name):
     """The function of this name that a call may name, or None."""
-    return functions.get(name) or prepare.public.get(name)
+    return callable_by_name.get(name) or prepare.public.get(name)
 
 
-class _Seen:
+class _ShapeAndDtype:
     """What is known of an array: its shape, with None for a size to come, and its dtype."""
 
     def __init__(self, shape, dtype):
         self.shape, self.dtype = shape, dtype
 
 
-class _Checks:
+class _ChecksAlone:
     """The tab as a backend whose attention computes nothing: the specification's checks alone."""
 
     def __init__(self):
@@ -142,13 +141,13 @@ class _Checks:
         return getattr(self._tab, name)
 
     def is_array(self, x):
-        return isinstance(x, _Seen) or self._tab.is_array(x)
+        return isinstance(x, _ShapeAndDtype) or self._tab.is_array(x)
 
     def asarray(self, x, dtype=None, like=None):
-        return _Seen(x.shape, dtype or x.dtype) if isinstance(x, _Seen) else self._tab.asarray(x, dtype)
+        return _ShapeAndDtype(x.shape, dtype or x.dtype) if isinstance(x, _ShapeAndDtype) else self._tab.asarray(x, dtype)
 
     def peek(self, x):
-        return None if isinstance(x, _Seen) else self._tab.peek(x)
+        return None if isinstance(x, _ShapeAndDtype) else self._tab.peek(x)
 
     def attention(self, *_, **__):
         return None
@@ -203,7 +202,7 @@ def _copies(arrays):
 class AttentionShapes(mx.operator.CustomOpProp):
     def __init__(self, call):
         super().__init__(need_top_grad=True)
-        self.call = _Call.read(call)
+        self.call = _Deferred.read(call)
 
     def list_arguments(self):
         return [*self.call.names]
@@ -232,14 +231,14 @@ class AttentionShapes(mx.operator.CustomOpProp):
         return in_type, [numpy.float32 if half and name == "lse" else in_type[0] for name in self.list_outputs()], []
 
     def create_operator(self, ctx, shapes, dtypes):
-        seen = [_Seen(tuple(shape), numpy.dtype(DTYPES[dtype])) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        with telling():
-            self.call(seen, backend=_Checks())
+        arrays = [_ShapeAndDtype(tuple(shape), numpy.dtype(DTYPES[dtype])) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        with keeping_the_error():
+            self.call(arrays, backend=_ChecksAlone())
         return Attention(self.call)
 
 
 @contextmanager
-def telling():
+def keeping_the_error():
     """Keeps what is raised in the block, while an operator is created: MXNet only prints it."""
     try:
         yield

@@ -23,10 +23,10 @@ from kvattn.lend import lend
 
 with lend():
     import mxnet as mx
-    from mxnet.base import _LIB, check_call
+    from mxnet.base import _LIB, check_call  # _LIB is private: as read in MXNet 1.9.1
 
 OPERATOR = "kvattn_on_views"
-PAIRS = 2**23  # numbers of a block of scores, with the features of which they are made
+MOST = 2**23  # numbers that a block of queries holds at one time: scores, and the features of which they are made
 _calls = WeakValueDictionary()  # an operator is given text: the number of its call
 _numbers = count()
 
@@ -121,18 +121,19 @@ def _lend(shapes, query, key, value, call):
 
     Each array is asked for its shape once: that takes a microsecond, and several where the caches are full of keys and values.
     """
-    arrays = {"query": query, "key": key, "value": value}
-    arrays |= {name: x for name in ARRAYS if isinstance(x := getattr(call, name), mx.nd.NDArray)}
-    score, normalize, bound = call.score, getattr(numpy_tab, call.normalize.__name__), {}
-    if isinstance(score, partial):
-        bound, score = score.keywords, score.func
-    call = call._replace(score=getattr(numpy_tab, score.__name__), normalize=normalize)
-    call = call._replace(**dict.fromkeys(list(arrays)[3:])) if len(arrays) > 3 else call  # which would keep the arrays
-    arrays |= {name: x for name, x in bound.items() if isinstance(x, mx.nd.NDArray)}
-    bound = {name: None if name in arrays else x for name, x in bound.items()}
-    return _Lent(call, bound, [*shapes, *(x.shape for x in list(arrays.values())[3:])], [*arrays], query.dtype), [
-        *arrays.values()
-    ]
+    arrays, shapes = {"query": query, "key": key, "value": value}, [*shapes]
+    changed, bound = {"score": call.score, "normalize": getattr(numpy_tab, call.normalize.__name__)}, {}
+    for name in ARRAYS:
+        if isinstance(x := getattr(call, name), mx.nd.NDArray):
+            arrays[name], changed[name] = x, None
+    if isinstance(call.score, partial):
+        changed["score"], bound = call.score.func, dict(call.score.keywords)
+        for name, x in bound.items():
+            if isinstance(x, mx.nd.NDArray):
+                arrays[name], bound[name] = x, None
+    changed["score"] = getattr(numpy_tab, changed["score"].__name__)
+    shapes += [x.shape for x in [*arrays.values()][3:]]
+    return _Lent(call._replace(**changed), bound, dict(zip(arrays, shapes, strict=True)), query.dtype), [*arrays.values()]
 
 
 class _Lent:
@@ -141,9 +142,9 @@ class _Lent:
     ``bound``: what the call's score is bound to, None for arrays.
     """
 
-    def __init__(self, call, bound, shapes, names, dtype):
-        self.call, self.bound, self.shapes = call, bound, dict(zip(names, shapes, strict=True))
-        query, key, value = shapes[:3]
+    def __init__(self, call, bound, shapes, dtype):
+        self.call, self.bound, self.shapes = call, bound, shapes
+        query, key, value = shapes["query"], shapes["key"], shapes["value"]
         rows = (*bands.lead(query, key), query[-2])
         self.results = {"output": ((*rows, value[-1]), dtype)}
         if call.return_lse:
@@ -208,8 +209,8 @@ def _record(call, arrays):
     return [x.as_np_ndarray() for x in (results if isinstance(results, list) else [results])]
 
 
-def _settle():
-    """Lets the operators finish.
+def _wait_for_operators():
+    """Has the operators finish.
 
     Before a fork MXNet waits for their threads, and holds Python's lock, which these need for their last steps. At exit it ends
     them, and waits for ever for an operator that comes after.
@@ -220,8 +221,8 @@ def _settle():
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_settle)
-atexit.register(_settle)  # the last to be registered is the first to run
+    os.register_at_fork(before=_wait_for_operators)
+atexit.register(_wait_for_operators)  # the last to be registered is the first to run
 
 
 class _Operator(mx.operator.CustomOp):
