@@ -15,9 +15,10 @@ import numpy as np
 
 import kvattn
 from kvattn import bands, checks
+from kvattn.call import Call
 from kvattn.conformance import oracle, tolerance
 from kvattn.conformance.cases import LSE, attend, grid
-from kvattn.kernels.numpy import threads, tiled, tiled_grad, tiles
+from kvattn.kernels.numpy import gradients, threads, tiled, tiled_grad, tiles
 
 INF, NAN = np.inf, np.nan
 WRT = ("query", "key", "value")
@@ -246,7 +247,9 @@ class Room:
         share = 1 / (1 + np.exp(-lse))
         by_lse = share * (1 - share) * (arrays[3] * output).sum(axis=-1)
         share = share[..., None]
-        grads = self.tab.attention_grad(*arrays[:3], share * arrays[3], grad_lse=by_lse, **options)
+        usual = {"score": self.tab.scaled_dot_score, "normalize": self.tab.softmax, "causal": False, "window": None}
+        call = Call.of(*arrays[:2], **usual | {"query_offset": 0} | options)
+        grads = gradients.attention_grad(self.tab, *arrays[:3], share * arrays[3], WRT, call, grad_lse=by_lse)
         return dict(zip(MERGED, (share * output, *grads), strict=True))
 
 

@@ -61,7 +61,8 @@ def attention(query, key, value, call, blocks=(), output=None, **options):
     return (output, lse) if call.return_lse else output
 
 
-# ---- for MXNet's views, until they give a Call
+# ---- for MXNet's views, until they give their Call to obstacle, attention and gradients.attention_grad, which take output, lse
+# and grad_lse; then these go
 
 
 def _described(query, key, **options):
