@@ -349,23 +349,24 @@ def choose(query, key, value, call):
     alone = call.of_selected_keys(mask=call.positions, bias=None)  # that there is a mask counts here, not which
     choice = _choose((*each, 1, query.shape[-1]), (*each, selected, key.shape[-1]), alone)
     why = f"{choice.why}; each query beside the {selected} keys it selects"
-    return Choice(f"{choice.kernel}, of selected keys", why, run=partial(_of_selected_keys, choice))
+    return Choice(f"{choice.kernel}, of selected keys", why, (), partial(_of_selected_keys, choice))
 
 
 def _choose(query, key, call):
     """The kernel for arrays of these shapes, where no positions are given."""
-    why = tiled.obstacle(sys.modules[__name__], query, key, call)
+    few = math.prod(query) * math.prod(key) <= tiled.TINY  # then nothing is gained by looking further
+    why = tiled.FEW if few else tiled.obstacle(sys.modules[__name__], query, key, call)
     if not why:
         why = "softmax of dot products, so many that all at once would fill the memory, not the cache"
-        return Choice("tiles", why, run=tiled.attention)
+        return Choice("tiles", why, (), tiled.attention)
     blocks = [] if call.return_weights else call.window_blocks(query[-2], key[-2])
     if blocks:
         kernel = "the formula, in blocks" if len(blocks) > 1 else "the formula"
         return Choice(kernel, f"{why}; {explanation.in_blocks(blocks)}", blocks, _in_blocks)
-    if blocks := gradients.rows(call.score, query, key):
+    if not few and (blocks := gradients.rows(call.score, query, key)):
         why = f"{why}; {len(blocks)} blocks of queries, as many as keep memory bounded"
         return Choice("the formula, in blocks", why, blocks, _in_blocks)
-    return Choice("the formula", why, run=_formula)
+    return Choice("the formula", why, (), _formula)
 
 
 def _attend(query, key, value, call):
@@ -437,12 +438,12 @@ def _dropout(weights, rate, rng):
 def _select(query, key, value, call):
     """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and the call of these."""
     n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
-    index = np.broadcast_to(call.positions, (*lead, n, call.positions.shape[-1]))
+    index = call.positions
     inside = (index >= 0) & (index < m) & ~_repeated(index)
     if m == 0:  # one key that nobody may attend to, so that there is something to gather
         call = call._replace(mask=None, bias=None)
         key, value = (np.zeros((*x.shape[:-2], 1, x.shape[-1]), x.dtype) for x in (key, value))
-    index = np.clip(index, 0, max(m - 1, 0))
+    index = np.broadcast_to(np.clip(index, 0, max(m - 1, 0)), (*lead, n, index.shape[-1]))
 
     def gather(x):
         return np.take_along_axis(np.broadcast_to(x, (*lead, n, m)), index, axis=-1)
@@ -464,11 +465,10 @@ def _spread(x, lead):
 
 def _repeated(index):
     """True where the same position stands earlier in its row."""
-    size = index.shape[-1]
     order = np.argsort(index, axis=-1, kind="stable")
-    ordered = np.take_along_axis(index, order, axis=-1)
-    again = np.concatenate([np.zeros_like(ordered[..., :1], bool), ordered[..., 1:] == ordered[..., :-1]], axis=-1)
-    return np.take_along_axis(again[..., :size], np.argsort(order, axis=-1), axis=-1)
+    ordered, repeated = np.take_along_axis(index, order, axis=-1), np.zeros(index.shape, bool)
+    np.put_along_axis(repeated, order[..., 1:], ordered[..., 1:] == ordered[..., :-1], axis=-1)
+    return repeated
 
 
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
@@ -490,19 +490,20 @@ def merge_attention(outputs, lses, return_lse=False):
 
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    call = Call.of(query, key, **options)
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
+        query, key, value = _hide_unseen(query, key, value, call)
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
     if cache is not None:
         cache = cache.extend(key, value, backend="numpy")
         key, value = cache.seen()
-        options["query_offset"] = cache.length - query.shape[-2]
-    results = attention(query, key, value, **options)
+        call = Call.of(query, key, **options | {"query_offset": cache.length - query.shape[-2]})
+    results = _attend(query, key, value, call)
     output, *rest = results if isinstance(results, tuple) else (results,)
     output = _project(_join(output), params, "o").astype(dtype)  # (..., n, o)
-    if options.get("return_weights"):
+    if call.return_weights:
         rest[0] = rest[0].astype(dtype)
     results = (output, *rest) if cache is None else (output, *rest, cache)
     return results if len(results) > 1 else output
@@ -533,12 +534,12 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    lens = options["valid_lens"]
-    lens = lens[None] if lens is not None and x.ndim == 2 else lens  # of the one head there is
-    query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
-    results = attention(_wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k), _wide(value) @ _wide(W_v), **options)
+    call = Call.of(x, x, **options)
+    of_heads = call._replace(valid_lens=call.valid_lens[None]) if call.valid_lens is not None and x.ndim == 2 else call
+    query, key, value = _hide_unseen(x, x, x, of_heads)
+    results = _attend(_wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k), _wide(value) @ _wide(W_v), call)
     output, *rest = results if isinstance(results, tuple) else (results,)
-    if options.get("return_weights"):
+    if call.return_weights:
         rest[0] = rest[0].astype(dtype)
     output = output.astype(dtype)
     return (output, *rest) if rest else output

@@ -154,11 +154,8 @@ def rows(score, query, key):
 
     ``query`` and ``key``: their shapes.
     """
-    sizes = math.prod(query) * math.prod(key)
-    if sizes <= tiled.TINY:
-        return []
     n, m, held = query[-2], key[-2], bands.held(score, query, key)
-    if sizes * held <= PAIRS * query[-1] * key[-1]:
+    if math.prod(query) * math.prod(key) * held <= PAIRS * query[-1] * key[-1]:
         return []
     size = max(1, PAIRS // (math.prod(bands.lead(query, key)) * max(m, min(m, COLUMNS) * held)))
     return [(i, min(i + size, n), 0, m) for i in range(0, n, size)] if size < n else []
@@ -257,11 +254,13 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, *, output=Non
     if call.positions is not None:
         found = _of_selected_keys(tab, query, key, value, grad_output, wrt, call)
         return tuple(found[name].astype(sources[name].dtype) for name in wrt)
-    if _in_tiles(tab, query, key, wrt, call):
+    few = query.size * key.size <= tiled.TINY
+    if not few and _in_tiles(tab, query, key, wrt, call):
         found = tiled_grad.attention_grad(query, key, value, grad_output, call, output, lse, grad_lse)
         found = dict(zip(("query", "key", "value"), found, strict=True))
         return tuple(sum_to(found[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
-    if blocks := call.window_blocks(query.shape[-2], key.shape[-2]) or rows(call.score, query.shape, key.shape):
+    blocks = call.window_blocks(query.shape[-2], key.shape[-2])
+    if blocks := blocks or (not few and rows(call.score, query.shape, key.shape)):
         found = {name: np.zeros(sources[name].shape, tab._wide(sources[name]).dtype) for name in wrt}
         m, n = key.shape[-2], query.shape[-2]
         for (i, j, k, l), (*arrays, part) in zip(blocks, call.cut(blocks, query, key, value), strict=True):

@@ -22,6 +22,7 @@ from kvattn.kernels.numpy.tiles import EXP, LOG, UNIT, blocks, clear, fold, prod
 TINY = 2**14  # query.size * key.size of a call that need not be looked at: all is the tab's
 SMALLEST, SMALLEST_ENTRY = 2**17, 2**12  # scores of a call, and of a batch entry, that tiles are worth their own cost for
 SMALLEST_KEYS = 2**19  # numbers in keys that mask, valid_lens, causal or window would have the tab copy
+FEW = "few scores, for which tiles would cost more than they save"
 FLOOR = 2.0**-24  # a sum of exp(scores) below this may have lost small terms
 
 
@@ -32,10 +33,8 @@ def obstacle(tab, query, key, call):
     have as many as heads. A call restricted to some of the keys gains by what it does not read.
     """
     n, m, query_size, key_size = query[-2], key[-2], math.prod(query), math.prod(key)
-    if query_size * key_size <= TINY:
-        return "few scores, for which tiles would cost more than they save"
     if query_size * m < SMALLEST * query[-1] and (key_size < SMALLEST_KEYS or not call.restricted):
-        return "few scores, for which tiles would cost more than they save"
+        return FEW
     if not query_size or not key_size:
         return "there is nothing to compute"
     if call.dropout or call.return_weights:
