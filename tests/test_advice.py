@@ -1,6 +1,7 @@
 """What an error advises works: the functions it names are there, the code it shows cures, the line it gives installs."""
 
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -31,9 +32,12 @@ def words(path):
 
 
 def there(name):
-    """Whether kvattn.NAME is: an attribute, or a module's."""
-    found = subprocess.run([sys.executable, "-c", f"import pkgutil; pkgutil.resolve_name('kvattn{name}')"], capture_output=True)
-    return found.returncode == 0
+    """Whether kvattn.NAME is: a module, whether or not its framework is installed, or an attribute."""
+    *inside, last = name[1:].split(".")
+    folder = PACKAGE.joinpath(*inside)
+    if (folder / f"{last}.py").is_file() or (folder / last).is_dir():
+        return True
+    return hasattr(importlib.import_module(".".join(["kvattn", *inside])), last)
 
 
 def test_what_errors_name_of_kvattn_is_there():
