@@ -147,6 +147,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where to, in the format of its ending: .ipynb, .py, .md (default: beside the lesson, as LESSON.NAME.ipynb)",
     )
+    for action in (run, convert):
+        action.add_argument(
+            "--no-references",
+            dest="refers",
+            action="store_false",
+            help="do not ask where references and citations lead: for a chapter without its book",
+        )
     return parser
 
 
@@ -532,7 +539,7 @@ def _run_lesson(given: Lesson, options: argparse.Namespace) -> int:
             ran[name] = lesson.run_tab(given, name, timeout=options.timeout, progress=progress.move)
             stopped = any(each.error for each in ran[name])
             progress.done("failed" if stopped else "done", lesson.outcome(ran[name]))
-    result = lesson.Result(given, ran, lesson.compare(given, ran, options.figures) if options.compare else {})
+    result = lesson.Result(given, ran, lesson.compare(given, ran, options.figures) if options.compare else {}, options.refers)
     lesson.show(result, console)
     console.print(f"\n{lesson.summary(result)}", style="bold green" if result.ok else "bold red", soft_wrap=True)
     return 0 if result.ok else 1
@@ -548,6 +555,8 @@ def _convert_lesson(given: Lesson, options: argparse.Namespace) -> int:
     if options.output is None and Path(output).exists():
         raise _Refused(f"{output!r} exists; --output names the file to write over")
     _writable(output)
+    if options.refers and (lost := lesson.References(given).lost):
+        raise _Refused("\n".join([*lost, "(--no-references converts it all the same)"]))
     try:
         lesson.convert(given, name, output)
     except ValueError as error:

@@ -252,7 +252,7 @@ def choose(backend: Any, **arrays: Any) -> Backend:
                     f"convert one of them first: kvattn.convert({argument}, {owner!r})"
                 )
     if backend is None:
-        return load(owner or get_backend())
+        return load(owner) if owner else _default()
     if not isinstance(backend, str):
         tab: Backend = backend
         return tab
@@ -261,6 +261,15 @@ def choose(backend: Any, **arrays: Any) -> Backend:
             f"{first} is an array of {owner} but backend={backend!r}; convert it first: kvattn.convert({first}, {backend!r})"
         )
     return load(backend)
+
+
+def _default() -> Backend:
+    """The backend of neutral data. Raises what `load` raises, saying who chose a backend that is none."""
+    name = get_backend()
+    try:
+        return load(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; {name!r} was chosen by {reason()[1]}") from None
 
 
 def get_backend() -> str:

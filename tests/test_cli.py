@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import kvattn
 from kvattn import cli, conformance, dispatch, install, report, text
 from kvattn.backends import numpy as tab
 from kvattn.conformance import Agreement, Report, Result
@@ -207,6 +208,19 @@ def test_a_backend_that_bench_does_not_time_is_refused_and_not_left_out(capsys, 
         status, out, err = run(capsys, "bench", "--backend", named)
         assert (status, out) == (2, "")
         assert "backend 'twin' is not timed; those that are: numpy, torch" in err
+
+
+def test_a_backend_of_the_environment_that_is_none_has_no_say_where_another_is_named(capsys, world, monkeypatch, tmp_path):
+    monkeypatch.setenv(dispatch.ENVIRONMENT, "nonsense")
+    status, out, err = run(capsys, "conform", "--backend", "numpy,twin", "--text", str(words := tmp_path / "words.txt"))
+    assert status == 2
+    words.write_text("a dog")
+    status, out, err = run(capsys, "conform", "--backend", "numpy,twin", "--text", str(words))
+    assert (status, err) == (0, "")
+    assert "cannot attend" not in out
+    assert run(capsys, "doctor")[0] == 1
+    with pytest.raises(ValueError, match=r"known: numpy.*'nonsense' was chosen by the environment variable KVATTN_BACKEND"):
+        kvattn.softmax([0.0])
 
 
 def test_aliases_name_backends(world):

@@ -367,7 +367,7 @@ def test_a_notebook_has_the_code_of_one_tab_as_it_stands_and_runs(command, world
         '# Title\n<a id="sec_t"></a>',
         '%load_ext kvattn.tab\ntab.select_tab("numpy")',
         code,
-        "yes\nSee [sec_t](#sec_t).",
+        "yes\nSee [Title](#sec_t).",
         "%%time\ntab.selected('numpy')",
     ]
     monkeypatch.setenv("IPYTHONDIR", str(world))
@@ -388,6 +388,133 @@ def test_other_formats_and_files_that_cannot_be_written(command, world):
         assert (got.status, got.out) == (2, "")
         assert said in got.err
     assert "has no tab 'jax'" in command(text, "convert", "--backend", "jax").err
+
+
+# ---- references
+
+
+BIB = r"""
+@article{Bahdanau.2014,
+  title = {Translation by {J}oint learning},
+  author={Bahdanau, Dzmitry and Cho, Kyunghyun and Bengio, Yoshua},
+  journal="arXiv {1409}", year = 2014 }
+@book{Holder, author = {Otto H{\"o}lder and Ren\'e B}, title={Values}, year={1889}, publisher={T}}
+@misc{one, author={Nobody}, title={x}}
+"""
+REFERRING = """# One
+:label:`sec_one`
+
+:numref:`sec_one`, :ref:`sec_two`, :eqref:`eq_b`, :numref:`fig_f`, :numref:`tab_t` and :eqref:`eq_far`.
+
+$$a$$
+:eqlabel:`eq_a`
+
+$$b$$
+:eqlabel:`eq_b`
+
+![A picture](a.svg)
+:width:`10px`
+:label:`fig_f`
+
+: Machines
+:label:`tab_t`
+
+| a |
+|---|
+| 1 |
+
+:cite:`Bahdanau.2014,Holder` and :citet:`Holder`.
+
+```text
+:numref:`sec_shown` :cite:`shown`
+```
+
+"""
+OTHER = "# The second\n\n:label:`sec_two`\n\n$$c$$\n:eqlabel:`eq_far`\n"
+
+
+@pytest.fixture
+def folder(world):
+    """A lesson's folder, with another lesson and a bibliography."""
+    (world / "02-second.md").write_text(OTHER)
+    (world / "d2l.bib").write_text(BIB, encoding="utf-8")
+    return world
+
+
+def test_references_of_a_folder_become_titles_and_numbers_in_a_notebook(folder, command):
+    got = command(REFERRING + cell("1"), "convert", "--backend", "numpy", "--output", str(folder / "x.ipynb"))
+    assert (got.status, got.err) == (0, "")
+    notebook = nbformat.read(folder / "x.ipynb", as_version=4)
+    text = notebook.cells[0].source
+    assert "[One](#sec_one), *The second* (02-second), [(2)](#eq_b), [Fig. 1](#fig_f), [Table 1](#tab_t)" in text
+    assert "and *(1)* (02-second)." in text
+    assert '$$\nb \\tag{2}\n$$\n\n<a id="eq_b"></a>' in text
+    assert '![A picture](a.svg)\n\n<a id="fig_f"></a>*Fig. 1: A picture*' in text
+    assert '<a id="tab_t"></a>*Table 1: Machines*\n\n| a |' in text
+    assert "[Bahdanau et al., 2014; Hölder and B, 1889] and Hölder and B (1889)." in text
+    assert ":numref:`sec_shown` :cite:`shown`" in text
+    assert notebook.cells[-1].source.splitlines() == [
+        "## References",
+        "",
+        "- Bahdanau, Dzmitry; Cho, Kyunghyun; Bengio, Yoshua. 2014. Translation by Joint learning. *arXiv 1409*.",
+        "- Hölder, Otto; B, René. 1889. Values. *T*.",
+    ]
+
+
+def test_a_page_of_a_site_has_the_same_citations(folder):
+    (folder / "01-first.md").write_text(REFERRING + cell("1"))
+    text = lesson.render(folder / "01-first.md", ["numpy"], folder / "out")
+    assert "[Bahdanau et al., 2014; Hölder and B, 1889] and Hölder and B (1889)." in text
+    assert text.endswith("- Hölder, Otto; B, René. 1889. Values. *T*.\n")
+    assert "{cite" not in text
+    assert "{ref}`sec_two`" in text
+
+
+def test_what_leads_nowhere_fails_a_run_and_a_conversion(folder, command):
+    text = REFERRING.replace("sec_two", "sec_too").replace("citet:`Holder`", "citet:`Hoelder`") + cell("1")
+    said = [
+        "FILE:4: :ref:`sec_too` leads nowhere: no lesson of this folder has the label",
+        "FILE:23: :citet:`Hoelder` cites nothing: the .bib files here have no such entry",
+    ]
+    got = command(text, "run", "--backend", "numpy")
+    assert got.status == 1
+    assert [line for line in got.out.splitlines() if line.startswith("FILE")] == said
+    assert got.last.endswith("2 references lead nowhere")
+    assert command(text, "run", "--backend", "numpy", "--no-references").status == 0
+    got = command(text, "convert", "--backend", "numpy")
+    assert (got.status, got.out) == (2, "")
+    assert "\n".join(said) in got.err
+    assert command(text, "convert", "--backend", "numpy", "--no-references").status == 0
+    with pytest.raises(ValueError, match="leads nowhere"):
+        lesson.render(folder / "lesson.md", ["numpy"], folder / "out")
+    (folder / "d2l.bib").unlink()
+    assert (
+        "cites nothing: there is no .bib file beside the lesson"
+        in command(REFERRING + cell("1"), "run", "--backend", "numpy").out
+    )
+    (folder / "library").mkdir()
+    (folder / "library" / "mine.bib").write_text(BIB)
+    named = REFERRING + ":bibliography:`library/mine.bib`\n" + cell("1")
+    assert command(named, "run", "--backend", "numpy").status == 0
+
+
+@pytest.mark.parametrize("suffix", ["qmd", "Rmd", "R", "myst", "nonesuch", "txt", ""])
+def test_a_format_that_cannot_be_written_is_told_and_never_raised(command, world, suffix, monkeypatch):
+    import jupytext
+
+    def raises(*args, **options):
+        raise type("QuartoError", (Exception,), {})("there is no quarto here")
+
+    if suffix == "qmd":  # as jupytext does without the program
+        monkeypatch.setattr(jupytext, "writes", raises)
+    file = world / ("t." + suffix if suffix else "t")
+    got = command(cell("1"), "convert", "--backend", "numpy", "--output", str(file))
+    if suffix in ("Rmd", "R", "myst"):
+        assert got.status == 0
+    else:
+        assert (got.status, got.out) == (2, "")
+        assert f"cannot write '{file}'" in got.err
+        assert not file.exists()
 
 
 # ---- rendering

@@ -7,6 +7,7 @@ from kvattn.lesson.reader import Lesson as Lesson
 from kvattn.lesson.reader import Prose as Prose
 from kvattn.lesson.reader import parse as parse
 from kvattn.lesson.reader import read as read
+from kvattn.lesson.references import References as References
 from kvattn.lesson.runner import Ran as Ran
 from kvattn.lesson.runner import Result as Result
 from kvattn.lesson.runner import compare as compare

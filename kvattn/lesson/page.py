@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvattn.lesson import agree
-from kvattn.lesson.prose import directive, quoted, tab_set, to_myst
+from kvattn.lesson.prose import cited, directive, quoted, tab_set, to_myst
 from kvattn.lesson.reader import Cell, Prose, read
+from kvattn.lesson.references import References
 from kvattn.lesson.runner import Result, run
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -52,14 +53,15 @@ def myst(result: Result, outputs: str | Path) -> str:
     """A lesson that was run, as ``render`` gives it."""
     page = _Page(result, Path(outputs))
     parts = [part for part in result.lesson.parts if not (isinstance(part, Cell) and part.setup)]
-    pieces = []
+    pieces, references = [], References(result.lesson)
     for part, versions in _steps(parts):
         if isinstance(part, Prose):
-            pieces.append(to_myst(part.text, list(result.tabs)))
+            pieces.append(to_myst(cited(part.text, references), list(result.tabs)))
         elif part.tabs is None:
             pieces.append(page.common(part))
         else:
             pieces.append(page.versions(versions))
+    pieces.append(references.bibliography())
     return "\n\n".join(piece.strip("\n") for piece in pieces if piece) + "\n"
 
 

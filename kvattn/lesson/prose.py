@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvattn import dispatch, tab
 from kvattn.lesson.reader import fences
+
+References = Any  # kvattn.lesson.references.References, which finds labels by what stands here
 
 TITLES = {"numpy": "NumPy", "torch": "PyTorch", "tensorflow": "TensorFlow", "jax": "JAX", "mxnet": "MXNet"}
 
 _BEGIN, _END = re.compile(r"^:begin_tab:`([^`]*)`\s*$"), re.compile(r"^:end_tab:\s*$")
 _SLIDE = re.compile(r"([\[(])(\*\*|~~)((?:(?!\n\n).)+?)\2[\])](?!\()", re.DOTALL)  # not **[a link](target)**
-_HEADING = re.compile(r"^(#{1,6} [^\n]*)\n\s*?\n?:label:`([^`]*)`[ \t]*$", re.MULTILINE)
-_FIGURE = re.compile(
+HEADING = re.compile(r"^(#{1,6} [^\n]*)\n\s*?\n?:label:`([^`]*)`[ \t]*$", re.MULTILINE)
+FIGURE = re.compile(
     r"^!\[((?:(?!\n\n).)*?)\]\(([^()\s]+)\)[ \t]*((?:\n:(?:width|height|label):`[^`\n]*`[ \t]*)+)$", re.MULTILINE | re.DOTALL
 )
-_TABLE = re.compile(
+TABLE = re.compile(
     r"^:[ \t]*(?!\w+:`)(\S[^\n]*)\n(?::label:`([^`]*)`[ \t]*\n)?\s*((?:\|[^\n]*(?:\n|\Z))+)(?::label:`([^`]*)`[ \t]*$)?",
     re.MULTILINE,
 )
-_EQUATION = re.compile(r"\$\$((?:(?!\$\$).)+)\$\$[ \t]*\n?\s*?\n?:eqlabel:`([^`]*)`[ \t]*$", re.MULTILINE | re.DOTALL)
-_ATTRIBUTE = re.compile(r":(width|height|label):`([^`\n]*)`")
-_ALONE = re.compile(r"^:(label|bibliography|width|height):`([^`]*)`[ \t]*$", re.MULTILINE)
-_ROLE = re.compile(r"(?<![\w`:]):(numref|ref|eqref|citet|cite):`([^`]+)`")
+EQUATION = re.compile(r"\$\$((?:(?!\$\$).)+)\$\$[ \t]*\n?\s*?\n?:eqlabel:`([^`]*)`[ \t]*$", re.MULTILINE | re.DOTALL)
+ATTRIBUTE = re.compile(r":(width|height|label):`([^`\n]*)`")
+ALONE = re.compile(r"^:(label|bibliography|width|height):`([^`]*)`[ \t]*$", re.MULTILINE)
+ROLE = re.compile(r"(?<![\w`:]):(numref|ref|eqref|citet|cite):`([^`]+)`")
 
 _ROLES = {"ref": "ref", "eqref": "eq", "cite": "cite:p", "citet": "cite:t"}
 _FLOATS = ("fig", "tab", "table", "img")  # d2l's labels of what has a number: fig_..., tab_...
@@ -65,14 +68,34 @@ def to_myst(text: str, tabs: Sequence[str] | None = None) -> str:
     return "\n".join(out)
 
 
-def for_tab(text: str, name: str) -> str:
+def for_tab(text: str, name: str, references: References = None) -> str:
     """Prose for the notebook of one tab: its ``:begin_tab:`` blocks only, labels as anchors, references as links.
+
+    Given the lesson's ``references``, links bear titles and numbers, and citations the names of authors.
 
     >>> for_tab(":begin_tab:`jax`\\nUse jax.vmap.\\n:end_tab:\\nSee :numref:`sec_a`.", "jax")
     'Use jax.vmap.\\nSee [sec_a](#sec_a).'
     """
     mine = [body for names, body in _blocks(text) if names is None or name in names]
-    return _outside_fences("\n".join(mine), _plain, lambda info, block: block)
+    return _outside_fences("\n".join(mine), lambda words: _plain(words, references), lambda info, block: block)
+
+
+def cited(text: str, references: References) -> str:
+    """Prose whose citations are words: [Bahdanau et al., 2014]."""
+
+    def words(part: str) -> str:
+        part = ALONE.sub(lambda found: "" if found[1] == "bibliography" else found[0], part)
+        return ROLE.sub(lambda found: references.cited(found[1], found[2]) if found[1].startswith("cite") else found[0], part)
+
+    return _outside_fences(text, words, lambda info, block: block)
+
+
+def without_fences(text: str) -> str:
+    """The text with the lines of fenced blocks left empty, so that lines and places stay."""
+    lines = text.split("\n")
+    for start, stop, *_ in fences(text):
+        lines[start:stop] = [" " * len(line) for line in lines[start:stop]]
+    return "\n".join(lines)
 
 
 def directive(name: str, argument: str, options: dict[str, str], body: str) -> str:
@@ -136,21 +159,21 @@ def _unslide(text: str) -> str:
 
 
 def _myst(text: str) -> str:
-    text = _HEADING.sub(r"(\2)=\n\1", _unslide(text))
-    text = _FIGURE.sub(_figure, text)
-    text = _TABLE.sub(_table, text)
-    text = _EQUATION.sub(lambda found: f"$$\n{found[1].strip()}\n$$ ({found[2]})", text)
-    text = _ALONE.sub(_alone, text)
-    return _ROLE.sub(_role, text)
+    text = HEADING.sub(r"(\2)=\n\1", _unslide(text))
+    text = FIGURE.sub(_figure, text)
+    text = TABLE.sub(_table, text)
+    text = EQUATION.sub(lambda found: f"$$\n{found[1].strip()}\n$$ ({found[2]})", text)
+    text = ALONE.sub(_alone, text)
+    return ROLE.sub(_role, text)
 
 
 def _figure(found: re.Match[str]) -> str:
-    options = dict(_ATTRIBUTE.findall(found[3]))
+    options = dict(ATTRIBUTE.findall(found[3]))
     if "label" in options:
         options["name"] = options.pop("label")
     caption = " ".join(found[1].split())
-    options["alt"] = quoted(_ROLE.sub(r"\2", caption))
-    return directive("figure", found[2], options, _ROLE.sub(_role, caption)).rstrip()
+    options["alt"] = quoted(ROLE.sub(r"\2", caption))
+    return directive("figure", found[2], options, ROLE.sub(_role, caption)).rstrip()
 
 
 def _table(found: re.Match[str]) -> str:
@@ -171,7 +194,46 @@ def _role(found: re.Match[str]) -> str:
     return f"{{{_ROLES[kind]}}}`{value}`"
 
 
-def _plain(text: str) -> str:
-    text = _ALONE.sub(lambda found: f'<a id="{found[2]}"></a>' if found[1] == "label" else "", _unslide(text))
-    text = re.sub(r"^:eqlabel:`([^`]*)`[ \t]*$", r'<a id="\1"></a>', text, flags=re.MULTILINE)
-    return _ROLE.sub(lambda found: f"[{found[2]}]" if found[1].startswith("cite") else f"[{found[2]}](#{found[2]})", text)
+def _plain(text: str, references: References) -> str:
+    text = _unslide(text)
+    if references is not None:
+        text = FIGURE.sub(lambda found: _captioned(found, references), text)
+        text = TABLE.sub(lambda found: _headed(found, references), text)
+        text = EQUATION.sub(lambda found: _tagged(found, references), text)
+    text = ALONE.sub(lambda found: _anchor(found[2]) if found[1] == "label" else "", text)
+    text = re.sub(r"^:eqlabel:`([^`]*)`[ \t]*$", lambda found: _anchor(found[1]), text, flags=re.MULTILINE)
+    return ROLE.sub(lambda found: _link(found, references), text)
+
+
+def _anchor(label: str) -> str:
+    return f'<a id="{label}"></a>'
+
+
+def _link(found: re.Match[str], references: References) -> str:
+    """A reference as a link with its title or number; to another lesson, whose file's name is not known, as words."""
+    kind, label = found[1], " ".join(found[2].split())
+    if kind.startswith("cite"):
+        return f"[{found[2]}]" if references is None else references.cited(kind, label)
+    target = references.target(label) if references is not None else None
+    if target is None:
+        return f"[{label}](#{label})"
+    return f"*{target.text}* ({target.elsewhere})" if target.elsewhere else f"[{target.text}](#{label})"
+
+
+def _captioned(found: re.Match[str], references: References) -> str:
+    label = dict(ATTRIBUTE.findall(found[3])).get("label", "")
+    picture = f"![{found[1]}]({found[2]})"
+    return f"{picture}\n\n{_anchor(label)}*{references.own[label].text}: {found[1]}*" if label in references.own else picture
+
+
+def _headed(found: re.Match[str], references: References) -> str:
+    caption, before, rows, after = found.groups()
+    label = before or after or ""
+    if label not in references.own:
+        return found[0]
+    return f"{_anchor(label)}*{references.own[label].text}: {caption.strip()}*\n\n{rows}"
+
+
+def _tagged(found: re.Match[str], references: References) -> str:
+    number = references.own[found[2]].text.strip("()") if found[2] in references.own else found[2]
+    return f"$$\n{found[1].strip()} \\tag{{{number}}}\n$$\n\n{_anchor(found[2])}"

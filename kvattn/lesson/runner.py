@@ -22,6 +22,7 @@ import kvattn
 from kvattn.lesson import agree
 from kvattn.lesson.agree import Agreement
 from kvattn.lesson.reader import Cell, Lesson
+from kvattn.lesson.references import References
 from kvattn.lesson.watch import MIME
 
 TIMEOUT = 600  # seconds for a cell
@@ -62,6 +63,7 @@ class Result:
     lesson: Lesson
     tabs: dict[str, list[Ran]]
     agreements: dict[Cell, Agreement]
+    refers: bool = True  # whether its references are asked where they lead
 
     @property
     def errors(self) -> list[tuple[str, Ran]]:
@@ -74,13 +76,19 @@ class Result:
         return [(cell, found) for cell, found in self.agreements.items() if found.share > 1]
 
     @property
+    def lost(self) -> list[str]:
+        """The references and citations that lead nowhere."""
+        return References(self.lesson).lost if self.refers else []
+
+    @property
     def ok(self) -> bool:
-        return not self.errors and not self.apart
+        return not self.errors and not self.apart and not self.lost
 
     def problems(self) -> list[str]:
         """What is wrong, a text for each error and disagreement, with file and line."""
         stopped = [f"{name}: {ran.error}" for name, ran in self.errors]
-        return stopped + [f"{self.lesson.at(cell.line)}: the tabs disagree: {found.message}" for cell, found in self.apart]
+        apart = [f"{self.lesson.at(cell.line)}: the tabs disagree: {found.message}" for cell, found in self.apart]
+        return stopped + self.lost + apart
 
 
 def run(

@@ -57,4 +57,5 @@ def summary(result: Result) -> str:
     """The closing line."""
     cells = sum(len(ran) for ran in result.tabs.values())
     compared = f"{len(result.agreements)} common cells compared, {len(result.apart)} disagree"
-    return f"{cells} cells run on {len(result.tabs)} tabs, {len(result.errors)} errors; {compared}"
+    lost = f"; {len(result.lost)} references lead nowhere" if result.lost else ""
+    return f"{cells} cells run on {len(result.tabs)} tabs, {len(result.errors)} errors; {compared}{lost}"
