@@ -18,7 +18,7 @@ import numpy as np
 
 from kvattn import bands
 from kvattn.backends import numpy as numpy_tab
-from kvattn.kernels.numpy import tiled
+from kvattn.kernels.numpy import gradients, tiled
 from kvattn.lend import lend
 
 with lend():
@@ -65,14 +65,14 @@ def attention(shapes, query, key, value, call, blocks=()):
         results = _record(lent, arrays)
     else:
         results = [mx.np.empty(shape, dtype=dtype, ctx=query.ctx) for shape, dtype in lent.results.values()]
-        lent.forward(lent.views(arrays), *lent.places(results))
+        lent.forward(arrays, results)
     return tuple(results) if call.return_lse else results[0]
 
 
 def attention_grad(shapes, query, key, value, grad_output, wrt, call):
     """The gradients by what ``wrt`` names, each in its argument's shape and dtype."""
     lent, arrays = _lend(shapes, query, key, value, call)
-    grads = lent.backward(lent.views(arrays), wrt, view(grad_output, grad_output.shape))
+    grads = lent.backward(arrays, wrt, view(grad_output, grad_output.shape))
     results = [mx.np.empty(grad.shape, dtype=grad.dtype, ctx=query.ctx) for grad in grads]
     for x, grad in zip(results, grads, strict=True):
         view(x, grad.shape, write=True)[...] = grad
@@ -150,15 +150,12 @@ class _Lent:
         if call.return_lse:
             self.results["lse"] = (rows, np.dtype("float32") if dtype.itemsize == 2 else dtype)
 
-    def views(self, arrays):
-        return [view(x, shape) for x, shape in zip(arrays, self.shapes.values(), strict=True)]
-
-    def places(self, results, write=True):
+    def views_of_results(self, results, write=False):
         return [view(x, shape, write) for x, (shape, _) in zip(results, self.results.values(), strict=True)]
 
-    def _given(self, arrays):
-        """query, key, value and the call of NumPy arrays."""
-        query, key, value, *rest = arrays
+    def _views(self, arrays):
+        """query, key, value and the call, of NumPy arrays."""
+        query, key, value, *rest = (view(x, shape) for x, shape in zip(arrays, self.shapes.values(), strict=True))
         if not (rest or self.bound):
             return query, key, value, self.call
         given = dict(zip(list(self.shapes)[3:], rest, strict=True))
@@ -166,35 +163,27 @@ class _Lent:
         score = partial(self.call.score, **bound) if bound else self.call.score
         return query, key, value, self.call._replace(**given, score=score)
 
-    def forward(self, arrays, output, lse=None, keep=False):
+    def forward(self, arrays, results, keep=False):
         """Writes the results; returns the lse if it was computed, as tiles do where it is to be kept."""
-        *inputs, call = self._given(arrays)
-        found, with_lse, options = None, lse is not None, call.keywords
-        options = {name: x for name, x in options.items() if not name.startswith("return_")}
+        output, *lse = self.views_of_results(results, write=True)
+        *inputs, call = self._views(arrays)
         with np.errstate(all="ignore"):
-            if inputs[0].size * inputs[1].size > tiled.TINY and tiled.serves(numpy_tab, *inputs, **options):
-                how = {
-                    name: x
-                    for name, x in options.items()
-                    if name not in ("score", "normalize", "scale", "positions", "dropout", "rng")
-                }
-                scale = tiled.scale_of(numpy_tab, inputs[0], call.score, call.scale)
-                found = tiled.attention(*inputs, scale, **how, return_lse=keep or with_lse, output=output)
-                found = found[1] if keep or with_lse else None
-            elif with_lse:
-                output[...], found = numpy_tab.attention(*inputs, **options, return_lse=True)
+            choice = numpy_tab.choose(*inputs, call)
+            if choice.run is tiled.attention:  # which writes the output where it is to be
+                found = tiled.attention(*inputs, call._replace(return_lse=keep or call.return_lse), output=output)
+                found = found[1] if keep or call.return_lse else None
             else:
-                output[...] = numpy_tab.attention(*inputs, **options)
-            if with_lse:
-                lse[...] = found
+                found = choice.run(*inputs, call, choice.blocks)
+                output[...], found = found if call.return_lse else (found, None)
+            if lse:
+                lse[0][...] = found
         return found
 
     def backward(self, arrays, wrt, grad_output, **known):
         """The gradients; ``known``: what forward found, and the gradient by the lse."""
-        *inputs, call = self._given(arrays)
-        options = {name: x for name, x in call.keywords.items() if not name.startswith("return_")}
+        *inputs, call = self._views(arrays)
         with np.errstate(all="ignore"):
-            return numpy_tab.attention_grad(*inputs, grad_output, wrt=wrt, **options, **known)
+            return gradients.attention_grad(numpy_tab, *inputs, grad_output, wrt, call, **known)
 
 
 # ---- while autograd records
@@ -235,15 +224,15 @@ class _Operator(mx.operator.CustomOp):
         self.call, self.lse = call, None
 
     def forward(self, is_train, req, in_data, out_data, aux):
-        self.lse = self.call.forward(self.call.views(in_data), *self.call.places(out_data), keep=True)
+        self.lse = self.call.forward(in_data, out_data, keep=True)
 
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
-        grad_output, *grad_lse = self.call.places(out_grad, write=False)
+        grad_output, *grad_lse = self.call.views_of_results(out_grad)
         known = dict(zip(("grad_lse",), grad_lse, strict=False))
         if self.lse is not None and grad_output.itemsize > 2:  # a half's output is rounded
-            known |= {"lse": self.lse, "output": self.call.places(out_data, write=False)[0]}
+            known |= {"lse": self.lse, "output": self.call.views_of_results(out_data)[0]}
         wanted = {name: i for i, name in enumerate(self.call.shapes) if req[i] != "null"}
-        grads = self.call.backward(self.call.views(in_data), tuple(wanted), grad_output, **known)
+        grads = self.call.backward(in_data, tuple(wanted), grad_output, **known)
         for (name, i), grad in zip(wanted.items(), grads, strict=True):
             target = view(in_grad[i], self.call.shapes[name], write=True)
             np.add(target, grad, out=target) if req[i] == "add" else np.copyto(target, grad)
