@@ -130,7 +130,8 @@ def _table(rows: list[dict[str, Any]]) -> Any:
 
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     device = rows[0].get("device", "cpu")
-    made = Table("", "", title=f"on {device}: time / {YARDSTICK}, all to all: median, quartiles")
+    time = f"time / {YARDSTICK}" if any(row.get("ratio") is not None for row in rows) else "time"  # there may be no PyTorch
+    made = Table("", "", title=f"on {device}: {time}, all to all: median, quartiles")
     for shape in shapes:
         made.add_column(shape, justify="right", no_wrap=True, min_width=9)
     for kind in dict.fromkeys(row["kind"] for row in rows):

@@ -380,7 +380,7 @@ def _row(judged: Judged) -> dict[str, Any]:
     """A backend's row of the report."""
     row: dict[str, Any] = {
         "backend": judged.name, "version": None, "device": None, "cases": 0, "passed": 0, "failed": 0, "worst_value": None,
-        "worst_gradient": None, "worst_share": None, "error": judged.error, "notes": [], "failures": [],
+        "worst_gradient": None, "worst_share": None, "error": judged.error, "notes": [], "failures": [], "results": [],
     }  # fmt: skip
     if (result := judged.report) is not None:
         row |= {key: getattr(result, key) for key in ("version", "device", "passed", "failed")}
@@ -390,10 +390,9 @@ def _row(judged: Judged) -> dict[str, Any]:
         row["notes"] = _notes(result) + ([] if judged.quick is None else [f"compiled quickly: XLA_FLAGS={judged.quick!r}"])
         if not row["cases"]:
             row["error"] = "no case ran: it offers none of the functions"
-        row["failures"] = [
-            {key: getattr(each, key) for key in ("case", "group", "dtype", "what", "error", "allowed", "message")}
-            for each in result.failures
-        ]
+        told = ("case", "group", "dtype", "what", "error", "allowed", "message")
+        row["failures"] = [{key: getattr(each, key) for key in told} for each in result.failures]
+        row["results"] = [{key: getattr(each, key) for key in (*told, "passed")} for each in result.results]
     row["seconds"] = judged.seconds
     return row
 

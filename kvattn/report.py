@@ -17,6 +17,14 @@ LISTED = 20  # failures shown in the terminal
 SHADES, ASCII_SHADES = " ░▒▓█", " .:*#"
 _VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
+EXPLAINED = (
+    "used: of an error's own limit, which grows with the scores; values, grads: the largest errors, in eps of the dtype times "
+    "the magnitude of the result. A large one is allowed where the scores are large."
+)
+WORDS = (
+    "A word's vector is made of a hash of it and of its place, not of its meaning: it finds itself, its like and what is near."
+)
+
 Document = dict[str, Any]
 
 
@@ -90,7 +98,7 @@ def _judgement(pairs: list[Document]) -> str:
     if not pairs:
         return "one backend: nothing to compare it with"
     worst = max(pairs, key=_share)
-    how = f"nearest the limit {worst['a']} and {worst['b']}, {number(worst['error'])} of {number(worst['allowed'])} eps units"
+    how = f"nearest the limit {worst['a']} and {worst['b']}, {percent(_share(worst))} of it"
     count, verb = (len(apart), "disagree") if apart else (len(pairs), "agree")
     return f"{count} of {len(pairs)} pairs {verb}: {how}"
 
@@ -119,29 +127,30 @@ def show(whole: Document, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console.print("\nConformance: the worst errors in eps units, and how much of a limit they use", style="bold")
+    console.print("\nConformance: how much of what is allowed the errors use, at most", style="bold")
     table = Table()
     for title in ("backend", "version", "device"):
         table.add_column(title, overflow="fold")
-    for title in ("cases", "values", "grads", "limit", "time"):
+    for title in ("cases", "used", "values", "grads", "time"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in whole["backends"]:
         bad = row["failed"] or row["error"] is not None
         table.add_row(
             *(clean(row[key] or "-") for key in ("backend", "version", "device")),
             Text("failed" if row["error"] else f"{row['passed']}/{row['cases']}", "bold red" if bad else "green"),
+            percent(row["worst_share"]),
             number(row["worst_value"]),
             number(row["worst_gradient"]),
-            percent(row["worst_share"]),
             f"{row['seconds']:.1f} s",
         )
     console.print(table)
+    console.print(f"{EXPLAINED}\n", style="dim")
     for name, note in _notes(whole):
         console.print(f"{name}: {clean(note)}", soft_wrap=True)
 
     if whole["pairs"]:
         names, cells = _grid(whole, whole["pairs"])
-        console.print("\nAgreement of each two backends: the difference nearest its limit, in eps units", style="bold")
+        console.print("\nAgreement: how much of what is allowed two backends' differences use, at most", style="bold")
         table = Table("")
         for name in names:
             table.add_column(name, justify="right", overflow="fold")
@@ -152,6 +161,7 @@ def show(whole: Document, console: Console) -> None:
 
     if (text := whole["text"])["weights"]:
         console.print(f"\nAttention over {clean(text['source'])}, {len(text['tokens'])} tokens", style="bold", soft_wrap=True)
+        console.print(WORDS, style="dim")
         console.print(heat(text["tokens"], text["weights"], console), no_wrap=True, overflow="crop", end="")
         console.print(f"Text: {_judgement(text['pairs'])}", soft_wrap=True)
 
@@ -183,8 +193,8 @@ def _cell(pair: Document | None) -> Text:
     if pair is None:
         return Text("·", "dim")
     if not pair["passed"]:
-        return Text(f"{number(pair['error'])} ✗", "bold red")
-    return Text(number(pair["error"]), "green" if pair["error"] <= pair["allowed"] / 2 else "yellow")
+        return Text(f"{percent(_share(pair))} ✗", "bold red")
+    return Text(percent(_share(pair)), "green" if pair["error"] <= pair["allowed"] / 2 else "yellow")
 
 
 def heat(tokens: list[str], weights: list[list[float]], console: Console) -> Text:
@@ -255,7 +265,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .good { color: var(--good); } .bad { color: var(--bad); } .wide { overflow-x: auto; }
 svg { max-width: 100%; height: auto; } svg text { fill: var(--ink); font: 13px system-ui, sans-serif; }
 svg .cell { fill: var(--heat); } svg .apart { fill: var(--bad); } svg .frame { fill: none; stroke: var(--line); }
-li { overflow-wrap: anywhere; } footer { margin-top: 3rem; font-size: .85rem; }
+li { overflow-wrap: anywhere; } summary { cursor: pointer; }
+details { margin: .5rem 0; } footer { margin-top: 3rem; font-size: .85rem; }
 """
 
 
@@ -290,14 +301,16 @@ def to_html(whole: Document) -> str:
 
 <h2>Backends</h2>
 <div class="wide">{_table(whole)}</div>
+<p>{_html(EXPLAINED)}</p>
 {notes}
+{_cases(whole)}
 
 <h2>Agreement</h2>
-<p>{_html(_judgement(whole["pairs"]))}.</p>
+<p>{_html(_judgement(whole["pairs"]))}. Each cell: how much of what is allowed the differences of two backends use, at most.</p>
 {_matrix_svg(whole, whole["pairs"])}
 
 <h2>Attention over a text</h2>
-<p>{_html(text["source"])}: {len(text["tokens"])} tokens{shown}.{by}</p>
+<p>{_html(text["source"])}: {len(text["tokens"])} tokens{shown}.{by} {_html(WORDS)}</p>
 {picture}
 <p>{_html(_judgement(text["pairs"]))}.</p>
 {f"<h2>Failures</h2>{chr(10)}<ul>{chr(10)}{listed}</ul>" if failures else ""}
@@ -316,9 +329,9 @@ def _table(whole: Document) -> str:
         "version",
         "device",
         "cases passed",
-        "worst value (eps units)",
-        "worst gradient (eps units)",
-        "of its limit",
+        "used, at most",
+        "values (eps units)",
+        "grads (eps units)",
         "time",
     )
     head = "".join(f'<th scope="col"{_aligned(i)}>{title}</th>' for i, title in enumerate(titles))
@@ -329,13 +342,33 @@ def _table(whole: Document) -> str:
         cells = [
             *(_html(row[key] or "-") for key in ("version", "device")),
             f'<span class="{"bad" if failed or row["failed"] else "good"}">{cases}</span>',
-            *(number(row[key]) for key in ("worst_value", "worst_gradient")),
             percent(row["worst_share"]),
+            *(number(row[key]) for key in ("worst_value", "worst_gradient")),
             f"{row['seconds']:.1f} s",
         ]
         data = "".join(f"<td{_aligned(i)}>{cell}</td>" for i, cell in enumerate(cells, 1))
         lines.append(f'<tr><th scope="row">{_html(row["backend"])}</th>{data}</tr>')
     return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>"
+
+
+def _cases(whole: Document) -> str:
+    """Every case of each backend with its errors, folded: the proof, to be read."""
+    parts = []
+    for row in whole["backends"]:
+        lines: dict[tuple[str, str], list[str]] = {}
+        for each in row["results"]:
+            said = f"{number(each['error'])} of {number(each['allowed'])}{'' if each['passed'] else ' ✗'}"
+            said = each["message"] if each["message"].startswith("not offered") else said
+            lines.setdefault((each["case"], each["dtype"]), []).append(f"{each['what']} {said}")
+        body = "".join(
+            f"<tr><td>{_html(case)}</td><td>{_html(dtype)}</td><td>{_html('; '.join(said))}</td></tr>\n"
+            for (case, dtype), said in lines.items()
+        )
+        head = "".join(f'<th scope="col">{title}</th>' for title in ("case", "dtype", "errors of what is allowed"))
+        summary = f"<summary>{_html(row['backend'])}: every case, with its errors</summary>"
+        table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+        parts += [f'<details>{summary}\n<div class="wide">{table}</div></details>'] if lines else []
+    return "\n".join(parts)
 
 
 def _aligned(column: int) -> str:
@@ -360,13 +393,13 @@ def _matrix_svg(whole: Document, pairs: list[Document]) -> str:
         for j, b in enumerate(names):
             at = f'x="{left + j * wide}" y="{y}" width="{wide}" height="{high}"'
             if (pair := cells.get((a, b))) is not None:
-                share = math.sqrt(min(max(_share(pair), 0.0), 1.0)) if pair["passed"] else 1.0
+                share = min(max(_share(pair), 0.0), 1.0) if pair["passed"] else 1.0
                 kind, mark = ("cell", "") if pair["passed"] else ("apart", " ✗")
                 body.append(f'<rect class="{kind}" fill-opacity="{0.05 + 0.45 * share:.2f}" {at}/>')
                 middle = f'x="{left + j * wide + wide / 2}" y="{y + high / 2 + 5}" text-anchor="middle"'
-                body.append(f"<text {middle}>{number(pair['error'])}{mark}</text>")
+                body.append(f"<text {middle}>{percent(_share(pair))}{mark}</text>")
             body.append(f'<rect class="frame" {at}/>')
-    title = f"Agreement of each two backends, the difference nearest its limit in eps units: {_judgement(pairs)}"
+    title = f"Agreement of each two backends, the share of what is allowed that they use: {_judgement(pairs)}"
     return _svg(left + wide * len(names) + 1, top + high * len(names) + 1, title, body)
 
 

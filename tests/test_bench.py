@@ -157,3 +157,18 @@ def test_tables_hold_every_name_and_figure_however_many_shapes_and_however_narro
             "9.62",
         ]
         assert said.count("14.3-160") == len(rows)
+
+
+def test_without_pytorch_the_table_is_headed_by_time_alone():
+    row = {
+        "backend": "numpy",
+        "what": "kvattn numpy",
+        "shape": "S",
+        "kind": "full",
+        "seconds": 0.1,
+        "right": True,
+        "error": 0.0,
+    }
+    rows = [row | {"spread": [0.1, 0.1], "ratio": None}]
+    assert "SDPA" not in bench.tables(rows, 80)[0].title
+    assert bench.tables([*rows, rows[0] | {"ratio": 1.0}], 80)[0].title.startswith("on cpu: time / torch SDPA")

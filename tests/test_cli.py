@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -99,7 +100,12 @@ def test_agreement_exits_0_and_closes_with_the_count(capsys, world):
     assert (status, err) == (0, "")
     assert out.splitlines()[-1] == "4 passed, 0 failed"
     assert "numpy: 2 cases passed, 0 failed" in out  # the plain log
-    assert "1 of 1 pairs agree: nearest the limit numpy and twin, 0.50 of 4.00 eps units" in out
+    assert "1 of 1 pairs agree: nearest the limit numpy and twin, 12% of it" in out
+    assert "used: of an error's own limit, which grows with the scores" in out
+    assert "A word's vector is made of a hash of it and of its place, not of its meaning" in " ".join(out.split())
+    head, row = (next(line for line in out.splitlines() if word in line) for word in ("backend", "numpy  "))
+    assert [word for word in head.split() if word != "┃"][3:] == ["cases", "used", "values", "grads", "time"]
+    assert row.split("│")[5].strip() == "9%"
     assert "\x1b" not in out
     assert max(map(len, out.splitlines())) <= 88
 
@@ -127,7 +133,7 @@ def test_a_disagreement_exits_1(capsys, world):
     world.apart = 99.0
     status, out, _ = run(capsys, "conform", "--backend", "numpy,twin")
     assert status == 1
-    assert "99.00 ✗" in out
+    assert "2475% ✗" in out
     assert "numpy and twin: disagree; error 99.00, 4.00 allowed" in out
     assert out.splitlines()[-1] == "4 passed, 1 failed"
 
@@ -242,7 +248,10 @@ def test_json_says_what_the_terminal_says(capsys, world, tmp_path):
     assert first | {"seconds": 0} == {
         "backend": "numpy", "version": np.__version__, "device": "cpu", "cases": 2, "passed": 2, "failed": 0, "error": None,
         "worst_value": 0.25, "worst_gradient": 0.75, "worst_share": 0.09375, "notes": [], "failures": [], "seconds": 0,
+        "results": first["results"],
     }  # fmt: skip
+    assert [each["what"] for each in first["results"]] == ["output", "grad_query"] * 2
+    assert first["results"][0]["error"] == 0.25
     assert second["failures"][0]["error"] == "inf"
     assert got["pairs"] == [
         {"a": "numpy", "b": "twin", "error": 0.5, "allowed": 4.0, "passed": True, "compared": 2, "message": ""}
@@ -296,9 +305,13 @@ def test_html_is_one_file_that_refers_to_nothing_and_escapes_all(capsys, world, 
     assert not {"script", "img", "b", "link"} & set(page.tags)
     assert "&lt;script&gt;" in html
     assert "犬" in html
-    assert page.scopes == 8 + 3
+    assert page.scopes == 8 + 2 + 1 + 2 * 3
     assert len(page.labels) == 2
     assert "Agreement" in page.labels[0]
+    assert page.tags.count("details") == 2
+    assert "<td>case 1</td><td>float32</td><td>output 0.25 of 4.00; grad_query 0.75 of 8.00; weights 9.00 of 4.00 ✗" in html
+    cells = re.findall(r'fill-opacity="(.*?)".*\n<text.*>(.*)</text>', html)
+    assert [cell for cell in cells if "%" in cell[1]] == [("0.11", "12%")] * 2  # the colour and the number tell one thing
     assert "Heat map" in page.labels[1]
     assert sorted(os.listdir(tmp_path)) == ["<b>&.txt", "r.html"]
 
