@@ -26,15 +26,15 @@ WAYS = {"eager": lambda f: f, "tf.function": graph}
 
 
 @contextmanager
-def in_blocks(pairs=8):
+def in_blocks(numbers=8):
     """Every call is cut into blocks of a few numbers; notes the scores of those that were."""
     served, attention = [], blocks.attention
 
-    def noted(*args, **options):
-        served.append(options["score"])
-        return attention(*args, **options)
+    def noted(tab, serve, query, key, value, call, plan):
+        served.append(call.score)
+        return attention(tab, serve, query, key, value, call, plan)
 
-    with patch.multiple(blocks, PAIRS=pairs, attention=noted):
+    with patch.multiple(blocks, MOST=numbers, attention=noted):
         yield served
 
 
@@ -205,4 +205,4 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 def test_memory_is_that_of_a_block(what, gradients):
     held = int(subprocess.run([sys.executable, "-c", PEAK, what, gradients], capture_output=True, text=True, check=True).stdout)
     features = {"additive": 32, "own": 16}[what]
-    assert held < 8 * 4 * blocks.PAIRS < 4 * features * 3000**2
+    assert held < 8 * 4 * blocks.MOST < 4 * features * 3000**2

@@ -21,6 +21,7 @@ from tiling import RESTRICTIONS, draw, room
 
 import kvattn
 from kvattn.backends import tensorflow as tab
+from kvattn.call import Call
 from kvattn.kernels.tensorflow import tiles as tiled
 
 ROOM = room("tensorflow")
@@ -226,23 +227,24 @@ def test_a_repeated_call_finds_nothing_of_the_last():
 # ---- memory
 
 
-def test_queries_of_a_block():
-    def queries(m, right=None, scores=1000):
-        sizes = scores, 50, 30, 4
-        arrays = (tf.zeros((2, n, 3)) for n in (200, m, m))
-        blocks = tiled.Call((1.0, None, None, right, False, False, False, False, *sizes), *arrays, tf.constant(0)).table
-        return int(tf.reduce_max(blocks[:, 1] - blocks[:, 0]))
+def test_a_window_makes_blocks_of_fewer_queries():
+    sizes = {}
 
-    assert [queries(m) for m in (10, 25, 1000)] == [50, 40, 4]
-    assert [queries(m, right=2000) for m in (10, 50, 1000)] == [30, 20, 4]
-    assert queries(1000, scores=20_000) == 20
+    def noted(function, kind, specs, compiled=tiled._compiled):
+        sizes[kind.right] = kind.most
+        return compiled(function, kind, specs)
+
+    with patch.multiple(tiled, SMALLEST=0, _compiled=noted):
+        for options in ({}, {"causal": True}):
+            kvattn.attention(*map(tf.constant, draw()[:3]), **options)
+    assert sizes == {None: tiled.ROWS, 0: tiled.BAND_ROWS}
 
 
 def test_blocks_of_the_way_back_are_larger():
     scores, compiled = {}, tiled._compiled
 
     def noted(function, kind, specs):
-        scores[function.__name__] = kind[-4]
+        scores[function.__name__] = kind.scores
         return compiled(function, kind, specs)
 
     with patch.multiple(tiled, SMALLEST=0, _compiled=noted):
@@ -281,32 +283,34 @@ def test_memory_is_a_few_blocks(which):
 # ---- the condition
 
 
+def serves(query, key, value, score=tab.dot_score, normalize=tab.softmax, **options):
+    return not tiled.obstacle(tab, query, key, value, Call(score, normalize, **options))
+
+
 def test_which_calls_blocks_serve():
     query, key, value, _ = (tf.constant(x) for x in draw(lead=(2,), n=600, m=600))
-    serves = partial(tiled.serves, tab, query, key, value)
-    assert serves(tab.scaled_dot_score, tab.softmax)
-    assert serves(tab.dot_score, tab.masked_softmax)
-    assert not serves(tab.distance_score, tab.softmax)
-    assert not serves(partial(tab.dot_score), tab.softmax)
-    assert not serves(tab.dot_score, tab.sparsemax)
-    assert not serves(tab.dot_score, tab.softmax, dropout=0.1)
-    assert not serves(tab.dot_score, tab.softmax, return_weights=True)
-    assert not serves(tab.dot_score, tab.softmax, bias=tf.zeros(500))
-    assert not tiled.serves(tab, query[:, :1], key, value, tab.dot_score, tab.softmax)
-    assert not tiled.serves(tab, query, key[:1], value, tab.dot_score, tab.softmax)
+    assert serves(query, key, value, tab.scaled_dot_score)
+    assert serves(query, key, value, tab.dot_score, tab.masked_softmax)
+    assert not serves(query, key, value, tab.distance_score)
+    assert not serves(query, key, value, partial(tab.dot_score))
+    assert not serves(query, key, value, normalize=tab.sparsemax)
+    assert not serves(query, key, value, dropout=0.1)
+    assert not serves(query, key, value, return_weights=True)
+    assert not serves(query, key, value, bias=tf.zeros(500))
+    assert not serves(query[:, :1], key, value)
+    assert not serves(query, key[:1], value)
     with patch.object(tf.config, "list_physical_devices", lambda kind: [kind]):
-        assert not serves(tab.dot_score, tab.softmax)
+        assert not serves(query, key, value)
 
 
 def test_calls_that_look_at_every_key_are_cut_when_they_are_larger():
     query, key, value, _ = (tf.constant(x) for x in draw(lead=(2,), n=500, m=500))
-    assert not tiled.serves(tab, query, key, value, tab.dot_score, tab.softmax)
-    assert tiled.serves(tab, query, key, value, tab.dot_score, tab.softmax, restricted=True)
+    assert not serves(query, key, value)
     for restriction in ({"causal": True}, {"mask": np.ones((500, 500), bool)}, {"valid_lens": [3, 4]}, {"window": 2}):
         assert kvattn.explain(query, key, value, **restriction).kernel == "blocks"
     assert kvattn.explain(query, key, value).kernel != "blocks"
-    with patch.object(tiled, "HELD", 499_999):
+    with patch.object(tiled, "AT_ONCE", 499_999):
         assert kvattn.explain(query, key, value).kernel == "blocks"
-        assert not tiled.serves(tab, query[:1], key[:1], value[:1], tab.dot_score, tab.softmax)
+        assert not serves(query[:1], key[:1], value[:1])
     unknown = [tf.TensorSpec((None, 2, 500, 3))] * 3
-    assert tiled.serves(tab, *unknown, tab.dot_score, tab.softmax)
+    assert serves(*unknown)

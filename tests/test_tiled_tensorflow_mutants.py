@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 from conftest import chosen
-from test_mutants import mutate_kernels
+from test_mutants import PACKAGE, altered, mutate_kernels
 from tiling import call, right, room
 
 if "tensorflow" not in chosen():
@@ -32,43 +32,46 @@ SHAPES = noticed_here("a_trace_knows_the_shapes_of_results")
 JACOBIANS = noticed_here("forward_derivatives_and_jacobians")
 LENGTHS = "lengths per query"
 LEFT = {"window": (2, None)}
-HIDE = "self.seen(self.key, seen), self.seen(self.value, seen), self.seen(self.query)"
+HIDE = "tf.where(has_query, x, tf.zeros_like(x))"
 MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction, options or a test that should notice
-    ("sees too far right", "tf.minimum(first + self.right - low,", "tf.minimum(first + self.right - low + 1,", "causal"),
-    ("sees too far left", "tf.minimum(low - (first - self.left),", "tf.minimum(low - (first - self.left) + 1,", LEFT),
-    ("reaches every key", "tf.minimum(end + offset + self.right, high)", "high", UNSEEN("causal")),
-    ("reads another entry's lengths", "tf.gather(valid_lens, entry)", "tf.gather(valid_lens, 0 * entry)", "lengths"),
-    ("reads another query's length", "(entry * n + start, entry * n + end)", "(start, end)", LENGTHS),
+    ("sees too far right", "start + offset + right - low,", "start + offset + right - low + 1,", "causal"),
+    ("sees too far left", "low - (start + offset - left),", "low - (start + offset - left) + 1,", LEFT),
+    ("reaches every key", "ops.minimum(end + offset + right, high)", "high", UNSEEN("causal")),
+    ("reads another entry's lengths", "tf.gather(lens, entry)", "tf.gather(lens, 0 * entry)", "lengths"),
+    ("reads another query's length", "(entry * self.n + start, entry * self.n + end)", "(start, end)", LENGTHS),
     ("reads another entry's offset", "self.lead[:1]), entry)", "self.lead[:1]), 0 * entry)", "causal, offset per batch"),
     ("shifts a mask's rows", '"masked": (start, end)', '"masked": (0 * start, end - start)', "mask"),
     ("adds over no group", "tf.raw_ops.InplaceAdd(", "tf.raw_ops.InplaceUpdate(", "nothing"),
-    ("forgets the maximum in lse", "return weights, top - tf", "return weights, -tf", "nothing"),
-    ("gives an empty row an lse", "block.seen(lse, other=-math.inf)", "lse", LENGTHS),
+    ("forgets the maximum in lse", "return kept, top - tf", "return kept, -tf", "nothing"),
+    ("gives an empty row an lse", "tf.where(tf.not_equal(top, least), top, -math.inf)", "top", LENGTHS),
     ("forgets the sums' derivative", "delta = tf.reduce_sum(grad", "delta = 0 * tf.reduce_sum(grad", "nothing"),
     ("divides no gradient", "grad, delta = grad / total, delta / total", "pass", "causal"),
-    ("forgets softcap's slope", "by_scores if slope is None else by_scores * slope", "by_scores", "softcap"),
+    ("forgets softcap's slope", "keep(by_scores if slope is None else by_scores * slope)", "keep(by_scores)", "softcap"),
     ("forgets the lse's gradient", "delta -= block", "block", noticed("gradients_by_the_output_and_the_lse", "nothing")),
-    ("loses what is small", ">= FLOOR", ">= -1", noticed("scores_that_need_their_maximum_taken_off", "window")),
-    ("lets NaN through from keys", HIDE, "self.key, self.value, self.seen(self.query)", UNSEEN("mask of columns")),
-    ("lets NaN through from queries", HIDE, HIDE.replace("self.seen(self.query)", "self.query"), UNSEEN(LENGTHS)),
-    ("cuts a far offset", "tf.clip_by_value(tf.cast(query_offset, tf.int64), -FAR, FAR)", "query_offset",
+    ("loses what is small", ">= LOSSLESS", ">= -1", noticed("scores_that_need_their_maximum_taken_off", "window")),
+    ("lets NaN through from keys", HIDE, "x", UNSEEN("mask of columns")),
+    ("lets NaN through from queries", "self.of_rows_with_keys(self.query)", "self.query", UNSEEN(LENGTHS)),
+    ("cuts a far offset", "tf.clip_by_value(tf.cast(call.query_offset, tf.int64), -FAR, FAR)", "call.query_offset",
      noticed("an_offset_out_of_sight")),
     ("cuts a long window", "None if side is None else min(side, FAR)", "side", noticed("a_window_without_end")),
-    ("cuts a large length", "tf.minimum(tf.cast(valid_lens, tf.int64), key.shape[-2])", "valid_lens",
+    ("cuts a large length", "tf.minimum(tf.cast(call.valid_lens, tf.int64), key.shape[-2])", "call.valid_lens",
      noticed("lengths_far_beyond_the_keys")),
-    ("serves XLA", "_compiles_with_xla() or ", "", noticed_here("ways_to_call", "jit_compile", "nothing")),
+    ("serves XLA", "if _compiles_with_xla() or ", "if ", noticed_here("ways_to_call", "jit_compile", "nothing")),
     ("forgets its results' shapes", "x.set_shape(shape)", "pass", SHAPES),
     ("lets a tape look inside", "[tf.stop_gradient(x) for x in tensors]", "[*tensors]", JACOBIANS),
-    ("starts from a constant", "tf.raw_ops.Empty(shape=tf.stack([rows, width]), dtype=call.dtype, init=True)",
-     "tf.zeros(tf.stack([rows, width]), call.dtype)", noticed_here("a_repeated_call_finds_nothing_of_the_last")),
-    ("takes blocks of any size", "scores // tf.maximum(self.m, 1)", "scores", noticed_here("queries_of_a_block")),
+    ("starts from a constant", "tf.raw_ops.Empty(shape=tf.stack([rows, width]), dtype=arguments.dtype, init=True)",
+     "tf.zeros(tf.stack([rows, width]), arguments.dtype)", noticed_here("a_repeated_call_finds_nothing_of_the_last")),
 ]  # fmt: skip
 
 
 @pytest.fixture
 def mutated(monkeypatch):
     def alter(old, new):
-        mutant = mutate_kernels(monkeypatch, "tensorflow", old, new)
+        planned = old not in (PACKAGE / "kernels/tensorflow/tiles.py").read_text()
+        mutant = mutate_kernels(monkeypatch, "tensorflow", *(("import", "import") if planned else (old, new)))
+        if planned:
+            plan = altered("kernels/tensorflow/plan.py", "kvattn_mutants.plan", old, new)
+            monkeypatch.setattr(mutant, "plan", plan)
         monkeypatch.setattr(mutant, "absent", lambda *_: True)  # as in a graph, where nothing is computed again
         monkeypatch.setattr(test_tiled_tensorflow, "tiled", mutant)
 

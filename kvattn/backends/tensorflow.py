@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 
 from kvattn import bands, explanation
-from kvattn.kernels.tensorflow import blocks, nonfinite
-from kvattn.kernels.tensorflow import tiles as tiled
+from kvattn.call import Call, Choice
+from kvattn.kernels.tensorflow import blocks, nonfinite, tiles
 
 HALF = (tf.float16, tf.bfloat16)
 
@@ -133,21 +133,24 @@ def _positions(query_offset, n, ndim):
     return query_offset + tf.range(tf.cast(n, tf.int64))[:, None]
 
 
-def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window):
+def _keys(key):
+    """The positions of the keys."""
+    return tf.range(tf.cast(_shape(key)[-2], tf.int64))
+
+
+def _allowed(n, keys, ndim, call):
     """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
-    allowed = [] if mask is None else [mask]
-    if bias is not None:
-        allowed.append(tf.not_equal(bias, -math.inf))
-    if valid_lens is not None:
-        allowed.append(keys < _lengths(valid_lens, ndim))
-    if causal or window is not None:
-        ahead = keys - _positions(query_offset, n, ndim)  # how far each key lies after each query
-        left, right = window or (None, None)
-        right = 0 if causal else right
-        if left is not None:
-            allowed.append(ahead >= -left)
-        if right is not None:
-            allowed.append(ahead <= right)
+    allowed = [] if call.mask is None else [call.mask]
+    if call.bias is not None:
+        allowed.append(tf.not_equal(call.bias, -math.inf))
+    if call.valid_lens is not None:
+        allowed.append(keys < _lengths(call.valid_lens, ndim))
+    if call.windowed:
+        ahead = keys - _positions(call.query_offset, n, ndim)  # how far each key lies after each query
+        if call.left is not None:
+            allowed.append(ahead >= -call.left)
+        if call.right is not None:
+            allowed.append(ahead <= call.right)
     return tf.convert_to_tensor(reduce(tf.logical_and, allowed)) if allowed else None
 
 
@@ -171,29 +174,27 @@ def _hide_padding(allowed, query, key, value):
         return query, key, value
     if len(allowed.shape) < 2:
         allowed = allowed[None] if len(allowed.shape) else allowed[None, None]
-    seen, sees = tf.reduce_any(allowed, axis=-2), tf.reduce_any(allowed, axis=-1)
+    has_key, has_query = tf.reduce_any(allowed, axis=-1), tf.reduce_any(allowed, axis=-2)
     return (
-        tf.where(_any_for(sees, query.shape), query, 0),
-        tf.where(_any_for(seen, key.shape), key, 0),
-        tf.where(_any_for(seen, value.shape), value, 0),
+        tf.where(_any_for(has_key, query.shape), query, 0),
+        tf.where(_any_for(has_query, key.shape), key, 0),
+        tf.where(_any_for(has_query, value.shape), value, 0),
     )
 
 
 def _leaks(*inputs):
     """Whether NaN or inf in rows that meet nobody may reach a gradient: not where all inputs are known to be finite."""
-    return any((seen := peek(x)) is None or not np.isfinite(seen).all() for x in {id(x): x for x in inputs}.values())
+    return any((values := peek(x)) is None or not np.isfinite(values).all() for x in {id(x): x for x in inputs}.values())
 
 
-def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
+def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    limited = causal or not mask is bias is valid_lens is window is positions is None
-    if not limited or not _leaks(query, key, value):
+    if not (call.restricted or call.positions is not None) or not _leaks(query, key, value):
         return _hide_padding(None, query, key, value)
-    keys = tf.range(tf.cast(_shape(key)[-2], tf.int64))
-    if positions is not None:
-        chosen = tf.reduce_any(tf.cast(positions, tf.int64)[..., None] == keys, axis=-2)
-        mask = chosen if mask is None else tf.logical_and(mask, chosen)
-    allowed = _allowed(_shape(query)[-2], keys, len(query.shape) + 1, mask, bias, valid_lens, causal, query_offset, window)
+    if call.positions is not None:
+        selected = tf.reduce_any(tf.cast(call.positions, tf.int64)[..., None] == _keys(key), axis=-2)
+        call = call._replace(mask=selected if call.mask is None else tf.logical_and(call.mask, selected))
+    allowed = _allowed(_shape(query)[-2], _keys(key), len(query.shape) + 1, call)
     hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
     return tuple(x[..., 0, :, :] for x in hidden)
 
@@ -339,8 +340,8 @@ def sparsemax(scores, where=None):
 def hardmax(scores, where=None):
     if scores.shape[-1] == 0:
         return scores
-    seen = scores if where is None else tf.where(where, scores, -math.inf)
-    best = tf.argmax(tf.where(tf.equal(seen, seen), seen, math.inf), axis=-1)  # tf.argmax would pass over NaN
+    scored = scores if where is None else tf.where(where, scores, -math.inf)
+    best = tf.argmax(tf.where(tf.equal(scored, scored), scored, math.inf), axis=-1)  # tf.argmax would pass over NaN
     chosen = tf.equal(tf.range(tf.cast(_shape(scores)[-1], tf.int64)), best[..., None])
     return tf.cast(chosen if where is None else tf.logical_and(chosen, where), scores.dtype)
 
@@ -415,123 +416,135 @@ def attention(
     return_lse=False,
 ):
     query, key, value = tf.convert_to_tensor(query), tf.convert_to_tensor(key), tf.convert_to_tensor(value)
+    call = Call.of(
+        query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
+        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,
+        return_weights=return_weights, return_lse=return_lse,
+    )  # fmt: skip
+    return _attend(query, key, value, call)
+
+
+def choose(query, key, value, call):
+    """The kernel that serves a call: Choice(kernel, why, blocks, run)."""
+    tab = sys.modules[__name__]
     if len(query.shape) > 4:
-        options = {"score": score, "normalize": normalize, "causal": causal, "window": window, "scale": scale}
-        options |= {"softcap": softcap, "dropout": dropout, "rng": rng}
-        options |= {"return_weights": return_weights, "return_lse": return_lse}
         batch = _lead(query, key)[:-1]
-        arrays, where = _one_batch(batch, query, key, value, mask, bias, valid_lens, query_offset, positions)
-        results = attention(*arrays, **where, **options)
-        return tf.nest.map_structure(lambda x: tf.reshape(x, (*batch, *_shape(x)[1:])), results)
-    if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):  # as in decoding: no mask to build
-        causal, window = False, None
-    where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
-    reach = {"causal": causal, "window": window}
-    how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
-    back = {"return_weights": return_weights, "return_lse": return_lse}
-    if positions is not None:
-        query, key, value, where = _select(positions, query, key, value, **where, **reach)
-        results = attention(
-            query, key, value, **where, **how, **back
-        )  # keys of its own: what is hidden, is hidden from one query
-        if not isinstance(results, tuple):
-            return results[..., 0, :]
-        return tuple(x[..., 0] if len(x.shape) < len(query.shape) else x[..., 0, :] for x in results)
-    restricted = causal or not mask is valid_lens is window is None
-    if tiled.serves(sys.modules[__name__], query, key, value, score, normalize, bias, dropout, return_weights, restricted):
-        how = {"score": score, "scale": scale, "softcap": softcap, "return_lse": return_lse}
-        return tiled.attention(sys.modules[__name__], query, key, value, **how, **where, **reach)
-    whole = return_weights or not _cuttable(mask, bias)
-    steps = [] if whole else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
-    if steps:
-        parts = []
-        for block, (cut, at) in enumerate(bands.cuts(steps, query, key, value, **where)):
-            how["rng"] = None if rng is None else (rng, block)  # one seed would drop the same pairs in every block
-            parts.append(attention(*cut, **reach, **how, **back, **at))
-        if not return_lse:
-            return tf.concat(parts, axis=-2)
-        return tf.concat([x for x, _ in parts], axis=-2), tf.concat([x for _, x in parts], axis=-1)
-    if steps := blocks.plan(score, query, key, value, mask, bias, valid_lens):
-        return blocks.attention(sys.modules[__name__], steps, query, key, value, **where, **reach, **how, **back)
-    results = _formula(query, key, value, **where, **reach, **how, **back)
-    looked = (query, key) if restricted or bias is not None else ()  # nothing is hidden where all may attend
+        return _prepared(_one_batch(query, key, value, call), lambda x: tf.reshape(x, (*batch, *_shape(x)[1:])))
+    if call.positions is not None:
+        lse_axes, size = len(query.shape), call.positions.shape[-1]
+        choice = _prepared(_select(query, key, value, call), lambda x: x[..., 0] if len(x.shape) == lse_axes else x[..., 0, :])
+        why = f"{choice.why}; each query beside the {size} keys it selects"
+        return choice._replace(kernel=f"{choice.kernel}, of selected keys", why=why)
+
+    obstacle = tiles.obstacle(tab, query, key, value, call)
+    if not obstacle:
+        why = "softmax of dot products, so many that all at once would fill the memory"
+        return Choice("blocks", why, run=partial(tiles.attention, tab))
+    cuttable = not any(None in x.shape[-2:] for x in (call.mask, call.bias) if x is not None)
+    if cuttable and not call.return_weights and (plan := call.window_blocks(query.shape[-2], key.shape[-2])):
+        name = "the formula" if len(plan) == 1 else "the formula, in blocks"
+        return Choice(name, f"{obstacle}; {explanation.in_blocks(plan)}", plan, _in_the_window)
+    if plan := blocks.plan(query, key, value, call):
+        why = f"{obstacle}; {len(plan)} blocks of queries, as many as keep memory bounded"
+        return Choice("the formula, in blocks", why, plan, partial(blocks.attention, tab, _by_formula))
+    return Choice("the formula", obstacle, run=_by_formula)
+
+
+def _prepared(arguments, restore):
+    """The choice for a call whose arguments become these first; ``restore``: each result in the shape that was asked for."""
+    choice = choose(*arguments)
+    return choice._replace(run=lambda *_: tf.nest.map_structure(restore, choice.run(*arguments, choice.blocks)))
+
+
+def _attend(query, key, value, call):
+    choice = choose(query, key, value, call)
+    return choice.run(query, key, value, call, choice.blocks)
+
+
+def _in_the_window(query, key, value, call, plan):
+    """Blocks of queries, each a call of its own with the keys in its window."""
+    parts = []
+    for i, (*arrays, part) in enumerate(call.cut(plan, query, key, value)):
+        rng = None if call.rng is None else (call.rng, i)  # one seed would drop the same pairs in every block
+        parts.append(_attend(*arrays, part._replace(rng=rng)))
+    if not call.return_lse:
+        return tf.concat(parts, axis=-2)
+    return tf.concat([x for x, _ in parts], axis=-2), tf.concat([x for _, x in parts], axis=-1)
+
+
+def _by_formula(query, key, value, call, plan=()):
+    """The formula; where it finds NaN or inf and runs at once, again without the pairs that may not attend: 0 * NaN is NaN."""
+    results = _formula(query, key, value, call)
     output = results[0] if isinstance(results, tuple) else results
-    if not tf.executing_eagerly() or nonfinite.absent(*looked, output):
+    inputs = (query, key) if call.restricted else ()  # nothing is hidden where all may attend
+    if not tf.executing_eagerly() or nonfinite.absent(*inputs, output):
         return results
-    allowed = _allowed(_shape(query)[-2], tf.range(tf.cast(_shape(key)[-2], tf.int64)), len(query.shape), **where, **reach)
+    allowed = _allowed(_shape(query)[-2], _keys(key), len(query.shape), call)
     if nonfinite.absent(*_hide_padding(allowed, query, key, value)[:2], output):  # it lay where nobody looks
         return results
-    return _in_blocks(query, key, value, **where, **reach, **how, **back)
-
-
-def _cuttable(*masks):
-    """Whether each can be cut into blocks: its sizes are known."""
-    return not any(None in x.shape[-2:] for x in masks if x is not None)
-
-
-def _in_blocks(query, key, value, **options):
-    """The formula where something is not finite, in blocks of queries: its products leave out the pairs that may not attend."""
     careful = partial(_formula, careful=True)
-    others = (options[name] for name in ("mask", "bias", "valid_lens"))
-    held = 1 if options["score"] in (scaled_dot_score, dot_score) else query.shape[-1] or 1
-    steps = blocks.plan(options["score"], query, key, value, *others, held=held)
-    if not steps:
-        return careful(query, key, value, **options)
-    return blocks.attention(sys.modules[__name__], steps, query, key, value, attend=careful, **options)
+    copies = 1 if call.score in (scaled_dot_score, dot_score) else query.shape[-1] or 1  # each query has keys of its own
+    plan = blocks.plan(query, key, value, call, copies)
+    return (
+        blocks.attention(sys.modules[__name__], careful, query, key, value, call, plan)
+        if plan
+        else careful(query, key, value, call)
+    )
 
 
-def _formula(query, key, value, *, score, normalize, mask, bias, valid_lens, causal, query_offset, window, scale, softcap,
-             dropout, rng, return_weights, return_lse, careful=False):  # fmt: skip
+def _formula(query, key, value, call, careful=False):
     """attention by its formula. ``careful``: where something is not finite, it reaches nothing by pairs that may not attend."""
     dtype, n, (heads, kv_heads) = query.dtype, _shape(query)[-2], _heads(query, key)
-    limited = causal or window is not None or valid_lens is not None
-    keys = tf.range(tf.cast(_shape(key)[-2], tf.int64)) if limited else None
-    allowed = _allowed(n, keys, len(query.shape), mask, bias, valid_lens, causal, query_offset, window)
-    if not (mask is bias is valid_lens is None and bands.covers(n, key.shape[-2], causal, query_offset, window)):
+    keys = _keys(key) if call.windowed or call.valid_lens is not None else None
+    allowed = _allowed(n, keys, len(query.shape), call)
+    if call.masked or not call.leaves_none_out(n, key.shape[-2]):
         query, key, value = _hide_padding(allowed, query, key, value)
-    if score not in (scaled_dot_score, dot_score) and None in (*query.shape[:-1], *key.shape[:-1]):
+    dots = call.score in (scaled_dot_score, dot_score)
+    if not dots and None in (*query.shape[:-1], *key.shape[:-1]):
         some = tf.reduce_all(tf.concat([tf.shape(query)[:-1], tf.shape(key)[:-1]], axis=0) > 0)  # without pairs, no gradient
         query, key = tf.where(some, query, 0), tf.where(some, key, 0)
-    score = dot_score if score is scaled_dot_score and scale is not None else score
-    dots, product = score in (scaled_dot_score, dot_score), _product
-    graph = not tf.executing_eagerly()
-    if graph or (careful and allowed is not None):
+    product, traced = _product, not tf.executing_eagerly()
+    if traced or (careful and allowed is not None):
         shape = (*_lead(query, key), n, _shape(key)[-2])
-        may = None if allowed is None else lambda: _fold(tf.broadcast_to(allowed, shape), kv_heads)
-        pairs = nonfinite.Pairs(may, careful)
-        score, product = score if may is None else pairs.score(sys.modules[__name__], score), pairs.product
+        pairs = nonfinite.AllowedPairs(
+            None if allowed is None else lambda: _fold(tf.broadcast_to(allowed, shape), kv_heads), careful
+        )
+        product = pairs.product
+        if allowed is not None:
+            score = dot_score if call.score is scaled_dot_score and call.scale is not None else call.score
+            call = call._replace(score=pairs.score(sys.modules[__name__], score))
 
     # weights = normalize(score(query, key)): (..., h, n, m)
-    scores = _scores(query, key, score, scale, softcap, bias)
-    if return_lse or (careful and normalize is softmax):
+    scores = _scores(query, key, call)
+    if call.return_lse or (careful and call.normalize is softmax):
         weights, lse = _softmax_lse(scores, allowed)
-    elif normalize is softmax and dots:
+    elif call.normalize is softmax and dots:
         weights, lse = _softmax_of_finite(scores, allowed), None
-        weights = nonfinite.spread(weights, allowed) if graph and return_weights else weights
+        weights = nonfinite.whole_rows(weights, allowed) if traced and call.return_weights else weights
     else:
-        weights, lse = normalize(scores, where=allowed), None
-        if product is not _product and allowed is not None and not blocks._known(sys.modules[__name__], normalize):
+        weights, lse = call.normalize(scores, where=allowed), None
+        if product is not _product and allowed is not None and not blocks.is_kvattns(sys.modules[__name__], call.normalize):
             weights = tf.where(allowed, weights, 0)  # whatever a row of NaN has there, and its gradient
 
     # output = weights @ value: (..., h, n, v)
-    output = product(_fold(_dropout(weights, dropout, rng), kv_heads), _wide(value))
+    output = product(_fold(_dropout(weights, call.dropout, call.rng), kv_heads), _wide(value))
     output = tf.cast(_unfold(output, heads, n), dtype)
-    results = [output] + [tf.cast(weights, dtype)] * return_weights + [lse] * return_lse
+    results = [output] + [tf.cast(weights, dtype)] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
 
-def _scores(query, key, score, scale, softcap, bias):
+def _scores(query, key, call):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
     n, (heads, kv_heads) = _shape(query)[-2], _heads(query, key)
     query = _fold(query, kv_heads)
-    if scale is None:
-        scores = score(query, key)
+    if call.scale is None:
+        scores = call.score(query, key)
     else:
-        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
+        scores = call.scale * (dot_score if call.score is scaled_dot_score else call.score)(query, key)
     scores = _unfold(scores, heads, n)
-    if softcap is not None:
-        scores = softcap * tf.tanh(scores / softcap)
-    return scores if bias is None else scores + _wide(bias)
+    if call.softcap is not None:
+        scores = call.softcap * tf.tanh(scores / call.softcap)
+    return scores if call.bias is None else scores + _wide(call.bias)
 
 
 def _dropout(weights, rate, rng):
@@ -542,8 +555,9 @@ def _dropout(weights, rate, rng):
     return tf.where(draw(_shape(weights)) >= rate, weights / (1 - rate), 0)
 
 
-def _one_batch(batch, query, key, value, mask, bias, valid_lens, query_offset, positions):
+def _one_batch(query, key, value, call):
     """The arguments with all their batch axes in one: of more than five axes TensorFlow cannot broadcast, nor of nine slice."""
+    batch = _lead(query, key)[:-1]
 
     def one(x):
         if x is None or len(x.shape) < 4:
@@ -555,9 +569,11 @@ def _one_batch(batch, query, key, value, mask, bias, valid_lens, query_offset, p
     def each(x):  # numbers by the first axis
         return tf.repeat(x, math.prod(batch[1:]), axis=0) if x is not None and len(getattr(x, "shape", ())) else x
 
-    where = {"mask": one(mask), "bias": one(bias), "positions": one(positions)}
-    where |= {"valid_lens": each(valid_lens), "query_offset": each(query_offset)}
-    return (one(query), one(key), one(value)), where
+    call = call._replace(
+        mask=one(call.mask), bias=one(call.bias), positions=one(call.positions), valid_lens=each(call.valid_lens),
+        query_offset=each(call.query_offset),
+    )  # fmt: skip
+    return one(query), one(key), one(value), call
 
 
 def _widen(x, lead, last):
@@ -571,10 +587,10 @@ def _widen(x, lead, last):
     return tf.reshape(x, (*lead, *kept))
 
 
-def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_offset, window):
-    """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and what may attend."""
+def _select(query, key, value, call):
+    """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and the call of these."""
     n, m, lead = _shape(query)[-2], _shape(key)[-2], _lead(query, key)
-    index = tf.broadcast_to(tf.cast(positions, tf.int64), (*lead, n, _shape(positions)[-1]))
+    index = tf.broadcast_to(tf.cast(call.positions, tf.int64), (*lead, n, _shape(call.positions)[-1]))
     inside = (index >= 0) & (index < tf.cast(m, tf.int64)) & ~_repeated(index)
     index = tf.clip_by_value(index, 0, tf.cast(tf.maximum(m - 1, 0), tf.int64))
     spare = 0 if key.shape[-2] else 1  # where m may be 0, a key that nobody may attend to: something to gather
@@ -583,17 +599,17 @@ def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_
         x = tf.pad(tf.broadcast_to(x, (*lead, n, m)), [[0, 0]] * (len(lead) + 1) + [[0, spare]])
         return tf.gather(x, index, axis=-1, batch_dims=len(lead) + 1)
 
-    mask = inside if mask is None else inside & gather(mask)
-    bias = None if bias is None else gather(bias)
-    allowed = _allowed(n, index, len(query.shape), mask, bias, valid_lens, causal, query_offset, window)
+    mask = inside if call.mask is None else inside & gather(call.mask)
+    bias = None if call.bias is None else gather(call.bias)
+    allowed = _allowed(n, index, len(query.shape), call._replace(mask=mask, bias=bias))
     key, value = (tf.pad(_spread(x, lead), [[0, 0]] * len(lead) + [[0, spare], [0, 0]]) for x in (key, value))
     # TensorFlow's gradient of a gather fails where there are neither features nor positions
     key, value = (
         tf.gather(x, index, axis=len(lead), batch_dims=len(lead)) if x.shape[-1] else tf.zeros((*_shape(index), 0), x.dtype)
         for x in (key, value)
     )
-    where = {"mask": allowed[..., None, :], "bias": None if bias is None else bias[..., None, :]}
-    return tf.broadcast_to(query, (*lead, n, _shape(query)[-1]))[..., None, :], key, value, where
+    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :])
+    return tf.broadcast_to(query, (*lead, n, _shape(query)[-1]))[..., None, :], key, value, call
 
 
 def _lead(query, key):
@@ -616,22 +632,22 @@ def _repeated(index):
     lead = len(index.shape) - 1
     order = tf.argsort(index, axis=-1, stable=True)
     ordered = tf.gather(index, order, axis=-1, batch_dims=lead)
-    again = tf.concat([tf.zeros_like(ordered[..., :1], tf.bool), tf.equal(ordered[..., 1:], ordered[..., :-1])], axis=-1)
-    return tf.gather(again, tf.argsort(order, axis=-1), axis=-1, batch_dims=lead)
+    repeated = tf.concat([tf.zeros_like(ordered[..., :1], tf.bool), tf.equal(ordered[..., 1:], ordered[..., :-1])], axis=-1)
+    return tf.gather(repeated, tf.argsort(order, axis=-1), axis=-1, batch_dims=lead)
 
 
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
-    fine = not tf.executing_eagerly() or nonfinite.absent(tf.convert_to_tensor(grad_output))
+    finite = not tf.executing_eagerly() or nonfinite.absent(tf.convert_to_tensor(grad_output))
     score = options.get("score", scaled_dot_score)
     given = {"query": query, "key": key, "value": value, "bias": options.get("bias"), **getattr(score, "keywords", {})}
     by = {name: tf.identity(given[name]) for name in wrt}  # copies: one tensor may be query, key and value
-    with tf.GradientTape(watch_accessed_variables=False) as tape, nullcontext() if fine else nonfinite.expected():
+    with tf.GradientTape(watch_accessed_variables=False) as tape, nullcontext() if finite else nonfinite.expected():
         tape.watch(by)
         given |= by
         query, key, value, bias = (given.pop(name) for name in ("query", "key", "value", "bias"))
         if given:
             score = partial(score.func, *score.args, **given)
-        options |= blocks.alone(sys.modules[__name__], score=score, normalize=options.get("normalize", softmax))
+        options |= blocks.self_contained(sys.modules[__name__], score=score, normalize=options.get("normalize", softmax))
         output = attention(query, key, value, **{**options, "bias": bias})
     grads = tape.gradient(output, [by[name] for name in wrt], grad_output, unconnected_gradients="zero")
     return tuple(tf.convert_to_tensor(grad) for grad in grads)  # the gradient of a gather is sparse
@@ -646,32 +662,13 @@ def merge_attention(outputs, lses, return_lse=False):
     return (output, lse) if return_lse else output
 
 
-def kernel(query, key, value, **options):
-    if len(query.shape) > 4:
-        names = ("mask", "bias", "valid_lens", "query_offset", "positions")
-        (query, key, value), where = _one_batch(_lead(query, key)[:-1], query, key, value, *(options[name] for name in names))
-        options |= where
-    if options["positions"] is not None:
-        return explanation.selected(kernel, _select, query, key, value, **options)
-    how = (options[name] for name in ("score", "normalize", "bias", "dropout", "return_weights"))
-    restricted = options["causal"] or not options["mask"] is options["valid_lens"] is options["window"] is None
-    if tiled.serves(sys.modules[__name__], query, key, value, *how, restricted):
-        return "blocks", "softmax of dot products, so many that all at once would fill the memory"
-    why = "blocks are for many dot products of known sizes on the CPU, without bias, dropout, weights or XLA"
-    others = (options[name] for name in ("mask", "bias", "valid_lens"))
-    steps = blocks.plan(options["score"], query, key, value, *others)
-    if not _cuttable(options["mask"], options["bias"]):
-        options["window"] = None  # by which blocks would be planned
-    return explanation.bounded(*explanation.general(why, query, key, **options), steps)
-
-
 # ---- multi-head attention
 
 
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, **options)
+        query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -726,9 +723,9 @@ def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and len(x.shape) == 2 else lens  # of the one head there is
-    query, key, value = _hide_unseen(x, x, x, **options | {"valid_lens": lens})
-    pairs = ((query, W_q), (key, W_k), (value, W_v))
-    results = attention(*(_product(_wide(x), _wide(W)) for x, W in pairs), **options)
+    query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
+    projected = (_product(_wide(x), _wide(W)) for x, W in ((query, W_q), (key, W_k), (value, W_v)))
+    results = attention(*projected, **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):
         rest[0] = tf.cast(rest[0], dtype)

@@ -1,5 +1,12 @@
-"""Attention in blocks of queries, one after another, where the scores of all, and the features of which a score is made, would
-fill the memory. Gradients compute each block again."""
+"""Attention in blocks of queries, one after another:
+
+    attention(Q)[i : i + s] = attention(Q[i : i + s])
+
+for where the scores of all, and the features of which a score is made, would fill the memory. Gradients compute each block
+again.
+
+Source: Rabe and Staats 2021, "Self-attention does not need O(n^2) memory".
+"""
 
 from __future__ import annotations
 
@@ -9,106 +16,109 @@ import tensorflow as tf
 
 from kvattn import bands
 
-PAIRS = 2**24  # numbers that are held at one time: scores, and their features
+MOST = 2**24  # numbers that a block holds at one time: scores, and their features
 
 
-class Alone(partial):
-    """A function of one's own that reads nothing whose gradients are asked for but its arguments and tf.Variables."""
+class SelfContained(partial):
+    """A user's function that reads nothing whose gradients are asked for but its arguments and tf.Variables."""
 
 
-def plan(score, query, key, *others, held=1):
-    """Blocks of queries, as bands.plan's; [] where one block is all, or sizes are unknown. ``held``: numbers of each."""
-    if any(None in x.shape for x in (query, key, *others) if x is not None):
+def self_contained(tab, **functions):
+    """Users' functions as SelfContained, kvattn's as they are; in a graph, whose loops may fail on what they read, all are."""
+    if not tf.executing_eagerly():
+        return functions
+    return {name: function if is_kvattns(tab, function) else SelfContained(function) for name, function in functions.items()}
+
+
+def is_kvattns(tab, function):
+    """Whether a score or normaliser is one of ``tab``'s, be it with parameters."""
+    inner = getattr(function, "func", function)
+    return getattr(tab, getattr(inner, "__name__", ""), None) is inner
+
+
+def plan(query, key, value, call, copies=1):
+    """Blocks of queries, as bands.rows'; [] where one block is all, or sizes are unknown. ``copies``: of each number."""
+    if any(None in x.shape for x in (query, key, value, call.mask, call.bias, call.valid_lens) if x is not None):
         return []
-    return bands.rows(score, tuple(query.shape), tuple(key.shape), PAIRS // held)
+    return bands.rows(call.score, tuple(query.shape), tuple(key.shape), MOST // copies)
 
 
-def attention(tab, steps, query, key, value, *, score, normalize, mask, bias, valid_lens, query_offset, dropout, rng,
-              return_weights, return_lse, attend=None, **options):  # fmt: skip
-    """What attention of ``tab``, or ``attend``, returns for all queries, made of what it returns for each block.
+def attention(tab, serve, query, key, value, call, plan):
+    """What ``serve``, (query, key, value, call) -> results, returns for all queries, made of what it returns for each block.
 
-    What a score or normaliser of one's own reads beside its arguments, TensorFlow does not tell: unless it is Alone, tapes keep
-    every block of it.
+    TensorFlow does not tell what a user's score or normaliser reads beside its arguments: unless it is SelfContained, tapes
+    keep every block of it.
     """
-    n, m, size = query.shape[-2], key.shape[-2], steps[0][1]
+    n, m, size = query.shape[-2], key.shape[-2], plan[0][1]
     count = n // size  # whole blocks; what is left is a smaller one
-    rng = tf.random.uniform((), maxval=2**31 - 1, dtype=tf.int32) if dropout and rng is None else rng
+    rng = tf.random.uniform((), maxval=2**31 - 1, dtype=tf.int32) if call.dropout and call.rng is None else call.rng
     seed, first = rng if isinstance(rng, tuple) else (rng, 0)
-    keywords = dict(getattr(score, "keywords", {}))
-    bound = {name: tf.convert_to_tensor(x) for name, x in keywords.items() if tab.is_array(x)}
-    fixed = {"key": key, "value": value, "mask": mask, "bias": bias, "valid_lens": valid_lens, **bound}
-    each = {"query": (query, -2)}
-    if valid_lens is not None and len(valid_lens.shape) == (1 if len(query.shape) < 3 else 2):
-        each["valid_lens"] = (valid_lens, -1)
+    keywords = getattr(call.score, "keywords", {})
+    parameters = {name: f"the score's {name}" for name, x in keywords.items() if tab.is_array(x)}
+    arrays = {"query": query, "key": key, "value": value, "mask": call.mask, "bias": call.bias, "valid_lens": call.valid_lens}
+    arrays |= {label: tf.convert_to_tensor(keywords[name]) for name, label in parameters.items()}
+    cut = {"query": -2}  # the arrays that are cut, each along the axis of queries
+    if call.lengths_per_query(len(query.shape)):
+        cut["valid_lens"] = -1
     for name in ("mask", "bias"):
-        if fixed[name] is not None and len(fixed[name].shape) > 1 and fixed[name].shape[-2] == n:
-            each[name] = (fixed[name], -2)
+        if arrays[name] is not None and len(arrays[name].shape) > 1 and arrays[name].shape[-2] == n:
+            cut[name] = -2
 
-    serve = attend or tab.attention
-
-    def attend(i, names, *tensors):
-        here = {**fixed, **dict(zip(names, tensors, strict=True))}
-        mine = {name: here.pop(name) for name in bound}
-        rebound = partial(score.func, *score.args, **{**keywords, **mine}) if bound else score
-        draws = None if rng is None else (seed, first * len(steps) + i)  # one seed would drop the same pairs in every block
-        at = tf.cast(query_offset, tf.int64) + size * tf.cast(i, tf.int64)
-        back = {"return_weights": return_weights, "return_lse": return_lse}
-        arrays = [here.pop(name) for name in ("query", "key", "value")]
-        results = serve(
-            *arrays, score=rebound, normalize=normalize, query_offset=at, dropout=dropout, rng=draws, **here, **back, **options
+    def serve_block(i, names, *tensors):
+        here = {**arrays, **dict(zip(names, tensors, strict=True))}
+        score = call.score
+        if parameters:
+            score = partial(score.func, *score.args, **keywords | {name: here[label] for name, label in parameters.items()})
+        at = tf.cast(call.query_offset, tf.int64) + size * tf.cast(i, tf.int64)
+        draws = None if rng is None else (seed, first * len(plan) + i)  # one seed would drop the same pairs in every block
+        block_call = call._replace(
+            score=score, mask=here["mask"], bias=here["bias"], valid_lens=here["valid_lens"], query_offset=at, rng=draws
         )
+        results = serve(here["query"], here["key"], here["value"], block_call)
         return results if isinstance(results, tuple) else (results,)
 
-    again = _known(tab, score) and _known(tab, normalize)
+    recomputes = all(isinstance(x, SelfContained) or is_kvattns(tab, x) for x in (call.score, call.normalize))
 
-    def block(i, rows):
-        here = {**fixed, **rows}
+    def block(i, parts):
+        here = {**arrays, **parts}
         names = [name for name, x in here.items() if x is not None and x.dtype.is_floating]
-        run = partial(attend, i, [*names, *(name for name in rows if name not in names)])
-        tensors = [here[name] for name in run.args[1]]
-        return _again(run, len(names))(*tensors) if again else run(*tensors)
+        count = len(names)  # the first ones have gradients
+        names += [name for name in parts if name not in names]
+        run, tensors = partial(serve_block, i, names), [here[name] for name in names]
+        return _recomputed(run, count)(*tensors) if recomputes else run(*tensors)
 
     lead = bands.lead(tuple(query.shape), tuple(key.shape))
     lse = tf.TensorSpec([*lead, size], tab._wide(query[..., :0]).dtype)
     like = [tf.TensorSpec([*lead, size, value.shape[-1]], query.dtype)]
-    like += [tf.TensorSpec([*lead, size, m], query.dtype)] * return_weights + [lse] * return_lse
-    stacked = {name: _stacked(x, len(x.shape) + axis, count, size) for name, (x, axis) in each.items()}
-    parts = tf.map_fn(
+    like += [tf.TensorSpec([*lead, size, m], query.dtype)] * call.return_weights + [lse] * call.return_lse
+    stacked = {name: _stacked(arrays[name], len(arrays[name].shape) + axis, count, size) for name, axis in cut.items()}
+    served = tf.map_fn(
         lambda given: block(*given), (tf.range(count), stacked), fn_output_signature=tuple(like), parallel_iterations=1
     )
-    axes = [-2] * (1 + return_weights) + [-1] * return_lse
-    results = [_side_by_side(x, len(x.shape) + axis) for x, axis in zip(parts, axes, strict=True)]
-    if count < len(steps):
-        rest = {name: x[..., count * size :, :] if axis == -2 else x[..., count * size :] for name, (x, axis) in each.items()}
+    axes = [-2] * (1 + call.return_weights) + [-1] * call.return_lse
+    results = [_side_by_side(x, len(x.shape) + axis) for x, axis in zip(served, axes, strict=True)]
+    if count < len(plan):
+        rest = {
+            name: arrays[name][(..., slice(count * size, None), *[slice(None)] * (-1 - axis))] for name, axis in cut.items()
+        }
         results = [tf.concat(x, axis=axis) for *x, axis in zip(results, block(count, rest), axes, strict=True)]
     return tuple(results) if len(results) > 1 else results[0]
 
 
-def alone(tab, **functions):
-    """Functions of one's own as Alone, kvattn's as they are; in a graph, whose loops may fail on what they read, all are."""
-    known = not tf.executing_eagerly()
-    return {name: function if known or _known(tab, function) else Alone(function) for name, function in functions.items()}
-
-
-def _known(tab, function):
-    inner = getattr(function, "func", function)
-    return isinstance(function, Alone) or getattr(tab, getattr(inner, "__name__", ""), None) is inner
-
-
-def _again(run, count):
-    """``run``, that keeps nothing for its gradients, which are by its first ``count`` tensors, but its arguments."""
+def _recomputed(run, count):
+    """``run``, that keeps nothing but its arguments for its gradients, which are by its first ``count`` tensors."""
 
     @tf.custom_gradient
     def call(*tensors):
         def grad(*upstream, variables=None):
-            apart = [tf.identity(x) for x in tensors]  # one tensor may be query and key
-            sources = [*apart[:count], *(variables or [])]
+            copies = [tf.identity(x) for x in tensors]  # one tensor may be query and key
+            sources = [*copies[:count], *(variables or [])]
             with tf.GradientTape() as tape:
-                tape.watch(apart[:count])
-                results = run(*apart)
+                tape.watch(copies[:count])
+                results = run(*copies)
             grads = tape.gradient(results, sources, upstream)
             if all(x is None for x in grads):  # tapes record nothing while a forward derivative is taken
-                grads = _in_a_graph(run, apart, count, variables or [], upstream)
+                grads = _gradients_in_a_graph(run, copies, count, variables or [], upstream)
             grads = [tf.zeros_like(x) if grad is None else grad for x, grad in zip(sources, grads, strict=True)]
             by_tensors = [*grads[:count], *[None] * (len(tensors) - count)]
             return by_tensors if variables is None else (by_tensors, grads[count:])
@@ -118,11 +128,11 @@ def _again(run, count):
     return call
 
 
-def _in_a_graph(run, tensors, count, variables, upstream):
+def _gradients_in_a_graph(run, tensors, count, variables, upstream):
     def gradients(*given):
-        apart = [tf.identity(x) for x in given[: len(tensors)]]
-        by = [*apart[:count], *variables]
-        return tf.gradients(run(*apart), by, given[len(tensors) :], unconnected_gradients="zero")
+        copies = [tf.identity(x) for x in given[: len(tensors)]]
+        sources = [*copies[:count], *variables]
+        return tf.gradients(run(*copies), sources, given[len(tensors) :], unconnected_gradients="zero")
 
     return tf.function(gradients, autograph=False)(*tensors, *upstream)
 

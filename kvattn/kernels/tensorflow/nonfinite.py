@@ -1,8 +1,9 @@
-"""NaN and inf reach only the queries that may look at them, in TensorFlow.
+"""Products over the pairs that may attend, where something is NaN or inf: for A (n, m), X (m, c), and bool M (n, m),
 
-A weight of 0 hides nothing: 0 * NaN is NaN. So products of an array over pairs, which is 0 where a pair may not attend, are
-computed again where a result is not finite, of the pairs that may. Whether it is, Python sees where calls run at once; a graph
-asks in a condition.
+    (A X)[i, c] = sum of A[i, j] X[j, c] over the j with M[i, j]
+
+A weight of 0 hides nothing: 0 * NaN is NaN. So a product whose result is not finite is computed again, of those pairs only.
+Whether it is, Python sees where calls run at once; a graph asks in a condition.
 """
 
 from __future__ import annotations
@@ -45,95 +46,96 @@ def _squares(x):
     return tf.reduce_sum(x * x)
 
 
-def spread(weights, may):
+def whole_rows(weights, allowed):
     """weights, whose rows with NaN are all NaN where they may attend (bool, or None): oneDNN's softmax has 0 beside NaN."""
 
-    def whole():
+    def repaired():
         rows = tf.reduce_any(tf.math.is_nan(weights), axis=-1, keepdims=True)
-        return tf.where(rows if may is None else tf.logical_and(rows, may), tf.constant(math.nan, weights.dtype), weights)
+        rows = rows if allowed is None else tf.logical_and(rows, allowed)
+        return tf.where(rows, tf.constant(math.nan, weights.dtype), weights)
 
-    return tf.cond(tf.math.is_finite(tf.reduce_sum(weights)), lambda: weights, whole)
+    return tf.cond(tf.math.is_finite(tf.reduce_sum(weights)), lambda: weights, repaired)
 
 
-class Pairs:
-    """Scores and products of pairs, of which those that may not attend give nothing. ``may()``: bool, (..., n, m), or None.
+class AllowedPairs:
+    """Scores and products to which pairs that may not attend give nothing. ``allowed()``: bool, (..., n, m), or None for all.
 
     ``always``: something is known not to be finite, else results are looked at.
     """
 
-    def __init__(self, may, always):
-        self.may, self.always = may, always
+    def __init__(self, allowed, always):
+        self.allowed, self.always = allowed, always
 
     def score(self, tab, score):
         """``score`` as a function of the same arguments."""
 
         def scores(query, key):
-            query, key = _alike(query, key)
+            query, key = _with_all_axes(query, key)
             if score in (tab.dot_score, tab.scaled_dot_score):
                 scores = self._dots(tab._wide(query), tab._wide(key))
                 return scores if score is tab.dot_score else scores / tab._root(query)
-            return self._apart(score, query, key) if self.always else score(query, key)
+            return self._by_query(score, query, key) if self.always else score(query, key)
 
         return scores
 
     def product(self, weights, value):
         """weights (..., n, m) @ value (..., m, v)."""
-        return self._product(*_alike(weights, value))
+        return self._product(*_with_all_axes(weights, value))
 
     def _dots(self, query, key):
         @tf.custom_gradient
         def dots(query, key):
             def grad(by):
-                return self._product(by, key), self._product(by, query, turned=True)
+                return self._product(by, key), self._product(by, query, transposed=True)
 
             return tf.matmul(query, key, transpose_b=True), grad
 
         return dots(query, key)
 
-    def _product(self, pairs, x, turned=False):
-        """pairs (..., n, m) @ x (..., m, c); turned, pairs^T @ x (..., n, c)."""
+    def _product(self, a, x, transposed=False):
+        """a (..., n, m) @ x (..., m, c); transposed, a^T @ x (..., n, c)."""
 
         @tf.custom_gradient
-        def product(pairs, x):
+        def product(a, x):
             def grad(by):
-                by_pairs = tf.matmul(x, by, transpose_b=True) if turned else tf.matmul(by, x, transpose_b=True)
-                return by_pairs, self._product(pairs, by, not turned)
+                by_a = tf.matmul(x, by, transpose_b=True) if transposed else tf.matmul(by, x, transpose_b=True)
+                return by_a, self._product(a, by, not transposed)
 
-            return self._checked(pairs, x, turned), grad
+            return self._checked(a, x, transposed), grad
 
-        return product(pairs, x)
+        return product(a, x)
 
-    def _checked(self, pairs, x, turned):
-        pairs, x = tf.stop_gradient(pairs), tf.stop_gradient(x)  # no tape is to look into the condition
+    def _checked(self, a, x, transposed):
+        a, x = tf.stop_gradient(a), tf.stop_gradient(x)  # no tape is to look into the condition
         if self.always:
-            return self.of(pairs, x, turned)
-        whole = tf.matmul(pairs, x, transpose_a=turned)
-        if self.may is None and not turned:
-            return whole
-        return tf.cond(tf.math.is_finite(tf.reduce_sum(whole)), lambda: whole, lambda: self.of(pairs, x, turned))
+            return self.matmul(a, x, transposed)
+        result = tf.matmul(a, x, transpose_a=transposed)
+        if self.allowed is None and not transposed:
+            return result
+        return tf.cond(tf.math.is_finite(tf.reduce_sum(result)), lambda: result, lambda: self.matmul(a, x, transposed))
 
-    def only(self, x):
-        """x (..., n, m), with 0 for pairs that may not attend."""
-        return x if self.may is None else tf.where(self.may(), x, tf.zeros_like(x))
+    def zero_others(self, a):
+        """a (..., n, m), with 0 for pairs that may not attend."""
+        return a if self.allowed is None else tf.where(self.allowed(), a, tf.zeros_like(a))
 
-    def of(self, pairs, x, turned=False):
-        """pairs @ x where something is not finite: what is not reaches the rows that may look at it, and NaN is a row's."""
+    def matmul(self, a, x, transposed=False):
+        """a @ x where something is not finite: what is not reaches the rows that may look at it, and NaN is a row's."""
         finite, nan = tf.math.is_finite(x), tf.constant(math.nan, x.dtype)
-        pairs = self.only(pairs)
-        rows = tf.reduce_any(tf.math.is_nan(pairs), axis=-1, keepdims=True)  # as spread has them
-        pairs = self.only(tf.where(rows, nan, pairs))
-        result = tf.matmul(pairs, tf.where(finite, x, 0), transpose_a=turned)
-        reached = tf.matmul(self.only(tf.ones_like(pairs)), tf.cast(~finite, x.dtype), transpose_a=turned)
+        a = self.zero_others(a)
+        rows = tf.reduce_any(tf.math.is_nan(a), axis=-1, keepdims=True)  # as whole_rows has them
+        a = self.zero_others(tf.where(rows, nan, a))
+        result = tf.matmul(a, tf.where(finite, x, 0), transpose_a=transposed)
+        reached = tf.matmul(self.zero_others(tf.ones_like(a)), tf.cast(~finite, x.dtype), transpose_a=transposed)
         return tf.where(reached > 0, nan, result)
 
-    def _apart(self, score, query, key):
+    def _by_query(self, score, query, key):
         """The scores of each query with keys of its own, which are zeros where it may not attend."""
-        own = tf.where(tf.expand_dims(self.may(), -1), tf.expand_dims(key, -3), 0)  # (..., n, m, d)
+        own = tf.where(tf.expand_dims(self.allowed(), -1), tf.expand_dims(key, -3), 0)  # (..., n, m, d)
         return tf.squeeze(score(tf.expand_dims(query, -2), own), -2)
 
 
-def _alike(a, b):
-    """Both with the leading axes of both."""
+def _with_all_axes(a, b):
+    """Both, broadcast to the leading axes of both."""
     if a.shape[:-2].is_fully_defined() and a.shape[:-2] == b.shape[:-2]:
         return a, b
     lead, static = (
