@@ -127,7 +127,9 @@ def test_a_quantized_layer_is_near_its_original(kind):
     layer = kv.AdditiveAttention(6, seed=1) if kind == "AdditiveAttention" else kv.MultiHeadAttention(8, 2, seed=1)
     expected = layer(x, x, x).detach()
     quantized = torch.ao.quantization.quantize_dynamic(layer, {nn.Linear}, dtype=torch.qint8)
-    np.testing.assert_allclose(quantized(x, x, x).detach(), expected, rtol=0, atol=0.05)  # a step of 8 bits is 1 / 127
+    # A step of 8 bits is 1 / 127 of the range. Which numbers are rounded up differs between processors; what all of them
+    # lose together hardly does.
+    assert (quantized(x, x, x) - expected).norm() < 0.05 * expected.norm()
 
 
 def test_weights_are_still_exported_by_name():

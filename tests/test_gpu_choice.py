@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import chosen
 from device_calls import CALLS, draw, hidden, run
+from near import assert_near
 
 import kvattn
 from kvattn import conformance
@@ -164,4 +165,4 @@ def test_lengths_in_float32_are_read_once_and_served_in_slices():
         found = run("torch", arrays, {"valid_lens": lens})
     assert {*called} == {"slices"}
     for x, y in zip(found, run("numpy", arrays, {"valid_lens": lens.numpy()}), strict=True):
-        np.testing.assert_allclose(x, y, atol=2e-6)
+        assert_near(x, y)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import chosen
 from device_calls import CALLS, draw, hidden, run
+from near import assert_near
 
 import kvattn
 
@@ -110,8 +111,8 @@ def test_cudnn_is_given_what_numpy_computes(options):
         found, leaking = run("jax", arrays, options), run("jax", hidden(arrays, options), options)
     assert called
     for x, y, z in zip(found, leaking, run("numpy", arrays, options), strict=True):
-        np.testing.assert_allclose(x, z, atol=3e-6)
-        np.testing.assert_allclose(y, z, atol=3e-6)
+        assert_near(x, z)
+        assert_near(y, z)
 
 
 def test_an_older_cudnn_is_given_no_entry_without_keys():
@@ -120,8 +121,8 @@ def test_an_older_cudnn_is_given_no_entry_without_keys():
         found, leaking = run("jax", arrays, options), run("jax", hidden(arrays, options), options)
     assert called
     for x, y, z in zip(found, leaking, run("numpy", arrays, options), strict=True):
-        np.testing.assert_allclose(x, z, atol=3e-6)
-        np.testing.assert_allclose(y, z, atol=3e-6)
+        assert_near(x, z)
+        assert_near(y, z)
 
 
 def _biases():
@@ -151,10 +152,10 @@ def test_masks_and_biases_are_given_to_cudnn_as_one_bias(options):
     assert set(called) == {"BIAS"}
     expected = run("numpy", arrays, options)
     for x, y, z in zip(found, leaking, [*expected, expected[0]], strict=True):
-        np.testing.assert_allclose(x, z, atol=3e-6)
-        np.testing.assert_allclose(y, z, atol=3e-6)
+        assert_near(x, z)
+        assert_near(y, z)
     if by is not None:
-        np.testing.assert_allclose(by, kvattn.attention_grad(*arrays, wrt=["bias"], **options)[0], atol=5e-6)
+        assert_near(by, kvattn.attention_grad(*arrays, wrt=["bias"], **options)[0])
 
 
 def test_second_derivatives_by_a_bias_are_the_formulas():
@@ -217,7 +218,7 @@ def test_on_another_platform_the_same_program_takes_the_formula():
         text = jax.jit(kvattn.attention).lower(*map(jax.numpy.asarray, arrays[:3])).compile().as_text()
     assert "conditional" not in text
     for x, y in zip(found, run("numpy", arrays, {"valid_lens": np.array([2, 6, 0])}), strict=True):
-        np.testing.assert_allclose(x, y, atol=3e-6)
+        assert_near(x, y)
 
 
 def test_without_a_cuda_device_cudnn_serves_nothing():

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 from conftest import chosen
+from near import assert_near
 
 if "tensorflow" not in chosen():
     pytest.skip("this run is without TensorFlow", allow_module_level=True)
@@ -96,7 +97,7 @@ def test_masks_hide_what_they_hide_from_kerass_own_layer(way, options):
     assert 5 < rows.sum() < 15
     np.testing.assert_allclose(found[rows], expected[rows], atol=1e-5)
     # where a query sees nothing, Keras averages over all keys, padding too; here the attention is zeros
-    np.testing.assert_allclose(found[~rows], np.broadcast_to(ours.W_o.bias, found[~rows].shape), atol=1e-6)
+    assert_near(found[~rows], np.broadcast_to(ours.W_o.bias, found[~rows].shape))
 
 
 def test_a_saved_model_keeps_its_masks(tmp_path):
@@ -109,7 +110,7 @@ def test_a_saved_model_keeps_its_masks(tmp_path):
     for tokens in (TOKENS, np.where(TOKENS == 8, 0, TOKENS)):  # the mask is of the tokens given, not of an example's
         inputs = [tokens, MEMORY, OTHER]
         found = served.serve([tf.constant(x, tf.int32) for x in inputs])
-        np.testing.assert_allclose(found, model(inputs), atol=1e-6)
+        assert_near(found, model(inputs))
 
 
 SCORED = ("DotProductAttention", "AdditiveAttention", "MultiplicativeAttention", "GatedAttention", "MultiHeadAttention")
@@ -164,8 +165,8 @@ def test_a_mask_of_the_tokens_reaches_the_blocks_of_an_encoder():
     expected = layer(tokens, ENDS)
     tokens._keras_mask = tokens != 0
     found = layer(tokens)
-    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
-    np.testing.assert_allclose(found[1, :2], expected[1, :2], atol=1e-6)
+    assert_near(found[0], expected[0])
+    assert_near(found[1, :2], expected[1, :2])
     np.testing.assert_array_equal(found._keras_mask, PADDED != 0)
 
 

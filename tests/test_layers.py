@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from near import assert_near
 from rooms import reference
 
 import kvattn
@@ -196,7 +197,7 @@ def test_the_weights_of_heads_are_shown_batch_times_heads(room):
 def test_positions_are_encoded_at_odd_widths_too(room, width):
     layer = room.layer("PositionalEncoding", num_hiddens=width)
     got = room.call(layer, np.zeros((2, 6, width), "float32"))
-    np.testing.assert_allclose(got, np.broadcast_to(layers.encoding(6, width), (2, 6, width)), atol=1e-6)
+    assert_near(got, np.broadcast_to(layers.encoding(6, width), (2, 6, width)))
 
 
 def test_the_angles_of_positions_are_of_base_10000(room):
@@ -211,7 +212,7 @@ def test_the_angles_of_positions_are_of_base_10000(room):
 
 def test_a_sequence_longer_than_max_len_is_refused(room):
     layer = room.layer("PositionalEncoding", num_hiddens=4, max_len=5)
-    np.testing.assert_allclose(room.call(layer, np.zeros((1, 5, 4), "float32"))[0], layers.encoding(5, 4), atol=1e-6)
+    assert_near(room.call(layer, np.zeros((1, 5, 4), "float32"))[0], layers.encoding(5, 4))
     with pytest.raises(ValueError, match="max_len=5"):
         room.call(layer, np.zeros((1, 6, 4), "float32"))
 
@@ -456,7 +457,7 @@ def test_nan_in_a_padded_position_stays_in_it(room):
     layer, _ = made(room, "TransformerEncoderBlock", {"num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4}, (X, LENS))
     padded = np.arange(4) >= LENS[:, None]
     clean, dirty = room.call(layer, X, LENS), room.call(layer, np.where(padded[..., None], np.float32(np.nan), X), LENS)
-    np.testing.assert_allclose(dirty[~padded], clean[~padded], atol=1e-6)
+    assert_near(dirty[~padded], clean[~padded])
     assert np.isnan(dirty[padded]).all()
 
 
@@ -479,5 +480,5 @@ def test_a_causal_encoder_never_sees_the_future_out_of_training(room):
     changed = TOKENS.copy()
     changed[:, 3:] = (changed[:, 3:] + 1) % 11
     before, after = (room.call(layer, tokens, causal=True) for tokens in (TOKENS, changed))
-    np.testing.assert_allclose(before[:, :3], after[:, :3], atol=1e-6)
+    assert_near(before[:, :3], after[:, :3])
     assert np.abs(before[:, 3:] - after[:, 3:]).max() > 1e-3

@@ -10,6 +10,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from conftest import chosen
+from near import assert_near
 
 import kvattn
 from kvattn import layers
@@ -564,7 +565,7 @@ def test_optimisers_take_pytorchs_steps(backend, make):
             here.step()
             other.step()
             for name, w in there.items():
-                np.testing.assert_allclose(layer.weights()[name], w.numpy(), atol=1e-6)
+                assert_near(layer.weights()[name], w.numpy())
 
 
 def test_optimisers_leave_weights_that_backward_did_not_reach():

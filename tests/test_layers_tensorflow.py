@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 from conftest import chosen
+from near import assert_near
 
 if "tensorflow" not in chosen():
     pytest.skip("this run is without TensorFlow", allow_module_level=True)
@@ -145,7 +146,7 @@ def test_sizes_that_are_missing_are_named(make, missing):
 def test_every_norm_shape_norms_the_features(norm_shape):
     Y = kv.AddNorm(norm_shape)(X, X)
     np.testing.assert_allclose(Y, kv.AddNorm()(X, X))
-    np.testing.assert_allclose(kv.reduce_mean(Y, -1), np.zeros((2, 4)), atol=1e-6)
+    assert_near(kv.reduce_mean(Y, -1), np.zeros((2, 4)))
 
 
 @pytest.mark.parametrize("norm_shape", [1, [1], [0], [4, 8], [1, 2, 3], [0, 2], [5, 2]])
@@ -206,7 +207,7 @@ def test_a_functional_model_has_any_batch_and_takes_lengths_and_masks(tmp_path):
     expected = block(attention(X, X, X, LENS, mask=mask, window=(2, None)), LENS, causal=True)
     np.testing.assert_array_equal(model([X, LENS, mask]), expected)
     assert attention.attention.attention_weights.shape == (4, 4, 4)
-    np.testing.assert_allclose(model.predict([X, LENS, mask], verbose=0), expected, atol=1e-6)
+    assert_near(model.predict([X, LENS, mask], verbose=0), expected)
     model.save(tmp_path / "model.keras")
     np.testing.assert_array_equal(keras.models.load_model(tmp_path / "model.keras")([X, LENS, mask]), expected)
 
@@ -216,7 +217,7 @@ def test_a_sequence_of_unknown_length_in_a_functional_model():
     tokens = keras.Input((None,), dtype="int32")
     model = keras.Model(tokens, layer(tokens, causal=True))
     assert model.output.shape == (None, None, 8)
-    np.testing.assert_allclose(model.predict(TOKENS, verbose=0), layer(TOKENS, causal=True), atol=1e-6)
+    assert_near(model.predict(TOKENS, verbose=0), layer(TOKENS, causal=True))
 
 
 class Wrapped(keras.Model):
@@ -266,7 +267,7 @@ def test_a_saved_model_serves(tmp_path):
     expected = model(TOKENS)
     model.export(str(tmp_path / "served"), verbose=False)
     served = tf.saved_model.load(str(tmp_path / "served"))
-    np.testing.assert_allclose(served.serve(tf.cast(TOKENS, tf.int32)), expected, atol=1e-6)
+    assert_near(served.serve(tf.cast(TOKENS, tf.int32)), expected)
 
 
 # ---- dtypes
@@ -408,7 +409,7 @@ def test_the_weights_shown_are_detached_and_of_the_time_of_the_call():
     assert tape.gradient(shown, inputs[0]) is None
     layer.W_q.kernel.assign(2 * layer.W_q.kernel)
     np.testing.assert_array_equal(layer.attention_weights, shown)
-    np.testing.assert_allclose(kv.reduce_sum(shown, -1), np.ones((2, 4)), atol=1e-6)  # before dropout
+    assert_near(kv.reduce_sum(shown, -1), np.ones((2, 4)))  # before dropout
 
 
 # ---- copies
@@ -541,7 +542,7 @@ def test_every_option_of_attention_passes_through_keras():
         expected = kvattn.attention(X, X, X, valid_lens=LENS, **options)
         assert type(found) is type(expected)
         for x, y in zip(found, expected, strict=True):
-            np.testing.assert_allclose(x, y, atol=1e-6)
+            assert_near(x, y)
 
 
 def test_a_learned_bias_and_a_layer_as_normaliser():
@@ -553,9 +554,7 @@ def test_a_learned_bias_and_a_layer_as_normaliser():
     for _ in range(2):
         with tf.GradientTape() as tape:
             output = layer(X, X, X, LENS, bias=bias, normalize=Normaliser())
-        np.testing.assert_allclose(
-            output, kvattn.attention(X, X, X, valid_lens=LENS, bias=np.eye(4, dtype="float32")), atol=1e-6
-        )
+        assert_near(output, kvattn.attention(X, X, X, valid_lens=LENS, bias=np.eye(4, dtype="float32")))
     assert np.abs(tape.gradient(output, bias.value)).max() > 0.01
     shown = layer.attention_weights
     bias.assign(np.ones((4, 4)))

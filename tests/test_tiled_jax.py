@@ -9,6 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from conftest import chosen
+from near import assert_near
 
 if "jax" not in chosen():
     pytest.skip("this run has no jax", allow_module_level=True)
@@ -80,7 +81,7 @@ def test_vmap_over_lengths():
         found = jax.vmap(one)(*map(jnp.asarray, (query, key, value, lens)))
     assert served
     expected = kvattn.attention(query, key, value, valid_lens=lens, causal=True, query_offset=1)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert_near(found, expected)
 
 
 # ---- memory and choice

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from conftest import chosen
+from near import assert_near
 
 if "tensorflow" not in chosen():
     pytest.skip("this run is without TensorFlow", allow_module_level=True)
@@ -112,14 +113,14 @@ def test_a_keras_model_of_any_batch_trains_and_is_saved(tmp_path):
     with in_blocks() as served:
         inputs = keras.Input((2, 9, 4))
         model = keras.Model(inputs, Layer()(keras.layers.Dense(4, kernel_initializer="identity")(inputs)))
-        np.testing.assert_allclose(model(x), expected, atol=1e-6)
+        assert_near(model(x), expected)
         model.compile("sgd", "mse", jit_compile=False)
         first = model.evaluate(x, tf.zeros_like(x), verbose=0)
         model.fit(x, tf.zeros_like(x), epochs=3, verbose=0)
         assert model.evaluate(x, tf.zeros_like(x), verbose=0) < first
         assert "_backward" in served
         tf.saved_model.save(Attend(), str(tmp_path))
-    np.testing.assert_allclose(tf.saved_model.load(str(tmp_path))(x), expected, atol=1e-6)
+    assert_near(tf.saved_model.load(str(tmp_path))(x), expected)
 
 
 def test_one_compilation_serves_every_length():

@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from near import assert_near
 from test_errors import BAD, GOOD
 
 import kvattn
@@ -198,9 +199,7 @@ BACKWARD = {
 def test_forward(backend, options):
     expected = kvattn.attention(*(x.astype(np.float64) for x in (Q, K, V)), **_wide(OPTIONS[options]), backend="numpy")
     for transformed in FORWARD.get(backend, []):
-        np.testing.assert_allclose(
-            kvattn.to_numpy(transformed(**OPTIONS[options])), expected, rtol=0, atol=2e-6, err_msg=transformed.__name__
-        )
+        assert_near(kvattn.to_numpy(transformed(**OPTIONS[options])), expected, err_msg=transformed.__name__)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MXNet's own
@@ -228,7 +227,7 @@ def test_backward(backend, options):
 
     for differentiate in BACKWARD.get(backend, []):
         for found, wanted in zip(differentiate(loss, Q, K, V), expected, strict=True):
-            np.testing.assert_allclose(kvattn.to_numpy(found), wanted, rtol=0, atol=5e-6, err_msg=differentiate.__name__)
+            assert_near(kvattn.to_numpy(found), wanted, err_msg=differentiate.__name__)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -5,6 +5,7 @@ import importlib
 import numpy as np
 import pytest
 from conftest import chosen
+from near import assert_near
 
 import kvattn
 from kvattn import weights
@@ -76,7 +77,7 @@ def test_a_frameworks_own_layer_lives_on_in_kvattn(originals):
     for name, layer, run, inputs in originals:
         params = weights.export_weights(layer)
         got = kvattn.multi_head_attention(*inputs, params, num_heads=4)
-        np.testing.assert_allclose(got, run(layer, *inputs), atol=1e-5, err_msg=name)
+        assert_near(got, run(layer, *inputs), name)
 
 
 def test_and_takes_weights_back(originals):
@@ -84,7 +85,7 @@ def test_and_takes_weights_back(originals):
         moved = {n: x + 0.25 for n, x in weights.export_weights(layer).items()}
         layer = weights.import_weights(layer, moved)
         got = kvattn.multi_head_attention(*inputs, moved, num_heads=4)
-        np.testing.assert_allclose(got, run(layer, *inputs), atol=1e-5, err_msg=name)
+        assert_near(got, run(layer, *inputs), name)
 
 
 def test_in_every_backends_own_layer(originals, backend):
@@ -92,7 +93,7 @@ def test_in_every_backends_own_layer(originals, backend):
     for name, layer, run, inputs in originals:
         params = weights.export_weights(layer)
         ours = room.load(room.layer("MultiHeadAttention", num_hiddens=8, num_heads=4, bias="b_q" in params), params)
-        np.testing.assert_allclose(room.call(ours, *inputs), run(layer, *inputs), atol=1e-5, err_msg=name)
+        assert_near(room.call(ours, *inputs), run(layer, *inputs), name)
 
 
 def test_a_stranger_is_refused_by_name():
