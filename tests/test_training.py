@@ -17,9 +17,9 @@ def batches(count, seed):
     return list(zip(tokens, np.sort(tokens, axis=-1), strict=True))
 
 
-def started(room, seed):
+def started(room, seed, **config):
     """A classifier whose weights are drawn from ``seed``, the same in every framework."""
-    model = room.classifier(DIGITS, {**CONFIG, "seed": seed}, batches(1, 0)[0][0])
+    model = room.classifier(DIGITS, {**CONFIG, "seed": seed, **config}, batches(1, 0)[0][0])
     drawn = {name: x.shape for name, x in room.weights(model).items() if name.startswith("head.")}
     w = room.weights(model) | {name: layers.initial(seed, name.removeprefix("head."), shape) for name, shape in drawn.items()}
     return room.load(model, w)
@@ -34,10 +34,11 @@ def test_an_encoder_learns_to_sort(backend, seed):
 
 
 def test_the_loss_curves_agree(backends):
+    """With an activation that is smooth: what is rounded to another side of a kink is learnt from in another way."""
     curves = {}
     for name in backends:
         room = importlib.import_module(f"rooms.{name}")
-        curves[name], _ = room.train(started(room, 3), batches(50, 3), "sgd", 0.03)
+        curves[name], _ = room.train(started(room, 3, activation="gelu"), batches(50, 3), "sgd", 0.03)
     first = next(iter(curves.values()))
     assert first[-1] < 0.8 * first[0]
     for name, losses in curves.items():
