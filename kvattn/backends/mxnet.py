@@ -585,8 +585,8 @@ def _attend_grad(query, key, value, grad_output, wrt, call):
     shapes = query.shape, key.shape, value.shape
     if not views.obstacle(sys.modules[__name__], query.ctx, shapes, call):
         return views.attention_grad(shapes, query, key, value, grad_output, wrt, call)
-    whole = call.positions is not None or call.window_blocks(shapes[0][-2], shapes[1][-2])  # as attention, which is cut anyway
-    if not whole and (blocks := bands.rows(call.score, *shapes[:2], views.MOST // 4)):
+    few = call.positions is not None or call.left is not None or call.right not in (None, 0)  # pairs, in a window
+    if not few and (blocks := bands.rows(call.score, *shapes[:2], views.MOST // 4)):
         return _grad_in_blocks(query, key, value, grad_output, wrt, call, blocks)
     bound = call.score.keywords if isinstance(call.score, partial) else {}
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, **bound}

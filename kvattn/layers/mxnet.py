@@ -20,7 +20,7 @@ with lend():
     import mxnet as mx
     from mxnet import autograd, np
     from mxnet.gluon import nn
-    from mxnet.gluon.parameter import DeferredInitializationError, Parameter
+    from mxnet.gluon.parameter import Parameter
 
 __all__ = [*layers.LAYERS]
 
@@ -32,7 +32,8 @@ class _Layer(nn.HybridBlock):
     """What the layers share: options in a call, and copies.
 
     Hybridized, a call without options runs as one graph. With options or a cache it runs part by part, unless the layer is
-    itself a part of a hybridized block, whose graph then holds the options.
+    itself a part of a hybridized block, whose graph then holds the options. What begins with an underscore and is not
+    defined in this file is gluon's own, as read in MXNet 1.9.1.
     """
 
     def __init__(self, **kwargs):
@@ -56,13 +57,11 @@ class _Layer(nn.HybridBlock):
             return self.hybrid_forward(mx.symbol, *args, **{name: x.var() for name, x in self._reg_params.items()}, **options)
         if self._active and not options and self._fits_graph(args):
             return super().forward(*args)
-        try:
-            values = {name: x.data(args[0].ctx) for name, x in self._reg_params.items()}
-        except DeferredInitializationError:
+        if any(x._deferred_init for x in self._reg_params.values()):  # for sizes, which this first call gives
             self.infer_shape(*args)
             for parameter in self._reg_params.values():
                 parameter._finish_deferred_init()
-            values = {name: x.data(args[0].ctx) for name, x in self._reg_params.items()}
+        values = {name: x.data(args[0].ctx) for name, x in self._reg_params.items()}
         return self.hybrid_forward(mx.ndarray, *args, **values, **options)
 
     def _fits_graph(self, args):
@@ -322,9 +321,7 @@ class MultiHeadAttention(_Layer):
         self.W_o = _Dense("W_o", num_hiddens, bias, seed)
 
     def hybrid_forward(self, F, queries, keys, values, valid_lens=None, *, cache=None, **options):
-        if cache is None and tab.is_array(
-            queries
-        ):  # else a later call may look at what is nobody's now; a Symbol has no values
+        if cache is None and tab.is_array(queries):  # a later call may look at what is nobody's now; a Symbol has no values
             valid_lens = whole(valid_lens)
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = _split(self.W_q(queries), self.num_heads, self.width)  # (batch, heads, n, d)
@@ -346,13 +343,12 @@ def _split(X, heads, width):
     """(batch, n, heads * width) -> (batch, heads, n, width)."""
     if symbols.deferred(X):
         return mx.sym.npx.reshape(X, (-2, -2, heads, width)).swapaxes(1, 2)  # -2: a size that stays
-    return X.reshape(*X.shape[:-1], heads, width).swapaxes(-2, -3)
+    return tab._split(X, heads)
 
 
 def _join(X, width):
     """(batch, heads, n, d) -> (batch, n, width)."""
-    X = X.swapaxes(-2, -3)
-    return mx.sym.npx.reshape(X, (-2, -2, width)) if symbols.deferred(X) else X.reshape(*X.shape[:-2], width)
+    return mx.sym.npx.reshape(X.swapaxes(-2, -3), (-2, -2, width)) if symbols.deferred(X) else tab._join(X)
 
 
 # ---- the other parts of a transformer

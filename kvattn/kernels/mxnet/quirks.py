@@ -1,4 +1,7 @@
-"""What MXNet 1.9.1 does otherwise than NumPy, put right: shapes of no axes or elements, legacy arrays, where, batch_dot."""
+"""What MXNet 1.9.1 does otherwise than NumPy, put right: shapes of no axes or elements, legacy arrays, where, batch_dot.
+
+Nothing is computed here that the tab does not spell out: x @ y, where(condition, x, number), and which shapes a call may have.
+"""
 
 from __future__ import annotations
 

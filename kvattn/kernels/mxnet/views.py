@@ -1,5 +1,6 @@
-"""Calls on CPU arrays: NumPy's tiles and blocks compute them, on views of the arrays' own memory.
+"""softmax(scale * query @ key.T) @ value, and all else that the NumPy tab computes, on views of CPU arrays' own memory.
 
+The formulas and their sources are in kernels/numpy, whose tiles and blocks are the ones that run.
 MXNet's products of batches are several times slower than BLAS, and hold all the scores at once. While autograd records, the
 call is an operator of its own: the engine then knows what it reads, and which gradients are asked for.
 """
