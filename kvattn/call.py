@@ -32,17 +32,21 @@ class Call(NamedTuple):
     return_lse: bool = False
 
     @classmethod
-    def of(cls, query: Any, key: Any, *, causal: Any, window: tuple[int | None, int | None] | None, query_offset: Any,
-           **options: Any) -> Call:  # fmt: skip
-        """The description of a tab's call with these keywords of `attention`, which are all but return_weights and return_lse.
+    def of(cls, query: Any, key: Any, *, score: Any, normalize: Any, mask: Any = None, bias: Any = None, valid_lens: Any = None,
+           causal: Any = False, query_offset: Any = 0, window: tuple[int | None, int | None] | None = None,
+           positions: Any = None, scale: Any = None, softcap: Any = None, dropout: Any = 0.0, rng: Any = None,
+           return_weights: bool = False, return_lse: bool = False) -> Call:  # fmt: skip
+        """The description of a tab's call with these keywords of `attention`.
 
         What causal and the window forbid to nobody, as in decoding, is left out: then there is no mask to build.
         """
-        if not causal and window is None:  # most calls: each question costs a part of a microsecond
-            return cls(query_offset=query_offset, **options)
         left, right = window or (None, None)
         right = 0 if causal else right
-        return cls(query_offset=query_offset, left=left, right=right, **options)._of_a_block(query, key)
+        call = cls(  # by place: by name it takes a microsecond more, in every call
+            score, normalize, mask, bias, valid_lens, query_offset, left, right, positions, scale, softcap, dropout, rng,
+            return_weights, return_lse,
+        )  # fmt: skip
+        return call._of_a_block(query, key)
 
     def _of_a_block(self, query: Any, key: Any) -> Call:
         """The same, without a window that forbids none of these queries any of these keys."""
