@@ -13,15 +13,14 @@ from tiling import draw
 import kvattn
 from kvattn import conformance
 from kvattn.backends import numpy as tab
-from kvattn.kernels.numpy import gradients as blockwise
-from kvattn.kernels.numpy import tiled
+from kvattn.kernels.numpy import memory, tiled
 
 
 @contextmanager
 def in_blocks():
     """Every call that is not served in tiles is cut into blocks of a few numbers."""
     with (
-        patch.multiple(blockwise, PAIRS=8, COLUMNS=2),
+        patch.multiple(memory, PAIRS=8, COLUMNS=2),
         patch.multiple(tiled, TINY=0, SMALLEST=math.inf, SMALLEST_KEYS=math.inf),
     ):
         yield
@@ -73,7 +72,7 @@ def test_no_array_of_queries_by_keys_by_features(what):
         "additive": {"score": partial(kvattn.additive_score, **bound)}, "distance": {"score": kvattn.distance_score},
         "own": {"score": my_score}, "sparsemax": {"normalize": kvattn.sparsemax},
     }[what]  # fmt: skip
-    with patch.object(blockwise, "PAIRS", 2**15):
+    with patch.object(memory, "PAIRS", 2**15):
         assert peak(lambda: kvattn.attention(query, key, value, **options)) < 512 * 512 * 4
         if what != "own":
             assert peak(lambda: kvattn.attention_grad(query, key, value, grad, **options)) < 2 * 512 * 512 * 4
@@ -87,7 +86,7 @@ def test_gradients_of_blocks_of_keys_of_unequal_size():
     arguments = (query, key, value, np.ones((4, value.shape[-1])))
     names = ["query", "key", "value", "W_k"]
     expected = kvattn.attention_grad(*arguments, score=score, wrt=names)
-    with patch.object(blockwise, "_columns", lambda *given: [(0, 5), (5, 7)]):
+    with patch.object(memory, "key_blocks", lambda *given: [(0, 5), (5, 7)]):
         found = kvattn.attention_grad(*arguments, score=score, wrt=names)
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-15)

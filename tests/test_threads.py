@@ -48,13 +48,13 @@ def test_the_number_of_threads_changes_nothing():
 def test_one_head_is_shared_by_threads():
     arrays = draw(lead=(), n=1024, m=40, dtype=np.float64)
     seen = set()
-    attend = tiled._attend
+    attend = tiled._attend_tile
 
     def watched(*args):
         seen.add(args[1].at[-1].start)
         return attend(*args)
 
-    with patch.object(threads, "count", lambda: 2), patch.multiple(tiled, **ALWAYS), patch.object(tiled, "_attend", watched):
+    with patch.object(threads, "count", lambda: 2), patch.multiple(tiled, **ALWAYS, _attend_tile=watched):
         kvattn.attention(*arrays[:3])
     assert len(seen) == 4
 

@@ -24,11 +24,16 @@ MUTANTS = [
     ("tiles", "ignores -inf in the bias", "if not (allowed := bias != -math.inf).all():", "if False:"),
     ("tiles", "scales the bias", "bias, tiling.dtype.type(UNIT)", "bias, tiling.dtype.type(0.5)"),
     ("tiles", "forgets softcap", "np.tanh(scores, out=scores)", "pass"),
-    ("tiles", "reads another entry's lengths", "sees[number *", "sees[0 * number *"),
-    ("tiled", "forgets what is forbidden", "        clear(block)\n        sees = ", "        sees = "),
-    ("tiled", "lets NaN through", "sees = None if np.isfinite(values).all() else seen(block)", "sees = None"),
+    ("tiles", "reads another entry's lengths", "keys_seen[number *", "keys_seen[0 * number *"),
+    ("tiled", "forgets what is forbidden", "        tiles.clear_forbidden(block)\n        allowed = ", "        allowed = "),
+    (
+        "tiled",
+        "lets NaN through",
+        "allowed = None if np.isfinite(values).all() else tiles.allowed_pairs(block)",
+        "allowed = None",
+    ),
     ("tiled", "stops at a NaN", "if top is None and not sums.max()", "if not sums.max()"),
-    ("tiled", "never takes off the maximum", "if not _sound(tiling, tile, sums, total):", "if False:"),
+    ("tiled", "never takes off the maximum", "if not _in_range(tiling, tile, sums, total):", "if False:"),
     ("tiled", "keeps what was summed under an older maximum", "total[:, :, rows] *= fade[..., None]", "pass"),
     ("tiled", "forgets the maximum in lse", "(top + LOG(sums))", "LOG(sums)"),
     ("tiled", "divides by nothing", "    if not sums.all():\n        sums[sums == 0] = 1\n", ""),
@@ -36,7 +41,7 @@ MUTANTS = [
     ("tiled_grad", "scales no gradient by the key", "by_key *= tiling.dtype.type(1 / UNIT)", "pass"),
     ("tiled_grad", "scales no gradient by the query", "tiling.dtype.type(tiling.scale)", "tiling.dtype.type(1)"),
     ("tiled_grad", "adds over no group", "tile.at[-3].start), []).append(tile)", "tile.at[-3].start), [tile])"),
-    ("tiled_grad", "lets NaN through", "mixed = bool(block.keeps) and not (", "mixed = False and not ("),
+    ("tiled_grad", "lets NaN through", "leave_out = bool(block.limits) and not (", "leave_out = False and not ("),
 ]
 MODULES = {"tiles": tiles, "tiled": tiled, "tiled_grad": tiled_grad}
 

@@ -82,10 +82,10 @@ def test_a_triangle_is_kept_for_blocks_of_its_form_alone():
 def test_what_blas_takes_is_not_copied_and_what_it_does_not_take_is():
     x = np.arange(2 * 6 * 8.0).reshape(2, 6, 8)
     for taken in (x, x[:, 1:4], x[..., 2:5], x[:, ::2], np.broadcast_to(x[:1], x.shape)):
-        assert tiles.ready(taken, "keys", x.dtype, {}) is taken
+        assert tiles.for_blas(taken, "keys", x.dtype, {}) is taken
     others = x[..., ::-1], x[:, ::-1], x[..., ::2], x.swapaxes(-1, -2), np.broadcast_to(x[:, :1], x.shape)
     for other in (*others, x.astype(">f8"), x.astype("float32")):
-        copy = tiles.ready(other, "keys", x.dtype, {})
+        copy = tiles.for_blas(other, "keys", x.dtype, {})
         assert copy.flags.c_contiguous
         assert copy.dtype == x.dtype
         np.testing.assert_array_equal(copy, other)

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvattn import bands, explanation
 from kvattn.call import Call, Choice
-from kvattn.kernels.numpy import gradients, tiled
+from kvattn.kernels.numpy import gradients, memory, tiled, tiles
 
 HALF = ("float16", "bfloat16")
 
@@ -363,7 +363,7 @@ def _choose(query, key, call):
     if blocks:
         kernel = "the formula, in blocks" if len(blocks) > 1 else "the formula"
         return Choice(kernel, f"{why}; {explanation.in_blocks(blocks)}", blocks, _in_blocks)
-    if not few and (blocks := gradients.rows(call.score, query, key)):
+    if not few and (blocks := memory.query_blocks(call.score, query, key)):
         why = f"{why}; {len(blocks)} blocks of queries, as many as keep memory bounded"
         return Choice("the formula, in blocks", why, blocks, _in_blocks)
     return Choice("the formula", why, (), _formula)
@@ -391,7 +391,7 @@ def _formula(query, key, value, call, blocks=()):
     output = dropped @ _wide(value)
     if allowed is not None and not np.isfinite(output).all():  # 0 * NaN is NaN: only pairs that may attend
         weights = identity(weights, allowed)
-        output = gradients.seen_product(dropped, _wide(value), _fold(np.broadcast_to(allowed, weights.shape), kv_heads))
+        output = tiles.product_of_allowed(dropped, _wide(value), _fold(np.broadcast_to(allowed, weights.shape), kv_heads))
     output = _unfold(output, heads, n).astype(dtype, copy=False)
     results = [output] + [weights.astype(dtype, copy=False)] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
@@ -401,11 +401,10 @@ def _scores(query, key, call):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
     n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
     query = _fold(query, kv_heads)
-    score = gradients.by_columns(call.score, query, key)
     if call.scale is None:
-        scores = score(query, key)
+        scores = memory.scores(call.score, query, key)
     else:
-        scores = call.scale * (dot_score if score is scaled_dot_score else score)(query, key)
+        scores = call.scale * (dot_score if call.score is scaled_dot_score else partial(memory.scores, call.score))(query, key)
     scores = _unfold(scores, heads, n)
     if call.softcap is not None:
         scores = call.softcap * np.tanh(scores / call.softcap)
@@ -414,10 +413,10 @@ def _scores(query, key, call):
 
 def _in_blocks(query, key, value, call, blocks):
     """One block of queries after another."""
-    parts = [_attend(*block) for block in call.cut(blocks, query, key, value)]
-    if not isinstance(parts[0], tuple):
-        return np.concatenate(parts, axis=-2)
-    return tuple(np.concatenate(x, axis=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
+    results = [_attend(*block) for block in call.cut(blocks, query, key, value)]
+    if not isinstance(results[0], tuple):
+        return np.concatenate(results, axis=-2)
+    return tuple(np.concatenate(x, axis=-1 if x[0].ndim < query.ndim else -2) for x in zip(*results, strict=True))
 
 
 def _of_selected_keys(choice, query, key, value, call, blocks):

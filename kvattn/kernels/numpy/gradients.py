@@ -13,10 +13,7 @@ import numpy as np
 
 from kvattn import bands
 from kvattn.call import Call
-from kvattn.kernels.numpy import threads, tiled, tiled_grad
-
-PAIRS = 2**22  # numbers that are held at one time: scores, and the features of which they are made
-COLUMNS = 64  # keys that such a block has at least, where it can
+from kvattn.kernels.numpy import memory, threads, tiled, tiled_grad, tiles
 
 
 def _t(x):
@@ -149,55 +146,14 @@ def epanechnikov_kernel(tab, query, key, grad, width=1.0):
 # ---- attention
 
 
-def rows(score, query, key):
-    """Blocks of queries, as bands.plan's, that have at most PAIRS scores and features of them; [] where one block is all.
-
-    ``query`` and ``key``: their shapes.
-    """
-    n, m, held = query[-2], key[-2], bands.held(score, query, key)
-    if math.prod(query) * math.prod(key) * held <= PAIRS * query[-1] * key[-1]:
-        return []
-    size = max(1, PAIRS // (math.prod(bands.lead(query, key)) * max(m, min(m, COLUMNS) * held)))
-    return [(i, min(i + size, n), 0, m) for i in range(0, n, size)] if size < n else []
-
-
-def _columns(score, query, key):
-    """Blocks of keys, (first, end), whose features a score holds at one time."""
-    m = key.shape[-2]
-    if query.size * key.size <= tiled.TINY or (held := bands.held(score, query.shape, key.shape)) == 1:
-        return [(0, m)]
-    size = max(1, PAIRS // max(1, math.prod(query.shape[:-1]) * held))
-    return [(i, min(i + size, m)) for i in range(0, m, size)] or [(0, m)]
-
-
-def by_columns(score, query, key):
-    """``score``, or one that computes it in blocks of keys: each pair is scored on its own."""
-    blocks = _columns(score, query, key)
-    if len(blocks) == 1:
-        return score
-
-    def run(query, key):
-        with threads.one_blas_thread():
-            return np.concatenate([score(query, key[..., i:j, :]) for i, j in blocks], axis=-1)
-
-    return run
-
-
-def _product_by_columns(product, blocks, query, key, grad_scores, args, keywords):
+def _product_in_blocks(product, parts, query, key, grad_scores, args, keywords):
     """A score's vector-Jacobian product in blocks of keys: gradients by key lie side by side, the others add up."""
-    if len(blocks) == 1:
+    if len(parts) == 1:
         return product(query, key, grad_scores, *args, **keywords)
     with threads.one_blas_thread():
-        parts = [product(query, key[..., i:j, :], grad_scores[..., i:j], *args, **keywords) for i, j in blocks]
-    grads = {name: sum(part[name] for part in parts) for name in parts[0] if name != "key"}
-    return grads | {"key": np.concatenate([part["key"] for part in parts], axis=-2)}
-
-
-def seen_product(pairs, x, allowed):
-    """pairs @ x over the pairs that are allowed alone: of all, it would hold 0 * NaN."""
-    lost = ~np.isfinite(x)
-    product = np.where(allowed, pairs, 0).astype(x.dtype) @ np.where(lost, 0, x).astype(x.dtype)
-    return np.where(allowed.astype(x.dtype) @ lost.astype(x.dtype) > 0, math.nan, product).astype(x.dtype)
+        found = [product(query, key[..., i:j, :], grad_scores[..., i:j], *args, **keywords) for i, j in parts]
+    grads = {name: sum(grads[name] for grads in found) for name in found[0] if name != "key"}
+    return grads | {"key": np.concatenate([grads["key"] for grads in found], axis=-2)}
 
 
 def _outer(x, grad):
@@ -224,7 +180,7 @@ def _product(tab, function, products, what):
         name = "softmax" if inner is tab.masked_softmax else inner.__name__
         own = partial(products[name], tab)
     elif callable(own := getattr(inner, "grad", None)):
-        own = _stranger(own, what)
+        own = _users_own(own, what)
     else:
         expected = "query, key, grad_scores" if what == "score" else "weights, scores, where, grad_weights"
         raise NotImplementedError(
@@ -234,7 +190,7 @@ def _product(tab, function, products, what):
     return own
 
 
-def _stranger(grad, what):
+def _users_own(grad, what):
     if what == "normalize":
         return grad
     return lambda query, key, grad_scores, *args, **kw: dict(
@@ -260,7 +216,7 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, *, output=Non
         found = dict(zip(("query", "key", "value"), found, strict=True))
         return tuple(sum_to(found[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
     blocks = call.window_blocks(query.shape[-2], key.shape[-2])
-    if blocks := blocks or (not few and rows(call.score, query.shape, key.shape)):
+    if blocks := blocks or (not few and memory.query_blocks(call.score, query.shape, key.shape)):
         found = {name: np.zeros(sources[name].shape, tab._wide(sources[name]).dtype) for name in wrt}
         m, n = key.shape[-2], query.shape[-2]
         for (i, j, k, l), (*arrays, part) in zip(blocks, call.cut(blocks, query, key, value), strict=True):
@@ -344,12 +300,13 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse):
     normal = _product(tab, call.normalize, NORMALISERS, "normalize")
     scored = tab.dot_score if scale is not None and score is tab.scaled_dot_score else score
     rest, args = _parameters(score), score.args if isinstance(score, partial) else ()
-    by_score = partial(_product_by_columns, _product(tab, scored, SCORES, "score"), _columns(score, folded, key))
+    by_score = _product(tab, scored, SCORES, "score")
+    by_score = partial(_product_in_blocks, by_score, memory.key_blocks(score, folded.shape, key.shape))
 
-    def back(sees):
-        """The gradients; given which pairs may attend, nothing of another reaches them, be it NaN."""
+    def gradients(pairs):
+        """By name; given the pairs that may attend, bool (..., n, m), no NaN of another pair reaches them."""
         kept_weights = _t(tab._fold(weights * kept, kv_heads))
-        grad_weights = tab.identity(tab._unfold(grad_output @ _t(value), heads, n), sees) * kept
+        grad_weights = tab.identity(tab._unfold(grad_output @ _t(value), heads, n), pairs) * kept
         grad_scores = normal(weights, scores, allowed, grad_weights)
         if grad_lse is not None:
             grad_scores = grad_scores + weights * grad_lse[..., None]
@@ -359,35 +316,35 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse):
             grads["bias"] = sum_to(np.broadcast_to(grad_scores, np.broadcast_shapes(grad_scores.shape, bias.shape)), bias.shape)
         if softcap is not None:
             capped = np.tanh(tab._scores(query, key, call._replace(softcap=None, bias=None)) / softcap)
-            grad_scores = tab.identity(grad_scores * (1 - capped * capped), sees)
+            grad_scores = tab.identity(grad_scores * (1 - capped * capped), pairs)
         if scale is not None:
             grad_scores = grad_scores * scale
         grad_scores = tab._fold(grad_scores, kv_heads)
-        if sees is None:
+        if pairs is None:
             grads |= by_score(folded, key, grad_scores, args, rest) | {"value": kept_weights @ grad_output}
         else:
-            sees = tab._fold(sees, kv_heads)
-            grads |= _of_numbers(by_score, folded, key, grad_scores, sees, args, rest)
-            grads["value"] = seen_product(kept_weights, grad_output, _t(sees))
+            pairs = tab._fold(pairs, kv_heads)
+            grads |= _of_finite(by_score, folded, key, grad_scores, pairs, args, rest)
+            grads["value"] = tiles.product_of_allowed(kept_weights, grad_output, _t(pairs))
         grads["query"] = tab._unfold(grads["query"], heads, n)
         return grads
 
-    grads = back(None)
+    grads = gradients(None)
     if allowed is not None and not all(np.isfinite(grad).all() for grad in grads.values()):
-        grads = back(np.broadcast_to(allowed, weights.shape))
+        grads = gradients(np.broadcast_to(allowed, weights.shape))
     return grads | {name: sum_to(grads[name], shape) for name, shape in shapes.items()}
 
 
-def _of_numbers(product, query, key, grad_scores, sees, args, keywords):
+def _of_finite(product, query, key, grad_scores, allowed, args, keywords):
     """A score's product with zeros for queries and keys that are not finite, and NaN for whom these reach."""
-    no_query, no_key = (~np.isfinite(x).all(axis=-1, keepdims=True) for x in (query, key))
-    lost = sees & (no_query | _t(no_key))
-    query, key = (np.where(hidden, 0, x).astype(x.dtype) for hidden, x in ((no_query, query), (no_key, key)))
+    bad_query, bad_key = (~np.isfinite(x).all(axis=-1, keepdims=True) for x in (query, key))
+    bad = allowed & (bad_query | _t(bad_key))
+    query, key = (np.where(hidden, 0, x).astype(x.dtype) for hidden, x in ((bad_query, query), (bad_key, key)))
     grads = product(query, key, grad_scores, args, keywords)
-    reached = {"query": lost.any(axis=-1)[..., None], "key": lost.any(axis=-2)[..., None]}
+    reached = {"query": bad.any(axis=-1)[..., None], "key": bad.any(axis=-2)[..., None]}
     for name, x in grads.items():
-        lose = sum_to(reached[name], (*x.shape[:-1], 1)) if name in reached else lost.any()
-        grads[name] = np.where(lose, math.nan, x).astype(x.dtype)
+        reached_by_bad = sum_to(reached[name], (*x.shape[:-1], 1)) if name in reached else bad.any()
+        grads[name] = np.where(reached_by_bad, math.nan, x).astype(x.dtype)
     return grads
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from kvattn import bands
 from kvattn.call import Call
 from kvattn.kernels.numpy import threads, tiles
-from kvattn.kernels.numpy.tiles import EXP, LOG, UNIT, blocks, clear, fold, product, seen, seen_product, take
+from kvattn.kernels.numpy.tiles import EXP, LOG, UNIT, blocks, fold, product, take
 
 TINY = 2**14  # query.size * key.size of a call that need not be looked at: all is the tab's
 SMALLEST, SMALLEST_ENTRY = 2**17, 2**12  # scores of a call, and of a batch entry, that tiles are worth their own cost for
@@ -88,17 +88,17 @@ def forward(tiling, dtype, workers, with_lse, output=None):
     output = np.empty(shape, dtype) if output is None else output.reshape(shape)
     lse = np.empty((*tiling.lead, tiling.n), tiling.dtype) if with_lse else None
     into, lse_into = tiling.split(output), tiling.split(lse, 1) if with_lse else None
-    threads.share(tiling.tiles(workers), lambda tile, buffers: _attend(tiling, tile, into, lse_into, buffers), workers)
+    threads.share(tiling.tiles(workers), lambda tile, buffers: _attend_tile(tiling, tile, into, lse_into, buffers), workers)
     return output, lse
 
 
-def _attend(tiling, tile, output, lse, buffers):
+def _attend_tile(tiling, tile, output, lse, buffers):
     """One tile's output and lse."""
     output, top, empty = output[tile.at], 0, None
     query = tiles.scaled_query(tiling, tile, buffers)
     sums, total = take(buffers, "sums", output.shape[:3], tiling.dtype), take(buffers, "total", output.shape, tiling.dtype)
     _sum(tiling, tile, query, None, sums, total, buffers)
-    if not _sound(tiling, tile, sums, total):
+    if not _in_range(tiling, tile, sums, total):
         top, empty = _running_sum(tiling, tile, query, sums, total, buffers)
         if not np.isfinite(total).all():  # values so large that a sum of them overflows, though not their mean
             top += LOG(np.where(sums == 0, 1, sums))
@@ -113,7 +113,7 @@ def _attend(tiling, tile, output, lse, buffers):
         output[...] = total
 
 
-def _sound(tiling, tile, sums, total):
+def _in_range(tiling, tile, sums, total):
     """Whether no sum left the range where it is exact."""
     if not (sums.max() <= tiling.ceiling and math.isfinite(total.sum())):
         return False
@@ -141,24 +141,27 @@ def _sum(tiling, tile, query, top, sums, total, buffers):
 def _add(block, sums, total, started, buffers):
     """Adds exp(scores) @ 1 and exp(scores) @ values of a block."""
     weights, rows = EXP(block.scores, out=block.scores), block.rows
-    values, sees = block.values, None
-    if block.keeps:
-        clear(block)
-        sees = None if np.isfinite(values).all() else seen(block)
+    values, allowed = block.values, None
+    if block.limits:
+        tiles.clear_forbidden(block)
+        allowed = None if np.isfinite(values).all() else tiles.allowed_pairs(block)
     if not started and weights.shape[2] == total.shape[2]:
         _row_sums(weights, sums, buffers)
-        _product(fold(weights), values, sees, fold(total))
+        _product(fold(weights), values, allowed, fold(total))
         return
     if not started:
         sums[...] = total[...] = 0
     sums[:, :, rows] += _row_sums(weights, take(buffers, "sum", weights.shape[:3], weights.dtype), buffers)
     part = take(buffers, "part", (*weights.shape[:3], total.shape[-1]), weights.dtype)
-    _product(fold(weights), values, sees, fold(part))
+    _product(fold(weights), values, allowed, fold(part))
     total[:, :, rows] += part
 
 
-def _product(weights, values, sees, out):
-    return product(weights, values, out=out) if sees is None else seen_product(weights, values, sees, out)
+def _product(weights, values, allowed, out):
+    if allowed is None:
+        product(weights, values, out=out)
+    else:
+        out[...] = tiles.product_of_allowed(weights, values, allowed)
 
 
 def _row_sums(weights, out, buffers):
@@ -176,7 +179,7 @@ def _running_sum(tiling, tile, query, sums, total, buffers):
     top = np.full(sums.shape, -math.inf, tiling.dtype)
     for block in blocks(tiling, tile, query, buffers):
         scores, rows = block.scores, block.rows
-        for some, keep in block.keeps:
+        for some, keep in block.limits:
             np.copyto(scores[..., some, :], -math.inf, where=keep == 0)
         new = np.maximum(top[:, :, rows], scores.max(axis=-1))
         shift = np.where(new == -math.inf, 0, new).astype(tiling.dtype)

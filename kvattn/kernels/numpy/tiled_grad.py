@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from kvattn.kernels.numpy import threads, tiled, tiles
-from kvattn.kernels.numpy.tiles import EXP, UNIT, blocks, clear, fold, product, ready, seen, seen_product, take
+from kvattn.kernels.numpy.tiles import EXP, UNIT, blocks, fold, product, take
 
 
 def attention_grad(query, key, value, grad_output, call, output=None, lse=None, grad_lse=None):
@@ -46,11 +46,11 @@ def attention_grad(query, key, value, grad_output, call, output=None, lse=None, 
 
     threads.share(tasks, work, workers)
     by_key *= tiling.dtype.type(1 / UNIT)
-    grads = (by_query, _together(tiling, by_key), _together(tiling, by_value))
+    grads = (by_query, _of_all_parts(tiling, by_key), _of_all_parts(tiling, by_value))
     return tuple(x[0] for x in grads) if query.ndim == 2 else grads
 
 
-def _together(tiling, x):
+def _of_all_parts(tiling, x):
     """(parts, *batch, key heads, group or 1, ..., m, c) -> (*batch, key heads, m, c), summed."""
     x = x.reshape(len(x), *tiling.lead[:-1], tiling.heads[0], tiling.heads[1] if len(tiling.heads) > 2 else 1, *x.shape[-2:])
     return x.sum(axis=(0, -3)) if len(x) > 1 or x.shape[-3] > 1 else x[0, ..., 0, :, :]
@@ -60,7 +60,7 @@ def _add(tiling, tile, output, lse, grad_output, grad_lse, by_query, by_key, by_
     """Writes the gradient by the tile's queries and adds those by the keys and values that they see."""
     *at, heads, _, _ = tile.at
     query, lse = tiles.scaled_query(tiling, tile, buffers), lse[tile.at] * tiling.dtype.type(UNIT)
-    grad_output = ready(grad_output[tile.at], "grad_output", tiling.dtype, buffers)
+    grad_output = tiles.for_blas(grad_output[tile.at], "grad_output", tiling.dtype, buffers)
     delta = (grad_output * output[tile.at]).sum(axis=-1)
     if grad_lse is not None:
         delta -= grad_lse[tile.at]
@@ -75,10 +75,10 @@ def _add(tiling, tile, output, lse, grad_output, grad_lse, by_query, by_key, by_
         weights -= lse[:, :, rows, None]
         np.maximum(weights, tiling.lowest, out=weights)
         EXP(weights, out=weights)
-        if block.keeps:
-            clear(block)
+        if block.limits:
+            tiles.clear_forbidden(block)
         keys, values = block.keys, block.values
-        mixed = bool(block.keeps) and not (finite and np.isfinite(keys).all() and np.isfinite(values).all())
+        leave_out = bool(block.limits) and not (finite and np.isfinite(keys).all() and np.isfinite(values).all())
         some_queries, some_grads = fold(query[:, :, rows]), fold(grad_output[:, :, rows])
         grads = take(buffers, "grads", weights.shape, tiling.dtype)  # by the weights, then by the scores
         np.matmul(some_grads, values.swapaxes(-1, -2), out=fold(grads))
@@ -86,12 +86,12 @@ def _add(tiling, tile, output, lse, grad_output, grad_lse, by_query, by_key, by_
         grads *= weights
         here = (*at, heads, 0, block.columns)
         part = take(buffers, "part", (*weights.shape[:3], query.shape[-1]), tiling.dtype)
-        if mixed:  # what is not finite reaches whom it sees, and who sees it
-            clear(block._replace(scores=grads))
-            sees = seen(block)
-            by_value[here] += seen_product(_t(fold(weights)), some_grads, _t(sees), np.empty_like(values))
-            by_key[here] += seen_product(_t(fold(grads)), some_queries, _t(sees), np.empty_like(keys))
-            seen_product(fold(grads), keys, sees, fold(part))
+        if leave_out:  # the pairs that may not attend: their weights are 0, and 0 * NaN would be NaN
+            tiles.clear_forbidden(block._replace(scores=grads))
+            allowed = tiles.allowed_pairs(block)
+            by_value[here] += tiles.product_of_allowed(_t(fold(weights)), some_grads, _t(allowed))
+            by_key[here] += tiles.product_of_allowed(_t(fold(grads)), some_queries, _t(allowed))
+            fold(part)[...] = tiles.product_of_allowed(fold(grads), keys, allowed)
         else:
             by_value[here] += np.matmul(_t(fold(weights)), some_grads)
             by_key[here] += np.matmul(_t(fold(grads)), some_queries)

@@ -95,10 +95,10 @@ class Tiling:
         c, g = self.heads[-2:]
         heads, groups = _slices(c, max(1, many // g)), _slices(g, max(1, min(many, g)))
         rows, tiles = _slices(self.n, size), []
-        sees = [[self._sees(entry, part) for part in rows] for entry in range(self.entries)]
+        keys_seen = [[self._sees(entry, part) for part in rows] for entry in range(self.entries)]
         for number, at in enumerate(np.ndindex(*self.batch)):
-            for part, seen in zip(rows, sees[number * self.entries // math.prod(self.batch)], strict=True):
-                tiles += [Tile((*at, *of, part), *seen) for of in itertools.product(heads, groups)]
+            for part, keys in zip(rows, keys_seen[number * self.entries // math.prod(self.batch)], strict=True):
+                tiles += [Tile((*at, *of, part), *keys) for of in itertools.product(heads, groups)]
         return sorted(tiles, key=_cost, reverse=True)
 
     def _sees(self, entry, rows):
@@ -162,7 +162,7 @@ def take(buffers, name, shape, dtype):
     return buffers[name][:size].reshape(shape)
 
 
-def ready(x, name, dtype, buffers):
+def for_blas(x, name, dtype, buffers):
     """``x`` as BLAS takes it: itself, or a copy."""
     width, (row, column) = x.itemsize, x.strides[-2:]
     if x.dtype == dtype and column == width and row >= width * x.shape[-1] and row % width == 0:
@@ -200,7 +200,7 @@ class Block(NamedTuple):
     rows: slice  # those of the tile that see any of these keys
     columns: slice  # the keys
     scores: np.ndarray  # (key heads, group, rows, keys), in UNITs: of forbidden pairs as well
-    keeps: list  # of (rows, bits), (..., rows, keys): ones where a row may look and zeros where it may not
+    limits: list  # of (rows, bits (..., rows, keys)): ones where these rows may attend and zeros where they may not
     keys: np.ndarray  # (key heads, keys, d)
     values: np.ndarray  # (key heads, keys, v)
 
@@ -208,21 +208,21 @@ class Block(NamedTuple):
 def blocks(tiling, tile, query, buffers):
     """The blocks of keys that some row of the tile sees."""
     *at, heads, group, rows = tile.at
-    alone = query.shape[1] == 1  # one head of a group: rows that see nothing can be left out
+    one_head = query.shape[1] == 1  # one head of a group: rows that see nothing can be left out
     width = min(max(COLUMNS, ROWS * COLUMNS // math.prod(query.shape[:3])), LONGEST)
-    for start, end in _stretches(tile, width, EDGE if alone else width):
-        part, columns, keeps = slice(0, query.shape[2]), slice(start, end), []
+    for start, end in _ranges_of_keys(tile, width, EDGE if one_head else width):
+        part, columns, limits = slice(0, query.shape[2]), slice(start, end), []
         if start < tile.inner_first or end > tile.inner_last:
-            part, keeps = _within(tiling, tile, start, end, alone, buffers)
+            part, limits = _rows_in_reach(tiling, tile, start, end, one_head, buffers)
             if part.start >= part.stop:
                 continue
         index = (*at, heads, group, slice(rows.start + part.start, rows.start + part.stop), columns)
         if tiling.mask is not None and not (mask := cut(tiling.mask, index)).all():
             if not mask.any():
                 continue
-            keeps.append((slice(None), _ones(mask, "mask", tiling.bits, buffers)))
-        keys = ready(tiling.key[(*at, heads, 0, columns)], "keys", tiling.dtype, buffers)
-        values = ready(tiling.value[(*at, heads, 0, columns)], "values", tiling.dtype, buffers)
+            limits.append((slice(None), _ones(mask, "mask", tiling.bits, buffers)))
+        keys = for_blas(tiling.key[(*at, heads, 0, columns)], "keys", tiling.dtype, buffers)
+        values = for_blas(tiling.value[(*at, heads, 0, columns)], "values", tiling.dtype, buffers)
         some = query[:, :, part]
         scores = take(buffers, "scores", (*some.shape[:3], end - start), tiling.dtype)
         np.matmul(fold(some), keys.swapaxes(-1, -2), out=fold(scores))
@@ -236,12 +236,12 @@ def blocks(tiling, tile, query, buffers):
             )
             scores += bias
             if not (allowed := bias != -math.inf).all():
-                keeps.append((slice(None), _ones(allowed, "allowed", tiling.bits, buffers)))
+                limits.append((slice(None), _ones(allowed, "allowed", tiling.bits, buffers)))
                 np.maximum(scores, tiling.lowest, out=scores)
-        yield Block(part, columns, scores, keeps, keys, values)
+        yield Block(part, columns, scores, limits, keys, values)
 
 
-def _stretches(tile, width, edge):
+def _ranges_of_keys(tile, width, edge):
     """(start, end) of each block of keys; where only some rows see them it is ``edge`` wide."""
     first, last = max(tile.first, tile.inner_first), min(tile.last, tile.inner_last)
     if first != tile.first:
@@ -262,29 +262,29 @@ def _ones(allowed, name, bits, buffers):
     return np.negative(keep, out=keep)
 
 
-def _within(tiling, tile, start, end, alone, buffers):
+def _rows_in_reach(tiling, tile, start, end, one_head, buffers):
     """The rows that see any of the keys start <= j < end, and what limits leave of them: (rows, bits) for each that cuts them.
 
     Row r stands at tile.position + r: from which row on a limit is met, and of which shape is its triangle, is arithmetic.
     """
-    rows, keeps = tile.at[-1], []
+    rows, limits = tile.at[-1], []
     first, last = 0, rows.stop - rows.start
     ahead = start - tile.position  # of row 0, by how much
     width = end - start
-    if alone:
+    if one_head:
         first = first if tiling.right is None else max(first, ahead - tiling.right)
         last = last if tiling.left is None else min(last, ahead + width + tiling.left)
     if tiling.right is not None and (cut_until := min(last, ahead + width - 1 - tiling.right)) > first:
         keep = _triangle("right", cut_until - first, width, first + tiling.right - ahead, tiling.bits, buffers)
-        keeps.append((slice(0, cut_until - first), keep))
+        limits.append((slice(0, cut_until - first), keep))
     if tiling.left is not None and (cut_from := max(first, ahead + tiling.left + 1)) < last:
         keep = _triangle("left", last - cut_from, width, cut_from - tiling.left - ahead, tiling.bits, buffers)
-        keeps.append((slice(cut_from - first, last - first), keep))
+        limits.append((slice(cut_from - first, last - first), keep))
     if tiling.per_query is not None and first < last:
         lengths = tiling.lengths_of(tile)[first:last, None]
         keep = take(buffers, "per query", (last - first, width), tiling.bits)
-        keeps.append((slice(None), _signs(np.subtract(np.arange(start, end, dtype=tiling.bits), lengths, out=keep))))
-    return slice(first, last), keeps
+        limits.append((slice(None), _signs(np.subtract(np.arange(start, end, dtype=tiling.bits), lengths, out=keep))))
+    return slice(first, last), limits
 
 
 def _triangle(side, rows, columns, shift, bits, buffers):
@@ -307,23 +307,22 @@ def _signs(x):
     return np.right_shift(x, 8 * x.itemsize - 1, out=x)
 
 
-def clear(block):
+def clear_forbidden(block):
     """Zeros where a row may not look, whatever stands there, in the block's scores, which are weights by now."""
-    bits = block.scores.view(block.keeps[0][1].dtype)
-    for rows, keep in block.keeps:
+    bits = block.scores.view(block.limits[0][1].dtype)
+    for rows, keep in block.limits:
         bits[..., rows, :] &= keep
 
 
-def seen(block):
+def allowed_pairs(block):
     """1 where a row sees a key and 0 where it does not, (key heads, group * rows, keys)."""
     ones = np.ones_like(block.scores)
-    clear(block._replace(scores=ones))
+    clear_forbidden(block._replace(scores=ones))
     return fold(ones)
 
 
-def seen_product(pairs, x, sees, out):
-    """pairs @ x, where ``pairs`` is 0 for pairs that may not attend: 0 * NaN is NaN, so these are left out."""
-    lost = ~np.isfinite(x)
-    product(pairs, np.where(lost, 0, x).astype(x.dtype), out=out)
-    out[np.matmul(sees, lost.astype(x.dtype)) > 0] = np.nan
-    return out
+def product_of_allowed(weights, x, allowed):
+    """weights @ x, where x is not finite: over the pairs that are allowed alone, since 0 * NaN of the others would be NaN."""
+    bad = ~np.isfinite(x)
+    found = np.where(allowed, weights, 0).astype(x.dtype) @ np.where(bad, 0, x).astype(x.dtype)
+    return np.where(allowed.astype(x.dtype) @ bad.astype(x.dtype) > 0, math.nan, found).astype(x.dtype)
