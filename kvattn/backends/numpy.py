@@ -471,9 +471,8 @@ def _repeated(index):
 
 
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
-    known = {name: options.pop(name) for name in ("output", "lse", "grad_lse") if name in options}  # by MXNet's views
     call = Call.of(query, key, **options)
-    return gradients.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, call, **known)
+    return gradients.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, call)
 
 
 def merge_attention(outputs, lses, return_lse=False):

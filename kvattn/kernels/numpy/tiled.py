@@ -15,7 +15,6 @@ import math
 import numpy as np
 
 from kvattn import bands
-from kvattn.call import Call
 from kvattn.kernels.numpy import threads, tiles
 from kvattn.kernels.numpy.tiles import EXP, LOG, UNIT, blocks, fold, product, take
 
@@ -49,37 +48,13 @@ def obstacle(tab, query, key, call):
     return ""
 
 
-def attention(query, key, value, call, blocks=(), output=None, **options):
+def attention(query, key, value, call, blocks=(), output=None):
     """softmax(scale * query @ key.T) @ value, and the log of the softmax's sums on request; ``output``: where to write it."""
-    if not isinstance(call, Call):
-        call = _described(query, key, scale=call, **options)
     tiling = tiles.Tiling(query, key, value, call)
     output, lse = forward(tiling, query.dtype, threads.count(), call.return_lse, output)
     if query.ndim == 2:
         output, lse = output[0], lse[0] if call.return_lse else None
     return (output, lse) if call.return_lse else output
-
-
-# ---- for MXNet's views, until they give their Call to obstacle, attention and gradients.attention_grad, which take output, lse
-# and grad_lse; then these go
-
-
-def _described(query, key, **options):
-    none = {"score": None, "normalize": None, "causal": False, "window": None, "query_offset": 0}
-    options.pop("positions", None)
-    return Call.of(query, key, **none | options)
-
-
-def serves(tab, query, key, value, **options):
-    call = _described(query, key, **{"score": tab.scaled_dot_score, "normalize": tab.softmax} | options)
-    return not obstacle(tab, query.shape, key.shape, call)
-
-
-def scale_of(tab, query, score, scale):
-    return tiles.scale_of(_described(query, query, score=score, scale=scale), query.shape[-1])
-
-
-# ---- tiles
 
 
 def forward(tiling, dtype, workers, with_lse, output=None):
