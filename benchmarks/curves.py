@@ -107,7 +107,7 @@ def main():
     from rich.console import Console
     from rich.progress import track
 
-    from kvattn import bench
+    from kvattn import timing
 
     sizes = [int(n) for n in args.sizes.split(",")]
     points = [(b, kind, n) for b in args.backend.split(",") for kind in args.kind.split(",") for n in sizes]
@@ -123,7 +123,7 @@ def main():
         rows = [{"backend": b, "kind": kind, "n": n, "grad": args.gradients, "ms": 1e3 * s, "MiB": grown, "inputs MiB": size}
                 for (b, kind, n), (s, grown, size) in found.items()]  # fmt: skip
         with open(args.json, "w") as file:
-            json.dump({"rows": rows} | bench.machine(), file, indent=1)
+            json.dump({"rows": rows} | timing.machine(), file, indent=1)
     if args.plot:
         plot(found, args.plot)
 

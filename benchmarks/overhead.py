@@ -118,7 +118,7 @@ def main():
     from rich.table import Table
 
     import kvattn
-    from kvattn import bench
+    from kvattn import timing
 
     names, found = args.backend.split(",") if args.backend else kvattn.available_backends(), {}
     for name in track(names, "measuring"):
@@ -133,7 +133,7 @@ def main():
     console.print(f"import kvattn, after NumPy: {took:.1f} ms (at most {IMPORT})")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"calls": found, "import": took} | bench.machine(), file, indent=1)
+            json.dump({"calls": found, "import": took} | timing.machine(), file, indent=1)
 
 
 def overhead(found, table):

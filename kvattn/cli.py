@@ -111,9 +111,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--grad", action="store_true", help="forward and backward together")
     bench.add_argument("--causal", action="store_true", help="also with the causal mask")
     bench.add_argument("--valid", action="store_true", help="also with padding: valid_lens at 60%% of the keys")
+    bench.add_argument("--per-query", action="store_true", help="also with valid_lens of each query, drawn")
     bench.add_argument("--window", action="store_true", help="also in a window of 256 keys to each side")
+    bench.add_argument("--mask", action="store_true", help="also with a mask of padding (batch, 1, 1, keys), and one of pairs")
+    bench.add_argument("--bias", action="store_true", help="also with a bias (1, heads, queries, keys); with --mask, also both")
+    bench.add_argument(
+        "--layers", action="store_true", help="instead of attention, MultiHeadAttention: of --causal and --valid; --grad trains"
+    )
     bench.add_argument("--device", metavar="NAME", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     bench.add_argument("--rounds", metavar="N", type=int, default=15, help="in each of which all take their turn (default: 15)")
+    bench.add_argument("--quick", action="store_true", help="a call or two of each: that it works; its figures mean nothing")
     bench.add_argument("--json", metavar="FILE", help="also write the measurements as JSON")
     bench.add_argument("--plot", metavar="FILE", help="also draw them; needs matplotlib")
 
@@ -449,12 +456,12 @@ class _Progress:
 
 def bench(options: argparse.Namespace) -> int:
     """Time the backends, print the table of ratios, and write it where asked."""
-    from kvattn import bench
+    from kvattn import bench, peers, timing
 
     names = _named(options.backend)
-    if options.backend is not None and (strange := [name for name in names if name not in bench.PEERS]):
-        raise _Refused(f"backend {strange[0]!r} is not timed; those that are: {', '.join(bench.PEERS)}")
-    names = [name for name in names if name in bench.PEERS]
+    if options.backend is not None and (strange := [name for name in names if name not in peers.ATTENTION]):
+        raise _Refused(f"backend {strange[0]!r} is not timed; those that are: {', '.join(peers.ATTENTION)}")
+    names = [name for name in names if name in peers.ATTENTION]
     shapes = list(dict.fromkeys(name.strip() for name in options.shapes.split(",")))
     if unknown := [name for name in shapes if name not in bench.SHAPES]:
         raise _Refused(f"unknown shape {unknown[0]!r}; known: {', '.join(bench.SHAPES)}")
@@ -462,13 +469,18 @@ def bench(options: argparse.Namespace) -> int:
         raise _Refused(f"--rounds must be at least 1, not {options.rounds}")
     for path in filter(None, (options.json, options.plot)):
         _writable(path)
-    kinds = [kind for kind in bench.KINDS if kind == "full" or getattr(options, kind)]
+    kinds = [kind for kind, flags in bench.KINDS.items() if all(getattr(options, flag) for flag in flags)]
+    if options.layers:
+        if unknown := [kind for kind in kinds if kind not in bench.OF_LAYERS]:
+            raise _Refused(f"--layers goes with --causal and --valid, not --{bench.KINDS[unknown[0]][0].replace('_', '-')}")
+        if not bench.count(names, shapes, kinds, True):
+            raise _Refused(f"--layers is self-attention, and has no shape {options.shapes}")
     console = _console()
     names = _having(names, bench.lacking(names, options.device), options.backend is None, console)
     if "torch" not in dispatch.available_backends():
         console.print(f"PyTorch is not installed, so there are times but no ratios: {_cure('torch')}")
     with _Progress(console) as progress:
-        progress.start("bench", bench.count(names, shapes, kinds), "starting")
+        progress.start("bench", bench.count(names, shapes, kinds, options.layers), "starting")
         done: set[tuple[str, ...]] = set()
 
         def advance(row: dict[str, Any]) -> None:
@@ -477,7 +489,7 @@ def bench(options: argparse.Namespace) -> int:
 
         rows = bench.run(
             names, shapes, kinds, dtype=options.dtype, grad=options.grad, device=options.device, rounds=options.rounds,
-            progress=advance,
+            layers=options.layers, quick=options.quick, progress=advance,
         )  # fmt: skip
         progress.done("done", f"{len(rows)} measurements")
     console.print(*bench.tables(rows, console.width))
@@ -485,11 +497,9 @@ def bench(options: argparse.Namespace) -> int:
         if "failed" in row:
             console.print(f"{row['backend']} failed: {row['failed']}", style="bold red", soft_wrap=True)
     if options.json:
-        import json
-
         device = next((row["device"] for row in rows if "device" in row), options.device)
-        about = {"kvattn": __version__, **bench.machine(), "device": device}
-        _write(options.json, json.dumps(about | {"rows": rows}, indent=1))
+        about = {"kvattn": __version__, **timing.machine(), "device": device}
+        _write(options.json, timing.document(about, rows))
     if options.plot:
         bench.plot(rows, options.plot)
     return 0 if rows and all(row.get("right") for row in rows) else 1

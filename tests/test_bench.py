@@ -1,6 +1,7 @@
 """The benchmark command: that it times what is right, says what is not, and writes what it is told to. No times are judged."""
 
 import io
+import itertools
 import json
 
 import numpy as np
@@ -8,18 +9,20 @@ import pytest
 from conftest import chosen
 from rich.console import Console
 
-from kvattn import bench, cli, dispatch
+from kvattn import bench, cli, dispatch, peers, timing
+from kvattn.peers import Problem
 
 
 def measured(*extra, path):
     status = cli.main(
-        ["bench", "--backend", ",".join(chosen()), "--shapes", "tiny", "--rounds", "2", "--json", str(path), *extra]
+        ["bench", "--backend", ",".join(chosen()), "--shapes", "tiny", "--quick", "--rounds", "2", "--json", str(path), *extra]
     )
     return status, json.loads(path.read_text())["rows"]
 
 
 def test_every_backend_is_timed_and_right(tmp_path, capsys):
-    status, rows = measured("--causal", "--valid", "--window", "--plot", str(tmp_path / "b.png"), path=tmp_path / "b.json")
+    flags = ("--causal", "--valid", "--window", "--mask", "--bias", "--per-query")
+    status, rows = measured(*flags, "--plot", str(tmp_path / "b.png"), path=tmp_path / "b.json")
     assert status == 0
     assert {(row["what"], row["kind"]) for row in rows} >= {
         (f"kvattn {name}", kind) for name in chosen() for kind in bench.KINDS
@@ -61,19 +64,49 @@ def test_who_has_no_such_device_is_named_and_the_others_are_measured_on_theirs(c
     assert json.loads((tmp_path / "b.json").read_text())["device"] == "Card 3000"
 
 
-def test_gradients_are_timed_and_right(tmp_path):
-    status, rows = measured("--grad", path=tmp_path / "b.json")
-    assert status == 0
-    assert {row["what"] for row in rows} >= {f"kvattn {name}" for name in chosen()}
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("layer", [False, True], ids=["attention", "layers"])
+def test_kvattns_calls_and_those_of_the_framework_give_the_same_with_each_option(layer, grad):
+    for backend, kind in itertools.product(chosen(), bench.OF_LAYERS if layer else bench.KINDS):
+        problem = bench.problem("tiny", kind, grad=grad, layer=layer)
+        calls = dict((peers.LAYERS if layer else peers.ATTENTION)[backend](problem))
+        assert next(iter(calls)) == f"kvattn {backend}"
+        assert len(calls) > 1 or (backend, kind) == ("torch", "full")  # where the yardstick is the framework's own
+        for what, call in calls.items():
+            assert bench._error(call(), problem) < 1e-5, (backend, what, kind)
+
+
+def test_layers_in_training_are_timed_and_right_and_compared_with_the_frameworks_own(tmp_path, capsys):
+    status, rows = measured("--layers", "--valid", "--grad", path=tmp_path / "b.json")
+    assert status == 0, rows
+    assert all(row["right"] and row["layer"] for row in rows), rows
+    ours = {(row["what"], row["kind"]): row["own"] for row in rows if row["what"].startswith("kvattn")}
+    assert {*ours} == {(f"kvattn {name}", kind) for name in chosen() for kind in ("full", "valid")}
+    for own in ours.values():
+        assert [figures["ratio"] > 0 for figures in own.values()] in ([True], [])
+    said = capsys.readouterr().out
+    assert "kvattn numpy / NumPy, naive" in said
+    assert "torch MHA, all to all" in said or "torch" not in chosen()
+
+
+def test_a_wrong_answer_of_a_layer_is_told_from_a_right_one():
+    for grad in (False, True):
+        problem = bench.problem("tiny", "full", "float64", grad, layer=True)
+        answer = dict(peers.LAYERS["numpy"](problem))["kvattn numpy"]()
+        assert bench._error(answer, problem) < 1e-12
+        assert bench._error(answer * 1.01, problem) > 1e-3
+        assert bench._error(answer, bench.problem("tiny", "valid", "float64", grad, layer=True)) > 1e-3
 
 
 def test_a_wrong_answer_is_told_from_a_right_one():
     arrays = [np.random.default_rng(0).standard_normal((1, 1, 8, 8)) for _ in range(4)]
-    call = bench._numpy(arrays[:3], {}, "float64", False, "cpu")["kvattn numpy"]
-    assert bench._error(call(), arrays, {}, False) < 1e-12
-    assert bench._error(call() * 1.01, arrays, {}, False) > 1e-3
-    assert bench._error(call(), arrays, {"causal": True}, False) > 1e-3
-    assert bench._error(call(), arrays, {"window": 2}, False) > 1e-3
+    problem = Problem(arrays[:3], {}, "float64")
+    answer = dict(peers.ATTENTION["numpy"](problem))["kvattn numpy"]()
+    assert bench._error(answer, problem) < 1e-12
+    assert bench._error(answer * 1.01, problem) > 1e-3
+    other = {"mask": np.arange(8) < 5, "bias": np.ones((1, 1, 8, 8)) * np.arange(8), "valid_lens": np.arange(1, 9)[None]}
+    for name, option in {"causal": True, "window": 2, **other}.items():
+        assert bench._error(answer, problem._replace(options={name: option})) > 1e-3, name
 
 
 def test_the_yardstick_is_given_its_threads_after_the_backend_is_loaded(monkeypatch):
@@ -81,13 +114,13 @@ def test_the_yardstick_is_given_its_threads_after_the_backend_is_loaded(monkeypa
     made = []
 
     def maker(name):
-        return lambda *args: made.append(name) or {name: lambda: np.zeros((1, 1, 8, 8))}
+        return lambda problem: made.append(name) or {name: lambda: np.zeros((1, 1, 8, 8))}
 
     monkeypatch.setattr(bench, "_yardstick", lambda device: True)
-    monkeypatch.setattr(bench, "_sdpa", lambda *args: maker(bench.YARDSTICK)()[bench.YARDSTICK])
-    monkeypatch.setitem(bench.PEERS, "numpy", maker("kvattn numpy"))
-    rows = list(bench._measure("numpy", "tiny", "full", "float32", False, "cpu", 1))
-    assert made == ["kvattn numpy", bench.YARDSTICK]
+    monkeypatch.setattr(peers, "sdpa", lambda problem: maker("torch SDPA")(problem)["torch SDPA"])
+    monkeypatch.setitem(peers.ATTENTION, "numpy", maker("kvattn numpy"))
+    rows = list(bench._measure("numpy", bench.problem("tiny", "full"), 1))
+    assert made == ["kvattn numpy", "torch SDPA"]
     assert [row["what"] for row in rows] == ["kvattn numpy"]
 
 
@@ -112,7 +145,15 @@ def test_a_backend_whose_process_fails_is_told(monkeypatch, capsys):
     assert "numpy failed: ImportError: no" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("extra", "message"), [(["--shapes", "Q"], "unknown shape 'Q'"), (["--rounds", "0"], "at least 1")])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--shapes", "Q"], "unknown shape 'Q'"),
+        (["--rounds", "0"], "at least 1"),
+        (["--layers", "--mask"], "--layers goes with --causal and --valid, not --mask"),
+        (["--layers", "--shapes", "D"], "--layers is self-attention, and has no shape D"),
+    ],
+)
 def test_a_wrong_command_is_refused(extra, message, capsys):
     assert cli.main(["bench", "--backend", "numpy", *extra]) == 2
     assert message in capsys.readouterr().err
@@ -126,15 +167,15 @@ def test_what_is_timed_follows_calls_of_its_own_and_is_their_median(monkeypatch)
         took.append(0.01 if len(took) < first or len(took) % 3 == 0 else 0.004)
         clock += took[-1]
 
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock)
-    first = round(bench.WARM / 0.01)
-    assert bench._timed(call) == pytest.approx(0.004)
-    assert sum(took[:first]) == pytest.approx(bench.WARM)
-    assert sum(took[first:-1]) < bench.TIMED <= sum(took[first:])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
+    first = round(timing.WARM / 0.01)
+    assert timing.looped(call) == pytest.approx(0.004)
+    assert sum(took[:first]) == pytest.approx(timing.WARM)
+    assert sum(took[first:-1]) < timing.TIMED <= sum(took[first:])
     clock, took, first = 0.0, [], 10**6  # one call takes longer than all that
-    monkeypatch.setattr(bench, "WARM", 0.001)
-    monkeypatch.setattr(bench, "TIMED", 0.001)
-    assert bench._timed(call) == pytest.approx(0.01)
+    monkeypatch.setattr(timing, "WARM", 0.001)
+    monkeypatch.setattr(timing, "TIMED", 0.001)
+    assert timing.looped(call) == pytest.approx(0.01)
     assert len(took) == 2
 
 
