@@ -372,27 +372,9 @@ def _softmax_lse(scores, where):
 
 
 @quirks.shaped
-def attention(
-    query,
-    key,
-    value,
-    *,
-    score=scaled_dot_score,
-    normalize=softmax,
-    mask=None,
-    bias=None,
-    valid_lens=None,
-    causal=False,
-    query_offset=0,
-    window=None,
-    positions=None,
-    scale=None,
-    softcap=None,
-    dropout=0.0,
-    rng=None,
-    return_weights=False,
-    return_lse=False,
-):
+def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, mask=None, bias=None, valid_lens=None,
+              causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, dropout=0.0, rng=None,
+              return_weights=False, return_lse=False):  # fmt: skip
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
         query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,
@@ -589,18 +571,25 @@ def _attend_grad(query, key, value, grad_output, wrt, call):
     if not few and (blocks := bands.rows(call.score, *shapes[:2], views.MOST // 4)):
         return _grad_in_blocks(query, key, value, grad_output, wrt, call, blocks)
     bound = call.score.keywords if isinstance(call.score, partial) else {}
+
+    def attend(query, key, value, bias, **bound):
+        score = call.score
+        if isinstance(score, partial):
+            score = partial(score.func, *(x.detach() if is_array(x) else x for x in score.args), **bound)
+        return _attend(query, key, value, call._replace(score=score, bias=bias))
+
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, **bound}
-    copies = {name: x.detach() if is_array(x) else x for name, x in sources.items()}  # whose gradients are nobody else's
+    return _grad_by_autograd(attend, sources, grad_output, wrt)
+
+
+def _grad_by_autograd(function, sources, grad_output, wrt):
+    """The gradients of sum(grad_output * function(**sources)), taken of copies, whose gradients are nobody else's."""
+    copies = {name: x.detach() if is_array(x) else x for name, x in sources.items()}
     for name in {*wrt, "value"}:  # value: where nothing else is reached, as by hardmax, backward needs a graph
         copies[name].attach_grad()
-    query, key, value, bias = (copies.pop(name) for name in ("query", "key", "value", "bias"))
     with autograd.record():
-        if isinstance(call.score, partial):
-            args = (x.detach() if is_array(x) else x for x in call.score.args)
-            call = call._replace(score=partial(call.score.func, *args, **copies))
-        output = _attend(query, key, value, call._replace(bias=bias))
+        output = function(**copies)
     output.backward(grad_output)
-    copies |= {"query": query, "key": key, "value": value, "bias": bias}
     return tuple(copies[name].grad for name in wrt)
 
 
@@ -639,19 +628,20 @@ def merge_attention(outputs, lses, return_lse=False):
 @quirks.shaped
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    call = Call.of(query, key, **options)
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
+        query, key, value = _hide_unseen(query, key, value, call)
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
     if cache is not None:
         cache = cache.extend(key, value, backend="mxnet")
         key, value = cache.seen()
-        options["query_offset"] = cache.length - query.shape[-2]
-    results = attention(query, key, value, **options)
+        call = Call.of(query, key, **options | {"query_offset": cache.length - query.shape[-2]})
+    results = _attend(query, key, value, call)
     output, *rest = results if isinstance(results, tuple) else (results,)
     output = _project(_join(output), params, "o").astype(dtype, copy=False)  # (..., n, o)
-    if options.get("return_weights"):
+    if call.return_weights:
         rest[0] = rest[0].astype(dtype, copy=False)
     results = (output, *rest) if cache is None else (output, *rest, cache)
     return results if len(results) > 1 else output
@@ -684,27 +674,22 @@ def _join(x):
 
 @quirks.shaped
 def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("query", "key", "value"), **options):
-    given = {"query": query, "key": key, "value": value, **params}
-    copies = {name: x.detach() for name, x in given.items()}  # whose gradients are nobody else's
-    for name in {*wrt, "value"}:  # value: where nothing else is reached, as by hardmax, backward needs a graph
-        copies[name].attach_grad()
-    query, key, value, *rest = copies.values()
-    with autograd.record():
-        output = multi_head_attention(query, key, value, dict(zip(params, rest, strict=True)), **options)
-    output.backward(grad_output)
-    return tuple(copies[name].grad for name in wrt)
+    def attend(query, key, value, **params):
+        return multi_head_attention(query, key, value, params, **options)
+
+    return _grad_by_autograd(attend, {"query": query, "key": key, "value": value, **params}, grad_output, wrt)
 
 
 @quirks.shaped
 def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
-    lens = options["valid_lens"]
-    lens = lens.reshape((1, *lens.shape)) if lens is not None and x.ndim == 2 else lens  # of the one head there is
-    query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
-    pairs = ((query, W_q), (key, W_k), (value, W_v))
-    results = attention(*(_project(x, {"W_x": W}, "x") for x, W in pairs), **options)
+    call = of_heads = Call.of(x, x, **options)
+    if call.valid_lens is not None and x.ndim == 2:  # of the one head there is
+        of_heads = call._replace(valid_lens=call.valid_lens.reshape((1, *call.valid_lens.shape)))
+    inputs = zip(_hide_unseen(x, x, x, of_heads), (W_q, W_k, W_v), strict=True)
+    results = _attend(*(_project(x, {"W_x": W}, "x") for x, W in inputs), call)
     output, *rest = results if isinstance(results, tuple) else (results,)
-    if options.get("return_weights"):
+    if call.return_weights:
         rest[0] = rest[0].astype(dtype, copy=False)
     output = output.astype(dtype, copy=False)
     return (output, *rest) if rest else output

@@ -181,12 +181,11 @@ class _Attention(_Layer):
         """gluon's own reads the file of a block without parts as mx.nd arrays."""
         self.params.load_dict(mx.npx.load(filename), ctx, allow_missing, ignore_extra, self.prefix, filename, **how)
 
-    def _score(self):
-        return api.scaled_dot_score
+    _score = staticmethod(api.scaled_dot_score)
 
     def hybrid_forward(self, F, queries, keys, values, valid_lens=None, **options):
         params = {name: options.pop(name) for name in self._reg_params}
-        score = partial(self._score(), **params) if params else self._score()
+        score = partial(self._score, **params) if params else self._score
         options |= {"score": score, "valid_lens": valid_lens, "rate": self.dropout}
         if not symbols.deferred(queries):
             return _attend(queries, keys, values, layer=self, **options)
@@ -214,8 +213,7 @@ def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=N
     options |= {"score": score, "valid_lens": whole(valid_lens, backend)}
     layer = _traced.get(layer) if isinstance(layer, str) else layer
     if layer is not None and tab.is_array(query):
-        kept = {name: _detached(x) for name, x in options.items()}
-        layer._last = (query.detach(), key.detach(), {**kept, "score": _copied(score)})
+        layer._last = (query.detach(), key.detach(), {name: _as_it_is_now(x) for name, x in options.items()})
     dropout = rate if autograd.is_training() else 0.0
     return api.attention(query, key, value, **options, dropout=dropout, backend=backend)
 
@@ -234,18 +232,13 @@ def whole(valid_lens, backend="mxnet"):
     return backend.asarray(valid_lens, dtype="int64")
 
 
-def _detached(x):
-    """Without its graph, and as it is now where it may be learned."""
+def _as_it_is_now(x):
+    """An option of a call without its graph, and copied where it may be learned, since a Trainer writes into it."""
+    if isinstance(x, partial):
+        return partial(x.func, **{name: y.detach().copy() for name, y in x.keywords.items()})
     if not tab.is_array(x):
         return x
     return x.detach().copy() if autograd.is_recording() else x.detach()
-
-
-def _copied(score):
-    """The score with its parameters as they are now: a Trainer writes into them."""
-    if not isinstance(score, partial):
-        return score
-    return partial(score.func, **{name: x.detach().copy() for name, x in score.keywords.items()})
 
 
 class DotProductAttention(_Attention):
@@ -254,6 +247,8 @@ class DotProductAttention(_Attention):
 
 class AdditiveAttention(_Attention):
     """Attention by the score w_v . tanh(q W_q + k W_k) with ``num_hiddens`` hidden units."""
+
+    _score = staticmethod(api.additive_score)
 
     def __init__(self, num_hiddens, dropout=0.0, *, seed=None, **kwargs):
         super().__init__(dropout, **kwargs)
@@ -264,12 +259,11 @@ class AdditiveAttention(_Attention):
     def infer_shape(self, queries, keys, *args):
         self.W_q.shape, self.W_k.shape = ((x.shape[-1], self.w_v.shape[0]) for x in (queries, keys))
 
-    def _score(self):
-        return api.additive_score
-
 
 class MultiplicativeAttention(_Attention):
     """Attention by the score q W k; W takes its sizes from the first call."""
+
+    _score = staticmethod(api.multiplicative_score)
 
     def __init__(self, dropout=0.0, *, seed=None, **kwargs):
         super().__init__(dropout, **kwargs)
@@ -278,12 +272,11 @@ class MultiplicativeAttention(_Attention):
     def infer_shape(self, queries, keys, *args):
         self.W.shape = (queries.shape[-1], keys.shape[-1])
 
-    def _score(self):
-        return api.multiplicative_score
-
 
 class GatedAttention(_Attention):
     """Attention by the score sigmoid(w_g . [q; k]) (q . k); w_g takes its size from the first call."""
+
+    _score = staticmethod(api.gated_score)
 
     def __init__(self, dropout=0.0, *, seed=None, **kwargs):
         super().__init__(dropout, **kwargs)
@@ -291,9 +284,6 @@ class GatedAttention(_Attention):
 
     def infer_shape(self, queries, *args):
         self.w_g.shape = (2 * queries.shape[-1],)
-
-    def _score(self):
-        return api.gated_score
 
 
 def _parameter(layer, name, shape, seed):
