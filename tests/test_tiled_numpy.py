@@ -192,6 +192,18 @@ def test_small_calls_are_left_to_the_tab_but_for_those_that_would_copy_many_keys
     assert tiles_serve(long[..., :1, :], long, valid_lens=np.array([9]))
 
 
+@pytest.mark.parametrize("score", [kvattn.scaled_dot_score, kvattn.distance_score])
+@pytest.mark.parametrize(("n", "m", "size", "d"), [(3, 4, 2, 2), (300, 900, 64, 2), (256, 9, 64, 64), (2, 0, 3, 2)])
+def test_the_kernel_of_selected_keys_is_planned_as_if_they_were_selected(score, n, m, size, d):
+    query, key = np.ones((1, 2, n, d)), np.ones((1, 1, m, d))
+    positions = np.arange(n * size).reshape(n, size)
+    call = Call.of(query, key, score=getattr(tab, score.__name__), normalize=tab.softmax, positions=positions)
+    planned, expected = tab.choose(query, key, key, call), tab.choose(*tab._select(query, key, key, call))
+    assert planned.kernel == f"{expected.kernel}, of selected keys"
+    assert planned.why.startswith(expected.why)
+    assert planned.run.args == (expected,)
+
+
 def test_both_bases_of_the_exponential():
     for exp, log, unit in ((np.exp, np.log, 1.0), (np.exp2, np.log2, math.log2(math.e))):
         base = {"EXP": exp, "UNIT": unit}

@@ -312,27 +312,9 @@ def _softmax_lse(scores, where):
 # ---- attention
 
 
-def attention(
-    query,
-    key,
-    value,
-    *,
-    score=scaled_dot_score,
-    normalize=softmax,
-    mask=None,
-    bias=None,
-    valid_lens=None,
-    causal=False,
-    query_offset=0,
-    window=None,
-    positions=None,
-    scale=None,
-    softcap=None,
-    dropout=0.0,
-    rng=None,
-    return_weights=False,
-    return_lse=False,
-):
+def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, mask=None, bias=None, valid_lens=None,
+              causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, dropout=0.0, rng=None,
+              return_weights=False, return_lse=False):  # fmt: skip
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
         query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,

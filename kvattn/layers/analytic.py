@@ -65,7 +65,7 @@ class Layer:
     ['head.W', 'head.b', 'hidden.W', 'hidden.b']
     """
 
-    _inputs, _told = [], False  # forward's positional inputs, and whether it takes ``training``
+    _inputs, _takes_training = [], False  # forward's positional inputs, and whether it takes ``training``
     kind = None  # by which layers.names calls its weights: dense, norm, embedding, or None: as their keys
 
     def __new__(cls, *args, **options):
@@ -77,7 +77,7 @@ class Layer:
         super().__init_subclass__(**options)
         taken = list(inspect.signature(cls.forward).parameters.values())[1:]
         cls._inputs = [x.name for x in taken if x.kind is x.POSITIONAL_OR_KEYWORD and x.name != "training"]
-        cls._told = any(x.name == "training" for x in taken)
+        cls._takes_training = any(x.name == "training" for x in taken)
 
     def forward(self, *inputs, **options):
         raise NotImplementedError(f"{type(self).__name__} has no forward")
@@ -102,7 +102,7 @@ class Layer:
         half = floats[0] if floats and floats[0].name in tab.HALF else None
         state.kept, token = (), _mode.set(mode)
         try:
-            results = self.forward(*inputs, **options, **({"training": mode.training} if self._told else {}))
+            results = self.forward(*inputs, **options, **({"training": mode.training} if self._takes_training else {}))
         finally:
             _mode.reset(token)
         if half is not None:

@@ -139,8 +139,8 @@ class MultiHeadAttention(Layer):
     def forward(self, queries, keys, values, valid_lens=None, *, cache=None, **options):
         if cache is None:  # else a later call may look at what is nobody's now
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
-        queries = _split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
-        keys, values = _split(self.W_k(keys), self.num_kv_heads), _split(self.W_v(values), self.num_kv_heads)
+        queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
+        keys, values = tab._split(self.W_k(keys), self.num_kv_heads), tab._split(self.W_v(values), self.num_kv_heads)
         self.keep(cache)
         if cache is not None:
             cache = cache.extend(keys, values, backend="numpy")
@@ -149,27 +149,16 @@ class MultiHeadAttention(Layer):
         valid_lens = layers.lengths(tab, valid_lens, queries)
         results = self.attention(queries, keys, values, valid_lens, **options)
         output, *rest = results if type(results) is tuple else (results,)
-        output = self.W_o(_join(output))  # (batch, n, num_hiddens)
+        output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
         rest = rest if cache is None else [*rest, cache]
         return (output, *rest) if rest else output
 
     def vjp(self, grad, cache):
         if cache is not None:
             raise RuntimeError("a call with a cache has no backward: its keys and values are of earlier calls too")
-        grad = _split(self.W_o.backward(grad), self.num_heads)
-        queries, keys, values = map(_join, self.attention.backward(grad))
+        grad = tab._split(self.W_o.backward(grad), self.num_heads)
+        queries, keys, values = map(tab._join, self.attention.backward(grad))
         return self.W_q.backward(queries), self.W_k.backward(keys), self.W_v.backward(values)
-
-
-def _split(X, heads):
-    """(batch, n, heads * d) -> (batch, heads, n, d)."""
-    return X.reshape(*X.shape[:-1], heads, X.shape[-1] // heads).swapaxes(-2, -3)
-
-
-def _join(X):
-    """(batch, heads, n, d) -> (batch, n, heads * d)."""
-    X = X.swapaxes(-2, -3)
-    return X.reshape(*X.shape[:-2], X.shape[-2] * X.shape[-1])
 
 
 # ---- the other parts of a transformer

@@ -2,6 +2,8 @@
 
 Writing P for the weights, S for the scores, O = P V and G for the gradient of a loss by O:
 dV = P^T G, dP = G V^T, dS = normaliser's product of dP (softmax: P (dP - sum_j P dP)), and dQ, dK from dS by the score.
+
+Source, of sparsemax's: Martins and Astudillo 2016, "From softmax to sparsemax".
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import numpy as np
 
 _lock = threading.Lock()
 _blas = None  # NumPy's BLAS, by threadpoolctl; [] without it
-_held = []  # [(library, its threads before)] while any call holds BLAS
-_holders = 0
+_threads_before = []  # (library, how many it used), while calls hold BLAS to one thread
+_calls = 0  # that do
 _pool = None  # of this process
 
 
@@ -37,16 +37,16 @@ def _libraries():
 
 def _forget():
     """In a forked child no call is running and no thread of ours, whatever its parent was doing."""
-    global _lock, _holders, _pool
+    global _lock, _calls, _pool
     _lock, _pool = threading.Lock(), None
     _release()
-    _holders = 0
+    _calls = 0
 
 
 def _release():
-    for library, before in _held:
+    for library, before in _threads_before:
         _set(library, before)
-    _held.clear()
+    _threads_before.clear()
 
 
 def _set(library, size):
@@ -64,26 +64,26 @@ def _cores():
 def count():
     """How many threads of ours may run: as many as BLAS would use, within this process's cores; 1 without threadpoolctl."""
     with _lock:
-        blas = [before for _, before in _held] or [x.get_num_threads() for x in _libraries()]
+        blas = [before for _, before in _threads_before] or [x.get_num_threads() for x in _libraries()]
     return min([_cores(), *blas]) if blas else 1
 
 
 @contextmanager
 def one_blas_thread():
     """BLAS by one thread each call, for many small products and for those of several threads; put back as it was."""
-    global _holders
+    global _calls
     with _lock:
-        if not _holders:
-            _held[:] = [(x, x.get_num_threads()) for x in _libraries()]
-            for library, _ in _held:
+        if not _calls:
+            _threads_before[:] = [(x, x.get_num_threads()) for x in _libraries()]
+            for library, _ in _threads_before:
                 _set(library, 1)
-        _holders += 1
+        _calls += 1
     try:
         yield
     finally:
         with _lock:
-            _holders -= 1
-            if not _holders:
+            _calls -= 1
+            if not _calls:
                 _release()
 
 
@@ -109,7 +109,7 @@ def share(tasks, work, workers):
     Raises what any of them raises, once all have stopped.
     """
     tasks, failures = deque(tasks), []
-    helpers = min(workers, len(tasks)) - 1
+    others = min(workers, len(tasks)) - 1
 
     def take():
         try:
@@ -127,8 +127,8 @@ def share(tasks, work, workers):
             tasks.clear()
             failures.append(error)
 
-    with one_blas_thread() if helpers > 0 else nullcontext():
-        started = _start(serve, helpers) if helpers > 0 else []
+    with one_blas_thread() if others > 0 else nullcontext():
+        started = _start(serve, others) if others > 0 else []
         try:
             serve()
         finally:

@@ -1,5 +1,8 @@
 """Softmax attention of dot products in tiles, for NumPy arrays: no array of queries by keys ever exists.
 
+With s_ij = scale q_i . k_j (through the soft cap, plus the bias) and any t_i, over the keys j that query i may attend to:
+output_i = sum_j exp(s_ij - t_i) v_j / sum_j exp(s_ij - t_i), and lse_i = t_i + log sum_j exp(s_ij - t_i).
+
 A tile of queries meets the keys block by block: the scores, exp and weights @ value of one block lie in buffers that stay
 in the cache. While the sums of exp(scores) stay in range no maximum is taken off the scores; a tile where they do not is
 done again with a running maximum.
