@@ -119,6 +119,38 @@ def test_what_a_score_of_ones_own_reads_has_its_gradient(way):
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
 
 
+def test_a_scores_parameter_may_have_the_name_of_an_option():
+    arrays = [tf.constant(x) for x in draw(lead=(2,), n=6, m=6)[:3]]
+    options = {"mask": np.tri(6, dtype=bool), "bias": np.eye(6)}
+
+    def score(query, key, mask, bias):
+        return mask * my_score(query, key) + bias
+
+    options["score"] = partial(score, mask=tf.constant(2.0, tf.float64), bias=tf.constant(3.0, tf.float64))
+    expected = kvattn.attention(*arrays, **options)
+    with in_blocks() as served:
+        np.testing.assert_allclose(kvattn.attention(*arrays, **options), expected, rtol=1e-12)
+    assert served
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gradient_of_a_normaliser_of_ones_own_meets_no_value_that_is_hidden(way):
+    """It may spread NaN over a row, wherever the row's NaN stands."""
+    query, key, value, grad = draw(n=5, m=5)
+    value[:, 4] = np.nan
+    arrays = [tf.constant(x) for x in (query, key, value, grad)]
+
+    def normalize(scores, where):
+        return tf.nn.softmax(tf.where(where, scores, -np.inf))
+
+    found, expected = (
+        WAYS[way](partial(kvattn.attention_grad, causal=True, normalize=x))(*arrays) for x in (normalize, kvattn.softmax)
+    )
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
+    assert np.isfinite(found[0][:, :4]).all()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_parameters_that_are_variables_are_trained(way):
     query, key, value, grad = (tf.constant(x) for x in draw(lead=(), n=6, m=5))
