@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import nullcontext
-from functools import partial, reduce, wraps
+from functools import partial, reduce
 
 import numpy as np
 import tensorflow as tf
 
 from kvattn import bands, explanation
 from kvattn.call import Call, Choice
-from kvattn.kernels.tensorflow import blocks, nonfinite, tiles
+from kvattn.kernels.tensorflow import blocks, nonfinite, quirks, tiles
 
 HALF = (tf.float16, tf.bfloat16)
 
@@ -70,15 +70,6 @@ def converts(x, y):
 # ---- shapes and masks
 
 
-def _shape(x):
-    """The sizes of the axes: ints, or where the trace does not know them, scalar tensors."""
-    static = tuple(x.shape)
-    if None not in static:
-        return static
-    dynamic = tf.shape(x)
-    return tuple(dynamic[axis] if size is None else size for axis, size in enumerate(static))
-
-
 def _heads(query, key):
     """(query heads, key heads), or (None, None) where one is unknown: they count as equal, or broadcast."""
     heads = bands.heads(query.shape, key.shape)
@@ -91,20 +82,11 @@ def _wide(x):
     return tf.cast(x, tf.float32) if x.dtype in HALF else x
 
 
-def _product(a, b, **options):
-    """a @ b; (batch, 1, n, d) loses its second axis meanwhile: oneDNN's product of it with one (d, m) for all crashes."""
-    alike = None not in a.shape[:-2] and a.shape[:-2] == b.shape[:-2]  # each has its own
-    if alike or len(a.shape) != 4 or a.shape[1] != 1 or (len(b.shape) > 2 and b.shape[1] != 1):
-        return tf.matmul(a, b, **options)
-    b = tf.squeeze(b, 1) if len(b.shape) > 2 else b  # indexing takes six times as long
-    return tf.expand_dims(tf.matmul(tf.squeeze(a, 1), b, **options), 1)
-
-
 def _fold(x, heads):
     """(..., h, n, c) -> (..., heads, h / heads * n, c): the queries of one key head lie in a row."""
     if len(x.shape) < 3 or heads is None or x.shape[-3] == heads:
         return x
-    *lead, h, n, c = _shape(x)
+    *lead, h, n, c = quirks.shape(x)
     return tf.reshape(x, (*lead, heads, h // heads * n, c))
 
 
@@ -112,7 +94,7 @@ def _unfold(x, heads, n):
     """(..., h / g, g * n, c) -> (..., h, n, c): the inverse of _fold."""
     if len(x.shape) < 3 or heads is None or x.shape[-3] == heads:
         return x
-    *lead, _, _, c = _shape(x)
+    *lead, _, _, c = quirks.shape(x)
     return tf.reshape(x, (*lead, heads, n, c))
 
 
@@ -121,7 +103,7 @@ def _lengths(valid_lens, ndim):
     valid_lens = tf.cast(valid_lens, tf.int64)
     if ndim == 2:
         return tf.reshape(valid_lens, (-1, 1))
-    batch, *per_query = _shape(valid_lens)
+    batch, *per_query = quirks.shape(valid_lens)
     return tf.reshape(valid_lens, (batch, *[1] * (ndim - 3), *(per_query or [1]), 1))
 
 
@@ -135,7 +117,7 @@ def _positions(query_offset, n, ndim):
 
 def _keys(key):
     """The positions of the keys."""
-    return tf.range(tf.cast(_shape(key)[-2], tf.int64))
+    return tf.range(tf.cast(quirks.shape(key)[-2], tf.int64))
 
 
 def _allowed(n, keys, ndim, call):
@@ -157,7 +139,7 @@ def _allowed(n, keys, ndim, call):
 def _any_for(flags, shape):
     """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
     if len(flags.shape) >= 2 and len(shape) >= 3 and shape[-3] and flags.shape[-2] not in (1, shape[-3]):
-        *lead, h, r = _shape(flags)
+        *lead, h, r = quirks.shape(flags)
         flags = tf.reshape(flags, (*lead, tf.minimum(h, shape[-3]), tf.maximum(h // shape[-3], 1), r))
         flags = tf.reduce_any(flags, axis=-2)
     for axis in range(-len(flags.shape), -1):
@@ -194,31 +176,16 @@ def _hide_unseen(query, key, value, call):
     if call.positions is not None:
         selected = tf.reduce_any(tf.cast(call.positions, tf.int64)[..., None] == _keys(key), axis=-2)
         call = call._replace(mask=selected if call.mask is None else tf.logical_and(call.mask, selected))
-    allowed = _allowed(_shape(query)[-2], _keys(key), len(query.shape) + 1, call)
+    allowed = _allowed(quirks.shape(query)[-2], _keys(key), len(query.shape) + 1, call)
     hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
     return tuple(x[..., 0, :, :] for x in hidden)
-
-
-def _few_axes(score):
-    """``score`` for inputs of any number of axes: of more than five TensorFlow cannot broadcast, nor of nine take a slice."""
-
-    @wraps(score)
-    def flat(query, key, *args, **parameters):
-        if len(query.shape) < 5:
-            return score(query, key, *args, **parameters)
-        lead = _lead(query, key)
-        query, key = (tf.reshape(_widen(x, lead, 2), (math.prod(lead), *_shape(x)[-2:])) for x in (query, key))
-        scores = score(query, key, *args, **parameters)
-        return tf.reshape(scores, (*lead, *_shape(scores)[-2:]))
-
-    return flat
 
 
 # ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m), float32 for half precision
 
 
 def dot_score(query, key):
-    return _product(_wide(query), _wide(key), transpose_b=True)
+    return quirks.matmul(_wide(query), _wide(key), transpose_b=True)
 
 
 def scaled_dot_score(query, key):
@@ -227,28 +194,28 @@ def scaled_dot_score(query, key):
 
 def _root(query):
     """The square root of d; without features the scores are 0."""
-    d = _shape(query)[-1]
+    d = quirks.shape(query)[-1]
     return math.sqrt(d or 1) if isinstance(d, int) else tf.sqrt(tf.cast(tf.maximum(d, 1), _wide(query[..., :0]).dtype))
 
 
-@_few_axes
+@quirks.few_axes
 def additive_score(query, key, W_q, W_k, w_v, b=None):
-    query, key = _product(_wide(query), _wide(W_q)), _product(_wide(key), _wide(W_k))
+    query, key = quirks.matmul(_wide(query), _wide(W_q)), quirks.matmul(_wide(key), _wide(W_k))
     hidden = query[..., :, None, :] + key[..., None, :, :]  # (..., n, m, h)
     if b is not None:
         hidden = hidden + _wide(b)
-    return _product(tf.tanh(hidden), _wide(w_v)[:, None])[..., 0]
+    return quirks.matmul(tf.tanh(hidden), _wide(w_v)[:, None])[..., 0]
 
 
 def multiplicative_score(query, key, W):
-    return _product(_product(_wide(query), _wide(W)), _wide(key), transpose_b=True)
+    return quirks.matmul(quirks.matmul(_wide(query), _wide(W)), _wide(key), transpose_b=True)
 
 
-@_few_axes
+@quirks.few_axes
 def gated_score(query, key, w_g):
     query, key, w_g = _wide(query), _wide(key), _wide(w_g)
-    d = _shape(query)[-1]
-    gate = _product(query, w_g[:d, None]) + tf.linalg.matrix_transpose(_product(key, w_g[d:, None]))
+    d = quirks.shape(query)[-1]
+    gate = quirks.matmul(query, w_g[:d, None]) + tf.linalg.matrix_transpose(quirks.matmul(key, w_g[d:, None]))
     return _sigmoid(gate) * dot_score(query, key)
 
 
@@ -298,7 +265,7 @@ def _unit(x):
     return tf.where(some, x / tf.sqrt(tf.where(some, squares, 1)), 0)
 
 
-@_few_axes
+@quirks.few_axes
 def _squared_distance(query, key):
     """|q - k|^2 from the differences: |q|^2 + |k|^2 - 2 q.k would cancel."""
     difference = _wide(query)[..., :, None, :] - _wide(key)[..., None, :, :]  # (..., n, m, d)
@@ -314,7 +281,7 @@ def softmax(scores, where=None):
 
 def masked_softmax(scores, valid_lens=None, where=None):
     if valid_lens is not None:
-        inside = tf.range(tf.cast(_shape(scores)[-1], tf.int64)) < _lengths(valid_lens, len(scores.shape))
+        inside = tf.range(tf.cast(quirks.shape(scores)[-1], tf.int64)) < _lengths(valid_lens, len(scores.shape))
         where = inside if where is None else tf.where(inside, where, False)  # which broadcasts more axes than logical_and
     return softmax(scores, where)
 
@@ -327,7 +294,7 @@ def sparsemax(scores, where=None):
     shifted = shifted if where is None else tf.where(where, shifted, -2)
     fixed = tf.stop_gradient(shifted)
     ordered = tf.sort(fixed, axis=-1, direction="DESCENDING")
-    ranks = tf.cast(tf.range(1, _shape(wide)[-1] + 1), wide.dtype)
+    ranks = tf.cast(tf.range(1, quirks.shape(wide)[-1] + 1), wide.dtype)
     above = tf.cast(1 + ranks * ordered > tf.cumsum(ordered, axis=-1), wide.dtype)
     threshold = (tf.reduce_sum(above * ordered, axis=-1, keepdims=True) - 1) / tf.reduce_sum(above, axis=-1, keepdims=True)
     outside, zeros = fixed <= threshold, tf.zeros_like(wide)  # which keys have weight is a constant to the gradient
@@ -342,7 +309,7 @@ def hardmax(scores, where=None):
         return scores
     scored = scores if where is None else tf.where(where, scores, -math.inf)
     best = tf.argmax(tf.where(tf.equal(scored, scored), scored, math.inf), axis=-1)  # tf.argmax would pass over NaN
-    chosen = tf.equal(tf.range(tf.cast(_shape(scores)[-1], tf.int64)), best[..., None])
+    chosen = tf.equal(tf.range(tf.cast(quirks.shape(scores)[-1], tf.int64)), best[..., None])
     return tf.cast(chosen if where is None else tf.logical_and(chosen, where), scores.dtype)
 
 
@@ -428,8 +395,8 @@ def choose(query, key, value, call):
     """The kernel that serves a call: Choice(kernel, why, blocks, run)."""
     tab = sys.modules[__name__]
     if len(query.shape) > 4:
-        batch = _lead(query, key)[:-1]
-        return _prepared(_one_batch(query, key, value, call), lambda x: tf.reshape(x, (*batch, *_shape(x)[1:])))
+        batch = quirks.lead(query, key)[:-1]
+        return _prepared(quirks.one_batch(query, key, value, call), lambda x: tf.reshape(x, (*batch, *quirks.shape(x)[1:])))
     if call.positions is not None:
         lse_axes, size = len(query.shape), call.positions.shape[-1]
         choice = _prepared(_select(query, key, value, call), lambda x: x[..., 0] if len(x.shape) == lse_axes else x[..., 0, :])
@@ -479,22 +446,20 @@ def _by_formula(query, key, value, call, plan=()):
     inputs = (query, key) if call.restricted else ()  # nothing is hidden where all may attend
     if not tf.executing_eagerly() or nonfinite.absent(*inputs, output):
         return results
-    allowed = _allowed(_shape(query)[-2], _keys(key), len(query.shape), call)
+    allowed = _allowed(quirks.shape(query)[-2], _keys(key), len(query.shape), call)
     if nonfinite.absent(*_hide_padding(allowed, query, key, value)[:2], output):  # it lay where nobody looks
         return results
     careful = partial(_formula, careful=True)
     copies = 1 if call.score in (scaled_dot_score, dot_score) else query.shape[-1] or 1  # each query has keys of its own
     plan = blocks.plan(query, key, value, call, copies)
-    return (
-        blocks.attention(sys.modules[__name__], careful, query, key, value, call, plan)
-        if plan
-        else careful(query, key, value, call)
-    )
+    if not plan:
+        return careful(query, key, value, call)
+    return blocks.attention(sys.modules[__name__], careful, query, key, value, call, plan)
 
 
 def _formula(query, key, value, call, careful=False):
     """attention by its formula. ``careful``: where something is not finite, it reaches nothing by pairs that may not attend."""
-    dtype, n, (heads, kv_heads) = query.dtype, _shape(query)[-2], _heads(query, key)
+    dtype, n, (heads, kv_heads) = query.dtype, quirks.shape(query)[-2], _heads(query, key)
     keys = _keys(key) if call.windowed or call.valid_lens is not None else None
     allowed = _allowed(n, keys, len(query.shape), call)
     if call.masked or not call.leaves_none_out(n, key.shape[-2]):
@@ -503,16 +468,15 @@ def _formula(query, key, value, call, careful=False):
     if not dots and None in (*query.shape[:-1], *key.shape[:-1]):
         some = tf.reduce_all(tf.concat([tf.shape(query)[:-1], tf.shape(key)[:-1]], axis=0) > 0)  # without pairs, no gradient
         query, key = tf.where(some, query, 0), tf.where(some, key, 0)
-    product, traced = _product, not tf.executing_eagerly()
+    product, traced, tab = quirks.matmul, not tf.executing_eagerly(), sys.modules[__name__]
     if traced or (careful and allowed is not None):
-        shape = (*_lead(query, key), n, _shape(key)[-2])
-        pairs = nonfinite.AllowedPairs(
-            None if allowed is None else lambda: _fold(tf.broadcast_to(allowed, shape), kv_heads), careful
-        )
+        shape = (*quirks.lead(query, key), n, quirks.shape(key)[-2])
+        folded = None if allowed is None else lambda: _fold(tf.broadcast_to(allowed, shape), kv_heads)
+        pairs = nonfinite.AllowedPairs(folded, careful)
         product = pairs.product
         if allowed is not None:
             score = dot_score if call.score is scaled_dot_score and call.scale is not None else call.score
-            call = call._replace(score=pairs.score(sys.modules[__name__], score))
+            call = call._replace(score=pairs.score(tab, score))
 
     # weights = normalize(score(query, key)): (..., h, n, m)
     scores = _scores(query, key, call)
@@ -523,7 +487,7 @@ def _formula(query, key, value, call, careful=False):
         weights = nonfinite.whole_rows(weights, allowed) if traced and call.return_weights else weights
     else:
         weights, lse = call.normalize(scores, where=allowed), None
-        if product is not _product and allowed is not None and not blocks.is_kvattns(sys.modules[__name__], call.normalize):
+        if allowed is not None and (traced or careful) and not blocks.is_kvattns(tab, call.normalize):
             weights = tf.where(allowed, weights, 0)  # whatever a row of NaN has there, and its gradient
 
     # output = weights @ value: (..., h, n, v)
@@ -535,7 +499,7 @@ def _formula(query, key, value, call, careful=False):
 
 def _scores(query, key, call):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
-    n, (heads, kv_heads) = _shape(query)[-2], _heads(query, key)
+    n, (heads, kv_heads) = quirks.shape(query)[-2], _heads(query, key)
     query = _fold(query, kv_heads)
     if call.scale is None:
         scores = call.score(query, key)
@@ -552,45 +516,13 @@ def _dropout(weights, rate, rng):
         return weights
     seed = rng if rng is None or isinstance(rng, tuple) else (rng, 0)
     draw = tf.random.uniform if seed is None else partial(tf.random.stateless_uniform, seed=seed)
-    return tf.where(draw(_shape(weights)) >= rate, weights / (1 - rate), 0)
-
-
-def _one_batch(query, key, value, call):
-    """The arguments with all their batch axes in one: of more than five axes TensorFlow cannot broadcast, nor of nine slice."""
-    batch = _lead(query, key)[:-1]
-
-    def one(x):
-        if x is None or len(x.shape) < 4:
-            return x
-        shared = all(size == 1 for size in x.shape[:-3])
-        x = x if shared else _widen(x, batch, 3)
-        return tf.reshape(x, (1 if shared else math.prod(batch), *_shape(x)[-3:]))
-
-    def each(x):  # numbers by the first axis
-        return tf.repeat(x, math.prod(batch[1:]), axis=0) if x is not None and len(getattr(x, "shape", ())) else x
-
-    call = call._replace(
-        mask=one(call.mask), bias=one(call.bias), positions=one(call.positions), valid_lens=each(call.valid_lens),
-        query_offset=each(call.query_offset),
-    )  # fmt: skip
-    return one(query), one(key), one(value), call
-
-
-def _widen(x, lead, last):
-    """x with the axes before its ``last`` broadcast to ``lead``, one after another."""
-    own, kept = _shape(x)[:-last], _shape(x)[-last:]
-    own = (*[1] * (len(lead) - len(own)), *own)
-    for axis, (size, wide) in enumerate(zip(own, lead, strict=True)):
-        if not (type(size) is type(wide) is int and size == wide):
-            x = tf.reshape(x, (math.prod(lead[:axis]), size, math.prod((*own[axis + 1 :], *kept))))
-            x = tf.repeat(x, wide // tf.maximum(size, 1), axis=1)
-    return tf.reshape(x, (*lead, *kept))
+    return tf.where(draw(quirks.shape(weights)) >= rate, weights / (1 - rate), 0)
 
 
 def _select(query, key, value, call):
     """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and the call of these."""
-    n, m, lead = _shape(query)[-2], _shape(key)[-2], _lead(query, key)
-    index = tf.broadcast_to(tf.cast(call.positions, tf.int64), (*lead, n, _shape(call.positions)[-1]))
+    n, m, lead = quirks.shape(query)[-2], quirks.shape(key)[-2], quirks.lead(query, key)
+    index = tf.broadcast_to(tf.cast(call.positions, tf.int64), (*lead, n, quirks.shape(call.positions)[-1]))
     inside = (index >= 0) & (index < tf.cast(m, tf.int64)) & ~_repeated(index)
     index = tf.clip_by_value(index, 0, tf.cast(tf.maximum(m - 1, 0), tf.int64))
     spare = 0 if key.shape[-2] else 1  # where m may be 0, a key that nobody may attend to: something to gather
@@ -605,26 +537,20 @@ def _select(query, key, value, call):
     key, value = (tf.pad(_spread(x, lead), [[0, 0]] * len(lead) + [[0, spare], [0, 0]]) for x in (key, value))
     # TensorFlow's gradient of a gather fails where there are neither features nor positions
     key, value = (
-        tf.gather(x, index, axis=len(lead), batch_dims=len(lead)) if x.shape[-1] else tf.zeros((*_shape(index), 0), x.dtype)
+        tf.gather(x, index, axis=len(lead), batch_dims=len(lead))
+        if x.shape[-1]
+        else tf.zeros((*quirks.shape(index), 0), x.dtype)
         for x in (key, value)
     )
     call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :])
-    return tf.broadcast_to(query, (*lead, n, _shape(query)[-1]))[..., None, :], key, value, call
-
-
-def _lead(query, key):
-    """The leading axes (..., h) of the scores, as bands.lead has them, where sizes may be unknown."""
-    if None not in (*query.shape[:-2], *key.shape[:-2]):
-        return bands.lead(query.shape, key.shape)
-    batch = tf.broadcast_dynamic_shape(tf.shape(query)[:-3], tf.shape(key)[:-3])
-    return (*tf.unstack(batch), *_shape(query)[:-2][-1:])
+    return tf.broadcast_to(query, (*lead, n, quirks.shape(query)[-1]))[..., None, :], key, value, call
 
 
 def _spread(x, lead):
     """(..., h_kv, m, c) -> (*lead, m, c): each key head repeated for its queries' heads."""
     if lead and type(lead[-1]) is type(x.shape[-3]) is int and x.shape[-3] not in (1, lead[-1]):
         x = tf.repeat(x, lead[-1] // x.shape[-3], axis=-3)
-    return tf.broadcast_to(x, (*lead, *_shape(x)[-2:]))
+    return tf.broadcast_to(x, (*lead, *quirks.shape(x)[-2:]))
 
 
 def _repeated(index):
@@ -688,13 +614,13 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
 def _project(x, params, name):
     """x W + b, in float32 for half precision; without W, x."""
     x, W, b = _wide(x), params.get(f"W_{name}"), params.get(f"b_{name}")
-    x = x if W is None else _product(x, _wide(W))
+    x = x if W is None else quirks.matmul(x, _wide(W))
     return x if b is None else x + _wide(b)
 
 
 def _split(x, heads):
     """(..., n, heads * c) -> (..., heads, n, c)."""
-    return _swap(tf.reshape(x, [*_shape(x)[:-1], heads, x.shape[-1] // heads]))
+    return _swap(tf.reshape(x, [*quirks.shape(x)[:-1], heads, x.shape[-1] // heads]))
 
 
 def _swap(x):
@@ -706,7 +632,7 @@ def _swap(x):
 def _join(x):
     """(..., heads, n, c) -> (..., n, heads * c)."""
     x = _swap(x)
-    return tf.reshape(x, [*_shape(x)[:-2], x.shape[-2] * x.shape[-1]])
+    return tf.reshape(x, [*quirks.shape(x)[:-2], x.shape[-2] * x.shape[-1]])
 
 
 def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("query", "key", "value"), **options):
@@ -724,7 +650,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and len(x.shape) == 2 else lens  # of the one head there is
     query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
-    projected = (_product(_wide(x), _wide(W)) for x, W in ((query, W_q), (key, W_k), (value, W_v)))
+    projected = (quirks.matmul(_wide(x), _wide(W)) for x, W in ((query, W_q), (key, W_k), (value, W_v)))
     results = attention(*projected, **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):
@@ -735,4 +661,4 @@ def self_attention(x, W_q, W_k, W_v, **options):
 
 def write(buffer, x, at):
     """``buffer`` with x in the places at, at + 1, ... of axis -2; longer, if it does not hold them."""
-    return tf.concat([buffer[..., :at, :], x, buffer[..., at + _shape(x)[-2] :, :]], axis=-2)
+    return tf.concat([buffer[..., :at, :], x, buffer[..., at + quirks.shape(x)[-2] :, :]], axis=-2)

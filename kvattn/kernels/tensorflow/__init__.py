@@ -1,1 +1,1 @@
-"""TensorFlow: blocks of queries in a tf.function, for dot products and for any score."""
+"""TensorFlow: blocks of queries for dot products (tiles, plan) and for any score (blocks); NaN and inf (nonfinite); quirks."""
