@@ -7,12 +7,9 @@ the results and what the framework took for its first call. Linear growth has th
 """
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
 import sys
-import time
 
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
 S = W = 32  # keys that a query selects; keys to each side of it
@@ -59,10 +56,11 @@ def peak():
 
 
 def measure(backend, kind, n, gradients):
-    """(seconds, MiB beyond inputs and results, MiB of inputs) of one point, in this process."""
+    """Seconds, MiB beyond inputs and results, and MiB of inputs of one point, in this process."""
     import numpy as np
 
     import kvattn
+    from kvattn import timing
 
     tab = kvattn.dispatch.load(backend)
     rng = np.random.default_rng(0)
@@ -81,12 +79,11 @@ def measure(backend, kind, n, gradients):
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak so far is forgotten
     before = peak()
-    seconds = []
+    seconds, sizes = [], []
     while len(seconds) < 6 and sum(seconds[1:]) < SECONDS:
-        start = time.perf_counter()
-        size = run(*inputs, **options)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:]), max(0, peak() - before - size / 2**20), len(inputs) * h * n * d * 4 / 2**20
+        seconds.append(timing.wall(lambda: sizes.append(run(*inputs, **options))))
+    grown = max(0, peak() - before - sizes[-1] / 2**20)
+    return {"seconds": min(seconds[1:]), "MiB": grown, "inputs MiB": len(inputs) * h * n * d * 4 / 2**20}
 
 
 def main():
@@ -99,31 +96,30 @@ def main():
     parser.add_argument("--plot", help="write the curves to this file")
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
+
+    from kvattn import timing
+
     if args.point:
         backend, kind, n = args.point
-        print(json.dumps(measure(backend, kind, int(n), args.gradients)))
+        timing.tell(measure(backend, kind, int(n), args.gradients))
         return
 
     from rich.console import Console
     from rich.progress import track
 
-    from kvattn import timing
-
     sizes = [int(n) for n in args.sizes.split(",")]
     points = [(b, kind, n) for b in args.backend.split(",") for kind in args.kind.split(",") for n in sizes]
     found = {}
     for point in track([p for p in points if p[2] <= LONGEST.get(p[1], math.inf)], "measuring"):
-        command = [sys.executable, __file__, *["--gradients"] * args.gradients, "--point", *map(str, point)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{' '.join(map(str, point))} failed:\n{done.stderr}")
-        found[point] = json.loads(done.stdout.splitlines()[-1])
+        *_, figures = timing.apart([__file__, *["--gradients"] * args.gradients, "--point", *map(str, point)])
+        if "failed" in figures:
+            sys.exit(f"{' '.join(map(str, point))} failed:\n{figures['words']}")
+        found[point] = tuple(figures.values())
     Console(width=max(120, Console().width)).print(table(found))
     if args.json:
         rows = [{"backend": b, "kind": kind, "n": n, "grad": args.gradients, "ms": 1e3 * s, "MiB": grown, "inputs MiB": size}
                 for (b, kind, n), (s, grown, size) in found.items()]  # fmt: skip
-        with open(args.json, "w") as file:
-            json.dump({"rows": rows} | timing.machine(), file, indent=1)
+        timing.write(args.json, timing.machine(), rows=rows)
     if args.plot:
         plot(found, args.plot)
 

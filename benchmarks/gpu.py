@@ -14,18 +14,17 @@ into --minutes is named, not measured. Without a GPU: exit status 2.
 
 import argparse
 import itertools
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 
 import numpy as np
+
+from kvattn import timing
 
 SHAPES = {  # batch, heads, heads of keys, queries, keys, features
     "BERT": (32, 12, 12, 512, 512, 64),
@@ -163,16 +162,9 @@ def error(results, wanted, grad):
 
 def medians(calls, clock, rounds):
     """By name, milliseconds in each round: of each call in turn, as many times as fill FILL seconds."""
-    took = {}
-    for name, call in calls.items():
-        once = min(clock(call, 1) for _ in range(2))
-        took[name] = (max(1, min(FILLS, int(1e3 * FILL / max(once, 1e-3)))), [])
-    names = [*calls]
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # who comes first finds the GPU at rest
-            count, times = took[name]
-            times.append(clock(calls[name], count) / count)
-    return {name: times for name, (_, times) in took.items()}
+    once = {name: min(clock(call, 1) for _ in range(2)) for name, call in calls.items()}
+    turns = {name: timing.queued(max(1, min(FILLS, int(1e3 * FILL / max(ms, 1e-3)))), clock) for name, ms in once.items()}
+    return timing.rounds(calls, rounds, turns)  # who comes first finds the GPU at rest
 
 
 # ---- torch
@@ -306,10 +298,7 @@ def torch_clock(device):
 
     def clock(call, count):
         if device == "cpu":
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            return 1e3 * (time.perf_counter() - start)
+            return 1e3 * timing.wall(call, count)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
@@ -432,11 +421,12 @@ def jax_clock(device):
     import jax
 
     def clock(call, count):
-        start = time.perf_counter()
-        for _ in range(count):
-            results = call()
-        jax.block_until_ready(results)
-        return 1e3 * (time.perf_counter() - start)
+        def queue():
+            for _ in range(count):
+                results = call()
+            jax.block_until_ready(results)
+
+        return 1e3 * timing.wall(queue)
 
     return clock
 
@@ -455,7 +445,7 @@ def work(framework, device, size, shapes, rounds, deadline):
     """Prints a JSON line for each row as it is measured, the first one the machine."""
     parts = globals()
     name, versions = parts[f"{framework}_machine"](device)
-    print(json.dumps({"framework": framework, "device": name, "versions": versions}), flush=True)
+    timing.tell({"framework": framework, "device": name, "versions": versions})
     if name is None:
         return
     clock, known = parts[f"{framework}_clock"](device), {}
@@ -467,7 +457,7 @@ def work(framework, device, size, shapes, rounds, deadline):
         for at, (shape, kind, dtype, grad) in enumerate(asked[start : start + chunk]):
             row = {"framework": framework, "shape": shape, "kind": kind, "dtype": dtype, "grad": grad}
             if time.time() > deadline:
-                print(json.dumps(row | {"late": True}), flush=True)
+                timing.tell(row | {"late": True})
                 continue
             made.append((row, at, *parts[f"{framework}_calls"](shape, kind, dtype, grad, size, device)))
 
@@ -499,7 +489,7 @@ def work(framework, device, size, shapes, rounds, deadline):
                     call()
                 wrong[what] = error(plain(call(), *[True] * hasattr(call, "moved")), known[key], row["grad"])
             figures = medians(calls, clock, rounds)
-            print(json.dumps(row | judged(figures, wrong, TOLERANCE[row["dtype"]]) | {"refused": turned_down}), flush=True)
+            timing.tell(row | judged(figures, wrong, TOLERANCE[row["dtype"]]) | {"refused": turned_down})
 
 
 def judged(figures, wrong, tolerance):
@@ -507,12 +497,11 @@ def judged(figures, wrong, tolerance):
     ms = {what: statistics.median(times) for what, times in figures.items()}
     right = [what for what in ms if what != "kvattn" and wrong[what] <= tolerance]
     best = min(right, key=ms.get, default=None)
-    ratios = None if best is None else [x / y for x, y in zip(figures["kvattn"], figures[best], strict=True)]
+    compared = {"ratio": None, "spread": None} if best is None else timing.ratio(figures["kvattn"], figures[best])
     return {
         "ms": ms["kvattn"],
         "best": best,
-        "ratio": None if best is None else statistics.median(ratios),
-        "spread": None if best is None else [float(x) for x in np.quantile(ratios, [0.25, 0.75])],
+        **compared,
         "error": wrong["kvattn"],
         "right": wrong["kvattn"] <= tolerance,
         "native": {what: {"ms": ms[what], "error": wrong[what]} for what in ms if what != "kvattn"},
@@ -554,30 +543,20 @@ def main(argv=None):
     found, failed = [], []
     frameworks = args.frameworks.split(",")
     for framework in frameworks:
-        command = [
-            sys.executable,
-            __file__,
-            "--work",
-            framework,
-            "--device",
-            args.device,
-            "--size",
-            args.size,
-            "--shapes",
-            args.shapes,
-        ]
+        command = [__file__, "--work", framework, "--device", args.device, "--size", args.size, "--shapes", args.shapes]
         command += ["--rounds", str(args.rounds), "--minutes", str(args.minutes / len(frameworks))]
         env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (
             {"JAX_PLATFORMS": "cpu"} if args.device == "cpu" else {}
         )
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
-            for line in process.stdout:
-                if line.startswith("{"):
-                    found.append(json.loads(line))
-                    print(told(found[-1]), flush=True)
-                    if args.json:
-                        Path(args.json).write_text(json.dumps(document(found), indent=1))
-        failed += [framework] if process.returncode else []
+        for row in timing.apart(command, env):
+            if "failed" in row:
+                failed.append(framework)
+                print(row["words"])
+                continue
+            found.append(row)
+            print(told(row), flush=True)
+            if args.json:
+                timing.write(args.json, about(found), rows=[row for row in found if "versions" not in row])
     if not failed and not any(row.get("device") for row in found):
         print(f"no GPU here that {' or '.join(frameworks)} can use: nothing was measured")
         return 2
@@ -586,13 +565,13 @@ def main(argv=None):
     return 1 if failed or not all(row.get("right", True) for row in found) else 0
 
 
-def document(found):
-    """The machine, the versions, and the rows."""
+def about(found):
+    """The machine and the versions."""
     about = {"date": time.strftime("%Y-%m-%d")}
     for row in found:
         if row.get("device"):
             about |= {"device": row["device"], row["framework"]: row["versions"]}
-    return about | {"rows": [row for row in found if "versions" not in row]}
+    return about
 
 
 if __name__ == "__main__":

@@ -2,19 +2,14 @@
 
     python benchmarks/overhead.py --backend numpy,torch
 
-Each backend runs in a fresh process. The calls take turns in an order that is drawn anew, so that what else runs slows them
-alike; a turn is one call that is not timed, for what ran before has the processor's caches, and a few that are. A figure is
-the median, and the smallest, of many turns. One call of (1, 1, 8, 8), float32.
+Each backend runs in a fresh process. The calls take turns, so that what else runs slows them alike; a turn is one call that
+is not timed, for what ran before has the processor's caches, and a few that are. A figure is the median, and the smallest, of
+many turns. One call of (1, 1, 8, 8), float32.
 """
 
 import argparse
-import json
 import math
-import random
 import statistics
-import subprocess
-import sys
-import time
 
 KINDS = {"plain": {}, "causal": {"causal": True}, "scale": {"scale": 0.5}, "valid_lens": {"valid_lens": [6]}}
 TARGETS = {"numpy": 4, "torch": 4, "jax": 4, "tensorflow": 12, "mxnet": 12}
@@ -62,7 +57,7 @@ def measure(backend, rounds):
     import numpy as np
 
     import kvattn
-    from kvattn import dispatch, prepare
+    from kvattn import dispatch, prepare, timing
 
     tab = dispatch.load(backend)
     q, k, v = (tab.asarray(np.random.default_rng(i).standard_normal((1, 1, 8, 8)).astype("float32")) for i in range(3))
@@ -78,27 +73,20 @@ def measure(backend, rounds):
     calls["dispatch"] = lambda: dispatch.choose(None, **named)
     calls["checks"] = lambda: prepare.inputs(tab, q, k, v, None)
     calls["options"] = lambda: prepare.options(tab, q, (1, 1, 8, 8), (8, 8))
-    took = {what: [] for what in calls}
     for call in [*calls.values()] * 3:
         call()
-    turns = [*calls.items()]
-    for _ in range(rounds):
-        random.shuffle(turns)
-        for what, call in turns:
-            call()
-            start = time.perf_counter_ns()
-            for _ in range(TURN):
-                call()
-            took[what].append((time.perf_counter_ns() - start) / TURN)
+    took = timing.rounds(calls, rounds, timing.queued(TURN, before=1))
     nothing = min(took.pop("nothing"))
-    return {what: [(f(x) - nothing) / 1e3 for f in (statistics.median, min)] for what, x in took.items()}
+    return {what: [1e6 * (f(x) - nothing) for f in (statistics.median, min)] for what, x in took.items()}
 
 
 def importing(module):
     """Milliseconds of a fresh process that imports a module after NumPy: the median of seven."""
-    code = f"import numpy, time; t = time.perf_counter(); import {module}; print(1e3 * (time.perf_counter() - t))"
-    runs = (subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True) for _ in range(7))
-    return statistics.median(float(run.stdout) for run in runs)
+    from kvattn import timing
+
+    code = f"import numpy, json, time; t = time.perf_counter(); import {module}; t = time.perf_counter() - t; "
+    runs = [row for _ in range(7) for row in timing.apart(["-c", code + "print(json.dumps({'took': t}))"])]
+    return 1e3 * statistics.median(run["took"] for run in runs)
 
 
 def main():
@@ -108,8 +96,11 @@ def main():
     parser.add_argument("--json", help="write the figures to this file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
+
+    from kvattn import timing
+
     if args.one:
-        print(json.dumps(measure(args.one, args.rounds)))
+        timing.tell(measure(args.one, args.rounds))
         return
 
     from rich import box
@@ -118,22 +109,20 @@ def main():
     from rich.table import Table
 
     import kvattn
-    from kvattn import timing
 
     names, found = args.backend.split(",") if args.backend else kvattn.available_backends(), {}
     for name in track(names, "measuring"):
         rounds = args.rounds if TARGETS.get(name) == 4 else args.rounds // 4
-        command = [sys.executable, __file__, "--one", name, "--rounds", str(rounds)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+        *_, found[name] = timing.apart([__file__, "--one", name, "--rounds", str(rounds)])
+        if "failed" in found[name]:
+            raise SystemExit(f"{name} failed:\n{found[name]['words']}")
     console = Console(width=160)
     console.print(overhead(found, Table(box=box.MARKDOWN)))
     console.print(shares(found, Table(box=box.MARKDOWN)))
     took = importing("kvattn")
     console.print(f"import kvattn, after NumPy: {took:.1f} ms (at most {IMPORT})")
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"calls": found, "import": took} | timing.machine(), file, indent=1)
+        timing.write(args.json, timing.machine(), calls=found, **{"import": took})
 
 
 def overhead(found, table):

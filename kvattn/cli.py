@@ -499,7 +499,7 @@ def bench(options: argparse.Namespace) -> int:
     if options.json:
         device = next((row["device"] for row in rows if "device" in row), options.device)
         about = {"kvattn": __version__, **timing.machine(), "device": device}
-        _write(options.json, timing.document(about, rows))
+        _write(options.json, timing.document(about, rows=rows))
     if options.plot:
         bench.plot(rows, options.plot)
     return 0 if rows and all(row.get("right") for row in rows) else 1

@@ -112,13 +112,13 @@ def tell(row: Mapping[str, Any]) -> None:
     print(json.dumps(row), flush=True)
 
 
-def write(path: str, about: Mapping[str, Any], rows: Any) -> None:
-    """A file of what was measured, and on what."""
-    Path(path).write_text(document(about, rows), encoding="utf-8")
+def write(path: str, about: Mapping[str, Any], **measured: Any) -> None:
+    """A file of what was ``measured``, and on what."""
+    Path(path).write_text(document(about, **measured), encoding="utf-8")
 
 
-def document(about: Mapping[str, Any], rows: Any) -> str:
-    return json.dumps({**about, "rows": rows}, indent=1)
+def document(about: Mapping[str, Any], **measured: Any) -> str:
+    return json.dumps({**about, **measured}, indent=1)
 
 
 def machine() -> dict[str, Any]:

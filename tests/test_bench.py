@@ -3,6 +3,9 @@
 import io
 import itertools
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,3 +216,69 @@ def test_without_pytorch_the_table_is_headed_by_time_alone():
     rows = [row | {"spread": [0.1, 0.1], "ratio": None}]
     assert "SDPA" not in bench.tables(rows, 80)[0].title
     assert bench.tables([*rows, rows[0] | {"ratio": 1.0}], 80)[0].title.startswith("on cpu: time / torch SDPA")
+
+
+# ---- the harness, and the scripts of benchmarks/ that use it
+
+
+def test_who_comes_first_in_a_round_is_the_last_in_the_next():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    took = timing.rounds(calls, 4, timing.queued(1))
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert {name: len(times) for name, times in took.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_a_queue_is_timed_as_a_whole_and_what_goes_before_it_is_not():
+    made, asked = [], []
+
+    def clock(call, count):
+        asked.append((len(made), count))
+        return 10.0
+
+    assert timing.queued(5, clock, before=2)(lambda: made.append(1)) == 2.0
+    assert asked == [(2, 5)]
+
+
+def test_a_ratio_is_taken_within_a_round():
+    found = timing.ratio([1.0, 40.0, 3.0], [2.0, 80.0, 3.0])
+    assert found == {"ratio": 0.5, "spread": [0.5, 0.75]}
+
+
+def test_a_process_tells_its_rows_however_much_it_complains_and_what_it_said_if_it_fails():
+    loud = "import json, sys; print('no row'); sys.stderr.write('w' * 10**6); print(json.dumps({'a': 1}))"
+    assert list(timing.apart(["-c", loud])) == [{"a": 1}]
+    *rows, failed = timing.apart(["-c", "print('{}'); raise ValueError('bad luck')"])
+    assert rows == [{}]
+    assert failed["failed"] == "ValueError: bad luck"
+    assert failed["words"].startswith("Traceback")
+    assert list(timing.apart(["-c", "import sys; sys.exit(3)"])) == [{"failed": "exit status 3", "words": ""}]
+
+
+def script(name, *flags):
+    path = Path(__file__).parents[1] / "benchmarks" / name
+    done = subprocess.run([sys.executable, path, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_curves_are_measured_and_written_as_the_page_of_speed_reads_them(tmp_path):
+    flags = ["--kind", "full,window", "--sizes", "64,128", "--json", tmp_path / "c.json", "--plot", tmp_path / "c.png"]
+    assert "n = 128" in script("curves.py", *flags)
+    document = json.loads((tmp_path / "c.json").read_text())
+    assert {(row["backend"], row["kind"], row["n"]) for row in document["rows"]} == {
+        ("numpy", kind, n) for kind in ("full", "window") for n in (64, 128)
+    }
+    assert all(row["ms"] > 0 and row["MiB"] >= 0 and row["inputs MiB"] > 0 for row in document["rows"])
+    assert document["processor"]
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_the_overhead_is_measured_and_written_as_the_page_of_speed_reads_it(tmp_path):
+    said = script("overhead.py", "--backend", "numpy", "--rounds", "4", "--json", tmp_path / "o.json")
+    assert "import kvattn, after NumPy" in said
+    document = json.loads((tmp_path / "o.json").read_text())
+    assert {"native plain", "tab causal", "api valid_lens", "checks"} <= document["calls"]["numpy"].keys()
+    assert all(smallest <= median for median, smallest in document["calls"]["numpy"].values())
+    assert document["import"] > 0
+    assert document["processor"]
