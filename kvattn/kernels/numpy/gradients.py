@@ -209,32 +209,15 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, *, output=Non
     selected = () if call.positions is None else call.positions.shape
     if 0 in (*query.shape[:-1], *key.shape[:-1], *selected):  # no pair, so no gradient
         return tuple(np.zeros(sources[name].shape, sources[name].dtype) for name in wrt)
+    few = query.size * key.size <= tiled.TINY
     if call.positions is not None:
         found = _of_selected_keys(tab, query, key, value, grad_output, wrt, call)
-        return tuple(found[name].astype(sources[name].dtype) for name in wrt)
-    few = query.size * key.size <= tiled.TINY
-    if not few and _in_tiles(tab, query, key, wrt, call):
+    elif not few and _in_tiles(tab, query, key, wrt, call):
         found = tiled_grad.attention_grad(query, key, value, grad_output, call, output, lse, grad_lse)
         found = dict(zip(("query", "key", "value"), found, strict=True))
         return tuple(sum_to(found[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
-    blocks = call.window_blocks(query.shape[-2], key.shape[-2])
-    if blocks := blocks or (not few and memory.query_blocks(call.score, query.shape, key.shape)):
-        found = {name: np.zeros(sources[name].shape, tab._wide(sources[name]).dtype) for name in wrt}
-        m, n = key.shape[-2], query.shape[-2]
-        for (i, j, k, l), (*arrays, part) in zip(blocks, call.cut(blocks, query, key, value), strict=True):
-            of_lse = None if grad_lse is None else grad_lse[..., i:j]
-            for name, grad in _formula(tab, *arrays, grad_output[..., i:j, :], part, of_lse).items():
-                if name not in wrt:
-                    continue
-                total = found[name]
-                if name == "query":
-                    total = total[..., i:j, :]
-                elif name in ("key", "value"):
-                    total = total[..., k:l, :]
-                elif name == "bias":
-                    total = total[..., k:l] if total.shape[-1] == m else total
-                    total = total[..., i:j, :] if total.ndim > 1 and total.shape[-2] == n else total
-                total += grad
+    elif blocks := _blocks(call, query.shape, key.shape, few):
+        found = _in_blocks(tab, blocks, sources, grad_output, wrt, call, grad_lse)
     else:
         found = _formula(tab, query, key, value, grad_output, call, grad_lse)
     return tuple(found[name].astype(sources[name].dtype) for name in wrt)
@@ -244,6 +227,30 @@ def _in_tiles(tab, query, key, wrt, call):
     """Whether tiles serve the gradients: those by query, key and value, without a softcap."""
     wanted = set(wrt) <= {"query", "key", "value"} and call.softcap is None
     return wanted and not tiled.obstacle(tab, query.shape, key.shape, call)
+
+
+def _blocks(call, query, key, few):
+    """The blocks of queries for these shapes: those in the window, else those that keep memory bounded; [] for one."""
+    return call.window_blocks(query[-2], key[-2]) or ([] if few else memory.query_blocks(call.score, query, key))
+
+
+def _in_blocks(tab, blocks, sources, grad_output, wrt, call, grad_lse):
+    """The gradients of one block of queries after another, each added where it was cut from."""
+    query, key, value = (sources[name] for name in ("query", "key", "value"))
+    n, m = query.shape[-2], key.shape[-2]
+    found = {name: np.zeros(sources[name].shape, tab._wide(sources[name]).dtype) for name in wrt}
+    for (i, j, k, l), (*arrays, part) in zip(blocks, call.cut(blocks, query, key, value), strict=True):
+        grads = _formula(tab, *arrays, grad_output[..., i:j, :], part, None if grad_lse is None else grad_lse[..., i:j])
+        for name, total in found.items():
+            if name == "query":
+                total = total[..., i:j, :]
+            elif name in ("key", "value"):
+                total = total[..., k:l, :]
+            elif name == "bias":
+                total = total[..., k:l] if total.shape[-1] == m else total
+                total = total[..., i:j, :] if total.ndim > 1 and total.shape[-2] == n else total
+            total += grads[name]
+    return found
 
 
 def _of_selected_keys(tab, query, key, value, grad_output, wrt, call):

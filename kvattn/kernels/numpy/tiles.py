@@ -92,8 +92,8 @@ class Tiling:
         longest = LONGEST if self.left is None and self.right is None else EDGE
         many = ROWS * COLUMNS // (size * min(max(COLUMNS, self.m), longest))
         many = min(many, -(-math.prod(self.lead) // (2 * workers)))
-        c, g = self.heads[-2:]
-        heads, groups = _slices(c, max(1, many // g)), _slices(g, max(1, min(many, g)))
+        key_heads, group = self.heads[-2:]
+        heads, groups = _slices(key_heads, max(1, many // group)), _slices(group, max(1, min(many, group)))
         rows, tiles = _slices(self.n, size), []
         keys_seen = [[self._sees(entry, part) for part in rows] for entry in range(self.entries)]
         for number, at in enumerate(np.ndindex(*self.batch)):
