@@ -50,10 +50,10 @@ class Call(NamedTuple):
 
     def _of_a_block(self, query: Any, key: Any) -> Call:
         """The same, without a window that forbids none of these queries any of these keys."""
-        sizes = query.shape[-2], key.shape[-2]
-        if self.windowed and bands.reaches_all(*sizes, False, self.query_offset, (self.left, self.right)):
-            return self._replace(left=None, right=None)
-        return self
+        if not self.windowed:
+            return self
+        limits = False, self.query_offset, (self.left, self.right)
+        return self._replace(left=None, right=None) if bands.reaches_all(query.shape[-2], key.shape[-2], *limits) else self
 
     @property
     def keywords(self) -> dict[str, Any]:

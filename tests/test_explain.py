@@ -67,8 +67,8 @@ ENTRIES = {  # a kernel's name: what runs, and nothing else does, where it serve
     "numpy": {"tiles": [("kernels.numpy.tiled", "attention")], "the formula": [("backends.numpy", "_scores")]},
     "torch": {
         "SDPA": [("kernels.torch.sdpa", "fused")],
-        "SDPA, by lengths": [("kernels.torch.sdpa", "by_runs")],
-        "SDPA, in bands": [("kernels.torch.sdpa", "by_band")],
+        "SDPA, by lengths": [("kernels.torch.sdpa", "by_lengths")],
+        "SDPA, in bands": [("kernels.torch.sdpa", "in_bands")],
         "the formula": [("backends.torch", "_scores")],
     },
     "tensorflow": {"blocks": [("kernels.tensorflow.tiles", "attention")], "the formula": [("backends.tensorflow", "_scores")]},

@@ -21,10 +21,11 @@ if "torch" not in chosen():
 
 import torch
 
-from kvattn.kernels.torch import gpu as torch_gpu
-from kvattn.kernels.torch import sdpa as kernels
+from kvattn.call import Call
+from kvattn.kernels.torch import gpu, sdpa
 
-OPTIONS = {"mask": None, "bias": None, "valid_lens": None, "causal": False, "query_offset": 0, "window": None, "scale": None}
+OPTIONS = {"score": None, "normalize": None, "causal": False, "query_offset": 0, "window": None}
+NAMES = {"SDPA, corner": "corner", "SDPA, slices": "slices", "kvattn's kernel in Triton": "flash"}
 
 
 # ---- the choice
@@ -33,8 +34,9 @@ OPTIONS = {"mask": None, "bias": None, "valid_lens": None, "causal": False, "que
 def chosen_for(dtype="bfloat16", n=256, m=256, d=64, v=None, heads=(4, 4), batch=(2, 2), capable=True, grad=False, **options):
     shapes = ((batch[0], heads[0], n, d), (batch[1], heads[1], m, d), (batch[1], heads[1], m, v or d))
     arrays = [torch.zeros(shape, dtype=getattr(torch, dtype), device="meta", requires_grad=grad) for shape in shapes]
-    with patch.object(torch_gpu, "can_compile", lambda device: capable):
-        return torch_gpu.choose(*arrays, **OPTIONS | {"softcap": None} | options)
+    with patch.object(gpu, "can_compile", lambda device: capable):
+        choice = gpu.choose(*arrays, Call.of(*arrays[:2], **OPTIONS | options))
+    return choice and NAMES[choice.kernel]
 
 
 def table():
@@ -91,14 +93,14 @@ def test_which_kernel_serves_a_call():
 def test_no_kernel_under_autocast_compilation_or_the_transforms_that_fused_kernels_lack():
     with patch.object(torch, "is_autocast_enabled", lambda kind: True):
         assert chosen_for(softcap=5.0) is None
-    with patch.object(kernels, "tracing", lambda: True):  # torch.func, make_fx
+    with patch.object(gpu, "tracing", lambda: True):  # torch.func, make_fx
         assert chosen_for(softcap=5.0) is None
         with patch.object(torch.compiler, "is_compiling", lambda: True):  # torch.compile keeps the kernel's operator
             assert chosen_for(softcap=5.0) == "flash"
             assert chosen_for(causal=True, query_offset=3) == "flash"
             with patch.object(torch.compiler, "is_exporting", lambda: True):  # where kvattn may not be
                 assert chosen_for(softcap=5.0) is None
-    with patch.object(kernels, "serves", lambda *_: False):
+    with patch.object(sdpa, "obstacle", lambda *_: "it cannot"):
         assert chosen_for(softcap=5.0) is None
 
 
@@ -110,18 +112,19 @@ def on_a_device():
     """Tensors say that they are CUDA's, where Triton is not. Counts the calls of each kernel."""
     called = []
 
-    def attention(kernel, *args, **options):
-        called.append(kernel)
-        return torch_gpu_attention(kernel, *args, **options)
+    def choose(*call):
+        choice = choose_as_it_is(*call)
+        called.extend([NAMES[choice.kernel]] if choice else [])
+        return choice
 
-    torch_gpu_attention = torch_gpu.attention
-    torch_gpu._kept.clear()
+    choose_as_it_is = gpu.choose
+    gpu._kept.clear()
     with (
         patch.object(torch.Tensor, "is_cuda", property(lambda x: True)),
-        patch.multiple(torch_gpu, attention=attention, can_compile=lambda device: False),
+        patch.multiple(gpu, choose=choose, can_compile=lambda device: False),
     ):  # fmt: skip
         yield called
-    torch_gpu._kept.clear()
+    gpu._kept.clear()
 
 
 def test_the_conformance_suite_on_a_stand_in_device():

@@ -15,7 +15,7 @@ import torch
 
 import kvattn
 from kvattn.conformance import oracle
-from kvattn.kernels.torch import pairs
+from kvattn.kernels.torch import nonfinite
 from kvattn.layers import torch as layers
 
 NAN, INF = float("nan"), float("inf")
@@ -127,9 +127,9 @@ def test_one_sequence_of_a_batch_of_layers():
 
 
 def test_large_numbers_in_half_precision_are_finite():
-    assert pairs.finite(torch.full((2, 1000), 60000.0, dtype=torch.float16))  # though their sum is not, in float16
-    assert not pairs.finite(torch.tensor([1.0, NAN], dtype=torch.float16))
-    assert not pairs.finite(torch.tensor([INF, 1.0]))
+    assert nonfinite.finite(torch.full((2, 1000), 60000.0, dtype=torch.float16))  # though their sum is not, in float16
+    assert not nonfinite.finite(torch.tensor([1.0, NAN], dtype=torch.float16))
+    assert not nonfinite.finite(torch.tensor([INF, 1.0]))
 
 
 def test_long_calls_are_cut_in_blocks_of_queries(monkeypatch):
@@ -137,7 +137,7 @@ def test_long_calls_are_cut_in_blocks_of_queries(monkeypatch):
     want = kvattn.attention_grad(query, key, value, value, causal=True)
     query[0, 20] = NAN
     for size in (33, 2 * 33 * 7, 2**22):
-        monkeypatch.setattr(pairs, "PAIRS", size)
+        monkeypatch.setattr(nonfinite, "PAIRS", size)
         for got, clean in zip(kvattn.attention_grad(query, key, value, value, causal=True), want, strict=True):
             same(got[1], clean[1], torch.zeros(1, dtype=torch.bool))
         by_query, *by_keys = kvattn.attention_grad(query, key, value, value, causal=True)
@@ -148,9 +148,9 @@ def test_long_calls_are_cut_in_blocks_of_queries(monkeypatch):
 
 def test_values_are_not_looked_at_where_a_program_is_recorded():
     x = draw(1, 1, 5, 4)
-    assert pairs.readable(x)
+    assert nonfinite.readable(x)
     answers = []
-    torch.func.vmap(lambda x: answers.append(pairs.readable(x)) or x)(x)
+    torch.func.vmap(lambda x: answers.append(nonfinite.readable(x)) or x)(x)
     assert answers == [False]
 
 
@@ -159,7 +159,7 @@ def test_the_scores_of_allowed_pairs_have_the_derivatives_of_what_they_are():
     allowed = torch.ones(3, 5, dtype=torch.bool).tril(1)
 
     def scores(query, key):
-        return pairs._Scores.apply(query, key, allowed)
+        return nonfinite._Scores.apply(query, key, allowed)
 
     torch.testing.assert_close(scores(query, key), torch.where(allowed, query @ key.mT, 0))
     assert torch.autograd.gradcheck(scores, (query, key))

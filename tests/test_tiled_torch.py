@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kvattn
 from kvattn import bands
 from kvattn.backends import torch as tab
-from kvattn.kernels.torch import sdpa as kernels
+from kvattn.call import Call
+from kvattn.kernels.torch import plan
 
 ROOM = room("torch")
 SIZES = ROOM.sizes
@@ -174,13 +175,13 @@ MASKS = {
 @pytest.mark.parametrize("what", SCORES)
 def test_no_score_holds_queries_by_keys_forward_or_back(what):
     query, key, value = (torch.randn(2, 300, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3))
-    with patch.multiple(kernels, PAIRS=2**14, ROWS=16), Largest() as held, torch.no_grad():
+    with patch.multiple(plan, PAIRS=2**14, ROWS=16), Largest() as held, torch.no_grad():
         kvattn.attention(query, key, value, **SCORES[what])
     assert held.size <= 2**14
     kept = []
     leaves = [x.requires_grad_() for x in (query, key, value)]
     with (
-        patch.multiple(kernels, PAIRS=2**14, ROWS=16), Largest() as held,
+        patch.multiple(plan, PAIRS=2**14, ROWS=16), Largest() as held,
         torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x),
     ):  # fmt: skip
         output = kvattn.attention(*leaves, **SCORES[what])
@@ -193,7 +194,7 @@ def test_no_score_holds_queries_by_keys_forward_or_back(what):
 def test_no_mask_of_queries_by_keys_is_built(what):
     query, key, value = (torch.randn(2, 4, 300, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3))
     sizes = {"PAIRS": 2**14, "ROWS": 16, "CALL": 2**16}
-    with patch.multiple(kernels, **sizes), patch.object(bands, "BLOCK", 32), Largest() as held, torch.no_grad():
+    with patch.multiple(plan, **sizes), patch.object(bands, "BLOCK", 32), Largest() as held, torch.no_grad():
         kvattn.attention(query, key, value, **MASKS[what])
     assert held.size <= max(query.numel(), 2 * 2**14)
 
@@ -222,7 +223,7 @@ def test_one_call_where_lengths_are_equal_few_where_the_work_is_small():
     assert masks([9] * 4, 4, causal=True) == [False]
     assert masks([9, 9, 30, 5], 4) == [True]
     assert masks([9, 9, 30, 0], 4) == [True]
-    with patch.object(kernels, "CALL", 1000):
+    with patch.object(plan, "CALL", 1000):
         assert masks([9, 9, 40, 40], 100) == [False, False]
         assert masks([9, 40, 9, 40], 100) == [False] * 4
         assert masks([9, 9, 0, 0], 100) == [False]
@@ -267,23 +268,23 @@ def test_causal_from_the_first_key_is_sdpas_own_whatever_the_lengths():
 
 def test_which_calls_are_cut_into_blocks():
     query, key, value = (torch.tensor(x) for x in draw(n=40, m=30, dtype=np.float32)[:3])
-    where = {"mask": None, "bias": None, "valid_lens": None, "query_offset": 0, "causal": False, "window": None}
+    usual = {"score": tab.scaled_dot_score, "normalize": tab.softmax, "causal": False, "window": None, "query_offset": 0}
 
-    def rows(fused, score=tab.scaled_dot_score, **options):
-        return kernels.rows(query, key, value, score, fused, **where | options)
+    def blocks(**options):
+        return [*tab.choose(query, key, value, Call.of(query, key, **usual | options)).blocks]
 
-    with patch.multiple(kernels, PAIRS=600, ROWS=16):
-        assert rows(False) == [(i, i + 10, 0, 30) for i in range(0, 40, 10)]  # two entries
-        assert rows(False, tab.distance_score) == [(i, i + 3, 0, 30) for i in range(0, 39, 3)] + [(39, 40, 0, 30)]
-        assert rows(True) == []
-        assert rows(True, causal=True, query_offset=-5) == [(0, 20, 0, 15), (20, 40, 0, 30)]
-        assert rows(True, mask=torch.ones(30, dtype=torch.bool)) == []
-        assert rows(True, valid_lens=torch.ones(2, 40)) == [(0, 16, 0, 30), (16, 32, 0, 30), (32, 40, 0, 30)]
-        assert rows(True, valid_lens=torch.ones(2)) == []
-        assert rows(True, causal=True, mask=torch.ones(40, 30, dtype=torch.bool)) == []  # the caller holds as much
+    formula, distance = {"normalize": tab.sparsemax}, {"score": tab.distance_score}
+    with patch.multiple(plan, PAIRS=600, ROWS=16):
+        assert blocks(**formula) == [(i, i + 10, 0, 30) for i in range(0, 40, 10)]  # two entries
+        assert blocks(**distance) == [(i, i + 3, 0, 30) for i in range(0, 39, 3)] + [(39, 40, 0, 30)]
+        assert blocks() == []
+        assert blocks(causal=True, query_offset=-5) == [(0, 20, 0, 15), (20, 40, 0, 30)]
+        assert blocks(mask=torch.ones(30, dtype=torch.bool)) == []
+        assert blocks(valid_lens=torch.ones(2, 40)) == [(0, 16, 0, 30), (16, 32, 0, 30), (32, 40, 0, 30)]
+        assert blocks(causal=True, mask=torch.ones(40, 30, dtype=torch.bool)) == []  # the caller holds as much
         query.requires_grad_()
-        assert rows(True, causal=True) == []
-    assert rows(False) == []
+        assert blocks(causal=True, valid_lens=torch.ones(2, 40)) == []
+    assert blocks(**formula) == []
 
 
 def test_a_short_window_hides_no_padding_either():

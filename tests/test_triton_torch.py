@@ -27,8 +27,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import torch
 
-from kvattn.kernels.torch import flash, tiles
-from kvattn.kernels.torch import gpu as torch_gpu
+from kvattn.call import Call
+from kvattn.kernels.torch import flash, gpu, tiles
 
 assert flash.INTERPRETED
 NAN = float("nan")
@@ -50,10 +50,11 @@ def here(x):
     return torch.tensor(x, dtype=torch.float32 if x.dtype.kind == "f" else None) if isinstance(x, np.ndarray) else x
 
 
-def everything(options):
-    """All that the kernel takes, by name."""
-    absent = {"mask": None, "bias": None, "valid_lens": None, "causal": False, "query_offset": 0, "window": None}
-    return absent | {"scale": None, "softcap": None} | {name: here(x) for name, x in options.items()}
+def attend(query, key, value, **options):
+    """The kernel, with attention's own keywords."""
+    usual = {"score": None, "normalize": None, "causal": False, "query_offset": 0, "window": None}
+    options = {name: here(x) for name, x in options.items()}
+    return flash.attention(query, key, value, Call.of(query, key, **usual | options))
 
 
 @contextmanager
@@ -78,7 +79,7 @@ called_as_it_is = flash.Launch.__call__
 def called(query, key, value, grad, options, grad_lse=None):
     """Output, lse and the gradients by query, key and value."""
     leaves = [here(x).requires_grad_() for x in (query, key, value)]
-    output, lse = flash.attention(*leaves, **everything(options), return_lse=True)
+    output, lse = attend(*leaves, **options, return_lse=True)
     results, grads = [output], [here(grad)]
     if grad_lse is not None:
         results, grads = [output, lse], [here(grad), here(grad_lse)]
@@ -132,7 +133,7 @@ def test_arrays_of_any_strides_of_the_batch_the_heads_and_the_rows():
     with small_tiles():
         found = called(query, key.transpose(0, 1, 3, 2).copy().transpose(0, 1, 3, 2), value, grad, options)
         spread = [here(x[:1]).expand(3, *x.shape[1:]).requires_grad_() for x in (query, key, value)]
-        output = flash.attention(*spread, **everything({}))
+        output = attend(*spread)
         torch.autograd.grad(output.sum(), spread)  # a sum's gradient has strides of 0
     same(found, wanted)
     assert found[0].transpose(1, 2).is_contiguous()  # as the query lies, so that the heads can be joined without a copy
@@ -143,7 +144,7 @@ def test_half_precision_adds_up_in_float32():
     wanted = expected(*(x.astype(np.float64) for x in arrays), {"causal": True})
     with small_tiles():
         leaves = [torch.tensor(x).requires_grad_() for x in arrays[:3]]
-        output = flash.attention(*leaves, **everything({"causal": True}))
+        output = attend(*leaves, causal=True)
         found = [output.detach(), *torch.autograd.grad(output, leaves, torch.tensor(arrays[3]))]
     for x, y in zip(found, [wanted[0], *wanted[2:]], strict=True):
         assert x.dtype == torch.float16
@@ -204,7 +205,7 @@ def test_second_derivatives_are_the_formulas():
     given = {name: torch.tensor(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     wanted = twice(lambda *x: kvattn.attention(*x, **given), torch.float64)
     with small_tiles():
-        found = twice(lambda *x: flash.attention(*x, **everything(options)), torch.float32)
+        found = twice(lambda *x: attend(*x, **options), torch.float32)
     for x, y in zip(found, wanted, strict=True):
         torch.testing.assert_close(x.double(), y, atol=1e-4, rtol=1e-4)
 
@@ -216,11 +217,11 @@ def test_torch_compile_keeps_the_operator_and_sees_its_gradients():
         calls.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
         return graph
 
-    def attend(query, key, value, lens):
-        return flash.attention(query, key, value, **everything({}) | {"valid_lens": lens})
+    def with_lengths(query, key, value, lens):
+        return attend(query, key, value, valid_lens=lens)
 
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    seen = torch.compile(attend, fullgraph=True, backend=counting)
+    compiled = torch.compile(with_lengths, fullgraph=True, backend="aot_eager")
+    seen = torch.compile(with_lengths, fullgraph=True, backend=counting)
     for m in (24, 40, 33):
         query, key, value, grad = draw(20, m, d=8, v=8)
         lens = torch.tensor([m, 5, 0])
@@ -255,12 +256,12 @@ def on_a_device():
         return flash_attention(*args, **options)
 
     def flexible(query, key, value):
-        return query.dtype != torch.bfloat16 and torch_gpu_flexible(query, key, value)
+        return query.dtype != torch.bfloat16 and flexible_as_it_is(query, key, value)
 
-    flash_attention, torch_gpu_flexible = flash.attention, torch_gpu._flexible
+    flash_attention, flexible_as_it_is = flash.attention, gpu._flexible
     with (
         patch.object(torch.Tensor, "is_cuda", property(lambda x: True)), patch.object(flash, "attention", attention),
-        patch.multiple(torch_gpu, _flexible=flexible, can_compile=lambda device: True, SHORTEST=0), small_tiles(),
+        patch.multiple(gpu, _flexible=flexible, can_compile=lambda device: True, SHORTEST=0), small_tiles(),
     ):  # fmt: skip
         yield counted
 

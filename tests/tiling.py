@@ -286,7 +286,7 @@ class Torch(Differentiating):
         """``masks``: a list for those that SDPA is given."""
         from torch.nn.functional import scaled_dot_product_attention
 
-        from kvattn.kernels.torch import sdpa as kernels
+        from kvattn.kernels.torch import plan, sdpa
 
         served, masks = [], [] if masks is None else masks
 
@@ -295,8 +295,10 @@ class Torch(Differentiating):
             masks.append(mask)
             return scaled_dot_product_attention(query, key, value, mask, **options)
 
-        small = {**sizes, "scaled_dot_product_attention": counted}
-        with patch.multiple(kernels, **small), patch.multiple(bands, BLOCK=2, FAN=2):
+        with (
+            patch.dict(vars(plan), sizes), patch.object(sdpa, "scaled_dot_product_attention", counted),
+            patch.multiple(bands, BLOCK=2, FAN=2),
+        ):  # fmt: skip
             yield served
 
     def laid(self, x, dtype="float64"):

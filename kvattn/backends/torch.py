@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from kvattn import bands, explanation
-from kvattn.kernels.torch import gpu as torch_gpu
-from kvattn.kernels.torch import pairs as torch_pairs
-from kvattn.kernels.torch import sdpa as kernels
+from kvattn.call import Call, Choice
+from kvattn.kernels.torch import gpu, nonfinite, sdpa, traces
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -49,7 +48,7 @@ def to_numpy(x):
 
 
 def peek(x):
-    return to_numpy(x) if kernels.readable(x) else None
+    return to_numpy(x) if traces.readable(x) else None
 
 
 def signed(x):
@@ -70,7 +69,7 @@ def on(device):
 
 
 def tracing():
-    return kernels.tracing()
+    return traces.tracing()
 
 
 def converts(x, y):
@@ -116,21 +115,19 @@ def _positions(query_offset, n, ndim, device):
     return query_offset + torch.arange(n, device=device)[:, None]
 
 
-def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window):
+def _allowed(n, keys, ndim, call):
     """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
-    allowed = [] if mask is None else [mask]
-    if bias is not None:
-        allowed.append(bias != -math.inf)
-    if valid_lens is not None:
-        allowed.append(keys < _lengths(valid_lens, ndim).to(keys.device))  # lengths may stay where they can be read
-    if causal or window is not None:
-        ahead = keys - _positions(query_offset, n, ndim, keys.device)  # how far each key lies after each query
-        left, right = window or (None, None)
-        right = 0 if causal else right
-        if left is not None:
-            allowed.append(ahead >= -left)
-        if right is not None:
-            allowed.append(ahead <= right)
+    allowed = [] if call.mask is None else [call.mask]
+    if call.bias is not None:
+        allowed.append(call.bias != -math.inf)
+    if call.valid_lens is not None:
+        allowed.append(keys < _lengths(call.valid_lens, ndim).to(keys.device))  # lengths may stay where they can be read
+    if call.windowed:
+        ahead = keys - _positions(call.query_offset, n, ndim, keys.device)  # how far each key lies after each query
+        if call.left is not None:
+            allowed.append(ahead >= -call.left)
+        if call.right is not None:
+            allowed.append(ahead <= call.right)
     return reduce(torch.logical_and, allowed) if allowed else None
 
 
@@ -162,19 +159,20 @@ def _hide_padding(allowed, query, key, value):
 
 def _leaks(*inputs):
     """Whether NaN or inf in rows that meet nobody may reach a gradient: not where none is asked for or all is finite."""
-    return not kernels.without_leaks(*inputs)
+    if traces.tracing() or not torch.is_grad_enabled():
+        return traces.tracing()
+    return not all(traces.readable(x) and nonfinite.finite(x) for x in {id(x): x for x in inputs}.values())
 
 
-def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
+def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    limited = causal or not mask is bias is valid_lens is window is positions is None
-    if not limited or not _leaks(query, key, value):
+    if not (call.restricted or call.positions is not None) or not _leaks(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = torch.arange(key.shape[-2], device=key.device)
-    if positions is not None:
-        chosen = (positions[..., None] == keys).any(dim=-2)
-        mask = chosen if mask is None else mask & chosen
-    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, mask, bias, valid_lens, causal, query_offset, window)
+    if call.positions is not None:
+        selected = (call.positions[..., None] == keys).any(dim=-2)
+        call = call._replace(mask=selected if call.mask is None else call.mask & selected)
+    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, call)
     hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
     return tuple(x[..., 0, :, :] for x in hidden)
 
@@ -301,7 +299,7 @@ def proportional(scores, where=None):
     wide = identity(_wide(scores), where)
     total = wide.sum(dim=-1, keepdim=True)
     weights = wide / torch.where(total == 0, math.inf, total)
-    return (weights if where is None else torch_pairs.cleared(weights, where)).to(scores.dtype)
+    return (weights if where is None else nonfinite.cleared(weights, where)).to(scores.dtype)
 
 
 def average(scores, where=None):
@@ -359,88 +357,126 @@ def attention(
     return_weights=False,
     return_lse=False,
 ):
-    fusible = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights)
-    usual = fusible and not return_lse
-    bare = usual and not softcap and mask is bias is valid_lens is window is positions is None
+    # first, what `choose` would give to SDPA too: calls so small that to describe them would take longer
+    bare = score is scaled_dot_score and normalize is softmax and not (dropout or softcap or return_weights or return_lse)
+    bare = bare and mask is None and bias is None and valid_lens is None and window is None and positions is None
     if causal:
-        bare = bare and kernels.known(query.shape[-2] == key.shape[-2]) and type(query_offset) is int and query_offset == 0
-    if bare and kernels.serves(query, key, value, None, scale):  # first, for calls so small that looking costs more
-        output = kernels.fused(query, key, value, None, causal, scale)
+        bare = bare and traces.known(query.shape[-2] == key.shape[-2]) and type(query_offset) is int and query_offset == 0
+    if bare and not sdpa.obstacle(query, key, value, None, scale):
+        output = sdpa.fused(query, key, value, None, causal, scale)
         return output if output.dtype == query.dtype else output.to(query.dtype)  # autocast's is another
-    if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):  # as in decoding: no mask to build
-        causal, window = False, None
-    where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
-    reach = {"causal": causal, "window": window}
-    how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
-    back = {"return_weights": return_weights, "return_lse": return_lse}
-    if positions is not None:
-        query, key, value, where = _select(positions, query, key, value, **where, **reach)
-        results = attention(query, key, value, **where, **how, **back)
-        if not isinstance(results, tuple):
-            return results[..., 0, :]
-        return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
-    if fusible and query.is_cuda:
-        call = {**where, **reach, "scale": scale, "softcap": softcap, "return_lse": return_lse}
-        kernel = torch_gpu.choose(query, key, value, **call)
-        if kernel:
-            return torch_gpu.attention(kernel, query, key, value, **call)
-    kernel, parts = kernels.choose(query, key, value, usual, score, softcap, scale, where, reach, return_weights)
-    if kernel == "SDPA, by lengths":
-        return kernels.by_runs(attention, parts, query, key, value, causal, scale).to(query.dtype)
-    if kernel == "SDPA, in bands":
-        return kernels.by_band(parts, query, key, value, causal, query_offset, window, scale).to(query.dtype)
-    if parts:
-        attend = kernels.again(attention, rng) if kernel.endswith("computed again") else attention
-        parts = [attend(*cut, **reach, **how, **back, **at) for cut, at in bands.cuts(parts, query, key, value, **where)]
-        if not isinstance(parts[0], tuple):
-            return torch.cat(parts, dim=-2)
-        return tuple(torch.cat(x, dim=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
+    call = Call.of(
+        query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
+        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,
+        return_weights=return_weights, return_lse=return_lse,
+    )  # fmt: skip
+    return _attend(query, key, value, call)
 
+
+def choose(query, key, value, call):
+    """The kernel that serves a call."""
+    if call.positions is not None:
+        selected = _select(query, key, value, call)
+        kernel, why, blocks, run = choose(*selected)
+        why = f"{why}; each query beside the {call.positions.shape[-1]} keys it selects"
+        return Choice(f"{kernel}, of selected keys", why, (), partial(_of_selected_keys, run, *selected, blocks))
+    tab = sys.modules[__name__]
+    obstacle = call.beyond_softmax(tab, "dropout", "return_weights")
+    if query.is_cuda and not obstacle and (choice := gpu.choose(query, key, value, call)):
+        return choice
+    obstacle = obstacle or call.beyond_softmax(tab, "return_lse", "softcap")
+    obstacle = obstacle or sdpa.obstacle(query, key, value, call.bias, call.scale)
+    if not obstacle:
+        return sdpa.choose(query, key, value, call, _masked, _in_blocks)
+    blocks = [] if call.return_weights else call.window_blocks(query.shape[-2], key.shape[-2])
+    if blocks:
+        kernel = "the formula, in blocks" if len(blocks) > 1 else "the formula"
+        return Choice(kernel, f"{obstacle}; {explanation.in_blocks(blocks)}", blocks, _in_blocks)
+    if blocks := sdpa.blocks_of_scores(query, key, call.score):
+        why = f"{obstacle}; {len(blocks)} blocks of queries, as many as keep memory bounded"
+        return Choice("the formula, in blocks computed again", why, blocks, _in_blocks_computed_again)
+    return Choice("the formula", obstacle, (), _formula)
+
+
+def _attend(query, key, value, call):
+    choice = choose(query, key, value, call)
+    return choice.run(query, key, value, call, choice.blocks)
+
+
+def _formula(query, key, value, call, blocks=()):
     dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
-    triangle = kernel == "SDPA" and kernels.is_triangle(n, key.shape[-2], **where, **reach)
-    if triangle and n < key.shape[-2]:  # nobody sees the others, nor NaN in them
-        key, value = key[..., :n, :], value[..., :n, :]
-    keys, forbidding = torch.arange(key.shape[-2], device=key.device), bias if kernels.forbids(bias) else None
-    allowed = None if triangle else _allowed(n, keys, query.ndim, **where | {"bias": forbidding}, **reach)
-    if kernel == "SDPA":
-        hide = partial(_hide_padding, allowed)
-        return kernels.attention(query, key, value, allowed, bias, triangle, scale, hide).to(dtype)  # autocast's is another
+    allowed = _mask(query, key, call)
     query, key, value = _hide_padding(allowed, query, key, value)
 
     def pairs():  # as they lie for each key head
         return _fold(allowed.expand(*bands.lead(query.shape, key.shape), n, key.shape[-2]), kv_heads)
 
     # weights = normalize(score(query, key)): (..., h, n, m)
-    scores = _scores(query, key, score, scale, softcap, bias)
-    if allowed is not None and scores.requires_grad and torch_pairs.leaks(query, key):
-        score = torch_pairs.apart(dot_score if scale is not None and score is scaled_dot_score else score, pairs())
-        scores = _scores(query, key, score, scale, softcap, bias)
-    if return_lse:
+    scores = _scores(query, key, call)
+    if allowed is not None and scores.requires_grad and nonfinite.leaks(query, key):
+        score = dot_score if call.scale is not None and call.score is scaled_dot_score else call.score
+        scores = _scores(query, key, call._replace(score=nonfinite.apart(score, pairs())))
+    if call.return_lse:
         weights, lse = _softmax_lse(scores, allowed)
     else:
-        weights, lse = normalize(scores, where=allowed), None
+        weights, lse = call.normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    kept = _fold(_dropout(weights, dropout, rng), kv_heads)
-    output = _unfold(torch_pairs.product(kept, _wide(value), None if allowed is None else pairs), heads, n).to(dtype)
-    if return_weights and allowed is not None:
-        weights = torch_pairs.cleared(weights, allowed)
-    results = [output] + [weights.to(dtype)] * return_weights + [lse] * return_lse
+    kept = _fold(_dropout(weights, call.dropout, call.rng), kv_heads)
+    output = _unfold(nonfinite.product(kept, _wide(value), None if allowed is None else pairs), heads, n).to(dtype)
+    if call.return_weights and allowed is not None:
+        weights = nonfinite.cleared(weights, allowed)
+    results = [output] + [weights.to(dtype)] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
 
-def _scores(query, key, score, scale, softcap, bias):
+def _scores(query, key, call):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
     n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
     query = _fold(query, kv_heads)
-    if scale is None:
-        scores = score(query, key)
+    if call.scale is None:
+        scores = call.score(query, key)
     else:
-        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
+        scores = call.scale * (dot_score if call.score is scaled_dot_score else call.score)(query, key)
     scores = _unfold(scores, heads, n)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return scores if bias is None else scores + _wide(bias)
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    return scores if call.bias is None else scores + _wide(call.bias)
+
+
+def _mask(query, key, call):
+    """Which pairs may attend, or None where all may: a bias that can be looked at, and holds no -inf, forbids none."""
+    if call.bias is not None and not sdpa.forbids(call.bias):
+        call = call._replace(bias=None)
+    return _allowed(query.shape[-2], torch.arange(key.shape[-2], device=key.device), query.ndim, call)
+
+
+def _masked(query, key, value, call, blocks=()):
+    """SDPA with a mask."""
+    allowed = _mask(query, key, call)
+    output = sdpa.masked(query, key, value, allowed, call.bias, call.scale, partial(_hide_padding, allowed))
+    return output.to(query.dtype)  # autocast's is another
+
+
+def _in_blocks(query, key, value, call, blocks, attend=None):
+    """One block of queries after another."""
+    parts = [(attend or _attend)(*block) for block in call.cut(blocks, query, key, value)]
+    if not isinstance(parts[0], tuple):
+        return torch.cat(parts, dim=-2)
+    return tuple(torch.cat(x, dim=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
+
+
+def _in_blocks_computed_again(query, key, value, call, blocks):
+    """Blocks that keep no scores for their gradients."""
+    return _in_blocks(query, key, value, call, blocks, sdpa.recomputed(_attend, call.rng))
+
+
+def _of_selected_keys(run, query, key, value, call, blocks, *_):
+    """What ``run`` gives for each query beside the keys that it selects."""
+    results = run(query, key, value, call, blocks)
+    if not isinstance(results, tuple):
+        return results[..., 0, :]
+    return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
 
 
 def _dropout(weights, rate, rng):
@@ -450,27 +486,27 @@ def _dropout(weights, rate, rng):
     return torch.where(kept, weights / (1 - rate), 0)
 
 
-def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_offset, window):
-    """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and what may attend."""
+def _select(query, key, value, call):
+    """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and the call of these."""
     n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
-    index = positions.long().expand(*lead, n, positions.shape[-1])
+    index = call.positions.long().expand(*lead, n, call.positions.shape[-1])
     inside = (index >= 0) & (index < m) & ~_repeated(index)
     if m == 0:  # one key that nobody may attend to, so that there is something to gather
-        mask = bias = None
+        call = call._replace(mask=None, bias=None)
         key, value = (x.new_zeros((*x.shape[:-2], 1, x.shape[-1])) for x in (key, value))
     index = index.clamp(0, max(m - 1, 0))
 
     def gather(x):
         return x.expand(*lead, n, m).gather(-1, index)  # take_along_dim would make numbers of traced sizes
 
-    mask = inside if mask is None else inside & gather(mask)
-    bias = None if bias is None else gather(bias)
-    allowed = _allowed(n, index, query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+    mask = inside if call.mask is None else inside & gather(call.mask)
+    bias = None if call.bias is None else gather(call.bias)
+    allowed = _allowed(n, index, query.ndim, call._replace(mask=mask, bias=bias))
     rows = index.flatten(-2)[..., None]  # one gather from (..., m, c): the gradient is not (..., n, m, c)
     key, value = (_spread(x, lead).gather(-2, rows.expand(*rows.shape[:-1], x.shape[-1])) for x in (key, value))
     key, value = (x.unflatten(-2, index.shape[-2:]) for x in (key, value))
-    where = {"mask": allowed[..., None, :], "bias": None if bias is None else bias[..., None, :]}
-    return query.expand(*lead, n, query.shape[-1])[..., None, :], key, value, where
+    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :])
+    return query.expand(*lead, n, query.shape[-1])[..., None, :], key, value, call
 
 
 def _spread(x, lead):
@@ -532,36 +568,13 @@ def merge_attention(outputs, lses, return_lse=False):
     return (output, lse) if return_lse else output
 
 
-def kernel(query, key, value, **options):
-    if options["positions"] is not None:
-        return explanation.selected(kernel, _select, query, key, value, **options)
-    names = (("mask", "bias", "valid_lens", "query_offset"), ("causal", "window"))
-    where, reach = ({name: options[name] for name in some} for some in names)
-    score, softcap, scale = options["score"], options["softcap"], options["scale"]
-    if query.is_cuda and not explanation.unusual(sys.modules[__name__], options, "dropout", "return_weights"):
-        name = torch_gpu.choose(
-            query, key, value, **where, **reach, scale=scale, softcap=softcap, return_lse=options["return_lse"]
-        )
-        if name:
-            return "kvattn's kernel in Triton" if name == "flash" else f"SDPA, {name}", torch_gpu.WHY[name]
-    unusual = explanation.unusual(sys.modules[__name__], options, "dropout", "return_weights", "return_lse")
-    name, parts = kernels.choose(query, key, value, not unusual, score, softcap, scale, where, reach, options["return_weights"])
-    if name.startswith("the formula"):
-        why = unusual or ("softcap is asked for" if softcap else kernels.LACKS)
-    else:
-        why = "softmax of scaled dot products"
-    if len(parts) == 1:
-        return name.removesuffix(", in blocks"), f"{why}; {explanation.in_blocks(parts)}"
-    return name, f"{why}; {len(parts)} parts of the call, one after another" if parts else why
-
-
 # ---- multi-head attention
 
 
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, **options)
+        query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -609,7 +622,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and x.ndim == 2 else lens  # of the one head there is
-    query, key, value = _hide_unseen(x, x, x, **options | {"valid_lens": lens})
+    query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
     results = attention(_wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k), _wide(value) @ _wide(W_v), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):
@@ -620,7 +633,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
 
 def write(buffer, x, at):
     """``buffer`` with x in the places at, at + 1, ... of axis -2; longer, if it does not hold them."""
-    if is_array(at) and kernels.tracing() and not torch.jit.is_tracing():  # a place that is not known yet: there must be room
+    if is_array(at) and traces.tracing() and not torch.jit.is_tracing():  # a place that is not known yet: there must be room
         return buffer.index_copy(-2, at + torch.arange(x.shape[-2], device=x.device), x)
     end = at + x.shape[-2]
     if is_array(end) or end > buffer.shape[-2] or (torch.is_grad_enabled() and (x.requires_grad or buffer.requires_grad)):

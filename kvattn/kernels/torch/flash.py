@@ -29,21 +29,20 @@ class Rest(NamedTuple):
 # ---- a call
 
 
-def attention(query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap, return_lse=False):
+def attention(query, key, value, call):
     """(batch, h, n, v) for query (batch, h, n, d), key (batch, h_kv, m, d), value (batch, h_kv, m, v); lse, if asked for."""
     (batch, heads, n, d), m = query.shape, key.shape[-2]
-    left, right = window or (None, None)
-    right = 0 if causal else right
-    offsets = None
-    if not isinstance(query_offset, int):
-        if left is not None or right is not None:
-            offsets = query_offset.to(query.device).expand(batch).contiguous()
-        query_offset = 0
-    first = None if left is None else _near(query_offset - left)
-    last = None if right is None else _near(query_offset + right + 1)
-    lens = None if valid_lens is None else valid_lens.to(query.device).contiguous()
-    mask, bias = (None if x is None else x.expand(batch, heads, n, m) for x in (mask, bias))
-    rest = Rest(first, last, 1 / math.sqrt(d) if scale is None else float(scale), None if softcap is None else float(softcap))
+    offset, offsets = call.query_offset, None
+    if not isinstance(offset, int):
+        if call.windowed:
+            offsets = offset.to(query.device).expand(batch).contiguous()
+        offset = 0
+    first = None if call.left is None else _near(offset - call.left)
+    last = None if call.right is None else _near(offset + call.right + 1)
+    lens = None if call.valid_lens is None else call.valid_lens.to(query.device).contiguous()
+    mask, bias = (None if x is None else x.expand(batch, heads, n, m) for x in (call.mask, call.bias))
+    scale = 1 / math.sqrt(d) if call.scale is None else float(call.scale)
+    rest = Rest(first, last, scale, None if call.softcap is None else float(call.softcap))
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     arrays = (query, key, value, mask, bias, lens, offsets)
     if torch.compiler.is_compiling():
@@ -52,7 +51,7 @@ def attention(query, key, value, mask, bias, valid_lens, causal, query_offset, w
         output, lse = _Attention.apply(*arrays, rest)
     else:
         output, lse = forward(*arrays, rest)
-    return (output, lse) if return_lse else output
+    return (output, lse) if call.return_lse else output
 
 
 def _near(x):

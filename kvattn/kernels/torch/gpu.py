@@ -23,18 +23,14 @@ from importlib.util import find_spec
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvattn.kernels.torch import sdpa as kernels
+from kvattn.call import Choice
+from kvattn.kernels.torch import sdpa
+from kvattn.kernels.torch.traces import known, tracing
 
 HALF = (torch.float16, torch.bfloat16)
 WIDEST = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}  # features that fit the kernel's shared memory
 SHORTEST = 128  # queries or keys: below, compiling for the call's options would take longer than there is to win
 KEPT = 8  # lists of lengths that are kept for the next layer's call
-
-WHY = {
-    "corner": "causal from an offset, aligned to the last key without a mask",
-    "slices": "entries of one length together, each over its own keys",
-    "flash": "tiles of keys that no query of a tile may attend to are skipped",
-}
 
 _kept = {}
 
@@ -42,51 +38,44 @@ _kept = {}
 # ---- which kernel
 
 
-def choose(query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap, return_lse=False):
-    """The kernel that serves such a call: "corner", "slices", "flash", or None for the tab's own path."""
-    left, right = window or (None, None)
-    bounded = causal or left is not None or right is not None
-    alone = mask is None and bias is None and not softcap and not return_lse
-    if alone and not bounded and valid_lens is None:
+def choose(query, key, value, call):
+    """The kernel that serves softmax of scaled dot products; None for the tab's own path."""
+    alone = call.mask is None and call.bias is None and not call.softcap and not call.return_lse
+    if alone and not call.restricted:
         return None
-    recorded = kernels.tracing()
+    recorded = tracing()
     if recorded and (not torch.compiler.is_compiling() or torch.compiler.is_exporting()):
         return None
-    if (
-        not kernels.serves(query, key, value, bias, scale)
-        or torch.is_autocast_enabled("cuda")
-        or not _in_heads(query, key, value)
-    ):
+    if torch.is_autocast_enabled("cuda") or not _in_heads(query, key, value):
         return None
-    n, m = query.shape[-2], key.shape[-2]
-    from_zero = isinstance(query_offset, int) and query_offset == 0
-    if alone and valid_lens is None and causal and window is None and isinstance(query_offset, int):
-        if from_zero and kernels.known(n == m):
+    if sdpa.obstacle(query, key, value, call.bias, call.scale):
+        return None
+    exact, n, m = query.dtype == torch.float32, query.shape[-2], key.shape[-2]
+    causal = call.right == 0 and call.left is None  # else it is a window
+    moved = call.windowed and type(call.query_offset) is not int
+    if alone and call.valid_lens is None and causal and not moved:
+        if call.from_the_first and known(n == m):
             return None
         if not recorded:
-            return "corner"
-    if (
-        alone
-        and valid_lens is not None
-        and valid_lens.ndim == 1
-        and window is None
-        and (not causal or from_zero)
-        and not recorded
-    ):
-        if query.dtype == torch.float32:
-            lens = _read(valid_lens)
-            return "slices" if lens and all(lens) else None
-        if valid_lens.device.type == "cpu" and len({*valid_lens.tolist()}) == 1:  # the tab slices: it is one call
+            return Choice("SDPA, corner", "causal from an offset, aligned to the last key without a mask", (), corner)
+    first_keys = alone and call.valid_lens is not None and call.valid_lens.ndim == 1
+    if first_keys and (not call.windowed or (causal and call.from_the_first)) and not recorded:
+        if exact:
+            lengths = _read(call.valid_lens)
+            why = "entries of one length together, each over its own keys"
+            return Choice("SDPA, slices", why, lengths, slices) if lengths and all(lengths) else None
+        if call.valid_lens.device.type == "cpu" and len({*call.valid_lens.tolist()}) == 1:  # the tab slices: it is one call
             return None
-    if query.dtype == torch.float32 and not (softcap or window or (causal and not isinstance(query_offset, int))):
+    window = call.windowed and not causal
+    if exact and not (call.softcap or window or moved):
         return None
-    if (
-        max(query.shape[-1], value.shape[-1]) > 128
-        and not (softcap or window or return_lse)
-        and kernels._taped(query, key, value)
-    ):
+    wide = max(query.shape[-1], value.shape[-1]) > 128
+    if wide and not (call.softcap or window or call.return_lse) and sdpa.wants_gradients(query, key, value):
         return None  # three times as slow backward as SDPA with a mask, on an H100
-    return "flash" if _flexible(query, key, value) else None
+    if not _flexible(query, key, value):
+        return None
+    why = "tiles of keys that no query of a tile may attend to are skipped"
+    return Choice("kvattn's kernel in Triton", why, (), _flash)
 
 
 def _in_heads(query, key, value):
@@ -127,53 +116,46 @@ def _read(lens):
 # ---- the kernels
 
 
-def attention(
-    kernel, query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap, return_lse=False
-):
-    """softmax(softcap(scale * query @ key.T) + bias) @ value over the keys allowed, by the kernel that `choose` named."""
-    if kernel == "slices":
-        return slices(query, key, value, _read(valid_lens), causal, scale)
-    if query.ndim == 3:
-        query, key, value = (x[:, None] for x in (query, key, value))
-        mask, bias = (x[:, None] if x is not None and x.ndim == 3 else x for x in (mask, bias))
-        given = (mask, bias, valid_lens, causal, query_offset, window, scale, softcap, return_lse)
-        results = attention(kernel, query, key, value, *given)
-        return tuple(x[:, 0] for x in results) if return_lse else results[:, 0]
-    if kernel == "corner":
-        return corner(query, key, value, query_offset, scale)
-    from kvattn.kernels.torch import flash  # imports Triton, which not everyone has
-
-    return flash.attention(query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap, return_lse)
-
-
-def slices(query, key, value, lens, causal, scale):
+def slices(query, key, value, call, lengths):
     """Each batch entry over its own first keys, entries of one length together: no work on padding, and none to hide."""
     order, parts = [], []
-    lens = [min(length, key.shape[-2]) for length in lens]
-    for length in sorted({*lens}):
-        entries = [i for i, of in enumerate(lens) if of == length]
-        q, k, v = (x if len(entries) == len(lens) else x[entries] for x in (query, key, value))
-        parts.append(kernels.attention(q, k[..., :length, :], v[..., :length, :], None, None, causal, scale))
+    lengths = [min(length, key.shape[-2]) for length in lengths]
+    for length in sorted({*lengths}):
+        entries = [i for i, of in enumerate(lengths) if of == length]
+        q, k, v = (x if len(entries) == len(lengths) else x[entries] for x in (query, key, value))
+        parts.append(sdpa.fused(q, k[..., :length, :], v[..., :length, :], None, call.windowed, call.scale))
         order += entries
     return parts[0] if len(parts) == 1 else torch.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]
 
 
-def corner(query, key, value, offset, scale):
+def corner(query, key, value, call, blocks=()):
     """Causal attention of queries that stand at offset, offset + 1, ...: those before the first key see nothing, those from
     the last key on see all, and the rest is a triangle aligned to its last key. No mask, and no key that nobody sees."""
-    n, m = query.shape[-2], key.shape[-2]
+    if query.ndim == 3:
+        return corner(*(x[:, None] for x in (query, key, value)), call)[:, 0]
+    n, m, offset = query.shape[-2], key.shape[-2], call.query_offset
     first, last = min(max(-offset, 0), n), min(max(m - offset, 0), n)
     first = min(first, last)
     parts = []
     if first:
         parts.append(query.new_zeros((*query.shape[:-2], first, value.shape[-1])))
     if last > first:
-        rows, seen = query[..., first:last, :], (x[..., : offset + last, :] for x in (key, value))
+        rows, near = query[..., first:last, :], (x[..., : offset + last, :] for x in (key, value))
         square = offset + last == last - first
-        parts.append(kernels.twice_differentiable(_Triangle(square, scale), rows, *seen))
+        parts.append(sdpa.twice_differentiable(_Triangle(square, call.scale), rows, *near))
     if n > last:
-        parts.append(kernels.twice_differentiable(_Triangle(None, scale), query[..., last:, :], key, value))
+        parts.append(sdpa.twice_differentiable(_Triangle(None, call.scale), query[..., last:, :], key, value))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
+
+
+def _flash(query, key, value, call, blocks=()):
+    from kvattn.kernels.torch import flash  # imports Triton, which not everyone has
+
+    if query.ndim == 4:
+        return flash.attention(query, key, value, call)
+    mask, bias = (x[:, None] if x is not None and x.ndim == 3 else x for x in (call.mask, call.bias))
+    results = flash.attention(*(x[:, None] for x in (query, key, value)), call._replace(mask=mask, bias=bias))
+    return tuple(x[:, 0] for x in results) if call.return_lse else results[:, 0]
 
 
 class _Triangle:

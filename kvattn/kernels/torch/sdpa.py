@@ -1,73 +1,54 @@
-"""The PyTorch tab's fast path: scaled_dot_product_attention, with the gaps to kvattn's promises closed."""
+"""scaled_dot_product_attention, with the gaps to kvattn's promises closed: where nothing but softmax is asked for, it computes
+
+    softmax(scale * query @ key.T + bias) @ value          over the keys that a query may attend to
+
+in tiles that are never held whole. It is called as it is wherever it needs no mask, since with one it reads n * m numbers:
+for causal from the first key (`whole`), for lengths (`by_lengths`: each batch entry beside its own keys) and for a window
+(`in_bands`: blocks of queries beside the keys in it, whose small masks are shared). `masked` is what is left.
+
+What it lacks is added around it (`fused`): NaN and inf reach no row that may not attend to them, and second derivatives.
+
+Source: Dao 2023, "FlashAttention-2" (https://arxiv.org/abs/2307.08691), which PyTorch's kernels for the CPU and CUDA follow.
+"""
 
 from __future__ import annotations
 
 import math
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import groupby
 
 import torch
-from torch._C import _is_tracing
+from torch._C import _is_tracing  # private: read in 2.13, as are the other names with an underscore below
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from kvattn import bands
-from kvattn.kernels.torch import pairs
+from kvattn import bands, explanation
+from kvattn.call import Choice
+from kvattn.kernels.torch import nonfinite, plan
 from kvattn.kernels.torch.traces import fusible, known, readable, tracing
 
-CALL = 2**22  # multiplications that one more call must save, and
-READ = 32  # that take as long as reading one number of a key or value
-GAIN = 0.25  # share of the work that calls apart must save: they keep the cores less busy than one
-PAIRS = 2**24  # numbers that are held at one time, of scores, masks or features: arrays under 32 MB would fragment glibc's heap
-ROWS = 256  # queries of a block for which nothing but a mask is held
 EMPTY_ROWS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)  # zeros on a CPU: run there, and in 2.13
-LACKS = "SDPA has no forward derivatives, no gradient by bias, no scale of 0 or less, and no answer without keys"
 
 
-def without_leaks(*inputs):
-    """Whether no NaN or inf in rows that meet nobody can reach a gradient: nobody asks for one, or all inputs are finite."""
-    if tracing():
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    return all(readable(x) and pairs.finite(x) for x in {id(x): x for x in inputs}.values())
+# ---- which way serves
 
 
-def choose(query, key, value, usual, score, softcap, scale, where, reach, whole):
-    """(kernel, its parts) of a call. ``usual``: softmax of scaled dot products; ``whole``: its weights are asked for."""
-    fused = usual and not softcap and serves(query, key, value, where["bias"], scale)
-    if fused and (parts := runs(query, key, value, **where, **reach)):
-        return "SDPA, by lengths", parts
-    n, m = query.shape[-2], key.shape[-2]
-    unmasked = where["mask"] is where["bias"] is where["valid_lens"] is reach["window"] is None and not reach["causal"]
-    if fused and (unmasked or is_triangle(n, m, **where, **reach)):
-        return "SDPA", []
-    parts = [] if whole else bands.plan(n, m, reach["causal"], where["query_offset"], reach["window"])
-    kernel = "SDPA, in blocks" if fused else "the formula, in blocks"
-    if not parts and (parts := rows(query, key, value, score, fused, **where, **reach)) and not fused:
-        kernel = "the formula, in blocks computed again"
-    if fused and n and is_band(n, m, **where, **reach):
-        return "SDPA, in bands", [_band(i, j, m, where["query_offset"], **reach) for i, j, *_ in parts or [(0, n)]]
-    if parts:
-        return kernel, parts
-    return "SDPA" if fused else "the formula", []
-
-
-def serves(query, key, value, bias, scale):
-    """Whether the fused kernels keep the promises: they lack gradients by bias, forward derivatives and second ones."""
-    if key.shape[-2] == 0:  # they give NaN where a query is NaN, not the zeros of nothing to attend to
-        return False
+def obstacle(query, key, value, bias, scale):
+    """Why the fused kernels cannot serve softmax of scaled dot products; "" where they can."""
+    if key.shape[-2] == 0:
+        return "SDPA gives NaN, not zeros, where there is no key and a query is NaN"
     if bias is not None and bias.requires_grad:
-        return False
-    if scale is not None and scale <= 0:  # CUDA's flash kernel takes the row maximum before it scales
-        return False
-    if is_compiling() or _is_tracing():
-        return fusible() and (is_compiling() or not _transformed(query, key, value))
-    return not _transformed(query, key, value)
+        return "SDPA has no gradient by the bias"
+    if scale is not None and scale <= 0:
+        return "SDPA takes no scale of 0 or less: CUDA's kernel takes the row maximum before it scales"
+    if (is_compiling() or _is_tracing()) and not fusible():
+        return "ONNX's SDPA takes neither every mask nor a size of 0"
+    if not is_compiling() and _transformed(query, key, value):
+        return "SDPA has no forward derivatives, and no rules for torch.func"
+    return ""
 
 
 def _transformed(*inputs):
@@ -76,58 +57,139 @@ def _transformed(*inputs):
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
-def _taped(query, key, value):
+def choose(query, key, value, call, masked, in_blocks):
+    """The way to serve a call that asks for nothing else and meets no obstacle. ``masked``, ``in_blocks``: the tab's."""
+    why, n, m = "softmax of scaled dot products", query.shape[-2], key.shape[-2]
+    if lengths := _equal_lengths(query, key, value, call):
+        runs = f"{len(lengths)} runs of batch entries of one length, each over its own keys"
+        return Choice("SDPA, by lengths", f"{why}; {runs}", lengths, by_lengths)
+    if not call.restricted or (call.only_causal and (type(n) is type(m) is int or known(n == m))):
+        return Choice("SDPA", why, (), whole)
+    blocks = call.window_blocks(n, m)
+    told = explanation.in_blocks(blocks) if blocks else ""
+    if not blocks and (blocks := _blocks_of_masks(query, key, value, call)):
+        told = f"{len(blocks)} blocks of queries, as many as keep the masks small"
+    if plan.each_sees_a_key(n, m, call):
+        return Choice("SDPA, in bands", f"{why}; {told}" if told else why, blocks or [(0, n)], in_bands)
+    if blocks:
+        return Choice("SDPA, in blocks" if len(blocks) > 1 else "SDPA", f"{why}; {told}", blocks, in_blocks)
+    return Choice("SDPA", why, (), masked)
+
+
+def _equal_lengths(query, key, value, call):
+    """Runs of batch entries, where lengths are all that forbids pairs, but for causal, and they can be read without a wait."""
+    lengths = call.valid_lens
+    if lengths is None or lengths.ndim != 1 or not (call.mask is None and call.bias is None and readable(lengths)):
+        return []
+    causal = call.windowed
+    if causal and not (call.right == 0 and call.left is None and call.from_the_first):
+        return []
+    if not query.shape[0] == key.shape[0] == value.shape[0] == len(lengths) or query.ndim < 3:
+        return []
+    numbers = math.prod(query.shape[1:-2]) * (query.shape[-1] + value.shape[-1])
+    return plan.equal_lengths(lengths.tolist(), query.shape[-2], key.shape[-2], causal, numbers)
+
+
+def _blocks_of_masks(query, key, value, call):
+    """Blocks of queries where a mask would be large that is not given; with gradients each block would keep its own."""
+    by_query = call.lengths_per_query(query.ndim)
+    if not (call.windowed or by_query) or call.mask is not None or call.bias is not None:
+        return []
+    if tracing() or query.shape[-2] <= plan.ROWS or wants_gradients(query, key, value):
+        return []
+    masks = len(call.valid_lens) if by_query and query.ndim > 2 else 1
+    known_end = call.right is not None and type(call.query_offset) is int
+    return plan.blocks_of_masks(query.shape[-2], key.shape[-2], masks, call.query_offset + call.right if known_end else None)
+
+
+def wants_gradients(query, key, value):
     return (query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled()
 
 
-def runs(query, key, value, mask, bias, valid_lens, causal, query_offset, window):
-    """Neighbours in the batch that have as many keys and share a call, [(how many, keys)]; or [].
-
-    For valid_lens (batch,), where it is the only mask but for causal, can be read without a wait, and calls apart save work.
-    """
-    if valid_lens is None or valid_lens.ndim != 1 or not mask is bias is window is None or not readable(valid_lens):
-        return []
-    if causal and not (isinstance(query_offset, int) and query_offset == 0):
-        return []
-    if not query.shape[0] == key.shape[0] == value.shape[0] == len(valid_lens) or query.ndim < 3:
-        return []
-    n, m = query.shape[-2], key.shape[-2]
-    most = min(n, m) if causal else m
-    lens = [max(0, min(length, most)) for length in valid_lens.tolist()]  # those of a block may end before it begins
-    found = [(len([*same]), length) for length, same in groupby(lens)]
-    each = (n + READ) * math.prod(query.shape[1:-2]) * (query.shape[-1] + value.shape[-1])  # of a key
-    saved, whole = each * (m * len(lens) - sum(lens)), each * m * len(lens)
-    too_large = causal and len(lens) * n * m > PAIRS  # a mask
-    return found if len(found) <= 1 or too_large or saved > max(CALL * len(found), GAIN * whole) else []
+def blocks_of_scores(query, key, score):
+    """Blocks of queries for the formula, which holds PAIRS numbers at one time; [] where one block is all."""
+    return [] if tracing() or _transformed(query, key) else bands.rows(score, query.shape, key.shape, plan.PAIRS)
 
 
-def by_runs(attend, found, query, key, value, causal, scale):
-    """Each run by itself: no work on padding, and none to hide."""
-    parts = (x.split([size for size, _ in found]) for x in (query, key, value))
+# ---- the ways
+
+
+def whole(query, key, value, call, blocks=()):
+    """All keys, or causal from the first key on: nobody sees keys after the last query, nor NaN in them."""
+    n, causal = query.shape[-2], call.right == 0
+    if causal and n < key.shape[-2]:
+        key, value = key[..., :n, :], value[..., :n, :]
+    return fused(query, key, value, None, causal, call.scale).to(query.dtype)  # autocast's is another
+
+
+def by_lengths(query, key, value, call, lengths):
+    """Each run of batch entries by itself: no work on padding, and none to hide."""
+    parts = (x.split([size for size, _ in lengths]) for x in (query, key, value))
     outputs = []
-    for (_, length), q, k, v in zip(found, *parts, strict=True):
+    for (_, length), q, k, v in zip(lengths, *parts, strict=True):
         k, v = k[..., :length, :], v[..., :length, :]
-        outputs.append(fused(q, k, v, None, causal, scale) if length else attend(q, k, v))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        if length:
+            outputs.append(fused(q, k, v, None, call.windowed, call.scale))
+        else:  # zeros, with gradients of 0
+            outputs.append(nonfinite.attention(q, k, v, None, None, call.scale))
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).to(query.dtype)
 
 
-def rows(query, key, value, score, fused, mask, bias, valid_lens, causal, query_offset, window):
-    """Blocks of queries, as bands.plan's, that hold at most PAIRS numbers each; [] where one block is all."""
-    if tracing() or _transformed(query, key, value):
-        return []
-    if not fused:
-        return bands.rows(score, query.shape, key.shape, PAIRS)
-    # nothing but masks is held; with gradients each block would keep its own, and keys without padding
-    n, m, by_query = query.shape[-2], key.shape[-2], valid_lens is not None and valid_lens.ndim == (2 if query.ndim > 2 else 1)
-    if not (causal or window or by_query) or mask is not bias or _taped(query, key, value):
-        return []
-    size = max(ROWS, PAIRS // max(1, m * (len(valid_lens) if by_query and query.ndim > 2 else 1)))
-    reach = query_offset if causal and isinstance(query_offset, int) else m
-    return [(i, j, 0, min(max(reach + j, 0), m)) for i in range(0, n, size) for j in [min(i + size, n)]] if size < n else []
+def in_bands(query, key, value, call, blocks):
+    """A window in blocks of queries and the keys they see; neighbours that lie alike share a mask."""
+    n, m = query.shape[-2], key.shape[-2]
+    blocks = plan.narrowed(blocks, m, call)
+    last, mask, parts = None, None, []  # no dict of places: torch.compile would fix what is looked up
+    for *arrays, block in [(query, key, value, call)] if blocks == [(0, n, 0, m)] else call.cut(blocks, query, key, value):
+        place = block.query_offset, block.left, block.right, *(x.shape[-2] for x in arrays[:2])
+        if place != last:
+            last, mask = place, _band(*place, query)
+        parts.append(fused(*arrays, mask, False, call.scale))
+    return (torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]).to(query.dtype)
 
 
-def again(attend, rng):
-    """``attend``, which keeps nothing for its gradients but its arguments: it is computed again, with the same draws of rng."""
+def _band(offset, left, right, n, m, like):
+    """0 in the window and -inf beyond it: (n, m); None where all of it lies in the window."""
+    if left is None and right is None:
+        return None
+    keys = torch.arange(-offset, m - offset, device=like.device)  # from the first query on
+    queries = torch.arange(n, device=like.device)[:, None]
+    beyond = torch.zeros(n, m, dtype=torch.bool, device=like.device) if left is None else keys < queries - left
+    beyond = beyond if right is None else beyond | (keys > queries + right)
+    return torch.zeros(n, m, dtype=like.dtype, device=like.device).masked_fill_(beyond, -math.inf)
+
+
+def masked(query, key, value, allowed, bias, scale, hide):
+    """softmax(scale * query @ key.T + bias) @ value over the pairs allowed. A query with nothing to attend to gets zeros.
+
+    ``hide``: a function (query, key, value) -> the same with zeros for what meets nobody. It copies them, and so is called
+    only where the output tells that NaN or inf came through, or where nobody may look at it.
+    """
+    allowed, bias = (x if x is None else x.reshape(*[1] * (query.ndim - x.ndim), *x.shape) for x in (allowed, bias))
+    pair_by_pair = partial(nonfinite.attention, allowed=allowed, bias=bias, scale=scale)
+
+    def hidden(query, key, value):
+        query, key, value = hide(query, key, value)
+        if allowed is None:
+            return fused(query, key, value, bias, False, scale, pair_by_pair)
+        # an empty row attends to all and is dropped after: the kernels of GPUs, and older ones, have given NaN for it
+        some = allowed.any(dim=-1, keepdim=True)
+        added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
+        return torch.where(some, fused(query, key, value, added, False, scale, pair_by_pair), 0)
+
+    if not (EMPTY_ROWS and query.numel() and readable(query)):
+        return hidden(query, key, value)
+    added = bias if allowed is None else allowed if bias is None else torch.where(allowed, bias, -math.inf)
+    return fused(query, key, value, added, False, scale, pair_by_pair, hidden)
+
+
+def forbids(bias):
+    """Whether the bias may hold -inf; a sum tells of a bias that can be looked at, which is one read of it."""
+    return not (readable(bias) and nonfinite.finite(bias))
+
+
+def recomputed(attend, rng):
+    """``attend``, which keeps nothing for its gradients but its arguments, and computes again, with the same draws of rng."""
     if not torch.is_grad_enabled():
         return attend
 
@@ -146,102 +208,28 @@ def again(attend, rng):
     return partial(checkpoint, attend, use_reentrant=False, context_fn=contexts)
 
 
-def is_triangle(n, m, mask, bias, valid_lens, causal, query_offset, window):
-    """Whether the causal mask from the first key on is the only one: what ``is_causal`` means."""
-    if not causal or not isinstance(query_offset, int) or query_offset != 0:
-        return False
-    if not (type(n) is type(m) is int or known(n == m)):  # whether there are keys that nobody sees is not known
-        return False
-    return mask is None and bias is None and valid_lens is None and window is None
+# ---- what is added around it
 
 
-def attention(query, key, value, allowed, bias, triangle, scale, hide=None):
-    """softmax(scale * query @ key.T + bias) @ value: (..., h, n, v). A query with nothing to attend to gets zeros.
+def fused(query, key, value, mask, causal, scale, pair_by_pair=None, otherwise=None):
+    """scaled_dot_product_attention; what ``otherwise`` gives where NaN or inf reached, or may have, what it may not.
 
-    ``hide``: a function (query, key, value) -> the same with zeros for what meets nobody. It copies them, and so is called
-    only where the output tells that NaN or inf came through, or where nobody may look at it.
-    """
-    hide = hide or (lambda *inputs: inputs)
-    if allowed is None and bias is None:
-        return fused(*hide(query, key, value), None, triangle, scale)
-    allowed, bias = (x if x is None else x.reshape(*[1] * (query.ndim - x.ndim), *x.shape) for x in (allowed, bias))
-    exact = partial(pairs.attention, allowed=allowed, bias=bias, scale=scale)
-
-    def hidden(query, key, value):
-        query, key, value = hide(query, key, value)
-        if allowed is None:
-            return fused(query, key, value, bias, False, scale, exact)
-        # an empty row attends to all and is dropped after: the kernels of GPUs, and older ones, have given NaN for it
-        some = allowed.any(dim=-1, keepdim=True)
-        added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
-        return torch.where(some, fused(query, key, value, added, triangle, scale, exact), 0)
-
-    if not (EMPTY_ROWS and query.numel() and readable(query)):
-        return hidden(query, key, value)
-    added = bias if allowed is None else allowed if bias is None else torch.where(allowed, bias, -math.inf)
-    return fused(query, key, value, added, False, scale, exact, hidden)
-
-
-def forbids(bias):
-    """Whether the bias may hold -inf; a sum tells of a bias that can be looked at, which is one read of it."""
-    return bias is not None and not (readable(bias) and pairs.finite(bias))
-
-
-def is_band(n, m, mask, bias, valid_lens, causal, query_offset, window):
-    """Whether causal and a window are the only masks, and leave each query some key: no padding to hide."""
-    if not (causal or window) or not mask is bias is valid_lens is None:
-        return False
-    if not type(n) is type(m) is type(query_offset) is int:  # sizes may be symbols
-        return False
-    left, right = window or (None, None)
-    right = 0 if causal else right
-    return (right is None or query_offset + right >= 0) and (left is None or query_offset + n - 1 - left < m)
-
-
-def _band(start, end, m, offset, causal, window):
-    """A block of queries, and the keys that some of them sees: the others' NaN would leak."""
-    left, right = window or (None, None)
-    right = 0 if causal else right
-    first = 0 if left is None else max(0, offset + start - left)
-    return start, end, first, m if right is None else min(m, offset + end + right)
-
-
-def by_band(steps, query, key, value, causal, query_offset, window, scale):
-    """Causal or a window in blocks of queries and the keys they see; neighbours that lie alike share a mask."""
-    left, right = window or (None, None)
-    right = 0 if causal else right
-    last, mask, parts = None, None, []  # no dict of places: torch.compile would fix what is looked up
-    for block, cut in bands.cuts(steps, query, key, value, mask=None, bias=None, valid_lens=None, query_offset=query_offset):
-        place = cut["query_offset"], *(x.shape[-2] for x in block[:2])
-        if place != last:
-            last = offset, n, m = place
-            keys = torch.arange(-offset, m - offset, device=query.device)  # from the first query on
-            at = torch.arange(n, device=query.device)[:, None]
-            beyond = torch.zeros(n, m, dtype=torch.bool, device=query.device) if left is None else keys < at - left
-            beyond = beyond if right is None else beyond | (keys > at + right)
-            mask = torch.zeros(n, m, dtype=query.dtype, device=query.device).masked_fill_(beyond, -math.inf)
-        parts.append(fused(*block, mask, False, scale))
-    return torch.cat(parts, dim=-2)
-
-
-def fused(query, key, value, mask, causal, scale, exact=None, unsound=None):
-    """scaled_dot_product_attention; what ``unsound`` gives where NaN or inf reached, or may have, what it may not.
-
-    ``exact``: a function (query, key, value) -> output that takes each pair by itself; by default that of the mask. Its
-    derivatives are those where something is not finite, and second ones. ``unsound``: another such function, else ``exact``.
+    ``pair_by_pair``: a function (query, key, value) -> output that takes each pair by itself; by default that of the mask.
+    Its derivatives serve where something is not finite, and as second ones. ``otherwise``: by default the same.
     """
     output = _run(query, key, value, mask, causal, scale)
-    taped = _taped(query, key, value) and not tracing()
-    sound = pairs.sound(output, query, key, mask is not None, causal)
-    if sound and not taped:
+    differentiable = wants_gradients(query, key, value) and not tracing()
+    sound = nonfinite.sound(output, query, key, mask is not None, causal)
+    if sound and not differentiable:
         return output
-    exact = exact or partial(_exact, mask=mask, causal=causal, scale=scale)
+    pair_by_pair = pair_by_pair or partial(_pair_by_pair, mask=mask, causal=causal, scale=scale)
     if not sound:
-        return (unsound or exact)(query, key, value)
-    return _taped_as(output, exact, query, key, value, mask, mask is None and not causal)
+        return (otherwise or pair_by_pair)(query, key, value)
+    harmless = mask is None and not causal  # all may attend to all, and 0 * NaN is nobody else's
+    return _TwiceDifferentiable.apply(output, pair_by_pair, query, key, value, mask, harmless)
 
 
-def _exact(query, key, value, mask, causal, scale):
+def _pair_by_pair(query, key, value, mask, causal, scale):
     allowed = bias = None
     if causal:
         allowed = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
@@ -249,20 +237,15 @@ def _exact(query, key, value, mask, causal, scale):
         allowed = mask
     else:
         bias = mask
-    return pairs.attention(query, key, value, allowed, bias, scale)
+    return nonfinite.attention(query, key, value, allowed, bias, scale)
 
 
-def twice_differentiable(run, query, key, value, formula=None):
-    """run(query, key, value); second derivatives are those of ``formula``, or of ``run`` by PyTorch's plain formula."""
+def twice_differentiable(run, query, key, value):
+    """run(query, key, value); second derivatives are those of ``run`` by PyTorch's plain formula."""
     output = run(query, key, value)
-    if _taped(query, key, value) and not tracing():
-        return _taped_as(output, formula or partial(_formula, run), query, key, value, unlooked=True)
+    if wants_gradients(query, key, value) and not tracing():
+        return _TwiceDifferentiable.apply(output, partial(_formula, run), query, key, value, None, True)  # values are not read
     return output
-
-
-def _taped_as(output, formula, query, key, value, mask=None, unlooked=False):
-    """The output with its gradients. ``unlooked``: on a GPU, or where all may attend to all and 0 * NaN is nobody else's."""
-    return _TwiceDifferentiable.apply(output, formula, query, key, value, mask, unlooked)
 
 
 def _formula(run, *inputs):
@@ -289,12 +272,13 @@ def _four(x, lead):
 
 class _TwiceDifferentiable(torch.autograd.Function):
     """A fused kernel's output and backward; the formula's under create_graph, since the fused one has no derivative, and
-    where the fused one would multiply its zeros by NaN or inf. ``mask`` is kept so that a change of it is noticed."""
+    where the fused one would multiply its zeros by NaN or inf, unless that is ``harmless``. ``mask`` is kept so that a
+    change of it is noticed."""
 
     @staticmethod
-    def forward(ctx, output, formula, query, key, value, mask, unlooked):
+    def forward(ctx, output, formula, query, key, value, mask, harmless):
         ctx.save_for_backward(query, key, value, mask)
-        ctx.formula, ctx.unlooked = formula, unlooked
+        ctx.formula, ctx.harmless = formula, harmless
         return output.detach()
 
     @staticmethod
@@ -302,7 +286,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
         *inputs, _ = ctx.saved_tensors
         twice = torch.is_grad_enabled()
         # with a value that is not finite, neither were the output, nor is this its backward
-        if not twice and (ctx.unlooked or not readable(grad_output) or all(map(pairs.finite, (grad_output, *inputs[:2])))):
+        if not twice and (ctx.harmless or not readable(grad_output) or all(map(nonfinite.finite, (grad_output, *inputs[:2])))):
             return grad_output, None, None, None, None, None, None
         wanted = ctx.needs_input_grad[2:5]
         with torch.enable_grad():  # apart, where one tensor is query and key
