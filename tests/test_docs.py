@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import re
+import shlex
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import SLOW, pytest_ignore_collect
 
-from kvattn import bench, cli, lesson
+from kvattn import bench, cli, dispatch, lesson
 
 DOCS = Path(__file__).parent.parent / "docs"
 LESSONS = sorted((DOCS / "lessons").glob("*.md"))
@@ -35,6 +38,90 @@ def test_what_contributors_are_told_of_is_there():
     extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     tools = {re.match(r"[\w-]+", each)[0] for each in extras["dev"]}
     assert tools >= {"pytest", "ruff", "mypy", "tox", "pre-commit"}
+
+
+# ---- every command that README and CONTRIBUTING tell is run: here, or in the environment of tox.ini or the line of .ci/run
+# that is named here, word for word or as an equal
+
+ROOT = DOCS.parent
+PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:kvattn|pytest|tox|pre-commit|pip|python3?|ruff|mypy)(?: |$)"
+RUN = {  # with what this stands for; on NumPy, as the command line has it
+    "kvattn doctor": ["doctor"],
+    "kvattn conform --html report.html": ["conform", "--html", "{tmp}/report.html", "--draws", "1"],
+    "kvattn conform --draws 1000": ["conform", "--draws", "2"],
+    "kvattn lesson run FILE --backend all": ["lesson", "run", "{tmp}/lesson.md", "--backend", "all"],
+}
+ELSEWHERE = {  # the file, and what stands there
+    "python3 -m venv .venv": (".ci/run", "python3 -m venv .venv"),
+    "pip install tox": (".ci/run", ".venv/bin/pip install --quiet tox"),
+    "tox run-parallel -p 2 -o --parallel-no-spinner": (".ci/run", ".venv/bin/tox run-parallel -p 2 -o --parallel-no-spinner"),
+    "tox run-parallel -p 2": (".ci/run", ".venv/bin/tox run-parallel -p 2 "),
+    "tox -e torch": ("tox.ini", "torch: pytest"),
+    "tox -m weekly": ("tox.ini", "weekly = oldest, deep"),
+    "pip install .": ("tox.ini", "package = wheel"),  # each environment has the wheel of the package, as this makes one
+    "pip install '.[all]'": ("tox.ini", "all,oldest,deep: all"),
+    "pip install '.[all]' -c constraints.txt": ("tox.ini", "PIP_CONSTRAINT = {tox_root}{/}constraints.txt"),
+    "pip install --no-deps mxnet==1.9.1": ("tox.ini", "python -m pip install --quiet --no-deps mxnet==1.9.1"),
+    "kvattn conform": ("tox.ini", "kvattn conform --backend numpy,torch,tensorflow,jax,mxnet"),
+    "kvattn conform --backend yours": ("tests/test_howto.py", "add-a-backend"),
+    "kvattn conform --text FILE": ("tests/test_cli.py", '"--text"'),
+    "kvattn bench": ("tests/test_bench.py", '["bench", "--backend"'),
+    "KVATTN_BACKEND=jax python script.py": ("tests/test_dispatch.py", 'setenv("KVATTN_BACKEND"'),
+    "pytest --pyargs kvattn.conformance": ("tox.ini", "pytest --pyargs kvattn.conformance"),
+    "pytest tests/test_mutants.py": ("tox.ini", "numpy: pytest {posargs:tests {[rooms]apart}}"),  # which takes all files
+    "ruff check .": ("tox.ini", "ruff check ."),
+    "ruff format .": ("tox.ini", "ruff format --check ."),
+    "mypy": ("tox.ini", "commands = mypy"),
+    # what is installed is what the environments install, part by part; the hooks call what `lint` calls
+    "pip install -e '.[dev]'": ("tox.ini", "!lint-!types: lessons"),
+    "pre-commit install": (".pre-commit-config.yaml", "entry: ruff check --fix"),
+}
+COLLECTED = "pytest"  # the quick loop, which leaves out what takes long
+
+
+def commands(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    told = [part for block in re.findall(r"```sh\n(.*?)```", text, re.S) for part in re.split(r" && |\n", block) if part]
+    beside = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    told += [" ".join(part.split()) for part in beside if re.match(PROGRAMS, " ".join(part.split()))]
+    return [part.removeprefix(".venv/bin/") for part in told]
+
+
+def test_every_command_that_newcomers_and_contributors_are_told_is_run_somewhere():
+    told = {command for page in ("README.md", "CONTRIBUTING.md") for command in commands(page)}
+    assert told == {*RUN, *ELSEWHERE, COLLECTED}
+    for command, (file, line) in ELSEWHERE.items():
+        assert line in (ROOT / file).read_text(encoding="utf-8"), command
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_a_command_that_newcomers_are_told_runs_on_numpy(command, tmp_path, capsys, monkeypatch):
+    (tmp_path / "lesson.md").write_text("```{.python .input}\n%%tab numpy\nprint(1)\n```\n")
+    flags = [part.format(tmp=tmp_path) for part in RUN[command]]
+    if command not in ("kvattn doctor", "kvattn lesson run FILE --backend all"):
+        flags += ["--backend", "numpy"]
+    monkeypatch.setattr(dispatch, "available_backends", lambda: ("numpy",))
+    assert cli.main(flags) == 0, capsys.readouterr()
+
+
+def test_bare_pytest_takes_the_quick_tests_and_leaves_what_takes_long(monkeypatch):
+    monkeypatch.delenv("KVATTN_CONFORMANCE", raising=False)
+    tests = ROOT / "tests"
+    left = {path.name for path in tests.iterdir() if pytest_ignore_collect(path, SimpleNamespace(args=[str(tests)]))}
+    assert left == {"integrations", "site", *(f"test_{name}.py" for name in SLOW)}
+    slow = tests / "test_mutants.py"
+    assert pytest_ignore_collect(slow, SimpleNamespace(args=[str(slow)])) is None  # which was named
+    monkeypatch.setenv("KVATTN_CONFORMANCE", "numpy")
+    assert pytest_ignore_collect(slow, SimpleNamespace(args=[str(tests)])) is None
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda path: path.stem)
+def test_the_command_line_takes_what_a_page_tells(page):
+    """That the words are right; what needs a framework is run where it is."""
+    for command in commands(page.relative_to(ROOT)):
+        program, *words = shlex.split(command)
+        if program == "kvattn" and words and "..." not in words:
+            assert cli._parser().parse_args(words).command == words[0]
 
 
 def test_the_code_of_the_lessons_fits_the_page():
