@@ -30,7 +30,7 @@ Where every backend must agree:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 from kvattn import bands, checks, dispatch, explanation, prepare
 from kvattn.cache import KVCache
@@ -140,6 +140,7 @@ def attention(
     return_weights: bool = False,
     return_lse: bool = False,
     backend: Any = None,
+    **unknown: Never,
 ) -> Any:
     """Attention: each query's weighted sum of the values, weighted by how well their keys match it.
 
@@ -184,6 +185,8 @@ def attention(
     Source: Vaswani et al. 2017, "Attention is all you need", equation 1; grouped queries: Ainslie et al. 2023; windows:
     Beltagy et al. 2020; soft caps: Gemma 2, 2024.
     """
+    if unknown:  # another library's name of an argument
+        raise checks.unknown(unknown, prepare.OPTIONS)
     known = prepare.remembered(query, key, value, backend)
     plain = score is normalize is mask is bias is valid_lens is window is positions is scale is softcap is None
     plain = plain and not dropout and type(query_offset) is int
@@ -210,7 +213,13 @@ def attention(
         window, positions, scale, softcap, dropout, rng, return_lse,
     )  # fmt: skip
     return_weights, return_lse = checks.flag("return_weights", return_weights), checks.flag("return_lse", return_lse)
-    return tab.attention(query, key, value, **options, return_weights=return_weights, return_lse=return_lse)
+    if score is normalize is None:
+        return tab.attention(query, key, value, **options, return_weights=return_weights, return_lse=return_lse)
+    try:
+        return tab.attention(query, key, value, **options, return_weights=return_weights, return_lse=return_lse)
+    except Exception:
+        checks.own_functions(tab, options, query, key)
+        raise
 
 
 def attention_grad(
@@ -234,6 +243,7 @@ def attention_grad(
     dropout: float = 0.0,
     rng: Any = None,
     backend: Any = None,
+    **unknown: Never,
 ) -> tuple[Array, ...]:
     """The gradients of sum(grad_output * attention(query, key, value, ...)), each in its argument's shape and dtype.
 
@@ -249,6 +259,8 @@ def attention_grad(
     array([[0.5],
            [0.5]])
     """
+    if unknown:
+        raise checks.unknown(unknown, prepare.OPTIONS)
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, grad_output=grad_output, mask=mask, bias=bias, valid_lens=valid_lens,
         query_offset=query_offset, positions=positions,
@@ -265,7 +277,12 @@ def attention_grad(
     bindable = {"query", "key", "value"} | ({"bias"} if bias is not None else set())
     bindable |= {name for name, x in getattr(options["score"], "keywords", {}).items() if tab.is_array(x)}
     wrt = prepare.differentiable(wrt, bindable)
-    return prepare.given_back(tab, given, wrt, tab.attention_grad(query, key, value, grad_output, wrt=wrt, **options))
+    try:
+        gradients = tab.attention_grad(query, key, value, grad_output, wrt=wrt, **options)
+    except Exception:
+        checks.own_functions(tab, options, query, key)
+        raise
+    return prepare.given_back(tab, given, wrt, gradients)
 
 
 def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **options: Any) -> explanation.Explanation:

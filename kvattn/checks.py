@@ -6,6 +6,7 @@ Unknown sizes (None, under tf.function) match anything.
 
 from __future__ import annotations
 
+import inspect
 import math
 from functools import partial
 from numbers import Integral
@@ -144,8 +145,16 @@ def broadcastable(name: str, shape: tuple[Any, ...], full: tuple[Any, ...], what
         if shape[axis] != 1 and _differ(shape[axis], full[axis]):
             raise ValueError(
                 f"{name} has shape {_show(shape)}, which does not broadcast to {what} {_show(full)}: "
-                f"axis {axis} is {shape[axis]}, expected 1 or {full[axis]}"
+                f"axis {axis} is {shape[axis]}, expected 1 or {full[axis]}{_headless(name, shape, full)}"
             )
+
+
+def _headless(name: str, shape: tuple[Any, ...], full: tuple[Any, ...]) -> str:
+    """The cure where an array has no axis for the heads, and fits without."""
+    lead, lacks = len(shape) - 2, len(full) - len(shape)
+    if lead < 1 or not lacks or any(a != 1 and _differ(a, b) for a, b in zip(shape, (*full[:lead], *full[-2:]), strict=True)):
+        return ""
+    return f"; for all heads alike it is {name}[{', '.join([':'] * lead + ['None'] * lacks)}]"
 
 
 def _longer(name: str, shape: tuple[Any, ...], axes: int) -> str:
@@ -396,6 +405,26 @@ def flag(name: str, x: Any) -> bool:
     return True if x else False  # noqa: SIM210 (torch.compile leaves bool of a symbol a symbol)
 
 
+OURS = {  # what other libraries call an argument, and what it is called here
+    "is_causal": "causal", "use_causal_mask": "causal", "dropout_p": "dropout", "dropout_rate": "dropout", "attn_bias": "bias",
+    "window_size": "window", "local_window_size": "window", "sliding_window": "window", "logits_soft_cap": "softcap",
+    "softmax_scale": "scale", "sm_scale": "scale",
+    "need_weights": "return_weights", "return_attention_scores": "return_weights",
+    "kv_seq_lengths": "valid_lens", "key_value_seq_lengths": "valid_lens", "seq_lens": "valid_lens", "dropout_rng": "rng",
+    "attn_mask": "mask, of booleans, True where a query may attend, or bias, of floats that are added to the scores",
+    "attention_mask": "mask, of booleans, True where a query may attend, or bias, of floats that are added to the scores",
+    "key_padding_mask": "valid_lens, or mask=~key_padding_mask[:, None, None, :], True where a query may attend",
+}  # fmt: skip
+
+
+def unknown(names: Any, known: Any) -> TypeError:
+    """The error for keywords that attention has not, which names ours."""
+    name = next(iter(names))
+    meant = OURS.get(name) or next((each for each in known if each.startswith(name) or name.startswith(each)), None)
+    cure = f"here it is {meant}" if meant else f"it has {', '.join(known)}"
+    return TypeError(f"attention has no argument {name!r}: {cure}")
+
+
 def masks(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any) -> tuple[Any, Any]:
     """mask and bias as arrays of ``tab`` that broadcast to the scores."""
     if mask is not None:
@@ -436,3 +465,44 @@ def bound(tab: Any, function: Any, name: str, own: Any, query: Any, features: tu
     if not callable(function):
         raise TypeError(f"{name} must be a function, not {function!r}: {', '.join(_meant(name, function))}, or your own")
     return getattr(tab, function.__name__) if own(function) else function
+
+
+def own_functions(tab: Any, options: dict[str, Any], query: Any, key: Any) -> None:
+    """Raises TypeError or ValueError if the caller's own score or normaliser cannot be called, or gives another shape.
+
+    Asked where a call with them has failed: `query` and `key` are its arrays, for which the score is tried once more.
+    """
+    score, normalize = options["score"], options["normalize"]
+    _takes("score", score, "(query, key), its parameters bound by functools.partial", 2)
+    _takes("normalize", normalize, "(scores, where=None)", 1, "where")
+    if score is None or normalize is None:
+        return
+    scores = _shape(query)[-2:-1] + _shape(key)[-2:-1]
+    if len(_shape(query)) > 2:
+        query = query[..., : _shape(key)[-3], :, :]  # of grouped heads, as many as there are keys'
+    made = score(query, key)
+    _gives(tab, "score", made, scores)
+    _gives(tab, "normalize", normalize(made, where=None), scores)
+
+
+def _takes(name: str, function: Any, promised: str, count: int, *keywords: str) -> None:
+    if function is None:  # a stranger's backend has its own
+        return
+    try:
+        inspect.signature(function).bind(*range(count), **dict.fromkeys(keywords))
+    except TypeError:
+        raise TypeError(f"{name}, {_called(function)}, must take {promised}") from None
+    except ValueError:  # a function that tells no signature
+        return
+
+
+def _gives(tab: Any, name: str, made: Any, scores: tuple[Any, ...]) -> None:
+    expected = f"scores (..., n, m), here (..., {scores[0]}, {scores[1]})"
+    if not tab.is_array(made):
+        raise TypeError(f"{name} gives a {type(made).__name__}; expected an array of {expected}")
+    if len(found := _shape(made)) < 2 or any(map(_differ, found[-2:], scores)):
+        raise ValueError(f"{name} gives the shape {_show(found)}; expected {expected}")
+
+
+def _called(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))

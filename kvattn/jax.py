@@ -15,7 +15,7 @@ from kvattn.layers.jax import *  # noqa: F403
 from kvattn.namespace import check_shape  # noqa: F401
 
 globals().update(namespace.functions("jax"))
-__getattr__ = namespace.drawing
+__getattr__, __dir__ = namespace.drawing, namespace.listing(globals())
 
 batch_matmul = jax.lax.batch_matmul
 concat = jnp.concatenate  # jnp.concat takes its axis by name only

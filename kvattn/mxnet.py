@@ -12,7 +12,7 @@ from kvattn.layers.mxnet import mx, np, whole
 from kvattn.namespace import check_shape  # noqa: F401
 
 globals().update(namespace.functions("mxnet"))
-__getattr__ = namespace.drawing
+__getattr__, __dir__ = namespace.drawing, namespace.listing(globals())
 
 abs, arange, cos, cosh, exp, expand_dims, eye = np.abs, np.arange, np.cos, np.cosh, np.exp, np.expand_dims, np.eye
 float32, int32, int64, linspace, log, meshgrid = np.float32, np.int32, np.int64, np.linspace, np.log, np.meshgrid

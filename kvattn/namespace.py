@@ -34,13 +34,21 @@ def _bound(function: Callable[..., Any], default: str) -> Callable[..., Any]:
     return bound
 
 
+DRAWING = ("plot", "show_heatmaps", "show_attention", "kernel_shapes", "use_svg_display", "set_figsize", "plt")
+
+
+def listing(module: dict[str, Any]) -> Callable[[], list[str]]:
+    """A module's ``__dir__``: what it holds, and what `drawing` finds."""
+    return lambda: sorted({*module, *DRAWING})
+
+
 def drawing(name: str) -> Any:
     """A module's ``__getattr__``: what draws loads matplotlib when it is asked for."""
     if name == "plt":
         import matplotlib.pyplot as plt
 
         return plt
-    if name in ("plot", "show_heatmaps", "show_attention", "kernel_shapes", "use_svg_display", "set_figsize"):
+    if name in DRAWING:
         from kvattn import plot
 
         return getattr(plot, name)

@@ -16,7 +16,7 @@ from kvattn.layers.training import SGD, Adam, softmax_cross_entropy  # noqa: F40
 from kvattn.namespace import check_shape  # noqa: F401
 
 globals().update(namespace.functions("numpy"))
-__getattr__ = namespace.drawing
+__getattr__, __dir__ = namespace.drawing, namespace.listing(globals())
 
 tensor, concat, batch_matmul = np.asarray, np.concatenate, np.matmul
 normal, rand, randn = np.random.normal, np.random.rand, np.random.randn  # of the global generator: np.random.seed

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kvattn.backends import Backend
 
 ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "positions")  # the options that are arrays
+OPTIONS = ("score", "normalize", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "positions", "scale",
+           "softcap", "dropout", "rng", "return_weights", "return_lse")  # fmt: skip
 DOT_PRODUCTS = ("dot_score", "scaled_dot_score", "cosine_score")  # for which query and key need as many features
 REMEMBERED = 4096  # calls: then it starts anew, since lengths that grow step by step would fill the memory
 
@@ -39,11 +41,14 @@ def inputs(tab: Any, query: Any, key: Any, value: Any, score: Any) -> tuple[Any,
 def options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, Any], score: Any = None, normalize: Any = None,
             mask: Any = None, bias: Any = None, valid_lens: Any = None, causal: Any = False, query_offset: Any = 0,
             window: Any = None, positions: Any = None, scale: Any = None, softcap: Any = None, dropout: Any = 0.0,
-            rng: Any = None, return_lse: bool = False, batch: tuple[Any, ...] | None = None) -> dict[str, Any]:  # fmt: skip
+            rng: Any = None, return_lse: bool = False, batch: tuple[Any, ...] | None = None,
+            **unknown: Any) -> dict[str, Any]:  # fmt: skip
     """The checked keywords of attention, for scores of this shape between queries and keys of these features.
 
     ``batch``: the batch axis, (size,), or () where there is none; by default the first of the leading axes.
     """
+    if unknown:
+        raise checks.unknown(unknown, OPTIONS)
     batch = scores[:-2][:1] if batch is None else batch
     normalize, score = unwrapped(normalize), unwrapped(score)
     softmax = public["softmax"], getattr(tab, "softmax", None)

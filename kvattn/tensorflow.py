@@ -37,7 +37,7 @@ from kvattn.layers.tensorflow import *  # noqa: F403
 from kvattn.namespace import check_shape  # noqa: F401
 
 globals().update(namespace.functions("tensorflow"))
-__getattr__ = namespace.drawing
+__getattr__, __dir__ = namespace.drawing, namespace.listing(globals())
 
 arange, astype, batch_matmul, tensor = tf.range, tf.cast, tf.matmul, tf.constant
 log, normal, rand = tf.math.log, tf.random.normal, tf.random.uniform

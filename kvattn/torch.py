@@ -14,7 +14,7 @@ from kvattn.layers.torch import *  # noqa: F403
 from kvattn.namespace import check_shape  # noqa: F401
 
 globals().update(namespace.functions("torch"))
-__getattr__ = namespace.drawing
+__getattr__, __dir__ = namespace.drawing, namespace.listing(globals())
 
 batch_matmul = torch.bmm
 

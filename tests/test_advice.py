@@ -57,8 +57,8 @@ def test_the_code_that_an_error_advises_cures_it(what):
     said = str(first.value)
     assert [name for name in NAMED.findall(said) if not hasattr(kvattn, name[1:])] == []
     given = GOOD | arguments
-    for name, how in re.findall(r"(\w+)(\[[:None, ]+\]| != 0)", said):
-        cured = given | {name: eval(name + how, {}, given)}
+    for ours, turned, name, how in re.findall(r"(?:(\w+)=)?(~?)(\w+)(\[[:None, ]+\]| != 0)", said):
+        cured = {n: x for n, x in given.items() if not ours or n != name} | {ours or name: eval(turned + name + how, {}, given)}
         try:
             kvattn.attention(**cured, backend="numpy")
         except (TypeError, ValueError) as second:  # the next thing that is wrong, if there is one

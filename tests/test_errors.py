@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import kvattn
+from kvattn.conformance import native
 
 F, I = np.float32, np.int64
 
@@ -75,6 +76,16 @@ BAD = {
     "lse of another normaliser": ({"normalize": kvattn.average, "return_lse": True}, ValueError, ["return_lse", "softmax"]),
     "score parameters that do not fit": (
         {"score": partial(kvattn.multiplicative_score, W=zeros(5, 4))}, ValueError, ["W", "(5, 4)", "(5, 5)"]),
+    "PyTorch's causal": ({"is_causal": True}, TypeError, ["'is_causal'", "here it is causal"]),
+    "PyTorch's mask": ({"attn_mask": zeros(3, 6, dtype=bool)}, TypeError, ["'attn_mask'", "here it is mask", "or bias"]),
+    "PyTorch's padding": ({"key_padding_mask": zeros(2, 6, dtype=bool)}, TypeError, ["'key_padding_mask'", "valid_lens"]),
+    "PyTorch's dropout": ({"dropout_p": 0.1}, TypeError, ["'dropout_p'", "here it is dropout"]),
+    "JAX's lengths": ({"key_value_seq_lengths": [1, 2]}, TypeError, ["'key_value_seq_lengths'", "here it is valid_lens"]),
+    "Keras' weights": ({"return_attention_scores": True}, TypeError, ["'return_attention_scores'", "return_weights"]),
+    "a name cut short": ({"valid_len": [1, 2]}, TypeError, ["'valid_len'", "here it is valid_lens"]),
+    "a name that nobody knows": ({"temperature": 2.0}, TypeError, ["'temperature'", "it has score, normalize, mask"]),
+    "a mask without heads": ({"mask": zeros(2, 3, 6, dtype=bool)}, ValueError, ["mask", "(2, 3, 6)", "mask[:, None]"]),
+    "a bias without heads": ({"bias": zeros(2, 3, 6)}, ValueError, ["bias", "for all heads alike it is bias[:, None]"]),
     "query of text": ({"query": "he saw"}, TypeError, ["query"]),
     "ragged query": ({"query": [[1.0], [1.0, 2.0]]}, TypeError, ["query", "list"]),
 }  # fmt: skip
@@ -87,6 +98,50 @@ def test_bad_input_is_named(backend, what):
         kvattn.attention(**{**GOOD, **replaced}, backend=backend)
     message = str(caught.value)
     assert [word for word in words if word not in message] == [], message
+
+
+OWN = {  # the caller's own functions that break their promise
+    "a score of features": ({"score": lambda query, key: query}, ValueError, ["score gives", "5)", "here (..., 3, 6)"]),
+    "a score of one key": (
+        {"score": lambda query, key: kvattn.dot_score(query, key)[..., :2]}, ValueError, ["score gives", "2)", "(..., 3, 6)"]),
+    "a score that is no array": ({"score": lambda query, key: "near"}, TypeError, ["score gives a str", "an array"]),
+    "a score of one argument": ({"score": lambda query: query}, TypeError, ["score, <lambda>, must take (query, key)"]),
+    "a score with parameters": ({"score": kvattn.additive_score}, TypeError, ["additive_score", "partial"]),
+    "a normaliser without where": (
+        {"normalize": lambda scores: scores}, TypeError, ["normalize, <lambda>, must take (scores, where=None)"]),
+    "a normaliser of one key": (
+        {"normalize": lambda scores, where=None: scores[..., :2]}, ValueError, ["normalize gives", "2)", "here (..., 3, 6)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OWN)
+def test_own_functions_that_break_their_promise_are_named(backend, tab, what):
+    replaced, error, words = OWN[what]
+    arrays = {name: tab.asarray(x) for name, x in GOOD.items()}
+    for call, given in ((kvattn.attention, {}), (kvattn.attention_grad, {"grad_output": tab.asarray(zeros(2, 4, 3, 7))})):
+        with pytest.raises(error) as caught:
+            call(**arrays, **given, **replaced)
+        assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+def test_an_error_of_an_own_function_itself_is_its_own(backend):
+    def score(query, key):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        kvattn.attention(**GOOD, score=score, backend=backend)
+
+
+def test_names_of_other_libraries_are_answered_everywhere(backend, tab):
+    x, W, wrong = tab.asarray(zeros(2, 3, 4)), np.eye(4, dtype=F), {"is_causal": True}
+    for call in (
+        lambda: kvattn.multi_head_attention(x, x, x, PARAMS, num_heads=2, **wrong),
+        lambda: kvattn.self_attention(x, W, W, W, **wrong),
+        lambda: kvattn.explain(x, x, x, **wrong),
+        lambda: native.run(backend, "DotProductAttention", {}, {}, [zeros(2, 3, 4)] * 3, **wrong),
+    ):
+        with pytest.raises(TypeError, match="attention has no argument 'is_causal': here it is causal"):
+            call()
 
 
 def test_the_good_arguments_are_good(backend):

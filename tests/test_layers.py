@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -482,3 +483,22 @@ def test_a_causal_encoder_never_sees_the_future_out_of_training(room):
     before, after = (room.call(layer, tokens, causal=True) for tokens in (TOKENS, changed))
     assert_near(before[:, :3], after[:, :3])
     assert np.abs(before[:, 3:] - after[:, 3:]).max() > 1e-3
+
+
+# ---- what help() and completion tell
+
+
+def test_help_tells_every_argument_of_a_layer_and_completion_what_draws(backend):
+    kv = importlib.import_module(f"kvattn.{backend}")
+    for name in layers.LAYERS:
+        layer = getattr(kv, name)
+        text = inspect.getdoc(layer)
+        told = set(re.findall(r"^    (\w+): \S", text.partition("Args:")[2], re.MULTILINE))
+        assert told == {*inspect.signature(layer).parameters} - {"parent", "name"}, name
+        assert "- queries: (batch, n, d)." in text or "- X: (batch, n, h)" in text
+    text = inspect.getdoc(kv.MultiHeadAttention)
+    assert re.search(r"(use_)?bias: another name of (use_)?bias", text)
+    assert "- cache: a kvattn.KVCache" in text
+    assert "- options: kvattn.attention's own" in text
+    assert {"show_heatmaps", "show_attention", "plot", "attention", "MultiHeadAttention"} <= {*dir(kv)}
+    assert all(hasattr(kv, name) for name in dir(kv))

@@ -21,6 +21,7 @@ without it each framework draws from its own generator.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import zlib
@@ -36,6 +37,43 @@ LAYERS = (
     "DotProductAttention", "AdditiveAttention", "MultiplicativeAttention", "GatedAttention", "MultiHeadAttention",
     "PositionalEncoding", "AddNorm", "PositionWiseFFN", "TransformerEncoderBlock", "TransformerEncoder",
 )  # fmt: skip
+
+# What help() says of a layer's arguments, in every framework: made by `describe`, since a class is written five times.
+ARGUMENTS = {
+    "num_hiddens": "features of the output, of all heads together; of additive attention, hidden units of its score.",
+    "num_heads": "heads; it divides num_hiddens.",
+    "num_kv_heads": "heads of keys and values, each shared by a group of query heads; it divides num_heads, the default.",
+    "dropout": "the rate at which weights, or activations, are dropped in training.",
+    "bias": "whether the projections have biases: b_q, b_k, b_v, b_o.",
+    "use_bias": "whether the projections have biases: b_q, b_k, b_v, b_o.",
+    "ffn_num_hiddens": "hidden units of the feed-forward network.",
+    "ffn_num_outputs": "features of its output.",
+    "vocab_size": "tokens that there are; the inputs are integers below it.",
+    "num_blks": "blocks, one after another.",
+    "max_len": "positions that have an encoding.",
+    "norm_shape": "features of the input, which the input itself tells where that may be left out.",
+    "activation": "the function between the two dense layers: 'relu', 'gelu', ...",
+    "key_size": "as in d2l; the input itself tells it.",
+    "query_size": "as in d2l; the input itself tells it.",
+    "value_size": "as in d2l; the input itself tells it.",
+    "seed": "an int, for the same first weights in every framework; by default the framework draws them.",
+    "rng": "a numpy.random.Generator, the source of dropout.",
+    "kwargs": "the framework's own: name, dtype, ...",
+}
+CALLS = {
+    "X": "(batch, n, h); of an encoder tokens, integers (batch, n).",
+    "queries": "(batch, n, d).",
+    "keys": "(batch, m, d).",
+    "values": "(batch, m, v).",
+    "valid_lens": "(batch,) or (batch, n): keys from this position on are padding.",
+    "cache": "a kvattn.KVCache (of an encoder, one for each block), which a call extends and returns.",
+    "options": "kvattn.attention's own: causal, mask, bias, window, positions, scale, return_weights, ...",
+    "offset": "the position of the first of them.",
+    "Y": "what is added to X, of its shape.",
+    "training": "whether dropout drops.",
+    "return_weights": "also return the weights of each block's attention.",
+}
+METHODS = ("hybrid_forward", "forward", "call", "__call__")  # what a framework calls the call
 
 EPSILON = 1e-5  # of every layer norm
 
@@ -193,3 +231,18 @@ def caches(given: Any, blocks: int) -> list[KVCache]:
     if given and len(given) != blocks:
         raise ValueError(f"cache holds {len(given)} blocks' keys and values; this encoder has {blocks} blocks")
     return given or [KVCache() for _ in range(blocks)]
+
+
+def describe(module: dict[str, Any]) -> None:
+    """Tell, in the docstrings of a framework's layers, what each argument of the layer and of its call is."""
+    for layer in (module[name] for name in LAYERS):
+        made = {name: ARGUMENTS[name] for name in inspect.signature(layer).parameters if name not in ("parent", "name")}
+        if {"bias", "use_bias"} <= {*made}:
+            first, second = (name for name in made if name in ("bias", "use_bias"))
+            made[second] = f"another name of {first}, under which other frameworks' lessons know it."
+        called = next(vars(cls)[name] for cls in layer.__mro__ for name in METHODS if name in vars(cls))
+        asked = {name: CALLS[name] for name in inspect.signature(called).parameters if name in CALLS}
+        arguments = "\n".join(f"    {name}: {told}" for name, told in made.items())
+        call = "\n".join(f"- {name}: {told}" for name, told in asked.items())
+        parts = [inspect.cleandoc(layer.__doc__ or ""), f"Args:\n{arguments}", f"A call of the layer takes\n\n{call}"]
+        layer.__doc__ = "\n\n".join(parts) + "\n"

@@ -484,3 +484,6 @@ def assign(x, arrays):
         nnx.update(x, unflatten_dict(made))
         return x
     return {**({} if isinstance(x, nn.Module) else x), "params": unflatten_dict(made)}
+
+
+layers.describe(globals())

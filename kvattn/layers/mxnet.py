@@ -553,3 +553,6 @@ def assign(block, arrays):
         array = np.array(array, dtype=slot.parameter.dtype)
         slot.parameter._load_init(array, None)  # as load_parameters does
     return block
+
+
+layers.describe(globals())

@@ -324,3 +324,6 @@ def assign(layer, arrays):
         else:
             part._state.arrays[key] = np.array(array, np.float64 if array.dtype == np.float64 else np.float32, order="C")
     return layer
+
+
+layers.describe(globals())

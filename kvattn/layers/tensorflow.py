@@ -374,3 +374,6 @@ class TransformerEncoder(Layer):
     @property
     def attention_weights(self):
         return [block.attention.attention.attention_weights for block in self.blks]
+
+
+layers.describe(globals())

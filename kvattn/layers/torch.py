@@ -407,3 +407,6 @@ def assign(module, arrays):
                 slot.parameter.materialize(array.shape)
             slot.parameter.copy_(array)
     return module
+
+
+layers.describe(globals())
