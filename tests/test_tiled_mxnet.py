@@ -62,10 +62,10 @@ def test_small_calls_by_numpys_formula(which):
 
 
 def test_the_conformance_suite_without_views():
-    """The tab's own code, which serves what NumPy cannot; known.py tells what its gradients let through."""
-    told = ("scores of -inf of one ", "a loss of NaN at rows without keys")
+    """The tab's own code, which serves what NumPy cannot; conformance/known.py says what its gradients let through."""
+    known = ("scores of -inf of one ", "a loss of NaN at rows without keys")
     with patch.object(views, "obstacle", lambda *_: "a test"):
-        report = conformance.run("mxnet", [case for case in conformance.cases() if not case.name.startswith(told)])
+        report = conformance.run("mxnet", [case for case in conformance.cases() if not case.name.startswith(known)])
     assert not report.failures, "\n".join(result.message for result in report.failures)
 
 
@@ -404,6 +404,24 @@ def test_a_score_of_ones_own_is_given_blocks_of_rows():
     np.testing.assert_allclose(kvattn.attention(*given, score=score).asnumpy(), expected, rtol=0, atol=1e-11)
     assert sum(sizes) == 600
     assert len(sizes) > 1
+
+
+def test_a_score_of_ones_own_in_a_window_meets_the_keys_in_it_alone():
+    sizes = []
+
+    def score(query, key):
+        sizes.append((query.shape[-2], key.shape[-2]))
+        return kvattn.dot_score(query, key)
+
+    arrays = draw(lead=(1,), n=600, m=600)[:3]
+    expected = kvattn.attention(*arrays, score=kvattn.dot_score, window=3)
+    given = arrays_of(arrays)
+    said = kvattn.explain(*given, score=score, window=3)
+    assert said.kernel == "the formula, in blocks"
+    assert said.why.startswith("the score is a function of one's own")
+    assert said.why.endswith("; 3 blocks of queries, each beside the keys in its window")
+    np.testing.assert_allclose(kvattn.attention(*given, score=score, window=3).asnumpy(), expected, rtol=0, atol=1e-13)
+    assert sizes == [(256, 259), (256, 262), (88, 91)]
 
 
 OWN = f"""{PEAK}
