@@ -120,17 +120,23 @@ def test_what_a_score_of_ones_own_reads_has_its_gradient(way):
 
 
 def test_a_scores_parameter_may_have_the_name_of_an_option():
-    arrays = [tf.constant(x) for x in draw(lead=(2,), n=6, m=6)[:3]]
-    options = {"mask": np.tri(6, dtype=bool), "bias": np.eye(6)}
+    arrays = [tf.constant(x) for x in draw(lead=(), n=3, m=3, v=3)]
+    options, factor, shift = {"mask": np.tri(3, dtype=bool), "bias": np.eye(3)}, tf.constant(2.0, tf.float64), np.arange(3.0)
 
     def score(query, key, mask, bias):
         return mask * my_score(query, key) + bias
 
-    options["score"] = partial(score, mask=tf.constant(2.0, tf.float64), bias=tf.constant(3.0, tf.float64))
-    expected = kvattn.attention(*arrays, **options)
-    with in_blocks() as served:
-        np.testing.assert_allclose(kvattn.attention(*arrays, **options), expected, rtol=1e-12)
-    assert served
+    def results(score):
+        grads = kvattn.attention_grad(*arrays, score=score, wrt=["query", "key", "value", "bias"], **options)
+        return kvattn.attention(*arrays[:3], score=score, **options), *grads
+
+    expected = results(lambda query, key: score(query, key, factor, shift))
+    for numbers in (8, 2**24):
+        with in_blocks(numbers) as served:
+            found = results(partial(score, mask=factor, bias=tf.constant(shift)))
+        assert bool(served) == (numbers == 8)
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("way", WAYS)

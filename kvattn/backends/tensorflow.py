@@ -565,14 +565,14 @@ def _repeated(index):
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
     finite = not tf.executing_eagerly() or nonfinite.absent(tf.convert_to_tensor(grad_output))
     score = options.get("score", scaled_dot_score)
-    given = {"query": query, "key": key, "value": value, "bias": options.get("bias"), **getattr(score, "keywords", {})}
+    given = {**getattr(score, "keywords", {}), "query": query, "key": key, "value": value, "bias": options.get("bias")}
     by = {name: tf.identity(given[name]) for name in wrt}  # copies: one tensor may be query, key and value
     with tf.GradientTape(watch_accessed_variables=False) as tape, nullcontext() if finite else nonfinite.expected():
         tape.watch(by)
         given |= by
         query, key, value, bias = (given.pop(name) for name in ("query", "key", "value", "bias"))
         if given:
-            score = partial(score.func, *score.args, **given)
+            score = partial(score, **given)
         options |= blocks.self_contained(sys.modules[__name__], score=score, normalize=options.get("normalize", softmax))
         output = attention(query, key, value, **{**options, "bias": bias})
     grads = tape.gradient(output, [by[name] for name in wrt], grad_output, unconnected_gradients="zero")

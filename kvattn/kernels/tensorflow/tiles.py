@@ -260,9 +260,9 @@ class Block:
         """The block's rows of an array of rows."""
         return tf.cast(_slice(x, *self.ends[name]), self.arguments.dtype)
 
-    def of_rows_with_keys(self, x):
-        """``x``, with 0 in the rows of queries that may attend to no key."""
-        return x if self.has_key is None else tf.where(self.has_key, x, tf.zeros_like(x))
+    def of_rows_with_keys(self, x, other=0.0):
+        """``x``, with another number in the rows of queries that may attend to no key."""
+        return x if self.has_key is None else tf.where(self.has_key, x, tf.constant(other, x.dtype))
 
     def _allowed(self):
         """Which pairs may attend: (rows, keys)."""
@@ -368,7 +368,7 @@ def _forward(arguments):
             weights, total, lse, _ = block.weights()
             found = tf.matmul(weights, block.value) / total
         output = block.put(output, block.of_rows_with_keys(found))
-        return output, *(block.put(x, lse) for x in lses)
+        return output, *(block.put(x, block.of_rows_with_keys(lse, other=-math.inf)) for x in lses)
 
     empty = [_zeros(arguments, rows, tf.shape(arguments.value)[1])] + [_zeros(arguments, rows, 1) - math.inf] * kind.with_lse
     output, *lses = arguments.each(body, *empty)
