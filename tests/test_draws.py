@@ -60,9 +60,9 @@ def test_the_same_seed_draws_the_same_and_another_does_not():
 
 
 FAULTS = [
-    ("softcap is twice itself", "softcap * np.tanh(scores / softcap)", "softcap * np.tanh(scores / (2 * softcap))"),
+    ("softcap is twice itself", "np.tanh(scores / call.softcap)", "np.tanh(scores / (2 * call.softcap))"),
     ("sums are a thousandth too large", "total = shifted.sum(axis=-1,", "total = 1.001 * shifted.sum(axis=-1,"),
-    ("lengths are off by one", "keys < _lengths(valid_lens, ndim)", "keys <= _lengths(valid_lens, ndim)"),
+    ("lengths are off by one", "keys < _lengths(call.valid_lens, ndim)", "keys <= _lengths(call.valid_lens, ndim)"),
     ("a repeated position counts twice", "& ~_repeated(index)", ""),
 ]  # fmt: skip
 
