@@ -70,7 +70,7 @@ def grid(rng: np.random.Generator, *shape: int, top: float = 2.0) -> np.ndarray:
 
 
 def qkv(rng: np.random.Generator, n: int = 4, m: int = 5, d: int = 3, v: int = 2, lead: tuple[int, ...] = (2, 2),
-        kv: tuple[int, ...] | None = None) -> tuple[np.ndarray, ...]:  # fmt: skip
+        kv: tuple[int, ...] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     kv = lead if kv is None else kv
     return grid(rng, *lead, n, d), grid(rng, *kv, m, d), grid(rng, *kv, m, v)
 

@@ -271,7 +271,9 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[s
         return made
 
     stacked = ("outputs", "lses")
-    arguments = {n: [convert(n, part) for part in x] if n in stacked else convert(n, x) for n, x in case.arguments.items()}
+    arguments: dict[str, Any] = {
+        n: [convert(n, part) for part in x] if n in stacked else convert(n, x) for n, x in case.arguments.items()
+    }
     keywords: dict[str, Any] = {}
     for name, x in case.keywords.items():
         if name in FUNCTIONS:
@@ -326,12 +328,12 @@ def _layer(tab: Any, case: Case, dtype: str, like: Any) -> dict[str, Any]:
     return dict(zip(case.results, results, strict=True)) | {f"grad_{name}": grads[name] for name in wrt}
 
 
-def _split(tab: Any, arguments: dict[str, Any], keywords: dict[str, Any], like: Any) -> tuple[Any, Any]:
+def _split(tab: Any, arguments: dict[str, Any], keywords: dict[str, Any], like: Any) -> Any:
     """Attention over parts of the keys, merged two by two, which is to be attention over all of them."""
     query, key, value = (arguments[name] for name in ("query", "key", "value"))
     ends = [0, *keywords["splits"], int(key.shape[-2])]
     options = {n: x for n, x in keywords.items() if n not in ("splits", "return_lse")}
-    merged = None
+    merged: Any = None
     dtype, (key, value) = checks.dtype_name(query), (tab.to_numpy(x) for x in (key, value))
     for start, end in itertools.pairwise(ends):
         keys, values = (tab.asarray(x[..., start:end, :], dtype=dtype, like=like) for x in (key, value))
@@ -350,17 +352,18 @@ def _headed(
     inputs = [arguments["x"]] * 3 if case.call == "self_attention" else [arguments[name] for name in ("query", "key", "value")]
     options = {name: x for name, x in arguments.items() if name not in (*names, "x", "query", "key", "value")} | keywords
     capacity = options.pop("capacity", None)
+    query, key, value = inputs
     if case.call == "self_attention":
         got = kvattn.self_attention(inputs[0], *params.values(), **options, backend=tab)
     elif case.call == "decoding":
         return {"output": _steps(tab, inputs, params, capacity, options, like)}
     else:
-        got = kvattn.multi_head_attention(*inputs, params, **options, backend=tab)
+        got = kvattn.multi_head_attention(query, key, value, params, **options, backend=tab)
     results = dict(zip(case.results, parts(got, case.results), strict=True))
     if wrt:
         options = {"num_heads": 1} | {name: x for name, x in options.items() if not name.startswith("return_")}
         by = ["query", "key", "value", *names]
-        grads = kvattn.multi_head_attention_grad(*inputs, params, grad_output, wrt=by, **options, backend=tab)
+        grads = kvattn.multi_head_attention_grad(query, key, value, params, grad_output, wrt=by, **options, backend=tab)
         found = dict(zip(by, parts(grads, by, single=False), strict=True))
         if case.call == "self_attention":
             three = [np.asarray(tab.to_numpy(found[name]), np.float64) for name in ("query", "key", "value")]
@@ -381,8 +384,8 @@ def _steps(
         cache = kvattn.KVCache.allocate(capacity[:-1], capacity[-1], dtype=wide, like=inputs[0], backend=tab)
     parts, n = [], int(inputs[0].shape[-2])
     for start, end in [(0, 2), *((i, i + 1) for i in range(2, n))]:
-        step = [x[..., start:end, :] for x in inputs]
-        output, cache = kvattn.multi_head_attention(*step, params, **options, causal=True, cache=cache, backend=tab)
+        query, key, value = (x[..., start:end, :] for x in inputs)
+        output, cache = kvattn.multi_head_attention(query, key, value, params, **options, causal=True, cache=cache, backend=tab)
         parts.append(tab.to_numpy(output))
     return tab.asarray(np.concatenate(parts, axis=-2), dtype=checks.dtype_name(inputs[0]), like=like)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
@@ -16,15 +17,16 @@ from kvattn import available_backends, conformance, dispatch
 from kvattn.conformance.cases import DTYPES
 
 VARIABLE, THOROUGH = "KVATTN_CONFORMANCE", "KVATTN_THOROUGH"
+Judge = Callable[[str, str], conformance.Report]
 BACKENDS = pytest.StashKey[list[str]]()
 CASES = {case.name: case for case in conformance.cases()}
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backends", help=f"backends to judge, by commas (default: {VARIABLE}, else all that are installed)")
 
 
-def chosen(config) -> list[str]:
+def chosen(config: pytest.Config) -> list[str]:
     """The backends to judge, loaded; one that was named and is absent is an error, never a skip."""
     named = config.getoption("--backends", default=None) or os.environ.get(VARIABLE)
     names = named.split(",") if named else available_backends()
@@ -39,11 +41,11 @@ def chosen(config) -> list[str]:
     return found
 
 
-def pytest_configure(config):
+def pytest_configure(config: pytest.Config) -> None:
     config.stash[BACKENDS] = chosen(config)
 
 
-def pytest_generate_tests(metafunc):
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     backends = metafunc.config.stash[BACKENDS]
     if "pair" in metafunc.fixturenames:
         metafunc.parametrize("pair", list(combinations(backends, 2)) or [(name, name) for name in backends], ids="-".join)
@@ -53,11 +55,11 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="session")
-def judge():
+def judge() -> Judge:
     """The report of a backend on a case, by their names, computed once."""
-    done = {}
+    done: dict[tuple[str, str], conformance.Report] = {}
 
-    def report(backend, case):
+    def report(backend: str, case: str) -> conformance.Report:
         if (backend, case) not in done:
             done[backend, case] = conformance.run(backend, [CASES[case]], DTYPES if os.environ.get(THOROUGH) else None)
         return done[backend, case]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import layers
+from kvattn import checks, layers
 from kvattn.conformance import check, multihead, oracle, pooling
 from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case, attend, grid, kink_free, poisoned
 
@@ -184,7 +184,7 @@ def case(drawn: Draw) -> Case:
         if struck is not None:
             x_struck = {"query": q, "key": k, "value": x, **options}[struck]
             x_struck.flat[drawn.rng("not_finite").integers(0, max(x_struck.size, 1), min(x_struck.size, 2))] = np.nan
-        make = {
+        make: dict[str, Any] = {
             "group": "draws" if struck is None else NOT_FINITE,
             "rng": drawn.rng("grad_output"),
             "grad": drawn.grad,
@@ -267,7 +267,7 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     biases, with_output, capacity = options.pop("biases"), options.pop("W_o"), options.pop("capacity", False)
     alone, layer, steps = drawn.call == "self_attention", drawn.call in layers.LAYERS, options.pop("steps", False)
     biases = multihead.BIASES if biases and not alone else ()
-    sizes = {"d": drawn.d, "v": drawn.v, "o": 2 if with_output and not alone else 0, "biases": biases}
+    sizes: dict[str, Any] = {"d": drawn.d, "v": drawn.v, "o": 2 if with_output and not alone else 0, "biases": biases}
     sizes |= {"v": drawn.d, "o": heads * drawn.d} if layer else {}
     params = multihead.params_of(drawn.rng("params"), 3, 3, 3, heads, kv_heads, **sizes)
     apart = drawn.call in ("multi_head_attention", "MultiHeadAttention") and not steps
@@ -279,7 +279,7 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     inputs = (query, key, value, params, heads, kv_heads)
     if "normalize" in options and not _clear(*inputs, options=options | over_heads, of=oracle.multi_head_attention):
         options.pop("normalize")
-    make = {"heads": heads, "kv_heads": kv_heads, "asked": drawn.asked, "call": drawn.call}
+    make: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "asked": drawn.asked, "call": drawn.call}
     make["grad"] = drawn.grad and not over_heads
     made = multihead.multi_head(name, query, key, value, params, drawn.rng("grad_output"), **make, **(options | over_heads))
     if alone:
@@ -370,8 +370,8 @@ def smaller(drawn: Draw) -> Iterator[Draw]:
         for less in sorted({1, 2, now // 2, now - 1}):
             if 0 < less < now:
                 yield replace(drawn, **{size: less})
-    for axis, size in enumerate(drawn.lead):
-        if size > 1 and drawn.kv[axis] in (1, size):
+    for axis, length in enumerate(drawn.lead):
+        if length > 1 and drawn.kv[axis] in (1, length):
             lead, kv = ((*x[:axis], 1, *x[axis + 1 :]) for x in (drawn.lead, drawn.kv))
             yield replace(drawn, lead=lead, kv=kv)
     if drawn.options.get("num_heads", 1) > 1:
@@ -450,8 +450,8 @@ def code(made: Case, failure: check.Result, backend: str, device: str | None = N
     wrong = failure.what.removeprefix("grad_") if failure.what.startswith("grad_") else None
     lines += [f"{name} = {literal(x)}" for name, x in given.items()]
     keywords = {n: function(x) if n in check.FUNCTIONS else literal(x) for n, x in made.keywords.items()}
-    params = [name for name in check.checks.PARAMS if name in given]
-    inputs = [name for name in ("query", "key", "value", "x") if name in given]
+    params = [name for name in checks.PARAMS if name in given]
+    inputs: list[str] = [name for name in ("query", "key", "value", "x") if name in given]
     call, asked = made.call, {n: x for n, x in keywords.items() if n.startswith("return_")}
     rest = {n: x for n, x in keywords.items() if n not in asked}
     rest |= {name: name for name in given if name not in (*params, *inputs)}

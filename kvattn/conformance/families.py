@@ -36,7 +36,7 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
 # ---- softmax attention and its keywords
 
 
-def plain(rng):
+def plain(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="plain", rng=rng)
     yield make("plain", *qkv(rng))
     yield make("output alone", *qkv(rng), asked=())
@@ -50,7 +50,7 @@ def plain(rng):
     yield make("scale of another score", *qkv(rng), scale=0.25, score="distance_score", group="scale")
 
 
-def masks(rng):
+def masks(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="masks", rng=rng)
     for shape in ((2, 2, 4, 5), (5,), (4, 5), (4, 1), (2, 1, 1, 5), (1, 2, 4, 5), (2, 4, 5), ()):
         mask = flags(rng, *shape) if shape else np.array(True)
@@ -64,7 +64,7 @@ def masks(rng):
     yield make("mask () of nothing", *qkv(rng), mask=np.array(False), group="empty rows")
 
 
-def biases(rng):
+def biases(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="bias", rng=rng)
     for shape in ((2, 2, 4, 5), (5,), (4, 1), (2, 1, 1, 5), (1, 2, 4, 5)):
         yield make(f"bias {shape}", *qkv(rng), bias=grid(rng, *shape))
@@ -78,7 +78,7 @@ def biases(rng):
     yield make("bias -29952", *qkv(rng), bias=finite)
 
 
-def lengths(rng):
+def lengths(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="lengths", rng=rng)
     for name, lens in (("batch", [3, 5]), ("beyond m", [9, 2]), ("of 0", [0, 4]), ("of all 0", [0, 0]), ("of 1", [1, 1])):
         group = "empty rows" if "0" in name else "lengths"
@@ -93,7 +93,7 @@ def lengths(rng):
     yield make("valid_lens n = batch", *qkv(rng, n=2, m=3), grad=False, valid_lens=np.array([1, 2]))
 
 
-def unsigned(rng):
+def unsigned(rng: np.random.Generator) -> Iterator[Case]:
     """Lengths, offsets and positions of unsigned dtypes, whose differences would wrap."""
     make = partial(attend, group="unsigned integers", rng=rng)
     for name, far in (("uint8", 255), ("uint16", 2**16 - 1), ("uint32", 2**32 - 1), ("uint64", 2**40)):
@@ -103,7 +103,7 @@ def unsigned(rng):
         yield make(f"{name} positions and offsets", *qkv(rng), grad=False, positions=chosen, query_offset=offset, causal=True)
 
 
-def causal(rng):
+def causal(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="causal", rng=rng)
     sizes = ((4, 5, 0), (4, 5, 1), (4, 5, -1), (4, 5, -9), (4, 5, 9), (5, 3, 0), (3, 5, 2), (1, 5, 4), (4, 4, 0), (4, 4, 1))
     for n, m, offset in sizes:
@@ -120,7 +120,7 @@ def causal(rng):
     yield make("causal, mask and bias", *qkv(rng), causal=True, mask=flags(rng, 2, 1, 1, 5), bias=grid(rng, 4, 5))
 
 
-def windows(rng):
+def windows(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="window", rng=rng)
     for window in (1, 0, 9, (1, 0), (0, 2), (1, None), (None, 1), (None, None)):
         yield make(f"window {window}", *qkv(rng), grad=window in (1, (0, 2)), window=window)
@@ -131,7 +131,7 @@ def windows(rng):
     yield make("window, offset per batch", *qkv(rng), window=1, query_offset=np.array([0, 3]))
 
 
-def caps(rng):
+def caps(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="softcap", rng=rng)
     mask, bias = flags(rng, 4, 5), grid(rng, 2, 1, 4, 5, top=4)
     yield make("softcap", *qkv(rng), softcap=2.0)
@@ -145,7 +145,7 @@ def caps(rng):
 # ---- shapes
 
 
-def groups(rng):
+def groups(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="grouped heads", rng=rng)
     heads = (("2 of 4", (2, 4), (2, 2)), ("1 of 4", (2, 4), (2, 1)), ("3 of 6", (1, 6), (1, 3)), ("3 axes", (4,), (2,)))
     for name, lead, kv in heads:
@@ -159,7 +159,7 @@ def groups(rng):
     yield make("grouped heads, additive", q, k, v, score=additive, softcap=1.0)
 
 
-def shapes(rng):
+def shapes(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="shapes", rng=rng)
     yield make("no batch axis", *qkv(rng, lead=()))
     yield make("3 axes", *qkv(rng, lead=(3,)), grad=False)
@@ -194,11 +194,12 @@ def shapes(rng):
     yield make("no entries, shared NaN keys", shared, k * NAN, v * NAN, score=additive, mask=mask, group="empty rows")
 
 
-def many_axes(rng):
+def many_axes(rng: np.random.Generator) -> Iterator[Case]:
     """Frameworks broadcast, slice and normalise arrays of a few axes only; each of these axes may be shared."""
     make = partial(attend, group="many axes", rng=rng)
     additive, _, gated = parametrised(rng, 3, 3)
-    lead, kv, sizes = (2, 1, 2, 1, 2), (1, 2, 1, 2, 1), {"n": 2, "m": 3}
+    sizes: dict[str, Any] = {"n": 2, "m": 3}
+    lead, kv = (2, 1, 2, 1, 2), (1, 2, 1, 2, 1)
     chosen, lens = np.array([[0, 2], [1, -1]]), np.array([1, 3])
     yield make("5 axes, mask and positions", *qkv(rng, lead=(2, 1, 2), **sizes), mask=flags(rng, 2, 3), positions=chosen)
     yield make("6 axes", *qkv(rng, lead=(1, 2, 1, 2), **sizes), asked=())
@@ -208,7 +209,8 @@ def many_axes(rng):
         "6 axes, lengths and offset", *qkv(rng, lead=(2, 2, 1, 2), **sizes), valid_lens=lens, causal=True, query_offset=lens
     )
     yield make("7 axes, each shared", *qkv(rng, lead=lead, kv=kv, **sizes), valid_lens=lens, window=1)
-    for name, score in (("distance_score",) * 2, ("additive_score", additive), ("gated_score", gated)):
+    scores: tuple[tuple[str, Any], ...] = (("distance_score",) * 2, ("additive_score", additive), ("gated_score", gated))
+    for name, score in scores:
         for given, keys in (((2, 1, 2), (1, 2, 2)), (lead, kv)):
             axes = f"{len(given) + 2} axes, {name}"
             yield make(f"{axes}, shared", *qkv(rng, lead=given, kv=keys, **sizes), score=score)
@@ -221,7 +223,7 @@ def many_axes(rng):
 # ---- numbers
 
 
-def large(rng):
+def large(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="large scores", rng=rng)
     q, k, v = qkv(rng)
     yield make("scores of 3000", q, k, v, scale=1024.0)
@@ -229,8 +231,8 @@ def large(rng):
     yield make("large bias", q, k, v, bias=512.0 + 4 * rng.integers(-3, 4, (4, 5)))
     # products of 65536 and more, which cancel or do not; grids of multiples of 8 up to 256
     far = [8.0 * rng.integers(-32, 33, shape) for shape in ((2, 2, 4, 8), (2, 2, 5, 8))]
-    yield make("q.k of 1e5, scale", *far, v, scale=2.0**-12, group="half precision")
-    yield make("q.k of 1e5", *far, v, group="half precision")
+    yield make("q.k of 1e5, scale", far[0], far[1], v, scale=2.0**-12, group="half precision")
+    yield make("q.k of 1e5", far[0], far[1], v, group="half precision")
     signs = np.array([1.0, 1, 1, 1, -1, -1, -1, -1])
     ones = 256.0 * np.ones((2, 2, 4, 8))
     near = 256.0 * signs + np.where(np.arange(8) < 4, 2.0, -2.0) * rng.integers(0, 2, (2, 2, 5, 8))
@@ -242,7 +244,7 @@ def large(rng):
     yield make("large values", q, k, 8.0 * rng.integers(-32, 33, (2, 2, 5, 2)), grad=False, group="half precision")
 
 
-def padding(rng):
+def padding(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="padding", rng=rng)
     q, k, v = qkv(rng, n=3, m=6)
     per_query = np.array([[1, 2, 0], [4, 3, 0]])
@@ -264,10 +266,10 @@ def padding(rng):
         "positions": {"positions": np.array([[0, 3], [3, -1], [-1, -1]])},
     }
     for name, which in forms.items():
-        *qkv_, rest = [*poisoned(rng, q, k, v, **which), None][:4]
-        options = {**which, "bias": rest} if rest is not None else which
-        yield make(f"NaN behind {name}", *qkv_, **options)
-    lens = {"valid_lens": np.array([3, 2])}
+        bad_q, bad_k, bad_v, *rest = poisoned(rng, q, k, v, **which)
+        options = {**which, "bias": rest[0]} if rest else which
+        yield make(f"NaN behind {name}", bad_q, bad_k, bad_v, **options)
+    lens: dict[str, Any] = {"valid_lens": np.array([3, 2])}
     q, k, v = poisoned(rng, q, k, v, **lens)
     for name in ("dot_score", "cosine_score", "distance_score", "gaussian_kernel"):
         yield make(f"NaN behind lengths, {name}", q, k, v, score=name, **lens)
@@ -291,7 +293,7 @@ def padding(rng):
 # ---- selected keys
 
 
-def positions(rng):
+def positions(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="positions", rng=rng)
     q, k, v = qkv(rng)
     chosen = np.array([[0, 2, 4], [4, 1, 0], [3, -1, 2], [1, 0, 3]])
@@ -342,7 +344,7 @@ def positions(rng):
 # ---- combinations
 
 
-def merging(rng):
+def merging(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="merging", rng=rng)
     for parts, shape in ((1, (2, 3)), (2, (2, 2, 3)), (4, (3,))):
         outputs, lses = grid(rng, parts, *shape, 2), grid(rng, parts, *shape, top=4)
@@ -351,18 +353,18 @@ def merging(rng):
     lses[0, 0], lses[:, 1, 2], lses[1:, 1, 0] = -INF, -INF, -INF
     outputs[lses == -INF] = 0
     yield merged("merge with empty parts", outputs, lses)
-    for nothing, shape in (("queries", (2, 0, 2)), ("entries", (0, 2, 3, 2)), ("features", (2, 3, 0))):
-        yield merged(f"merge of no {nothing}", grid(rng, 2, *shape), grid(rng, 2, *shape[:-1]))
+    for nothing, sizes in (("queries", (2, 0, 2)), ("entries", (0, 2, 3, 2)), ("features", (2, 3, 0))):
+        yield merged(f"merge of no {nothing}", grid(rng, 2, *sizes), grid(rng, 2, *sizes[:-1]))
     yield merged("merge of large lse", grid(rng, 2, 4, 2), 1024.0 + grid(rng, 2, 4, top=64))
     yield merged("merge of 1e5", grid(rng, 2, 4, 2), 131072.0 * np.array([[1, -1, 0, 1], [1, -1, 1, -1]]))
-    parts = (("two parts", [2]), ("three parts", [2, 4]), ("an empty part", [0, 3, 3]), ("single keys", [1, 2, 3, 4]))
-    for name, splits in parts:
+    cuts = (("two parts", [2]), ("three parts", [2, 4]), ("an empty part", [0, 3, 3]), ("single keys", [1, 2, 3, 4]))
+    for name, splits in cuts:
         yield make(f"attention over {name}", *qkv(rng), grad=False, call="split_attention", splits=splits, asked=LSE)
     grouped = qkv(rng, lead=(2, 4), kv=(2, 2))
     yield make("attention over grouped parts", *grouped, grad=False, call="split_attention", splits=[3], asked=LSE)
 
 
-def lone(rng):
+def lone(rng: np.random.Generator) -> Iterator[Case]:
     """What only one of several looks at, one key alone, and a part of nothing: where `any` and `all`, a count and a half,
     first and last, part."""
     make = partial(attend, group="padding", rng=rng)
@@ -398,7 +400,7 @@ def lone(rng):
     yield merged("merge with NaN in empty parts", outputs, lses)
 
 
-def blocks(rng):
+def blocks(rng: np.random.Generator) -> Iterator[Case]:
     """Long enough that a window is worked through in blocks."""
     make = partial(attend, group="blocks", rng=rng)
     n, m = 264, 560
@@ -406,17 +408,17 @@ def blocks(rng):
     yield make("blocks", q, k, v, window=3, asked=LSE)
     yield make("blocks, causal, offset", q, k, v, window=(2, 5), causal=True, query_offset=297, grad=False, asked=LSE)
     # dot products may go another way than blocks
-    offset = {"window": (2, 5), "causal": True, "query_offset": 297}
+    offset: dict[str, Any] = {"window": (2, 5), "causal": True, "query_offset": 297}
     yield make("blocks of another score", q, k, v, score="distance_score", **offset, asked=())
     lens = np.array(200, "uint8")  # less than where the last block's keys begin
     yield make("blocks, uint8 lengths", q, k, v, score="distance_score", window=3, valid_lens=lens, asked=())
     mask, bias = flags(rng, n, m), grid(rng, m)
-    which = {"mask": mask, "window": 2, "query_offset": -2, "valid_lens": np.array(258)}
+    which: dict[str, Any] = {"mask": mask, "window": 2, "query_offset": -2, "valid_lens": np.array(258)}
     q, k, v, bias = poisoned(rng, q, k, v, bias=bias, **which)
     yield make("blocks, everything", q, k, v, bias=bias, **which, softcap=2.0, asked=())
 
 
-def covariance(rng):
+def covariance(rng: np.random.Generator) -> Iterator[Case]:
     """With score q.k and values = keys, the gradient of output c by the query is row c of the keys' covariance."""
     query, key = grid(rng, 2, 4, 3), grid(rng, 2, 5, 3)
     for c in range(3):
@@ -433,7 +435,7 @@ def covariance(rng):
                    answers, by_oracle.magnitude, by_oracle.largest_score)  # fmt: skip
 
 
-def combinations(rng, count=24):
+def combinations(rng: np.random.Generator, count: int = 24) -> Iterator[Case]:
     """Options drawn together; what nothing may attend to is poisoned half of the time."""
     make = partial(attend, group="combinations", rng=rng)
     for number in range(count):
@@ -443,10 +445,10 @@ def combinations(rng, count=24):
         full = (*lead, n, m)
         options: dict[str, Any] = {}
 
-        def sometimes(share=0.35):
+        def sometimes(share: float = 0.35) -> bool:
             return rng.random() < share
 
-        def broadcast(full=full):
+        def broadcast(full: tuple[int, ...] = full) -> tuple[int, ...]:
             return tuple(1 if sometimes() else size for size in full[rng.integers(len(full)) :])
 
         if sometimes():

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from kvattn.conformance import oracle
 from kvattn.conformance.cases import Case, flags, grid, poisoned  # noqa: F401
 
+Params = dict[str, np.ndarray]
 BIASES = ("b_q", "b_k", "b_v", "b_o")
 
 
-def params_of(rng, d_q, d_k, d_v, heads, kv_heads, d=2, v=2, o=3, biases=BIASES):
+def params_of(rng: np.random.Generator, d_q: int, d_k: int, d_v: int, heads: int, kv_heads: int, d: int = 2, v: int = 2,
+              o: int = 3, biases: tuple[str, ...] = BIASES) -> Params:  # fmt: skip
     """Projections on a grid of quarters: what they project stays exact enough for every dtype to hold its inputs."""
-    shapes = {"W_q": (d_q, heads * d), "W_k": (d_k, kv_heads * d), "W_v": (d_v, kv_heads * v), "W_o": (heads * v, o)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_q": (d_q, heads * d),
+        "W_k": (d_k, kv_heads * d),
+        "W_v": (d_v, kv_heads * v),
+        "W_o": (heads * v, o),
+    }
     shapes = {name: shape for name, shape in shapes.items() if shape[-1]}
     shapes |= {name: shapes["W_" + name[-1]][1:] for name in biases if "W_" + name[-1] in shapes}
     return {name: grid(rng, *shape, top=1.0) for name, shape in shapes.items()}
 
 
-def multi_head(name, query, key, value, params, rng, *, call="multi_head_attention", heads=2, kv_heads=None, grad=True,
-               asked=(), group="multi-head", **options):  # fmt: skip
+def multi_head(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, params: Params, rng: np.random.Generator, *,
+               call: str = "multi_head_attention", heads: int = 2, kv_heads: int | None = None, grad: bool = True,
+               asked: tuple[str, ...] = (), group: str = "multi-head", **options: Any) -> Case:  # fmt: skip
     kv_heads = heads if kv_heads is None else kv_heads
     o = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] // kv_heads * heads
     grad_output = grid(rng, *query.shape[:-1], o) if grad else None
@@ -37,11 +47,13 @@ def multi_head(name, query, key, value, params, rng, *, call="multi_head_attenti
                 answer.largest_score, results=results)  # fmt: skip
 
 
-def cases(rng):
-    def inputs(batch=(2,), n=3, m=4, d_q=3, d_k=3, d_v=3):
+def cases(rng: np.random.Generator) -> Iterator[Case]:
+    def inputs(
+        batch: tuple[int, ...] = (2,), n: int = 3, m: int = 4, d_q: int = 3, d_k: int = 3, d_v: int = 3
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return grid(rng, *batch, n, d_q), grid(rng, *batch, m, d_k), grid(rng, *batch, m, d_v)
 
-    def two():
+    def two() -> Params:
         return params_of(rng, 3, 3, 3, 2, 2)
 
     both = ("weights", "lse")
@@ -66,7 +78,7 @@ def cases(rng):
     yield multi_head("heads: no batch, lengths ()", *inputs((), 2, 2), two(), rng, valid_lens=np.array(1), asked=both)
     yield multi_head("heads: no batch, lengths (n,)", *inputs((), 2, 2), two(), rng, valid_lens=np.array([1, 0]), asked=both)
     grouped, offset = params_of(rng, 3, 3, 3, 4, 2), np.array(1)
-    each = {"valid_lens": np.array([2, 0, 4]), "causal": True, "query_offset": offset}
+    each: dict[str, Any] = {"valid_lens": np.array([2, 0, 4]), "causal": True, "query_offset": offset}
     yield multi_head("heads: no batch, lengths, offset ()", *inputs(()), grouped, rng, heads=4, kv_heads=2, **each)
     nothing = {"W_q": np.zeros((3, 0)), "W_k": np.zeros((3, 0)), "b_q": np.zeros(0), "b_k": np.zeros(0)}
     yield multi_head("heads: no features", *inputs(), two() | nothing, rng, valid_lens=np.array([4, 2]), asked=both)
@@ -78,34 +90,35 @@ def cases(rng):
     yield from decoding(rng)
 
 
-def self_attention(rng):
-    for name, batch, options in (
+def self_attention(rng: np.random.Generator) -> Iterator[Case]:
+    forms: list[tuple[str, tuple[int, ...], dict[str, Any]]] = [
         ("self-attention", (2,), {}),
         ("self-attention, no batch", (), {"causal": True}),
         ("self-attention, lengths", (2,), {"valid_lens": np.array([1, 4])}),
         ("self-attention, no batch, lengths ()", (), {"valid_lens": np.array(2)}),
         ("self-attention, no batch, lengths (n,)", (), {"valid_lens": np.array([1, 4, 0, 2])}),
-    ):
+    ]
+    for name, batch, options in forms:
         x = grid(rng, *batch, 4, 3)
         params = {n: y for n, y in params_of(rng, 3, 3, 3, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
         case = multi_head(name, x, x, x, params, rng, call="self_attention", heads=1, asked=("weights", "lse"), **options)
         yield as_self_attention(case, x)
 
 
-def padded(rng):
+def padded(rng: np.random.Generator) -> Iterator[Case]:
     """NaN and inf in rows that no head looks at, which the projections multiply: they reach no gradient of a weight."""
 
-    def hurt(case, **unseen):
+    def hurt(case: Case, **unseen: Any) -> Case:
         arguments = dict(case.arguments)
         for name, rows in unseen.items():
             bad = rng.choice([np.nan, np.inf, -np.inf], arguments[name].shape)
             arguments[name] = np.where(np.array(rows)[..., None], bad, arguments[name])
         return replace(case, arguments=arguments)
 
-    def make(name, n=3, m=4, kv_heads=2, **options):
-        inputs = [grid(rng, 2, rows, 3) for rows in (n, m, m)]
+    def make(name: str, n: int = 3, m: int = 4, kv_heads: int = 2, **options: Any) -> Case:
+        query, key, value = (grid(rng, 2, rows, 3) for rows in (n, m, m))
         return multi_head(
-            f"heads: NaN {name}", *inputs, params_of(rng, 3, 3, 3, 2, kv_heads), rng, kv_heads=kv_heads, **options
+            f"heads: NaN {name}", query, key, value, params_of(rng, 3, 3, 3, 2, kv_heads), rng, kv_heads=kv_heads, **options
         )
 
     tail, nobody = [[False] * 4, [False, False, True, True]], [[False] * 4, [True] * 4]
@@ -113,7 +126,7 @@ def padded(rng):
     yield hurt(
         make("behind lengths of 0", valid_lens=np.array([4, 0])), query=[[False] * 3, [True] * 3], key=nobody, value=nobody
     )
-    each = {"valid_lens": np.array([[4, 1, 2], [2, 0, 1]]), "kv_heads": 1}
+    each: dict[str, Any] = {"valid_lens": np.array([[4, 1, 2], [2, 0, 1]]), "kv_heads": 1}
     yield hurt(make("behind lengths of each query", **each), query=each["valid_lens"] == 0, key=tail, value=tail)
     mask = np.ones((2, 2, 3, 4), bool)
     mask[0, :, :, 1] = mask[1, :, 2] = mask[1, 0, :, 0] = mask[1, 1, :, 3] = False  # a head looks at the last two
@@ -122,9 +135,9 @@ def padded(rng):
     yield hurt(make("behind a bias", bias=bias), key=[False, True, False, False], value=[False, True, False, False])
     out = [False, False, False, True]
     yield hurt(make("beyond causal", causal=True), key=out, value=out)
-    out = [[True] * 3 + [False], [True] + [False] * 3]
+    rows = [[True] * 3 + [False], [True] + [False] * 3]
     case = make("outside a window", window=(0, 1), query_offset=np.array([3, 1]))
-    yield hurt(case, query=[[False, True, True], [False] * 3], key=out, value=out)
+    yield hurt(case, query=[[False, True, True], [False] * 3], key=rows, value=rows)
     chosen = np.array([[0, 3], [3, -1], [-1, -1]])
     out = [False, True, True, False]
     yield hurt(make("at no position", positions=chosen), query=[False, False, True], key=out, value=out)
@@ -139,12 +152,13 @@ def padded(rng):
     yield hurt(as_self_attention(case, x), x=lens == 0)
 
 
-def as_self_attention(case, x):
+def as_self_attention(case: Case, x: np.ndarray) -> Case:
     """A case of multi-head attention with one head, whose query, key and value are all x, as one of self-attention."""
     values, magnitude = dict(case.answer), dict(case.magnitude)
     three = [f"grad_{what}" for what in ("query", "key", "value")]
     if three[0] in values:
-        values["grad_x"], magnitude["grad_x"] = (sum(kind.pop(what) for what in three) for kind in (values, magnitude))
+        values["grad_x"] = np.sum([values.pop(what) for what in three], axis=0)
+        magnitude["grad_x"] = sum(magnitude.pop(what) for what in three)
     for what in case.results[1:]:  # one head: no axis for it
         values[what] = values[what][..., 0, :, :] if what == "weights" else values[what][..., 0, :]
     arguments = {"x": x} | {n: y for n, y in case.arguments.items() if n not in ("query", "key", "value")}
@@ -152,9 +166,9 @@ def as_self_attention(case, x):
     return replace(case, group="self-attention", arguments=arguments, keywords=keywords, answer=values, magnitude=magnitude)
 
 
-def decoding(rng):
+def decoding(rng: np.random.Generator) -> Iterator[Case]:
     """Step by step with a cache, what the whole causal pass gives."""
-    for name, heads, kv_heads, options in (
+    forms: list[tuple[str, int, int, dict[str, Any]]] = [
         ("decoding", 2, 2, {}),
         ("decoding without a batch, lengths ()", 2, 2, {"batch": (), "valid_lens": np.array(3)}),
         ("decoding, grouped heads", 4, 2, {}),
@@ -162,7 +176,8 @@ def decoding(rng):
         ("decoding, room set aside", 4, 2, {"capacity": (2, 2, 7, 2, 2)}),
         ("decoding, NaN behind lengths", 2, 2, {"valid_lens": np.array([5, 2])}),
         ("decoding, NaN behind lengths, room set aside", 4, 2, {"capacity": (2, 2, 7, 2, 2), "valid_lens": np.array([1, 4])}),
-    ):
+    ]
+    for name, heads, kv_heads, options in forms:
         x = grid(rng, *options.pop("batch", (2,)), 5, 3)
         params = params_of(rng, 3, 3, 3, heads, kv_heads)
         how = {n: y for n, y in options.items() if n != "capacity"}

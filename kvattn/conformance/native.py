@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from kvattn import dispatch
 from kvattn.cache import KVCache
+
+Made = tuple[Callable[..., Any], Callable[[list[Any], dict[str, Any], Any], tuple[Any, Any]]]
 
 
 def run(backend: Any, name: str, config: dict[str, Any], weights: dict[str, np.ndarray], inputs: list[np.ndarray], *,
@@ -80,10 +83,10 @@ def _as_users_have_it(framework: str) -> Any:
 # (call, gradients) of a layer that is given these weights
 
 
-def _numpy(kv, name, config, weights, dtype):
+def _numpy(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], dtype: str) -> Made:
     layer = kv.import_weights(getattr(kv, name)(**config), weights)
 
-    def gradients(inputs, options, grad_output):
+    def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
         layer(*inputs, record=True, **options)
         by_inputs = layer.backward(grad_output)
         return by_inputs if isinstance(by_inputs, tuple) else (by_inputs,), layer.grads
@@ -91,12 +94,12 @@ def _numpy(kv, name, config, weights, dtype):
     return layer, gradients
 
 
-def _torch(kv, name, config, weights, dtype):
+def _torch(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], dtype: str) -> Made:
     import torch
 
     layer = kv.import_weights(getattr(kv, name)(**config), weights).to(getattr(torch, dtype)).eval()
 
-    def gradients(inputs, options, grad_output):
+    def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
         leaves, own = [x.requires_grad_() for x in inputs if x.is_floating_point()], [*layer.parameters()]
         output = _several(layer(*inputs, **options))[0]
         grads = torch.autograd.grad(output, [*leaves, *own], grad_output, allow_unused=True, materialize_grads=True)
@@ -107,12 +110,12 @@ def _torch(kv, name, config, weights, dtype):
     return layer, gradients
 
 
-def _tensorflow(kv, name, config, weights, dtype):
+def _tensorflow(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], dtype: str) -> Made:
     import tensorflow as tf
 
     layer = kv.import_weights(getattr(kv, name)(**config, dtype=dtype), weights)
 
-    def gradients(inputs, options, grad_output):
+    def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
         leaves, own = [x for x in inputs if x.dtype.is_floating], layer.trainable_variables
         with tf.GradientTape() as tape:
             tape.watch(leaves)
@@ -126,7 +129,7 @@ def _tensorflow(kv, name, config, weights, dtype):
     return layer, gradients
 
 
-def _jax(kv, name, config, weights, dtype):
+def _jax(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], dtype: str) -> Made:
     import jax
     import jax.numpy as jnp
 
@@ -134,13 +137,13 @@ def _jax(kv, name, config, weights, dtype):
     variables = jax.tree.map(lambda x: x.astype(dtype), kv.import_weights(layer, weights))
     silent = {} if name in ("PositionalEncoding", "AddNorm", "PositionWiseFFN") else {"return_weights": False}
 
-    def call(*inputs, **options):
+    def call(*inputs: Any, **options: Any) -> Any:
         return layer.apply(variables, *inputs, **silent | options)
 
-    def gradients(inputs, options, grad_output):
+    def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
         floats = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
 
-        def output(variables, *leaves):
+        def output(variables: Any, *leaves: Any) -> Any:
             given = dict(enumerate(inputs)) | dict(zip(floats, leaves, strict=True))
             return _several(layer.apply(variables, *given.values(), **silent | options))[0]
 
@@ -150,7 +153,7 @@ def _jax(kv, name, config, weights, dtype):
     return call, gradients
 
 
-def _mxnet(kv, name, config, weights, dtype):
+def _mxnet(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], dtype: str) -> Made:
     import mxnet as mx
 
     layer = getattr(kv, name)(**config)
@@ -158,7 +161,7 @@ def _mxnet(kv, name, config, weights, dtype):
     layer = kv.import_weights(layer, weights)
     layer.cast(dtype)
 
-    def gradients(inputs, options, grad_output):
+    def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
         leaves = [x for x in inputs if x.dtype.kind == "f"]
         for leaf in leaves:
             leaf.attach_grad()

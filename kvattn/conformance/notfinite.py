@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ INF, NAN = np.inf, np.nan
 HUGE = {"float64": 2.0**600, "float32": 2.0**100, "bfloat16": 2.0**100}  # its square is inf where scores are computed
 
 
-def cases(rng):
+def cases(rng: np.random.Generator) -> Iterator[Case]:
     yield from small(rng)
     yield from overflows(rng)
     yield from others(rng)
@@ -25,7 +26,7 @@ def cases(rng):
     yield from unseen(rng)
 
 
-def _signed(rng, n=5, **sizes):
+def _signed(rng: np.random.Generator, n: int = 5, **sizes: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries and keys whose first feature is positive: what is inf there has scores of inf."""
     q, k, v = qkv(rng, n=n, m=n, **sizes)
     for x in (q, k):
@@ -33,7 +34,7 @@ def _signed(rng, n=5, **sizes):
     return q, k, v
 
 
-def small(rng):
+def small(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group=NOT_FINITE, rng=rng)
     chosen = np.array([[0, 2, 4], [4, 1, 0], [3, -1, 2], [1, 0, 3], [2, 4, -1]])
     mask = np.array([[j <= i or (i + j) % 3 == 0 for j in range(5)] for i in range(5)])
@@ -84,7 +85,7 @@ def small(rng):
     yield make("scores of -inf, causal", q, k[:, :, 2:], v[:, :, 2:], grad=False, causal=True)
 
 
-def unseen(rng):
+def unseen(rng: np.random.Generator) -> Iterator[Case]:
     """What must not be seen where there is nothing to see: at rows without keys, and at scores of -inf."""
     make = partial(attend, group=NOT_FINITE, rng=rng)
     mask = np.roll(np.eye(5, dtype=bool), 1, axis=1) | np.eye(5, dtype=bool)
@@ -108,8 +109,8 @@ def unseen(rng):
         "an offset": ({}, {"causal": True, "query_offset": -2}),
         "many queries": ({"n": 600, "m": 600, "d": 2, "lead": ()}, {"valid_lens": short}),
     }
-    for name, (sizes, which) in empty.items():
-        case = make(f"a loss of NaN at rows without keys, {name}", *qkv(rng, **sizes), asked=LSE, **which)
+    for name, (shape, options) in empty.items():
+        case = make(f"a loss of NaN at rows without keys, {name}", *qkv(rng, **shape), asked=LSE, **options)
         sees = np.isfinite(case.answer["lse"])[..., None]
         yield replace(case, arguments={**case.arguments, "grad_output": np.where(sees, case.arguments["grad_output"], NAN)})
     for n in (5, 20):  # what is computed again for one row's NaN is biased in the others still
@@ -118,7 +119,7 @@ def unseen(rng):
         yield make(f"a NaN query, a bias of {n} keys", q, k, v, bias=grid(rng, 2, 2, n, n), asked=())
 
 
-def overflows(rng):
+def overflows(rng: np.random.Generator) -> Iterator[Case]:
     """Query 3 times key 2 overflows; only query 3 sees that key, for its products with others would be nearly as large."""
     mask = flags(rng, 5, 5)
     mask[:, 2], mask[3, 2], mask[3, 0] = False, True, True
@@ -133,7 +134,7 @@ def overflows(rng):
         yield replace(case, arguments=held, dtypes=dtypes)
 
 
-def others(rng):
+def others(rng: np.random.Generator) -> Iterator[Case]:
     """Scores that are NaN for NaN; then normalisers, and scores that may not be, where only other rows are promised."""
     W_q, W_k, w_v = grid(rng, 3, 2, top=1), grid(rng, 3, 2, top=1), grid(rng, 2)
     for score in (
@@ -162,7 +163,7 @@ def others(rng):
         yield _other_rows(rng, options)
 
 
-def _other_rows(rng, options) -> Case:
+def _other_rows(rng: np.random.Generator, options: dict[str, Any]) -> Case:
     """Judged where softmax would be finite, by the answer of a call with numbers in place of NaN."""
     q, k, v = _signed(rng)
     while not kink_free(q, k, v, causal=True, **options):
@@ -176,7 +177,7 @@ def _other_rows(rng, options) -> Case:
     return replace(case, arguments={**case.arguments, "query": q, "key": k, "value": v}, judged=judged)
 
 
-def parts(rng):
+def parts(rng: np.random.Generator) -> Iterator[Case]:
     """Merged parts, and projected heads."""
     outputs, lses = grid(rng, 3, 2, 4, 2), grid(rng, 3, 2, 4)
     lses[0, 0, 1] = lses[2, :, 3] = -INF
@@ -185,23 +186,23 @@ def parts(rng):
     for name, kv_heads in (("causal", 2), ("causal, one key head", 1)):
         x, y, z = (grid(rng, 2, 4, 3) for _ in range(3))
         x[0, 2, 1] = y[1, 3, 1] = NAN
-        params, options = params_of(rng, 3, 3, 3, 2, kv_heads), {"group": NOT_FINITE, "causal": True}
-        yield multi_head(f"heads: NaN, {name}", x, y, z, params, rng, kv_heads=kv_heads, **options)
+        params = params_of(rng, 3, 3, 3, 2, kv_heads)
+        yield multi_head(f"heads: NaN, {name}", x, y, z, params, rng, kv_heads=kv_heads, group=NOT_FINITE, causal=True)
     x = grid(rng, 2, 5, 3)
     x[0, 3, 0] = NAN
     case = multi_head("decoding, NaN", x, x, x, params_of(rng, 3, 3, 3, 2, 2), rng, grad=False, causal=True, group=NOT_FINITE)
     yield replace(case, call="decoding", keywords={"num_heads": 2})
 
 
-def large(rng):
+def large(rng: np.random.Generator) -> Iterator[Case]:
     """Long enough for tiles and blocks, whose edges lie at multiples of 128 or 256; a loss looks at some rows."""
 
-    def make(name, q, k, v, rows, **options):
+    def make(name: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: list[int], **options: Any) -> Case:
         looked = np.zeros(q.shape[-2], bool)
         looked[rows] = True
         return attend(name, q, k, v, group=NOT_FINITE, rng=rng, looked=looked, **options)
 
-    def inputs(n=600, lead=(), **sizes):
+    def inputs(n: int = 600, lead: tuple[int, ...] = (), **sizes: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return qkv(rng, n=n, m=600, d=2, v=2, lead=lead, **sizes)
 
     q, k, v = inputs()

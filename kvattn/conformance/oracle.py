@@ -12,6 +12,8 @@ inf stands for whatever is not finite.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +21,10 @@ import numpy as np
 from kvattn.conformance import tolerance
 
 STEP = 1e-30
+
+Array = np.ndarray
+Pair = tuple[Array, Array]  # of values and their magnitudes
+Place = tuple[int, ...]
 
 
 class Answer(NamedTuple):
@@ -30,61 +36,61 @@ class Answer(NamedTuple):
 # ---- scores of pairs, q (p, d_q) and k (p, d_k) -> (p,); complex-safe
 
 
-def dot_score(q, k):
+def dot_score(q: Array, k: Array) -> Array:
     return (q * k).sum(axis=-1)
 
 
-def scaled_dot_score(q, k):
+def scaled_dot_score(q: Array, k: Array) -> Array:
     return dot_score(q, k) / np.sqrt(max(q.shape[-1], 1))  # without features the scores are 0
 
 
-def additive_score(q, k, W_q, W_k, w_v, b=0.0):
+def additive_score(q: Array, k: Array, W_q: Array, W_k: Array, w_v: Array, b: Any = 0.0) -> Array:
     return np.tanh(q @ W_q + k @ W_k + b) @ w_v
 
 
-def multiplicative_score(q, k, W):
+def multiplicative_score(q: Array, k: Array, W: Array) -> Array:
     return dot_score(q @ W, k)
 
 
-def gated_score(q, k, w_g):
+def gated_score(q: Array, k: Array, w_g: Array) -> Array:
     return dot_score(q, k) / (1 + np.exp(-(np.concatenate([q, k], axis=-1) @ w_g)))
 
 
-def cosine_score(q, k):
+def cosine_score(q: Array, k: Array) -> Array:
     q_squares, k_squares = dot_score(q, q), dot_score(k, k)
     zero = (dot_score(q.real, q.real) == 0) | (dot_score(k.real, k.real) == 0)
     return np.where(zero, 0, dot_score(q, k) / np.sqrt(np.where(zero, 1, q_squares * k_squares)))
 
 
-def distance_score(q, k):
+def distance_score(q: Array, k: Array) -> Array:
     return -dot_score(q - k, q - k) / 2
 
 
-def gaussian_kernel(q, k, width=1.0):
+def gaussian_kernel(q: Array, k: Array, width: float = 1.0) -> Array:
     return np.exp(distance_score(q, k) / width**2)
 
 
-def boxcar_kernel(q, k, width=1.0):
+def boxcar_kernel(q: Array, k: Array, width: float = 1.0) -> Array:
     return 1.0 * (-2 * distance_score(q, k).real < width**2)
 
 
-def triangular_kernel(q, k, width=1.0):
+def triangular_kernel(q: Array, k: Array, width: float = 1.0) -> Array:
     squares = dot_score(q - k, q - k)
     apart = dot_score((q - k).real, (q - k).real) > 0  # at the peak, the gradient between the two slopes: 0
     u = np.sqrt(np.where(apart, squares, 1)) / width
     return np.where(apart, np.where(u.real < 1, 1 - u, 0), 1)
 
 
-def epanechnikov_kernel(q, k, width=1.0):
+def epanechnikov_kernel(q: Array, k: Array, width: float = 1.0) -> Array:
     u_squared = dot_score(q - k, q - k) / width**2
     return np.where(u_squared.real < 1, 1 - u_squared, 0)
 
 
-def constant_kernel(q, k, width=1.0):
+def constant_kernel(q: Array, k: Array, width: float = 1.0) -> Array:
     return np.ones(len(q))
 
 
-def bounds(name: str, q, k, **p) -> dict[str, np.ndarray]:
+def bounds(name: str, q: Array, k: Array, **p: Any) -> dict[str, Array]:
     """What rounding a score, and its slope by each input, is relative to: absolute values at every product."""
     width, d = p.get("width", 1.0), q.shape[-1]
     p = {n: np.abs(x) for n, x in p.items() if x is not None}
@@ -94,7 +100,7 @@ def bounds(name: str, q, k, **p) -> dict[str, np.ndarray]:
         by_W = {"W_q": abs(q)[:, :, None] * hidden[:, None, :], "W_k": abs(k)[:, :, None] * hidden[:, None, :]}
         by_vectors = {"query": hidden @ p["W_q"].T, "key": hidden @ p["W_k"].T, "w_v": hidden * 0 + 1, "b": hidden}
         return {"size": size, **by_vectors, **by_W}
-    difference = np.abs(q - k) if q.shape == k.shape else None
+    difference: Any = np.abs(q - k) if q.shape == k.shape else None
     q, k = np.abs(q), np.abs(k)
     if name == "multiplicative_score":
         W = p["W"]
@@ -129,14 +135,14 @@ def bounds(name: str, q, k, **p) -> dict[str, np.ndarray]:
 # ---- normalisers of one row of scores, of the pairs that are allowed; complex-safe
 
 
-def softmax(s):
+def softmax(s: Array) -> Array:
     if (s.real == -np.inf).all():
         return 0 * np.ones_like(s)
     e = np.exp(s - s.real.max())  # all NaN if a score is NaN or inf
     return e / e.sum()
 
 
-def sparsemax(s):
+def sparsemax(s: Array) -> Array:
     ordered = s[np.argsort(-s.real, kind="stable")]
     for count in range(1, len(s) + 1):
         threshold = (ordered[:count].sum() - 1) / count
@@ -145,29 +151,29 @@ def sparsemax(s):
     raise AssertionError
 
 
-def hardmax(s):
+def hardmax(s: Array) -> Array:
     return 1.0 * (np.arange(len(s)) == s.real.argmax())
 
 
-def proportional(s):
+def proportional(s: Array) -> Array:
     return s / s.sum() if s.sum().real != 0 else 0 * s
 
 
-def average(s):
+def average(s: Array) -> Array:
     return np.ones(len(s)) / len(s)
 
 
-def identity(s):
+def identity(s: Array) -> Array:
     return s
 
 
-def lse(s):
+def lse(s: Array) -> float:
     if s.max() == -np.inf:
         return -np.inf
     return s.max() + np.log(np.exp(s - s.max()).sum())
 
 
-def weight_bounds(name: str, w, s, size) -> tuple[np.ndarray, np.ndarray]:
+def weight_bounds(name: str, w: Array, s: Array, size: Array) -> tuple[Array, Array]:
     """For one row: what rounding the weights (k,) is relative to, and what d weights / d scores (k, k) is."""
     one = np.eye(len(w))
     if name in ("hardmax", "average"):
@@ -184,22 +190,23 @@ def weight_bounds(name: str, w, s, size) -> tuple[np.ndarray, np.ndarray]:
     return w, w[:, None] * (one + w)
 
 
-def slope(function, x, at):
+def slope(function: Callable[[Array], Array], x: Array, at: tuple[int, ...]) -> Array:
     """d function / d x[..., at], by complex step."""
     x = x.astype(complex)
-    x[(..., *at)] += STEP * 1j
+    place: Any = (..., *at)
+    x[place] += STEP * 1j
     return np.imag(function(x)) / STEP
 
 
 # ---- attention
 
 
-def _flat(x):
+def _flat(x: Array) -> Array:
     """(..., m, c) -> (rows, c), also where c is 0."""
     return x.reshape(np.prod(x.shape[:-1], dtype=int), x.shape[-1])
 
 
-def flat_rows(x, lead):
+def flat_rows(x: Array, lead: tuple[int, ...]) -> Array:
     """The flat row of x (..., h_kv, m, c) that serves each (*lead, m)."""
     rows = np.arange(np.prod(x.shape[:-1], dtype=int)).reshape(x.shape[:-1])
     if lead:
@@ -207,7 +214,9 @@ def flat_rows(x, lead):
     return np.broadcast_to(rows, (*lead, x.shape[-2]))
 
 
-def pairs(query, key, *, mask=None, bias=None, valid_lens=None, causal=False, query_offset=0, window=None, positions=None, **_):
+def pairs(query: Array, key: Array, *, mask: Array | None = None, bias: Array | None = None, valid_lens: Any = None,
+          causal: bool = False, query_offset: Any = 0, window: Any = None, positions: Array | None = None,
+          **_: Any) -> tuple[tuple[int, ...], int, int, list[tuple[Place, Place]]]:  # fmt: skip
     """(lead, n, slots, found): the shape of the weights, and [((*at, i, slot), (*at, i, j))] for every pair that may attend."""
     lead, n, m = leading(query, key), query.shape[-2], key.shape[-2]
     mask = None if mask is None else np.broadcast_to(mask, (*lead, n, m))
@@ -242,20 +251,21 @@ def pairs(query, key, *, mask=None, bias=None, valid_lens=None, causal=False, qu
     return lead, n, m if positions is None else positions.shape[-1], found
 
 
-def leading(query, key):
+def leading(query: Array, key: Array) -> tuple[int, ...]:
     """The batch and head axes of the scores: heads are the query's."""
     return (*np.broadcast_shapes(query.shape[:-3], key.shape[:-3]), *query.shape[:-2][-1:])
 
 
-def attention(query, key, value, grad_output=None, **how: Any) -> Answer:
+def attention(query: Array, key: Array, value: Array, grad_output: Array | None = None, **how: Any) -> Answer:
     """Output, weights and lse; with grad_output, the gradients of sum(grad_output * output) by every array. m > 0 or not."""
     with np.errstate(invalid="ignore", over="ignore"):
         values, sizes, largest = _attention(query, key, value, grad_output, **how)
     return Answer(_marked(values), _plain(sizes), largest)
 
 
-def _attention(query, key, value, grad_output, *, score="scaled_dot_score", normalize="softmax", bias=None, scale=None,
-               softcap=None, absolute=None, **which: Any):  # fmt: skip
+def _attention(query: Array, key: Array, value: Array, grad_output: Array | None, *, score: Any = "scaled_dot_score",
+               normalize: str = "softmax", bias: Array | None = None, scale: float | None = None, softcap: float | None = None,
+               absolute: Any = None, **which: Any) -> tuple[dict[str, Array], dict[str, Any], float]:  # fmt: skip
     """(values, magnitudes element by element or at once, the largest score).
 
     ``absolute``: the magnitudes of query, key, value and grad_output, where these are sums themselves.
@@ -271,14 +281,14 @@ def _attention(query, key, value, grad_output, *, score="scaled_dot_score", norm
     sources["value"] = (value, flat_rows(value, lead)[at_key])
     q, k, v = (_flat(x)[rows] for x, rows in sources.values())
     q_size, k_size, v_size = q, k, np.abs(v)
-    g_size = None if grad_output is None else np.abs(grad_output)
+    g_size: Any = None if grad_output is None else np.abs(grad_output)
     if absolute is not None:
         *inputs, g_size = absolute
         rows = [rows for _, rows in sources.values()]
         q_size, k_size, v_size = (_flat(x)[r] for x, r in zip(inputs, rows, strict=True))
         k_size = -k_size  # a difference of such sums is rounded relative to the sum of their magnitudes
 
-    def scores_of(q, k, parameters):
+    def scores_of(q: Array, k: Array, parameters: dict[str, Any]) -> Array:
         s = globals()[name](q, k, **parameters) * (1 if scale is None else scale)
         return s if softcap is None else softcap * np.tanh(s / softcap)
 
@@ -329,7 +339,7 @@ def _attention(query, key, value, grad_output, *, score="scaled_dot_score", norm
     if grad_output is None:
         return values, magnitude, float(largest)
 
-    def collect(what, by_pair, by_pair_size):
+    def collect(what: str, by_pair: Array, by_pair_size: Array) -> None:
         x, rows = sources[what]
         for name, terms, kind in ((what, by_pair, values), (what, by_pair_size, magnitude)):
             total = np.zeros((np.prod(x.shape[:-1], dtype=int), x.shape[-1]))
@@ -348,29 +358,31 @@ def _attention(query, key, value, grad_output, *, score="scaled_dot_score", norm
         values["grad_bias"] = values["grad_bias"].reshape(bias.shape)
     for what, x in parameters.items():
         if isinstance(x, np.ndarray):
-            by_one = [slope(lambda y, what=what: scores_of(q, k, {**parameters, what: y}), x, c) for c in np.ndindex(*x.shape)]
+            of_one = partial(lambda what, y: scores_of(q, k, {**parameters, what: y}), what)
+            by_one = [slope(of_one, x, c) for c in np.ndindex(*x.shape)]
             values["grad_" + what] = np.reshape([grad_s @ one for one in by_one], x.shape)
             magnitude["grad_" + what] = (grad_s_size @ bound[what].reshape(len(s), x.size)).max(initial=0) * factor
     return values, magnitude, float(largest)
 
 
-def multi_head_attention(query, key, value, params, num_heads, num_kv_heads, grad_output=None, **how: Any) -> Answer:
+def multi_head_attention(query: Array, key: Array, value: Array, params: dict[str, Array], num_heads: int, num_kv_heads: int,
+                         grad_output: Array | None = None, **how: Any) -> Answer:  # fmt: skip
     """Heads by `attention`; projections and their gradients are sums written out, over values and over absolute values."""
 
-    def split(x, heads):
+    def split(x: Array, heads: int) -> Array:
         return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
 
-    def join(x):
+    def join(x: Array) -> Array:
         return x.swapaxes(-2, -3).reshape(*x.shape[:-3], x.shape[-2], x.shape[-3] * x.shape[-1])
 
-    def project(x, name, of=params):
+    def project(x: Array, name: str, of: dict[str, Array] = params) -> Array:
         return x @ of[f"W_{name}"] + of.get(f"b_{name}", 0.0) if f"W_{name}" in of else x
 
     size = {name: np.abs(x) for name, x in params.items()}
     inputs, heads = {"query": query, "key": key, "value": value}, (num_heads, num_kv_heads, num_kv_heads)
-    split_up = [split(project(x, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
+    q, k, v = (split(project(x, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True))
     absolute = [split(project(np.abs(x), n[0], size), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
-    grads = [None, None]
+    grads: list[Array] | list[None] = [None, None]
     if grad_output is not None:
         back = [grad_output, np.abs(grad_output)]
         if "W_o" in params:
@@ -379,7 +391,7 @@ def multi_head_attention(query, key, value, params, num_heads, num_kv_heads, gra
     if query.ndim == 2 and (lens := how.get("valid_lens")) is not None:  # no batch axis: every head has these lengths
         how["valid_lens"] = np.broadcast_to(lens, (num_heads, *np.shape(lens)))
     with np.errstate(invalid="ignore"):
-        values, sizes, largest = _attention(*split_up, grads[0], absolute=[*absolute, grads[1]], **how)
+        values, sizes, largest = _attention(q, k, v, grads[0], absolute=[*absolute, grads[1]], **how)
     joined, top = join(values["output"]), np.max(sizes["output"])
     values["output"], sizes["output"] = project(joined, "o"), project(np.full(joined.shape, top), "o", size)
     if grad_output is not None:
@@ -402,7 +414,7 @@ def multi_head_attention(query, key, value, params, num_heads, num_kv_heads, gra
 # ---- the other layers of a transformer, on pairs (value, magnitude)
 
 
-def layer(name, weights, inputs, config, **how: Any) -> Answer:
+def layer(name: str, weights: dict[str, Array], inputs: list[Array], config: dict[str, Any], **how: Any) -> Answer:
     """The output of a layer of kvattn that is no attention on its own: by weights of kvattn's names."""
     X = (inputs[0], np.abs(inputs[0]))
     if name == "AddNorm":
@@ -421,11 +433,11 @@ def layer(name, weights, inputs, config, **how: Any) -> Answer:
     return Answer({"output": made[0]}, _plain({"output": made[1]}), 0.0)
 
 
-def _under(weights, prefix):
+def _under(weights: dict[str, Array], prefix: str) -> dict[str, Array]:
     return {name.removeprefix(prefix + "."): x for name, x in weights.items() if name.startswith(prefix + ".")}
 
 
-def _placed(X, offset=0):
+def _placed(X: Pair, offset: int = 0) -> Pair:
     n, h = X[0].shape[-2:]
     P = np.zeros((n, h))
     for i, j in np.ndindex(n, h):
@@ -434,7 +446,7 @@ def _placed(X, offset=0):
     return X[0] + P, X[1] + np.abs(P)
 
 
-def _norm(X, w):
+def _norm(X: Pair, w: dict[str, Array]) -> Pair:
     """Layer norm: an error of X changes the centred features, and the deviation that divides them."""
     centred, size = X[0] - X[0].mean(axis=-1, keepdims=True), X[1] + X[1].mean(axis=-1, keepdims=True)
     deviation = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-5)
@@ -443,7 +455,7 @@ def _norm(X, w):
     return unit * w["gamma"] + w["beta"], size * np.abs(w["gamma"]) + np.abs(w["beta"])
 
 
-def _feed_forward(X, w, activation):
+def _feed_forward(X: Pair, w: dict[str, Array], activation: str) -> Pair:
     X = _dense(X, w, "1")
     if activation == "relu":
         return _dense((np.maximum(X[0], 0), X[1]), w, "2")
@@ -451,22 +463,22 @@ def _feed_forward(X, w, activation):
     return _dense((X[0] * erfc(-X[0] / math.sqrt(2)) / 2, 2 * X[1]), w, "2")  # of a slope below 1.13, and rounded itself
 
 
-def _dense(X, w, name):
+def _dense(X: Pair, w: dict[str, Array], name: str) -> Pair:
     W, b = w[f"W_{name}"], w[f"b_{name}"]
     return X[0] @ W + b, X[1] @ np.abs(W) + np.abs(b)
 
 
-def _block(X, w, config, how):
+def _block(X: Pair, w: dict[str, Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
     params, heads = _under(w, "attention"), (config["num_heads"], config["num_kv_heads"])
     attended = multi_head_attention(X[0], X[0], X[0], params, *heads, **how)
-    size = attended.magnitude["output"] * (1 + attended.largest_score / tolerance.CONSTANT)  # see tolerance.py
-    size = size + _moved(X, params, config["num_hiddens"] // heads[0], how.get("scale"))
+    rounded = attended.magnitude["output"] * (1 + attended.largest_score / tolerance.CONSTANT)  # see tolerance.py
+    size = rounded + _moved(X, params, config["num_hiddens"] // heads[0], how.get("scale"))
     Y = _norm((X[0] + attended.values["output"], X[1] + size), _under(w, "addnorm1"))
     fed = _feed_forward(Y, _under(w, "ffn"), config["activation"])
     return _norm((Y[0] + fed[0], Y[1] + fed[1]), _under(w, "addnorm2"))
 
 
-def _moved(X, params, d, scale):
+def _moved(X: Pair, params: dict[str, Array], d: int, scale: float | None) -> Array:
     """How far an error of X moves the output of its self-attention: a weight by at most twice what any score moves by."""
     top, error = {}, {}
     for name in "qkv":
@@ -477,7 +489,7 @@ def _moved(X, params, d, scale):
     return (2 * by_score * top["v"] + error["v"]) * np.abs(params["W_o"]).sum(axis=0)
 
 
-def scores(name, query, key, **parameters) -> Answer:
+def scores(name: str, query: Array, key: Array, **parameters: Any) -> Answer:
     """A score on its own: (..., n, m)."""
     shape = (*leading(query, key), query.shape[-2], key.shape[-2])
     q = np.broadcast_to(query[..., :, None, :], (*shape, query.shape[-1])).reshape(-1, query.shape[-1])
@@ -486,7 +498,7 @@ def scores(name, query, key, **parameters) -> Answer:
     return Answer({"output": globals()[name](q, k, **parameters).reshape(shape)}, {"output": float(size)}, 0.0)
 
 
-def normalise(name, scores, where=None, valid_lens=None) -> Answer:
+def normalise(name: str, scores: Array, where: Array | None = None, valid_lens: Any = None) -> Answer:
     """A normaliser on its own: weights in the shape of the scores."""
     output, sizes, largest = np.zeros(scores.shape), [0.0], [0.0]
     for at in np.ndindex(*scores.shape[:-1]):
@@ -504,7 +516,7 @@ def normalise(name, scores, where=None, valid_lens=None) -> Answer:
     return Answer({"output": output}, magnitude, float(max(largest)) if softened else 0.0)
 
 
-def merge(outputs, lses) -> Answer:
+def merge(outputs: Array, lses: Array) -> Answer:
     """merge_attention of stacked parts (parts, ..., n, v) and (parts, ..., n)."""
     output, log_sum, largest = np.zeros(outputs.shape[1:]), np.full(lses.shape[1:], -np.inf), [0.0]
     for at in np.ndindex(*lses.shape[1:]):
@@ -520,12 +532,12 @@ def merge(outputs, lses) -> Answer:
     return Answer(_marked({"output": output, "lse": log_sum}), _plain(sizes), float(max(largest)))
 
 
-def _marked(values):
+def _marked(values: dict[str, Array]) -> dict[str, Array]:
     """inf for every lse and gradient that is not finite: which of them it is depends on the order of the operations."""
     for name, x in values.items():
         x[~np.isfinite(x) & (name.startswith("grad_") | ((name == "lse") & (x != -np.inf)))] = np.inf
     return values
 
 
-def _plain(magnitude):
+def _plain(magnitude: dict[str, Any]) -> dict[str, float]:
     return {name: float(np.max(x, initial=0, where=np.isfinite(x))) for name, x in magnitude.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ NORMALISERS = ("softmax", "masked_softmax", "sparsemax", "hardmax", "proportiona
 WIDTH = 2.6  # no distance on the grid has u = 1 for it, where some kernels have a kink
 
 
-def parametrised(rng, d_q, d_k) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+def parametrised(rng: np.random.Generator, d_q: int, d_k: int) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     W_q, W_k, w_v, b = grid(rng, d_q, 2, top=1), grid(rng, d_k, 2, top=1), grid(rng, 2), grid(rng, 2)
     yield "additive_score", {"W_q": W_q, "W_k": W_k, "w_v": w_v, "b": b}
     yield "multiplicative_score", {"W": grid(rng, d_q, d_k, top=1)}
@@ -26,18 +27,22 @@ def parametrised(rng, d_q, d_k) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         yield "gated_score", {"w_g": grid(rng, 2 * d_q, top=1)}
 
 
-def scores(rng):
+def scores(rng: np.random.Generator) -> Iterator[Case]:
     make = partial(attend, group="scores", rng=rng)
     q, k, v = qkv(rng)
     with_parameters = [*parametrised(rng, 3, 3)]
     with_parameters.append(("additive_score", {n: x for n, x in with_parameters[0][1].items() if n != "b"}))
-    all_of_them = [*((name, {}) for name in SIMPLE), *with_parameters, *((name, {"width": WIDTH}) for name in KERNELS)]
+    all_of_them: list[tuple[str, dict[str, Any]]] = [
+        *((name, {}) for name in SIMPLE),
+        *with_parameters,
+        *((name, {"width": WIDTH}) for name in KERNELS),
+    ]
     for name, parameters in all_of_them:
         label = f"{name} without b" if name == "additive_score" and "b" not in parameters else name
         yield pair_scores(f"{label} itself", q, k, name, parameters)
         score = (name, parameters) if parameters else name
         yield make(label, q, k, v, score=score)
-        options = {"mask": flags(rng, 4, 5), "bias": grid(rng, 5), "scale": 0.5}
+        options: dict[str, Any] = {"mask": flags(rng, 4, 5), "bias": grid(rng, 5), "scale": 0.5}
         yield make(f"{label}, masked", q, k, v, grad=False, score=score, **options, asked=())
     yield pair_scores("epanechnikov_kernel of width 1", q, k, "epanechnikov_kernel", {})
     q, k = grid(rng, 2, 2, 4, 3), grid(rng, 2, 2, 5, 2)
@@ -55,14 +60,16 @@ def scores(rng):
     yield pair_scores("distance of near vectors", far, far[:3] + grid(rng, 3, 3) / 8, "distance_score", {}, ("float32",))
 
 
-def pair_scores(name, query, key, score, parameters, dtypes=DTYPES):
+def pair_scores(
+    name: str, query: np.ndarray, key: np.ndarray, score: str, parameters: dict[str, Any], dtypes: tuple[str, ...] = DTYPES
+) -> Case:
     answer = oracle.scores(score, query, key, **parameters)
     arrays = {n: x for n, x in parameters.items() if isinstance(x, np.ndarray)}
     numbers = {n: x for n, x in parameters.items() if n not in arrays}
     return Case(name, "scores", score, {"query": query, "key": key, **arrays}, numbers, *answer, dtypes)
 
 
-def pooling(rng):
+def pooling(rng: np.random.Generator) -> Iterator[Case]:
     """normalize= anything, with gradients; and Nadaraya-Watson, which is a kernel, normalised in proportion."""
     make = partial(attend, group="pooling", rng=rng)
     wide, wider = {"width": WIDTH}, {"width": 2 * WIDTH}
@@ -81,7 +88,7 @@ def pooling(rng):
         ("proportional", ("triangular_kernel", wider)),
     ):
         for which in ({}, {"mask": rows_of(rng), "scale": 0.5}):
-            how = {"score": score, "normalize": normalize, **which}
+            how: dict[str, Any] = {"score": score, "normalize": normalize, **which}
             q, k, v = qkv(rng)
             while not kink_free(q, k, v, **how):
                 q, k, v = qkv(rng)
@@ -95,13 +102,13 @@ def pooling(rng):
     yield regression("nadaraya_watson of vectors", grid(rng, 5, 2), grid(rng, 5, 3), grid(rng, 4, 2), None)
 
 
-def rows_of(rng):
+def rows_of(rng: np.random.Generator) -> np.ndarray:
     mask = flags(rng, 4, 5)
     mask[1], mask[2] = False, True
     return mask
 
 
-def regression(name, x_train, y_train, x, kernel):
+def regression(name: str, x_train: np.ndarray, y_train: np.ndarray, x: np.ndarray, kernel: str | None) -> Case:
     query, key, value = (a[:, None] if a.ndim == 1 else a for a in (x, x_train, y_train))
     answer = oracle.attention(query, key, value, score=kernel or "gaussian_kernel", normalize="proportional")
     output = answer.values["output"]
@@ -111,12 +118,14 @@ def regression(name, x_train, y_train, x, kernel):
                 answer.magnitude, answer.largest_score, results=("output", "weights"))  # fmt: skip
 
 
-def normal(name, group, function, scores, dtypes=DTYPES, **arguments):
+def normal(
+    name: str, group: str, function: str, scores: np.ndarray, dtypes: tuple[str, ...] = DTYPES, **arguments: np.ndarray
+) -> Case:
     answer = oracle.normalise(function, scores, **arguments)
     return Case(name, group, function, {"scores": scores, **arguments}, {}, *answer, dtypes)
 
 
-def beside_nan(rng, name):
+def beside_nan(rng: np.random.Generator, name: str) -> Case:
     """Rows with NaN have 0 where nothing may be attended to; what they have elsewhere, only softmax says, in attention."""
     s, where = grid(rng, 2, 4, 5, top=1) + (1.0 if name == "proportional" else 0.0), flags(rng, 2, 4, 5)
     where[0, :3], where[1, 1, 0], where[1, 3] = [True, False, True, False, True], True, False
@@ -126,7 +135,7 @@ def beside_nan(rng, name):
     return replace(case, arguments={"scores": bad, "where": where}, judged={"output": told})
 
 
-def normalisers(rng):
+def normalisers(rng: np.random.Generator) -> Iterator[Case]:
     for name in NORMALISERS:
         s = grid(rng, 2, 4, 5, top=1) + (1.0 if name == "proportional" else 0.0)
         where = flags(rng, 2, 4, 5)

@@ -3,17 +3,17 @@
 import pytest
 
 from kvattn.conformance import pairwise
-from kvattn.conformance.conftest import CASES
+from kvattn.conformance.conftest import CASES, Judge
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-def test_case(backend, case, judge):
+def test_case(backend: str, case: str, judge: Judge) -> None:
     report = judge(backend, case)
     assert not report.failures, "\n".join(result.message for result in report.failures)
 
 
-def test_agreement(pair, judge):
+def test_agreement(pair: tuple[str, str], judge: Judge) -> None:
     a, b = pair
     compared = 0
     for case in CASES:
