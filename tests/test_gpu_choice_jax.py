@@ -20,16 +20,18 @@ if "jax" not in chosen():
 
 import jax
 
+from kvattn.backends import jax as tab
+from kvattn.call import Call
 from kvattn.kernels.jax import gpu as jax_gpu
-
-OPTIONS = {"mask": None, "bias": None, "valid_lens": None, "causal": False, "query_offset": 0, "window": None, "scale": None}
 
 
 def served(device=((9, 0), 91500), dtype="bfloat16", n=64, m=64, d=64, v=None, batch=(2, 2), heads=(4, 4), **options):
     shapes = ((batch[0], heads[0], n, d), (batch[1], heads[1], m, d), (batch[1], heads[1], m, v or d))
     arrays = [SimpleNamespace(shape=shape, ndim=4, dtype=jax.numpy.dtype(dtype)) for shape in shapes]
+    options = {"causal": False, "window": None, "query_offset": 0} | options
+    call = Call.of(*arrays[:2], **{"score": tab.scaled_dot_score, "normalize": tab.softmax} | options)
     with patch.object(jax_gpu, "device", lambda: device):
-        return jax_gpu.serves(*arrays, **OPTIONS | {"softcap": None} | options)
+        return not jax_gpu.obstacle(tab, *arrays, call)
 
 
 def test_which_calls_cudnn_serves():

@@ -20,7 +20,8 @@ from tiling import INF, call, draw, right, room
 
 import kvattn
 from kvattn.backends import jax as tab
-from kvattn.kernels.jax import tiles
+from kvattn.call import Call
+from kvattn.kernels.jax import plans, tiles
 
 ROOM = room("jax")
 
@@ -53,7 +54,7 @@ def test_every_kind_of_derivative(options):
     with in_tiles() as served:
         found = derivatives()
     assert served
-    with patch.object(tiles, "SMALLEST", INF):
+    with patch.object(plans, "FEWEST_SCORES", INF):
         jax.clear_caches()
         expected = derivatives()
     for x, y in zip(found, expected, strict=True):
@@ -101,24 +102,26 @@ def test_memory_beyond_inputs_and_output_is_a_few_tiles():
 
 
 def test_which_calls_tiles_serve():
-    query = jnp.zeros((2, 256, 8))
-    serves = partial(tiles.serves, tab, query, query, query)
-    assert serves(tab.scaled_dot_score, tab.softmax)
-    assert not serves(tab.cosine_score, tab.softmax)
-    assert not serves(tab.scaled_dot_score, tab.sparsemax)
-    assert not serves(tab.scaled_dot_score, tab.softmax, dropout=0.1)
-    assert not serves(tab.scaled_dot_score, tab.softmax, return_weights=True)
-    assert not tiles.serves(tab, query[:, :1], query, query, tab.dot_score, tab.softmax)
-    wider = jnp.zeros((2, 1, 256, 8))
-    assert not tiles.serves(tab, wider[:1], wider[:1], wider, tab.dot_score, tab.softmax)
+    def obstacle(query=(2, 256, 8), key=(2, 256, 8), value=(2, 256, 8), **options):
+        return plans.obstacle(tab, query, key, value, Call(**{"score": tab.dot_score, "normalize": tab.softmax} | options))
+
+    assert not obstacle()
+    assert not obstacle(score=tab.scaled_dot_score, normalize=tab.masked_softmax, return_lse=True)
+    for options, word in (
+        ({"score": tab.cosine_score}, "score"), ({"normalize": tab.sparsemax}, "normaliser"), ({"dropout": 0.1}, "dropout"),
+        ({"return_weights": True}, "return_weights"), ({"query": (2, 1, 8)}, "few scores"), ({"key": (2, 0, 8)}, "few scores"),
+        ({"query": (1, 1, 256, 8), "key": (1, 1, 256, 8), "value": (2, 1, 256, 8)}, "values"),
+        ({"query": (2, None, 8)}, "sizes"),
+    ):  # fmt: skip
+        assert word in obstacle(**options), options
 
 
 def test_few_queries_are_served_where_they_leave_much_unread():
-    few, keys = jnp.zeros((2, 1, 8)), jnp.zeros((2, tiles.LONG, 8))
+    few, keys = jnp.zeros((2, 1, 8)), jnp.zeros((2, plans.MANY_KEYS, 8))
     for restriction in ({"valid_lens": [1, 2]}, {"window": 3}, {"causal": True, "query_offset": 9}):
         assert kvattn.explain(few, keys, keys, **restriction).kernel == "tiles"
         assert kvattn.explain(few, keys[:, 1:], keys[:, 1:], **restriction).kernel != "tiles"
-    for all_seen in ({}, {"causal": True, "query_offset": tiles.LONG - 1}):
+    for all_seen in ({}, {"causal": True, "query_offset": plans.MANY_KEYS - 1}):
         assert kvattn.explain(few, keys, keys, **all_seen).kernel != "tiles"
 
 
@@ -128,7 +131,7 @@ def test_few_queries_are_served_where_they_leave_much_unread():
 @pytest.mark.parametrize("window", [(3, 4), (5, None), (None, 3)])
 def test_a_window_too_wide_for_one_block(window):
     for offset in (-3, 9):
-        with patch.object(tiles, "REACH", 0):
+        with patch.object(plans, "WINDOW", 0):
             right(ROOM, call(n=11, m=13, window=window, query_offset=offset, valid_lens=np.array([8, 13])))
 
 
@@ -136,24 +139,24 @@ def test_a_window_too_wide_for_one_block(window):
 def test_heads_at_once(area):
     """One, three or six heads of the keys."""
     bias = (np.arange(2 * 12 * 9 * 7).reshape(2, 12, 9, 7) % 32 - 16) / 16
-    with patch.object(tiles, "AREA", area):
+    with patch.object(plans, "SCORES", area):
         for options in ({}, {"bias": bias}, {"which": "all"}, {"which": "lengths per query, window"}):
             right(ROOM, call(lead=(2, 12), kv=(2, 6), **options))
 
 
 def test_heads_of_other_lengths_or_offsets_are_computed_alone():
-    plans, attend = [], tiles._attend
+    found, attend = [], tiles._attend
 
     def seen(plan, *args):
-        plans.append(plan.together)
+        found.append(plan.heads_at_once)
         return attend(plan, *args)
 
     with patch.object(tiles, "_attend", seen):
         for options in ({"valid_lens": np.array([3, 0, 7])}, {"causal": True, "query_offset": np.array([0, 3, -2])}):
             right(ROOM, call(lead=(3,), kv=(3,), **options))
-        assert {*plans} == {1}
+        assert {*found} == {1}
         right(ROOM, call(lead=(3,), kv=(3,)))
-        assert plans[-1] == 3
+        assert found[-1] == 3
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 8])

@@ -353,7 +353,7 @@ class TensorFlow(Differentiating):
 
 
 class Jax(Differentiating):
-    sizes: ClassVar = {"4 by 3": {"ROWS": 4, "COLUMNS": 3, "EDGE": 3, "BAND": 2}}
+    sizes: ClassVar = {"4 by 3": {"TILE": 4, "BLOCK": 3, "CAUSAL_TILE": 3, "WINDOW_TILE": 2}}
     dtypes = (*Room.dtypes, "bfloat16")
     ways: ClassVar = {"autograd": autograd}  # one program: the others' would be three
     compiles = "shapes"
@@ -365,16 +365,17 @@ class Jax(Differentiating):
 
     @contextmanager
     def forced(self, sizes):
-        from kvattn.kernels.jax import tiles
+        from kvattn.kernels.jax import plans, tiles
 
         served, attention = [], tiles.attention
 
-        def counted(*args, **options):
+        def counted(*args):
             served.append("attention")
-            return attention(*args, **options)
+            return attention(*args)
 
         self.forget()
-        with patch.multiple(tiles, **sizes, SMALLEST=0, FEWEST=0, attention=counted):
+        small = patch.multiple(plans, **sizes, FEWEST_SCORES=0, FEWEST_QUERIES=0)
+        with small, patch.object(tiles, "attention", counted):
             yield served
         self.forget()
 

@@ -5,16 +5,16 @@ How a function is compiled, and at which precision, its decorators say: kernels/
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
-from functools import reduce
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvattn import bands, explanation
+from kvattn.call import Call, Choice
 from kvattn.kernels.jax import blocks, pairs, programs, tiles
 from kvattn.kernels.jax import gpu as jax_gpu
 
@@ -113,21 +113,19 @@ def _positions(query_offset, n, ndim):
     return query_offset + jnp.arange(n)[:, None]
 
 
-def _allowed(n, keys, ndim, mask, bias, valid_lens, causal, query_offset, window):
+def _allowed(n, keys, ndim, call):
     """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
-    allowed = [] if mask is None else [mask]
-    if bias is not None:
-        allowed.append(bias != -math.inf)
-    if valid_lens is not None:
-        allowed.append(keys < _lengths(valid_lens, ndim))
-    if causal or window is not None:
-        ahead = keys - _positions(query_offset, n, ndim)  # how far each key lies after each query
-        left, right = window or (None, None)
-        right = 0 if causal else right
-        if left is not None:
-            allowed.append(ahead >= -left)
-        if right is not None:
-            allowed.append(ahead <= right)
+    allowed = [] if call.mask is None else [call.mask]
+    if call.bias is not None:
+        allowed.append(call.bias != -math.inf)
+    if call.valid_lens is not None:
+        allowed.append(keys < _lengths(call.valid_lens, ndim))
+    if call.windowed:
+        ahead = keys - _positions(call.query_offset, n, ndim)  # how far each key lies after each query
+        if call.left is not None:
+            allowed.append(ahead >= -call.left)
+        if call.right is not None:
+            allowed.append(ahead <= call.right)
     return reduce(jnp.logical_and, allowed) if allowed else None
 
 
@@ -163,16 +161,15 @@ def _leaks(*inputs):
 
 
 @programs.exact
-def _hide_unseen(query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, positions, **_):
+def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    limited = causal or not mask is bias is valid_lens is window is positions is None
-    if not limited or not _leaks(query, key, value):
+    if not (call.restricted or call.positions is not None) or not _leaks(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = jnp.arange(key.shape[-2])
-    if positions is not None:
-        chosen = (positions[..., None] == keys).any(axis=-2)
-        mask = chosen if mask is None else mask & chosen
-    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, mask, bias, valid_lens, causal, query_offset, window)
+    if call.positions is not None:
+        chosen = (call.positions[..., None] == keys).any(axis=-2)
+        call = call._replace(mask=chosen if call.mask is None else call.mask & chosen)
+    allowed = _allowed(query.shape[-2], keys, query.ndim + 1, call)
     hidden = _hide_padding(allowed, *(x[..., None, :, :] for x in (query, key, value)))
     return tuple(x[..., 0, :, :] for x in hidden)
 
@@ -354,12 +351,6 @@ def _softmax_lse(scores, where):
 # ---- attention
 
 
-@programs.short
-@programs.careful
-@programs.exact
-@programs.reaching
-@programs.compiled
-@programs.placed(programs.of_results)
 def attention(
     query,
     key,
@@ -381,67 +372,94 @@ def attention(
     return_weights=False,
     return_lse=False,
 ):
-    where = {"mask": mask, "bias": bias, "valid_lens": valid_lens, "query_offset": query_offset}
-    reach = {"causal": causal, "window": window}
-    how = {"score": score, "normalize": normalize, "scale": scale, "softcap": softcap, "dropout": dropout, "rng": rng}
-    back = {"return_weights": return_weights, "return_lse": return_lse}
-    if positions is not None:
-        query, key, value, where = _select(positions, query, key, value, **where, **reach)
-        results = attention(query, key, value, **where, **how, **back)
-        if not isinstance(results, tuple):
-            return results[..., 0, :]
-        return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
-    if pairs.apart():
-        return pairs.attention(sys.modules[__name__], query, key, value, **where, **reach, **how, **back)
-    usual = score is scaled_dot_score and normalize is softmax and not (dropout or return_weights or return_lse)
-    if usual and jax_gpu.serves(query, key, value, **where, **reach, scale=scale, softcap=softcap):
-        tab = sys.modules[__name__]
-        return jax_gpu.attention(tab, query, key, value, **where, **reach, scale=scale, softcap=softcap)
-    restricted = causal or not valid_lens is window is None
-    if tiles.serves(sys.modules[__name__], query, key, value, score, normalize, dropout, return_weights, restricted):
-        scale = tiles.scale_of(sys.modules[__name__], query, score, scale)
-        return tiles.attention(query, key, value, scale, **where, **reach, softcap=softcap, return_lse=return_lse)
-    steps = [] if return_weights else bands.plan(query.shape[-2], key.shape[-2], causal, query_offset, window)
-    if steps:
-        cuts = bands.cuts(steps, query, key, value, **where)
-        rngs = [None] * len(steps) if rng is None else jax.random.split(rng, len(steps))  # one key would drop the same in all
-        parts = [attention(*cut, **reach, **{**how, "rng": r}, **back, **at) for (cut, at), r in zip(cuts, rngs, strict=True)]
-        if not return_lse:
-            return jnp.concatenate(parts, axis=-2)
-        return jnp.concatenate([x for x, _ in parts], axis=-2), jnp.concatenate([x for _, x in parts], axis=-1)
-    if steps := blocks.plan(score, query, key):
-        return blocks.attention(attention, steps, query, key, value, **where, **reach, **how, **back)
+    limited = not mask is bias is valid_lens is window is positions is scale is softcap is rng is None
+    usual = score is scaled_dot_score and normalize is softmax and not (limited or dropout)
+    if usual and type(query_offset) is int and query_offset == 0 and programs.at_once(query):  # looking at more would cost more
+        flags = {"causal": causal, "return_weights": return_weights, "return_lse": return_lse}
+        results = _attend_plainly(query, key, value, **{name: True for name, x in flags.items() if x})
+        if not causal or programs.sound(results, query, key, value):
+            return results
+    call = Call.of(
+        query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
+        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,
+        return_weights=return_weights, return_lse=return_lse,
+    )  # fmt: skip
+    return _attend(query, key, value, call)
 
+
+def choose(query, key, value, call):
+    """The kernel that serves a call. It looks at the call, at shapes and at dtypes, so that a program knows it while traced."""
+    tab = sys.modules[__name__]
+    if call.positions is not None:
+        choice = choose(*_shapes_selected(query, key, value, call))
+        why = f"{choice.why}; each query beside the {call.positions.shape[-1]} keys it selects"
+        return Choice(f"{choice.kernel}, of selected keys", why, run=_of_selected_keys)
+    if pairs.apart():
+        return Choice("the formula, of pairs apart", "something is not finite", run=partial(pairs.attention, tab))
+    why_not_cudnn = jax_gpu.obstacle(tab, query, key, value, call)
+    if not why_not_cudnn:
+        why = "softmax of scaled dot products in half precision, on a GPU"
+        return Choice("cuDNN", why, run=partial(jax_gpu.attention, tab))
+    why_not_tiles = tiles.obstacle(tab, query, key, value, call)
+    if not why_not_tiles:
+        why = "softmax of many dot products, of which no more than the cache holds exist at a time"
+        return Choice("tiles", why, run=partial(tiles.attention, tab))
+    why, n = why_not_tiles if jax_gpu.device() is None else why_not_cudnn, query.shape[-2]
+    whole = call.return_weights or programs.serves_other_offsets(call, n, __name__)
+    if steps := [] if whole else call.window_blocks(n, key.shape[-2]):
+        name = "the formula, in blocks" if len(steps) > 1 else "the formula"
+        return Choice(name, f"{why}; {explanation.in_blocks(steps)}", steps, _in_window_blocks)
+    if steps := blocks.plan(call.score, query, key):
+        why = f"{why}; {len(steps)} blocks of queries, as many as keep memory bounded"
+        return Choice("the formula, in blocks", why, steps, partial(blocks.attention, _attend))
+    return Choice("the formula", why, run=_formula)
+
+
+@programs.careful
+@programs.compiled(programs.of_results)
+def _attend(query, key, value, call):
+    choice = choose(query, key, value, call)
+    return choice.run(query, key, value, call, choice.blocks)
+
+
+@partial(jax.jit, static_argnames=("causal", "return_weights", "return_lse"))
+def _attend_plainly(query, key, value, causal=False, return_weights=False, return_lse=False):
+    """The commonest calls, whose program JAX finds in half the time, since there is no Call to compare."""
+    options = {"score": scaled_dot_score, "normalize": softmax, "return_weights": return_weights, "return_lse": return_lse}
+    return _attend(query, key, value, Call.of(query, key, causal=causal, window=None, query_offset=0, **options))
+
+
+def _formula(query, key, value, call, blocks=()):
     dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
-    allowed = _allowed(n, jnp.arange(key.shape[-2]), query.ndim, **where, **reach)
+    allowed = _allowed(n, jnp.arange(key.shape[-2]), query.ndim, call)
     query, key, value = _hide_padding(allowed, query, key, value)
 
     # weights = normalize(score(query, key)): (..., h, n, m)
-    scores = _scores(query, key, score, scale, softcap, bias)
-    if return_lse:
+    scores = _scores(query, key, call)
+    if call.return_lse:
         weights, lse = _softmax_lse(scores, allowed)
     else:
-        weights, lse = normalize(scores, where=allowed), None
+        weights, lse = call.normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    output = _fold(_dropout(weights, dropout, rng), kv_heads) @ _wide(value)
+    output = _fold(_dropout(weights, call.dropout, call.rng), kv_heads) @ _wide(value)
     output = _unfold(output, heads, n).astype(dtype)
-    results = [output] + [identity(weights, allowed).astype(dtype)] * return_weights + [lse] * return_lse
+    results = [output] + [identity(weights, allowed).astype(dtype)] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
 
-def _scores(query, key, score, scale, softcap, bias):
+def _scores(query, key, call):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
     n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
     query = _fold(query, kv_heads)
-    if scale is None:
-        scores = score(query, key)
+    if call.scale is None:
+        scores = call.score(query, key)
     else:
-        scores = scale * (dot_score if score is scaled_dot_score else score)(query, key)
+        scores = call.scale * (dot_score if call.score is scaled_dot_score else call.score)(query, key)
     scores = _unfold(scores, heads, n)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    return scores if bias is None else scores + _wide(bias)
+    if call.softcap is not None:
+        scores = call.softcap * jnp.tanh(scores / call.softcap)
+    return scores if call.bias is None else scores + _wide(call.bias)
 
 
 def _dropout(weights, rate, rng):
@@ -453,25 +471,58 @@ def _dropout(weights, rate, rng):
     return jnp.where(kept, weights / (1 - rate), 0)
 
 
-def _select(positions, query, key, value, mask, bias, valid_lens, causal, query_offset, window):
-    """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and what may attend."""
+def _in_window_blocks(query, key, value, call, blocks):
+    """One block of queries after another, each beside the keys in its window."""
+    cuts = call.cut(blocks, query, key, value)
+    if call.rng is not None:  # one key would drop the same in all
+        rngs = jax.random.split(call.rng, len(blocks))
+        cuts = ((*arrays, part._replace(rng=rng)) for (*arrays, part), rng in zip(cuts, rngs, strict=True))
+    parts = [_attend(*cut) for cut in cuts]
+    if not call.return_lse:
+        return jnp.concatenate(parts, axis=-2)
+    return jnp.concatenate([x for x, _ in parts], axis=-2), jnp.concatenate([x for _, x in parts], axis=-1)
+
+
+def _of_selected_keys(query, key, value, call, blocks):
+    """Each query beside the keys that it selects, as a batch entry of its own."""
+    query, key, value, call = _select(query, key, value, call)
+    return _without_query_axis(_attend(query, key, value, call), query.ndim - 1)
+
+
+def _without_query_axis(results, ndim):
+    """The results (..., n, 1, c) of attention of each query by itself as those of all, of ``ndim`` axes."""
+    if not isinstance(results, tuple):
+        return results[..., 0, :]
+    return tuple(x[..., 0] if x.ndim == ndim else x[..., 0, :] for x in results)  # lse has no features
+
+
+def _shapes_selected(query, key, value, call):
+    """The shapes and dtypes of what _select returns, and what `choose` asks of its call."""
+    lead, selected = (*bands.lead(query.shape, key.shape), query.shape[-2]), call.positions.shape[-1]
+    sizes = (1, query.shape[-1]), (selected, key.shape[-1]), (selected, value.shape[-1])
+    arrays = (jax.ShapeDtypeStruct((*lead, *size), query.dtype) for size in sizes)
+    return *arrays, call.of_selected_keys(mask=call.positions, bias=None)
+
+
+def _select(query, key, value, call):
+    """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and the call of these."""
     n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
-    index = jnp.broadcast_to(positions, (*lead, *positions.shape[-2:]))
+    index = jnp.broadcast_to(call.positions, (*lead, *call.positions.shape[-2:]))
     inside = (index >= 0) & (index < m) & ~_repeated(index)
     if m == 0:  # one key that nobody may attend to, so that there is something to gather
-        mask = bias = None
+        call = call._replace(mask=None, bias=None)
         key, value = (jnp.zeros((*x.shape[:-2], 1, x.shape[-1]), x.dtype) for x in (key, value))
     index = jnp.clip(index, 0, max(m - 1, 0))
 
     def gather(x):
         return jnp.take_along_axis(jnp.broadcast_to(x, (*lead, n, m)), index, axis=-1)
 
-    mask = inside if mask is None else inside & gather(mask)
-    bias = None if bias is None else gather(bias)
-    allowed = _allowed(n, index, query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+    mask = inside if call.mask is None else inside & gather(call.mask)
+    bias = None if call.bias is None else gather(call.bias)
+    allowed = _allowed(n, index, query.ndim, call._replace(mask=mask, bias=bias))
     key, value = (jnp.take_along_axis(_spread(x, lead)[..., None, :, :], index[..., None], axis=-2) for x in (key, value))
-    where = {"mask": allowed[..., None, :], "bias": None if bias is None else bias[..., None, :]}
-    return jnp.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :], key, value, where
+    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :])
+    return jnp.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :], key, value, call
 
 
 def _spread(x, lead):
@@ -490,22 +541,22 @@ def _repeated(index):
     return jnp.take_along_axis(again[..., :size], jnp.argsort(order, axis=-1), axis=-1)
 
 
-@programs.careful
-@programs.exact
-@programs.reaching
-@programs.compiled
-@programs.placed(programs.of_gradients)
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
-    given = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None)}
-    score = options.pop("score", scaled_dot_score)
+    return _attend_grad(query, key, value, grad_output, Call.of(query, key, **options), wrt=wrt)
+
+
+@programs.careful
+@programs.compiled(programs.of_gradients)
+def _attend_grad(query, key, value, grad_output, call, *, wrt):
+    given, score = {"query": query, "key": key, "value": value, "bias": call.bias}, call.score
     sources = {**getattr(score, "keywords", {}), **given}
 
     def output(*arrays):
         named = dict(zip(wrt, arrays, strict=True))
         bound = {name: named.pop(name) for name in wrt if name not in given}
-        rebound = functools.partial(score.func, *score.args, **{**score.keywords, **bound}) if bound else score
+        rebound = partial(score.func, *score.args, **{**score.keywords, **bound}) if bound else score
         query, key, value, bias = {**given, **named}.values()
-        return attention(query, key, value, score=rebound, bias=bias, **options)
+        return _attend(query, key, value, call._replace(score=rebound, bias=bias))
 
     return jax.vjp(output, *(sources[name] for name in wrt))[1](grad_output)
 
@@ -519,25 +570,6 @@ def merge_attention(outputs, lses, return_lse=False):
     return (output, lse) if return_lse else output
 
 
-@programs.exact
-def kernel(query, key, value, **options):
-    if options["positions"] is not None:
-        return explanation.selected(kernel, _select, query, key, value, **options)
-    unusual = explanation.unusual(sys.modules[__name__], options, "dropout", "return_weights", "return_lse")
-    names = ("mask", "bias", "valid_lens", "causal", "query_offset", "window", "scale", "softcap")
-    if not unusual and jax_gpu.serves(query, key, value, **{name: options[name] for name in names}):
-        return "cuDNN", "softmax of scaled dot products in half precision, on a GPU"
-    how = (options[name] for name in ("score", "normalize", "dropout", "return_weights"))
-    restricted = options["causal"] or not options["valid_lens"] is options["window"] is None
-    if tiles.serves(sys.modules[__name__], query, key, value, *how, restricted):
-        return "tiles", "softmax of many dot products, of which no more than the cache holds exist at a time"
-    why = "tiles are for many dot products on the CPU, without dropout or weights"
-    planned = (options[name] for name in ("score", "normalize", "query_offset", "window"))
-    if programs.traces_offset(__name__, query, *planned):
-        options["query_offset"] = None
-    return explanation.bounded(*explanation.general(why, query, key, **options), blocks.plan(options["score"], query, key))
-
-
 # ---- multi-head attention
 
 
@@ -545,7 +577,7 @@ def kernel(query, key, value, **options):
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, **options)
+        query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -596,7 +628,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and x.ndim == 2 else lens  # of the one head there is
-    query, key, value = _hide_unseen(x, x, x, **options | {"valid_lens": lens})
+    query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
     results = attention(_wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k), _wide(value) @ _wide(W_v), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):

@@ -19,26 +19,29 @@ def plan(score, query, key):
     return bands.rows(score, query.shape, key.shape, PAIRS if jax.default_backend() == "cpu" else PAIRS_GPU)
 
 
-def attention(attend, steps, query, key, value, *, score, mask, bias, valid_lens, query_offset, rng, **options):
+def attention(attend, query, key, value, call, steps):
     """What ``attend`` returns for all queries, made of what it returns for each block.
 
     A score of one's own is run as it is, a block at a time, where its arguments are known; else it is traced once for all.
     """
     n, size = query.shape[-2], steps[0][1]
     count = n // size  # whole blocks; what is left is a smaller one
-    fixed, each = {"valid_lens": valid_lens, "mask": mask, "bias": bias}, {"query": (query, -2)}
-    if valid_lens is not None and valid_lens.ndim == (1 if query.ndim < 3 else 2):
-        each["valid_lens"] = (valid_lens, -1)
-    each |= {x: (fixed[x], -2) for x in ("mask", "bias") if getattr(fixed[x], "ndim", 0) > 1 and fixed[x].shape[-2] == n}
-    rngs = None if rng is None else jax.random.split(rng, len(steps))  # one key would drop the same in all
+    each = {"query": (query, -2)}  # what each query has of its own, and the axis of queries
+    if call.lengths_per_query(query.ndim):
+        each["valid_lens"] = (call.valid_lens, -1)
+    for name in ("mask", "bias"):
+        x = getattr(call, name)
+        if getattr(x, "ndim", 0) > 1 and x.shape[-2] == n:
+            each[name] = (x, -2)
+    rngs = None if call.rng is None else jax.random.split(call.rng, len(steps))  # one key would drop the same in all
 
-    def block(i, rows, rng):
-        here = {**fixed, **rows, "query_offset": query_offset + i * size}
-        results = attend(here.pop("query"), key, value, score=score, rng=rng, **here, **options)
+    def block(i, own, rng):
+        query, own = own["query"], {name: x for name, x in own.items() if name != "query"}
+        here = call._replace(query_offset=call.query_offset + i * size, rng=rng, **own)
+        results = attend(query, key, value, here)
         return results if isinstance(results, tuple) else (results,)
 
-    given = (query, key, value, score, fixed, query_offset, rng)
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given))
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((query, key, value, call)))
     stacked = {name: _stacked(*at, count, size) for name, at in each.items()}
     blocks = (jnp.arange(count), stacked, None if rngs is None else rngs[:count])
     parts = jax.lax.map(_checkpointed(block), blocks) if traced else _one_by_one(block, blocks, count)

@@ -44,68 +44,71 @@ def device():
 
 
 def _fused():
-    # JAX's own function under jax.nn's, which would have the arrays transposed to (batch, n, h, d) first
+    # JAX's own function under jax.nn's, which would have the arrays transposed to (batch, n, h, d) first. Private: as read in
+    # jax 0.10.2 and 0.7.1.
     from jax._src.cudnn import fused_attention_stablehlo
 
     return fused_attention_stablehlo
 
 
-def serves(query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap):
-    """Whether cuDNN serves such a call; all but the arrays' values is known while JAX traces."""
-    if device() is None or query.dtype.name not in HALF or softcap is not None:
-        return False
+def obstacle(tab, query, key, value, call):
+    """Why cuDNN does not serve a call; "" if it does. All but the arrays' values is known while JAX traces."""
+    if device() is None:
+        return "cuDNN is for CUDA devices"
+    if reason := call.beyond_softmax(tab, "dropout", "return_weights", "return_lse"):
+        return reason
+    if query.dtype.name not in HALF:
+        return "cuDNN is for half precision"
+    if call.softcap is not None:
+        return "cuDNN has no softcap"
     capability, version = device()
     n, m, d = query.shape[-2], key.shape[-2], query.shape[-1]
-    if version < OLDEST or capability < (8, 0) or d % 8 or not 0 < d <= (256 if capability >= (9, 0) else 128):
-        return False
-    if query.ndim != 4 or query.shape[0] != key.shape[0] or key.shape != value.shape or 0 in (*query.shape, *key.shape):
-        return False
-    if not (scale is None or (isinstance(scale, float) and scale > 0)):
-        return False
-    if not mask is bias is None:  # its backward pass takes even numbers of queries and keys only
-        return query.dtype.name in BIASED and n > 1 and n % 2 == m % 2 == 0
-    if not (valid_lens is None or valid_lens.ndim == 1):
-        return False
-    left, right = _reach(causal, window)
-    if left is right is None:
-        return True
-    if right != 0 or n > m or not (isinstance(query_offset, int) and query_offset == 0):
-        return False
-    return left is None or valid_lens is None
+    if version < OLDEST or capability < (8, 0):
+        return "the device or its cuDNN is too old"
+    if d % 8 or not 0 < d <= (256 if capability >= (9, 0) else 128) or query.ndim != 4:
+        return "cuDNN is for (batch, heads, n, d) with d a multiple of 8, and not large"
+    if query.shape[0] != key.shape[0] or key.shape != value.shape or 0 in (*query.shape, *key.shape):
+        return "cuDNN is for keys and values of one shape and as many batch entries as the queries'"
+    if not (call.scale is None or (isinstance(call.scale, float) and call.scale > 0)):
+        return "cuDNN's scale is a number above 0"
+    if call.mask is not None or call.bias is not None:  # its backward pass takes even numbers of queries and keys only
+        served = query.dtype.name in BIASED and n > 1 and n % 2 == m % 2 == 0
+        return "" if served else "cuDNN takes a mask or a bias in bfloat16, beside even numbers of queries and keys"
+    if call.lengths_per_query(query.ndim):
+        return "each query has a length of its own"
+    if not call.windowed:
+        return ""
+    if call.right != 0 or n > m or not call.from_the_first:
+        return "cuDNN's windows end at the query, and begin with the first key"
+    return "" if call.left is None or call.valid_lens is None else "cuDNN takes no window beside lengths"
 
 
-def _reach(causal, window):
-    left, right = window or (None, None)
-    return left, 0 if causal else right
-
-
-def attention(tab, query, key, value, mask, bias, valid_lens, causal, query_offset, window, scale, softcap):
-    """softmax(scale * query @ key.T) @ value over the keys allowed, where `serves`: (batch, h, n, d)."""
-    n, m, scale = query.shape[-2], key.shape[-2], 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    how, added, lens, sees, seen = {"causal": False, "left": None, "scale": scale}, None, None, None, None
-    if not mask is bias is None:
-        allowed = tab._allowed(n, jnp.arange(m), query.ndim, mask, bias, valid_lens, causal, query_offset, window)
+def attention(tab, query, key, value, call, blocks=()):
+    """softmax(scale * query @ key.T) @ value over the keys allowed, where there is no `obstacle`: (batch, h, n, d)."""
+    n, m, scale = query.shape[-2], key.shape[-2], 1 / math.sqrt(query.shape[-1]) if call.scale is None else call.scale
+    program, added, lens, sees, seen = {"causal": False, "left": None, "scale": scale}, None, None, None, None
+    if call.mask is not None or call.bias is not None:
+        allowed, bias = tab._allowed(n, jnp.arange(m), query.ndim, call), call.bias
         allowed = allowed.reshape(*[1] * (query.ndim - allowed.ndim), *allowed.shape)
         added = jnp.where(allowed, jnp.zeros((), query.dtype) if bias is None else bias.astype(query.dtype), FORBIDDEN)
         added = jnp.broadcast_to(added, (*added.shape[:-2], n, m))
         sees, seen = (tab._any_for(allowed.any(axis=-1), query.shape), tab._any_for(allowed.any(axis=-2), key.shape))
     else:
-        left, right = _reach(causal, window)
-        how |= {"causal": right == 0, "left": left}
-        if right == 0:  # the keys beyond are seen by nobody, and a square is what cuDNN's causal mask is surest of
+        program |= {"causal": call.right == 0, "left": call.left}
+        if call.right == 0:  # the keys beyond are seen by nobody, and a square is what cuDNN's causal mask is surest of
             key, value = key[..., :n, :], value[..., :n, :]
-        if valid_lens is not None:
-            lens = jnp.clip(valid_lens, 0, key.shape[-2]).astype(jnp.int32)
+        if call.valid_lens is not None:
+            lens = jnp.clip(call.valid_lens, 0, key.shape[-2]).astype(jnp.int32)
             seen = (jnp.arange(key.shape[-2]) < lens[:, None])[:, None, :, None]
             if device()[1] < EMPTY:
                 sees, lens = (lens > 0)[:, None, None, None], jnp.maximum(lens, 1)
-    plain = partial(formula, **how)
+    plain = partial(formula, **program)
 
     def whole(query, key, value, added, lens, sees, seen):
         return _only(sees, plain(_only(sees, query), _only(seen, key), _only(seen, value), added, lens))
 
     # recomputed in backward: both ways' intermediate results are kept, and this one's would be the scores
-    ways = {PLATFORM: _differentiable(partial(cudnn, **how), plain), "default": jax.checkpoint(whole)}
+    ways = {PLATFORM: _differentiable(partial(cudnn, **program), plain), "default": jax.checkpoint(whole)}
     return jax.lax.platform_dependent(query, key, value, added, lens, sees, seen, **ways)
 
 

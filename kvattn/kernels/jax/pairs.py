@@ -33,30 +33,25 @@ def computed_apart(whether=True):
         _apart.reset(token)
 
 
-def attention(tab, query, key, value, *, score, **options):
-    """What ``tab.attention`` returns, in blocks of queries, since n * m * d numbers would fill the memory.
+def attention(tab, query, key, value, call, steps=()):
+    """What ``tab._attend`` returns, in blocks of queries, since n * m * d numbers would fill the memory.
 
     Each block draws its dropout, so that the draws are others than those of a call where all is finite.
     """
     features = max(1, query.shape[-1], value.shape[-1])
-    steps = bands.rows(score, query.shape, key.shape, max(1, blocks.PAIRS // features))
+    steps = bands.rows(call.score, query.shape, key.shape, max(1, blocks.PAIRS // features))
     attend = partial(_alone, tab)
-    if not steps:
-        return attend(query, key, value, score=score, **options)
-    return blocks.attention(attend, steps, query, key, value, score=score, **options)
+    return blocks.attention(attend, query, key, value, call, steps) if steps else attend(query, key, value, call)
 
 
-def _alone(tab, query, key, value, *, mask, bias, valid_lens, causal, query_offset, window, **options):
+def _alone(tab, query, key, value, call):
     lead, n, m = bands.lead(query.shape, key.shape), query.shape[-2], key.shape[-2]
-    allowed = tab._allowed(n, jnp.arange(m), query.ndim, mask, bias, valid_lens, causal, query_offset, window)
-    mask, bias = (None if x is None else jnp.broadcast_to(x, (*lead, n, m))[..., None, :] for x in (allowed, bias))
+    allowed = tab._allowed(n, jnp.arange(m), query.ndim, call)
+    mask, bias = (None if x is None else jnp.broadcast_to(x, (*lead, n, m))[..., None, :] for x in (allowed, call.bias))
     query = jnp.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :]  # (..., n, 1, d)
     key, value = (_for_each(n, tab._spread(x, lead)) for x in (key, value))  # (..., n, m, d), (..., n, m, v)
     with computed_apart(False):
-        results = tab.attention(query, key, value, mask=mask, bias=bias, **options)
-    if not isinstance(results, tuple):
-        return results[..., 0, :]
-    return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
+        return tab._without_query_axis(tab._attend(query, key, value, call.of_selected_keys(mask, bias)), query.ndim)
 
 
 def _for_each(n, x):

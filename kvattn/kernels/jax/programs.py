@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from contextlib import nullcontext
 
@@ -24,8 +23,6 @@ else:  # before jax 0.8
     from jax.experimental import enable_x64 as x64
 
 _WIDE = frozenset(np.dtype(name) for name in ("float64", "int64", "uint64"))
-_FLAGS = {"causal", "return_weights", "return_lse"}
-_STATIC = ("causal", "window", "dropout", "wrt", "return_weights", "return_lse")
 
 
 # ---- precision
@@ -98,49 +95,74 @@ def devices():
 # ---- compilation
 
 
-def reaching(function):
-    """No causal mask nor window where they allow every pair, as in decoding; seen before the offset is traced."""
-
-    @functools.wraps(function)
-    def call(query, key, *args, causal=False, query_offset=0, window=None, **options):
-        if bands.reaches_all(query.shape[-2], key.shape[-2], causal, query_offset, window):
-            causal, query_offset, window = False, 0, None
-        return function(query, key, *args, causal=causal, query_offset=query_offset, window=window, **options)
-
-    return call
+_TRACED = ("mask", "bias", "valid_lens", "positions", "rng", "softcap")  # fields of a Call that are always arguments
 
 
-def traces_offset(module, query, score, normalize, query_offset, window):
-    """Whether a call becomes a program of the tab ``module`` that serves other offsets too: no blocks are planned by this."""
-    return _own((score, normalize), module) and not _keeps_offset(query, query_offset, window)
+def compiled(layout):
+    """One program for a whole call, since eager JAX pays for every operation; not where it would freeze a user's own code.
+
+    It takes arrays, a Call, and by name what becomes part of the program. ``layout``: see `_placed`.
+    """
+
+    def decorate(function):
+        inner = exact(_placed(function, layout))
+
+        @functools.wraps(function)
+        def run(*args, **named):
+            *arrays, call = args
+            if type(call.score) is functools.partial or type(call.normalize) is functools.partial:
+                call = call._replace(score=_as_tree(call.score), normalize=_as_tree(call.normalize))
+            if not _is_own(call, function.__module__):
+                return inner(*arrays, call, **named)
+            call, given = _split(call, arrays[0].shape[-2])
+            wide = not jax.config.jax_enable_x64 and any(map(_is_wide, (arrays[0], *(jax.tree.leaves(given) if given else ()))))
+            return (_run_exact if wide else _run)(inner, call, tuple(named.items()), pairs.apart(), arrays, given)
+
+        return run
+
+    return decorate
 
 
-def _own(functions, module):
-    return all(getattr(getattr(f, "func", f), "__module__", None) == module for f in functions)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(function, call, named, apart, arrays, given):  # ``apart`` tells one program from the other
+    return function(*arrays, call._replace(**given), **dict(named))
 
 
-def _keeps_offset(query, query_offset, window):
-    """The plan of blocks needs the number, and a kernel to know that it is 0."""
-    return isinstance(query_offset, int) and (query_offset == 0 or bool(window and query.shape[-2] > bands.BLOCK))
+_run_exact = exact(_run)
 
 
-def compiled(function):
-    """One program for the whole call, since eager JAX pays for every operation; not where it would freeze a stranger's code."""
+def _split(call, n):
+    """(what of a call of n queries is part of its program, what is an argument of that)."""
+    given = {name: x for name in _TRACED if (x := getattr(call, name)) is not None}
+    given |= {name: x for name in ("score", "normalize") if type(x := getattr(call, name)) is Partial}
+    if call.scale is not None and (jax_gpu.device() is None or type(call.scale) is not float):  # cuDNN's is part of its program
+        given["scale"] = call.scale
+    if not call.windowed:
+        call = call._replace(query_offset=0)  # nobody asks where the queries stand
+    elif _traces_offset(call, n):
+        given["query_offset"] = call.query_offset
+    return call._replace(**dict.fromkeys(given)) if given else call, given
 
-    @functools.wraps(function)
-    def call(*args, **options):
-        given = {name: options[name] for name in ("score", "normalize") if name in options}
-        if not _own(given.values(), function.__module__):
-            return function(*args, **options)
-        static = {*_STATIC, *(name for name, f in given.items() if not isinstance(f, Partial))}
-        if _keeps_offset(args[0], options.get("query_offset"), options.get("window")):
-            static.add("query_offset")
-        if isinstance(options.get("scale"), float) and jax_gpu.device() is not None:
-            static.add("scale")  # cuDNN's is part of the program
-        fixed = tuple((name, x) for name, x in options.items() if name in static)
-        return _run(function, fixed, pairs.apart(), args, {name: x for name, x in options.items() if name not in static})
 
-    return call
+def at_once(query):
+    """Whether a call of such arrays is a program as it is: none in 64 bits that JAX has off, nor one whose pairs are apart."""
+    return not pairs.apart() and (query.dtype not in _WIDE or jax.config.jax_enable_x64)
+
+
+def serves_other_offsets(call, n, module):
+    """Whether a call of n queries of the tab ``module`` becomes a program that serves other offsets too."""
+    return _is_own(call, module) and _traces_offset(call, n)
+
+
+def _traces_offset(call, n):
+    """Not an offset of 0, which a kernel has to know, nor one of many queries in a window, which is cut into blocks by it."""
+    cut = call.left is not None and call.right is not None and n > bands.BLOCK
+    return not (type(call.query_offset) is int and (call.query_offset == 0 or cut))
+
+
+def _is_own(call, module):
+    """Whether score and normaliser are the tab's: whatever they do can be traced, and never changes."""
+    return all(getattr(getattr(f, "func", f), "__module__", None) == module for f in (call.score, call.normalize))
 
 
 # ---- NaN and inf
@@ -157,19 +179,20 @@ def careful(function):
     """
 
     @functools.wraps(function)
-    def call(*arrays, **options):
-        results = function(*arrays, **options)
-        if pairs.apart() or not _shared(*arrays, **options) or sound(results, *arrays, bias=options.get("bias")):
+    def run(*args, **named):
+        results = function(*args, **named)
+        *arrays, call = args
+        if not _shared(*arrays[:3], call) or pairs.apart() or sound(results, *arrays, bias=call.bias):
             return results
         with pairs.computed_apart():
-            return function(*arrays, **options)
+            return function(*args, **named)
 
-    return call
+    return run
 
 
-def _shared(query, key, value, *_, causal=False, mask=None, bias=None, valid_lens=None, window=None, positions=None, **__):
+def _shared(query, key, value, call):
     """Whether some pairs may not attend, and several queries share what they may not attend to: else it is hidden."""
-    if positions is not None or not (causal or not mask is bias is valid_lens is window is None):
+    if not call.restricted or call.positions is not None:
         return False
     return query.shape[-2] != 1 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
 
@@ -218,54 +241,48 @@ def _has_nan(x):
 # ---- arrays that are spread over devices
 
 
-def placed(layout):
+def _placed(function, layout):
     """Leaves to XLA, inside, the axes of a mesh that the arrays' types name: else every product would have to name its own.
 
     ``layout``: a function of the call's arguments, specs in place of arrays, that returns the specs of its results.
     """
 
-    def decorate(function):
-        @functools.wraps(function)
-        def call(*args, **options):
-            given, tree = jax.tree.flatten((args, options))
-            kinds = [jax.typeof(x).sharding if isinstance(x, jax.Array) else None for x in given]
-            mesh = next((kind.mesh for kind in kinds if kind is not None and any(kind.spec)), None)
-            if mesh is None:
-                return function(*args, **options)
-            arrays = [x for x, kind in zip(given, kinds, strict=True) if kind is not None]
+    @functools.wraps(function)
+    def run(*args, **named):
+        given, tree = jax.tree.flatten(args)
+        kinds = [jax.typeof(x).sharding if isinstance(x, jax.Array) else None for x in given]
+        mesh = next((kind.mesh for kind in kinds if kind is not None and any(kind.spec)), None)
+        if mesh is None:
+            return function(*args, **named)
+        arrays = [x for x, kind in zip(given, kinds, strict=True) if kind is not None]
 
-            def inner(*arrays):
-                arrays = iter(arrays)
-                whole = [x if kind is None else next(arrays) for x, kind in zip(given, kinds, strict=True)]
-                args, options = jax.tree.unflatten(tree, whole)
-                return function(*args, **options)
+        def inner(*arrays):
+            arrays = iter(arrays)
+            whole = [x if kind is None else next(arrays) for x, kind in zip(given, kinds, strict=True)]
+            return function(*jax.tree.unflatten(tree, whole), **named)
 
-            specs = [x if kind is None else tuple(kind.spec) for x, kind in zip(given, kinds, strict=True)]
-            args_specs, options_specs = jax.tree.unflatten(tree, specs)
-            results = layout(*args_specs, **options_specs)
-            explicit = tuple(x for x, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
-            shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), results, is_leaf=lambda x: isinstance(x, P))
-            return auto_axes(inner, axes=explicit, out_sharding=shardings)(*arrays)
+        specs = [x if kind is None else tuple(kind.spec) for x, kind in zip(given, kinds, strict=True)]
+        results = layout(*jax.tree.unflatten(tree, specs), **named)
+        explicit = tuple(x for x, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), results, is_leaf=lambda x: isinstance(x, P))
+        return auto_axes(inner, axes=explicit, out_sharding=shardings)(*arrays)
 
-        return call
-
-    return decorate
+    return run
 
 
-def of_results(query, key, value, *, positions=None, return_weights=False, return_lse=False, **_):
+def of_results(query, key, value, call):
     """The specs of attention's results, given those of its arguments: batch, heads and queries lie as the query's do."""
     rows = [*(q if q is not None else k for q, k in zip(query[:-3], key[:-3], strict=True)), *query[-3:-1]]
     output = _once(*rows, value[-1])
     results = [output]
-    results += [_once(*rows, key[-2] if positions is None else None)] if return_weights else []
-    results += [_once(*rows)] if return_lse else []
+    results += [_once(*rows, key[-2] if call.positions is None else None)] if call.return_weights else []
+    results += [_once(*rows)] if call.return_lse else []
     return tuple(results) if len(results) > 1 else output
 
 
-def of_gradients(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
+def of_gradients(query, key, value, grad_output, call, *, wrt):
     """The specs of attention_grad's results: each lies as what it is the gradient by."""
-    score = options.get("score")
-    sources = {**getattr(score, "keywords", {}), "query": query, "key": key, "value": value, "bias": options.get("bias")}
+    sources = {**getattr(call.score, "keywords", {}), "query": query, "key": key, "value": value, "bias": call.bias}
     return tuple(P(*sources[name]) for name in wrt)
 
 
@@ -277,30 +294,3 @@ def _once(*spec):
         seen.update(names)
         found.append(names or None)
     return P(*found)
-
-
-def _equal(x, default):
-    return x is default or (type(x) is type(default) is float and x == default)
-
-
-def short(function):
-    """The commonest calls straight to their program: what the long way looks for is not there."""
-    defaults = inspect.unwrap(function).__kwdefaults__
-    program = jax.jit(function, static_argnames=_FLAGS)
-
-    @functools.wraps(function)
-    def call(query, key, value, **options):
-        if options:
-            options = {name: x for name, x in options.items() if not _equal(x, defaults[name])}
-        if options.keys() <= _FLAGS and not pairs.apart() and (query.dtype not in _WIDE or jax.config.jax_enable_x64):
-            results = program(query, key, value, **options)
-            if "causal" not in options or sound(results, query, key, value):
-                return results
-        return function(query, key, value, **options)
-
-    return call
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _run(function, fixed, apart, args, options):  # ``apart`` tells one program from the other
-    return function(*args, **dict(fixed), **options)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,97 +20,39 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from kvattn import bands
+from kvattn.kernels.jax import plans
 
-ROWS, COLUMNS = 1024, 1024  # queries of a tile, keys of a block
-EDGE, BAND = 512, 256  # queries of a tile that causal or a window, and that a window on both sides, cuts
-AREA = 2**20  # scores that exist at once, in several heads where those of one are fewer
-REACH = 2048  # keys that a tile under a window on both sides reaches at most, to meet them in one block
-SMALLEST = 2**14  # scores of a batch entry's head that tiles are worth their own cost for
-FEWEST = 16  # queries, likewise
-FAR = 2**29  # no array is as long: positions stay within 32 bits
-LONG = 2**12  # keys, of which fewer queries than that leave unread those that are out of their reach
+FARTHEST = 2**29  # no array is as long: positions stay within 32 bits
 
 
-def serves(tab, query, key, value, score, normalize, dropout=0.0, return_weights=False, restricted=False):
-    """Whether tiles serve a call of ``tab``: softmax of dot products, large, on the CPU, weights not asked for.
-
-    ``restricted``: to some of the keys, so that blocks need not look at all. Values that widen a batch axis are left to the
-    tab.
-    """
-    if any(type(size) is not int for size in (*query.shape, *key.shape, *value.shape)):  # unknown yet, in jax.export
-        return False
-    n, m = query.shape[-2], key.shape[-2]
-    large = n * m >= SMALLEST if n >= FEWEST else m >= LONG and restricted
-    if not large or 0 in (*query.shape, *key.shape) or dropout or return_weights:
-        return False
-    if score not in (tab.scaled_dot_score, tab.dot_score) or normalize not in (tab.softmax, tab.masked_softmax):
-        return False
-    lead = bands.lead(query.shape, key.shape)
-    alone = all(own in (1, every) for own, every in zip(value.shape[:-3], lead[:-1], strict=True))
-    return alone and jax.default_backend() == "cpu"
+def obstacle(tab, query, key, value, call):
+    """Why tiles do not serve a call of ``tab``; "" if they do."""
+    reason = plans.obstacle(tab, query.shape, key.shape, value.shape, call)
+    return reason or ("" if jax.default_backend() == "cpu" else "tiles are for the CPU")
 
 
-def scale_of(tab, query, score, scale):
-    """What the dot products of a call are multiplied by."""
-    if scale is not None:
-        return scale
-    return 1 / math.sqrt(query.shape[-1] or 1) if score is tab.scaled_dot_score else 1.0
-
-
-class Plan(NamedTuple):
-    lead: tuple  # (*batch, heads) of the output
-    heads: int  # of the keys
-    n: int
-    m: int
-    rows: int  # queries of a tile
-    columns: int  # keys of a block
-    edge: int  # the same where some pairs of the block may be forbidden, and in the derivative
-    blocks: int  # of the latter that a tile can reach
-    holes: bool  # whether there may be keys between those that its queries see
-    together: int  # heads of the keys whose tiles are computed at once
-
-
-def attention(query, key, value, scale, *, mask=None, bias=None, valid_lens=None, causal=False, query_offset=0, window=None,
-              softcap=None, return_lse=False):  # fmt: skip
+def attention(tab, query, key, value, call, blocks=()):
     """softmax(scale * query @ key.T) @ value, and the log of the softmax's sums on request."""
-    dtype, wide = query.dtype, jnp.promote_types(query.dtype, jnp.float32)
-    n, m, axes = query.shape[-2], key.shape[-2], query.ndim
-    lead = bands.lead(query.shape, key.shape) or (1,)
-    left, right = window or (None, None)
-    right = 0 if causal else right
-    banded = left is not None and right is not None
-    slanted = left is not None or right is not None
-    rows = _part(n, BAND if banded and BAND + left + right <= REACH else EDGE if slanted else ROWS)
-    columns = edge = _part(m, COLUMNS)
-    if slanted or valid_lens is not None:  # never all keys in a block: XLA would take its products out of the loop
-        columns, edge = max(1, min(columns, m // 2)), _part(m, min(COLUMNS, EDGE * EDGE // rows))
-    blocks = -(-m // edge)
-    if banded:
-        reach = rows + left + right
-        edge = min(m, reach) if reach <= REACH else edge
-        blocks = min(-(-m // edge), -(-reach // edge))
-    holes = left is not None and valid_lens is not None and valid_lens.ndim == min(axes - 1, 2)
+    dtype, wide, axes = query.dtype, jnp.promote_types(query.dtype, jnp.float32), query.ndim
+    scale = call.scale
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1] or 1) if call.score is tab.scaled_dot_score else 1.0
+    plan = plans.plan(query.shape, key.shape, call)
     if axes == 2:
         query, key, value = query[None], key[None], value[None]
-    low, high = _bounds(axes, n, m, left, right, query_offset, valid_lens)
-    alike = not any(x is not None and math.prod(x.shape[-2:-1]) > 1 for x in (low, high))  # each head has the same
-    heads, fit = key.shape[-3], AREA // (rows * (edge if slanted else columns)) if alike else 1
-    together = max(g for g in range(1, heads + 1) if heads % g == 0 and (g == 1 or g <= fit))
-    columns = min(columns, max(edge, AREA // (together * rows)))
-    plan = Plan(lead, heads, n, m, rows, columns, edge, blocks, holes, together)
-    if high is None and m % columns:
-        high = jnp.full(1, m, jnp.int32)  # the last block is not whole
-    limits = {"low": low, "high": high, "mask": mask, "scale": jnp.asarray(scale, wide)}
-    limits["softcap"] = None if softcap is None else jnp.asarray(softcap, wide)
-    inputs = {"query": query, "key": key, "value": value, "bias": bias}
+    low, high = _bounds(axes, plan.n, plan.m, call)
+    if high is None and plan.m % plan.block:
+        high = jnp.full(1, plan.m, jnp.int32)  # the last block is not whole
+    limits = {"low": low, "high": high, "mask": call.mask, "scale": jnp.asarray(scale, wide)}
+    limits["softcap"] = None if call.softcap is None else jnp.asarray(call.softcap, wide)
+    inputs = {"query": query, "key": key, "value": value, "bias": call.bias}
     given = [{name: x for name, x in given.items() if x is not None} for given in (inputs, limits)]
     varying = _varying(given)
     output, lse = _attend(plan, *jax.tree.map(lambda x: _vary(x, varying), given))
     output = output.astype(dtype)
     if axes == 2:
         output, lse = output[0], lse[0]
-    return (output, lse) if return_lse else output
+    return (output, lse) if call.return_lse else output
 
 
 def _varying(arrays):
@@ -134,32 +75,27 @@ def _zeros(shape, limits):
     return _vary(jnp.zeros(shape, limits["scale"].dtype), _varying(limits["scale"]))
 
 
-def _part(size, most):
-    """The length of equal parts of at most about ``most``."""
-    return -(-size // -(-size // most))
-
-
-def _bounds(axes, n, m, left, right, query_offset, valid_lens):
+def _bounds(axes, n, m, call):
     """low and high, broadcastable to (..., n): query i may see the keys low <= j < high. None where nothing limits them."""
     low = high = None
-    if left is not None or right is not None:
-        offset = _near(query_offset)
+    if call.windowed:
+        offset = _near(call.query_offset)
         position = offset.reshape(*offset.shape, *[1] * (axes - 1 - offset.ndim)) + jnp.arange(n, dtype=jnp.int32)
-        low = None if left is None else position - min(left, FAR)
-        high = None if right is None else position + min(right, FAR) + 1
-    if valid_lens is not None:
-        lens = _near(valid_lens)
-        per_query = lens.ndim == (1 if axes == 2 else 2)
-        lens = lens.reshape(*lens.shape[: 0 if axes == 2 else 1], *[1] * (axes - 2 - (axes > 2)), n if per_query else 1)
+        low = None if call.left is None else position - min(call.left, FARTHEST)
+        high = None if call.right is None else position + min(call.right, FARTHEST) + 1
+    if call.valid_lens is not None:
+        lens = _near(call.valid_lens)
+        each = n if call.lengths_per_query(axes) else 1
+        lens = lens.reshape(*lens.shape[: 0 if axes == 2 else 1], *[1] * (axes - 2 - (axes > 2)), each)
         high = lens if high is None else jnp.minimum(high, lens)
     return low, (high if high is None else jnp.minimum(high, m))
 
 
 def _near(x):
-    """An integer, or an array of them, as int32: no further from 0 than FAR."""
+    """An integer, or an array of them, as int32: no further from 0 than FARTHEST."""
     if isinstance(x, int):
-        return jnp.int32(max(-FAR, min(x, FAR)))
-    return jnp.clip(x.astype(jnp.promote_types(x.dtype, jnp.int32)), -FAR, FAR).astype(jnp.int32)
+        return jnp.int32(max(-FARTHEST, min(x, FARTHEST)))
+    return jnp.clip(x.astype(jnp.promote_types(x.dtype, jnp.int32)), -FARTHEST, FARTHEST).astype(jnp.int32)
 
 
 # ---- what is done with a block of keys
@@ -302,19 +238,19 @@ def _split(inputs, limits):
 def _forward(plan, inputs, limits):
     """Every tile beside the blocks that it reaches, of some heads at once, cut from the arrays as they are."""
     arrays, limits = _split(inputs, limits)
-    count, group, tiles = math.prod(plan.lead[:-1]) * plan.heads, plan.lead[-1] // plan.heads, -(-plan.n // plan.rows)
+    count, group, tiles = math.prod(plan.lead[:-1]) * plan.heads, plan.lead[-1] // plan.heads, -(-plan.n // plan.tile)
     dtype, parts = limits["scale"].dtype, _entries(plan, arrays)
     pairs = [name for name in PAIR if name in parts]
     share = 0.5 ** (plan.m - 1).bit_length()  # a power of two, so that nothing is rounded but what is nearly 0
 
     def tile(number, results):
-        entry, head = number // (group * tiles) * plan.together, number // tiles % group
-        first = jnp.minimum(number % tiles * plan.rows, plan.n - plan.rows)
+        entry, head = number // (group * tiles) * plan.heads_at_once, number // tiles % group
+        first = jnp.minimum(number % tiles * plan.tile, plan.n - plan.tile)
 
         def part(name, *places):
             """From and size on each axis; all of one where one place stands for every, and of those not named."""
             x, index = parts[name]
-            own = plan.together if index[0] != index[plan.together - 1] else 1  # of the heads, or one for all
+            own = plan.heads_at_once if index[0] != index[plan.heads_at_once - 1] else 1  # of the heads, or one for all
             places = [(entry if len(x) == count else jnp.asarray(index)[entry], own), *places]
             places += [(jnp.int32(0), size) for size in x.shape[len(places) :]]
             sizes = [min(size, most) for (_, size), most in zip(places, x.shape, strict=True)]
@@ -324,34 +260,35 @@ def _forward(plan, inputs, limits):
             return {"key": part("key", (start, size)), "value": part("value", (start, size)) * share}
 
         def inside(carry, at):
-            return _absorb(carry, rows, keys(at, plan.columns), {}, limits, None)
+            return _absorb(carry, rows, keys(at, plan.block), {}, limits, None)
 
         def edge(carry, at):
-            start = jnp.minimum(at, plan.m - plan.edge)
-            here = {name: part(name, (head, 1), (first, plan.rows), (start, plan.edge))[:, 0] for name in pairs}
-            return _edge(_absorb, carry, rows, keys(start, plan.edge), here, limits, low, high, start, at, plan.holes)
+            start = jnp.minimum(at, plan.m - plan.cut_block)
+            here = {name: part(name, (head, 1), (first, plan.tile), (start, plan.cut_block))[:, 0] for name in pairs}
+            return _edge(_absorb, carry, rows, keys(start, plan.cut_block), here, limits, low, high, start, at, plan.gaps)
 
         def walk(carry, at, count, size, step):  # as far as the data say: no derivative goes through here
             count = jnp.maximum(0, count)
             return lax.fori_loop(0, count, lambda i, carry: step(carry, at + i * size), carry), at + count * size
 
-        rows = {name: part(name, (head * plan.n + first, plan.rows)) for name in ROW if name in parts}
+        rows = {name: part(name, (head * plan.n + first, plan.tile)) for name in ROW if name in parts}
         rows = {name: x[0] if name in ("low", "high") else x for name, x in rows.items()}
         rows, low, high = _bounded(rows, limits, plan.m)
         lowest, inner_lowest, inner_highest, highest = low.min(), low.max(), high.min(), high.max()
-        shape = plan.together, plan.rows
+        shape = plan.heads_at_once, plan.tile
         sums, at = _zeros((*shape, 1), limits), jnp.clip(lowest, 0, plan.m)
         carry = sums + jnp.finfo(dtype).min, sums, _zeros((*shape, inputs["value"].shape[-1]), limits)
         limited = pairs or "low" in arrays or "high" in arrays
-        if limited and plan.edge == plan.m:
+        if limited and plan.cut_block == plan.m:
             carry = edge(carry, jnp.int32(0))
         else:
             if "low" in arrays:
-                carry, at = walk(carry, at, -((at - jnp.minimum(inner_lowest, highest)) // plan.edge), plan.edge, edge)
+                uneven = -((at - jnp.minimum(inner_lowest, highest)) // plan.cut_block)
+                carry, at = walk(carry, at, uneven, plan.cut_block, edge)
             if not pairs:
-                carry, at = walk(carry, at, (inner_highest - at) // plan.columns, plan.columns, inside)
+                carry, at = walk(carry, at, (inner_highest - at) // plan.block, plan.block, inside)
             if limited:
-                carry, at = walk(carry, at, -((at - highest) // plan.edge), plan.edge, edge)
+                carry, at = walk(carry, at, -((at - highest) // plan.cut_block), plan.cut_block, edge)
         top, sums, total = carry
         empty = sums == 0
         sums = jnp.where(empty, 1, sums)
@@ -361,7 +298,7 @@ def _forward(plan, inputs, limits):
 
     shape = count, group * plan.n
     results = _zeros((*shape, inputs["value"].shape[-1]), limits), _zeros(shape, limits)
-    results = lax.fori_loop(jnp.int32(0), jnp.int32(count // plan.together * group * tiles), tile, results)
+    results = lax.fori_loop(jnp.int32(0), jnp.int32(count // plan.heads_at_once * group * tiles), tile, results)
     return tuple(x.reshape(*plan.lead, plan.n, *x.shape[2:]) for x in results)
 
 
@@ -383,8 +320,8 @@ def _tangent(plan, inputs, limits):
 
 def _entry(plan, arrays, limits):
     """One entry's results, (group * n, ...)."""
-    tiles, group = -(-plan.n // plan.rows), plan.lead[-1] // plan.heads
-    n, m = tiles * plan.rows, max(plan.m, plan.blocks * plan.edge)
+    tiles, group = -(-plan.n // plan.tile), plan.lead[-1] // plan.heads
+    n, m = tiles * plan.tile, max(plan.m, plan.cut_blocks * plan.cut_block)
     pairs = {name: _wide(x) for name, x in arrays.items() if name in PAIR}
     for axis, size in ((1, n), (2, m)):
         pairs = {name: x if x.shape[axis] == 1 else _fill(x, axis, size) for name, x in pairs.items()}
@@ -393,13 +330,13 @@ def _entry(plan, arrays, limits):
     if n != plan.n:
         ends = {"low": plan.m}  # a row that is no query sees nothing
         rows = {name: _fill(x.reshape(group, plan.n, *x.shape[1:]), 1, n, ends.get(name, 0)) for name, x in rows.items()}
-    rows = {name: x.reshape(group * tiles, plan.rows, *x.shape[2 if n != plan.n else 1 :]) for name, x in rows.items()}
+    rows = {name: x.reshape(group * tiles, plan.tile, *x.shape[2 if n != plan.n else 1 :]) for name, x in rows.items()}
 
     @partial(jax.checkpoint, prevent_cse=False)
     def tile(given):
         number, rows = given
         mine = {
-            name: _cut(_cut(x, 0, number // tiles, 1)[0], 0, number % tiles * plan.rows, plan.rows) for name, x in pairs.items()
+            name: _cut(_cut(x, 0, number // tiles, 1)[0], 0, number % tiles * plan.tile, plan.tile) for name, x in pairs.items()
         }
         return _tile(plan, rows, keys, mine, limits)
 
@@ -428,24 +365,24 @@ def _tile(plan, rows, keys, pairs, limits):
     limited = "low" in rows or "high" in rows
     rows, low, high = _bounded(rows, limits, plan.m)
     lowest, inner_lowest, inner_highest, highest = low.min(), low.max(), high.min(), high.max()
-    span = plan.blocks * plan.edge
+    span = plan.cut_blocks * plan.cut_block
     first = jnp.clip(lowest, 0, len(keys["key"]) - span)
     keys = {name: x if len(x) == span else lax.dynamic_slice_in_dim(x, first, span) for name, x in keys.items()}
-    keys = {name: x.reshape(plan.blocks, plan.edge, -1) for name, x in keys.items()}
+    keys = {name: x.reshape(plan.cut_blocks, plan.cut_block, -1) for name, x in keys.items()}
     keys = {name: x.swapaxes(1, 2) if name[0] == "d" else x for name, x in keys.items()}  # for the backward pass's products
 
     @partial(jax.checkpoint, prevent_cse=False)
     def block(carry, given):
         number, keys = given
-        start = first + number * plan.edge
-        end = start + plan.edge
+        start = first + number * plan.cut_block
+        end = start + plan.cut_block
 
         def inside():
             return _along(carry, rows, keys, {}, limits, None)
 
         def edge():
-            here = {name: _cut(x, 1, start, plan.edge) for name, x in pairs.items()}
-            return _edge(_along, carry, rows, keys, here, limits, low, high, start, start, plan.holes)
+            here = {name: _cut(x, 1, start, plan.cut_block) for name, x in pairs.items()}
+            return _edge(_along, carry, rows, keys, here, limits, low, high, start, start, plan.gaps)
 
         if not limited:
             return (edge() if pairs else inside()), None
@@ -454,10 +391,10 @@ def _tile(plan, rows, keys, pairs, limits):
             return lax.cond(some, edge, lambda: carry), None
         return lax.switch(jnp.where(some, jnp.where(whole, 1, 2), 0), [lambda: carry, inside, edge]), None
 
-    carry = _zeros((plan.rows, 1), limits), _zeros((plan.rows, keys["value"].shape[-1]), limits)
-    if plan.blocks == 1:
+    carry = _zeros((plan.tile, 1), limits), _zeros((plan.tile, keys["value"].shape[-1]), limits)
+    if plan.cut_blocks == 1:
         carry, _ = block(carry, (0, {name: x[0] for name, x in keys.items()}))
     else:
-        carry, _ = lax.scan(block, carry, (jnp.arange(plan.blocks), keys))
+        carry, _ = lax.scan(block, carry, (jnp.arange(plan.cut_blocks), keys))
     sums, total = carry
     return total - sums * rows["output"], sums[:, 0]
