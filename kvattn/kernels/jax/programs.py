@@ -135,7 +135,7 @@ def _split(call, n):
     """(what of a call of n queries is part of its program, what is an argument of that)."""
     given = {name: x for name in _TRACED if (x := getattr(call, name)) is not None}
     given |= {name: x for name in ("score", "normalize") if type(x := getattr(call, name)) is Partial}
-    if call.scale is not None and (jax_gpu.device() is None or type(call.scale) is not float):  # cuDNN's is part of its program
+    if call.scale is not None and not (isinstance(call.scale, float) and jax_gpu.device()):  # cuDNN's is part of its program
         given["scale"] = call.scale
     if not call.windowed:
         call = call._replace(query_offset=0)  # nobody asks where the queries stand
@@ -156,8 +156,9 @@ def serves_other_offsets(call, n, module):
 
 def _traces_offset(call, n):
     """Not an offset of 0, which a kernel has to know, nor one of many queries in a window, which is cut into blocks by it."""
-    cut = call.left is not None and call.right is not None and n > bands.BLOCK
-    return not (type(call.query_offset) is int and (call.query_offset == 0 or cut))
+    if type(call.query_offset) is not int or call.query_offset == 0:
+        return type(call.query_offset) is not int
+    return call.left is None or call.right is None or type(n) is not int or n <= bands.BLOCK
 
 
 def _is_own(call, module):
