@@ -1,10 +1,12 @@
-"""TensorFlow's plan of blocks, in plain integers: a window's pairs, counted, are the pairs of its blocks, each once."""
+"""Plans in plain integers: TensorFlow's blocks hold the pairs of a window each once, JAX's reach every key in it."""
 
 import itertools
 
 import numpy as np
 import pytest
 
+from kvattn.call import Call
+from kvattn.kernels.jax import plans
 from kvattn.kernels.tensorflow import plan
 
 
@@ -42,3 +44,29 @@ def test_blocks_hold_the_pairs_of_the_window_each_once(left, right, every_query)
 def test_queries_of_a_block():
     assert [plan.size(np, m, 1000, 50, 4) for m in (0, 10, 25, 1000)] == [50, 50, 40, 4]
     assert plan.size(np, 1000, 20_000, 50, 4) == 20
+
+
+@pytest.mark.parametrize("window", [(None, None), (None, 0), (3, None), (3, 0), (100, 100), (900, 800), (3000, 0)])
+@pytest.mark.parametrize("lengths", [None, (2,), (2, 0)])
+def test_what_a_tile_of_jax_meets(window, lengths):
+    """Also where lengths are given: one for each batch entry, or for each of its queries."""
+    left, right = window
+    for n, m, heads in itertools.product((1, 255, 3000), (1, 300, 5000), (1, 6)):
+        lens = None if lengths is None else np.zeros(tuple(size or n for size in lengths), int)
+        call = Call(score=None, normalize=None, left=left, right=right, valid_lens=lens)
+        found = plans.plan((2, 2 * heads, n, 8), (2, heads, m, 8), call)
+        assert found[:4] == ((2, 2 * heads), heads, n, m)
+        assert found.gaps == (left is not None and lengths == (2, 0))
+        assert heads % found.heads_at_once == 0
+        assert found.heads_at_once == 1 or found.heads_at_once * found.tile * found.cut_block <= 2 * plans.SCORES
+        reached = m if left is None or right is None else min(m, left + found.tile + right)
+        assert found.cut_blocks * found.cut_block >= reached  # else a key in the window of a query met no block
+        assert found.tile <= n
+        assert found.block <= m
+
+
+def test_heads_of_other_lengths_or_offsets_are_tiled_alone():
+    one, two, shape = np.zeros(1, int), np.zeros(2, int), (2, 64, 8)
+    for given, at_once in (({}, 2), ({"valid_lens": two}, 1), ({"valid_lens": one}, 2), ({"query_offset": two, "right": 0}, 1),
+                           ({"query_offset": two}, 2), ({"query_offset": 5, "right": 0}, 2)):  # fmt: skip
+        assert plans.plan(shape, shape, Call(score=None, normalize=None, **given)).heads_at_once == at_once

@@ -55,7 +55,7 @@ def plan(query, key, call):
 
     >>> from kvattn.call import Call
     >>> plan((2, 4096, 64), (2, 4096, 64), Call(score=None, normalize=None, left=100, right=0))[4:]
-    (256, 356, 356, 1, False, 1)
+    (256, 1024, 356, 1, False, 2)
     """
     n, m, lead, left, right = query[-2], key[-2], bands.lead(query, key) or (1,), call.left, call.right
     heads = key[-3] if len(key) > 2 else 1
