@@ -4,6 +4,7 @@ The layers and the short names are MXNet's mx.np: call mxnet.npx.set_np() first,
 """
 
 import functools
+import operator
 
 from kvattn import api, namespace
 from kvattn.kernels.mxnet import symbols
@@ -63,14 +64,7 @@ def _method(name):
 
 numpy, to, reduce_sum, reduce_mean = map(_method, ("asnumpy", "as_in_context", "sum", "mean"))
 astype, reshape, swapaxes, repeat, argmax = map(_method, ("astype", "reshape", "swapaxes", "repeat", "argmax"))
-
-
-def transpose(x):
-    return x.T
-
-
-def size(x):
-    return x.size
+transpose, size = operator.attrgetter("T"), operator.attrgetter("size")
 
 
 def get_key():
