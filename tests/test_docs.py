@@ -34,9 +34,10 @@ def test_what_contributors_are_told_of_is_there():
     assert [name for name in told if not (root / name).exists()] == []
     tox = (root / "tox.ini").read_text(encoding="utf-8")
     assert "torch" in tox.partition("env_list =")[2].partition("\n")[0]
-    assert "weekly = oldest, deep" in tox
+    assert "weekly = all, oldest, deep" in tox
     extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    tools = {re.match(r"[\w-]+", each)[0] for each in extras["dev"]}
+    tools = {re.match(r"[\w-]+", each)[0] for which in ("dev", "test", "lint") for each in extras[which]}
+    assert extras["dev"][0] == "kvattn[test,lint]"  # which tox installs too: tools are named once
     assert tools >= {"pytest", "ruff", "mypy", "tox", "pre-commit"}
 
 
