@@ -98,7 +98,7 @@ def ours(backend: str, options: dict[str, Any], grad: bool) -> Callable[..., Any
     """kvattn's call of query, key, value, and the gradient of the output."""
     import kvattn
 
-    made = kvattn.attention_grad if grad else kvattn.attention
+    made: Any = kvattn.attention_grad if grad else kvattn.attention
     return lambda *given: made(*given, **options, backend=backend)
 
 
