@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kvattn import dispatch
+from kvattn.checks import _show
 
 
 def export_weights(layer: Any) -> dict[str, np.ndarray]:
@@ -67,10 +68,6 @@ def _plain(x: Any) -> bool:
 
 def _fits(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
     return len(found) == len(expected) and all(b is None or a == b for a, b in zip(found, expected, strict=True))
-
-
-def _show(shape: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("?" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
 
 
 def _safetensors() -> Any:
