@@ -3,7 +3,6 @@
 import importlib
 
 import numpy as np
-import pytest
 
 from kvattn import layers
 
@@ -25,12 +24,13 @@ def started(room, seed, **config):
     return room.load(model, w)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_an_encoder_learns_to_sort(backend, seed):
+def test_an_encoder_learns_to_sort(backend):
+    """That it is not luck, NumPy shows by three seeds: each draws the same first values in every framework."""
     room = importlib.import_module(f"rooms.{backend}")
-    _, model = room.train(started(room, seed), batches(400, seed), "adam", 2e-3)
-    right = [np.mean(room.call(model, tokens).argmax(axis=-1) == labels) for tokens, labels in batches(8, 100 + seed)]
-    assert np.mean(right) > 0.95
+    for seed in range(3 if backend == "numpy" else 1):
+        _, model = room.train(started(room, seed), batches(400, seed), "adam", 2e-3)
+        right = [np.mean(room.call(model, tokens).argmax(axis=-1) == labels) for tokens, labels in batches(8, 100 + seed)]
+        assert np.mean(right) > 0.95
 
 
 def test_the_loss_curves_agree(backends):
