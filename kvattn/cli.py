@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 CELLS = "a cell is fenced as ```{.python .input}, ```{code-cell} or ```python, or is a code cell of a notebook"
 
 
+SILENT = 20  # seconds: for longer nothing is left unsaid where there is no bar
+
+
 class _Refused(Exception):
     """The command cannot be carried out as it was given: its message, exit status 2."""
 
@@ -243,10 +246,13 @@ def _named(given: str | None) -> list[str]:
 
 def _lacking(names: list[str], device: str | None) -> dict[str, str]:
     """What each backend that has no such device says; one that does not import is a row of the report, later."""
+    from kvattn.quiet import quiet
+
     lacking: dict[str, str] = {}
     for name in names if device is not None else ():
         try:
-            tab = dispatch.load(name)
+            with quiet():
+                tab = dispatch.load(name)
         except (Exception, SystemExit):
             continue
         try:
@@ -367,13 +373,15 @@ def _in_turn(
     """Each backend, one after another, in this process."""
     from kvattn import conformance, text
     from kvattn.conformance.apart import Judged
+    from kvattn.quiet import quiet
 
     for name in names:
         start = time.perf_counter()
         progress.start(name, len(cases), "importing")
         judged, doing = Judged(name), "it does not import"
         try:
-            dispatch.load(name)
+            with quiet():
+                dispatch.load(name)
             doing = "the suite stopped"
             judged.text = text.attend(words, name, device)
             judged.report = conformance.run(name, cases=cases, progress=partial(begun, name), device=device)
@@ -413,12 +421,13 @@ def _notes(result: Report) -> list[str]:
 
 
 class _Progress:
-    """A bar per backend on a terminal; elsewhere a line per backend when it is done."""
+    """A bar per backend on a terminal; elsewhere a line per backend when it is done, and now and then one that it goes on."""
 
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.console, self.tasks = console, dict[str, Any]()
+        self.said: dict[str, float] = {}  # when it was last said how far a backend is
         columns = (
             TextColumn("{task.description:<10}"),
             BarColumn(30),
@@ -436,6 +445,7 @@ class _Progress:
 
     def start(self, name: str, total: int | None, doing: str) -> None:
         self.name = name
+        self.said[name] = time.perf_counter()
         self.tasks[name] = self.bars.add_task(name, total=total, doing=doing)
 
     def move(self, completed: int, doing: str, name: str | None = None) -> None:
@@ -444,6 +454,9 @@ class _Progress:
 
         doing = clean(doing)[: max(0, self.console.width - 60)]
         self.bars.update(self.tasks[name or self.name], completed=completed, doing=doing)
+        if not self.console.is_terminal and time.perf_counter() - self.said[name or self.name] > SILENT:
+            self.said[name or self.name] = time.perf_counter()
+            self.console.print(f"{name or self.name}: {completed} so far", soft_wrap=True)
 
     def done(self, state: str, outcome: str, name: str | None = None) -> None:
         self.bars.update(self.tasks[name or self.name], total=1, completed=1, doing=state)
@@ -597,6 +610,7 @@ def doctor(options: argparse.Namespace) -> int:
     from rich.text import Text
 
     from kvattn import lend
+    from kvattn.quiet import quiet
     from kvattn.report import clean
 
     console = _console()
@@ -608,7 +622,8 @@ def doctor(options: argparse.Namespace) -> int:
         version = device = "-"
         if name in installed:
             try:
-                version, device = _describe(dispatch.load(name))
+                with quiet():
+                    version, device = _describe(dispatch.load(name))
             except (Exception, SystemExit) as error:  # frameworks fail at import with whatever they like
                 broken[name] = _say(error)
         state = "broken" if name in broken else "works" if name in installed else "not installed"

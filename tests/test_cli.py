@@ -120,6 +120,34 @@ def test_a_failing_case_exits_1_and_is_listed(capsys, world):
     assert "\x1b" not in out
 
 
+def test_a_long_piped_run_says_that_it_goes_on(capsys, world, monkeypatch):
+    monkeypatch.setattr(cli, "SILENT", -1)
+    status, out, _ = run(capsys, "conform", "--backend", "numpy,twin")
+    assert status == 0
+    assert out.splitlines()[:3] == ["numpy: 1 so far", "numpy: 2 so far", out.splitlines()[2]]
+    monkeypatch.setattr(cli, "SILENT", 20)
+    assert "so far" not in run(capsys, "conform", "--backend", "numpy,twin")[1]
+
+
+def test_what_a_framework_says_of_itself_at_import_is_not_shown_unless_it_fails(world, monkeypatch, capfd):
+    twin = dispatch.load("twin")
+
+    def says(fails):
+        os.write(2, b"I0000 custom operations are on")
+        if fails:
+            raise OSError("no library")
+        return twin
+
+    for fails, shown in ((False, ""), (True, "I0000 custom operations are on")):
+        monkeypatch.setattr(dispatch, "_loaded", {})
+        monkeypatch.setattr(dispatch, "_plugins", lambda fails=fails: {"twin": Plugin(lambda: says(fails))})
+        assert cli.main(["doctor"]) == 0
+        assert capfd.readouterr().err == shown
+        monkeypatch.setattr(dispatch, "_loaded", {})
+        assert cli.main(["conform", "--backend", "twin"]) == fails
+        assert capfd.readouterr().err == shown
+
+
 def test_many_failures_are_cut_and_counted(capsys, world):
     world.failing = {"numpy": [(9.0, 4.0, False, "")] * 30, "twin": [(8.0, 4.0, False, "")]}
     status, out, _ = run(capsys, "conform", "--backend", "numpy,twin")

@@ -24,6 +24,7 @@ import numpy as np
 
 from kvattn.conformance.check import Report, Result, run
 from kvattn.conformance.suite import cases
+from kvattn.quiet import quiet
 
 LAST = {"tensorflow": 1, "jax": 2}  # the slowest last, so that the first rows are soon there
 SHARED = {"jax": 16}  # a backend that takes longer than the rest together: its cases are dealt out to all, so many at a time
@@ -163,7 +164,8 @@ def _found(asked: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]
 
     name = asked["backend"]
     try:
-        dispatch.load(name)
+        with quiet():
+            dispatch.load(name)
     except (Exception, SystemExit) as error:  # a framework that fails to import is a row, whatever it raises
         return {"error": f"it does not import: {type(error).__name__}: {error}"}
     found: dict[str, Any] = {}
