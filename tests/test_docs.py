@@ -72,9 +72,9 @@ ELSEWHERE = {  # the file, and what stands there
     "pytest tests/test_mutants.py": ("tox.ini", "numpy: pytest {posargs:tests {[rooms]apart}}"),  # which takes all files
     "ruff check .": ("tox.ini", "ruff check ."),
     "ruff format .": ("tox.ini", "ruff format --check ."),
-    "mypy": ("tox.ini", "commands = mypy"),
+    "mypy": ("tox.ini", "\n    mypy\n"),
     # what is installed is what the environments install, part by part; the hooks call what `lint` calls
-    "pip install -e '.[dev]'": ("tox.ini", "!lint-!types: lessons"),
+    "pip install -e '.[dev]'": ("tox.ini", "!lint: test"),
     "pre-commit install": (".pre-commit-config.yaml", "entry: ruff check --fix"),
 }
 COLLECTED = "pytest"  # the quick loop, which leaves out what takes long
