@@ -110,7 +110,8 @@ def test_the_backend_of_the_page_passes_more_than_it_fails_and_fails_where_the_p
     assert report.passed > 200
     for each in report.failures:
         assert "positions" in each.message or each.group == "not finite"
-    assert report.excused == ["its asarray makes no bfloat16: cases in that dtype are asked in float32"]
+    lacks = [] if "ml_dtypes" in sys.modules else ["its asarray makes no bfloat16: cases in that dtype are asked in float32"]
+    assert report.excused == lacks  # ml_dtypes, which JAX and TensorFlow import, teaches NumPy bfloat16
     assert {"attention_grad"} <= {name for each in report.not_offered for name in each.message.split(": ")[1].split(", ")}
 
 
