@@ -32,9 +32,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Never
 
-from kvattn import bands, checks, dispatch, explanation, prepare
+from kvattn import checks, dispatch, prepare
 from kvattn.cache import KVCache
-from kvattn.call import Call
+from kvattn.call import Call, Explanation
 from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
 
 __all__ = [
@@ -285,7 +285,7 @@ def attention_grad(
     return prepare.given_back(tab, given, wrt, gradients)
 
 
-def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **options: Any) -> explanation.Explanation:
+def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **options: Any) -> Explanation:
     """Which kernel would serve `attention` of these arguments, and why. No attention is computed.
 
     Args:
@@ -308,17 +308,10 @@ def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **op
     back = prepare.returned(options)
     features = (query.shape[-1], key.shape[-1])
     options = prepare.options(tab, query, scores, features, return_lse=back["return_lse"], **options) | back
+    kernel, why = "a kernel of its own", "the backend tells no more, since it has no function choose"
     if hasattr(tab, "choose"):
-        kernel, why = tab.choose(query, key, value, Call.of(query, key, **options))[:2]
-        return explanation.Explanation(dispatch.name_of(tab), checks.device_name(query), kernel, why)
-    offset, window = options["query_offset"], options["window"]
-    if bands.reaches_all(query.shape[-2], key.shape[-2], options["causal"], offset, window):  # as every tab begins
-        options |= {"causal": False, "window": None}
-    if hasattr(tab, "kernel"):
-        kernel, why = tab.kernel(query, key, value, **options)
-    else:
-        kernel, why = explanation.general("the backend tells of no other kernel", query, key, **options)
-    return explanation.Explanation(dispatch.name_of(tab), checks.device_name(query), kernel, why)
+        kernel, why, *_ = tab.choose(query, key, value, Call.of(query, key, **options))
+    return Explanation(dispatch.name_of(tab), checks.device_name(query), kernel, why)
 
 
 def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_lse: bool = False, backend: Any = None) -> Any:

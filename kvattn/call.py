@@ -1,11 +1,11 @@
-"""One description of a call of attention, which the frontend's options become and every kernel takes."""
+"""One description of a call of attention, which every kernel takes; and the kernel that a tab chooses for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from kvattn import bands
+from kvattn import planning
 
 
 class Call(NamedTuple):
@@ -52,8 +52,8 @@ class Call(NamedTuple):
         """The same, without a window that forbids none of these queries any of these keys."""
         if not self.windowed:
             return self
-        limits = False, self.query_offset, (self.left, self.right)
-        return self._replace(left=None, right=None) if bands.reaches_all(query.shape[-2], key.shape[-2], *limits) else self
+        unlimited = planning.allows_all(query.shape[-2], key.shape[-2], self.query_offset, self.left, self.right)
+        return self._replace(left=None, right=None) if unlimited else self
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -105,19 +105,19 @@ class Call(NamedTuple):
 
     def leaves_none_out(self, n: object, m: object) -> bool:
         """Whether the window leaves each query a key and each key a query; False where a size or the offset is unknown."""
-        return bands.covers(n, m, False, self.query_offset, (self.left, self.right))
+        return planning.leaves_none_out(n, m, self.query_offset, self.left, self.right)
 
-    def window_blocks(self, n: object, m: object) -> list[bands.Band]:
+    def window_blocks(self, n: object, m: object) -> list[planning.Block]:
         """Blocks (first query, end, first key, end) that hold every pair in the window; [] where they would save nothing."""
-        return bands.plan(n, m, False, self.query_offset, (self.left, self.right)) if self.windowed else []
+        return planning.window_blocks(n, m, self.query_offset, self.left, self.right) if self.windowed else []
 
-    def cut(self, blocks: list[bands.Band], query: Any, key: Any, value: Any) -> Iterator[tuple[Any, Any, Any, Call]]:
+    def cut(self, blocks: list[planning.Block], query: Any, key: Any, value: Any) -> Iterator[tuple[Any, Any, Any, Call]]:
         """Each block's own query, key, value and call: slices, with lengths and offset counted from its first key.
 
         A query by itself meets just the keys in its window: there is no mask to build then.
         """
         where = {name: getattr(self, name) for name in ("mask", "bias", "valid_lens", "query_offset")}
-        for arrays, at in bands.cuts(blocks, query, key, value, **where):
+        for arrays, at in planning.cut(blocks, query, key, value, **where):
             yield *arrays, self._replace(**at)._of_a_block(*arrays[:2])
 
     def of_selected_keys(self, mask: Any, bias: Any) -> Call:
@@ -136,3 +136,22 @@ class Choice(NamedTuple):
     why: str
     blocks: Sequence[Any] = ()
     run: Callable[..., Any] | None = None
+
+
+def in_window_blocks(blocks: Sequence[Any]) -> str:
+    """What `Call.window_blocks` does to a call, in words."""
+    if len(blocks) == 1:
+        return "the queries beside the keys in their window"
+    return f"{len(blocks)} blocks of queries, each beside the keys in its window"
+
+
+class Explanation(NamedTuple):
+    """What `kvattn.explain` returns: which kernel serves a call, and why; ``str`` of it is a sentence."""
+
+    backend: str
+    device: str
+    kernel: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} on {self.device} serves this call by {self.kernel}: {self.why}"

@@ -164,7 +164,7 @@ def test_a_mask_of_unknown_sizes_is_not_cut(backend, tab):
             said.append(kvattn.explain(x, x, x, mask=mask, window=3, normalize=kvattn.sparsemax))
             return kvattn.attention(x, x, x, mask=mask, window=3, normalize=kvattn.sparsemax)
 
-        with patch("kvattn.bands.cuts", side_effect=AssertionError("it was cut")):
+        with patch("kvattn.planning.cut", side_effect=AssertionError("it was cut")):
             call(tf.ones((1024, 1024), tf.bool))
         assert "window" not in said[0].why
 
@@ -209,13 +209,14 @@ def test_a_backend_that_tells_nothing_is_explained_too():
         """NumPy's tab without `choose`."""
 
         def __getattr__(self, name):
-            if name in ("kernel", "choose", "__name__"):
+            if name in ("choose", "__name__"):
                 raise AttributeError(name)
             return getattr(kvattn.dispatch.load("numpy"), name)
 
     x = np.zeros((1024, 64), "float32")
-    assert kvattn.explain(x, x, x, backend=Mine())[:3] == ("Mine", "cpu", "the formula")
-    assert kvattn.explain(x, x, x, window=3, backend=Mine()).kernel == "the formula, in blocks"
+    told = kvattn.explain(x, x, x, window=3, backend=Mine())
+    assert told[:3] == ("Mine", "cpu", "a kernel of its own")
+    assert "no function choose" in told.why
 
 
 def test_what_sdpa_lacks_is_explained(backend, tab):

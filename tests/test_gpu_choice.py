@@ -146,7 +146,7 @@ def test_outputs_and_gradients_are_numpys(options, sizes):
     with on_a_device() as called:
         found = run("torch", arrays, options)
         leaking = run("torch", reached, options)
-    all_seen = kvattn.bands.reaches_all(n, m, True, options.get("query_offset", 0), None)
+    all_seen = kvattn.planning.allows_all(n, m, options.get("query_offset", 0), None, 0)
     assert len(called) == (0 if all_seen or isinstance(options.get("query_offset"), np.ndarray) else 4)
     for x, y, z in zip(found, leaking, run("numpy", arrays, options), strict=True):
         np.testing.assert_allclose(x, z, atol=1e-12)

@@ -204,10 +204,10 @@ ELSEWHERE = [
     ),
     ("kernels/numpy/gradients.py", "forgets the cap in gradients", "grad_scores * (1 - capped * capped)", "grad_scores"),
     ("kernels/numpy/gradients.py", "forgets the scale in gradients", "grad_scores = grad_scores * scale", "pass"),
-    ("bands.py", "cuts a block too short", "offset + end + right", "offset + end - 1 + right"),
-    ("bands.py", "counts a block's offset from 0", "query_offset + start - first", "query_offset - first"),
-    ("bands.py", "lets every query see one key too far", "m - 1 - offset <= right", "m - 2 - offset <= right"),
-    ("bands.py", "asks the window of the first query only", "offset + n - 1 > left", "offset > left"),
+    ("planning.py", "cuts a block too short", "offset + end + right", "offset + end - 1 + right"),
+    ("planning.py", "counts a block's offset from 0", "query_offset + start - first", "query_offset - first"),
+    ("planning.py", "lets every query see one key too far", "m - 1 - offset <= right", "m - 2 - offset <= right"),
+    ("planning.py", "asks the window of the first query only", "offset + n - 1 > left", "offset > left"),
 ]
 
 
@@ -280,13 +280,13 @@ def test_a_numpy_tab_that(wrong, old, new, group):
 @pytest.mark.parametrize(("file", "wrong", "old", "new"), [pytest.param(*row, id=row[1]) for row in ELSEWHERE])
 def test_a_numpy_tab_beside_which(file, wrong, old, new):
     tab = mutant("numpy", "import math", "import math")
-    if file == "bands.py":
-        call = altered("call.py", "kvattn_mutants.call", "import bands", "import bands")
-        call.bands = altered(file, "kvattn_mutants.bands", old, new)
+    if file == "planning.py":
+        call = altered("call.py", "kvattn_mutants.call", "import planning", "import planning")
+        call.planning = altered(file, "kvattn_mutants.planning", old, new)
         tab.Call = call.Call
     else:
         tab.gradients = altered(file, "kvattn_mutants.gradients", old, new)
-    assert notices(tab, "blocks" if file == "bands.py" else "plain")
+    assert notices(tab, "blocks" if file == "planning.py" else "plain")
 
 
 def of_call(text):

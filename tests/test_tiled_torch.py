@@ -19,7 +19,7 @@ from tiling import INF, NAN, call, draw, judge, room
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvattn
-from kvattn import bands
+from kvattn import planning
 from kvattn.backends import torch as tab
 from kvattn.call import Call
 from kvattn.kernels.torch import plan
@@ -194,7 +194,7 @@ def test_no_score_holds_queries_by_keys_forward_or_back(what):
 def test_no_mask_of_queries_by_keys_is_built(what):
     query, key, value = (torch.randn(2, 4, 300, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3))
     sizes = {"PAIRS": 2**14, "ROWS": 16, "CALL": 2**16}
-    with patch.multiple(plan, **sizes), patch.object(bands, "BLOCK", 32), Largest() as held, torch.no_grad():
+    with patch.multiple(plan, **sizes), patch.object(planning, "BLOCK", 32), Largest() as held, torch.no_grad():
         kvattn.attention(query, key, value, **MASKS[what])
     assert held.size <= max(query.numel(), 2 * 2**14)
 

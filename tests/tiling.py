@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 
 import kvattn
-from kvattn import bands, checks
+from kvattn import checks, planning
 from kvattn.call import Call
 from kvattn.conformance import oracle, tolerance
 from kvattn.conformance.cases import LSE, attend, grid
@@ -297,7 +297,7 @@ class Torch(Differentiating):
 
         with (
             patch.dict(vars(plan), sizes), patch.object(sdpa, "scaled_dot_product_attention", counted),
-            patch.multiple(bands, BLOCK=2, FAN=2),
+            patch.multiple(planning, BLOCK=2, SLICES=2),
         ):  # fmt: skip
             yield served
 

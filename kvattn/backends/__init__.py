@@ -8,7 +8,10 @@ offered by having it.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from kvattn.call import Call
 
 
 class Backend(Protocol):
@@ -50,8 +53,8 @@ class Backend(Protocol):
         """Whether the framework itself converts floating arrays of these two dtypes here (torch.autocast). Optional."""
         ...
 
-    def kernel(self, query: Any, key: Any, value: Any, /, **options: Any) -> tuple[str, str]:
-        """(name, why) of the kernel that serves a call of attention with these options, all of them. Optional."""
+    def choose(self, query: Any, key: Any, value: Any, call: Call, /) -> tuple[Any, ...]:
+        """(name, why, ...) of the kernel that serves a call: `kvattn.call.Choice`, or the two alone. Optional."""
         ...
 
     def attention(self, query: Any, key: Any, value: Any, /, **keywords: Any) -> Any:

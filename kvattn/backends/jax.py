@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn import bands, explanation
-from kvattn.call import Call, Choice
+from kvattn import planning
+from kvattn.call import Call, Choice, in_window_blocks
 from kvattn.kernels.jax import blocks, pairs, programs, tiles
 from kvattn.kernels.jax import gpu as jax_gpu
 
@@ -408,7 +408,7 @@ def choose(query, key, value, call):
     whole = call.return_weights or programs.serves_other_offsets(call, n, __name__)
     if steps := [] if whole else call.window_blocks(n, key.shape[-2]):
         name = "the formula, in blocks" if len(steps) > 1 else "the formula"
-        return Choice(name, f"{why}; {explanation.in_blocks(steps)}", steps, _in_window_blocks)
+        return Choice(name, f"{why}; {in_window_blocks(steps)}", steps, _in_window_blocks)
     if steps := blocks.plan(call.score, query, key):
         why = f"{why}; {len(steps)} blocks of queries, as many as keep memory bounded"
         return Choice("the formula, in blocks", why, steps, partial(blocks.attention, _attend))
@@ -430,7 +430,7 @@ def _attend_plainly(query, key, value, causal=False, return_weights=False, retur
 
 
 def _formula(query, key, value, call, blocks=()):
-    dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
+    dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], planning.heads(query.shape, key.shape)
     allowed = _allowed(n, jnp.arange(key.shape[-2]), query.ndim, call)
     query, key, value = _hide_padding(allowed, query, key, value)
 
@@ -450,7 +450,7 @@ def _formula(query, key, value, call, blocks=()):
 
 def _scores(query, key, call):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
-    n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
+    n, (heads, kv_heads) = query.shape[-2], planning.heads(query.shape, key.shape)
     query = _fold(query, kv_heads)
     if call.scale is None:
         scores = call.score(query, key)
@@ -498,7 +498,7 @@ def _without_query_axis(results, ndim):
 
 def _shapes_selected(query, key, value, call):
     """The shapes and dtypes of what _select returns, and what `choose` asks of its call."""
-    lead, selected = (*bands.lead(query.shape, key.shape), query.shape[-2]), call.positions.shape[-1]
+    lead, selected = (*planning.lead(query.shape, key.shape), query.shape[-2]), call.positions.shape[-1]
     sizes = (1, query.shape[-1]), (selected, key.shape[-1]), (selected, value.shape[-1])
     arrays = (jax.ShapeDtypeStruct((*lead, *size), query.dtype) for size in sizes)
     return *arrays, call.of_selected_keys(mask=call.positions, bias=None)
@@ -506,7 +506,7 @@ def _shapes_selected(query, key, value, call):
 
 def _select(query, key, value, call):
     """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and the call of these."""
-    n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
+    n, m, lead = query.shape[-2], key.shape[-2], planning.lead(query.shape, key.shape)
     index = jnp.broadcast_to(call.positions, (*lead, *call.positions.shape[-2:]))
     inside = (index >= 0) & (index < m) & ~_repeated(index)
     if m == 0:  # one key that nobody may attend to, so that there is something to gather

@@ -18,8 +18,8 @@ from functools import partial, reduce
 
 import numpy
 
-from kvattn import bands, explanation
-from kvattn.call import Call, Choice
+from kvattn import planning
+from kvattn.call import Call, Choice, in_window_blocks
 from kvattn.kernels.mxnet import quirks, views
 from kvattn.lend import lend
 
@@ -392,7 +392,7 @@ def choose(query, key, value, call):
         return Choice("NumPy's", why, (), partial(views.attention, shapes))
     n, m = shapes[0][-2], shapes[1][-2]
     selected = m if call.positions is None else call.positions.shape[-1]
-    if 0 in (*bands.lead(*shapes[:2]), n, m, selected):
+    if 0 in (*planning.lead(*shapes[:2]), n, m, selected):
         return Choice("nothing", "there is no query, or no key", (), _nothing)
     if call.positions is not None:
         obstacle = views.obstacle(sys.modules[__name__], query.ctx, shapes, call.of_selected_keys(None, None))
@@ -402,9 +402,9 @@ def choose(query, key, value, call):
     blocks = [] if call.return_weights else call.window_blocks(n, m)
     if blocks:
         name = "the formula, in blocks" if len(blocks) > 1 else "the formula"
-        return Choice(name, f"{obstacle}; {explanation.in_blocks(blocks)}", blocks, _in_blocks)
+        return Choice(name, f"{obstacle}; {in_window_blocks(blocks)}", blocks, _in_blocks)
     if not (call.return_weights or autograd.is_recording()):  # autograd would keep every block
-        blocks = bands.rows(call.score, *shapes[:2], views.MOST)
+        blocks = planning.memory_blocks(call.score, *shapes[:2], views.MOST)
     if blocks:
         why = f"{obstacle}; {len(blocks)} blocks of queries, as many as keep memory bounded"
         return Choice("the formula, in blocks", why, blocks, _in_blocks)
@@ -418,7 +418,7 @@ def _attend(query, key, value, call):
 
 @quirks.one_batch_axis
 def _formula(query, key, value, call, blocks=()):
-    n, dtype, (heads, kv_heads) = query.shape[-2], query.dtype, bands.heads(query.shape, key.shape)
+    n, dtype, (heads, kv_heads) = query.shape[-2], query.dtype, planning.heads(query.shape, key.shape)
     allowed = _allowed(n, np.arange(key.shape[-2], dtype="int64", ctx=key.ctx), query.ndim, call)
     query, key, value = _hide_padding(allowed, query, key, value)
 
@@ -442,7 +442,7 @@ def _formula(query, key, value, call, blocks=()):
 
 def _scores(query, key, call):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
-    n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
+    n, (heads, kv_heads) = query.shape[-2], planning.heads(query.shape, key.shape)
     query = _fold(query, kv_heads)
     if call.scale is None:
         scores = call.score(query, key)
@@ -478,13 +478,13 @@ def _in_blocks(query, key, value, call, blocks):
 def _by_pairs(query, key, value, call):
     """The formula with a copy of all keys for each query, so that nothing that only others may attend to reaches it."""
     (n, m), keys = (query.shape[-2], key.shape[-2]), np.arange(key.shape[-2], dtype="int64", ctx=key.ctx)[None]
-    blocks = bands.rows(None, query.shape, key.shape, views.MOST) or [(0, n, 0, m)]
+    blocks = planning.memory_blocks(None, query.shape, key.shape, views.MOST) or [(0, n, 0, m)]
     return _in_blocks(query, key, value, call._replace(positions=keys), blocks)
 
 
 def _nothing(query, key, value, call, blocks):
     """The results where there are no queries or no keys: connected, as backward wants a graph."""
-    shape = (*bands.lead(query.shape, key.shape), query.shape[-2])
+    shape = (*planning.lead(query.shape, key.shape), query.shape[-2])
     keys = key.shape[-2] if call.positions is None else call.positions.shape[-1]
     if 0 in shape:
         none = np.concatenate([x.reshape(x.size)[:0] for x in (query, key, value)])
@@ -503,7 +503,7 @@ def _nothing(query, key, value, call, blocks):
 @quirks.one_batch_axis
 def _of_selected_keys(query, key, value, call, blocks):
     """Each query beside the keys that it selects, as a batch entry of its own."""
-    lead = (*bands.lead(query.shape, key.shape), query.shape[-2])
+    lead = (*planning.lead(query.shape, key.shape), query.shape[-2])
     results = _attend(*_select(query, key, value, call))
     results = quirks.each(lambda x: x.reshape(*lead, *x.shape[2:]), results)
     return quirks.each(lambda x: x.astype(query.dtype, copy=False) if x.ndim > len(lead) else x, results)  # but for the lse
@@ -512,7 +512,7 @@ def _of_selected_keys(query, key, value, call, blocks):
 def _select(query, key, value, call):
     """Each query beside the keys it selects: query (r, 1, d), key (r, s, d), value (r, s, v), a row for each query of each
     head and batch entry, and the call of these."""
-    n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
+    n, m, lead = query.shape[-2], key.shape[-2], planning.lead(query.shape, key.shape)
     query, key, value = _wide(query), _wide(key), _wide(value)  # the gradients of what is selected twice are sums
     index = np.broadcast_to(call.positions.astype("int64"), (*lead, n, call.positions.shape[-1]))
     inside = (index >= 0) * (index < m) * np.logical_not(_repeated(index))
@@ -568,7 +568,7 @@ def _attend_grad(query, key, value, grad_output, wrt, call):
     if not views.obstacle(sys.modules[__name__], query.ctx, shapes, call):
         return views.attention_grad(shapes, query, key, value, grad_output, wrt, call)
     few = call.positions is not None or call.left is not None or call.right not in (None, 0)  # pairs, in a window
-    if not few and (blocks := bands.rows(call.score, *shapes[:2], views.MOST // 4)):
+    if not few and (blocks := planning.memory_blocks(call.score, *shapes[:2], views.MOST // 4)):
         return _grad_in_blocks(query, key, value, grad_output, wrt, call, blocks)
     bound = call.score.keywords if isinstance(call.score, partial) else {}
 

@@ -9,8 +9,8 @@ from functools import partial, reduce
 
 import numpy as np
 
-from kvattn import bands, explanation
-from kvattn.call import Call, Choice
+from kvattn import planning
+from kvattn.call import Call, Choice, in_window_blocks
 from kvattn.kernels.numpy import gradients, memory, tiled, tiles
 
 HALF = ("float16", "bfloat16")
@@ -327,7 +327,7 @@ def choose(query, key, value, call):
     """The kernel that serves a call: Choice(kernel, why, blocks, run). It looks at the call and the shapes of the arrays."""
     if call.positions is None:
         return _choose(query.shape, key.shape, call)
-    each, selected = (*bands.lead(query.shape, key.shape), query.shape[-2]), call.positions.shape[-1]
+    each, selected = (*planning.lead(query.shape, key.shape), query.shape[-2]), call.positions.shape[-1]
     alone = call.of_selected_keys(mask=call.positions, bias=None)  # that there is a mask counts here, not which
     choice = _choose((*each, 1, query.shape[-1]), (*each, selected, key.shape[-1]), alone)
     why = f"{choice.why}; each query beside the {selected} keys it selects"
@@ -344,7 +344,7 @@ def _choose(query, key, call):
     blocks = [] if call.return_weights else call.window_blocks(query[-2], key[-2])
     if blocks:
         kernel = "the formula, in blocks" if len(blocks) > 1 else "the formula"
-        return Choice(kernel, f"{why}; {explanation.in_blocks(blocks)}", blocks, _in_blocks)
+        return Choice(kernel, f"{why}; {in_window_blocks(blocks)}", blocks, _in_blocks)
     if not few and (blocks := memory.query_blocks(call.score, query, key)):
         why = f"{why}; {len(blocks)} blocks of queries, as many as keep memory bounded"
         return Choice("the formula, in blocks", why, blocks, _in_blocks)
@@ -357,7 +357,7 @@ def _attend(query, key, value, call):
 
 
 def _formula(query, key, value, call, blocks=()):
-    dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
+    dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], planning.heads(query.shape, key.shape)
     allowed = _allowed(n, np.arange(key.shape[-2]), query.ndim, call)
     query, key, value = _hide_padding(allowed, query, key, value)
 
@@ -381,7 +381,7 @@ def _formula(query, key, value, call, blocks=()):
 
 def _scores(query, key, call):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
-    n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
+    n, (heads, kv_heads) = query.shape[-2], planning.heads(query.shape, key.shape)
     query = _fold(query, kv_heads)
     if call.scale is None:
         scores = memory.scores(call.score, query, key)
@@ -418,7 +418,7 @@ def _dropout(weights, rate, rng):
 
 def _select(query, key, value, call):
     """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and the call of these."""
-    n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
+    n, m, lead = query.shape[-2], key.shape[-2], planning.lead(query.shape, key.shape)
     index = call.positions
     inside = (index >= 0) & (index < m) & ~_repeated(index)
     if m == 0:  # one key that nobody may attend to, so that there is something to gather

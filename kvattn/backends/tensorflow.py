@@ -10,8 +10,8 @@ from functools import partial, reduce
 import numpy as np
 import tensorflow as tf
 
-from kvattn import bands, explanation
-from kvattn.call import Call, Choice
+from kvattn import planning
+from kvattn.call import Call, Choice, in_window_blocks
 from kvattn.kernels.tensorflow import blocks, nonfinite, quirks, tiles
 
 HALF = (tf.float16, tf.bfloat16)
@@ -72,7 +72,7 @@ def converts(x, y):
 
 def _heads(query, key):
     """(query heads, key heads), or (None, None) where one is unknown: they count as equal, or broadcast."""
-    heads = bands.heads(query.shape, key.shape)
+    heads = planning.heads(query.shape, key.shape)
     return (None, None) if None in heads else heads
 
 
@@ -410,7 +410,7 @@ def choose(query, key, value, call):
     cuttable = not any(None in x.shape[-2:] for x in (call.mask, call.bias) if x is not None)
     if cuttable and not call.return_weights and (plan := call.window_blocks(query.shape[-2], key.shape[-2])):
         name = "the formula" if len(plan) == 1 else "the formula, in blocks"
-        return Choice(name, f"{obstacle}; {explanation.in_blocks(plan)}", plan, _in_the_window)
+        return Choice(name, f"{obstacle}; {in_window_blocks(plan)}", plan, _in_the_window)
     if plan := blocks.plan(query, key, value, call):
         why = f"{obstacle}; {len(plan)} blocks of queries, as many as keep memory bounded"
         return Choice("the formula, in blocks", why, plan, partial(blocks.attention, tab, _by_formula))

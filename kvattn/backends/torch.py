@@ -14,8 +14,8 @@ from functools import partial, reduce, wraps
 import numpy as np
 import torch
 
-from kvattn import bands, explanation
-from kvattn.call import Call, Choice
+from kvattn import planning
+from kvattn.call import Call, Choice, in_window_blocks
 from kvattn.kernels.torch import gpu, nonfinite, sdpa, traces
 
 HALF = (torch.float16, torch.bfloat16)
@@ -391,7 +391,7 @@ def choose(query, key, value, call):
     blocks = [] if call.return_weights else call.window_blocks(query.shape[-2], key.shape[-2])
     if blocks:
         kernel = "the formula, in blocks" if len(blocks) > 1 else "the formula"
-        return Choice(kernel, f"{obstacle}; {explanation.in_blocks(blocks)}", blocks, _in_blocks)
+        return Choice(kernel, f"{obstacle}; {in_window_blocks(blocks)}", blocks, _in_blocks)
     if blocks := sdpa.blocks_of_scores(query, key, call.score):
         why = f"{obstacle}; {len(blocks)} blocks of queries, as many as keep memory bounded"
         return Choice("the formula, in blocks computed again", why, blocks, _in_blocks_computed_again)
@@ -404,12 +404,12 @@ def _attend(query, key, value, call):
 
 
 def _formula(query, key, value, call, blocks=()):
-    dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], bands.heads(query.shape, key.shape)
+    dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], planning.heads(query.shape, key.shape)
     allowed = _mask(query, key, call)
     query, key, value = _hide_padding(allowed, query, key, value)
 
     def pairs():  # as they lie for each key head
-        return _fold(allowed.expand(*bands.lead(query.shape, key.shape), n, key.shape[-2]), kv_heads)
+        return _fold(allowed.expand(*planning.lead(query.shape, key.shape), n, key.shape[-2]), kv_heads)
 
     # weights = normalize(score(query, key)): (..., h, n, m)
     scores = _scores(query, key, call)
@@ -432,7 +432,7 @@ def _formula(query, key, value, call, blocks=()):
 
 def _scores(query, key, call):
     """What the normaliser is given: (..., h, n, m), float32 for half precision."""
-    n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
+    n, (heads, kv_heads) = query.shape[-2], planning.heads(query.shape, key.shape)
     query = _fold(query, kv_heads)
     if call.scale is None:
         scores = call.score(query, key)
@@ -488,7 +488,7 @@ def _dropout(weights, rate, rng):
 
 def _select(query, key, value, call):
     """Each query beside the keys it selects: query (..., h, n, 1, d), key (..., h, n, s, d), value, and the call of these."""
-    n, m, lead = query.shape[-2], key.shape[-2], bands.lead(query.shape, key.shape)
+    n, m, lead = query.shape[-2], key.shape[-2], planning.lead(query.shape, key.shape)
     index = call.positions.long().expand(*lead, n, call.positions.shape[-1])
     inside = (index >= 0) & (index < m) & ~_repeated(index)
     if m == 0:  # one key that nobody may attend to, so that there is something to gather

@@ -6,17 +6,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kvattn import bands
+from kvattn import planning
 
 PAIRS = 2**22  # numbers that are held at one time: scores, and their features
 PAIRS_GPU = 2**26  # where smaller blocks would not keep the device busy
 
 
 def plan(score, query, key):
-    """Blocks of queries, as bands.plan's; [] where one block is all, or where sizes are unknown yet, in jax.export."""
+    """Blocks of queries, as `planning.memory_blocks`; [] where one block is all, or sizes are unknown (jax.export)."""
     if any(type(size) is not int for size in (*query.shape, *key.shape)):
         return []
-    return bands.rows(score, query.shape, key.shape, PAIRS if jax.default_backend() == "cpu" else PAIRS_GPU)
+    return planning.memory_blocks(score, query.shape, key.shape, PAIRS if jax.default_backend() == "cpu" else PAIRS_GPU)
 
 
 def attention(attend, query, key, value, call, steps):

@@ -13,7 +13,7 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from kvattn import bands
+from kvattn import planning
 from kvattn.kernels.jax import blocks
 
 _apart = ContextVar("apart", default=False)
@@ -39,13 +39,13 @@ def attention(tab, query, key, value, call, steps=()):
     Each block draws its dropout, so that the draws are others than those of a call where all is finite.
     """
     features = max(1, query.shape[-1], value.shape[-1])
-    steps = bands.rows(call.score, query.shape, key.shape, max(1, blocks.PAIRS // features))
+    steps = planning.memory_blocks(call.score, query.shape, key.shape, max(1, blocks.PAIRS // features))
     attend = partial(_alone, tab)
     return blocks.attention(attend, query, key, value, call, steps) if steps else attend(query, key, value, call)
 
 
 def _alone(tab, query, key, value, call):
-    lead, n, m = bands.lead(query.shape, key.shape), query.shape[-2], key.shape[-2]
+    lead, n, m = planning.lead(query.shape, key.shape), query.shape[-2], key.shape[-2]
     allowed = tab._allowed(n, jnp.arange(m), query.ndim, call)
     mask, bias = (None if x is None else jnp.broadcast_to(x, (*lead, n, m))[..., None, :] for x in (allowed, call.bias))
     query = jnp.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :]  # (..., n, 1, d)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvattn import bands
+from kvattn import planning
 
 TILE, BLOCK = 1024, 1024  # queries of a tile, keys of a block
 CAUSAL_TILE, WINDOW_TILE = 512, 256  # queries of a tile that causal or a window, and that a window on both sides, cuts
@@ -29,7 +29,7 @@ def obstacle(tab, query, key, value, call):
     unread = call.windowed or call.valid_lens is not None  # so that blocks need not look at all keys
     if not (n * m >= FEWEST_SCORES if n >= FEWEST_QUERIES else m >= MANY_KEYS and unread) or 0 in (*query, *key):
         return "few scores, for which tiles would cost more than they save"
-    lead = bands.lead(query, key)
+    lead = planning.lead(query, key)
     if any(size not in (1, whole) for size, whole in zip(value[:-3], lead[:-1], strict=True)):
         return "the values widen a batch axis"
     return ""
@@ -57,7 +57,7 @@ def plan(query, key, call):
     >>> plan((2, 4096, 64), (2, 4096, 64), Call(score=None, normalize=None, left=100, right=0))[4:]
     (256, 1024, 356, 1, False, 2)
     """
-    n, m, lead, left, right = query[-2], key[-2], bands.lead(query, key) or (1,), call.left, call.right
+    n, m, lead, left, right = query[-2], key[-2], planning.lead(query, key) or (1,), call.left, call.right
     heads = key[-3] if len(key) > 2 else 1
     both = left is not None and right is not None
     tile = _part(n, WINDOW_TILE if both and WINDOW_TILE + left + right <= WINDOW else CAUSAL_TILE if call.windowed else TILE)

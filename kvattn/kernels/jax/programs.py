@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, auto_axes, get_abstract_mesh
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
-from kvattn import bands
+from kvattn import planning
 from kvattn.kernels.jax import gpu as jax_gpu
 from kvattn.kernels.jax import pairs
 
@@ -158,7 +158,7 @@ def _traces_offset(call, n):
     """Not an offset of 0, which a kernel has to know, nor one of many queries in a window, which is cut into blocks by it."""
     if type(call.query_offset) is not int or call.query_offset == 0:
         return type(call.query_offset) is not int
-    return call.left is None or call.right is None or type(n) is not int or n <= bands.BLOCK
+    return call.left is None or call.right is None or type(n) is not int or n <= planning.BLOCK
 
 
 def _is_own(call, module):

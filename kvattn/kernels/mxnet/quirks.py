@@ -9,7 +9,7 @@ import math
 from contextlib import nullcontext
 from functools import partial, wraps
 
-from kvattn import bands
+from kvattn import planning
 from kvattn.lend import lend
 
 with lend():
@@ -42,7 +42,7 @@ def scoring(function):
     """MXNet cannot broadcast what has no elements, and says so only later, in another call; nor two arrays of many axes."""
 
     def apart(query, key, *args, **kwargs):
-        lead, n, m = bands.lead(query.shape, key.shape), query.shape[-2], key.shape[-2]
+        lead, n, m = planning.lead(query.shape, key.shape), query.shape[-2], key.shape[-2]
         if 0 in (*lead, n, m, *key.shape[:-2]):
             shape = (*lead, n, m)
             return np.zeros(shape, dtype="float32" if query.dtype.name == "float16" else query.dtype, ctx=query.ctx)
@@ -67,7 +67,7 @@ def one_batch_axis(kernel):
 
     @wraps(kernel)
     def run(query, key, value, call, blocks=()):
-        batch, axes = bands.lead(query.shape, key.shape)[:-1], query.ndim
+        batch, axes = planning.lead(query.shape, key.shape)[:-1], query.ndim
         many = [x for x in (call.mask, call.bias, call.positions) if x is not None and x.ndim > 3]
         if len(batch) < 2 or (len(batch) == 2 and all(x.shape[:-3] == batch for x in (query, key, value, *many))):
             return kernel(query, key, value, call, blocks)

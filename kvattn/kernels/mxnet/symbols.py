@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 import numpy
 
-from kvattn import bands, dispatch, prepare
+from kvattn import dispatch, planning, prepare
 from kvattn.lend import lend
 
 with lend():
@@ -215,7 +215,7 @@ class AttentionShapes(mx.operator.CustomOpProp):
         names, own = self.call.names, self.call.own
         shapes = dict(zip(names[:own], map(tuple, in_shape), strict=False))
         query, key, value = (shapes[name] for name in ("query", "key", "value"))
-        lead = bands.lead(query, key) if len(query) == len(key) else query[:-2]
+        lead = planning.lead(query, key) if len(query) == len(key) else query[:-2]
         rows = (*lead, *query[-2:-1])
         selected = self.call.options.get("positions")
         keys = numpy.shape(selected) if selected is not None else shapes.get("positions", key[:-1])

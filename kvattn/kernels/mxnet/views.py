@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from kvattn import bands
+from kvattn import planning
 from kvattn.backends import numpy as numpy_tab
 from kvattn.kernels.numpy import gradients, tiled
 from kvattn.lend import lend
@@ -146,7 +146,7 @@ class _Lent:
     def __init__(self, call, bound, shapes, dtype):
         self.call, self.bound, self.shapes = call, bound, shapes
         query, key, value = shapes["query"], shapes["key"], shapes["value"]
-        rows = (*bands.lead(query, key), query[-2])
+        rows = (*planning.lead(query, key), query[-2])
         self.results = {"output": ((*rows, value[-1]), dtype)}
         if call.return_lse:
             self.results["lse"] = (rows, np.dtype("float32") if dtype.itemsize == 2 else dtype)

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from kvattn import bands
+from kvattn import planning
 from kvattn.call import Call
 from kvattn.kernels.numpy import memory, threads, tiled, tiled_grad, tiles
 
@@ -255,7 +255,7 @@ def _in_blocks(tab, blocks, sources, grad_output, wrt, call, grad_lse):
 
 def _of_selected_keys(tab, query, key, value, grad_output, wrt, call):
     """The gradients of the selected pairs, added up at the keys they came from."""
-    (n, m), lead = (query.shape[-2], key.shape[-2]), bands.lead(query.shape, key.shape)
+    (n, m), lead = (query.shape[-2], key.shape[-2]), planning.lead(query.shape, key.shape)
     index = np.broadcast_to(call.positions, (*lead, n, call.positions.shape[-1]))
     index = np.clip(index, 0, m - 1).reshape(-1, n, index.shape[-1])
     *selected, of_these = tab._select(query, key, value, call)
@@ -293,7 +293,7 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse):
     """Every gradient, by name, in float32 for half precision, from all scores at one time."""
     score, scale, softcap, bias = call.score, call.scale, call.softcap, call.bias
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
-    n, (heads, kv_heads) = query.shape[-2], bands.heads(query.shape, key.shape)
+    n, (heads, kv_heads) = query.shape[-2], planning.heads(query.shape, key.shape)
     allowed = tab._allowed(n, np.arange(key.shape[-2]), query.ndim, call)
     hidden = tab._hide_padding(allowed, query, key, value)
     query, key, value = (tab._wide(x) for x in hidden)

@@ -17,7 +17,7 @@ import math
 
 import numpy as np
 
-from kvattn import bands
+from kvattn import planning
 from kvattn.kernels.numpy import threads, tiles
 from kvattn.kernels.numpy.tiles import EXP, LOG, UNIT, blocks, fold, product, take
 
@@ -45,7 +45,7 @@ def obstacle(tab, query, key, call):
         return "the score is no dot product"
     if call.normalize not in (tab.softmax, tab.masked_softmax):
         return "the normaliser is no softmax"
-    lead = bands.lead(query, key)
+    lead = planning.lead(query, key)
     if n * m * (lead[-1] if len(lead) > 1 else 1) < SMALLEST_ENTRY:
         return "few scores in each batch entry, for which tiles would cost more than they save"
     return ""

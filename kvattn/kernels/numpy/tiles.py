@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvattn import bands
+from kvattn import planning
 
 ROWS, COLUMNS = 2048, 256  # queries of a tile, keys of a block: fewer queries meet more keys, or more heads
 LONGEST = 8192  # keys of a block
@@ -66,7 +66,7 @@ class Tiling:
         elif call.valid_lens is not None:
             self.lengths = np.clip(call.valid_lens, 0, self.m).reshape(-1).tolist()
 
-        self.lead = bands.lead(query.shape, key.shape)
+        self.lead = planning.lead(query.shape, key.shape)
         self.heads = (key.shape[-3], self.lead[-1] // key.shape[-3])
         shared = (self.heads[0], 1)
         self.entries = max(len(self.offsets), len(self.lengths), 1 if self.per_query is None else len(self.per_query))

@@ -14,7 +14,7 @@ from functools import partial
 
 import tensorflow as tf
 
-from kvattn import bands
+from kvattn import planning
 
 MOST = 2**24  # numbers that a block holds at one time: scores, and their features
 
@@ -37,10 +37,10 @@ def is_kvattns(tab, function):
 
 
 def plan(query, key, value, call, copies=1):
-    """Blocks of queries, as bands.rows'; [] where one block is all, or sizes are unknown. ``copies``: of each number."""
+    """Blocks of queries; [] where one block is all, or sizes are unknown. ``copies``: of each number."""
     if any(None in x.shape for x in (query, key, value, call.mask, call.bias, call.valid_lens) if x is not None):
         return []
-    return bands.rows(call.score, tuple(query.shape), tuple(key.shape), MOST // copies)
+    return planning.memory_blocks(call.score, tuple(query.shape), tuple(key.shape), MOST // copies)
 
 
 def attention(tab, serve, query, key, value, call, plan):
@@ -87,7 +87,7 @@ def attention(tab, serve, query, key, value, call, plan):
         run, tensors = partial(serve_block, i, names), [here[name] for name in names]
         return _recomputed(run, count)(*tensors) if recomputes else run(*tensors)
 
-    lead = bands.lead(tuple(query.shape), tuple(key.shape))
+    lead = planning.lead(tuple(query.shape), tuple(key.shape))
     lse = tf.TensorSpec([*lead, size], tab._wide(query[..., :0]).dtype)
     like = [tf.TensorSpec([*lead, size, value.shape[-1]], query.dtype)]
     like += [tf.TensorSpec([*lead, size, m], query.dtype)] * call.return_weights + [lse] * call.return_lse

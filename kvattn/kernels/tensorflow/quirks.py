@@ -10,7 +10,7 @@ from functools import wraps
 
 import tensorflow as tf
 
-from kvattn import bands
+from kvattn import planning
 
 
 def shape(x):
@@ -23,9 +23,9 @@ def shape(x):
 
 
 def lead(query, key):
-    """The leading axes (..., h) of the scores, as bands.lead has them, where sizes may be unknown."""
+    """The leading axes (..., h) of the scores, as planning.lead has them, where sizes may be unknown."""
     if None not in (*query.shape[:-2], *key.shape[:-2]):
-        return bands.lead(query.shape, key.shape)
+        return planning.lead(query.shape, key.shape)
     batch = tf.broadcast_dynamic_shape(tf.shape(query)[:-3], tf.shape(key)[:-3])
     return (*tf.unstack(batch), *shape(query)[:-2][-1:])
 

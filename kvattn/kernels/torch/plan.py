@@ -29,7 +29,7 @@ def equal_lengths(lengths, n, m, causal, numbers):
 
 
 def blocks_of_masks(n, m, masks, beyond):
-    """Blocks of queries, as bands.plan's, whose masks hold at most PAIRS numbers; [] where one block is all.
+    """Blocks of queries, as planning.window_blocks's, whose masks hold at most PAIRS numbers; [] where one block is all.
 
     ``masks``: how many entries have a mask of their own; ``beyond``: how far past its row a query sees, None for no limit.
 

@@ -25,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from kvattn import bands, explanation
-from kvattn.call import Choice
+from kvattn import planning
+from kvattn.call import Choice, in_window_blocks
 from kvattn.kernels.torch import nonfinite, plan
 from kvattn.kernels.torch.traces import fusible, known, readable, tracing
 
@@ -66,7 +66,7 @@ def choose(query, key, value, call, masked, in_blocks):
     if not call.restricted or (call.only_causal and (type(n) is type(m) is int or known(n == m))):
         return Choice("SDPA", why, (), whole)
     blocks = call.window_blocks(n, m)
-    told = explanation.in_blocks(blocks) if blocks else ""
+    told = in_window_blocks(blocks) if blocks else ""
     if not blocks and (blocks := _blocks_of_masks(query, key, value, call)):
         told = f"{len(blocks)} blocks of queries, as many as keep the masks small"
     if plan.each_sees_a_key(n, m, call):
@@ -108,7 +108,7 @@ def wants_gradients(query, key, value):
 
 def blocks_of_scores(query, key, score):
     """Blocks of queries for the formula, which holds PAIRS numbers at one time; [] where one block is all."""
-    return [] if tracing() or _transformed(query, key) else bands.rows(score, query.shape, key.shape, plan.PAIRS)
+    return [] if tracing() or _transformed(query, key) else planning.memory_blocks(score, query.shape, key.shape, plan.PAIRS)
 
 
 # ---- the ways

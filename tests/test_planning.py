@@ -7,7 +7,7 @@ import pytest
 from near import assert_near
 
 import kvattn
-from kvattn import bands
+from kvattn import planning
 
 
 class Counted:
@@ -25,7 +25,7 @@ def cost(n, **options):
     cut = [0]
     query, key, value = (Counted((n, 2), cut) for _ in range(3))
     where = {"mask": None, "bias": None, "valid_lens": None, "query_offset": 0} | options
-    for _ in bands.cuts(bands.plan(n, n, False, 0, (32, 32)), query, key, value, **where):
+    for _ in planning.cut(planning.window_blocks(n, n, 0, 32, 32), query, key, value, **where):
         pass
     return cut[0]
 
@@ -40,9 +40,9 @@ def test_cuts_of_cuts_are_the_blocks():
     n, m, offset = 6000, 5500, -3
     query, key, value, mask = rng.random((n, 2)), rng.random((m, 2)), rng.random((m, 1)), rng.random((n, m)) < 0.5
     row, lens = rng.random((1, m)), rng.integers(0, m, n)
-    steps = bands.plan(n, m, True, offset, (40, 7))
+    steps = planning.window_blocks(n, m, offset, 40, 0)
     assert len(steps) > 16
-    cuts = bands.cuts(steps, query, key, value, mask=mask, bias=row, valid_lens=lens, query_offset=offset)
+    cuts = planning.cut(steps, query, key, value, mask=mask, bias=row, valid_lens=lens, query_offset=offset)
     for (i, j, k, l), (block, at) in zip(steps, cuts, strict=True):
         for found, expected in zip(
             (*block, at["mask"], at["bias"], at["valid_lens"]),
@@ -62,16 +62,16 @@ def test_what_causal_and_a_window_cover(causal, window):
         right = 0 if causal else right
         sees = (ahead >= -np.inf if left is None else ahead >= -left) & (ahead <= np.inf if right is None else ahead <= right)
         expected = n > 0 and m > 0 and sees.any(axis=0).all() and sees.any(axis=1).all()
-        assert bands.covers(n, m, causal, offset, window) == expected, (n, m, offset)
-    assert not bands.covers(None, 4, causal, 0, window)
-    assert not bands.covers(4, 4, causal, np.array([0, 1]), window)
+        assert planning.leaves_none_out(n, m, offset, left, right) == expected, (n, m, offset)
+    assert not planning.leaves_none_out(None, 4, 0, left, right)
+    assert not planning.leaves_none_out(4, 4, np.array([0, 1]), left, right)
 
 
 def test_a_few_queries_meet_only_the_keys_in_their_window(backend):
-    n, m, options = 2, 2 * bands.FEW, {"causal": True, "query_offset": 1500, "window": (5, None)}
-    assert bands.plan(n, m, True, 1500, (5, None)) == [(0, n, 1495, 1502)]
-    assert bands.plan(n, bands.FEW, True, 900, (5, None)) == []
-    assert bands.plan(n, m, True, 1500, (m // 2, None)) == []
+    n, m, options = 2, 2 * planning.FEW, {"causal": True, "query_offset": 1500, "window": (5, None)}
+    assert planning.window_blocks(n, m, 1500, 5, 0) == [(0, n, 1495, 1502)]
+    assert planning.window_blocks(n, planning.FEW, 900, 5, 0) == []
+    assert planning.window_blocks(n, m, 1500, m // 2, 0) == []
     rng = np.random.default_rng(0)
     query, key, value = (rng.standard_normal((1, 2, length, 4)).astype(np.float32) for length in (n, m, m))
     mask = (np.arange(m) <= 1500 + np.arange(n)[:, None]) & (np.arange(m) >= 1495 + np.arange(n)[:, None])
@@ -84,12 +84,12 @@ def test_a_few_queries_meet_only_the_keys_in_their_window(backend):
 
 def test_a_long_window_is_the_mask_it_stands_for(backend):
     """Long enough for slices of slices."""
-    n = 5 * bands.BLOCK + 20
+    n = 5 * planning.BLOCK + 20
     rng = np.random.default_rng(0)
     query, key, value, grad_output = (rng.standard_normal((1, 2, n, 4)).astype(np.float32) for _ in range(4))
     ahead = np.arange(n) - np.arange(n)[:, None]
     cut, masked = {"window": (9, 5)}, {"mask": (ahead >= -9) & (ahead <= 5)}
-    assert len(bands.plan(n, n, False, 0, cut["window"])) > bands.FAN
+    assert len(planning.window_blocks(n, n, 0, *cut["window"])) > planning.SLICES
     found, expected = (
         [
             kvattn.attention(query, key, value, **options, backend=backend),

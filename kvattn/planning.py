@@ -6,41 +6,39 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-Band = tuple[int, int, int, int]
+Block = tuple[int, int, int, int]
 
 BLOCK = 256  # queries that share one slice of the keys
 FEW = 1024  # keys: not worth a slice for one block
-FAN = 4  # slices cut from one array
+SLICES = 4  # that are cut from one array
 PLAIN = ("dot_score", "scaled_dot_score", "multiplicative_score", "gated_score", "cosine_score")  # these hold no features
 
 
-def plan(n: object, m: object, causal: bool, offset: object, window: tuple[int | None, int | None] | None) -> list[Band]:
-    """Blocks (first query, end, first key, end) that hold every allowed pair; [] where blocks would save nothing.
+def window_blocks(n: object, m: object, offset: object, left: int | None, right: int | None) -> list[Block]:
+    """Blocks that hold every pair in the window; [] where blocks would save nothing, and where a size or the offset is unknown.
 
-    >>> plan(512, 1024, False, 0, (10, 0))
+    >>> window_blocks(512, 1024, 0, 10, 0)
     [(0, 256, 0, 256), (256, 512, 246, 512)]
     """
-    if window is None or not (type(n) is type(m) is type(offset) is int):  # sizes may be unknown, the offset an array
+    if not (type(n) is type(m) is type(offset) is int):
         return []
     assert isinstance(n, int)
     assert isinstance(m, int)
     assert isinstance(offset, int)
-    left, right = window
-    right = 0 if causal else right
-    reach = (m if left is None else left) + (m if right is None else right) + min(n, BLOCK)
-    if 2 * reach > m or (n <= BLOCK and m <= FEW):
+    width = (m if left is None else left) + (m if right is None else right) + min(n, BLOCK)
+    if 2 * width > m or (n <= BLOCK and m <= FEW):
         return []
-    bands = []
+    blocks = []
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
         first = 0 if left is None else offset + start - left
         last = m if right is None else offset + end + right
         first = min(max(first, 0), m)
-        bands.append((start, end, first, max(first, min(last, m))))
-    return bands
+        blocks.append((start, end, first, max(first, min(last, m))))
+    return blocks
 
 
-def held(score: Any, query: tuple[int, ...], key: tuple[int, ...]) -> int:
+def numbers_per_pair(score: Any, query: tuple[int, ...], key: tuple[int, ...]) -> int:
     """How many numbers a score holds for each pair while it computes: as many as there are features, if it is not PLAIN."""
     if getattr(getattr(score, "func", score), "__name__", "") in PLAIN:
         return 1
@@ -49,22 +47,22 @@ def held(score: Any, query: tuple[int, ...], key: tuple[int, ...]) -> int:
     return max(1, query[-1], key[-1], *sizes)
 
 
-def rows(score: Any, query: tuple[int, ...], key: tuple[int, ...], most: int) -> list[Band]:
-    """Blocks of queries, as plan's, that hold at most so many numbers each, all but the last alike; [] where one block is all.
+def memory_blocks(score: Any, query: tuple[int, ...], key: tuple[int, ...], most: int) -> list[Block]:
+    """Blocks of queries beside all keys, all but the last alike, that hold at most so many numbers each; [] where one is all.
 
-    >>> rows(None, (8, 100), (64, 100), 5 * 64 * 100)
+    >>> memory_blocks(None, (8, 100), (64, 100), 5 * 64 * 100)
     [(0, 4, 0, 64), (4, 8, 0, 64)]
     """
     n, m = query[-2], key[-2]
-    size = max(1, most // max(1, m * math.prod(lead(query, key)) * held(score, query, key)))
+    size = max(1, most // max(1, m * math.prod(lead(query, key)) * numbers_per_pair(score, query, key)))
     size = -(-n // -(-n // size)) if n else size
     return [(i, min(i + size, n), 0, m) for i in range(0, n, size)] if size < n else []
 
 
-def reaches_all(n: object, m: object, causal: bool, offset: object, window: tuple[int | None, int | None] | None) -> bool:
-    """Whether causal and window allow every pair; False where a size or the offset is unknown, or an array.
+def allows_all(n: object, m: object, offset: object, left: int | None, right: int | None) -> bool:
+    """Whether the window allows every pair; False where a size or the offset is unknown, or an array.
 
-    >>> reaches_all(1, 1024, True, 1023, None)  # a decoding step: the query stands at the last key
+    >>> allows_all(1, 1024, 1023, None, 0)  # a decoding step: the query stands at the last key
     True
     """
     if not (type(n) is type(m) is type(offset) is int):
@@ -72,17 +70,15 @@ def reaches_all(n: object, m: object, causal: bool, offset: object, window: tupl
     assert isinstance(n, int)
     assert isinstance(m, int)
     assert isinstance(offset, int)
-    left, right = window or (None, None)
-    right = 0 if causal else right
     if left is not None and offset + n - 1 > left:  # the last query, from the first key
         return False
     return right is None or m - 1 - offset <= right  # the last key, from the first query
 
 
-def covers(n: object, m: object, causal: bool, offset: object, window: tuple[int | None, int | None] | None) -> bool:
-    """Whether causal and window leave each query a key and each key a query; False where a size or the offset is unknown.
+def leaves_none_out(n: object, m: object, offset: object, left: int | None, right: int | None) -> bool:
+    """Whether the window leaves each query a key and each key a query; False where a size or the offset is unknown.
 
-    >>> covers(4, 4, True, 0, None), covers(3, 4, True, 0, None)  # nobody sees the fourth key
+    >>> leaves_none_out(4, 4, 0, None, 0), leaves_none_out(3, 4, 0, None, 0)  # nobody sees the fourth key
     (True, False)
     """
     if not (type(n) is type(m) is type(offset) is int and n and m):
@@ -90,8 +86,7 @@ def covers(n: object, m: object, causal: bool, offset: object, window: tuple[int
     assert isinstance(n, int)
     assert isinstance(m, int)
     assert isinstance(offset, int)
-    left, right = window or (None, None)
-    right, end = 0 if causal else right, offset + n - 1  # where the last query stands
+    end = offset + n - 1  # where the last query stands
     if right is not None and (offset + right < 0 or end + right < m - 1):
         return False
     return left is None or (offset - left <= 0 and end - left < m)
@@ -107,26 +102,26 @@ def lead(query: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
     return (*(max(pair) if 0 not in pair else 0 for pair in zip(query[:-3], key[:-3], strict=True)), *query[:-2][-1:])
 
 
-def cuts(
-    steps: list[Band], query: Any, key: Any, value: Any, mask: Any, bias: Any, valid_lens: Any, query_offset: Any
+def cut(
+    blocks: list[Block], query: Any, key: Any, value: Any, mask: Any, bias: Any, valid_lens: Any, query_offset: Any
 ) -> Iterator[tuple[tuple[Any, Any, Any], dict[str, Any]]]:
     """The arguments of each block's own attention: slices, with lengths and offset counted from its first key."""
-    if len(steps) > FAN:  # slices of slices: autodiff fills the whole of what a slice was cut from, for every slice
-        size = -(-len(steps) // FAN)
-        for group in (steps[i : i + size] for i in range(0, len(steps), size)):
+    if len(blocks) > SLICES:  # slices of slices: autodiff fills the whole of what a slice was cut from, for every slice
+        size = -(-len(blocks) // SLICES)
+        for group in (blocks[i : i + size] for i in range(0, len(blocks), size)):
             i, k, j, l = group[0][0], group[0][2], group[-1][1], group[-1][3]
-            for outer, at in cuts([(i, j, k, l)], query, key, value, mask, bias, valid_lens, query_offset):
-                yield from cuts([(a - i, b - i, c - k, d - k) for a, b, c, d in group], *outer, **at)
+            for outer, at in cut([(i, j, k, l)], query, key, value, mask, bias, valid_lens, query_offset):
+                yield from cut([(a - i, b - i, c - k, d - k) for a, b, c, d in group], *outer, **at)
         return
     n, m = query.shape[-2], key.shape[-2]
 
-    def cut(x: Any, start: int, end: int, first: int, last: int) -> Any:
+    def part(x: Any, start: int, end: int, first: int, last: int) -> Any:
         if x is None or len(x.shape) == 0:
             return x
         x = x[..., first:last] if x.shape[-1] == m else x
         return x[..., start:end, :] if len(x.shape) > 1 and x.shape[-2] == n else x
 
-    for start, end, first, last in steps:
+    for start, end, first, last in blocks:
         block = (query[..., start:end, :], key[..., first:last, :], value[..., first:last, :])
         lens = valid_lens
         if lens is not None:
@@ -135,8 +130,8 @@ def cuts(
         yield (
             block,
             {
-                "mask": cut(mask, start, end, first, last),
-                "bias": cut(bias, start, end, first, last),
+                "mask": part(mask, start, end, first, last),
+                "bias": part(bias, start, end, first, last),
                 "valid_lens": lens,
                 "query_offset": query_offset + start - first,
             },
