@@ -16,8 +16,8 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
     ("computes no last edge", "            if limited:\n", "            if False:\n", "lengths"),
     (
         "computes no first edge",
-        "count = -((at - jnp.minimum(inner_lowest",
-        "count = 0 * -((at - jnp.minimum(inner_lowest",
+        "uneven = -((at - jnp.minimum(inner_lowest",
+        "uneven = 0 * -((at - jnp.minimum(inner_lowest",
         LEFT,
     ),
     ("takes the last edge for an inner block", "(inner_highest - at) //", "(highest - at) //", "causal"),
