@@ -1,6 +1,7 @@
 """Every test that asks for ``backend`` runs once for each backend of this run: KVATTN_CONFORMANCE, or all installed."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,24 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def tab(backend):
     return kvattn.dispatch.load(backend)
+
+
+@pytest.fixture(autouse=True)
+def as_mxnet_was():
+    """What a test or a lesson switches on by npx.set_np() is switched on for it alone."""
+    mx, shape, array = _mxnet(), False, False
+    if mx:
+        shape, array = mx.util.is_np_shape(), mx.util.is_np_array()
+    yield
+    if mx := _mxnet():
+        mx.util.set_np_array(False)  # without np_shape it may not be on
+        mx.util.set_np_shape(shape)
+        mx.util.set_np_array(array)
+
+
+def _mxnet():
+    mx = sys.modules.get("mxnet")
+    return mx if hasattr(mx, "util") else None
 
 
 @pytest.fixture(scope="session")
