@@ -37,9 +37,7 @@ def as_mxnet_was():
         shape, array = mx.util.is_np_shape(), mx.util.is_np_array()
     yield
     if mx := _mxnet():
-        mx.util.set_np_array(False)  # without np_shape it may not be on
-        mx.util.set_np_shape(shape)
-        mx.util.set_np_array(array)
+        mx.util.set_np(shape, array)
 
 
 def _mxnet():
