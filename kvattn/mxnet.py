@@ -59,6 +59,7 @@ def _method(name):
     def call(x, *args, **options):
         return getattr(x, name)(*args, **options)
 
+    call.__name__ = call.__qualname__ = name
     return call
 
 
