@@ -136,7 +136,8 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     """Bars of the ratios, a panel for each shape and kind, written to ``path``."""
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row.get("ratio")]
+    yardstick = YARDSTICKS[any("layer" in row for row in rows)]
+    rows = [row for row in rows if row.get("ratio")]  # none where PyTorch is not installed
     panels = list(dict.fromkeys(f"{row['shape']} {row['kind']}" for row in rows)) or ["nothing"]
     names = list(dict.fromkeys(row["what"] for row in rows))
     figure = Figure(figsize=(1.5 + 2.6 * len(panels), 1 + 0.32 * len(names)), layout="constrained")
@@ -149,7 +150,6 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
                 ratio = of[name]["ratio"]
                 axes.barh(at, ratio, color=colour, xerr=[[max(ratio - low, 0)], [max(high - ratio, 0)]])
         axes.axvline(1, color="black", linewidth=0.8)
-        yardstick = YARDSTICKS["layer" in rows[0]]
         axes.set(title=panel, yticks=range(len(names)), yticklabels=names, xlabel=f"time / {yardstick}")
         axes.invert_yaxis() if panel == panels[0] else None
     figure.savefig(path)

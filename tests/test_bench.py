@@ -35,7 +35,7 @@ def test_every_backend_is_timed_and_right(tmp_path, capsys):
     assert (tmp_path / "b.png").stat().st_size > 1000
     said = capsys.readouterr().out
     assert "kvattn numpy" in said
-    assert "on cpu: time /" in said
+    assert "on cpu: time" in said  # and over what, where PyTorch is
 
 
 @pytest.mark.parametrize("device", ["tpuu", "cuda:99"])

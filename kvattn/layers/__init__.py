@@ -236,8 +236,7 @@ def caches(given: Any, blocks: int) -> list[KVCache]:
 def describe(module: dict[str, Any]) -> None:
     """Tell, in the docstrings of a framework's layers, what each argument of the layer and of its call is."""
     for layer in (module[name] for name in LAYERS):
-        _, *names = inspect.signature(layer.__init__).parameters  # of the class, Python 3.11.2 would give __new__'s
-        made = {name: ARGUMENTS[name] for name in names if name not in ("parent", "name")}
+        made = {name: ARGUMENTS[name] for name in inspect.signature(layer).parameters if name not in ("parent", "name")}
         if {"bias", "use_bias"} <= {*made}:
             first, second = (name for name in made if name in ("bias", "use_bias"))
             made[second] = f"another name of {first}, under which other frameworks' lessons know it."

@@ -80,6 +80,9 @@ def _copied(score):
 class DotProductAttention(_Attention):
     """Scaled dot-product attention, d2l's call: layer(queries, keys, values, valid_lens=None, **options)."""
 
+    def __init__(self, dropout=0.0, *, rng=None):  # its own, since Python 3.11.2 tells __new__'s arguments before a base's
+        super().__init__(dropout, rng=rng)
+
 
 class AdditiveAttention(_Attention):
     """Attention by the score w_v . tanh(q W_q + k W_k) with ``num_hiddens`` hidden units."""
