@@ -124,25 +124,51 @@ class Call(NamedTuple):
         """The call once each query lies beside the keys that ``positions`` selects; ``mask``: those it may attend to."""
         return self._replace(mask=mask, bias=bias, valid_lens=None, query_offset=0, left=None, right=None, positions=None)
 
+    # ---- what attention returned
+
+    def joined(self, parts: Sequence[Any], concatenate: Callable[[Any, int], Any]) -> Any:
+        """The results of all queries, of those of each block; ``concatenate``: the framework's, (arrays, axis) -> array."""
+        if not isinstance(parts[0], tuple):
+            return concatenate(parts, -2)
+        axes = [-2] * (1 + self.return_weights) + [-1] * self.return_lse
+        return tuple(concatenate(x, axis) for x, axis in zip(zip(*parts, strict=True), axes, strict=True))
+
+    def without_query_axis(self, results: Any) -> Any:
+        """The results (..., n, 1, c), and lse (..., n, 1), of each query by itself, as those of all: (..., n, c), (..., n)."""
+        if not isinstance(results, tuple):
+            return results[..., 0, :]
+        axes = [-2] * (1 + self.return_weights) + [-1] * self.return_lse
+        return tuple(x[..., 0] if axis == -1 else x[..., 0, :] for x, axis in zip(results, axes, strict=True))
+
 
 class Choice(NamedTuple):
     """The kernel that a tab chose for a call: its name and why, for users; and how it serves the call, for the tab.
 
     ``blocks``: the parts of the call that it serves one after another, blocks of queries or others; none for one. ``run``: a
-    function (query, key, value, call, blocks) -> the results of attention.
+    function (query, key, value, call, blocks) -> the results of attention. ``run_grad``: (query, key, value, grad_output, wrt,
+    call) -> the gradients, where the kernel has its own and the framework cannot differentiate it.
     """
 
     kernel: str
     why: str
     blocks: Sequence[Any] = ()
     run: Callable[..., Any] | None = None
+    run_grad: Callable[..., Any] | None = None
 
+    def in_window(self, blocks: Sequence[Any], run: Callable[..., Any]) -> Choice:
+        """The same kernel for each block of `Call.window_blocks`, which ``run`` goes through."""
+        if len(blocks) > 1:
+            return self.in_blocks(blocks, run, "each beside the keys in its window")
+        return Choice(self.kernel, f"{self.why}; the queries beside the keys in their window", blocks, run)
 
-def in_window_blocks(blocks: Sequence[Any]) -> str:
-    """What `Call.window_blocks` does to a call, in words."""
-    if len(blocks) == 1:
-        return "the queries beside the keys in their window"
-    return f"{len(blocks)} blocks of queries, each beside the keys in its window"
+    def in_blocks(self, blocks: Sequence[Any], run: Callable[..., Any], what: str = "as many as keep memory bounded") -> Choice:
+        """The same kernel for each of these blocks of queries; ``what``: they are, in words."""
+        return Choice(f"{self.kernel}, in blocks", f"{self.why}; {len(blocks)} blocks of queries, {what}", blocks, run)
+
+    def of_selected_keys(self, selected: object, run: Callable[..., Any]) -> Choice:
+        """The same kernel for each query beside the keys that it selects, so many."""
+        why = f"{self.why}; each query beside the {selected} keys it selects"
+        return Choice(f"{self.kernel}, of selected keys", why, (), run)
 
 
 class Explanation(NamedTuple):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvattn import planning
-from kvattn.call import Call, Choice, in_window_blocks
+from kvattn.call import Call, Choice
 from kvattn.kernels.jax import blocks, pairs, programs, tiles
 from kvattn.kernels.jax import gpu as jax_gpu
 
@@ -392,8 +392,7 @@ def choose(query, key, value, call):
     tab = sys.modules[__name__]
     if call.positions is not None:
         choice = choose(*_shapes_selected(query, key, value, call))
-        why = f"{choice.why}; each query beside the {call.positions.shape[-1]} keys it selects"
-        return Choice(f"{choice.kernel}, of selected keys", why, run=_of_selected_keys)
+        return choice.of_selected_keys(call.positions.shape[-1], _of_selected_keys)
     if pairs.apart():
         return Choice("the formula, of pairs apart", "something is not finite", run=partial(pairs.attention, tab))
     why_not_cudnn = jax_gpu.obstacle(tab, query, key, value, call)
@@ -407,11 +406,9 @@ def choose(query, key, value, call):
     why, n = why_not_tiles if jax_gpu.device() is None else why_not_cudnn, query.shape[-2]
     whole = call.return_weights or programs.serves_other_offsets(call, n, __name__)
     if steps := [] if whole else call.window_blocks(n, key.shape[-2]):
-        name = "the formula, in blocks" if len(steps) > 1 else "the formula"
-        return Choice(name, f"{why}; {in_window_blocks(steps)}", steps, _in_window_blocks)
+        return Choice("the formula", why).in_window(steps, _in_window_blocks)
     if steps := blocks.plan(call.score, query, key):
-        why = f"{why}; {len(steps)} blocks of queries, as many as keep memory bounded"
-        return Choice("the formula, in blocks", why, steps, partial(blocks.attention, _attend))
+        return Choice("the formula", why).in_blocks(steps, partial(blocks.attention, _attend))
     return Choice("the formula", why, run=_formula)
 
 
@@ -477,23 +474,12 @@ def _in_window_blocks(query, key, value, call, blocks):
     if call.rng is not None:  # one key would drop the same in all
         rngs = jax.random.split(call.rng, len(blocks))
         cuts = ((*arrays, part._replace(rng=rng)) for (*arrays, part), rng in zip(cuts, rngs, strict=True))
-    parts = [_attend(*cut) for cut in cuts]
-    if not call.return_lse:
-        return jnp.concatenate(parts, axis=-2)
-    return jnp.concatenate([x for x, _ in parts], axis=-2), jnp.concatenate([x for _, x in parts], axis=-1)
+    return call.joined([_attend(*cut) for cut in cuts], jnp.concatenate)
 
 
 def _of_selected_keys(query, key, value, call, blocks):
     """Each query beside the keys that it selects, as a batch entry of its own."""
-    query, key, value, call = _select(query, key, value, call)
-    return _without_query_axis(_attend(query, key, value, call), query.ndim - 1)
-
-
-def _without_query_axis(results, ndim):
-    """The results (..., n, 1, c) of attention of each query by itself as those of all, of ``ndim`` axes."""
-    if not isinstance(results, tuple):
-        return results[..., 0, :]
-    return tuple(x[..., 0] if x.ndim == ndim else x[..., 0, :] for x in results)  # lse has no features
+    return call.without_query_axis(_attend(*_select(query, key, value, call)))
 
 
 def _shapes_selected(query, key, value, call):

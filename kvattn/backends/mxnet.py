@@ -19,7 +19,7 @@ from functools import partial, reduce
 import numpy
 
 from kvattn import planning
-from kvattn.call import Call, Choice, in_window_blocks
+from kvattn.call import Call, Choice
 from kvattn.kernels.mxnet import quirks, views
 from kvattn.lend import lend
 
@@ -389,7 +389,7 @@ def choose(query, key, value, call):
     obstacle = views.obstacle(sys.modules[__name__], query.ctx, shapes, call)
     if not obstacle:
         why = "views of the arrays need no copy, and MXNet's own products of batches are slower"
-        return Choice("NumPy's", why, (), partial(views.attention, shapes))
+        return Choice("NumPy's", why, (), partial(views.attention, shapes), partial(views.attention_grad, shapes))
     n, m = shapes[0][-2], shapes[1][-2]
     selected = m if call.positions is None else call.positions.shape[-1]
     if 0 in (*planning.lead(*shapes[:2]), n, m, selected):
@@ -397,17 +397,14 @@ def choose(query, key, value, call):
     if call.positions is not None:
         obstacle = views.obstacle(sys.modules[__name__], query.ctx, shapes, call.of_selected_keys(None, None))
         name, why = ("the formula", obstacle) if obstacle else ("NumPy's", "views of what is selected need no copy")
-        why = f"{why}; each query beside the {selected} keys it selects"
-        return Choice(f"{name}, of selected keys", why, (), _of_selected_keys)
+        return Choice(name, why).of_selected_keys(selected, _of_selected_keys)
     blocks = [] if call.return_weights else call.window_blocks(n, m)
     if blocks:
-        name = "the formula, in blocks" if len(blocks) > 1 else "the formula"
-        return Choice(name, f"{obstacle}; {in_window_blocks(blocks)}", blocks, _in_blocks)
+        return Choice("the formula", obstacle).in_window(blocks, _in_blocks)
     if not (call.return_weights or autograd.is_recording()):  # autograd would keep every block
         blocks = planning.memory_blocks(call.score, *shapes[:2], views.MOST)
     if blocks:
-        why = f"{obstacle}; {len(blocks)} blocks of queries, as many as keep memory bounded"
-        return Choice("the formula, in blocks", why, blocks, _in_blocks)
+        return Choice("the formula", obstacle).in_blocks(blocks, _in_blocks)
     return Choice("the formula", obstacle, (), _formula)
 
 
@@ -470,9 +467,7 @@ def _in_blocks(query, key, value, call, blocks):
     for block in call.cut(blocks, query, key, value):
         parts.append(_attend(*block))
         (parts[-1][0] if isinstance(parts[-1], tuple) else parts[-1]).wait_to_read()  # else MXNet begins many at one time
-    if not isinstance(parts[0], tuple):
-        return np.concatenate(parts, axis=-2)
-    return tuple(np.concatenate(x, axis=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
+    return call.joined(parts, np.concatenate)
 
 
 def _by_pairs(query, key, value, call):
@@ -564,11 +559,11 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
 
 
 def _attend_grad(query, key, value, grad_output, wrt, call):
-    shapes = query.shape, key.shape, value.shape
-    if not views.obstacle(sys.modules[__name__], query.ctx, shapes, call):
-        return views.attention_grad(shapes, query, key, value, grad_output, wrt, call)
+    choice = choose(query, key, value, call)
+    if choice.run_grad:
+        return choice.run_grad(query, key, value, grad_output, wrt, call)
     few = call.positions is not None or call.left is not None or call.right not in (None, 0)  # pairs, in a window
-    if not few and (blocks := planning.memory_blocks(call.score, *shapes[:2], views.MOST // 4)):
+    if not few and (blocks := planning.memory_blocks(call.score, query.shape, key.shape, views.MOST // 4)):
         return _grad_in_blocks(query, key, value, grad_output, wrt, call, blocks)
     bound = call.score.keywords if isinstance(call.score, partial) else {}
 

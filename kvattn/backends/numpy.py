@@ -10,7 +10,7 @@ from functools import partial, reduce
 import numpy as np
 
 from kvattn import planning
-from kvattn.call import Call, Choice, in_window_blocks
+from kvattn.call import Call, Choice
 from kvattn.kernels.numpy import gradients, memory, tiled, tiles
 
 HALF = ("float16", "bfloat16")
@@ -330,24 +330,21 @@ def choose(query, key, value, call):
     each, selected = (*planning.lead(query.shape, key.shape), query.shape[-2]), call.positions.shape[-1]
     alone = call.of_selected_keys(mask=call.positions, bias=None)  # that there is a mask counts here, not which
     choice = _choose((*each, 1, query.shape[-1]), (*each, selected, key.shape[-1]), alone)
-    why = f"{choice.why}; each query beside the {selected} keys it selects"
-    return Choice(f"{choice.kernel}, of selected keys", why, (), partial(_of_selected_keys, choice))
+    return choice.of_selected_keys(selected, partial(_of_selected_keys, choice))
 
 
-def _choose(query, key, call):
-    """The kernel for arrays of these shapes, where no positions are given."""
+def _choose(query, key, call, wrt=()):
+    """The kernel for arrays of these shapes, where no positions are given; ``wrt``: for the gradients by these."""
     few = math.prod(query) * math.prod(key) <= tiled.TINY  # then nothing is gained by looking further
-    why = tiled.FEW if few else tiled.obstacle(sys.modules[__name__], query, key, call)
+    why = tiled.FEW if few else tiled.obstacle(sys.modules[__name__], query, key, call, wrt)
     if not why:
         why = "softmax of dot products, so many that all at once would fill the memory, not the cache"
         return Choice("tiles", why, (), tiled.attention)
     blocks = [] if call.return_weights else call.window_blocks(query[-2], key[-2])
     if blocks:
-        kernel = "the formula, in blocks" if len(blocks) > 1 else "the formula"
-        return Choice(kernel, f"{why}; {in_window_blocks(blocks)}", blocks, _in_blocks)
+        return Choice("the formula", why).in_window(blocks, _in_blocks)
     if not few and (blocks := memory.query_blocks(call.score, query, key)):
-        why = f"{why}; {len(blocks)} blocks of queries, as many as keep memory bounded"
-        return Choice("the formula, in blocks", why, blocks, _in_blocks)
+        return Choice("the formula", why).in_blocks(blocks, _in_blocks)
     return Choice("the formula", why, (), _formula)
 
 
@@ -395,18 +392,12 @@ def _scores(query, key, call):
 
 def _in_blocks(query, key, value, call, blocks):
     """One block of queries after another."""
-    results = [_attend(*block) for block in call.cut(blocks, query, key, value)]
-    if not isinstance(results[0], tuple):
-        return np.concatenate(results, axis=-2)
-    return tuple(np.concatenate(x, axis=-1 if x[0].ndim < query.ndim else -2) for x in zip(*results, strict=True))
+    return call.joined([_attend(*block) for block in call.cut(blocks, query, key, value)], np.concatenate)
 
 
 def _of_selected_keys(choice, query, key, value, call, blocks):
     """Each query beside the keys that it selects, by the kernel chosen for that."""
-    results = choice.run(*_select(query, key, value, call), choice.blocks)
-    if not isinstance(results, tuple):
-        return results[..., 0, :]
-    return tuple(x[..., 0] if x.ndim <= query.ndim else x[..., 0, :] for x in results)
+    return call.without_query_axis(choice.run(*_select(query, key, value, call), choice.blocks))
 
 
 def _dropout(weights, rate, rng):

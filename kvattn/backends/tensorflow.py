@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from kvattn import planning
-from kvattn.call import Call, Choice, in_window_blocks
+from kvattn.call import Call, Choice
 from kvattn.kernels.tensorflow import blocks, nonfinite, quirks, tiles
 
 HALF = (tf.float16, tf.bfloat16)
@@ -396,12 +396,11 @@ def choose(query, key, value, call):
     tab = sys.modules[__name__]
     if len(query.shape) > 4:
         batch = quirks.lead(query, key)[:-1]
-        return _prepared(quirks.one_batch(query, key, value, call), lambda x: tf.reshape(x, (*batch, *quirks.shape(x)[1:])))
+        apart = partial(tf.nest.map_structure, lambda x: tf.reshape(x, (*batch, *quirks.shape(x)[1:])))
+        return _prepared(quirks.one_batch(query, key, value, call), apart)
     if call.positions is not None:
-        lse_axes, size = len(query.shape), call.positions.shape[-1]
-        choice = _prepared(_select(query, key, value, call), lambda x: x[..., 0] if len(x.shape) == lse_axes else x[..., 0, :])
-        why = f"{choice.why}; each query beside the {size} keys it selects"
-        return choice._replace(kernel=f"{choice.kernel}, of selected keys", why=why)
+        choice = _prepared(_select(query, key, value, call), call.without_query_axis)
+        return choice.of_selected_keys(call.positions.shape[-1], choice.run)
 
     obstacle = tiles.obstacle(tab, query, key, value, call)
     if not obstacle:
@@ -409,18 +408,16 @@ def choose(query, key, value, call):
         return Choice("blocks", why, run=partial(tiles.attention, tab))
     cuttable = not any(None in x.shape[-2:] for x in (call.mask, call.bias) if x is not None)
     if cuttable and not call.return_weights and (plan := call.window_blocks(query.shape[-2], key.shape[-2])):
-        name = "the formula" if len(plan) == 1 else "the formula, in blocks"
-        return Choice(name, f"{obstacle}; {in_window_blocks(plan)}", plan, _in_the_window)
+        return Choice("the formula", obstacle).in_window(plan, _in_the_window)
     if plan := blocks.plan(query, key, value, call):
-        why = f"{obstacle}; {len(plan)} blocks of queries, as many as keep memory bounded"
-        return Choice("the formula, in blocks", why, plan, partial(blocks.attention, tab, _by_formula))
+        return Choice("the formula", obstacle).in_blocks(plan, partial(blocks.attention, tab, _by_formula))
     return Choice("the formula", obstacle, run=_by_formula)
 
 
 def _prepared(arguments, restore):
-    """The choice for a call whose arguments become these first; ``restore``: each result in the shape that was asked for."""
+    """The choice for a call whose arguments become these first; ``restore``: the results in the shape that was asked for."""
     choice = choose(*arguments)
-    return choice._replace(run=lambda *_: tf.nest.map_structure(restore, choice.run(*arguments, choice.blocks)))
+    return choice._replace(run=lambda *_: restore(choice.run(*arguments, choice.blocks)))
 
 
 def _attend(query, key, value, call):
@@ -434,9 +431,7 @@ def _in_the_window(query, key, value, call, plan):
     for i, (*arrays, part) in enumerate(call.cut(plan, query, key, value)):
         rng = None if call.rng is None else (call.rng, i)  # one seed would drop the same pairs in every block
         parts.append(_attend(*arrays, part._replace(rng=rng)))
-    if not call.return_lse:
-        return tf.concat(parts, axis=-2)
-    return tf.concat([x for x, _ in parts], axis=-2), tf.concat([x for _, x in parts], axis=-1)
+    return call.joined(parts, tf.concat)
 
 
 def _by_formula(query, key, value, call, plan=()):

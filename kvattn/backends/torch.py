@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kvattn import planning
-from kvattn.call import Call, Choice, in_window_blocks
+from kvattn.call import Call, Choice
 from kvattn.kernels.torch import gpu, nonfinite, sdpa, traces
 
 HALF = (torch.float16, torch.bfloat16)
@@ -377,9 +377,9 @@ def choose(query, key, value, call):
     """The kernel that serves a call."""
     if call.positions is not None:
         selected = _select(query, key, value, call)
-        kernel, why, blocks, run = choose(*selected)
-        why = f"{why}; each query beside the {call.positions.shape[-1]} keys it selects"
-        return Choice(f"{kernel}, of selected keys", why, (), partial(_of_selected_keys, run, *selected, blocks))
+        choice = choose(*selected)
+        run = partial(_of_selected_keys, choice.run, *selected, choice.blocks)
+        return choice.of_selected_keys(call.positions.shape[-1], run)
     tab = sys.modules[__name__]
     obstacle = call.beyond_softmax(tab, "dropout", "return_weights")
     if query.is_cuda and not obstacle and (choice := gpu.choose(query, key, value, call)):
@@ -390,11 +390,10 @@ def choose(query, key, value, call):
         return sdpa.choose(query, key, value, call, _masked, _in_blocks)
     blocks = [] if call.return_weights else call.window_blocks(query.shape[-2], key.shape[-2])
     if blocks:
-        kernel = "the formula, in blocks" if len(blocks) > 1 else "the formula"
-        return Choice(kernel, f"{obstacle}; {in_window_blocks(blocks)}", blocks, _in_blocks)
+        return Choice("the formula", obstacle).in_window(blocks, _in_blocks)
     if blocks := sdpa.blocks_of_scores(query, key, call.score):
-        why = f"{obstacle}; {len(blocks)} blocks of queries, as many as keep memory bounded"
-        return Choice("the formula, in blocks computed again", why, blocks, _in_blocks_computed_again)
+        words = "as many as keep memory bounded, computed again for gradients"
+        return Choice("the formula", obstacle).in_blocks(blocks, _in_blocks_computed_again, words)
     return Choice("the formula", obstacle, (), _formula)
 
 
@@ -460,10 +459,7 @@ def _masked(query, key, value, call, blocks=()):
 
 def _in_blocks(query, key, value, call, blocks, attend=None):
     """One block of queries after another."""
-    parts = [(attend or _attend)(*block) for block in call.cut(blocks, query, key, value)]
-    if not isinstance(parts[0], tuple):
-        return torch.cat(parts, dim=-2)
-    return tuple(torch.cat(x, dim=-1 if x[0].ndim < query.ndim else -2) for x in zip(*parts, strict=True))
+    return call.joined([(attend or _attend)(*block) for block in call.cut(blocks, query, key, value)], torch.cat)
 
 
 def _in_blocks_computed_again(query, key, value, call, blocks):
@@ -473,10 +469,7 @@ def _in_blocks_computed_again(query, key, value, call, blocks):
 
 def _of_selected_keys(run, query, key, value, call, blocks, *_):
     """What ``run`` gives for each query beside the keys that it selects."""
-    results = run(query, key, value, call, blocks)
-    if not isinstance(results, tuple):
-        return results[..., 0, :]
-    return tuple(x[..., 0] if x.ndim < query.ndim else x[..., 0, :] for x in results)
+    return call.without_query_axis(run(query, key, value, call, blocks))
 
 
 def _dropout(weights, rate, rng):

@@ -51,7 +51,7 @@ def _alone(tab, query, key, value, call):
     query = jnp.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :]  # (..., n, 1, d)
     key, value = (_for_each(n, tab._spread(x, lead)) for x in (key, value))  # (..., n, m, d), (..., n, m, v)
     with computed_apart(False):
-        return tab._without_query_axis(tab._attend(query, key, value, call.of_selected_keys(mask, bias)), query.ndim - 1)
+        return call.without_query_axis(tab._attend(query, key, value, call.of_selected_keys(mask, bias)))
 
 
 def _for_each(n, x):

@@ -209,29 +209,18 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, *, output=Non
     selected = () if call.positions is None else call.positions.shape
     if 0 in (*query.shape[:-1], *key.shape[:-1], *selected):  # no pair, so no gradient
         return tuple(np.zeros(sources[name].shape, sources[name].dtype) for name in wrt)
-    few = query.size * key.size <= tiled.TINY
-    if call.positions is not None:
+    choice = None if selected else tab._choose(query.shape, key.shape, call, wrt)
+    if selected:
         found = _of_selected_keys(tab, query, key, value, grad_output, wrt, call)
-    elif not few and _in_tiles(tab, query, key, wrt, call):
+    elif choice.run is tiled.attention:
         found = tiled_grad.attention_grad(query, key, value, grad_output, call, output, lse, grad_lse)
         found = dict(zip(("query", "key", "value"), found, strict=True))
         return tuple(sum_to(found[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
-    elif blocks := _blocks(call, query.shape, key.shape, few):
-        found = _in_blocks(tab, blocks, sources, grad_output, wrt, call, grad_lse)
+    elif choice.blocks:
+        found = _in_blocks(tab, choice.blocks, sources, grad_output, wrt, call, grad_lse)
     else:
         found = _formula(tab, query, key, value, grad_output, call, grad_lse)
     return tuple(found[name].astype(sources[name].dtype) for name in wrt)
-
-
-def _in_tiles(tab, query, key, wrt, call):
-    """Whether tiles serve the gradients: those by query, key and value, without a softcap."""
-    wanted = set(wrt) <= {"query", "key", "value"} and call.softcap is None
-    return wanted and not tiled.obstacle(tab, query.shape, key.shape, call)
-
-
-def _blocks(call, query, key, few):
-    """The blocks of queries for these shapes: those in the window, else those that keep memory bounded; [] for one."""
-    return call.window_blocks(query[-2], key[-2]) or ([] if few else memory.query_blocks(call.score, query, key))
 
 
 def _in_blocks(tab, blocks, sources, grad_output, wrt, call, grad_lse):

@@ -28,8 +28,8 @@ FEW = "few scores, for which tiles would cost more than they save"
 FLOOR = 2.0**-24  # a sum of exp(scores) below this may have lost small terms
 
 
-def obstacle(tab, query, key, call):
-    """Why tiles do not serve a call of ``tab`` on a query and keys of these shapes; "" where they do.
+def obstacle(tab, query, key, call, wrt=()):
+    """Why tiles do not serve a call of ``tab`` on a query and keys of these shapes, or its gradients; "" where they do.
 
     Small tiles would cost more than they save: so there must be many scores for each batch entry, of which three axes may
     have as many as heads. A call restricted to some of the keys gains by what it does not read.
@@ -41,6 +41,8 @@ def obstacle(tab, query, key, call):
         return "there is nothing to compute"
     if call.dropout or call.return_weights:
         return "dropout" if call.dropout else "the weights are asked for"
+    if wrt and (call.softcap is not None or not {*wrt} <= {"query", "key", "value"}):
+        return "gradients through a softcap, or by something else than query, key and value"
     if call.score not in (tab.scaled_dot_score, tab.dot_score):
         return "the score is no dot product"
     if call.normalize not in (tab.softmax, tab.masked_softmax):

@@ -4,7 +4,7 @@
 
 in tiles that are never held whole. It is called as it is wherever it needs no mask, since with one it reads n * m numbers:
 for causal from the first key (`whole`), for lengths (`by_lengths`: each batch entry beside its own keys) and for a window
-(`in_bands`: blocks of queries beside the keys in it, whose small masks are shared). `masked` is what is left.
+(`in_the_window`: blocks of queries beside the keys in it, whose small masks are shared). `masked` is what is left.
 
 What it lacks is added around it (`fused`): NaN and inf reach no row that may not attend to them, and second derivatives.
 
@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from kvattn import planning
-from kvattn.call import Choice, in_window_blocks
+from kvattn.call import Choice
 from kvattn.kernels.torch import nonfinite, plan
 from kvattn.kernels.torch.traces import fusible, known, readable, tracing
 
@@ -65,15 +65,13 @@ def choose(query, key, value, call, masked, in_blocks):
         return Choice("SDPA, by lengths", f"{why}; {runs}", lengths, by_lengths)
     if not call.restricted or (call.only_causal and (type(n) is type(m) is int or known(n == m))):
         return Choice("SDPA", why, (), whole)
-    blocks = call.window_blocks(n, m)
-    told = in_window_blocks(blocks) if blocks else ""
-    if not blocks and (blocks := _blocks_of_masks(query, key, value, call)):
-        told = f"{len(blocks)} blocks of queries, as many as keep the masks small"
-    if plan.each_sees_a_key(n, m, call):
-        return Choice("SDPA, in bands", f"{why}; {told}" if told else why, blocks or [(0, n)], in_bands)
-    if blocks:
-        return Choice("SDPA, in blocks" if len(blocks) > 1 else "SDPA", f"{why}; {told}", blocks, in_blocks)
-    return Choice("SDPA", why, (), masked)
+    shared = plan.each_sees_a_key(n, m, call)
+    run = in_the_window if shared else in_blocks
+    if blocks := call.window_blocks(n, m):
+        return Choice("SDPA", why).in_window(blocks, run)
+    if blocks := _blocks_of_masks(query, key, value, call):
+        return Choice("SDPA", why).in_blocks(blocks, run, "as many as keep the masks small")
+    return Choice("SDPA", why, [(0, n)], in_the_window) if shared else Choice("SDPA", why, (), masked)
 
 
 def _equal_lengths(query, key, value, call):
@@ -135,7 +133,7 @@ def by_lengths(query, key, value, call, lengths):
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).to(query.dtype)
 
 
-def in_bands(query, key, value, call, blocks):
+def in_the_window(query, key, value, call, blocks):
     """A window in blocks of queries and the keys they see; neighbours that lie alike share a mask."""
     n, m = query.shape[-2], key.shape[-2]
     blocks = plan.narrowed(blocks, m, call)
