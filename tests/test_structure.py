@@ -1,8 +1,10 @@
 """The walls: tabs are parallel, modules import only what their room allows, importing kvattn loads nothing."""
 
 import ast
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import kvattn
@@ -12,9 +14,14 @@ FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "mxnet", "flax", "numpy"}
 TABS = ["numpy", "torch", "tensorflow", "jax", "mxnet"]
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
 def functions(tab):
     """The public functions of a tab, in order, with their signatures."""
-    tree = ast.parse((PACKAGE / "backends" / f"{tab}.py").read_text())
+    tree = parsed(PACKAGE / "backends" / f"{tab}.py")
     return [
         (node.name, ast.unparse(node.args)) for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"
     ]
@@ -41,7 +48,7 @@ def test_every_function_of_the_spec_is_in_the_tabs():
 
 def imports(path):
     """The top packages a file imports, anywhere in it, and kvattn's own modules in full."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -86,9 +93,7 @@ def test_nothing_is_pickled_or_evaluated_or_fetched():
     for path in PACKAGE.rglob("*.py"):
         roots = {module.partition(".")[0] for module in imports(path)}
         assert not roots & {"pickle", "marshal", "shelve", "socket", "urllib", "requests"}, path
-        calls = {
-            n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-        }
+        calls = {n.func.id for n in ast.walk(parsed(path)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
         assert not calls & {"eval", "exec"}, path
 
 
@@ -100,3 +105,32 @@ def test_importing_kvattn_loads_no_framework():
 def test_every_public_name_has_a_promise():
     for name in kvattn.__all__:
         assert getattr(kvattn, name).__doc__, name
+
+
+def test_a_kernel_begins_with_the_formula_that_it_computes_and_where_that_is_from():
+    for path in (PACKAGE / "kernels").rglob("*.py"):
+        tree = parsed(path)
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        if functions & {"attention", "attention_grad"} and path.stem not in ("gpu", "flash"):  # which call others
+            begins = ast.get_docstring(tree)
+            assert " = " in begins or "softmax(" in begins, path
+            assert "Source" in begins or "source" in begins or "0 * NaN" in begins, path
+
+
+def private_names(path, own):
+    """Names with an underscore that ``path`` uses and the package does not give."""
+    for node in ast.walk(parsed(path)):
+        names = [node.attr] if isinstance(node, ast.Attribute) else []
+        if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("kvattn"):
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+        yield from (name for name in names if name.startswith("_") and not name.startswith("__") and name not in own)
+
+
+def test_what_is_private_to_a_framework_bears_the_version_in_which_it_was_read():
+    paths = [*PACKAGE.rglob("*.py")]
+    nodes = [node for path in paths for node in ast.walk(parsed(path))]
+    own = {"_asdict", "_fields", "_make", "_replace"} | {getattr(x, "name", None) for x in nodes}
+    own |= {getattr(x, "id", getattr(x, "attr", None)) for x in nodes if isinstance(getattr(x, "ctx", None), ast.Store)}
+    for path in paths:
+        if names := {*private_names(path, own)}:
+            assert re.search(r"(?s)read in\b[^\n]*\n?[^\n]* \d+\.\d+", path.read_text()), (path, names)

@@ -32,7 +32,7 @@ MUTANTS = [
     ("tiled", "keeps what was summed under an older maximum", "total[:, :, rows] *= fade[..., None]", "pass"),
     ("tiled", "forgets the maximum in lse", "(top + LOG(sums))", "LOG(sums)"),
     ("tiled", "divides by nothing", "    if not sums.all():\n        sums[sums == 0] = 1\n", ""),
-    ("tiled_grad", "forgets the rows' sums", "grads -= delta[:, :, rows, None]", "pass"),
+    ("tiled_grad", "forgets the rows' sums", "grad -= delta[:, :, rows, None]", "pass"),
     ("tiled_grad", "scales no gradient by the key", "by_key *= tiling.dtype.type(1 / UNIT)", "pass"),
     ("tiled_grad", "scales no gradient by the query", "tiling.dtype.type(tiling.scale)", "tiling.dtype.type(1)"),
     ("tiled_grad", "adds over no group", "tile.at[-3].start), []).append(tile)", "tile.at[-3].start), [tile])"),

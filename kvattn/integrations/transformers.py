@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map_only  # private: read in PyTorch 2.13; the names of models below in transformers 5.24
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.utils import output_capturing

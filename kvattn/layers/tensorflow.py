@@ -352,6 +352,7 @@ class TransformerEncoder(Layer):
             for i in range(num_blks)
         ]  # fmt: skip
         for i, block in enumerate(self.blks):  # Keras finds them in the list, tf.train.Checkpoint does not
+            # private: as read in TensorFlow 2.21 and Keras 3.15
             self._track_trackable(block, name=f"blks_{i}")
 
     def build(self, X_shape):

@@ -115,6 +115,7 @@ class DotProductAttention(_Attention):
 
 def _only_multiplies(child):
     """Whether a child is its weight and nothing else: not wrapped, hooked, parametrized, sharded or quantized."""
+    # its hooks are private: as read in PyTorch 2.13
     return type(child) is nn.Linear and child.bias is None and not (child._forward_hooks or child._forward_pre_hooks)
 
 

@@ -1,5 +1,11 @@
-"""Attention in blocks of queries, one after another, where the scores of all, and the features of which a score is made, would
-fill the memory. Derivatives compute each block again."""
+"""Attention in blocks of queries, one after another:
+
+    attention(Q)[i : i + s] = attention(Q[i : i + s])
+
+where the scores of all, and the features of which a score is made, would fill the memory. Derivatives compute each block again.
+
+Source: Rabe and Staats 2021, "Self-attention does not need O(n^2) memory".
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Attention where something is not finite: every query alone, with keys and values of its own.
+"""Attention where something is not finite: every query alone, with keys and values of its own:
+
+    attention(Q, K, V)[i] = attention(Q[i], K where i may attend, else 0, V where i may attend, else 0)
 
 In products of all queries and keys a weight of 0 hides nothing: 0 * NaN is NaN, in results and in gradients. Here what a
 query may not attend to is zeros, for that query. No derivative needs a rule of its own: JAX has them all, and they keep

@@ -1,4 +1,7 @@
-"""Softmax attention of dot products in tiles, for JAX on the CPU: no array of queries by keys ever exists.
+"""Softmax attention of dot products in tiles, for JAX on the CPU: no array of queries by keys ever exists. With s_ij the
+scores, through the soft cap, over the keys j that query i may attend to,
+
+    output_i = sum_j exp(s_ij - top_i) v_j / sum_j exp(s_ij - top_i)        lse_i = top_i + log sum_j exp(s_ij - top_i)
 
 A tile of queries meets the keys block by block, with a running maximum. What causal, window and valid_lens allow is a range
 of keys for each query: blocks outside every range are left out, and blocks inside all of them need no mask. The derivative

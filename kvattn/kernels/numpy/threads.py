@@ -1,6 +1,12 @@
 """A call's work shared by threads, with BLAS held to one thread while several of ours run.
 
+share(tasks, work, workers) does what this does, as far as its results go, since no task writes where another does:
+
+    for task in tasks: work(task, buffers)
+
 The threads are kept from the first large call on, since starting one takes as long as a tile; a forked child has its own.
+
+Source, of how BLAS is held to one thread: threadpoolctl (https://github.com/joblib/threadpoolctl).
 """
 
 from __future__ import annotations

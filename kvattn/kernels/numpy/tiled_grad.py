@@ -9,11 +9,21 @@ Source: Dao et al. 2022, "FlashAttention", algorithm 4.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from kvattn.kernels.numpy import threads, tiled, tiles
 from kvattn.kernels.numpy.tiles import EXP, UNIT, blocks, fold, product, take
+
+
+class Forward(NamedTuple):
+    """What the weights and their gradients are computed from again, as `Tiling.split` cuts it."""
+
+    output: np.ndarray
+    lse: np.ndarray
+    grad_output: np.ndarray
+    grad_lse: np.ndarray | None
 
 
 def attention_grad(query, key, value, grad_output, call, output=None, lse=None, grad_lse=None):
@@ -28,6 +38,7 @@ def attention_grad(query, key, value, grad_output, call, output=None, lse=None, 
         output, lse = tiled.forward(tiling, tiling.dtype, workers, True)
     output, grad_output = (tiling.split(x.reshape(*tiling.lead, *x.shape[-2:])) for x in (output, grad_output))
     lse, grad_lse = (x if x is None else tiling.split(x.reshape(*tiling.lead, tiling.n), 1) for x in (lse, grad_lse))
+    forward = Forward(output, lse, grad_output, grad_lse)
 
     # the tiles of one key head add to the same gradients: they are one task, or several with arrays of their own
     by_head = {}
@@ -42,7 +53,7 @@ def attention_grad(query, key, value, grad_output, call, output=None, lse=None, 
     def work(task, buffers):
         part, group = task
         for tile in group:
-            _add(tiling, tile, output, lse, grad_output, grad_lse, into, by_key[part], by_value[part], buffers)
+            _add(tiling, tile, forward, (into, by_key[part], by_value[part]), buffers)
 
     threads.share(tasks, work, workers)
     by_key *= tiling.dtype.type(1 / UNIT)
@@ -56,14 +67,15 @@ def _of_all_parts(tiling, x):
     return x.sum(axis=(0, -3)) if len(x) > 1 or x.shape[-3] > 1 else x[0, ..., 0, :, :]
 
 
-def _add(tiling, tile, output, lse, grad_output, grad_lse, by_query, by_key, by_value, buffers):
+def _add(tiling, tile, forward, grads, buffers):
     """Writes the gradient by the tile's queries and adds those by the keys and values that they see."""
+    by_query, by_key, by_value = grads
     *at, heads, _, _ = tile.at
-    query, lse = tiles.scaled_query(tiling, tile, buffers), lse[tile.at] * tiling.dtype.type(UNIT)
-    grad_output = tiles.for_blas(grad_output[tile.at], "grad_output", tiling.dtype, buffers)
-    delta = (grad_output * output[tile.at]).sum(axis=-1)
-    if grad_lse is not None:
-        delta -= grad_lse[tile.at]
+    query, lse = tiles.scaled_query(tiling, tile, buffers), forward.lse[tile.at] * tiling.dtype.type(UNIT)
+    grad_output = tiles.for_blas(forward.grad_output[tile.at], "grad_output", tiling.dtype, buffers)
+    delta = (grad_output * forward.output[tile.at]).sum(axis=-1)
+    if forward.grad_lse is not None:
+        delta -= forward.grad_lse[tile.at]
     if (empty := lse == -math.inf).any():  # nothing of these rows may reach a key: 0 * NaN is NaN
         lse[empty] = delta[empty] = query[empty] = 0
         grad_output = np.where(empty[..., None], 0, grad_output).astype(tiling.dtype)
@@ -80,22 +92,22 @@ def _add(tiling, tile, output, lse, grad_output, grad_lse, by_query, by_key, by_
         keys, values = block.keys, block.values
         leave_out = bool(block.limits) and not (finite and np.isfinite(keys).all() and np.isfinite(values).all())
         some_queries, some_grads = fold(query[:, :, rows]), fold(grad_output[:, :, rows])
-        grads = take(buffers, "grads", weights.shape, tiling.dtype)  # by the weights, then by the scores
-        np.matmul(some_grads, values.swapaxes(-1, -2), out=fold(grads))
-        grads -= delta[:, :, rows, None]
-        grads *= weights
+        grad = take(buffers, "grad", weights.shape, tiling.dtype)  # by the weights, then by the scores
+        np.matmul(some_grads, values.swapaxes(-1, -2), out=fold(grad))
+        grad -= delta[:, :, rows, None]
+        grad *= weights
         here = (*at, heads, 0, block.columns)
         part = take(buffers, "part", (*weights.shape[:3], query.shape[-1]), tiling.dtype)
         if leave_out:  # the pairs that may not attend: their weights are 0, and 0 * NaN would be NaN
-            tiles.clear_forbidden(block._replace(scores=grads))
+            tiles.clear_forbidden(block._replace(scores=grad))
             allowed = tiles.allowed_pairs(block)
             by_value[here] += tiles.product_of_allowed(_t(fold(weights)), some_grads, _t(allowed))
-            by_key[here] += tiles.product_of_allowed(_t(fold(grads)), some_queries, _t(allowed))
-            fold(part)[...] = tiles.product_of_allowed(fold(grads), keys, allowed)
+            by_key[here] += tiles.product_of_allowed(_t(fold(grad)), some_queries, _t(allowed))
+            fold(part)[...] = tiles.product_of_allowed(fold(grad), keys, allowed)
         else:
             by_value[here] += np.matmul(_t(fold(weights)), some_grads)
-            by_key[here] += np.matmul(_t(fold(grads)), some_queries)
-            product(fold(grads), keys, out=fold(part))
+            by_key[here] += np.matmul(_t(fold(grad)), some_queries)
+            product(fold(grad), keys, out=fold(part))
         total[:, :, rows] += part
     np.multiply(total, tiling.dtype.type(tiling.scale), out=by_query[tile.at])
 

@@ -1,7 +1,13 @@
 """A call of attention cut into tiles of queries and blocks of keys, which is how tiled.py and tiled_grad.py work it through.
 
-What causal, window and valid_lens allow is a range of keys for each query: blocks outside every range are left out, and
-blocks inside all of them need no mask.
+What causal, window and valid_lens allow a query at position p, which is query_offset plus its row, is a range of keys j:
+
+    max(0, p - left) <= j < min(length, p + right + 1)
+
+Blocks of keys outside the range of every query of a tile are left out, and blocks inside all of them need no mask, where no
+mask is given: with one, or a bias, each block looks at its own part.
+
+Source: Dao 2023, "FlashAttention-2", section 3.1 (causal masking), for any range.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Attention where something is not finite: products that leave out the pairs that may not attend, where 0 * NaN would be NaN.
+"""Attention where something is not finite: products that leave out the pairs that may not attend, where 0 * NaN would be NaN:
+
+    (A X)[i, c] = sum of A[i, j] X[j, c] over the j to which i may attend
 
 `sound` tells whether a fused kernel's answer may be given, `attention` is the answer where it may not. `product` and
 `apart` do the same for the formula. Where values cannot be looked at (see `readable`), none of them does anything.

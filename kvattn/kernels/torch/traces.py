@@ -1,4 +1,7 @@
-"""What a program that is recorded may know: its values come later, and so may its sizes."""
+"""What a program that is recorded may know: its values come later, and so may its sizes.
+
+PyTorch has no public question for most of it: the names with an underscore are private, as read in PyTorch 2.13.
+"""
 
 from __future__ import annotations
 
