@@ -65,6 +65,7 @@ __all__ = [
     "multiplicative_score",
     "nadaraya_watson",
     "proportional",
+    "rotary",
     "scaled_dot_score",
     "self_attention",
     "set_backend",
@@ -371,6 +372,57 @@ def nadaraya_watson(
         return_weights=True, backend=tab,
     )  # fmt: skip
     return (y[:, 0] if column else y), weights
+
+
+# ---- positions
+
+
+def rotary(
+    x: Array,
+    positions: Any = None,
+    *,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    scaling: Mapping[str, Any] | None = None,
+    backend: Any = None,
+) -> Array:
+    """Rotary position embedding: each pair of features is a point of the plane, turned by its row's position.
+
+    Queries and keys that are turned so have dot products that depend on how far apart they stand, not on where.
+
+    Args:
+        x: (..., n, d), queries or keys.
+        positions: where the rows stand: integers, broadcastable to (..., n), or the position of the first row, an int or
+            an array without axes; by default 0. Positions (batch, n) of x (batch, heads, n, d) are given as
+            ``positions[:, None]``.
+        base: pair i turns by position * base^(-2 i / d).
+        interleaved: pair i is made of features 2 i and 2 i + 1, as in RoFormer and GPT-J; by default of i and i + d / 2, as
+            in GPT-NeoX and Llama.
+        rotary_dim: turn this many features, the first ones, and leave the others as they are; it stands for d above.
+        scaling: how a model stretches this to longer texts, as Hugging Face's ``rope_scaling`` has it: a dict with a
+            "rope_type", one of "default", "linear", "ntk", "dynamic", "yarn" and "llama3", and the numbers that this one
+            needs: "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", ... With
+            "rope_theta" and "partial_rotary_factor" in it, a model's ``rope_parameters``, it sets base and rotary_dim too.
+
+    Returns:
+        An array of x's shape and dtype. Angles are worked out in float64, so that a position of 1e6 costs no precision; half
+        precision is turned in float32. The gradient by x turns back: ``rotary(grad, -positions)`` where positions are given.
+
+    Raises:
+        ValueError: an odd number of features, a rotary_dim that is odd or larger than d, positions that do not broadcast, an
+            unknown rope_type, keys of the scaling that are missing or unknown; "dynamic" where the largest position is not
+            known, as in a trace.
+        TypeError: positions that are no integers.
+
+    >>> rotary([[1.0, 0.0], [1.0, 0.0]]).round(2)
+    array([[1.  , 0.  ],
+           [0.54, 0.84]])
+
+    Source: Su et al. 2021, "RoFormer", section 3.2.2; each scaling's is in kvattn/rotation.py.
+    """
+    tab, x, positions, frequencies, how = prepare.rotary(backend, x, positions, base, interleaved, rotary_dim, scaling)
+    return tab.rotary(x, positions, frequencies, **how)
 
 
 # ---- multi-head attention

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from functools import partial
 from numbers import Integral
 from typing import Any
+
+from kvattn import rotation
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -137,22 +140,26 @@ def number(name: str, x: Any, *, positive: bool = False) -> float:
     return value
 
 
-def broadcastable(name: str, shape: tuple[Any, ...], full: tuple[Any, ...], what: str) -> None:
-    """Raises ValueError unless ``shape`` broadcasts to ``full``, the shape of ``what``."""
+def broadcastable(name: str, shape: tuple[Any, ...], full: tuple[Any, ...], what: str, last: int = 2) -> None:
+    """Raises ValueError unless ``shape`` broadcasts to ``full``, the shape of ``what``: batch, heads, and ``last`` axes."""
     if len(shape) > len(full):
         raise ValueError(f"{name} has shape {_show(shape)}, of more axes than {what} {_show(full)}")
     for axis in range(-1, -len(shape) - 1, -1):
         if shape[axis] != 1 and _differ(shape[axis], full[axis]):
             raise ValueError(
                 f"{name} has shape {_show(shape)}, which does not broadcast to {what} {_show(full)}: "
-                f"axis {axis} is {shape[axis]}, expected 1 or {full[axis]}{_headless(name, shape, full)}"
+                f"axis {axis} is {shape[axis]}, expected 1 or {full[axis]}{_headless(name, shape, full, last)}"
             )
 
 
-def _headless(name: str, shape: tuple[Any, ...], full: tuple[Any, ...]) -> str:
+def _headless(name: str, shape: tuple[Any, ...], full: tuple[Any, ...], last: int) -> str:
     """The cure where an array has no axis for the heads, and fits without."""
-    lead, lacks = len(shape) - 2, len(full) - len(shape)
-    if lead < 1 or not lacks or any(a != 1 and _differ(a, b) for a, b in zip(shape, (*full[:lead], *full[-2:]), strict=True)):
+    lead, lacks = len(shape) - last, len(full) - len(shape)
+    if (
+        lead < 1
+        or not lacks
+        or any(a != 1 and _differ(a, b) for a, b in zip(shape, (*full[:lead], *full[-last:]), strict=True))
+    ):
         return ""
     return f"; for all heads alike it is {name}[{', '.join([':'] * lead + ['None'] * lacks)}]"
 
@@ -248,6 +255,79 @@ def positions(tab: Any, given: Any, scores: tuple[Any, ...], like: Any) -> Any:
     if seen is not None and seen.size and (seen.min() < -1 or (m is not None and seen.max() >= m)):
         raise ValueError(f"positions must lie in [-1, {m}), -1 for none; got {seen.min()} to {seen.max()}")
     return x
+
+
+def rows(tab: Any, name: str, given: Any, full: tuple[Any, ...], like: Any) -> Any:
+    """Where the rows (..., n) of ``like`` stand: an int or an array () of the first, or an array that broadcasts to them."""
+    if given is None:
+        return 0
+    if is_integer(given):
+        return int(given)
+    if hasattr(given, "__index__") and not hasattr(given, "shape"):  # a size that is a symbol
+        return given
+    x = _integers(tab, name, given, like)
+    broadcastable(name, _shape(x), full, "the rows", last=1)
+    return x
+
+
+def length(tab: Any, positions: Any, n: Any) -> int:
+    """The largest position and one. Raises ValueError where it cannot be known now."""
+    first = positions if is_integer(positions) else _peek(tab, positions)
+    if first is None or not is_integer(n):
+        raise ValueError(
+            'scaling "dynamic" depends on the largest position, which is not known here: give positions as numbers'
+        )
+    return int(first.max(initial=0)) + 1 if getattr(first, "shape", ()) else int(first) + n
+
+
+def scaling(base: Any, rotary_dim: Any, given: Any, d: Any) -> tuple[float, int, dict[str, Any]]:
+    """(base, the number of features that turn, the scaling with its "rope_type") for rotary of d features."""
+    base = number("base", base, positive=True)
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"scaling must be a dict, as Hugging Face's rope_scaling, not {type(given).__name__}")
+    found = {key: x for key, x in (given or {}).items() if x is not None}
+    theta, part, kind = (
+        found.pop(key, None) for key in ("rope_theta", "partial_rotary_factor", "type")
+    )  # "type": an older name
+    kind = found.pop("rope_type", "default" if kind is None and not found else kind)
+    if kind not in rotation.SCALINGS:
+        raise ValueError(f"scaling has the rope_type {kind!r}; known: {', '.join(rotation.SCALINGS)}")
+    if theta is not None:
+        theta = number("rope_theta", theta, positive=True)
+        if base not in (10000.0, theta):
+            raise ValueError(f"base is {base} but scaling has the rope_theta {theta}; give one of them")
+        base = theta
+    _, needed, optional = rotation.SCALINGS[kind]
+    unknown, missing = sorted(found.keys() - {*needed, *optional}), [key for key in needed if key not in found]
+    if unknown or missing:
+        lacks = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(unknown)}"
+        raise ValueError(f"scaling {kind!r} {lacks}; it has {', '.join((*needed, *optional)) or 'no numbers'}")
+    if "truncate" in found:
+        found["truncate"] = flag("truncate", found["truncate"])
+    scaled = {key: x if x is True or x is False else number(key, x, positive="mscale" not in key) for key, x in found.items()}
+    return base, _turned(rotary_dim, part, d), {"rope_type": kind, **scaled}
+
+
+def _turned(rotary_dim: Any, part: Any, d: Any) -> int:
+    """How many of d features rotary turns."""
+    if d is None:
+        raise ValueError("x has an unknown number of features; rotary needs it: give the axis a size (tf.ensure_shape)")
+    if part is not None:
+        share = int(d * number("partial_rotary_factor", part, positive=True))
+        if rotary_dim not in (None, share):
+            raise ValueError(f"rotary_dim is {rotary_dim} but scaling's partial_rotary_factor gives {share}; give one of them")
+        rotary_dim = share
+    if rotary_dim is None:
+        if d % 2:
+            raise ValueError(
+                f"x has {d} features, an odd number; rotary turns pairs: rotary_dim={d - 1} leaves the last as it is"
+            )
+        return int(d)
+    if not is_integer(rotary_dim):
+        raise TypeError(f"rotary_dim must be an int, not {rotary_dim!r}")
+    if rotary_dim % 2 or not 0 <= rotary_dim <= d:
+        raise ValueError(f"rotary_dim must be even, and no more than x's {d} features, not {rotary_dim}")
+    return int(rotary_dim)
 
 
 PARAMS = ("W_q", "W_k", "W_v", "W_o", "b_q", "b_k", "b_v", "b_o")

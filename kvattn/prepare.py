@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvattn import checks, dispatch
+from kvattn import checks, dispatch, rotation
 
 if TYPE_CHECKING:
     from kvattn.backends import Backend
@@ -140,6 +140,34 @@ def projections(tab: Any, query: Any, key: Any, value: Any, params: Any, num_hea
     made = {name: checks.floating(name, x, ("query", query), tab) for name, x in made.items()}
     checks.projections(query, key, value, made, num_heads, num_kv_heads)
     return made
+
+
+# ---- positions
+
+
+_frequencies: dict[Any, tuple[tuple[float, ...], float]] = {}  # a model asks for few; it starts anew where they are many
+
+
+def rotary(backend: Any, x: Any, positions: Any, base: Any, interleaved: Any, rotary_dim: Any,
+           scaling: Any) -> tuple[Any, Any, Any, tuple[float, ...], dict[str, Any]]:  # fmt: skip
+    """The tab, the arguments and the keywords of a tab's `rotary`: with frequencies in place of what they are made from."""
+    tab = dispatch.choose(backend, x=x, positions=positions)
+    (x,) = arrays(tab, x=x)
+    *rows, d = checks.shape("x", x, 2)
+    positions = checks.rows(tab, "positions", positions, tuple(rows), x)
+    base, rotary_dim, scaling = checks.scaling(base, rotary_dim, scaling, d)
+    length = checks.length(tab, positions, rows[-1]) if scaling["rope_type"] == "dynamic" else 0
+    how = {"interleaved": checks.flag("interleaved", interleaved)}
+    key = rotary_dim, base, length, *scaling.items()
+    if hasattr(tab, "tracing") and tab.tracing():  # torch.compile would watch what is kept
+        frequencies, factor = rotation.frequencies(rotary_dim, base, scaling, length)
+    else:
+        if key not in _frequencies:
+            if len(_frequencies) >= REMEMBERED:
+                _frequencies.clear()
+            _frequencies[key] = rotation.frequencies(rotary_dim, base, scaling, length)
+        frequencies, factor = _frequencies[key]
+    return tab, x, positions, frequencies, how | {"factor": factor}
 
 
 # ---- scores and normalisers

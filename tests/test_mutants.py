@@ -28,6 +28,8 @@ EVERYWHERE = [
     ("projects values as keys", '_project(value, params, "v")', '_project(value, params, "k")', "multi-head"),
     ("forgets the biases of heads", "return x if b is None else x + _wide(b)", "return x", "multi-head"),
     ("leaks NaN into projections", "hidden = _hide_padding(allowed, *(", "hidden = _hide_padding(None, *(", "multi-head"),
+    ("turns the other way", "[-sin, sin]", "[sin, -sin]", "rotary"),
+    ("takes features beside each other for halves", "    if interleaved:\n", "    if not interleaved:\n", "rotary"),
     ("forgets where a cached query stands", "cache.length - query.shape[-2]", "0", "decoding"),
 ]
 

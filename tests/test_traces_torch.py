@@ -346,3 +346,11 @@ def test_layers_take_inputs_without_elements(sizes):
         x, y = (torch.tensor(a) if name == "torch" else a for a in (normal(b, n, 8), normal(b, m, 8)))
         assert tuple(layer(x, y, y).shape) == (b, n, 8)
         assert tuple(layer.attention.attention_weights.shape) == (2 * b, n, m)
+
+
+def test_a_table_of_rotary_that_an_inference_made_serves_a_differentiated_call():
+    with torch.inference_mode():
+        kvattn.rotary(torch.zeros(5, 6), 12345)
+    leaf = torch.ones(5, 6, requires_grad=True)
+    kvattn.rotary(leaf, 12345).sum().backward()
+    assert leaf.grad is not None

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn import planning
+from kvattn import planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.jax import blocks, pairs, programs, tiles
 from kvattn.kernels.jax import gpu as jax_gpu
@@ -554,6 +554,63 @@ def merge_attention(outputs, lses, return_lse=False):
     weights = weights[..., None]
     output = (weights * jnp.where(weights == 0, 0, _wide(outputs))).sum(axis=-2).astype(outputs.dtype)
     return (output, lse) if return_lse else output
+
+
+# ---- positions
+
+
+@programs.exact
+def rotary(x, positions, frequencies, *, factor=1.0, interleaved=False):
+    cos, sin = _turns(positions, frequencies, factor, interleaved, x)  # (..., n, width)
+    return _turned(x, cos, sin, interleaved)
+
+
+@partial(jax.jit, static_argnums=3)
+def _turned(x, cos, sin, interleaved):
+    width, wide = cos.shape[-1], _wide(x)
+    pairs, rest = wide[..., :width], wide[..., width:]
+    turned = pairs * cos + _swapped(pairs, interleaved) * sin  # (a, b) -> (a cos - b sin, b cos + a sin)
+    return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)
+
+
+_tables = {}
+CONSTANT = 2**20  # numbers of a table that becomes part of a program; larger ones it makes as it runs
+
+
+def _turns(positions, frequencies, factor, interleaved, x):
+    """Each row's cosines and sines, of its position times the frequencies, as they lie beside x; the first sine of a pair
+    negative. In float64, since a large angle leaves float32 no digits."""
+    n, dtype = x.shape[-2], np.dtype("float64" if x.dtype == np.float64 else "float32")
+    known = positions if isinstance(positions, int) else peek(positions)
+    if known is None or type(n) is not int or (isinstance(x, jax.core.Tracer) and 2 * n * len(frequencies) > CONSTANT):
+        with programs.x64(True):
+            return _table(jnp, jnp.asarray(positions), n, frequencies, factor, interleaved, dtype)
+
+    def make():
+        return _table(np, np.asarray(known), n, frequencies, factor, interleaved, dtype)
+
+    if not isinstance(positions, int):
+        return make()
+    return rotation.kept(_tables, (frequencies, factor, interleaved, positions, n, dtype), n, make)
+
+
+def _table(xp, positions, n, frequencies, factor, interleaved, dtype):
+    """What _turns gives, by NumPy where positions are known, else by JAX."""
+    places = positions if positions.ndim else positions + xp.arange(n)
+    angles = places.astype(np.float64)[..., None] * np.array(frequencies)
+    cos, sin = ((factor * x).astype(dtype) for x in (xp.cos(angles), xp.sin(angles)))
+    if xp is jnp:  # as products, since XLA would make them anew for each batch and head
+        cos, sin = (x @ np.eye(len(frequencies), dtype=dtype) for x in (cos, sin))
+    axis, shape = -1 if interleaved else -2, (*angles.shape[:-1], 2 * len(frequencies))
+    return xp.stack([cos, cos], axis).reshape(shape), xp.stack([-sin, sin], axis).reshape(shape)
+
+
+def _swapped(x, interleaved):
+    """Each pair (a, b) as (b, a)."""
+    half = x.shape[-1] // 2
+    if interleaved:
+        return x.reshape(*x.shape[:-1], half, 2)[..., ::-1].reshape(x.shape)
+    return jnp.concatenate([x[..., half:], x[..., :half]], axis=-1)
 
 
 # ---- multi-head attention

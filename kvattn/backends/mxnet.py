@@ -18,7 +18,7 @@ from functools import partial, reduce
 
 import numpy
 
-from kvattn import planning
+from kvattn import planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.mxnet import quirks, views
 from kvattn.lend import lend
@@ -615,6 +615,51 @@ def merge_attention(outputs, lses, return_lse=False):
     weights = weights[..., None]
     output = (weights * quirks.where(weights.detach() != 0, _wide(outputs), 0)).sum(axis=-2).astype(outputs.dtype, copy=False)
     return (output, lse) if return_lse else output
+
+
+# ---- positions
+
+
+@quirks.few_axes
+def rotary(x, positions, frequencies, *, factor=1.0, interleaved=False):
+    width, wide = 2 * len(frequencies), _wide(x)
+    cos, sin = _turns(positions, frequencies, factor, interleaved, wide)  # (..., n, width)
+    pairs, rest = wide[..., :width], wide[..., width:]
+    turned = pairs * cos + _swapped(pairs, interleaved) * sin  # (a, b) -> (a cos - b sin, b cos + a sin)
+    turned = np.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    return turned.astype(x.dtype, copy=False)
+
+
+_tables = {}
+
+
+def _turns(positions, frequencies, factor, interleaved, x):
+    """Each row's cosines and sines, of its position times the frequencies, as they lie beside x; the first sine of a pair
+    negative. In float64, since a large angle leaves float32 no digits."""
+    n = x.shape[-2]
+
+    def make():
+        places = positions if isinstance(positions, int) else positions.astype("float64")
+        if isinstance(places, int) or not places.ndim:
+            places = places + np.arange(n, dtype="float64", ctx=x.ctx)
+        angles = np.expand_dims(places, -1) * np.array(frequencies, dtype="float64", ctx=x.ctx)
+        cos, sin = factor * np.cos(angles), factor * np.sin(angles)
+        axis, shape = angles.ndim if interleaved else angles.ndim - 1, (*angles.shape[:-1], 2 * len(frequencies))
+        tables = np.stack([cos, cos], axis).reshape(shape), np.stack([-sin, sin], axis).reshape(shape)
+        return tuple(table.astype(x.dtype) for table in tables)
+
+    with autograd.pause():
+        if not isinstance(positions, int):
+            return make()
+        return rotation.kept(_tables, (frequencies, factor, interleaved, positions, n, x.dtype.name, str(x.ctx)), n, make)
+
+
+def _swapped(x, interleaved):
+    """Each pair (a, b) as (b, a)."""
+    half = x.shape[-1] // 2
+    if interleaved:
+        return np.stack([x[..., 1::2], x[..., ::2]], axis=x.ndim).reshape(x.shape)
+    return np.concatenate([x[..., half:], x[..., :half]], axis=-1)
 
 
 # ---- multi-head attention

@@ -9,7 +9,7 @@ from functools import partial, reduce
 
 import numpy as np
 
-from kvattn import planning
+from kvattn import planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.numpy import gradients, memory, tiled, tiles
 
@@ -454,6 +454,49 @@ def merge_attention(outputs, lses, return_lse=False):
     weights = weights[..., None]
     output = (weights * np.where(weights == 0, 0, _wide(outputs))).sum(axis=-2).astype(outputs.dtype)
     return (output, lse) if return_lse else output
+
+
+# ---- positions
+
+
+def rotary(x, positions, frequencies, *, factor=1.0, interleaved=False):
+    width, wide = 2 * len(frequencies), _wide(x)
+    cos, sin = _turns(positions, frequencies, factor, interleaved, wide)  # (..., n, width)
+    pairs, rest = wide[..., :width], wide[..., width:]
+    turned = pairs * cos  # (a, b) -> (a cos - b sin, b cos + a sin)
+    turned += _swapped(pairs, interleaved) * sin
+    turned = np.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    return turned.astype(x.dtype, copy=False)
+
+
+_tables = {}
+
+
+def _turns(positions, frequencies, factor, interleaved, x):
+    """Each row's cosines and sines, of its position times the frequencies, as they lie beside x; the first sine of a pair
+    negative. In float64, since a large angle leaves float32 no digits."""
+    n = x.shape[-2]
+
+    def make():
+        first = isinstance(positions, int) or not positions.ndim
+        places = np.add(positions, np.arange(n), dtype=np.float64) if first else positions
+        angles = places[..., None] * np.array(frequencies)
+        cos, sin = factor * np.cos(angles), factor * np.sin(angles)
+        axis, shape = -1 if interleaved else -2, (*angles.shape[:-1], 2 * len(frequencies))
+        tables = np.stack([cos, cos], axis).reshape(shape), np.stack([-sin, sin], axis).reshape(shape)
+        return tuple(table.astype(x.dtype) for table in tables)
+
+    if not isinstance(positions, int):
+        return make()
+    return rotation.kept(_tables, (frequencies, factor, interleaved, positions, n, x.dtype), n, make)
+
+
+def _swapped(x, interleaved):
+    """Each pair (a, b) as (b, a)."""
+    half = x.shape[-1] // 2
+    if interleaved:
+        return np.stack([x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape)
+    return np.concatenate([x[..., half:], x[..., :half]], axis=-1)
 
 
 # ---- multi-head attention

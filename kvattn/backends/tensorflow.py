@@ -10,7 +10,7 @@ from functools import partial, reduce
 import numpy as np
 import tensorflow as tf
 
-from kvattn import planning
+from kvattn import planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.tensorflow import blocks, nonfinite, quirks, tiles
 
@@ -581,6 +581,48 @@ def merge_attention(outputs, lses, return_lse=False):
     parts = tf.where(tf.not_equal(weights, 0), _wide(outputs), 0)
     output = tf.cast(tf.reduce_sum(weights * parts, axis=-2), outputs.dtype)
     return (output, lse) if return_lse else output
+
+
+# ---- positions
+
+
+def rotary(x, positions, frequencies, *, factor=1.0, interleaved=False):
+    width, wide = 2 * len(frequencies), _wide(x)
+    cos, sin = _turns(positions, frequencies, factor, interleaved, wide)  # (..., n, width)
+    pairs, rest = wide[..., :width], wide[..., width:]
+    turned = pairs * cos + _swapped(pairs, interleaved) * sin  # (a, b) -> (a cos - b sin, b cos + a sin)
+    turned = tf.concat([turned, rest], axis=-1) if rest.shape[-1] else turned
+    return tf.cast(turned, x.dtype)
+
+
+_tables = {}
+
+
+def _turns(positions, frequencies, factor, interleaved, x):
+    """Each row's cosines and sines, of its position times the frequencies, as they lie beside x; the first sine of a pair
+    negative. In float64, since a large angle leaves float32 no digits."""
+    n = quirks.shape(x)[-2]
+
+    def make():
+        places = tf.cast(positions, tf.int64)
+        places = places if len(places.shape) else places + tf.range(tf.cast(n, tf.int64))
+        angles = tf.cast(places, tf.float64)[..., None] * tf.constant(frequencies, tf.float64)
+        cos, sin = tf.cast(factor * tf.cos(angles), x.dtype), tf.cast(factor * tf.sin(angles), x.dtype)
+        axis, shape = -1 if interleaved else -2, (*quirks.shape(angles)[:-1], 2 * len(frequencies))
+        return tf.reshape(tf.stack([cos, cos], axis), shape), tf.reshape(tf.stack([-sin, sin], axis), shape)
+
+    if not isinstance(positions, int) or not tf.executing_eagerly():
+        return make()
+    return rotation.kept(_tables, (frequencies, factor, interleaved, positions, n, x.dtype, x.device), n, make)
+
+
+def _swapped(x, interleaved):
+    """Each pair (a, b) as (b, a)."""
+    half = x.shape[-1] // 2
+    if interleaved:
+        shape = quirks.shape(x)
+        return tf.reshape(tf.reverse(tf.reshape(x, (*shape[:-1], half, 2)), [-1]), shape)
+    return tf.concat([x[..., half:], x[..., :half]], axis=-1)
 
 
 # ---- multi-head attention

@@ -14,7 +14,7 @@ from functools import partial, reduce, wraps
 import numpy as np
 import torch
 
-from kvattn import planning
+from kvattn import planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.torch import gpu, nonfinite, sdpa, traces
 
@@ -559,6 +559,50 @@ def merge_attention(outputs, lses, return_lse=False):
     weights = weights[..., None]
     output = (weights * torch.where(weights == 0, 0, _wide(outputs))).sum(dim=-2).to(outputs.dtype)
     return (output, lse) if return_lse else output
+
+
+# ---- positions
+
+
+def rotary(x, positions, frequencies, *, factor=1.0, interleaved=False):
+    width, wide = 2 * len(frequencies), _wide(x)
+    cos, sin = _turns(positions, frequencies, factor, interleaved, wide)  # (..., n, width)
+    pairs, rest = wide[..., :width], wide[..., width:]
+    turned = torch.addcmul(pairs * cos, _swapped(pairs, interleaved), sin)  # (a, b) -> (a cos - b sin, b cos + a sin)
+    turned = torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+    return turned.to(x.dtype)
+
+
+_tables = {}
+
+
+def _turns(positions, frequencies, factor, interleaved, x):
+    """Each row's cosines and sines, of its position times the frequencies, as they lie beside x; the first sine of a pair
+    negative. In float64, since a large angle leaves float32 no digits."""
+    n = x.shape[-2]
+
+    def make():
+        first = not is_array(positions) or not positions.ndim
+        places = positions + torch.arange(n, device=x.device) if first else positions.to(x.device)
+        angles = places[..., None] * torch.tensor(frequencies, dtype=torch.float64, device=x.device)
+        cos, sin = (factor * angles.cos()).to(x.dtype), (factor * angles.sin()).to(x.dtype)
+        if torch.compiler.is_dynamo_compiling():  # made first, since inductor would make them anew for each batch and head
+            cos, sin = (table.as_strided(table.shape, table.stride()) for table in (cos, sin))
+        axis = -1 if interleaved else -2
+        return torch.stack([cos, cos], axis).flatten(-2), torch.stack([-sin, sin], axis).flatten(-2)
+
+    if type(positions) is not int or not traces.readable(x):
+        return make()
+    with torch.inference_mode(False):  # what is kept may serve a call that is differentiated
+        return rotation.kept(_tables, (frequencies, factor, interleaved, positions, n, x.dtype), n, make)
+
+
+def _swapped(x, interleaved):
+    """Each pair (a, b) as (b, a)."""
+    half = x.shape[-1] // 2
+    if interleaved:
+        return x.unflatten(-1, (half, 2)).flip(-1).flatten(-2)
+    return torch.cat([x[..., half:], x[..., :half]], dim=-1)
 
 
 # ---- multi-head attention

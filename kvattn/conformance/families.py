@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn.conformance import multihead, notfinite, oracle, pooling
+from kvattn.conformance import multihead, notfinite, oracle, places, pooling
 from kvattn.conformance.cases import LSE, WEIGHTS, Case, attend, flags, grid, merged, poisoned, qkv
 from kvattn.conformance.pooling import parametrised
 
@@ -29,6 +29,7 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
         many_axes,
         notfinite.cases,
         lone,
+        places.cases,
     ):
         yield from family(rng)
 

@@ -516,6 +516,50 @@ def normalise(name: str, scores: Array, where: Array | None = None, valid_lens: 
     return Answer({"output": output}, magnitude, float(max(largest)) if softened else 0.0)
 
 
+def rotary(x: Array, positions: Any = None, base: float = 10000.0, interleaved: bool = False, rotary_dim: int | None = None,
+           scaling: dict[str, Any] | None = None) -> Answer:  # fmt: skip
+    """Every pair of features of every row by itself: a + bi times e^(i position frequency)."""
+    width = x.shape[-1] if rotary_dim is None else rotary_dim
+    first = 0 if positions is None else positions
+    places = np.arange(x.shape[-2]) + first if np.ndim(first) == 0 else first
+    places = np.broadcast_to(places, x.shape[:-1])
+    output, size = x.copy(), 0.0
+    for at in np.ndindex(*x.shape[:-1]):
+        for pair in range(width // 2):
+            i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + width // 2)
+            frequency, factor = _frequency(pair, width, base, scaling or {}, int(places.max()) + 1)
+            angle = int(places[at]) * frequency
+            turned = complex(x[at][i], x[at][j]) * complex(math.cos(angle), math.sin(angle)) * factor
+            output[at][i], output[at][j] = turned.real, turned.imag
+            size = max(size, (abs(x[at][i]) + abs(x[at][j])) * factor)
+    return Answer({"output": output}, {"output": float(max(size, np.abs(x).max(initial=0)))}, 0.0)
+
+
+def _frequency(pair: int, width: int, base: float, scaling: dict[str, Any], length: int) -> tuple[float, float]:
+    """A pair's frequency and the factor of its cosine and sine, each scaling by its paper."""
+    kind, s = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
+    trained = scaling.get("original_max_position_embeddings", 1)
+    plain = 1 / base ** (2 * pair / width)
+    turns = trained * plain / (2 * math.pi)  # of the pair in the trained length
+    if kind == "linear":
+        return plain / s, 1.0
+    if kind in ("ntk", "dynamic"):
+        s = s if kind == "ntk" else s * max(length, trained) / trained - (s - 1)
+        return plain / s ** (2 * pair / (width - 2)) if width > 2 else plain, 1.0
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        share = min(max((turns - low) / (high - low), 0.0), 1.0)
+        return (1 - share) * plain / s + share * plain, 1.0
+    if kind == "yarn":
+        ends = []  # the pairs that turn beta_fast and beta_slow times, solved from trained * base^(-2 i / width) = 2 pi turns
+        for turned in (scaling.get("beta_fast", 32.0), scaling.get("beta_slow", 1.0)):
+            ends.append(width / 2 * math.log(trained / (2 * math.pi * turned)) / math.log(base))
+        low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), width - 1)
+        share = min(max((pair - low) / (high - low), 0.0), 1.0)
+        return plain * (share / s + 1 - share), scaling.get("attention_factor", 0.1 * math.log(s) + 1)
+    return plain, 1.0
+
+
 def merge(outputs: Array, lses: Array) -> Answer:
     """merge_attention of stacked parts (parts, ..., n, v) and (parts, ..., n)."""
     output, log_sum, largest = np.zeros(outputs.shape[1:]), np.full(lses.shape[1:], -np.inf), [0.0]

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import kvattn
+from kvattn import rotation
 from kvattn.integrations import transformers as integration
 
 integration.register()
@@ -452,3 +453,52 @@ def test_a_model_that_computes_its_attention_itself_says_so():
     config = transformers.BloomConfig(vocab_size=12, hidden_size=16, n_layer=1, n_head=2, attn_implementation="kvattn")
     with pytest.raises(NotImplementedError, match="BloomModel computes its attention itself"):
         transformers.BloomModel(config)(TOKENS)
+
+
+# ---- rotary, beside the models' own
+
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 3.0, "original_max_position_embeddings": 16},
+    "yarn": {"factor": 8.0, "original_max_position_embeddings": 64},
+    "yarn, untruncated": {"factor": 8.0, "original_max_position_embeddings": 64, "truncate": False, "beta_fast": 16.0},
+    "yarn of DeepSeek": {"factor": 40.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 0.5},
+    "llama3": {"factor": 8.0, **LLAMA3},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_is_llamas_with_every_scaling(rope):
+    """A config's own rope_parameters are the scaling. transformers works in float32, angles included: positions stay small."""
+    from transformers.models.llama import modeling_llama
+
+    rope_type = rope.partition(",")[0].partition(" ")[0]
+    given = {"rope_type": rope_type, "rope_theta": 5000.0, **ROPES[rope]}
+    config = transformers.LlamaConfig(**GROUPED | {"head_dim": 16, "max_position_embeddings": 16, "rope_parameters": given})
+    x, places = torch.randn(2, 4, 40, 16), torch.stack([torch.arange(40), 39 - torch.arange(40)])
+    cos, sin = modeling_llama.LlamaRotaryEmbedding(config)(x, places)
+    expected, _ = modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
+    ours = kvattn.rotary(x, places[:, None], scaling=config.rope_parameters)
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=0)
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    if rope_type != "default":
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=40)
+        found, by = rotation.frequencies(16, 5000.0, {"rope_type": rope_type, **ROPES[rope]}, 40)
+        torch.testing.assert_close(torch.tensor(found), frequencies, atol=0, rtol=1e-5)
+        assert by == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("turned", [8, 6])
+def test_rotary_interleaved_is_gptjs(turned):
+    from transformers.models.gptj import modeling_gptj
+
+    x, places = torch.randn(2, 5, 3, 8), torch.arange(5)  # GPT-J turns before it moves the heads to the front
+    sin, cos = modeling_gptj.create_sinusoidal_positions(32, turned)[places].split(turned // 2, dim=-1)
+    expected = modeling_gptj.apply_rotary_pos_emb(x[..., :turned], sin[None], cos[None])
+    expected = torch.cat([expected, x[..., turned:]], dim=-1).transpose(1, 2)
+    ours = kvattn.rotary(x.transpose(1, 2), interleaved=True, rotary_dim=turned)
+    torch.testing.assert_close(ours, expected, atol=2e-6, rtol=0)

@@ -91,6 +91,22 @@ def one_batch_axis(kernel):
     return run
 
 
+def few_axes(function):
+    """``function`` of rows and where they stand, for rows (..., n, c) of any number of axes: MXNet slices few alone."""
+
+    @wraps(function)
+    def run(x, positions, *args, **kwargs):
+        if not x.size or x.ndim < 5:
+            return function(x, positions, *args, **kwargs) if x.size else x
+        *lead, n, c = x.shape
+        if getattr(positions, "ndim", 0) > 1:
+            positions = positions.reshape(*[1] * (len(lead) + 1 - positions.ndim), *positions.shape)
+            positions = np.broadcast_to(spread(positions, lead), (*lead, n)).reshape(math.prod(lead), n)
+        return function(x.reshape(math.prod(lead), n, c), positions, *args, **kwargs).reshape(x.shape)
+
+    return shaped(run)
+
+
 def each(change, results):
     """``change`` of each result, of which there may be one."""
     return tuple(map(change, results)) if isinstance(results, tuple) else change(results)

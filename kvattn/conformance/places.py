@@ -1,0 +1,66 @@
+"""The cases of positions: rotary embeddings in both conventions, by every scaling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kvattn.conformance import oracle
+from kvattn.conformance.cases import DTYPES, Case, grid
+
+TRAINED = "original_max_position_embeddings"
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "ntk": {"factor": 4.0},
+    "dynamic": {"factor": 2.0, TRAINED: 4},
+    "yarn": {"factor": 8.0, TRAINED: 256},
+    "llama3": {"factor": 8.0, TRAINED: 128, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+
+
+def turned(name: str, x: np.ndarray, positions: Any = None, **keywords: Any) -> Case:
+    given = {} if positions is None else {"positions": positions}
+    arguments = {"x": x} | {n: y for n, y in given.items() if isinstance(y, np.ndarray)}
+    plain = {n: y for n, y in given.items() if n not in arguments} | keywords
+    answer, largest = oracle.rotary(x, **given, **keywords), np.abs(0 if positions is None else positions).max(initial=0)
+    # an angle's own rounding: of float64 it is all that there is, of the others nothing, since angles are float64 for all
+    dtypes = DTYPES if largest <= 4 else DTYPES[1:]
+    return Case(f"rotary: {name}", "rotary", "rotary", arguments, plain, *answer, dtypes)
+
+
+def cases(rng: np.random.Generator) -> Iterator[Case]:
+    """Every form in both conventions, which swap features that lie apart or beside each other."""
+    far = np.array([10**6, 0, 999_983, -5])
+    rows = rng.integers(0, 4000, (2, 1, 4))  # of each batch entry, for all its heads
+    for name, how in (("halves", {}), ("interleaved", {"interleaved": True})):
+        yield turned(name, grid(rng, 2, 2, 4, 8), **how)
+        yield turned(f"{name}, no batch", grid(rng, 4, 6), **how)
+        yield turned(f"{name}, another base", grid(rng, 2, 4, 6), base=500000.0, **how)
+        yield turned(f"{name}, from a position", grid(rng, 2, 2, 4, 8), 7, **how)
+        yield turned(f"{name}, from a position that is an array", grid(rng, 2, 4, 8), np.array(3), **how)
+        yield turned(f"{name}, far out", grid(rng, 2, 2, 4, 8), far, **how)
+        case = turned(f"{name}, from far out", grid(rng, 2, 2, 4, 8), 10**6, **how)
+        yield case
+        size = {"output": 1e6 * case.magnitude["output"]}
+        yield replace(case, name=f"{case.name}, float64", magnitude=size, dtypes=DTYPES[:1], usual=DTYPES[:1])
+        yield turned(f"{name}, at 0", grid(rng, 2, 4, 8), np.zeros(4, int), **how)
+        yield turned(f"{name}, turned back", grid(rng, 2, 4, 8), -np.arange(4), **how)
+        yield turned(f"{name}, positions of each entry", grid(rng, 2, 2, 4, 8), rows, **how)
+        yield turned(f"{name}, unsigned positions", grid(rng, 2, 4, 8), np.array([3, 200, 0, 9], "uint8"), **how)
+        yield turned(f"{name}, positions of each head", grid(rng, 2, 2, 4, 8), rng.integers(0, 99, (2, 2, 4)), **how)
+        yield turned(f"{name}, some features", grid(rng, 2, 2, 4, 8), rotary_dim=6, **how)
+        yield turned(f"{name}, some of an odd number", grid(rng, 2, 4, 7), rotary_dim=4, **how)
+        yield turned(f"{name}, two features", grid(rng, 2, 4, 2), **how)
+        yield turned(f"{name}, 7 axes", grid(rng, 2, 1, 2, 1, 2, 3, 4), rng.integers(0, 99, (2, 1, 1, 1, 1, 3)), **how)
+        for rope_type, numbers in SCALINGS.items():
+            scaling = {"rope_type": rope_type, **numbers}
+            yield turned(f"{name}, {rope_type}", grid(rng, 2, 4, 16), np.array([5, 900, 0, 31]), scaling=scaling, **how)
+        yield turned(f"{name}, no rows", grid(rng, 2, 0, 4), **how)
+        yield turned(f"{name}, no entries", grid(rng, 0, 3, 4), **how)
+        yield turned(f"{name}, no features", grid(rng, 2, 3, 0), **how)
+    numbers = SCALINGS["yarn"] | {"attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0}
+    yield turned("yarn by numbers of its own", grid(rng, 2, 4, 16), 1000, scaling={"rope_type": "yarn", **numbers})
+    yield turned("dynamic, no longer than before", grid(rng, 2, 3, 16), scaling={"rope_type": "dynamic", **SCALINGS["dynamic"]})
