@@ -1,6 +1,7 @@
 """`from kvattn import jax as kv`: kvattn on JAX, its native layers (flax), and the short names that d2l's lessons use."""
 
 import random  # noqa: I001
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -49,29 +50,5 @@ def _size(size):
     return size[0] if size and isinstance(size[0], (tuple, list)) else size
 
 
-def astype(x, dtype):
-    return x.astype(dtype)
-
-
-def reshape(x, *shape):
-    return x.reshape(*shape)
-
-
-def transpose(x):
-    return x.T
-
-
-def repeat(x, *args, **options):
-    return x.repeat(*args, **options)
-
-
-def reduce_sum(x, *args, **options):
-    return x.sum(*args, **options)
-
-
-def reduce_mean(x, *args, **options):
-    return x.mean(*args, **options)
-
-
-def size(x):
-    return x.size
+astype, reshape, repeat, reduce_sum, reduce_mean = map(namespace.method, ("astype", "reshape", "repeat", "sum", "mean"))
+transpose, size = attrgetter("T"), attrgetter("size")

@@ -4,7 +4,7 @@ The layers and the short names are MXNet's mx.np: call mxnet.npx.set_np() first,
 """
 
 import functools
-import operator
+from operator import attrgetter
 
 from kvattn import api, namespace
 from kvattn.kernels.mxnet import symbols
@@ -53,19 +53,9 @@ def masked_softmax(scores, valid_lens=None, *args, **options):
     return api.masked_softmax(scores, whole(valid_lens), *args, **{"backend": "mxnet"} | options)
 
 
-def _method(name):
-    """A function that calls the method ``name`` of the array that it is given first."""
-
-    def call(x, *args, **options):
-        return getattr(x, name)(*args, **options)
-
-    call.__name__ = call.__qualname__ = name
-    return call
-
-
-numpy, to, reduce_sum, reduce_mean = map(_method, ("asnumpy", "as_in_context", "sum", "mean"))
-astype, reshape, swapaxes, repeat, argmax = map(_method, ("astype", "reshape", "swapaxes", "repeat", "argmax"))
-transpose, size = operator.attrgetter("T"), operator.attrgetter("size")
+numpy, to, reduce_sum, reduce_mean = map(namespace.method, ("asnumpy", "as_in_context", "sum", "mean"))
+astype, reshape, swapaxes, repeat, argmax = map(namespace.method, ("astype", "reshape", "swapaxes", "repeat", "argmax"))
+transpose, size = attrgetter("T"), attrgetter("size")
 
 
 def get_key():

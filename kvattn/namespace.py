@@ -55,6 +55,20 @@ def drawing(name: str) -> Any:
     raise AttributeError(f"kvattn's namespaces have no {name!r}")
 
 
+def method(name: str) -> Callable[..., Any]:
+    """A function that calls the method ``name`` of the array that it is given first: lessons write reshape(x, (2, 3)).
+
+    >>> method("upper")("x")
+    'X'
+    """
+
+    def call(x: Any, *args: Any, **options: Any) -> Any:
+        return getattr(x, name)(*args, **options)
+
+    call.__name__ = call.__qualname__ = name
+    return call
+
+
 def check_shape(x: Any, shape: Any) -> None:
     """Raises AssertionError unless ``x`` has this shape.
 

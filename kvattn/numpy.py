@@ -1,5 +1,7 @@
 """`from kvattn import numpy as kv`: kvattn on NumPy, its native layers, and the short names that d2l's lessons use."""
 
+from operator import attrgetter
+
 import numpy as np
 
 # isort: off
@@ -31,32 +33,8 @@ def sigmoid(x):
     return 0.5 * (1 + np.tanh(0.5 * np.asarray(x)))
 
 
-def astype(x, dtype):
-    return x.astype(dtype)
-
-
-def reshape(x, *shape):
-    return x.reshape(*shape)
-
-
-def transpose(x):
-    return x.T
-
-
-def repeat(x, *args, **options):
-    return x.repeat(*args, **options)
-
-
-def reduce_sum(x, *args, **options):
-    return x.sum(*args, **options)
-
-
-def reduce_mean(x, *args, **options):
-    return x.mean(*args, **options)
-
-
-def size(x):
-    return x.size
+astype, reshape, repeat, reduce_sum, reduce_mean = map(namespace.method, ("astype", "reshape", "repeat", "sum", "mean"))
+transpose, size = attrgetter("T"), attrgetter("size")
 
 
 def to(x, device):

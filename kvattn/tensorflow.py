@@ -1,36 +1,13 @@
 """`from kvattn import tensorflow as kv`: kvattn on TensorFlow, its Keras layers, and the short names that d2l's lessons use."""
 
 import tensorflow as tf
+
+# isort: off
 from tensorflow import (  # noqa: F401
-    abs,
-    argmax,
-    concat,
-    cos,
-    cosh,
-    exp,
-    expand_dims,
-    eye,
-    float32,
-    int32,
-    int64,
-    linspace,
-    matmul,
-    meshgrid,
-    ones,
-    ones_like,
-    reduce_mean,
-    reduce_sum,
-    repeat,
-    reshape,
-    sigmoid,
-    sin,
-    sinh,
-    stack,
-    tanh,
-    transpose,
-    zeros,
-    zeros_like,
+    abs, argmax, concat, cos, cosh, exp, expand_dims, eye, float32, int32, int64, linspace, matmul, meshgrid, ones, ones_like,
+    reduce_mean, reduce_sum, repeat, reshape, sigmoid, sin, sinh, stack, tanh, transpose, zeros, zeros_like,
 )  # fmt: skip
+# isort: on
 
 from kvattn import api, namespace
 from kvattn.layers.tensorflow import *  # noqa: F403

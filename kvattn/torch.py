@@ -1,5 +1,7 @@
 """`from kvattn import torch as kv`: kvattn on PyTorch, its native layers, and the short names that d2l's lessons use."""
 
+from operator import attrgetter
+
 import torch
 
 # isort: off
@@ -24,44 +26,9 @@ def numpy(x):
     return x.detach().cpu().numpy()
 
 
-def astype(x, dtype):
-    return x.to(dtype)
-
-
-def reshape(x, *shape):
-    return x.reshape(*shape)
-
-
-def transpose(x):
-    return x.T
-
-
-def expand_dims(x, axis):
-    return x.unsqueeze(axis)
-
-
-def swapaxes(x, a, b):
-    return x.swapaxes(a, b)
-
-
-def repeat(x, *args, **options):
-    return x.repeat(*args, **options)
-
-
-def reduce_sum(x, *args, **options):
-    return x.sum(*args, **options)
-
-
-def reduce_mean(x, *args, **options):
-    return x.mean(*args, **options)
-
-
-def size(x):
-    return x.numel()
-
-
-def to(x, device):
-    return x.to(device)
+reshape, swapaxes, repeat, reduce_sum, reduce_mean = map(namespace.method, ("reshape", "swapaxes", "repeat", "sum", "mean"))
+astype = to = namespace.method("to")
+expand_dims, size, transpose = namespace.method("unsqueeze"), namespace.method("numel"), attrgetter("T")
 
 
 def get_key():

@@ -200,8 +200,8 @@ class MultiHeadAttention(nn.Module):
         # with a cache, a later call may look at what is nobody's now; on a GPU, where it is not compiled, this costs 5 to 15 %
         if cache is None and (queries.device.type == "cpu" or tab.tracing()):
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
-        queries = _split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
-        keys, values = _split(self.W_k(keys), self.num_kv_heads), _split(self.W_v(values), self.num_kv_heads)
+        queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
+        keys, values = tab._split(self.W_k(keys), self.num_kv_heads), tab._split(self.W_v(values), self.num_kv_heads)
         if cache is not None:
             cache = cache.extend(keys, values)
             keys, values = cache.seen()
@@ -209,19 +209,9 @@ class MultiHeadAttention(nn.Module):
         valid_lens = layers.lengths(tab, valid_lens, queries)
         results = self.attention(queries, keys, values, valid_lens, **options)
         output, *rest = results if isinstance(results, tuple) else (results,)
-        output = self.W_o(_join(output))  # (batch, n, num_hiddens)
+        output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
         rest = rest if cache is None else [*rest, cache]
         return (output, *rest) if rest else output
-
-
-def _split(X, heads):
-    """(batch, n, heads * d) -> (batch, heads, n, d)."""
-    return X.reshape(*X.shape[:-1], heads, X.shape[-1] // heads).transpose(-2, -3)
-
-
-def _join(X):
-    """(batch, heads, n, d) -> (batch, n, heads * d)."""
-    return X.transpose(-2, -3).flatten(-2)
 
 
 # ---- the other parts of a transformer
