@@ -248,40 +248,15 @@ def _error(got: Any, problem: Problem) -> float:
 
     mask = np.broadcast_to(True if allowed is None else allowed, (len(got), 1, n, m))[0, 0]
     if problem.matrices:
-        expected = _of_layer(problem, mask)
-        got = got[0]
+        arrays, matrices = (x[:1].astype(float) for x in problem.arrays), [W.astype(float) for W in problem.matrices]
+        expected = peers.naive_layer(*arrays, matrices=matrices, heads=problem.heads, allowed=mask)
+        got = got[:1]
     else:
         query, key, value, *back = (x[0, 0].astype(float) for x in problem.arrays)
         given = (query[rows], key, value, *(x[rows] for x in back))
-        expected = _attention(*given, mask=mask[rows], bias=0.0 if bias is None else bias[0, 0][rows])[0]
+        expected = peers.first(peers.naive(*given, allowed=mask[rows], bias=None if bias is None else bias[0, 0][rows]))
         got = got[0, 0][rows]
     return float(np.abs(got - expected).max() / (np.abs(expected).max() or 1))
-
-
-def _attention(*given: np.ndarray, mask: np.ndarray, bias: Any = 0.0) -> tuple[np.ndarray, ...]:
-    """In float64, of one head, the output; given its gradient, the gradients by query, key and value."""
-    query, key, value, *back = given
-    scale = 1 / math.sqrt(query.shape[-1])
-    scores = np.where(mask, query @ key.T * scale + bias, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    if not back:
-        return (weights @ value,)
-    slope = back[0] @ value.T
-    slope = weights * (slope - (weights * slope).sum(axis=-1, keepdims=True)) * scale
-    return slope @ key, slope.T @ query, weights.T @ back[0]
-
-
-def _of_layer(problem: Problem, mask: np.ndarray) -> np.ndarray:
-    """In float64, a layer's output for the first batch entry, or the gradient by its input."""
-    x, *back = (each[0].astype(float) for each in problem.arrays)
-    W_q, W_k, W_v, W_o = (W.astype(float) for W in problem.matrices)
-    parts = [x @ W for W in (W_q, W_k, W_v)] + [each @ W_o.T for each in back]
-    heads = zip(*(np.split(part, problem.heads, axis=-1) for part in parts), strict=True)
-    found = [np.concatenate(each, axis=-1) for each in zip(*(_attention(*head, mask=mask) for head in heads), strict=True)]
-    if not back:
-        return np.asarray(found[0] @ W_o)
-    return np.asarray(sum(by @ W.T for by, W in zip(found, (W_q, W_k, W_v), strict=True)))
 
 
 if __name__ == "__main__":

@@ -130,6 +130,20 @@ def naive(*given: Any, allowed: Any = None, bias: Any = None, softmax: Callable[
     return slope @ key, slope.swapaxes(-1, -2) @ query, weights.swapaxes(-1, -2) @ back[0]
 
 
+def naive_layer(x: Any, *back: Any, matrices: Any, heads: int, allowed: Any) -> Any:
+    """Multi-head self-attention in NumPy: the output, or given its gradient, that by the input, and by the matrices beside."""
+    W_q, W_k, W_v, W_o = matrices
+    qkv = [split(x @ W, heads) for W in (W_q, W_k, W_v)]
+    joined = join(naive(*qkv, allowed=allowed))
+    if not back:
+        return joined @ W_o
+    flat = x.reshape(-1, x.shape[-1])
+    by = [join(each) for each in naive(*qkv, split(back[0] @ W_o.T, heads), allowed=allowed)]
+    grads = [flat.T @ each.reshape(flat.shape) for each in by]  # by the weights, as a layer's
+    grads.append(joined.reshape(flat.shape).T @ back[0].reshape(flat.shape))
+    return sum(each @ W.T for each, W in zip(by, (W_q, W_k, W_v), strict=True))
+
+
 def _numpy(problem: Problem) -> Named:
     given, options = problem.cast(lambda x, dtype: x.astype(dtype))
     call = ours("numpy", options, problem.grad)
@@ -156,21 +170,8 @@ def _numpy_layer(problem: Problem) -> Named:
     yield "kvattn numpy", call
     if problem.scores > LARGE:
         return
-    matrices, heads, allowed = [W.astype(problem.dtype) for W in problem.matrices], problem.heads, problem.allowed()
-
-    def by_hand() -> Any:
-        W_q, W_k, W_v, W_o = matrices
-        qkv = [split(x @ W, heads) for W in (W_q, W_k, W_v)]
-        joined = join(naive(*qkv, allowed=allowed))
-        if not back:
-            return joined @ W_o
-        flat = x.reshape(-1, x.shape[-1])
-        by = [join(each) for each in naive(*qkv, split(back[0] @ W_o.T, heads), allowed=allowed)]
-        grads = [flat.T @ each.reshape(flat.shape) for each in by]  # by the weights, as a layer's
-        grads.append(joined.reshape(flat.shape).T @ back[0].reshape(flat.shape))
-        return sum(each @ W.T for each, W in zip(by, (W_q, W_k, W_v), strict=True))
-
-    yield "NumPy, naive", by_hand
+    matrices, allowed = [W.astype(problem.dtype) for W in problem.matrices], problem.allowed()
+    yield "NumPy, naive", lambda: naive_layer(x, *back, matrices=matrices, heads=problem.heads, allowed=allowed)
 
 
 # ---- PyTorch
