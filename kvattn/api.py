@@ -189,30 +189,34 @@ def attention(
     if unknown:  # another library's name of an argument
         raise checks.unknown(unknown, prepare.OPTIONS)
     known = prepare.remembered(query, key, value, backend)
-    plain = score is normalize is mask is bias is valid_lens is window is positions is scale is softcap is None
-    plain = plain and not dropout and type(query_offset) is int
-    plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool
-    if plain and known is not None:  # nothing is left to check
-        if not (causal or return_weights or return_lse):
-            return known[0].attention(query, key, value)
-        return known[0].attention(
-            query, key, value, causal=causal, query_offset=query_offset, return_weights=return_weights, return_lse=return_lse
-        )
+    plain = score is normalize is window is positions is scale is softcap is None and not dropout
+    plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool and type(query_offset) is int
+    if plain and known is not None:
+        bare = mask is bias is valid_lens is None
+        if bare and not (causal or return_weights or return_lse):  # nothing is left to check
+            return known.tab.attention(query, key, value)
+        if bare or known.fits(mask, bias, valid_lens):
+            checks.not_negative(known.tab, valid_lens)
+            return known.tab.attention(
+                query, key, value, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal, query_offset=query_offset,
+                return_weights=return_weights, return_lse=return_lse,
+            )  # fmt: skip
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, mask=mask, bias=bias, valid_lens=valid_lens,
         query_offset=query_offset, positions=positions,
     )  # fmt: skip
-    if known is not None and known[0] is tab:
-        scores = known[1]
+    if known is not None and known.tab is tab:
+        scores = known.scores
     else:
         given = query, key, value
         query, key, value, scores = prepare.inputs(tab, query, key, value, score)
-        if prepare.is_dot_product(score):
-            prepare.remember(tab, *given, scores)
+        known = prepare.remember(tab, *given, scores) if prepare.is_dot_product(score) else None
     options = prepare.options(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
         window, positions, scale, softcap, dropout, rng, return_lse,
     )  # fmt: skip
+    if known is not None:
+        known.remember((mask, bias, valid_lens), (options["mask"], options["bias"], options["valid_lens"]))
     return_weights, return_lse = checks.flag("return_weights", return_weights), checks.flag("return_lse", return_lse)
     if score is normalize is None:
         return tab.attention(query, key, value, **options, return_weights=return_weights, return_lse=return_lse)

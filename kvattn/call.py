@@ -99,7 +99,10 @@ class Call(NamedTuple):
             return "the score is not scaled_dot_score"
         if self.normalize is not tab.softmax:
             return "the normaliser is not softmax"
-        return next((f"{name} is asked for" for name in names if getattr(self, name)), "")
+        for name in names:
+            if getattr(self, name):
+                return f"{name} is asked for"
+        return ""
 
     # ---- blocks of queries
 

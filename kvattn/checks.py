@@ -423,10 +423,15 @@ def lengths(tab: Any, valid_lens: Any, batch: tuple[Any, ...], n: Any, like: Any
             f"valid_lens has shape {_show(shape)}; expected {_show(expected[0])} or {_show(expected[1])}, "
             + ("which is (batch,) or (batch, n)" if batch else "one for all queries or one for each: there is no batch axis")
         )
-    seen = _peek(tab, x)
+    not_negative(tab, x)
+    return x
+
+
+def not_negative(tab: Any, valid_lens: Any) -> None:
+    """Raises ValueError for a length below 0, where there are lengths and they can be seen."""
+    seen = None if valid_lens is None else _peek(tab, valid_lens)
     if seen is not None and seen.size and seen.min() < 0:
         raise ValueError(f"valid_lens must not be negative; the smallest is {seen.min()}")
-    return x
 
 
 def for_each_head(tab: Any, valid_lens: Any, num_heads: int, like: Any) -> Any:

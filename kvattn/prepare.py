@@ -6,10 +6,11 @@ classes, shapes and dtypes have passed all the checks before are not checked aga
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvattn import checks, dispatch, rotation
 
@@ -218,14 +219,34 @@ def _own(tab: Any, what: str, function: Any, query: Any, features: tuple[Any, An
     return checks.bound(tab, function, what, tabbed.__contains__, query, features)
 
 
-# ---- query, key and value that have passed every check before
+# ---- arguments that have passed every check before
 
 
-_remembered: dict[Any, tuple[Backend, tuple[Any, ...]]] = {}
+class Remembered(NamedTuple):
+    """The tab that served such arguments, the shape of their scores, and what the checks looked at."""
+
+    tab: Backend
+    scores: tuple[Any, ...]
+    checked: tuple[Any, ...]
+
+    def fits(self, *options: Any) -> bool:
+        """Whether options like these, arrays or None, have passed every check beside such arguments but those of values."""
+        try:
+            return (self.checked, *map(_kind, options)) in _remembered
+        except (AttributeError, RuntimeError, TypeError):
+            return False  # as in `remembered`
+
+    def remember(self, given: tuple[Any, ...], made: tuple[Any, ...]) -> None:
+        """Remember that options like those ``given`` pass, unless the checks ``made`` others of them, as they must again."""
+        if any(x is not None for x in given) and all(map(operator.is_, given, made)):
+            _keep((self.checked, *map(_kind, given)), self)
 
 
-def remembered(query: Any, key: Any, value: Any, backend: Any) -> tuple[Backend, tuple[Any, ...]] | None:
-    """The tab that served arrays of this class, these shapes and dtypes before, and the shape of their scores."""
+_remembered: dict[Any, Remembered] = {}
+
+
+def remembered(query: Any, key: Any, value: Any, backend: Any) -> Remembered | None:
+    """What is known of arrays of this class, these shapes and dtypes, if such have been served before."""
     try:
         checked = _all_that_is_checked(dispatch.loaded(type(query), backend), query, key, value)
         # while tracing it is not looked into: torch.compile would watch its length
@@ -234,15 +255,22 @@ def remembered(query: Any, key: Any, value: Any, backend: Any) -> tuple[Backend,
         return None  # lists and nested tensors have no shape, symbols no hash; a class or a backend is new
 
 
-def remember(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, ...]) -> None:
+def remember(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, ...]) -> Remembered | None:
     """Remember that these arguments, as they came, are arrays of ``tab`` that pass every check for such scores."""
     if not tab.is_array(query) or (checked := _all_that_is_checked(tab, query, key, value)) is None:
-        return
-    if query.dtype == key.dtype == value.dtype:  # else it was their framework that let them pass, here
-        if len(_remembered) >= REMEMBERED:
-            _remembered.clear()
-        with suppress(TypeError):  # sizes that are symbols have no hash
-            _remembered[checked] = tab, scores
+        return None
+    if not query.dtype == key.dtype == value.dtype:  # it was their framework that let them pass, here
+        return None
+    known = Remembered(tab, scores, checked)
+    _keep(checked, known)
+    return known
+
+
+def _keep(key: tuple[Any, ...], known: Remembered) -> None:
+    if len(_remembered) >= REMEMBERED:
+        _remembered.clear()
+    with suppress(TypeError):  # sizes that are symbols have no hash
+        _remembered[key] = known
 
 
 def _all_that_is_checked(tab: Any, query: Any, key: Any, value: Any) -> tuple[Any, ...] | None:
@@ -251,3 +279,7 @@ def _all_that_is_checked(tab: Any, query: Any, key: Any, value: Any) -> tuple[An
     if kind is not type(key) or kind is not type(value) or (hasattr(tab, "tracing") and tab.tracing()):
         return None
     return id(tab), kind, query.shape, query.dtype, key.shape, key.dtype, value.shape, value.dtype
+
+
+def _kind(x: Any) -> tuple[Any, ...] | None:
+    return None if x is None else (type(x), x.shape, x.dtype)

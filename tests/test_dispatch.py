@@ -305,6 +305,35 @@ def test_after_a_good_call_another_shape_is_refused_as_before(tab, checked, whic
         kvattn.attention(*checked.values())
 
 
+OPTIONS = {
+    "mask": np.arange(12).reshape(2, 1, 1, 6) % 2 > 0,
+    "bias": np.ones((4, 3, 6), "float32"),
+    "valid_lens": np.array([6, 2], "int32"),
+}
+WRONG = {  # what is refused after such options were served
+    "mask": (np.ones((2, 1, 1, 5), bool), np.ones((2, 1, 1, 6), "float32"), np.ones((3, 1, 1, 6), bool)),
+    "bias": (np.ones((3, 3, 6), "float32"), np.ones((4, 3, 6), "float64"), np.ones((4, 3, 6), "int32")),
+    "valid_lens": (np.array([6, 2, 1], "int32"), np.array([6, 2], "float32"), np.array([6, -1], "int32")),
+}
+
+
+@pytest.mark.parametrize("which", WRONG)
+def test_after_a_good_call_with_options_others_are_refused_as_before(tab, checked, which):
+    options = {name: tab.asarray(x) for name, x in OPTIONS.items()}
+    for given in (options, {which: options[which]}):
+        expected = kvattn.attention(*checked.values(), **given)
+        for wrong in WRONG[which]:
+            with pytest.raises((TypeError, ValueError), match=which):
+                kvattn.attention(*checked.values(), **given | {which: tab.asarray(wrong)})
+        known = prepare.remembered(*checked.values(), None)
+        assert known.fits(*(given.get(name) for name in OPTIONS)), "else there is nothing to test"
+        neutral = given | {which: OPTIONS[which]}
+        for again in (given, neutral):
+            np.testing.assert_array_equal(
+                kvattn.to_numpy(kvattn.attention(*checked.values(), **again)), kvattn.to_numpy(expected)
+            )
+
+
 @pytest.mark.parametrize("which", INPUTS)
 def test_after_a_good_call_neutral_data_is_converted_and_a_strangers_array_refused(tab, checked, backend, which):
     class Theirs:

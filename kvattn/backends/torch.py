@@ -381,10 +381,10 @@ def choose(query, key, value, call):
         run = partial(_of_selected_keys, choice.run, *selected, choice.blocks)
         return choice.of_selected_keys(call.positions.shape[-1], run)
     tab = sys.modules[__name__]
-    obstacle = call.beyond_softmax(tab, "dropout", "return_weights")
-    if query.is_cuda and not obstacle and (choice := gpu.choose(query, key, value, call)):
+    on_gpu = query.is_cuda and not call.beyond_softmax(tab, "dropout", "return_weights")
+    if on_gpu and (choice := gpu.choose(query, key, value, call)):
         return choice
-    obstacle = obstacle or call.beyond_softmax(tab, "return_lse", "softcap")
+    obstacle = call.beyond_softmax(tab, "dropout", "return_weights", "return_lse", "softcap")
     obstacle = obstacle or sdpa.obstacle(query, key, value, call.bias, call.scale)
     if not obstacle:
         return sdpa.choose(query, key, value, call, _masked, _in_blocks)
@@ -452,8 +452,11 @@ def _mask(query, key, call):
 
 def _masked(query, key, value, call, blocks=()):
     """SDPA with a mask."""
-    allowed = _mask(query, key, call)
-    output = sdpa.masked(query, key, value, allowed, call.bias, call.scale, partial(_hide_padding, allowed))
+    mask = call.mask
+    if call.windowed or call.valid_lens is not None:
+        keys = torch.arange(key.shape[-2], device=key.device)
+        mask = _allowed(query.shape[-2], keys, query.ndim, call._replace(bias=None))
+    output = sdpa.masked(query, key, value, mask, call.bias, call.scale, _hide_padding)
     return output.to(query.dtype)  # autocast's is another
 
 

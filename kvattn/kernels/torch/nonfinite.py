@@ -23,7 +23,7 @@ PAIRS = 2**22  # numbers that are held at one time
 
 def finite(x):
     """Whether all numbers of ``x`` are finite, and their sum."""
-    x = x.detach()
+    x = x.detach() if x.requires_grad else x
     return math.isfinite(x.sum().item()) or (x.dtype in HALF and math.isfinite(x.sum(dtype=torch.float32).item()))
 
 
@@ -35,8 +35,8 @@ def sound(output, query, key, masked, causal):
         return finite(query) and finite(key) and not ((masked or causal) and not finite(output))
     if masked or key.shape[-2] >= VECTOR:  # with a mask, no NaN is lost
         return not (masked or causal) or finite(output)
-    output = output.detach()  # what was lost left a row of zeros
-    return (bool(output.all()) and not (causal and not finite(output))) or all(map(finite, (output, query, key)))
+    zeros = output.numel() > int(output.detach().count_nonzero())  # what was lost left a row of them
+    return not (zeros or (causal and not finite(output))) or all(map(finite, (output, query, key)))
 
 
 def attention(query, key, value, allowed, bias, scale):

@@ -122,7 +122,9 @@ def whole(query, key, value, call, blocks=()):
 
 def by_lengths(query, key, value, call, lengths):
     """Each run of batch entries by itself: no work on padding, and none to hide."""
-    parts = (x.split([size for size, _ in lengths]) for x in (query, key, value))
+    parts = [(query,), (key,), (value,)]
+    if len(lengths) > 1:
+        parts = [x.split([size for size, _ in lengths]) for x in (query, key, value)]
     outputs = []
     for (_, length), q, k, v in zip(lengths, *parts, strict=True):
         k, v = k[..., :length, :], v[..., :length, :]
@@ -157,17 +159,23 @@ def _band(offset, left, right, n, m, like):
     return torch.zeros(n, m, dtype=like.dtype, device=like.device).masked_fill_(beyond, -math.inf)
 
 
-def masked(query, key, value, allowed, bias, scale, hide):
-    """softmax(scale * query @ key.T + bias) @ value over the pairs allowed. A query with nothing to attend to gets zeros.
+def masked(query, key, value, mask, bias, scale, hide):
+    """softmax(scale * query @ key.T + bias) @ value over the pairs that ``mask`` (None: all) and a bias above -inf allow.
 
-    ``hide``: a function (query, key, value) -> the same with zeros for what meets nobody. It copies them, and so is called
-    only where the output tells that NaN or inf came through, or where nobody may look at it.
+    A query with nothing to attend to gets zeros. ``hide``: a function (allowed, query, key, value) -> the last three with zeros
+    for what meets nobody. It copies them, and so is called only where the output tells that NaN or inf came through, or where
+    nobody may look at it.
     """
-    allowed, bias = (x if x is None else x.reshape(*[1] * (query.ndim - x.ndim), *x.shape) for x in (allowed, bias))
-    pair_by_pair = partial(nonfinite.attention, allowed=allowed, bias=bias, scale=scale)
+    mask, bias = (
+        x if x is None or x.ndim == query.ndim else x.reshape(*[1] * (query.ndim - x.ndim), *x.shape) for x in (mask, bias)
+    )
+    pair_by_pair = partial(nonfinite.attention, allowed=mask, bias=bias, scale=scale)
 
     def hidden(query, key, value):
-        query, key, value = hide(query, key, value)
+        allowed = mask
+        if bias is not None and forbids(bias):
+            allowed = bias != -math.inf if mask is None else mask & (bias != -math.inf)
+        query, key, value = hide(allowed, query, key, value)
         if allowed is None:
             return fused(query, key, value, bias, False, scale, pair_by_pair)
         # an empty row attends to all and is dropped after: the kernels of GPUs, and older ones, have given NaN for it
@@ -177,7 +185,9 @@ def masked(query, key, value, allowed, bias, scale, hide):
 
     if not (EMPTY_ROWS and query.numel() and readable(query)):
         return hidden(query, key, value)
-    added = bias if allowed is None else allowed if bias is None else torch.where(allowed, bias, -math.inf)
+    added = bias if mask is None else mask
+    if mask is not None and bias is not None:  # the log of 1 is 0, of 0 -inf: a sum is several times as fast as torch.where
+        added = bias + mask.to(bias.dtype).log_()
     return fused(query, key, value, added, False, scale, pair_by_pair, hidden)
 
 

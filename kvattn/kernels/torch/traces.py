@@ -32,7 +32,7 @@ def _recording_mode():
 
 def readable(x):
     """Whether the values of ``x`` may be looked at: they exist, on the CPU, and no program is recorded."""
-    return x.device.type == "cpu" and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not tracing()
+    return not tracing() and x.is_cpu and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def fusible():
