@@ -307,8 +307,10 @@ def test_which_calls_blocks_serve():
 def test_calls_that_look_at_every_key_are_cut_when_they_are_larger():
     query, key, value, _ = (tf.constant(x) for x in draw(lead=(2,), n=500, m=500))
     assert not serves(query, key, value)
-    for restriction in ({"causal": True}, {"mask": np.ones((500, 500), bool)}, {"valid_lens": [3, 4]}, {"window": 2}):
+    for restriction in ({"causal": True}, {"valid_lens": [3, 4]}, {"window": 2}):
         assert kvattn.explain(query, key, value, **restriction).kernel == "blocks"
+    for restriction in ({"mask": np.ones((500, 500), bool)}, {"valid_lens": np.ones((2, 500), int)}):  # these leave out none
+        assert kvattn.explain(query, key, value, **restriction).kernel != "blocks"
     assert kvattn.explain(query, key, value).kernel != "blocks"
     with patch.object(tiled, "AT_ONCE", 499_999):
         assert kvattn.explain(query, key, value).kernel == "blocks"

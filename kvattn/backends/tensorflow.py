@@ -351,11 +351,21 @@ def _softmax_lse(scores, where):
     return weights if where is None else tf.where(where, weights, 0), lse[..., 0]  # a row of NaN has them where it may attend
 
 
-def _softmax_of_finite(scores, where):
-    """softmax in few operations; a score of one's own may give -inf, for which TensorFlow's has NaN."""
-    if where is None:
-        return tf.nn.softmax(scores)
-    return tf.where(where, tf.nn.softmax(tf.where(where, scores, scores.dtype.min)), 0)
+def _zero_where(flags, x):
+    return x if flags is None else tf.where(flags, tf.constant(0, x.dtype), x)
+
+
+def _softmax_of_dots(scores, where, biased):
+    """(weights, whether each row has nothing to attend to, or None) in few operations: those rows' weights mean nothing."""
+    if where is None and not biased:
+        return tf.nn.softmax(scores), None
+    least = scores.dtype.min
+    scores = scores if where is None else tf.where(where, scores, least)
+    top = tf.stop_gradient(tf.reduce_max(scores, axis=-1, keepdims=True))
+    empty = top <= least
+    if biased:  # of a row of -inf, TensorFlow's softmax would be NaN
+        scores = tf.cond(tf.reduce_any(tf.equal(top, -math.inf)), lambda: _zero_where(empty, scores), lambda: scores)
+    return tf.nn.softmax(scores), empty
 
 
 # ---- attention
@@ -435,14 +445,15 @@ def _in_the_window(query, key, value, call, plan):
 
 
 def _by_formula(query, key, value, call, plan=()):
-    """The formula; where it finds NaN or inf and runs at once, again without the pairs that may not attend: 0 * NaN is NaN."""
+    """The formula; where it finds NaN or inf and runs at once, again without what nobody looks at, and if it finds some still,
+    without the pairs that may not attend: 0 * NaN is NaN."""
     results = _formula(query, key, value, call)
-    output = results[0] if isinstance(results, tuple) else results
-    inputs = (query, key) if call.restricted else ()  # nothing is hidden where all may attend
-    if not tf.executing_eagerly() or nonfinite.absent(*inputs, output):
+    if not tf.executing_eagerly() or _finite(query, key, call, results):
         return results
     allowed = _allowed(quirks.shape(query)[-2], _keys(key), len(query.shape), call)
-    if nonfinite.absent(*_hide_padding(allowed, query, key, value)[:2], output):  # it lay where nobody looks
+    query, key, value = _hide_padding(allowed, query, key, value)
+    results = _formula(query, key, value, call)
+    if _finite(query, key, call, results):
         return results
     careful = partial(_formula, careful=True)
     copies = 1 if call.score in (scaled_dot_score, dot_score) else query.shape[-1] or 1  # each query has keys of its own
@@ -452,42 +463,54 @@ def _by_formula(query, key, value, call, plan=()):
     return blocks.attention(sys.modules[__name__], careful, query, key, value, call, plan)
 
 
+def _finite(query, key, call, results):
+    """Whether nothing is NaN or inf that could reach results, or their gradients, by pairs that may not attend."""
+    output = results[0] if isinstance(results, tuple) else results
+    hidden = call.restricted or 0 in (*query.shape[:-1], *key.shape[:-1])
+    return nonfinite.absent(output, *((query, key) if hidden else ()))
+
+
 def _formula(query, key, value, call, careful=False):
     """attention by its formula. ``careful``: where something is not finite, it reaches nothing by pairs that may not attend."""
     dtype, n, (heads, kv_heads) = query.dtype, quirks.shape(query)[-2], _heads(query, key)
+    traced, tab, axes = not tf.executing_eagerly(), sys.modules[__name__], len(query.shape)
     keys = _keys(key) if call.windowed or call.valid_lens is not None else None
-    allowed = _allowed(n, keys, len(query.shape), call)
-    if call.masked or not call.leaves_none_out(n, key.shape[-2]):
-        query, key, value = _hide_padding(allowed, query, key, value)
     dots = call.score in (scaled_dot_score, dot_score)
+    few = dots and call.normalize is softmax and not (careful or call.return_lse)
+    allowed = _allowed(n, keys, axes, call._replace(bias=None) if few else call)  # of a bias's -inf it needs no mask
+    if traced and not dots and (call.masked or not call.leaves_none_out(n, key.shape[-2])):
+        query, key, value = _hide_padding(allowed, query, key, value)
     if not dots and None in (*query.shape[:-1], *key.shape[:-1]):
         some = tf.reduce_all(tf.concat([tf.shape(query)[:-1], tf.shape(key)[:-1]], axis=0) > 0)  # without pairs, no gradient
         query, key = tf.where(some, query, 0), tf.where(some, key, 0)
-    product, traced, tab = quirks.matmul, not tf.executing_eagerly(), sys.modules[__name__]
-    if traced or (careful and allowed is not None):
+    product = quirks.matmul
+    if traced or (careful and call.restricted):
         shape = (*quirks.lead(query, key), n, quirks.shape(key)[-2])
-        folded = None if allowed is None else lambda: _fold(tf.broadcast_to(allowed, shape), kv_heads)
-        pairs = nonfinite.AllowedPairs(folded, careful)
+        every = lambda: tf.broadcast_to(_allowed(n, keys, axes, call), shape)  # noqa: E731
+        pairs = nonfinite.AllowedPairs((lambda: _fold(every(), kv_heads)) if call.restricted else None, careful)
         product = pairs.product
-        if allowed is not None:
+        if call.restricted:
             score = dot_score if call.score is scaled_dot_score and call.scale is not None else call.score
             call = call._replace(score=pairs.score(tab, score))
 
     # weights = normalize(score(query, key)): (..., h, n, m)
-    scores = _scores(query, key, call)
-    if call.return_lse or (careful and call.normalize is softmax):
+    scores, lse, empty = _scores(query, key, call), None, None
+    if few:
+        weights, empty = _softmax_of_dots(scores, allowed, call.bias is not None)
+    elif call.return_lse or (careful and call.normalize is softmax):
         weights, lse = _softmax_lse(scores, allowed)
-    elif call.normalize is softmax and dots:
-        weights, lse = _softmax_of_finite(scores, allowed), None
-        weights = nonfinite.whole_rows(weights, allowed) if traced and call.return_weights else weights
     else:
-        weights, lse = call.normalize(scores, where=allowed), None
+        weights = call.normalize(scores, where=allowed)
         if allowed is not None and (traced or careful) and not blocks.is_kvattns(tab, call.normalize):
             weights = tf.where(allowed, weights, 0)  # whatever a row of NaN has there, and its gradient
 
     # output = weights @ value: (..., h, n, v)
     output = product(_fold(_dropout(weights, call.dropout, call.rng), kv_heads), _wide(value))
-    output = tf.cast(_unfold(output, heads, n), dtype)
+    output = _unfold(output, heads, n)
+    output = tf.cast(_zero_where(empty, output), dtype)
+    if few and call.return_weights:
+        weights = _zero_where(empty, weights)
+        weights = nonfinite.whole_rows(weights, every if call.restricted else None) if traced else weights
     results = [output] + [tf.cast(weights, dtype)] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 

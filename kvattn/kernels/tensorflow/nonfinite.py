@@ -47,11 +47,11 @@ def _squares(x):
 
 
 def whole_rows(weights, allowed):
-    """weights, whose rows with NaN are all NaN where they may attend (bool, or None): oneDNN's softmax has 0 beside NaN."""
+    """weights, whose rows with NaN are all NaN where they may attend: oneDNN's softmax has 0 beside NaN. ``allowed()``: bool."""
 
     def repaired():
         rows = tf.reduce_any(tf.math.is_nan(weights), axis=-1, keepdims=True)
-        rows = rows if allowed is None else tf.logical_and(rows, allowed)
+        rows = rows if allowed is None else tf.logical_and(rows, allowed())
         return tf.where(rows, tf.constant(math.nan, weights.dtype), weights)
 
     return tf.cond(tf.math.is_finite(tf.reduce_sum(weights)), lambda: weights, repaired)
@@ -99,6 +99,9 @@ class AllowedPairs:
         def product(a, x):
             def grad(by):
                 by_a = tf.matmul(x, by, transpose_b=True) if transposed else tf.matmul(by, x, transpose_b=True)
+                if self.allowed is not None:
+                    small = tf.math.is_finite(tf.nn.l2_loss(x) + tf.nn.l2_loss(by))
+                    by_a = tf.cond(small, lambda: by_a, lambda: self.zero_others(by_a))
                 return by_a, self._product(a, by, not transposed)
 
             return self._checked(a, x, transposed), grad

@@ -65,7 +65,8 @@ def obstacle(tab, query, key, value, call):
         return "dropout, weights or a bias are asked for"
     if 0 in (*query.shape, *key.shape):
         return "there is nothing to compute"
-    if not call.restricted and n * m <= 2 * SMALLEST:
+    leaves_out = call.windowed or (call.valid_lens is not None and not call.lengths_per_query(len(query.shape)))
+    if not leaves_out and n * m <= 2 * SMALLEST:
         heads = [x.shape[:-2].num_elements() for x in (query, key)]
         if None not in heads and max(heads) * n * m <= AT_ONCE:
             return "few scores, of which blocks would leave out none"
