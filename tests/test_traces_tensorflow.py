@@ -14,7 +14,7 @@ if "tensorflow" not in chosen():
 
 import keras
 import tensorflow as tf
-from traced import RESTRICTIONS, SIZES, D, V, call, draw, empty, full, short
+from traced import RESTRICTIONS, SIZES, D, V, call, draw, empty, full, padded, short
 
 from kvattn import tensorflow as kv
 
@@ -65,7 +65,8 @@ def test_one_trace_serves_every_input(way, which, tmp_path):
     made = partial(WAYS[way], path=str(tmp_path)) if way == "saved" else WAYS[way]
     first = draw(*SIZES[0])
     traced = made(partial(call, list(names), options), *[tf.constant(first[name]) for name in arguments])
-    inputs = [change(draw(*SIZES[0], seed=1)) for change in (full, short, empty)]
+    changes = [full, short, empty, *[padded] * (which == "lengths")]
+    inputs = [change(draw(*SIZES[0], seed=1)) for change in changes]
     for arrays in inputs + [draw(*sizes) for sizes in SIZES[1:]]:
         given = [arrays[name] for name in arguments]
         found = traced(*map(tf.constant, given))
