@@ -47,7 +47,7 @@ def _squares(x):
 
 
 def whole_rows(weights, allowed):
-    """weights, whose rows with NaN are all NaN where they may attend: oneDNN's softmax has 0 beside NaN. ``allowed()``: bool."""
+    """weights, with NaN in all ``allowed()`` of a row where there is one: oneDNN's softmax has 0 beside it. None: all are."""
 
     def repaired():
         rows = tf.reduce_any(tf.math.is_nan(weights), axis=-1, keepdims=True)
