@@ -111,7 +111,7 @@ def main():
     points = [(b, kind, n) for b in args.backend.split(",") for kind in args.kind.split(",") for n in sizes]
     found = {}
     for point in track([p for p in points if p[2] <= LONGEST.get(p[1], math.inf)], "measuring"):
-        *_, figures = timing.apart([__file__, *["--gradients"] * args.gradients, "--point", *map(str, point)])
+        *_, figures = timing.in_a_process([__file__, *["--gradients"] * args.gradients, "--point", *map(str, point)])
         if "failed" in figures:
             sys.exit(f"{' '.join(map(str, point))} failed:\n{figures['words']}")
         found[point] = tuple(figures.values())

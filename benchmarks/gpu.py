@@ -548,7 +548,7 @@ def main(argv=None):
         env = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (
             {"JAX_PLATFORMS": "cpu"} if args.device == "cpu" else {}
         )
-        for row in timing.apart(command, env):
+        for row in timing.in_a_process(command, env):
             if "failed" in row:
                 failed.append(framework)
                 print(row["words"])

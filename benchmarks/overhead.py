@@ -85,7 +85,7 @@ def importing(module):
     from kvattn import timing
 
     code = f"import numpy, json, time; t = time.perf_counter(); import {module}; t = time.perf_counter() - t; "
-    runs = [row for _ in range(7) for row in timing.apart(["-c", code + "print(json.dumps({'took': t}))"])]
+    runs = [row for _ in range(7) for row in timing.in_a_process(["-c", code + "print(json.dumps({'took': t}))"])]
     return 1e3 * statistics.median(run["took"] for run in runs)
 
 
@@ -113,7 +113,7 @@ def main():
     names, found = args.backend.split(",") if args.backend else kvattn.available_backends(), {}
     for name in track(names, "measuring"):
         rounds = args.rounds if TARGETS.get(name) == 4 else args.rounds // 4
-        *_, found[name] = timing.apart([__file__, "--one", name, "--rounds", str(rounds)])
+        *_, found[name] = timing.in_a_process([__file__, "--one", name, "--rounds", str(rounds)])
         if "failed" in found[name]:
             raise SystemExit(f"{name} failed:\n{found[name]['words']}")
     console = Console(width=160)

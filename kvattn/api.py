@@ -19,7 +19,7 @@ Where every backend must agree:
   queries, through a framework's autodiff: a later step may look at what nobody does now.
 - NaN, inf or a score that overflows changes nothing but the rows that look at it: in query i or row i of the bias that
   row, in a key or value the rows that may attend to it. Other rows, and gradients that depend on them alone, are exact:
-  eagerly on a CPU (under jax.grad, vjp and jvp too); what may leak elsewhere stands in conformance/known.py.
+  eagerly on a CPU (under jax.grad, vjp and jvp too); what may leak elsewhere stands in conformance/known_differences.py.
 - With softmax, a row with a score of NaN or inf has NaN as its output and as the weights of the pairs that may attend (the
   others' are 0), and an lse and gradients that are not finite. A score of -inf weighs nothing, a row of them alone is
   empty; a value that is not finite makes its own feature so, in the rows that may attend to it.

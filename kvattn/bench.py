@@ -61,7 +61,7 @@ def run(backends: list[str], shapes: list[str], kinds: list[str], *, dtype: str 
     how = {"shapes": shapes, "kinds": kinds, "dtype": dtype, "grad": grad, "device": device, "rounds": rounds, "layers": layers}
     how["quick"] = quick
     for backend in backends:
-        for row in timing.apart(["-m", "kvattn.bench", json.dumps({"backend": backend, **how})]):
+        for row in timing.in_a_process(["-m", "kvattn.bench", json.dumps({"backend": backend, **how})]):
             rows.append({"backend": backend, "failed": row["failed"]} if "failed" in row else row)
             progress(rows[-1])
     return rows
@@ -71,7 +71,7 @@ def lacking(backends: list[str], device: str) -> dict[str, str]:
     """What each backend that has no such device says; asked in processes of their own, since some take a GPU whole."""
     found = {}
     for backend in backends if device.strip().lower() != "cpu" else ():
-        for row in timing.apart(["-m", "kvattn.bench", json.dumps({"backend": backend, "device": device})]):
+        for row in timing.in_a_process(["-m", "kvattn.bench", json.dumps({"backend": backend, "device": device})]):
             if "words" not in row:  # a backend that cannot be imported is told when it is to be timed
                 found[backend] = row["failed"]
     return found

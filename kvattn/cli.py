@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from kvattn.conformance import Case, Report
-    from kvattn.conformance.apart import Judged
+    from kvattn.conformance.processes import Judged
     from kvattn.lesson import Lesson
 
 
@@ -330,8 +330,8 @@ def _suite(
     """The cases on each backend: the report's rows, its pairs, and what those that import make of the text."""
     from kvattn import conformance
 
-    apart = options.jobs > 1 and not (options.draws or options.device)
-    every = [] if apart else _cases(options, console)
+    in_processes = options.jobs > 1 and not (options.draws or options.device)
+    every = [] if in_processes else _cases(options, console)
     with _Progress(console) as progress:
         seen: dict[str, set[str]] = {}  # a case comes once for each of its dtypes
 
@@ -339,8 +339,8 @@ def _suite(
             seen.setdefault(name, set()).add(case)
             progress.move(len(seen[name]), case, name)
 
-        if apart:
-            from kvattn.conformance.apart import judge
+        if in_processes:
+            from kvattn.conformance.processes import judge
 
             for name in names:
                 progress.start(name, None, "")
@@ -372,7 +372,7 @@ def _in_turn(
 ) -> Iterator[Judged]:
     """Each backend, one after another, in this process."""
     from kvattn import conformance, text
-    from kvattn.conformance.apart import Judged
+    from kvattn.conformance.processes import Judged
     from kvattn.quiet import quiet
 
     for name in names:
@@ -609,7 +609,7 @@ def doctor(options: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from kvattn import lend
+    from kvattn import old_numpy
     from kvattn.quiet import quiet
     from kvattn.report import clean
 
@@ -641,7 +641,7 @@ def doctor(options: argparse.Namespace) -> int:
         console.print(f"  But it is {'broken' if name in broken else 'not installed'}: such a call fails.", soft_wrap=True)
     for each, why in broken.items():
         console.print(f"\n{each} is broken: {clean(why)}\n  to install it anew: {_cure(each)}", soft_wrap=True)
-    if "mxnet" in installed and "mxnet" not in broken and lend.lacking():
+    if "mxnet" in installed and "mxnet" not in broken and old_numpy.lacking():
         cure = "'import kvattn.mxnet_compat' before it, or kvattn.mxnet, is the cure"
         console.print(f"\n'import mxnet' by itself fails on this NumPy: {cure}.", soft_wrap=True)
     if missing := [each for each in known if each not in installed]:

@@ -1,6 +1,6 @@
 """``import kvattn.mxnet_compat``, and ``import mxnet`` works on today's NumPy: for scripts that import mxnet first."""
 
-from kvattn.lend import lend
+from kvattn.old_numpy import old_names
 
-with lend():
+with old_names():
     import mxnet  # noqa: F401

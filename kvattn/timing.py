@@ -87,7 +87,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     return {"ratio": float(np.median(each)), "spread": [float(x) for x in np.quantile(each, [0.25, 0.75])]}
 
 
-def apart(command: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
+def in_a_process(command: Sequence[str], env: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
     """The JSON objects that Python's ``command`` prints, as they come, from a process of its own.
 
     Frameworks' threads disturb each other. If the process fails, the last object holds ``failed``: what it said at the end;
@@ -108,7 +108,7 @@ def apart(command: Sequence[str], env: Mapping[str, str] | None = None) -> Itera
 
 
 def tell(row: Mapping[str, Any]) -> None:
-    """A row to the process that started this one by `apart`."""
+    """A row to the process that started this one by `in_a_process`."""
     print(json.dumps(row), flush=True)
 
 

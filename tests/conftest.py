@@ -51,7 +51,7 @@ def backends():
 
 
 # What takes most of the time is left to tox, and to those who name a file: `pytest tests/test_mutants.py`.
-SLOW = ("apart", "docs", "draws", "lesson", "mutants", "properties", "tiled", "tiled_mutants", "tiled_numpy")
+SLOW = ("docs", "draws", "lesson", "mutants", "processes", "properties", "tiled", "tiled_mutants", "tiled_numpy")
 
 
 def pytest_ignore_collect(collection_path, config):

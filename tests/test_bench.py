@@ -247,12 +247,12 @@ def test_a_ratio_is_taken_within_a_round():
 
 def test_a_process_tells_its_rows_however_much_it_complains_and_what_it_said_if_it_fails():
     loud = "import json, sys; print('no row'); sys.stderr.write('w' * 10**6); print(json.dumps({'a': 1}))"
-    assert list(timing.apart(["-c", loud])) == [{"a": 1}]
-    *rows, failed = timing.apart(["-c", "print('{}'); raise ValueError('bad luck')"])
+    assert list(timing.in_a_process(["-c", loud])) == [{"a": 1}]
+    *rows, failed = timing.in_a_process(["-c", "print('{}'); raise ValueError('bad luck')"])
     assert rows == [{}]
     assert failed["failed"] == "ValueError: bad luck"
     assert failed["words"].startswith("Traceback")
-    assert list(timing.apart(["-c", "import sys; sys.exit(3)"])) == [{"failed": "exit status 3", "words": ""}]
+    assert list(timing.in_a_process(["-c", "import sys; sys.exit(3)"])) == [{"failed": "exit status 3", "words": ""}]
 
 
 def script(name, *flags):

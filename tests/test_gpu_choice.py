@@ -131,7 +131,7 @@ def test_the_conformance_suite_on_a_stand_in_device():
     with on_a_device() as called:
         cases = [
             case for case in conformance.cases() if case.group != "not finite"
-        ]  # no values are read on a GPU: see known.py
+        ]  # no values are read on a GPU: see known_differences.py
         report = conformance.run("torch", cases)
     assert not report.failures, "\n".join(result.message for result in report.failures)
     assert {*called} == {"corner", "slices"}

@@ -68,9 +68,9 @@ NUMPY = [
     ("ignores softcap", "scores = call.softcap * np.tanh(scores / call.softcap)", "pass", "softcap"),
     ("subtracts no maximum", "np.where(top == -math.inf, 0, top)", "np.where(top == -math.inf, 0, 0)", "large scores"),
     ("forgets the maximum in lse", "np.log(total) + top", "np.log(total)", "plain"),
-    ("leaks NaN from keys", "np.where(_any_for(seen, key.shape), key, 0)", "key", "padding"),
-    ("leaks NaN from values", "np.where(_any_for(seen, value.shape), value, 0)", "value", "padding"),
-    ("leaks NaN from queries", "np.where(_any_for(sees, query.shape), query, 0)", "query", "padding"),
+    ("leaks NaN from keys", "np.where(_any_for(has_query, key.shape), key, 0)", "key", "padding"),
+    ("leaks NaN from values", "np.where(_any_for(has_query, value.shape), value, 0)", "value", "padding"),
+    ("leaks NaN from queries", "np.where(_any_for(has_key, query.shape), query, 0)", "query", "padding"),
     (
         "hides one key too many",
         "seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)",

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from kvattn.backends import jax as tab
-from kvattn.kernels.jax import blocks, pairs
+from kvattn.kernels.jax import blocks, nonfinite
 
 NAN, INF, AT = np.nan, np.inf, 3
 BEFORE, AFTER, SELF = np.arange(6) < AT, np.arange(6) > AT, np.arange(6) == AT
@@ -34,16 +34,16 @@ CAUSAL = {  # what of query AT or key AT and its value reaches, with causal: (by
 
 
 @contextmanager
-def apart(most=blocks.PAIRS):
+def pair_by_pair(most=blocks.PAIRS):
     """Counts the calls whose pairs are computed apart, in blocks of so many numbers."""
-    served, attention = [], pairs.attention
+    served, attention = [], nonfinite.attention
 
     def counted(*args, **options):
         served.append(args)
         return attention(*args, **options)
 
     jax.clear_caches()
-    with patch.object(pairs, "attention", counted), patch.object(blocks, "PAIRS", most), tab.programs.x64(True):
+    with patch.object(nonfinite, "attention", counted), patch.object(blocks, "PAIRS", most), tab.programs.x64(True):
         yield served
     jax.clear_caches()
 
@@ -78,7 +78,7 @@ FEW = 2 * 4 * 6 * 3  # numbers of two queries
 
 @pytest.mark.parametrize(("which", "most"), [("query", FEW), ("key", blocks.PAIRS), ("value", FEW)])
 def test_gradients_that_jax_takes_of_a_call_keep_rows_apart(which, most):
-    with apart(most) as served:
+    with pair_by_pair(most) as served:
         (*clean, grad), (*given, _) = with_nan(which)
         expected, found = first(clean, grad, causal=True), first(given, grad, causal=True)
         gradients = kvattn.attention_grad(*given, grad, causal=True) if most == FEW else found[1:]  # else the suite asks
@@ -96,12 +96,12 @@ def test_gradients_that_jax_takes_of_a_call_keep_rows_apart(which, most):
 )
 def test_second_derivatives_of_pairs_apart_are_differences_of_the_first(options, most):
     """Where all is finite, along one direction; forwards over backwards, and backwards twice."""
-    with apart(most) as served:
+    with pair_by_pair(most) as served:
         *qkv, grad = arrays((2,))
         along, eps = tuple(map(jnp.cos, qkv)), 1e-4
 
         def loss(*qkv):
-            with pairs.computed_apart():
+            with nonfinite.computed_pair_by_pair():
                 return (jnp.sin(kvattn.attention(*qkv, **options)) * grad).sum()
 
         slope = jax.grad(loss, argnums=(0, 1, 2))
@@ -117,7 +117,7 @@ def test_second_derivatives_of_pairs_apart_are_differences_of_the_first(options,
 @pytest.mark.parametrize("which", ["query", "value"])
 def test_second_derivatives_keep_rows_apart(which):
     """Of a loss of all rows that do not see the NaN, by all that is in no pair with it."""
-    with apart() as served:
+    with pair_by_pair() as served:
         (*clean, grad), (*given, _) = with_nan(which, lead=(1, 1))
         rows = ~SELF if which == "query" else BEFORE
         clear = [np.flatnonzero(~x) for x in CAUSAL["query" if which == "query" else "key"]]  # a loss bends NaN outputs too
@@ -136,7 +136,7 @@ def test_second_derivatives_keep_rows_apart(which):
 
 def test_what_makes_no_result_nan_leaks_into_no_gradient_either():
     """A key of -inf, whose weight is 0 where it is seen; a score that overflows where nobody looks, before the softcap."""
-    with apart():
+    with pair_by_pair():
         (*clean, grad), _ = with_nan("key")
         query = clean[0].at[..., 0].set(1.0)
         minus = [query, clean[1].at[0, 0, AT, 0].set(-INF), clean[2]]
@@ -152,7 +152,7 @@ def test_what_makes_no_result_nan_leaks_into_no_gradient_either():
 
 
 def test_nan_where_nobody_looks_is_no_work():
-    with apart() as served:
+    with pair_by_pair() as served:
         query, key, value, _ = with_nan("value")[1]
         for options in ({"valid_lens": np.array([AT, 6])}, {"mask": np.arange(6) != AT}):
             output = kvattn.attention(query, key, value, **options)
@@ -166,7 +166,7 @@ def test_a_score_of_ones_own_is_not_traced():
         return query @ key.swapaxes(-1, -2)
 
     for most in (blocks.PAIRS, FEW):
-        with apart(most) as served:
+        with pair_by_pair(most) as served:
             (*clean, _), (*given, _) = with_nan("value")
             expected, found = (kvattn.attention(*x, score=score, causal=True) for x in (clean, given))
         assert served
@@ -175,7 +175,7 @@ def test_a_score_of_ones_own_is_not_traced():
 
 def test_dropout_draws_the_same_for_other_rows():
     options = {"causal": True, "dropout": 0.4, "rng": jax.random.key(1)}
-    with apart() as served:
+    with pair_by_pair() as served:
         (*clean, grad), (*given, _) = with_nan("value")
         expected, found = (kvattn.attention(*x, **options) for x in (clean, given))
         by_query = kvattn.attention_grad(*given, grad, **options)[0], kvattn.attention_grad(*clean, grad, **options)[0]

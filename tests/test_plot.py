@@ -23,7 +23,7 @@ from matplotlib.text import Text
 
 import kvattn
 from kvattn import plot, text
-from kvattn.conformance import known
+from kvattn.conformance import known_differences
 from kvattn.conformance.cases import DTYPES
 
 BASELINE = Path(__file__).parent / "baseline"
@@ -120,7 +120,7 @@ def images(figure):
 
 
 def dtypes(backend):
-    return [dtype for dtype in DTYPES if known.difference(backend, dtype, "plot", "plot") is None]
+    return [dtype for dtype in DTYPES if known_differences.difference(backend, dtype, "plot", "plot") is None]
 
 
 def test_heat_maps_show_any_frameworks_arrays(backend):

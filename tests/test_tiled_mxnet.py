@@ -62,7 +62,7 @@ def test_small_calls_by_numpys_formula(which):
 
 
 def test_the_conformance_suite_without_views():
-    """The tab's own code, which serves what NumPy cannot; conformance/known.py says what its gradients let through."""
+    """The tab's own code, which serves what NumPy cannot; known_differences.py says what its gradients let through."""
     known = ("scores of -inf of one ", "a loss of NaN at rows without keys")
     with patch.object(views, "obstacle", lambda *_: "a test"):
         report = conformance.run("mxnet", [case for case in conformance.cases() if not case.name.startswith(known)])

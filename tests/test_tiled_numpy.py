@@ -152,7 +152,7 @@ def test_memory_of_gradients_grows_with_the_length():
         arrays = draw(lead=(1,), n=n, m=n, d=8, v=8, dtype=np.float32)
         return peak(lambda: kvattn.attention_grad(*arrays)), sum(x.nbytes for x in arrays[:3])
 
-    with patch.multiple(tiles, ROWS=64, COLUMNS=64, EDGE=32):
+    with patch.multiple(tiles, ROWS=64, COLUMNS=64, CUT=32):
         (short, _), (long, inputs) = needed(1024), needed(4096)
     assert long < 4.5 * short
     assert long < 4 * inputs

@@ -129,9 +129,9 @@ def judge(case, dtype, found):
 
 ALWAYS = {"TINY": 0, "SMALLEST": 0, "SMALLEST_ENTRY": 0}
 SIZES = [  # of tiles and blocks
-    {"ROWS": 4, "COLUMNS": 3, "LONGEST": 5, "EDGE": 2},
-    {"ROWS": 2, "COLUMNS": 1, "LONGEST": 3, "EDGE": 1},
-    {"ROWS": 3, "COLUMNS": 4, "LONGEST": 100, "EDGE": 3},
+    {"ROWS": 4, "COLUMNS": 3, "LONGEST": 5, "CUT": 2},
+    {"ROWS": 2, "COLUMNS": 1, "LONGEST": 3, "CUT": 1},
+    {"ROWS": 3, "COLUMNS": 4, "LONGEST": 100, "CUT": 3},
 ]
 
 

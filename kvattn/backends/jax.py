@@ -15,7 +15,7 @@ import numpy as np
 
 from kvattn import planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.jax import blocks, pairs, programs, tiles
+from kvattn.kernels.jax import blocks, nonfinite, programs, tiles
 from kvattn.kernels.jax import gpu as jax_gpu
 
 HALF = ("float16", "bfloat16")
@@ -147,15 +147,15 @@ def _hide_padding(allowed, query, key, value):
         return query, key, value
     if allowed.ndim < 2:
         allowed = allowed[None] if allowed.ndim else allowed[None, None]
-    seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)
+    has_query, has_key = allowed.any(axis=-2), allowed.any(axis=-1)
     return (
-        jnp.where(_any_for(sees, query.shape), query, 0),
-        jnp.where(_any_for(seen, key.shape), key, 0),
-        jnp.where(_any_for(seen, value.shape), value, 0),
+        jnp.where(_any_for(has_key, query.shape), query, 0),
+        jnp.where(_any_for(has_query, key.shape), key, 0),
+        jnp.where(_any_for(has_query, value.shape), value, 0),
     )
 
 
-def _leaks(*inputs):
+def _may_leak(*inputs):
     """Whether NaN or inf in rows that meet nobody may reach a gradient: not where all inputs are known to be finite."""
     return not all(map(programs.finite, {id(x): x for x in inputs}.values()))
 
@@ -163,7 +163,7 @@ def _leaks(*inputs):
 @programs.exact
 def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    if not (call.restricted or call.positions is not None) or not _leaks(query, key, value):
+    if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = jnp.arange(key.shape[-2])
     if call.positions is not None:
@@ -393,8 +393,8 @@ def choose(query, key, value, call):
     if call.positions is not None:
         choice = choose(*_shapes_selected(query, key, value, call))
         return choice.of_selected_keys(call.positions.shape[-1], _of_selected_keys)
-    if pairs.apart():
-        return Choice("the formula, of pairs apart", "something is not finite", run=partial(pairs.attention, tab))
+    if nonfinite.pair_by_pair():
+        return Choice("the formula, pair by pair", "something is not finite", run=partial(nonfinite.attention, tab))
     why_not_cudnn = jax_gpu.obstacle(tab, query, key, value, call)
     if not why_not_cudnn:
         why = "softmax of scaled dot products in half precision, on a GPU"

@@ -21,9 +21,9 @@ import numpy
 from kvattn import planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.mxnet import quirks, views
-from kvattn.lend import lend
+from kvattn.old_numpy import old_names
 
-with lend():
+with old_names():
     import mxnet as mx
     from mxnet import autograd, np
 
@@ -168,19 +168,19 @@ def _hide_padding(allowed, query, key, value):
     if allowed.ndim < 2:
         allowed = allowed[None] if allowed.ndim else allowed.reshape(1, 1)
     with autograd.pause():
-        seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)
-        rows = [_any_for(flags, x.shape) for flags, x in ((sees, query), (seen, key), (seen, value))]
+        has_query, has_key = allowed.any(axis=-2), allowed.any(axis=-1)
+        rows = [_any_for(flags, x.shape) for flags, x in ((has_key, query), (has_query, key), (has_query, value))]
     return tuple(quirks.where(row, x, 0) for row, x in zip(rows, (query, key, value), strict=True))
 
 
-def _leaks(*inputs):
+def _may_leak(*inputs):
     """Whether NaN or inf in rows that meet nobody may reach a gradient: not where none is asked for or all is finite."""
     return autograd.is_recording() and not all(map(views.finite, {id(x): x for x in inputs}.values()))
 
 
 def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    if not (call.restricted or call.positions is not None) or not _leaks(query, key, value):
+    if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = np.arange(key.shape[-2], dtype="int64", ctx=key.ctx)
     if call.positions is not None:

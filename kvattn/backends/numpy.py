@@ -131,22 +131,22 @@ def _hide_padding(allowed, query, key, value):
         return query, key, value
     if allowed.ndim < 2:
         allowed = allowed[None] if allowed.ndim else allowed[None, None]
-    seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)
+    has_query, has_key = allowed.any(axis=-2), allowed.any(axis=-1)
     return (
-        np.where(_any_for(sees, query.shape), query, 0).astype(query.dtype),
-        np.where(_any_for(seen, key.shape), key, 0).astype(key.dtype),
-        np.where(_any_for(seen, value.shape), value, 0).astype(value.dtype),
+        np.where(_any_for(has_key, query.shape), query, 0).astype(query.dtype),
+        np.where(_any_for(has_query, key.shape), key, 0).astype(key.dtype),
+        np.where(_any_for(has_query, value.shape), value, 0).astype(value.dtype),
     )
 
 
-def _leaks(*inputs):
+def _may_leak(*inputs):
     """Whether NaN or inf in rows that meet nobody may reach a gradient: not where all inputs are finite."""
     return not all(np.isfinite(x).all() for x in {id(x): x for x in inputs}.values())
 
 
 def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    if not (call.restricted or call.positions is not None) or not _leaks(query, key, value):
+    if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = np.arange(key.shape[-2])
     if call.positions is not None:

@@ -164,14 +164,14 @@ def _hide_padding(allowed, query, key, value):
     )
 
 
-def _leaks(*inputs):
+def _may_leak(*inputs):
     """Whether NaN or inf in rows that meet nobody may reach a gradient: not where all inputs are known to be finite."""
     return any((values := peek(x)) is None or not np.isfinite(values).all() for x in {id(x): x for x in inputs}.values())
 
 
 def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    if not (call.restricted or call.positions is not None) or not _leaks(query, key, value):
+    if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
     if call.positions is not None:
         selected = tf.reduce_any(tf.cast(call.positions, tf.int64)[..., None] == _keys(key), axis=-2)

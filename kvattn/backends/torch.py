@@ -149,15 +149,15 @@ def _hide_padding(allowed, query, key, value):
         return query, key, value
     if allowed.ndim < 2:
         allowed = allowed[None] if allowed.ndim else allowed[None, None]
-    seen, sees = allowed.any(dim=-2), allowed.any(dim=-1)
+    has_query, has_key = allowed.any(dim=-2), allowed.any(dim=-1)
     return (
-        torch.where(_any_for(sees, query.shape), query, 0),
-        torch.where(_any_for(seen, key.shape), key, 0),
-        torch.where(_any_for(seen, value.shape), value, 0),
+        torch.where(_any_for(has_key, query.shape), query, 0),
+        torch.where(_any_for(has_query, key.shape), key, 0),
+        torch.where(_any_for(has_query, value.shape), value, 0),
     )
 
 
-def _leaks(*inputs):
+def _may_leak(*inputs):
     """Whether NaN or inf in rows that meet nobody may reach a gradient: not where none is asked for or all is finite."""
     if traces.tracing() or not torch.is_grad_enabled():
         return traces.tracing()
@@ -166,7 +166,7 @@ def _leaks(*inputs):
 
 def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    if not (call.restricted or call.positions is not None) or not _leaks(query, key, value):
+    if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
     keys = torch.arange(key.shape[-2], device=key.device)
     if call.positions is not None:
@@ -412,9 +412,9 @@ def _formula(query, key, value, call, blocks=()):
 
     # weights = normalize(score(query, key)): (..., h, n, m)
     scores = _scores(query, key, call)
-    if allowed is not None and scores.requires_grad and nonfinite.leaks(query, key):
+    if allowed is not None and scores.requires_grad and nonfinite.may_leak(query, key):
         score = dot_score if call.scale is not None and call.score is scaled_dot_score else call.score
-        scores = _scores(query, key, call._replace(score=nonfinite.apart(score, pairs())))
+        scores = _scores(query, key, call._replace(score=nonfinite.score_pair_by_pair(score, pairs())))
     if call.return_lse:
         weights, lse = _softmax_lse(scores, allowed)
     else:

@@ -14,8 +14,9 @@ import numpy as np
 
 import kvattn
 from kvattn import checks, dispatch, layers
-from kvattn.conformance import known, native, tolerance
+from kvattn.conformance import native, tolerance
 from kvattn.conformance.cases import NOT_FINITE, Case
+from kvattn.conformance.known_differences import difference
 
 FUNCTIONS = ("score", "normalize", "kernel")  # keywords that name a function of kvattn
 HEADED = ("multi_head_attention", "self_attention", "decoding")
@@ -59,7 +60,7 @@ class Report:
     results: list[Result] = field(default_factory=list)
     outputs: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
     tolerances: dict[tuple[str, str, str], tuple[float, float]] = field(default_factory=dict)  # (unit, allowed)
-    excused: list[str] = field(default_factory=list)  # the rows of known.py that applied
+    excused: list[str] = field(default_factory=list)  # the rows of known_differences.py that applied
 
     @property
     def not_offered(self) -> list[Result]:
@@ -137,11 +138,11 @@ def _run(tab: Any, name: str, cases: Sequence[Case], dtypes: Sequence[str] | Non
         if progress is not None:
             progress(case.name)
         wanted = case.usual if dtypes is None else [dtype for dtype in dtypes if dtype in case.dtypes]
-        excuses = {dtype: row for dtype in wanted if (row := known.difference(name, dtype, case.name, case.group, place))}
+        excuses = {dtype: row for dtype in wanted if (row := difference(name, dtype, case.name, case.group, place))}
         reasons = {row.reason for row in excuses.values()} | {lacks[dtype] for dtype in wanted if dtype in lacks}
         report.excused += sorted(reasons - {*report.excused})
         able = [dtype for dtype in wanted if dtype not in excuses and dtype not in lacks]
-        if not able and dtypes is None and known.difference(name, "float32", case.name, case.group, place) is None:
+        if not able and dtypes is None and difference(name, "float32", case.name, case.group, place) is None:
             able = ["float32"]  # no case goes unasked for want of bfloat16
         for dtype in able:
             _judge(tab, case, dtype, report, thorough=dtypes is not None, like=like, place=place if told else None)

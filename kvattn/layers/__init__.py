@@ -190,7 +190,7 @@ def hide_unseen(tab: Any, queries: Any, keys: Any, values: Any, num_heads: int, 
     """queries, keys and values (..., n, features) with zeros in rows that meet nobody in any head, where NaN may be: it would
     reach the gradients of the matrices that project them. Raises what attention would."""
     free = valid_lens is None and not options and 0 not in (*queries.shape[:-1], *keys.shape[:-1])
-    if free or not tab._leaks(queries, keys, values):
+    if free or not tab._may_leak(queries, keys, values):
         return queries, keys, values
     limits = {name: options[name] for name in LIMITS if name in options} | {"valid_lens": valid_lens}
     lead = tuple(queries.shape)[:-2]

@@ -14,9 +14,9 @@ import numpy
 from kvattn import api, checks, layers
 from kvattn.backends import mxnet as tab
 from kvattn.kernels.mxnet import symbols
-from kvattn.lend import lend
+from kvattn.old_numpy import old_names
 
-with lend():
+with old_names():
     import mxnet as mx
     from mxnet import autograd, np
     from mxnet.gluon import nn

@@ -15,7 +15,7 @@ from jax.tree_util import Partial
 
 from kvattn import planning
 from kvattn.kernels.jax import gpu as jax_gpu
-from kvattn.kernels.jax import pairs
+from kvattn.kernels.jax import nonfinite
 
 if hasattr(jax, "enable_x64"):
     x64 = jax.enable_x64
@@ -116,7 +116,7 @@ def compiled(layout):
                 return inner(*arrays, call, **named)
             call, given = _split(call, arrays[0].shape[-2])
             wide = not jax.config.jax_enable_x64 and any(map(_is_wide, (arrays[0], *(jax.tree.leaves(given) if given else ()))))
-            return (_run_exact if wide else _run)(inner, call, tuple(named.items()), pairs.apart(), arrays, given)
+            return (_run_exact if wide else _run)(inner, call, tuple(named.items()), nonfinite.pair_by_pair(), arrays, given)
 
         return run
 
@@ -124,7 +124,7 @@ def compiled(layout):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(function, call, named, apart, arrays, given):  # ``apart`` tells one program from the other
+def _run(function, call, named, pair_by_pair, arrays, given):  # ``pair_by_pair`` tells one program from the other
     return function(*arrays, call._replace(**given), **dict(named))
 
 
@@ -145,8 +145,8 @@ def _split(call, n):
 
 
 def at_once(query):
-    """Whether a call of such arrays is a program as it is: none in 64 bits that JAX has off, nor one whose pairs are apart."""
-    return not pairs.apart() and (query.dtype not in _WIDE or jax.config.jax_enable_x64)
+    """Whether a call of such arrays is a program as it is: none in 64 bits that JAX has off, nor one that goes pair by pair."""
+    return not nonfinite.pair_by_pair() and (query.dtype not in _WIDE or jax.config.jax_enable_x64)
 
 
 def serves_other_offsets(call, n, module):
@@ -173,7 +173,7 @@ LARGE = {"float16": 0x7C00, "bfloat16": 0x5F00}  # bits, without the sign, from 
 
 
 def careful(function):
-    """Where NaN may have leaked from one row to another, the call again with its pairs apart.
+    """Where NaN may have leaked from one row to another, the call again pair by pair.
 
     Python looks at numbers, so at those of a CPU, where JAX runs the call at once: under grad, vjp and jvp too, but not in
     what jit, vmap, checkpoint and their like trace. It looks at arguments, since to wait for results would cost time.
@@ -183,9 +183,9 @@ def careful(function):
     def run(*args, **named):
         results = function(*args, **named)
         *arrays, call = args
-        if not _shared(*arrays[:3], call) or pairs.apart() or sound(results, *arrays, bias=call.bias):
+        if not _shared(*arrays[:3], call) or nonfinite.pair_by_pair() or sound(results, *arrays, bias=call.bias):
             return results
-        with pairs.computed_apart():
+        with nonfinite.computed_pair_by_pair():
             return function(*args, **named)
 
     return run

@@ -127,13 +127,13 @@ def _edge(step, carry, rows, keys, pairs, limits, low, high, start, at, holes):
     if "bias" in pairs:
         allowed &= pairs["bias"] != -math.inf
     if pairs or holes:
-        sees, seen = allowed.any(axis=-1), allowed.any(axis=-2)
+        has_key, has_query = allowed.any(axis=-1), allowed.any(axis=-2)
     else:  # the same, in less time
-        sees = jnp.maximum(low, start) < jnp.minimum(high, start + len(position))
-        seen = (low.min() <= position) & (position < high.max())
+        has_key = jnp.maximum(low, start) < jnp.minimum(high, start + len(position))
+        has_query = (low.min() <= position) & (position < high.max())
     # zeros for the rest: 0 * NaN is NaN
-    rows = {name: jnp.where(sees[..., None], x, 0) if name in ("query", "d_query") else x for name, x in rows.items()}
-    keys = {name: jnp.where(seen if name[0] == "d" else seen[..., None], x, 0) for name, x in keys.items()}
+    rows = {name: jnp.where(has_key[..., None], x, 0) if name in ("query", "d_query") else x for name, x in rows.items()}
+    keys = {name: jnp.where(has_query if name[0] == "d" else has_query[..., None], x, 0) for name, x in keys.items()}
     pairs = {name: jnp.where(allowed, x, 0) for name, x in pairs.items() if name != "mask"}
     return step(carry, rows, keys, pairs, limits, allowed)
 

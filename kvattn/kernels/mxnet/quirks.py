@@ -10,9 +10,9 @@ from contextlib import nullcontext
 from functools import partial, wraps
 
 from kvattn import planning
-from kvattn.lend import lend
+from kvattn.old_numpy import old_names
 
-with lend():
+with old_names():
     import mxnet as mx
     from mxnet import autograd, np, npx
 
@@ -41,7 +41,7 @@ def shaped(function, empty=None):
 def scoring(function):
     """MXNet cannot broadcast what has no elements, and says so only later, in another call; nor two arrays of many axes."""
 
-    def apart(query, key, *args, **kwargs):
+    def instead(query, key, *args, **kwargs):
         lead, n, m = planning.lead(query.shape, key.shape), query.shape[-2], key.shape[-2]
         if 0 in (*lead, n, m, *key.shape[:-2]):
             shape = (*lead, n, m)
@@ -51,7 +51,7 @@ def scoring(function):
             return function(query, key, *args, **kwargs).reshape(*lead, n, m)
         return None
 
-    return shaped(function, apart)
+    return shaped(function, instead)
 
 
 def spread(x, lead):

@@ -18,9 +18,9 @@ from weakref import WeakValueDictionary
 import numpy
 
 from kvattn import dispatch, planning, prepare
-from kvattn.lend import lend
+from kvattn.old_numpy import old_names
 
-with lend():
+with old_names():
     import mxnet as mx
     from mxnet.ndarray.ndarray import _DTYPE_MX_TO_NP as DTYPES  # private, as read in MXNet 1.9.1, like the next
     from mxnet.symbol.numpy import _Symbol as NumpySymbol

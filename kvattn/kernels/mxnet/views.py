@@ -20,9 +20,9 @@ import numpy as np
 from kvattn import planning
 from kvattn.backends import numpy as numpy_tab
 from kvattn.kernels.numpy import gradients, tiled
-from kvattn.lend import lend
+from kvattn.old_numpy import old_names
 
-with lend():
+with old_names():
     import mxnet as mx
     from mxnet.base import _LIB, check_call  # _LIB is private: as read in MXNet 1.9.1
 

@@ -23,7 +23,7 @@ from kvattn import planning
 
 ROWS, COLUMNS = 2048, 256  # queries of a tile, keys of a block: fewer queries meet more keys, or more heads
 LONGEST = 8192  # keys of a block
-EDGE = 256  # keys of a block that not all queries of the tile see
+CUT = 256  # keys of a block that is cut: only some queries of the tile see all of it
 
 
 def _vectorised_exp2():
@@ -94,20 +94,20 @@ class Tiling:
     def tiles(self, workers):
         """The tiles, longest first. Several heads share one where a head alone would be small."""
         each = -(-2 * workers // max(1, math.prod(self.lead)))  # tiles of a head, so that every thread has some
-        size = max(1, min(self.n, ROWS, max(EDGE, -(-self.n // each))))
-        longest = LONGEST if self.left is None and self.right is None else EDGE
+        size = max(1, min(self.n, ROWS, max(CUT, -(-self.n // each))))
+        longest = LONGEST if self.left is None and self.right is None else CUT
         many = ROWS * COLUMNS // (size * min(max(COLUMNS, self.m), longest))
         many = min(many, -(-math.prod(self.lead) // (2 * workers)))
         key_heads, group = self.heads[-2:]
         heads, groups = _slices(key_heads, max(1, many // group)), _slices(group, max(1, min(many, group)))
         rows, tiles = _slices(self.n, size), []
-        keys_seen = [[self._sees(entry, part) for part in rows] for entry in range(self.entries)]
+        ranges = [[self._range_of_keys(entry, part) for part in rows] for entry in range(self.entries)]
         for number, at in enumerate(np.ndindex(*self.batch)):
-            for part, keys in zip(rows, keys_seen[number * self.entries // math.prod(self.batch)], strict=True):
+            for part, keys in zip(rows, ranges[number * self.entries // math.prod(self.batch)], strict=True):
                 tiles += [Tile((*at, *of, part), *keys) for of in itertools.product(heads, groups)]
         return sorted(tiles, key=_cost, reverse=True)
 
-    def _sees(self, entry, rows):
+    def _range_of_keys(self, entry, rows):
         """(entry, position, first, last, inner first, inner last) of a batch entry's rows."""
         position = self.offsets[entry % len(self.offsets)] + rows.start
         end, shortest = position + rows.stop - rows.start, self.lengths[entry % len(self.lengths)]
@@ -216,7 +216,7 @@ def blocks(tiling, tile, query, buffers):
     *at, heads, group, rows = tile.at
     one_head = query.shape[1] == 1  # one head of a group: rows that see nothing can be left out
     width = min(max(COLUMNS, ROWS * COLUMNS // math.prod(query.shape[:3])), LONGEST)
-    for start, end in _ranges_of_keys(tile, width, EDGE if one_head else width):
+    for start, end in _ranges_of_keys(tile, width, CUT if one_head else width):
         part, columns, limits = slice(0, query.shape[2]), slice(start, end), []
         if start < tile.inner_first or end > tile.inner_last:
             part, limits = _rows_in_reach(tiling, tile, start, end, one_head, buffers)
@@ -247,16 +247,16 @@ def blocks(tiling, tile, query, buffers):
         yield Block(part, columns, scores, limits, keys, values)
 
 
-def _ranges_of_keys(tile, width, edge):
-    """(start, end) of each block of keys; where only some rows see them it is ``edge`` wide."""
+def _ranges_of_keys(tile, width, cut_width):
+    """(start, end) of each block of keys; where only some rows see them it is ``cut_width`` wide."""
     first, last = max(tile.first, tile.inner_first), min(tile.last, tile.inner_last)
     if first != tile.first:
-        first = tile.first - (tile.first - first) // edge * edge  # no sliver between the two kinds
+        first = tile.first - (tile.first - first) // cut_width * cut_width  # no sliver between the two kinds
     if last != tile.last:
-        last = first + max(last - first, 0) // edge * edge
+        last = first + max(last - first, 0) // cut_width * cut_width
     if first >= last:
         first = last = tile.last
-    for begin, until, step in ((tile.first, first, edge), (first, last, width), (last, tile.last, edge)):
+    for begin, until, step in ((tile.first, first, cut_width), (first, last, width), (last, tile.last, cut_width)):
         for start in range(begin, until, step):
             yield start, min(start + step, until)
 

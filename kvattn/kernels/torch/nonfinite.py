@@ -3,7 +3,7 @@
     (A X)[i, c] = sum of A[i, j] X[j, c] over the j to which i may attend
 
 `sound` tells whether a fused kernel's answer may be given, `attention` is the answer where it may not. `product` and
-`apart` do the same for the formula. Where values cannot be looked at (see `readable`), none of them does anything.
+`score_pair_by_pair` do the same for the formula. Where values cannot be looked at (see `readable`), none of them does anything.
 """
 
 from __future__ import annotations
@@ -145,12 +145,12 @@ class _Scores(torch.autograd.Function):
 # ---- the formula with any score
 
 
-def leaks(query, key):
+def may_leak(query, key):
     """Whether a score's gradient would multiply the zeros of what may not attend by NaN or inf."""
     return readable(query) and not (finite(query) and finite(key))
 
 
-def apart(score, allowed):
+def score_pair_by_pair(score, allowed):
     """The score of each allowed pair by itself, of a key of zeros for the others: no gradient passes between them."""
 
     def rows(query, key, allowed):

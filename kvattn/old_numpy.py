@@ -32,11 +32,11 @@ def lacking() -> dict[str, Any]:
 
 
 @contextmanager
-def lend() -> Iterator[None]:
+def old_names() -> Iterator[None]:
     """Within the block ``import mxnet`` works and is quiet; afterwards numpy is as it was.
 
     >>> before = set(vars(np))
-    >>> with lend():
+    >>> with old_names():
     ...     import mxnet  # doctest: +SKIP
     >>> before <= set(vars(np)), "pmt" in set(vars(np)) - before
     (True, False)

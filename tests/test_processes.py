@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvattn import cli, conformance, text
-from kvattn.conformance import apart
+from kvattn.conformance import processes
 
 STRANGERS = """
 import os, sys
@@ -40,12 +40,12 @@ def strangers(tmp_path, monkeypatch):
 
 
 def test_what_comes_back_is_what_one_process_finds(strangers, monkeypatch):
-    monkeypatch.setitem(apart.SHARED, "numpy", 16)  # dealt out to two processes
-    monkeypatch.setitem(apart.QUICK, "aborts", "--no_such_flag")
+    monkeypatch.setitem(processes.SHARED, "numpy", 16)  # dealt out to two processes
+    monkeypatch.setitem(processes.QUICK, "aborts", "--no_such_flag")
     seen = set()
     found = {
         each.name: each
-        for each in apart.judge(["numpy", *strangers], text.SENTENCE, 2, lambda name, case: seen.add((name, case)))
+        for each in processes.judge(["numpy", *strangers], text.SENTENCE, 2, lambda name, case: seen.add((name, case)))
     }
     assert sorted(found) == sorted(["numpy", *strangers])
     whole, got = conformance.run("numpy"), found["numpy"].report
@@ -78,8 +78,8 @@ def test_the_command_prints_a_backend_when_it_is_done_and_writes_all(strangers, 
 def test_flags_of_the_users_own_are_kept(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     asked = []
-    monkeypatch.setattr(apart, "_ask", lambda what, quick, *_: asked.append(quick) or {"error": "not asked"})
-    assert [each.error for each in apart.judge(["jax"], "", 1)] == ["not asked"]
+    monkeypatch.setattr(processes, "_ask", lambda what, quick, *_: asked.append(quick) or {"error": "not asked"})
+    assert [each.error for each in processes.judge(["jax"], "", 1)] == ["not asked"]
     assert asked == [None]
 
 

@@ -18,21 +18,21 @@ import jax.numpy as jnp
 from kvattn import planning
 from kvattn.kernels.jax import blocks
 
-_apart = ContextVar("apart", default=False)
+_pair_by_pair = ContextVar("pair_by_pair", default=False)
 
 
-def apart():
+def pair_by_pair():
     """Whether calls are to be computed this way."""
-    return _apart.get()
+    return _pair_by_pair.get()
 
 
 @contextmanager
-def computed_apart(whether=True):
-    token = _apart.set(whether)
+def computed_pair_by_pair(whether=True):
+    token = _pair_by_pair.set(whether)
     try:
         yield
     finally:
-        _apart.reset(token)
+        _pair_by_pair.reset(token)
 
 
 def attention(tab, query, key, value, call, steps=()):
@@ -52,7 +52,7 @@ def _alone(tab, query, key, value, call):
     mask, bias = (None if x is None else jnp.broadcast_to(x, (*lead, n, m))[..., None, :] for x in (allowed, call.bias))
     query = jnp.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :]  # (..., n, 1, d)
     key, value = (_for_each(n, tab._spread(x, lead)) for x in (key, value))  # (..., n, m, d), (..., n, m, v)
-    with computed_apart(False):
+    with computed_pair_by_pair(False):
         return call.without_query_axis(tab._attend(query, key, value, call.of_selected_keys(mask, bias)))
 
 

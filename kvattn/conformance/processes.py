@@ -38,7 +38,7 @@ ENVIRONMENT = {
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
-_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from kvattn.conformance import apart; apart.answer()"
+_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from kvattn.conformance import processes; processes.answer()"
 
 
 @dataclass
