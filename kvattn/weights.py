@@ -24,7 +24,7 @@ def export_weights(layer: Any) -> dict[str, np.ndarray]:
     >>> {name: x.shape for name, x in export_weights(layer).items()}
     {'W': (3, 4)}
     """
-    return dict(_room(layer).export(layer))
+    return dict(_framework(layer).export(layer))
 
 
 def import_weights(layer: Any, weights: Mapping[str, Any]) -> Any:
@@ -34,9 +34,9 @@ def import_weights(layer: Any, weights: Mapping[str, Any]) -> Any:
 
     Raises ValueError, listing every name that is missing or unknown and every shape that differs: then nothing is changed.
     """
-    room = _room(layer)
+    framework = _framework(layer)
     arrays = {name: np.asarray(x) for name, x in weights.items()}
-    expected = room.shapes(layer)
+    expected = framework.shapes(layer)
     wrong = [f"missing: {name} {_show(shape)}" for name, shape in expected.items() if name not in arrays]
     wrong += [f"unknown: {name} {x.shape}" for name, x in arrays.items() if name not in expected]
     wrong += [
@@ -47,7 +47,7 @@ def import_weights(layer: Any, weights: Mapping[str, Any]) -> Any:
     wrong += [f"{name} has dtype {x.dtype}; expected floating point" for name, x in arrays.items() if x.dtype.kind != "f"]
     if wrong:
         raise ValueError("these weights do not fit, and nothing was loaded:\n  " + "\n  ".join(wrong))
-    return room.assign(layer, arrays)
+    return framework.assign(layer, arrays)
 
 
 def save_weights(layer: Any, path: str | Path) -> None:
@@ -84,7 +84,7 @@ _FAMILIES = {"torch": "torch", "keras": "tensorflow", "tensorflow": "tensorflow"
 _BASES = {"analytic": "numpy", "keras": "tensorflow"}  # files of kvattn/layers that hold what a framework's layers inherit
 
 
-def _room(layer: Any) -> Any:
+def _framework(layer: Any) -> Any:
     """kvattn/layers/<framework>.py, by the layer's own class."""
     for base in type(layer).__mro__:
         package, _, rest = base.__module__.partition(".")

@@ -7,8 +7,8 @@ import re
 
 import numpy as np
 import pytest
+from adapters import reference
 from near import assert_near
-from rooms import reference
 
 import kvattn
 from kvattn import layers, weights
@@ -59,16 +59,16 @@ CASES |= {
 
 
 @pytest.fixture
-def room(backend):
-    return importlib.import_module(f"rooms.{backend}")
+def adapter(backend):
+    return importlib.import_module(f"adapters.{backend}")
 
 
-def made(room, name, config, inputs, seed=7):
+def made(adapter, name, config, inputs, seed=7):
     """A layer with its weights, and the weights."""
     seeded = {} if name in ("DotProductAttention", "AddNorm") else {"seed": seed}
-    layer = room.layer(name, **config, **seeded)
-    room.call(layer, *inputs)
-    return layer, room.weights(layer)
+    layer = adapter.layer(name, **config, **seeded)
+    adapter.call(layer, *inputs)
+    return layer, adapter.weights(layer)
 
 
 def shaken(w):
@@ -108,23 +108,23 @@ def test_arguments_have_d2ls_names_in_d2ls_places(backend, name):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_layer_gives_the_numbers_of_the_reference(room, case):
+def test_a_layer_gives_the_numbers_of_the_reference(adapter, case):
     name, config, inputs, answer = CASES[case]
-    layer, w = made(room, name, config, inputs)
+    layer, w = made(adapter, name, config, inputs)
     w = shaken(w)
-    layer = room.load(layer, w)
-    np.testing.assert_allclose(room.call(layer, *inputs), answer(w, *inputs), atol=2e-5)
+    layer = adapter.load(layer, w)
+    np.testing.assert_allclose(adapter.call(layer, *inputs), answer(w, *inputs), atol=2e-5)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "TransformerEncoder"])
-def test_a_layer_gives_the_gradients_of_the_reference(room, case):
+def test_a_layer_gives_the_gradients_of_the_reference(adapter, case):
     name, config, inputs, answer = CASES[case]
-    layer, w = made(room, name, config, inputs)
+    layer, w = made(adapter, name, config, inputs)
     w = shaken(w)
-    layer = room.load(layer, w)
+    layer = adapter.load(layer, w)
     grad_output = GRAD["QKV" if name in SCORED else "X"] if case != "with biases" else GRAD["X"][:, :3]
     grad_output = grad_output[0] if inputs[0].ndim == 2 and name == "MultiHeadAttention" else grad_output
-    by_inputs, by_weights = room.gradients(layer, inputs, grad_output)
+    by_inputs, by_weights = adapter.gradients(layer, inputs, grad_output)
     floats = [i for i, x in enumerate(inputs) if x.dtype.kind == "f"]
     arrays = {name: x.astype(float) for name, x in w.items()} | {f"input {i}": inputs[i].astype(float) for i in floats}
 
@@ -141,7 +141,7 @@ def test_a_layer_gives_the_gradients_of_the_reference(room, case):
 
 @pytest.mark.parametrize("name", [*SCORED, "MultiHeadAttention", "TransformerEncoderBlock"])
 @pytest.mark.parametrize("empty", ["queries", "keys", "batch"])
-def test_a_layer_that_was_never_called_takes_arrays_without_rows(room, name, empty):
+def test_a_layer_that_was_never_called_takes_arrays_without_rows(adapter, name, empty):
     of_heads = name not in SCORED
     _, config, inputs, _ = CASES[name]
     queries, keys, values = (X, X, X) if of_heads else inputs[:3]
@@ -152,85 +152,85 @@ def test_a_layer_that_was_never_called_takes_arrays_without_rows(room, name, emp
     else:
         queries, keys, values = queries[:0], keys[:0], values[:0]
     given = (queries if empty != "keys" else keys,) if name == "TransformerEncoderBlock" else (queries, keys, values)
-    output = room.call(room.layer(name, **config), *given)
+    output = adapter.call(adapter.layer(name, **config), *given)
     assert output.shape == (*given[0].shape[:2], values.shape[-1])
     assert not output.any()
 
 
-def test_the_epsilon_of_a_layer_norm_is_1e_5(room):
-    layer, w = made(room, "AddNorm", {"norm_shape": 8}, (X, X))
+def test_the_epsilon_of_a_layer_norm_is_1e_5(adapter):
+    layer, w = made(adapter, "AddNorm", {"norm_shape": 8}, (X, X))
     small = X / 1000  # of a variance that the epsilon is ten times of
-    np.testing.assert_allclose(room.call(layer, small, small), reference.norm(w, 2 * small), atol=1e-5)
+    np.testing.assert_allclose(adapter.call(layer, small, small), reference.norm(w, 2 * small), atol=1e-5)
 
 
-def test_gelu_is_by_erf(room):
+def test_gelu_is_by_erf(adapter):
     config = {"ffn_num_hiddens": 5, "ffn_num_outputs": 8, "activation": "gelu"}
-    layer, w = made(room, "PositionWiseFFN", config, (3 * X,))
-    np.testing.assert_allclose(room.call(layer, 3 * X), reference.ffn(w, 3 * X, "gelu"), atol=1e-5)  # by tanh: 1e-3 off
+    layer, w = made(adapter, "PositionWiseFFN", config, (3 * X,))
+    np.testing.assert_allclose(adapter.call(layer, 3 * X), reference.ffn(w, 3 * X, "gelu"), atol=1e-5)  # by tanh: 1e-3 off
 
 
 @pytest.mark.parametrize("name", SCORED)
-def test_the_weights_shown_are_those_of_the_last_call(room, name):
+def test_the_weights_shown_are_those_of_the_last_call(adapter, name):
     _, config, inputs, _ = CASES[name]
-    layer, w = made(room, name, config, inputs)
-    room.call(layer, *inputs, training=True)
-    np.testing.assert_allclose(room.shown(layer), reference.attention(name, w, *inputs)[1], atol=1e-5)
+    layer, w = made(adapter, name, config, inputs)
+    adapter.call(layer, *inputs, training=True)
+    np.testing.assert_allclose(adapter.shown(layer), reference.attention(name, w, *inputs)[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in SCORED if name != "DotProductAttention"])
-def test_the_weights_shown_do_not_follow_the_optimiser(room, name):
+def test_the_weights_shown_do_not_follow_the_optimiser(adapter, name):
     _, config, inputs, _ = CASES[name]
-    layer, w = made(room, name, config, inputs)
+    layer, w = made(adapter, name, config, inputs)
     expected = reference.attention(name, w, *inputs)[1]
-    room.call(layer, *inputs)
-    room.load(layer, shaken(w))  # into the same arrays, as an optimiser writes
-    np.testing.assert_allclose(room.shown(layer), expected, atol=1e-5)
+    adapter.call(layer, *inputs)
+    adapter.load(layer, shaken(w))  # into the same arrays, as an optimiser writes
+    np.testing.assert_allclose(adapter.shown(layer), expected, atol=1e-5)
     assert np.abs(reference.attention(name, shaken(w), *inputs)[1] - expected).max() > 0.01
 
 
-def test_the_weights_of_heads_are_shown_batch_times_heads(room):
-    layer, w = made(room, "MultiHeadAttention", HEADS, (X, X, X, LENS))
+def test_the_weights_of_heads_are_shown_batch_times_heads(adapter):
+    layer, w = made(adapter, "MultiHeadAttention", HEADS, (X, X, X, LENS))
     expected = reference.multi_head(w, X, X, X, LENS, num_heads=4)[1]
-    np.testing.assert_allclose(room.shown(layer), expected, atol=1e-5)
+    np.testing.assert_allclose(adapter.shown(layer), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [8, 7, 1])
-def test_positions_are_encoded_at_odd_widths_too(room, width):
-    layer = room.layer("PositionalEncoding", num_hiddens=width)
-    got = room.call(layer, np.zeros((2, 6, width), "float32"))
+def test_positions_are_encoded_at_odd_widths_too(adapter, width):
+    layer = adapter.layer("PositionalEncoding", num_hiddens=width)
+    got = adapter.call(layer, np.zeros((2, 6, width), "float32"))
     assert_near(got, np.broadcast_to(layers.encoding(6, width), (2, 6, width)))
 
 
-def test_the_angles_of_positions_are_of_base_10000(room):
+def test_the_angles_of_positions_are_of_base_10000(adapter):
     """The numbers are those of a program of many digits, written down: sin and cos of 3 / 10000^(j / h)."""
     row = [0.1411200081, -0.9899924966, 0.0299955002, 0.9995500337]  # of 3, and of 0.03
-    layer = room.layer("PositionalEncoding", num_hiddens=4)
-    np.testing.assert_allclose(room.call(layer, np.zeros((1, 4, 4), "float32"))[0, 3], row, atol=1e-7)
+    layer = adapter.layer("PositionalEncoding", num_hiddens=4)
+    np.testing.assert_allclose(adapter.call(layer, np.zeros((1, 4, 4), "float32"))[0, 3], row, atol=1e-7)
     row = [0.9092974268, -0.4161468365, 0.0502165994, 0.9987383507, 0.0012619144]  # of 2, odd
-    layer = room.layer("PositionalEncoding", num_hiddens=5)
-    np.testing.assert_allclose(room.call(layer, np.zeros((1, 3, 5), "float32"))[0, 2], row, atol=1e-7)
+    layer = adapter.layer("PositionalEncoding", num_hiddens=5)
+    np.testing.assert_allclose(adapter.call(layer, np.zeros((1, 3, 5), "float32"))[0, 2], row, atol=1e-7)
 
 
-def test_a_sequence_longer_than_max_len_is_refused(room):
-    layer = room.layer("PositionalEncoding", num_hiddens=4, max_len=5)
-    assert_near(room.call(layer, np.zeros((1, 5, 4), "float32"))[0], layers.encoding(5, 4))
+def test_a_sequence_longer_than_max_len_is_refused(adapter):
+    layer = adapter.layer("PositionalEncoding", num_hiddens=4, max_len=5)
+    assert_near(adapter.call(layer, np.zeros((1, 5, 4), "float32"))[0], layers.encoding(5, 4))
     with pytest.raises(ValueError, match="max_len=5"):
-        room.call(layer, np.zeros((1, 6, 4), "float32"))
+        adapter.call(layer, np.zeros((1, 6, 4), "float32"))
 
 
 @pytest.mark.parametrize("case", [case for case, (name, *_) in CASES.items() if case == name != "PositionWiseFFN"])
-def test_dropout_works_in_training_alone(room, case):
+def test_dropout_works_in_training_alone(adapter, case):
     name, config, inputs, answer = CASES[case]
-    layer, w = made(room, name, {**config, "dropout": 0.5}, inputs)
+    layer, w = made(adapter, name, {**config, "dropout": 0.5}, inputs)
     expected = answer(w, *inputs)
-    np.testing.assert_allclose(room.call(layer, *inputs), expected, atol=2e-5)
-    assert np.abs(room.call(layer, *inputs, training=True) - expected).max() > 0.05
+    np.testing.assert_allclose(adapter.call(layer, *inputs), expected, atol=2e-5)
+    assert np.abs(adapter.call(layer, *inputs, training=True) - expected).max() > 0.05
 
 
-def test_positions_are_dropped_in_training_alone(room):
-    layer, expected = room.layer("PositionalEncoding", num_hiddens=8, dropout=0.5), X + layers.encoding(4, 8)
-    np.testing.assert_allclose(room.call(layer, X), expected, atol=1e-5)
-    assert np.abs(room.call(layer, X, training=True) - expected).max() > 0.05
+def test_positions_are_dropped_in_training_alone(adapter):
+    layer, expected = adapter.layer("PositionalEncoding", num_hiddens=8, dropout=0.5), X + layers.encoding(4, 8)
+    np.testing.assert_allclose(adapter.call(layer, X), expected, atol=1e-5)
+    assert np.abs(adapter.call(layer, X, training=True) - expected).max() > 0.05
 
 
 # ---- weights
@@ -253,8 +253,8 @@ def expected_names(seed):
     return found
 
 
-def test_one_seed_gives_the_same_weights_in_every_framework(room):
-    _, w = made(room, "TransformerEncoder", ENCODER, (TOKENS, LENS), seed=11)
+def test_one_seed_gives_the_same_weights_in_every_framework(adapter):
+    _, w = made(adapter, "TransformerEncoder", ENCODER, (TOKENS, LENS), seed=11)
     expected = expected_names(11)
     assert set(w) == set(expected)
     for name, x in w.items():
@@ -281,67 +281,67 @@ FIRST = {  # the first and the last number of each weight by seed 7, drawn once 
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_a_seed_gives_the_numbers_that_it_has_always_given(room, name):
+def test_a_seed_gives_the_numbers_that_it_has_always_given(adapter, name):
     _, config, inputs, _ = CASES[name]
-    _, w = made(room, name, config, inputs)
+    _, w = made(adapter, name, config, inputs)
     for which, ends in FIRST[name].items():
         np.testing.assert_allclose(w[which].ravel()[[0, -1]], ends, rtol=1e-6, err_msg=which)
 
 
-def test_without_a_seed_each_weight_has_its_width_and_its_own_numbers(room):
-    layer = room.layer("MultiHeadAttention", num_hiddens=96, num_heads=4)
-    room.call(layer, *[np.zeros((1, 2, 96), "float32")] * 3, None)
-    drawn = room.weights(layer)
+def test_without_a_seed_each_weight_has_its_width_and_its_own_numbers(adapter):
+    layer = adapter.layer("MultiHeadAttention", num_hiddens=96, num_heads=4)
+    adapter.call(layer, *[np.zeros((1, 2, 96), "float32")] * 3, None)
+    drawn = adapter.weights(layer)
     for x in drawn.values():  # sqrt(6 / 192): 9,216 numbers come within 1% of it
         assert 0.175 < np.abs(x).max() < 0.17678
         assert abs(x.std() - 0.10206) < 0.003
     for one, other in itertools.combinations(drawn.values(), 2):
         assert np.abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.06
-    layer = room.layer("AdditiveAttention", num_hiddens=300)
-    room.call(layer, QUERIES, KEYS, VALUES, LENS)
-    assert 0.13 < np.abs(room.weights(layer)["w_v"]).max() < 0.14119  # sqrt(6 / 301)
-    layer = room.layer("MultiplicativeAttention")
-    room.call(layer, *[np.zeros((1, 2, 96), "float32")] * 3, None)
-    assert 0.175 < np.abs(room.weights(layer)["W"]).max() < 0.17678
-    layer = room.layer("GatedAttention")
-    room.call(layer, *[np.zeros((1, 2, 150), "float32")] * 3, None)
-    assert 0.13 < np.abs(room.weights(layer)["w_g"]).max() < 0.14119
-    layer = room.layer("TransformerEncoder", **{**ENCODER, "vocab_size": 100, "num_hiddens": 64, "num_blks": 1})
-    room.call(layer, TOKENS, LENS)
-    assert abs(room.weights(layer)["embedding"].std() - 0.125) < 0.008  # 1 / sqrt(64)
+    layer = adapter.layer("AdditiveAttention", num_hiddens=300)
+    adapter.call(layer, QUERIES, KEYS, VALUES, LENS)
+    assert 0.13 < np.abs(adapter.weights(layer)["w_v"]).max() < 0.14119  # sqrt(6 / 301)
+    layer = adapter.layer("MultiplicativeAttention")
+    adapter.call(layer, *[np.zeros((1, 2, 96), "float32")] * 3, None)
+    assert 0.175 < np.abs(adapter.weights(layer)["W"]).max() < 0.17678
+    layer = adapter.layer("GatedAttention")
+    adapter.call(layer, *[np.zeros((1, 2, 150), "float32")] * 3, None)
+    assert 0.13 < np.abs(adapter.weights(layer)["w_g"]).max() < 0.14119
+    layer = adapter.layer("TransformerEncoder", **{**ENCODER, "vocab_size": 100, "num_hiddens": 64, "num_blks": 1})
+    adapter.call(layer, TOKENS, LENS)
+    assert abs(adapter.weights(layer)["embedding"].std() - 0.125) < 0.008  # 1 / sqrt(64)
 
 
-def test_without_a_seed_the_distribution_is_the_same(room):
-    layer = room.layer("PositionWiseFFN", ffn_num_hiddens=300, ffn_num_outputs=100)
-    room.call(layer, np.zeros((1, 2, 100), "float32"))
-    w, bound = room.weights(layer)["W_1"], layers.glorot((100, 300))
+def test_without_a_seed_the_distribution_is_the_same(adapter):
+    layer = adapter.layer("PositionWiseFFN", ffn_num_hiddens=300, ffn_num_outputs=100)
+    adapter.call(layer, np.zeros((1, 2, 100), "float32"))
+    w, bound = adapter.weights(layer)["W_1"], layers.glorot((100, 300))
     assert np.abs(w).max() <= bound
     assert abs(w.std() - bound / np.sqrt(3)) < bound / 100
     assert abs(w.mean()) < bound / 50
 
 
-def test_weights_go_into_a_layer_that_was_never_called(room):
-    layer, w = made(room, "TransformerEncoder", ENCODER, (TOKENS, LENS))
-    other = room.load(room.layer("TransformerEncoder", **ENCODER), w)
-    np.testing.assert_array_equal(room.call(other, TOKENS, LENS), room.call(layer, TOKENS, LENS))
+def test_weights_go_into_a_layer_that_was_never_called(adapter):
+    layer, w = made(adapter, "TransformerEncoder", ENCODER, (TOKENS, LENS))
+    other = adapter.load(adapter.layer("TransformerEncoder", **ENCODER), w)
+    np.testing.assert_array_equal(adapter.call(other, TOKENS, LENS), adapter.call(layer, TOKENS, LENS))
 
 
-def test_exported_weights_are_copies_of_their_own(room):
-    layer, w = made(room, "PositionWiseFFN", {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}, (X,))
+def test_exported_weights_are_copies_of_their_own(adapter):
+    layer, w = made(adapter, "PositionWiseFFN", {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}, (X,))
     kept = {name: x.copy() for name, x in w.items()}
-    room.load(layer, shaken(w))  # into the same arrays, as an optimiser writes
+    adapter.load(layer, shaken(w))  # into the same arrays, as an optimiser writes
     for name, x in w.items():
         np.testing.assert_array_equal(x, kept[name], err_msg=name)
 
 
-def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(room):
-    layer, w = made(room, "PositionWiseFFN", {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}, (X,))
+def test_weights_that_do_not_fit_are_listed_and_nothing_is_loaded(adapter):
+    layer, w = made(adapter, "PositionWiseFFN", {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}, (X,))
     wrong = {"W_1": w["W_1"].T, "b_1": w["b_1"] + 1, "W_2": w["W_2"], "b_3": w["b_2"]}
     with pytest.raises(
         ValueError, match=r"(?s)missing: b_2 \(8,\).*unknown: b_3 \(8,\).*W_1 has shape \(5, 8\); expected \(8, 5\)"
     ):
-        room.load(layer, wrong)
-    np.testing.assert_array_equal(room.weights(layer)["b_1"], w["b_1"])
+        adapter.load(layer, wrong)
+    np.testing.assert_array_equal(adapter.weights(layer)["b_1"], w["b_1"])
 
 
 LARGER = [("W_1", 1), ("b_1", 0), ("W_2", 1), ("b_2", 0)]  # names and axes; what goes in is known after a call only
@@ -350,43 +350,44 @@ LARGER = [("W_1", 1), ("b_1", 0), ("W_2", 1), ("b_2", 0)]  # names and axes; wha
 @pytest.mark.parametrize(
     ("name", "axis", "called"), [*((*x, True) for x in (("W_1", 0), ("W_2", 0), *LARGER)), *((*x, False) for x in LARGER)]
 )
-def test_larger_arrays_are_no_weights(room, name, axis, called):
+def test_larger_arrays_are_no_weights(adapter, name, axis, called):
     config = {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}
-    layer, w = made(room, "PositionWiseFFN", config, (X,))
-    target = layer if called else room.layer("PositionWiseFFN", **config)
+    layer, w = made(adapter, "PositionWiseFFN", config, (X,))
+    target = layer if called else adapter.layer("PositionWiseFFN", **config)
     larger = {n: x + 1 for n, x in w.items()}
     larger[name] = np.concatenate([larger[name], larger[name].take([0], axis)], axis)
     with pytest.raises(ValueError, match=f"{name} has shape"):
-        room.load(target, larger)
-    for n, x in room.weights(layer).items():
+        adapter.load(target, larger)
+    for n, x in adapter.weights(layer).items():
         np.testing.assert_array_equal(x, w[n])
 
 
-def test_weights_rest_in_a_safetensors_file(room, tmp_path):
-    layer, w = made(room, "TransformerEncoder", ENCODER, (TOKENS, LENS))
+def test_weights_rest_in_a_safetensors_file(adapter, tmp_path):
+    layer, w = made(adapter, "TransformerEncoder", ENCODER, (TOKENS, LENS))
     weights.save_weights(w, tmp_path / "encoder.safetensors")
     loaded = weights.load_weights(tmp_path / "encoder.safetensors")
-    other = room.load(room.layer("TransformerEncoder", **ENCODER), loaded)
-    np.testing.assert_array_equal(room.call(other, TOKENS, LENS), room.call(layer, TOKENS, LENS))
+    other = adapter.load(adapter.layer("TransformerEncoder", **ENCODER), loaded)
+    np.testing.assert_array_equal(adapter.call(other, TOKENS, LENS), adapter.call(layer, TOKENS, LENS))
 
 
 def test_an_encoder_carries_its_weights_to_every_other_framework(backends):
-    rooms = {name: importlib.import_module(f"rooms.{name}") for name in backends}
+    adapters = {name: importlib.import_module(f"adapters.{name}") for name in backends}
     sent = {
-        name: made(room, "TransformerEncoder", {**ENCODER, "num_kv_heads": 2}, (TOKENS, LENS)) for name, room in rooms.items()
+        name: made(adapter, "TransformerEncoder", {**ENCODER, "num_kv_heads": 2}, (TOKENS, LENS))
+        for name, adapter in adapters.items()
     }
     sent = {name: (layer, shaken(w)) for name, (layer, w) in sent.items()}
     for source, target in itertools.permutations(backends, 2):
         layer, w = sent[source]
-        there = rooms[source].call(rooms[source].load(layer, w), TOKENS, LENS)
-        here = rooms[target].load(rooms[target].layer("TransformerEncoder", **ENCODER, num_kv_heads=2), w)
-        np.testing.assert_allclose(rooms[target].call(here, TOKENS, LENS), there, atol=2e-5, err_msg=f"{source} to {target}")
+        there = adapters[source].call(adapters[source].load(layer, w), TOKENS, LENS)
+        here = adapters[target].load(adapters[target].layer("TransformerEncoder", **ENCODER, num_kv_heads=2), w)
+        np.testing.assert_allclose(adapters[target].call(here, TOKENS, LENS), there, atol=2e-5, err_msg=f"{source} to {target}")
 
 
-def test_the_params_of_the_function_are_those_of_the_layer(room, backend):
-    layer, w = made(room, "MultiHeadAttention", {**HEADS, "bias": True}, (X, X, X, LENS))
+def test_the_params_of_the_function_are_those_of_the_layer(adapter, backend):
+    layer, w = made(adapter, "MultiHeadAttention", {**HEADS, "bias": True}, (X, X, X, LENS))
     by_function = kvattn.multi_head_attention(X, X, X, w, num_heads=4, valid_lens=LENS, backend=backend)
-    np.testing.assert_allclose(kvattn.to_numpy(by_function), room.call(layer, X, X, X, LENS), atol=1e-5)
+    np.testing.assert_allclose(kvattn.to_numpy(by_function), adapter.call(layer, X, X, X, LENS), atol=1e-5)
 
 
 # ---- padding
@@ -423,10 +424,10 @@ def same(found, expected, what):
     np.testing.assert_allclose(found, expected, rtol=0, atol=64 * np.finfo("float32").eps * top, err_msg=what)
 
 
-def same_gradients(room, layer, clean, dirty, grad_output, options):
+def same_gradients(adapter, layer, clean, dirty, grad_output, options):
     """Whether output and all gradients are those of clean inputs."""
-    same(room.call(layer, *dirty, **options), room.call(layer, *clean, **options), "output")
-    (by_inputs, by_weights), expected = (room.gradients(layer, x, grad_output, **options) for x in (dirty, clean))
+    same(adapter.call(layer, *dirty, **options), adapter.call(layer, *clean, **options), "output")
+    (by_inputs, by_weights), expected = (adapter.gradients(layer, x, grad_output, **options) for x in (dirty, clean))
     for name, x in expected[1].items():
         same(by_weights[name], x, name)
     for i, (x, y) in enumerate(zip(by_inputs, expected[0], strict=True)):
@@ -434,30 +435,30 @@ def same_gradients(room, layer, clean, dirty, grad_output, options):
 
 
 @pytest.mark.parametrize("hidden", [*HIDDEN, "lengths of each query, no batch"])
-def test_nan_in_padding_reaches_no_gradient_of_a_head(room, hidden):
+def test_nan_in_padding_reaches_no_gradient_of_a_head(adapter, hidden):
     options, alone, unseen = HIDDEN[hidden.partition(", no batch")[0]]
     clean, dirty = (QUERIES, KEYS, VALUES), (hurt(QUERIES, alone), hurt(KEYS, unseen), hurt(VALUES, unseen))
     grad_output = GRAD["X"][:, :3]
     if hidden.endswith("no batch"):  # the second of the batch alone
         options, grad_output = {"valid_lens": options["valid_lens"][1]}, grad_output[1]
         clean, dirty = ([x[1] for x in some] for some in (clean, dirty))
-    layer, _ = made(room, "MultiHeadAttention", {**HEADS, "bias": True, "num_kv_heads": 2}, clean)
-    same_gradients(room, layer, clean, dirty, grad_output, options)
+    layer, _ = made(adapter, "MultiHeadAttention", {**HEADS, "bias": True, "num_kv_heads": 2}, clean)
+    same_gradients(adapter, layer, clean, dirty, grad_output, options)
 
 
 @pytest.mark.parametrize("name", [name for name in SCORED if name != "DotProductAttention"])
-def test_nan_in_padding_reaches_no_gradient_of_a_score(room, name):
+def test_nan_in_padding_reaches_no_gradient_of_a_score(adapter, name):
     options, alone, unseen = HIDDEN["lengths of each query"]
     clean, dirty = (QUERIES, KEYS, VALUES), (hurt(QUERIES, alone), hurt(KEYS, unseen), hurt(VALUES, unseen))
-    layer, _ = made(room, name, CASES[name][1], clean)
-    same_gradients(room, layer, clean, dirty, GRAD["QKV"], options)
+    layer, _ = made(adapter, name, CASES[name][1], clean)
+    same_gradients(adapter, layer, clean, dirty, GRAD["QKV"], options)
 
 
-def test_nan_in_a_padded_position_stays_in_it(room):
+def test_nan_in_a_padded_position_stays_in_it(adapter):
     """A block's norms and its network treat every position alike, padded or not: NaN in one stays there."""
-    layer, _ = made(room, "TransformerEncoderBlock", {"num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4}, (X, LENS))
+    layer, _ = made(adapter, "TransformerEncoderBlock", {"num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4}, (X, LENS))
     padded = np.arange(4) >= LENS[:, None]
-    clean, dirty = room.call(layer, X, LENS), room.call(layer, np.where(padded[..., None], np.float32(np.nan), X), LENS)
+    clean, dirty = adapter.call(layer, X, LENS), adapter.call(layer, np.where(padded[..., None], np.float32(np.nan), X), LENS)
     assert_near(dirty[~padded], clean[~padded])
     assert np.isnan(dirty[padded]).all()
 
@@ -466,21 +467,21 @@ def test_nan_in_a_padded_position_stays_in_it(room):
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_decoding_step_by_step_is_the_causal_pass(room, kv_heads):
-    layer, _ = made(room, "TransformerEncoder", {**ENCODER, "num_kv_heads": kv_heads}, (TOKENS,))
-    whole = room.call(layer, TOKENS, causal=True)
+def test_decoding_step_by_step_is_the_causal_pass(adapter, kv_heads):
+    layer, _ = made(adapter, "TransformerEncoder", {**ENCODER, "num_kv_heads": kv_heads}, (TOKENS,))
+    whole = adapter.call(layer, TOKENS, causal=True)
     steps, cache = [], []
     for i in range(TOKENS.shape[1]):
-        step, cache = room.call(layer, TOKENS[:, i : i + 1], causal=True, cache=cache)
+        step, cache = adapter.call(layer, TOKENS[:, i : i + 1], causal=True, cache=cache)
         steps.append(step)
     np.testing.assert_allclose(np.concatenate(steps, axis=1), whole, atol=1e-5)
 
 
-def test_a_causal_encoder_never_sees_the_future_out_of_training(room):
-    layer, _ = made(room, "TransformerEncoder", ENCODER, (TOKENS,))
+def test_a_causal_encoder_never_sees_the_future_out_of_training(adapter):
+    layer, _ = made(adapter, "TransformerEncoder", ENCODER, (TOKENS,))
     changed = TOKENS.copy()
     changed[:, 3:] = (changed[:, 3:] + 1) % 11
-    before, after = (room.call(layer, tokens, causal=True) for tokens in (TOKENS, changed))
+    before, after = (adapter.call(layer, tokens, causal=True) for tokens in (TOKENS, changed))
     assert_near(before[:, :3], after[:, :3])
     assert np.abs(before[:, 3:] - after[:, 3:]).max() > 1e-3
 

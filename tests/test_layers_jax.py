@@ -20,9 +20,9 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from adapters import reference
 from flax import linen as nn
 from flax.training.train_state import TrainState
-from rooms import reference
 
 from kvattn import jax as kv
 from kvattn import layers

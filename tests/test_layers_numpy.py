@@ -134,18 +134,18 @@ def test_backward_drops_the_weights_that_the_call_dropped(options, asked):
 def test_pytorch_has_the_same_outputs_weights_and_gradients(backend, case):
     """In float64, where what two programs round differently is far below what a wrong formula changes, on every machine."""
     if backend == "torch":
-        room = importlib.import_module("rooms.torch")
+        adapter = importlib.import_module("adapters.torch")
         name, config, *_ = CASES[case]
         layer, inputs, options = made(case)
         weights = kv.export_weights(layer)
         layer = kv.import_weights(getattr(kv, name)(**config), weights)
-        other = room.load(room.layer(name, **config).double(), weights)
+        other = adapter.load(adapter.layer(name, **config).double(), weights)
         output = layer(*inputs, record=True, **options)
-        assert_same(output, room.call(other, *inputs, **options), "output")
+        assert_same(output, adapter.call(other, *inputs, **options), "output")
         if name.endswith("Attention"):
-            assert_same(getattr(layer, "attention", layer).attention_weights, room.shown(other), "weights")
+            assert_same(getattr(layer, "attention", layer).attention_weights, adapter.shown(other), "weights")
         grad_output = np.random.default_rng(9).normal(size=output.shape)
-        by_inputs, by_weights = room.gradients(other, inputs, grad_output, **options)
+        by_inputs, by_weights = adapter.gradients(other, inputs, grad_output, **options)
         for i, (found, expected) in enumerate(zip(listed(layer.backward(grad_output)), by_inputs, strict=True)):
             assert_same(found, expected, f"input {i}")
         assert set(layer.grads) == set(by_weights)

@@ -73,8 +73,8 @@ NUMPY = [
     ("leaks NaN from queries", "np.where(_any_for(has_key, query.shape), query, 0)", "query", "padding"),
     (
         "hides one key too many",
-        "seen, sees = allowed.any(axis=-2), allowed.any(axis=-1)",
-        "seen, sees = allowed.all(axis=-2), allowed.any(axis=-1)",
+        "has_query, has_key = allowed.any(axis=-2), allowed.any(axis=-1)",
+        "has_query, has_key = allowed.all(axis=-2), allowed.any(axis=-1)",
         "masks",
     ),
     ("cleans its arguments in place", HIDE, f"np.copyto(value, 0, where=np.isnan(value)); {HIDE}", "padding"),

@@ -25,24 +25,24 @@ def each(cases, *tables):
 
 
 class Saving:
-    """A framework's rooms, and layers of one kind."""
+    """A framework's adapters, and layers of one kind."""
 
     def __init__(self, framework, name, **more):
-        self.room, self.ways = (importlib.import_module(f"{folder}.{framework}") for folder in ("rooms", "saving"))
+        self.adapter, self.ways = (importlib.import_module(f"{folder}.{framework}") for folder in ("adapters", "saving"))
         self.name, self.config = name, {**LAYERS.get(name, {}), **more}
         self.inputs = arguments(name, X, TOKENS, LENS) if name in LAYERS else (X, TOKENS, LENS)
 
     def fresh(self):
-        return self.room.layer(self.name, **self.config) if self.name in LAYERS else self.ways.model()
+        return self.adapter.layer(self.name, **self.config) if self.name in LAYERS else self.ways.model()
 
     def made(self):
         """One that was called, with weights of its own."""
         layer = self.fresh()
-        self.room.call(layer, *self.inputs)
-        return self.room.load(layer, shaken(self.room.weights(layer)))
+        self.adapter.call(layer, *self.inputs)
+        return self.adapter.load(layer, shaken(self.adapter.weights(layer)))
 
     def outputs(self, layer):
-        return several(self.room.call(layer, *self.inputs))
+        return several(self.adapter.call(layer, *self.inputs))
 
 
 def several(outputs):
@@ -58,7 +58,7 @@ def same(found, expected, atol=0.0):
 def test_what_comes_back_is_the_same_layer(framework, way, case, tmp_path):
     saving = Saving(framework, case)
     layer = saving.made()
-    expected, by_name = saving.outputs(layer), saving.room.weights(layer)
+    expected, by_name = saving.outputs(layer), saving.adapter.weights(layer)
     fresh = (saving.fresh,) if way in WAYS[framework].split() else ()
     restored = getattr(saving.ways, way)(layer, *fresh, saving.inputs, tmp_path)
     if way in SERVED.get(framework, "").split():
@@ -67,7 +67,7 @@ def test_what_comes_back_is_the_same_layer(framework, way, case, tmp_path):
         assert count == len(by_name)
     else:
         same(saving.outputs(restored), expected)
-        found = saving.room.weights(restored)
+        found = saving.adapter.weights(restored)
         assert list(found) == list(by_name)
         same(found.values(), by_name.values())
 

@@ -1,4 +1,4 @@
-"""The walls: tabs are parallel, modules import only what their room allows, importing kvattn loads nothing."""
+"""The walls: tabs are parallel, modules import only what their folder allows, importing kvattn loads nothing."""
 
 import ast
 import re

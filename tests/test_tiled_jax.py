@@ -16,19 +16,19 @@ if "jax" not in chosen():
 
 import jax
 import jax.numpy as jnp
-from tiling import INF, call, draw, right, room
+from tiling import INF, call, draw, right, subject
 
 import kvattn
 from kvattn.backends import jax as tab
 from kvattn.call import Call
 from kvattn.kernels.jax import plans, tiles
 
-ROOM = room("jax")
+SUBJECT = subject("jax")
 
 
 def in_tiles(**sizes):
     """Every call that tiles can serve is served by small ones; counts the programs that use them."""
-    return ROOM.forced({**ROOM.sizes["4 by 3"], **sizes})
+    return SUBJECT.forced({**SUBJECT.sizes["4 by 3"], **sizes})
 
 
 # ---- derivatives
@@ -132,7 +132,7 @@ def test_few_queries_are_served_where_they_leave_much_unread():
 def test_a_window_too_wide_for_one_block(window):
     for offset in (-3, 9):
         with patch.object(plans, "WINDOW", 0):
-            right(ROOM, call(n=11, m=13, window=window, query_offset=offset, valid_lens=np.array([8, 13])))
+            right(SUBJECT, call(n=11, m=13, window=window, query_offset=offset, valid_lens=np.array([8, 13])))
 
 
 @pytest.mark.parametrize("area", [0, 3 * 4 * 3, 2**20])
@@ -141,7 +141,7 @@ def test_heads_at_once(area):
     bias = (np.arange(2 * 12 * 9 * 7).reshape(2, 12, 9, 7) % 32 - 16) / 16
     with patch.object(plans, "SCORES", area):
         for options in ({}, {"bias": bias}, {"which": "all"}, {"which": "lengths per query, window"}):
-            right(ROOM, call(lead=(2, 12), kv=(2, 6), **options))
+            right(SUBJECT, call(lead=(2, 12), kv=(2, 6), **options))
 
 
 def test_heads_of_other_lengths_or_offsets_are_computed_alone():
@@ -153,12 +153,12 @@ def test_heads_of_other_lengths_or_offsets_are_computed_alone():
 
     with patch.object(tiles, "_attend", seen):
         for options in ({"valid_lens": np.array([3, 0, 7])}, {"causal": True, "query_offset": np.array([0, 3, -2])}):
-            right(ROOM, call(lead=(3,), kv=(3,), **options))
+            right(SUBJECT, call(lead=(3,), kv=(3,), **options))
         assert {*found} == {1}
-        right(ROOM, call(lead=(3,), kv=(3,)))
+        right(SUBJECT, call(lead=(3,), kv=(3,)))
         assert found[-1] == 3
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 8])
 def test_one_query_with_lengths_around_those_of_a_block(length):
-    right(ROOM, call(n=1, m=9, valid_lens=np.array([length, 9])))
+    right(SUBJECT, call(n=1, m=9, valid_lens=np.array([length, 9])))

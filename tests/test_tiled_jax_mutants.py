@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from conftest import chosen
 from test_mutants import mutate_kernels
-from tiling import call, right, room
+from tiling import call, right, subject
 
 if "jax" not in chosen():
     pytest.skip("this run has no jax", allow_module_level=True)
@@ -46,7 +46,7 @@ def mutated(monkeypatch):
 
 def compared(which):
     restriction, options = (which, {}) if isinstance(which, str) else ("nothing", which)
-    right(room("jax"), call(restriction, lead=(2, 4), kv=(2, 2), n=7, m=23 if which is FAR else 10, **options))
+    right(subject("jax"), call(restriction, lead=(2, 4), kv=(2, 2), n=7, m=23 if which is FAR else 10, **options))
 
 
 def test_the_unmutated_file_passes(mutated):

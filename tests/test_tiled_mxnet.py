@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import chosen
 from test_tiled_numpy import results as by_numpy
-from tiling import RESTRICTIONS, SIZES, WRT, all_at_once, cached, draw, in_tiles, judge, room
+from tiling import RESTRICTIONS, SIZES, WRT, all_at_once, cached, draw, in_tiles, judge, subject
 
 import kvattn
 from kvattn import conformance
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MXNet's
 
 if "mxnet" not in chosen():
     pytest.skip("this run is without MXNet", allow_module_level=True)
-ROOM = room("mxnet")
-tab = ROOM.tab
+SUBJECT = subject("mxnet")
+tab = SUBJECT.tab
 
 import mxnet as mx  # noqa: E402  after the tab, which lends NumPy the names it wants
 
@@ -57,8 +57,8 @@ def recorded(arrays, grad_req="write", times=1, **options):
 @pytest.mark.parametrize("which", RESTRICTIONS)
 def test_small_calls_by_numpys_formula(which):
     for n, m in ((9, 7), (1, 1), (1, 7), (7, 1)):
-        for way in ROOM.ways.values():
-            judge(cached(which, n, m), "float64", ROOM.found(cached(which, n, m), way=way))
+        for way in SUBJECT.ways.values():
+            judge(cached(which, n, m), "float64", SUBJECT.found(cached(which, n, m), way=way))
 
 
 def test_the_conformance_suite_without_views():

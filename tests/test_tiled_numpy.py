@@ -10,14 +10,14 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from tiling import ARRAYS, RESTRICTIONS, all_at_once, cached, draw, in_tiles, judge, right, room, with_arrays
+from tiling import ARRAYS, RESTRICTIONS, all_at_once, cached, draw, in_tiles, judge, right, subject, with_arrays
 
 import kvattn
 from kvattn.backends import numpy as tab
 from kvattn.call import Call
 from kvattn.kernels.numpy import threads, tiled, tiled_grad, tiles
 
-ROOM = room("numpy")
+SUBJECT = subject("numpy")
 
 
 def results(query, key, value, grad_output, **options):
@@ -54,9 +54,9 @@ def test_layouts_that_no_other_framework_has():
     case = cached("causal", lead=(2, 3))
     for layout in layouts.values():
         laid = with_arrays(case, **{name: layout(case.arguments[name]) for name in ARRAYS})
-        for sizes in ROOM.few:
-            with ROOM.forced(sizes) as served:
-                found = ROOM.found(laid, array=ROOM.laid)
+        for sizes in SUBJECT.few:
+            with SUBJECT.forced(sizes) as served:
+                found = SUBJECT.found(laid, array=SUBJECT.laid)
             assert served
             assert {x.dtype for what, x in found.items() if what != "lse"} == {laid.arguments["query"].dtype}
             assert found["lse"].dtype.isnative
@@ -65,9 +65,9 @@ def test_layouts_that_no_other_framework_has():
 
 @pytest.mark.parametrize("which", RESTRICTIONS)
 def test_small_heads_share_a_tile(which):
-    large = {"sizes": {**ROOM.sizes["4 by 3"]["sizes"], "ROWS": 64, "COLUMNS": 64}}
+    large = {"sizes": {**SUBJECT.sizes["4 by 3"]["sizes"], "ROWS": 64, "COLUMNS": 64}}
     for lead, kv in (((2, 4), (2, 2)), ((2, 6), (2, 1)), ((2, 2, 2), (2, 1, 2)), ((2, 2), (1, 2))):
-        right(ROOM, cached(which, 2, 3, lead=lead, kv=kv), [large])
+        right(SUBJECT, cached(which, 2, 3, lead=lead, kv=kv), [large])
 
 
 def test_a_triangle_is_kept_for_blocks_of_its_form_alone():
@@ -209,4 +209,4 @@ def test_both_bases_of_the_exponential():
         base = {"EXP": exp, "UNIT": unit}
         with patch.multiple(tiles, **base), patch.multiple(tiled, **base, LOG=log), patch.multiple(tiled_grad, **base):
             for which in ("causal", "bias -inf", "softcap"):
-                right(ROOM, cached(which))
+                right(SUBJECT, cached(which))

@@ -18,19 +18,19 @@ if "tensorflow" not in chosen():
 
 import keras
 import tensorflow as tf
-from tiling import RESTRICTIONS, draw, room
+from tiling import RESTRICTIONS, draw, subject
 
 import kvattn
 from kvattn.backends import tensorflow as tab
 from kvattn.call import Call
 from kvattn.kernels.tensorflow import tiles as tiled
 
-ROOM = room("tensorflow")
+SUBJECT = subject("tensorflow")
 
 
 def in_blocks():
     """Every call that blocks can serve is served by small ones; names the passes that were."""
-    return ROOM.forced(ROOM.sizes["blocks of 12 scores"])
+    return SUBJECT.forced(SUBJECT.sizes["blocks of 12 scores"])
 
 
 # ---- TensorFlow's own ways to call

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from conftest import chosen
 from test_mutants import PACKAGE, altered, mutate_kernels
-from tiling import call, right, room
+from tiling import call, right, subject
 
 if "tensorflow" not in chosen():
     pytest.skip("this run is without TensorFlow", allow_module_level=True)
@@ -19,7 +19,7 @@ RED = AssertionError, LookupError, tf.errors.OpError  # or TensorFlow knows no g
 
 def noticed(test, *given):
     """A test in test_tiled.py that should notice."""
-    return partial(getattr(test_tiled, f"test_{test}"), room("tensorflow"), *given)
+    return partial(getattr(test_tiled, f"test_{test}"), subject("tensorflow"), *given)
 
 
 def noticed_here(test, *given):
@@ -83,7 +83,7 @@ def compared(which):
     if callable(which):
         return which()
     restriction, options = (which, {}) if isinstance(which, str) else ("nothing", which)
-    return right(room("tensorflow"), call(restriction, lead=(2, 4), kv=(2, 2), n=8, **options))
+    return right(subject("tensorflow"), call(restriction, lead=(2, 4), kv=(2, 2), n=8, **options))
 
 
 def test_the_unmutated_file_passes(mutated):

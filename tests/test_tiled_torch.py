@@ -15,7 +15,7 @@ if "torch" not in chosen():
     pytest.skip("this run is without PyTorch", allow_module_level=True)
 
 import torch
-from tiling import INF, NAN, call, draw, judge, room
+from tiling import INF, NAN, call, draw, judge, subject
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvattn
@@ -24,15 +24,15 @@ from kvattn.backends import torch as tab
 from kvattn.call import Call
 from kvattn.kernels.torch import plan
 
-ROOM = room("torch")
-SIZES = ROOM.sizes
+SUBJECT = subject("torch")
+SIZES = SUBJECT.sizes
 
 
 @contextmanager
 def small(sizes):
     """Every call that can be cut is cut, windows too; yields the masks that SDPA is given."""
     masks = []
-    with ROOM.forced(sizes, masks):
+    with SUBJECT.forced(sizes, masks):
         yield masks
 
 
@@ -58,7 +58,7 @@ def test_lengths_of_a_batch(n, lens, causal):
     for sizes in SIZES.values():
         for dtype, case in cases:
             with small(sizes):
-                judge(case, dtype, ROOM.found(case, dtype))
+                judge(case, dtype, SUBJECT.found(case, dtype))
 
 
 # ---- derivatives
@@ -261,7 +261,7 @@ def test_causal_from_the_first_key_is_sdpas_own_whatever_the_lengths():
     for n, m in ((4, 4), (3, 9), (9, 3), (1, 5)):
         case = call("causal", n, m)
         with small({}) as masks:
-            judge(case, "float64", ROOM.found(case))
+            judge(case, "float64", SUBJECT.found(case))
         assert masks
         assert all(mask is None for mask in masks)
 

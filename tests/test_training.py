@@ -16,20 +16,22 @@ def batches(count, seed):
     return list(zip(tokens, np.sort(tokens, axis=-1), strict=True))
 
 
-def started(room, seed, **config):
+def started(adapter, seed, **config):
     """A classifier whose weights are drawn from ``seed``, the same in every framework."""
-    model = room.classifier(DIGITS, {**CONFIG, "seed": seed, **config}, batches(1, 0)[0][0])
-    drawn = {name: x.shape for name, x in room.weights(model).items() if name.startswith("head.")}
-    w = room.weights(model) | {name: layers.initial(seed, name.removeprefix("head."), shape) for name, shape in drawn.items()}
-    return room.load(model, w)
+    model = adapter.classifier(DIGITS, {**CONFIG, "seed": seed, **config}, batches(1, 0)[0][0])
+    drawn = {name: x.shape for name, x in adapter.weights(model).items() if name.startswith("head.")}
+    w = adapter.weights(model) | {
+        name: layers.initial(seed, name.removeprefix("head."), shape) for name, shape in drawn.items()
+    }
+    return adapter.load(model, w)
 
 
 def test_an_encoder_learns_to_sort(backend):
     """That it is not luck, NumPy shows by three seeds: each draws the same first values in every framework."""
-    room = importlib.import_module(f"rooms.{backend}")
+    adapter = importlib.import_module(f"adapters.{backend}")
     for seed in range(3 if backend == "numpy" else 1):
-        _, model = room.train(started(room, seed), batches(400, seed), "adam", 2e-3)
-        right = [np.mean(room.call(model, tokens).argmax(axis=-1) == labels) for tokens, labels in batches(8, 100 + seed)]
+        _, model = adapter.train(started(adapter, seed), batches(400, seed), "adam", 2e-3)
+        right = [np.mean(adapter.call(model, tokens).argmax(axis=-1) == labels) for tokens, labels in batches(8, 100 + seed)]
         assert np.mean(right) > 0.95
 
 
@@ -37,8 +39,8 @@ def test_the_loss_curves_agree(backends):
     """With an activation that is smooth: what is rounded to another side of a kink is learnt from in another way."""
     curves = {}
     for name in backends:
-        room = importlib.import_module(f"rooms.{name}")
-        curves[name], _ = room.train(started(room, 3, activation="gelu"), batches(50, 3), "sgd", 0.03)
+        adapter = importlib.import_module(f"adapters.{name}")
+        curves[name], _ = adapter.train(started(adapter, 3, activation="gelu"), batches(50, 3), "sgd", 0.03)
     first = next(iter(curves.values()))
     assert first[-1] < 0.8 * first[0]
     for name, losses in curves.items():

@@ -89,11 +89,11 @@ def test_and_takes_weights_back(originals):
 
 
 def test_in_every_backends_own_layer(originals, backend):
-    room = importlib.import_module(f"rooms.{backend}")
+    adapter = importlib.import_module(f"adapters.{backend}")
     for name, layer, run, inputs in originals:
         params = weights.export_weights(layer)
-        ours = room.load(room.layer("MultiHeadAttention", num_hiddens=8, num_heads=4, bias="b_q" in params), params)
-        assert_near(room.call(ours, *inputs), run(layer, *inputs), name)
+        ours = adapter.load(adapter.layer("MultiHeadAttention", num_hiddens=8, num_heads=4, bias="b_q" in params), params)
+        assert_near(adapter.call(ours, *inputs), run(layer, *inputs), name)
 
 
 def test_a_stranger_is_refused_by_name():

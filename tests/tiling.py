@@ -157,10 +157,10 @@ def all_at_once():
         yield
 
 
-# ---- rooms: how each backend is called, its path taken, and its taking it told
+# ---- subjects: how each backend is called, its path taken, and its taking it told
 
 
-def functions(room, arrays, options):
+def functions(subject, arrays, options):
     """Every quantity, by kvattn's functions."""
     output, lse = kvattn.attention(*arrays[:3], **options, return_lse=True)
     alone = kvattn.attention(*arrays[:3], **options)
@@ -168,10 +168,10 @@ def functions(room, arrays, options):
     return dict(zip(QUANTITIES, (output, lse, *grads), strict=True)) | {"output alone": alone}
 
 
-def autograd(room, arrays, options):
+def autograd(subject, arrays, options):
     """Every quantity, by one call and the framework's way back through it."""
     *inputs, grad_output = arrays
-    results, grads = room.vjp(partial(kvattn.attention, **options, return_lse=True), inputs, grad_output)
+    results, grads = subject.vjp(partial(kvattn.attention, **options, return_lse=True), inputs, grad_output)
     return dict(zip(QUANTITIES, (*results, *grads), strict=True))
 
 
@@ -180,7 +180,7 @@ MERGED = ("output", "grad_query", "grad_key", "grad_value")
 ARRAYS = (*WRT, "grad_output")
 
 
-class Room:
+class Subject:
     """A backend and its fast path: NumPy's, and what the others have in common with it.
 
     ``sizes``: constants of its kernels, each for calls of a few queries. ``ways`` to ask for every quantity. ``compiles``:
@@ -253,7 +253,7 @@ class Room:
         return dict(zip(MERGED, (share * output, *grads), strict=True))
 
 
-class Differentiating(Room):
+class Differentiating(Subject):
     """Of a framework that finds its own way back: vjp(function, inputs, grad of its first result) -> results, gradients."""
 
     def merged(self, arrays, options):
@@ -276,7 +276,7 @@ class Torch(Differentiating):
         "all lengths together": {"CALL": INF, "PAIRS": 40, "ROWS": 1},
         "calls apart if they save much": {"CALL": 60, "READ": 1, "GAIN": 0, "PAIRS": 70, "ROWS": 2},
     }
-    dtypes = (*Room.dtypes, "bfloat16")
+    dtypes = (*Subject.dtypes, "bfloat16")
     kernel = "SDPA"
     thorough = None
     lacks = frozenset({"softcap"})
@@ -323,7 +323,7 @@ class TensorFlow(Differentiating):
         "blocks of a row": {"SCORES": 1, "GRAD_SCORES": 1, "ROWS": 1, "BAND_ROWS": 1, "FEWEST": 1},
         "few blocks": {"SCORES": 1000, "GRAD_SCORES": 1000, "ROWS": 5, "BAND_ROWS": 8, "FEWEST": 1},
     }
-    dtypes = (*Room.dtypes, "bfloat16")
+    dtypes = (*Subject.dtypes, "bfloat16")
     compiles = "kinds"
     kernel = "blocks"
     suites, thorough = 1, None
@@ -354,7 +354,7 @@ class TensorFlow(Differentiating):
 
 class Jax(Differentiating):
     sizes: ClassVar = {"4 by 3": {"TILE": 4, "BLOCK": 3, "CAUSAL_TILE": 3, "WINDOW_TILE": 2}}
-    dtypes = (*Room.dtypes, "bfloat16")
+    dtypes = (*Subject.dtypes, "bfloat16")
     ways: ClassVar = {"autograd": autograd}  # one program: the others' would be three
     compiles = "shapes"
     suites, thorough = 1, None
@@ -411,7 +411,7 @@ class Jax(Differentiating):
 class MXNet(Differentiating):
     """NumPy's tiles, on views of the arrays' memory."""
 
-    sizes: ClassVar = {name: Room.sizes[name] for name in ("4 by 3", "2 by 1")}
+    sizes: ClassVar = {name: Subject.sizes[name] for name in ("4 by 3", "2 by 1")}
     ways: ClassVar = {"functions": functions, "autograd": autograd}
     kernel = "NumPy's"
     suites = 2
@@ -444,18 +444,18 @@ def first(results):
     return results[0] if isinstance(results, tuple) else results
 
 
-ROOMS = {"torch": Torch, "tensorflow": TensorFlow, "jax": Jax, "mxnet": MXNet}
+SUBJECTS = {"torch": Torch, "tensorflow": TensorFlow, "jax": Jax, "mxnet": MXNet}
 
 
 @cache
-def room(name):
-    return ROOMS.get(name, Room)(name)
+def subject(name):
+    return SUBJECTS.get(name, Subject)(name)
 
 
-def right(room, case, sizes=None, dtype="float64"):
-    """That the room's path serves a case, by each of its ways and in these sizes, and is right."""
-    for size in room.few if sizes is None else sizes:
-        with room.forced(size) as served:
-            for way in room.ways.values():
-                judge(case, dtype, room.found(case, dtype, way))
-        assert set(served) == room.passes(case) or not (served or np.isfinite(case.answer["lse"]).any())
+def right(subject, case, sizes=None, dtype="float64"):
+    """That the subject's path serves a case, by each of its ways and in these sizes, and is right."""
+    for size in subject.few if sizes is None else sizes:
+        with subject.forced(size) as served:
+            for way in subject.ways.values():
+                judge(case, dtype, subject.found(case, dtype, way))
+        assert set(served) == subject.passes(case) or not (served or np.isfinite(case.answer["lse"]).any())

@@ -5,10 +5,10 @@ from pickle import dumps, loads
 
 import jax
 import numpy as np
+from adapters.jax import Layer, call
 from flax import errors, serialization, traverse_util
 from flax import linen as nn
 from flax import nnx as flax_nnx
-from rooms.jax import Layer, call
 
 from kvattn import jax as kv
 from saving import LAYERS, arguments

@@ -2,7 +2,7 @@
 
 import copy
 
-from rooms.mxnet import call
+from adapters.mxnet import call
 
 from kvattn import mxnet as kv
 from kvattn.backends.mxnet import mx

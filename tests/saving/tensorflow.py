@@ -4,7 +4,7 @@ import copy
 
 import keras
 import tensorflow as tf
-from rooms.tensorflow import call
+from adapters.tensorflow import call
 
 from kvattn import tensorflow as kv
 from saving import LAYERS, arguments

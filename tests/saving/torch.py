@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from rooms.torch import call
+from adapters.torch import call
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 

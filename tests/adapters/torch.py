@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from adapters import load, shown, weights  # noqa: F401
 from kvattn import torch as kv
 
 
@@ -33,21 +34,6 @@ def gradients(layer, inputs, grad_output, **options):
     by_weights = weights(layer)
     load(layer, values)
     return [x.grad.numpy() for x in leaves], by_weights
-
-
-def weights(layer):
-    """{name: NumPy array}: kvattn.export_weights."""
-    return kv.export_weights(layer)
-
-
-def load(layer, arrays):
-    """The layer with these weights: kvattn.import_weights."""
-    return kv.import_weights(layer, arrays)
-
-
-def shown(layer):
-    """The attention weights kept for display."""
-    return _plain(getattr(layer, "attention", layer).attention_weights)
 
 
 def _tensor(x):

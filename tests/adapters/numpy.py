@@ -1,5 +1,6 @@
 """How the shared tests of layers speak to NumPy's; NumPy arrays in, NumPy arrays out."""
 
+from adapters import load, shown, weights  # noqa: F401
 from kvattn import numpy as kv
 
 
@@ -18,21 +19,6 @@ def gradients(layer, inputs, grad_output, **options):
     layer(*inputs, record=True, **options)
     by_inputs = layer.backward(grad_output)
     return list(by_inputs) if isinstance(by_inputs, tuple) else [by_inputs], layer.grads
-
-
-def weights(layer):
-    """{name: NumPy array}: kvattn.export_weights."""
-    return kv.export_weights(layer)
-
-
-def load(layer, arrays):
-    """The layer with these weights: kvattn.import_weights."""
-    return kv.import_weights(layer, arrays)
-
-
-def shown(layer):
-    """The attention weights kept for display."""
-    return getattr(layer, "attention", layer).attention_weights
 
 
 class _Classifier(kv.Layer):

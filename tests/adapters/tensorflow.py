@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from adapters import load, shown, weights  # noqa: F401
 from kvattn import tensorflow as kv
 
 
@@ -33,21 +34,6 @@ def gradients(layer, inputs, grad_output, **options):
     by_weights = weights(layer)
     load(layer, values)
     return [x.numpy() for x in by_inputs], by_weights
-
-
-def weights(layer):
-    """{name: NumPy array}: kvattn.export_weights."""
-    return kv.export_weights(layer)
-
-
-def load(layer, arrays):
-    """The layer with these weights: kvattn.import_weights."""
-    return kv.import_weights(layer, arrays)
-
-
-def shown(layer):
-    """The attention weights kept for display."""
-    return _plain(getattr(layer, "attention", layer).attention_weights)
 
 
 def _tensor(x):
