@@ -136,6 +136,7 @@ def attention(
     positions: Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sink: Array | None = None,
     dropout: float = 0.0,
     rng: Any = None,
     return_weights: bool = False,
@@ -163,6 +164,9 @@ def attention(
             given twice counts once, where it stands first. Costs O(n s d); weights are (..., n, s).
         scale: replaces 1/sqrt(d) of `scaled_dot_score`; multiplies any other score.
         softcap: softcap * tanh(scores / softcap), after the scale, before bias and mask.
+        sink: a logit that joins every row's softmax and has no value, so that the weights sum to less than 1: softmax only. A
+            number (0 is softmax-off-by-one), or of the query's dtype: (heads,), or broadcastable to the batch and head axes
+            (..., h), or to (..., h, n, 1), one for each query. -inf is none. It is in the lse: merging parts, give it to one.
         dropout: the rate at which weights are dropped; the weights returned are those before.
         rng: the source of dropout: numpy.random.Generator, torch.Generator, a jax key (required there), an int seed for
             TensorFlow; MXNet draws from its own global state.
@@ -189,7 +193,7 @@ def attention(
     if unknown:  # another library's name of an argument
         raise checks.unknown(unknown, prepare.OPTIONS)
     known = prepare.remembered(query, key, value, backend)
-    plain = score is normalize is window is positions is scale is softcap is None and not dropout
+    plain = score is normalize is window is positions is scale is softcap is sink is None and not dropout
     plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool and type(query_offset) is int
     if plain and known is not None:
         bare = mask is bias is valid_lens is None
@@ -203,7 +207,7 @@ def attention(
             )  # fmt: skip
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, mask=mask, bias=bias, valid_lens=valid_lens,
-        query_offset=query_offset, positions=positions,
+        query_offset=query_offset, positions=positions, sink=sink,
     )  # fmt: skip
     if known is not None and known.tab is tab:
         scores = known.scores
@@ -213,7 +217,7 @@ def attention(
         known = prepare.remember(tab, *given, scores) if prepare.is_dot_product(score) else None
     options = prepare.options(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
-        window, positions, scale, softcap, dropout, rng, return_lse,
+        window, positions, scale, softcap, sink, dropout, rng, return_lse,
     )  # fmt: skip
     if known is not None:
         known.remember((mask, bias, valid_lens), (options["mask"], options["bias"], options["valid_lens"]))
@@ -245,6 +249,7 @@ def attention_grad(
     positions: Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sink: Array | None = None,
     dropout: float = 0.0,
     rng: Any = None,
     backend: Any = None,
@@ -254,7 +259,7 @@ def attention_grad(
 
     Args:
         grad_output: (..., n, v), in the query's dtype: the gradient of a loss by attention's output.
-        wrt: what to differentiate by, any of "query", "key", "value", "bias" and the keywords that ``score``, a
+        wrt: what to differentiate by, any of "query", "key", "value", "bias", "sink" and the keywords that ``score``, a
             functools.partial, binds to arrays ("W_q", ...).
 
     The other arguments are `attention`'s. NumPy's gradients, and MXNet's on the CPU, are analytic and recompute the weights;
@@ -268,18 +273,18 @@ def attention_grad(
         raise checks.unknown(unknown, prepare.OPTIONS)
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, grad_output=grad_output, mask=mask, bias=bias, valid_lens=valid_lens,
-        query_offset=query_offset, positions=positions,
+        query_offset=query_offset, positions=positions, sink=sink,
     )  # fmt: skip
-    given = {"query": query, "key": key, "value": value, "bias": bias, **getattr(score, "keywords", {})}
+    given = {"query": query, "key": key, "value": value, "bias": bias, "sink": sink, **getattr(score, "keywords", {})}
     query, key, value, scores = prepare.inputs(tab, query, key, value, score)
     options = prepare.options(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
-        window, positions, scale, softcap, dropout, rng,
+        window, positions, scale, softcap, sink, dropout, rng,
     )  # fmt: skip
     grad_output = checks.array(tab, "grad_output", grad_output, like=query)
     grad_output = checks.floating("grad_output", grad_output, ("query", query), tab)
     checks.same_shape("grad_output", grad_output, (*checks.pairs(query, key)[:-1], tuple(value.shape)[-1]), "the output")
-    bindable = {"query", "key", "value"} | ({"bias"} if bias is not None else set())
+    bindable = {"query", "key", "value"} | {name for name, x in (("bias", bias), ("sink", sink)) if x is not None}
     bindable |= {name for name, x in getattr(options["score"], "keywords", {}).items() if tab.is_array(x)}
     wrt = prepare.differentiable(wrt, bindable)
     try:

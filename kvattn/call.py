@@ -26,6 +26,7 @@ class Call(NamedTuple):
     positions: Any = None
     scale: Any = None
     softcap: Any = None
+    sink: Any = None
     dropout: Any = 0.0
     rng: Any = None
     return_weights: bool = False
@@ -34,8 +35,8 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, query: Any, key: Any, *, score: Any, normalize: Any, mask: Any = None, bias: Any = None, valid_lens: Any = None,
            causal: Any = False, query_offset: Any = 0, window: tuple[int | None, int | None] | None = None,
-           positions: Any = None, scale: Any = None, softcap: Any = None, dropout: Any = 0.0, rng: Any = None,
-           return_weights: bool = False, return_lse: bool = False) -> Call:  # fmt: skip
+           positions: Any = None, scale: Any = None, softcap: Any = None, sink: Any = None, dropout: Any = 0.0,
+           rng: Any = None, return_weights: bool = False, return_lse: bool = False) -> Call:  # fmt: skip
         """The description of a tab's call with these keywords of `attention`.
 
         What causal and the window forbid to nobody, as in decoding, is left out: then there is no mask to build.
@@ -43,8 +44,8 @@ class Call(NamedTuple):
         left, right = window or (None, None)
         right = 0 if causal else right
         call = cls(  # by place: by name it takes a microsecond more, in every call
-            score, normalize, mask, bias, valid_lens, query_offset, left, right, positions, scale, softcap, dropout, rng,
-            return_weights, return_lse,
+            score, normalize, mask, bias, valid_lens, query_offset, left, right, positions, scale, softcap, sink, dropout,
+            rng, return_weights, return_lse,
         )  # fmt: skip
         return call._of_a_block(query, key)
 
@@ -119,7 +120,7 @@ class Call(NamedTuple):
 
         A query by itself meets just the keys in its window: there is no mask to build then.
         """
-        where = {name: getattr(self, name) for name in ("mask", "bias", "valid_lens", "query_offset")}
+        where = {name: getattr(self, name) for name in ("mask", "bias", "valid_lens", "query_offset", "sink")}
         for arrays, at in planning.cut(blocks, query, key, value, **where):
             yield *arrays, self._replace(**at)._of_a_block(*arrays[:2])
 

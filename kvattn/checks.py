@@ -330,7 +330,7 @@ def _turned(rotary_dim: Any, part: Any, d: Any) -> int:
     return int(rotary_dim)
 
 
-PARAMS = ("W_q", "W_k", "W_v", "W_o", "b_q", "b_k", "b_v", "b_o")
+PARAMS = ("W_q", "W_k", "W_v", "W_o", "b_q", "b_k", "b_v", "b_o", "sink")
 
 
 def param_names(params: Any) -> None:
@@ -493,7 +493,7 @@ def flag(name: str, x: Any) -> bool:
 OURS = {  # what other libraries call an argument, and what it is called here
     "is_causal": "causal", "use_causal_mask": "causal", "dropout_p": "dropout", "dropout_rate": "dropout", "attn_bias": "bias",
     "window_size": "window", "local_window_size": "window", "sliding_window": "window", "logits_soft_cap": "softcap",
-    "softmax_scale": "scale", "sm_scale": "scale",
+    "softmax_scale": "scale", "sm_scale": "scale", "s_aux": "sink", "sinks": "sink",
     "need_weights": "return_weights", "return_attention_scores": "return_weights",
     "kv_seq_lengths": "valid_lens", "key_value_seq_lengths": "valid_lens", "seq_lens": "valid_lens", "dropout_rng": "rng",
     "attn_mask": "mask, of booleans, True where a query may attend, or bias, of floats that are added to the scores",
@@ -521,6 +521,18 @@ def masks(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any) -
         bias = floating("bias", bias, ("query", query), tab)
         broadcastable("bias", _shape(bias), scores, "the scores")
     return mask, bias
+
+
+def sink(tab: Any, given: Any, scores: tuple[Any, ...], query: Any) -> Any:
+    """sink as an array of ``tab`` that broadcasts to the batch and head axes of the scores, or to (..., n, 1)."""
+    x = array(tab, "sink", float(given) if is_integer(given) else given, like=query)
+    x = floating("sink", x, ("query", query), tab)
+    found, lead = _shape(x), scores[:-2]
+    if len(found) == len(scores):
+        broadcastable("sink", found, (*scores[:-1], 1), "one logit for each query")
+    else:
+        broadcastable("sink", found, lead, "one logit for each batch entry and head")
+    return x
 
 
 SCORES = tuple(f"{x}_score" for x in ("scaled_dot", "dot", "additive", "multiplicative", "gated", "cosine", "distance"))

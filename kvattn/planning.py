@@ -103,17 +103,26 @@ def lead(query: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def cut(
-    blocks: list[Block], query: Any, key: Any, value: Any, mask: Any, bias: Any, valid_lens: Any, query_offset: Any
+    blocks: list[Block],
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    bias: Any,
+    valid_lens: Any,
+    query_offset: Any,
+    sink: Any = None,
 ) -> Iterator[tuple[tuple[Any, Any, Any], dict[str, Any]]]:
     """The arguments of each block's own attention: slices, with lengths and offset counted from its first key."""
     if len(blocks) > SLICES:  # slices of slices: autodiff fills the whole of what a slice was cut from, for every slice
         size = -(-len(blocks) // SLICES)
         for group in (blocks[i : i + size] for i in range(0, len(blocks), size)):
             i, k, j, l = group[0][0], group[0][2], group[-1][1], group[-1][3]
-            for outer, at in cut([(i, j, k, l)], query, key, value, mask, bias, valid_lens, query_offset):
+            for outer, at in cut([(i, j, k, l)], query, key, value, mask, bias, valid_lens, query_offset, sink):
                 yield from cut([(a - i, b - i, c - k, d - k) for a, b, c, d in group], *outer, **at)
         return
     n, m = query.shape[-2], key.shape[-2]
+    each_sink = sink is not None and len(sink.shape) == len(query.shape) and sink.shape[-2] == n
 
     def part(x: Any, start: int, end: int, first: int, last: int) -> Any:
         if x is None or len(x.shape) == 0:
@@ -134,5 +143,6 @@ def cut(
                 "bias": part(bias, start, end, first, last),
                 "valid_lens": lens,
                 "query_offset": query_offset + start - first,
+                "sink": sink[..., start:end, :] if each_sink else sink,
             },
         )

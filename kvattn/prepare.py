@@ -17,9 +17,9 @@ from kvattn import checks, dispatch, rotation
 if TYPE_CHECKING:
     from kvattn.backends import Backend
 
-ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "positions")  # the options that are arrays
+ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "positions", "sink")  # the options that are arrays
 OPTIONS = ("score", "normalize", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "positions", "scale",
-           "softcap", "dropout", "rng", "return_weights", "return_lse")  # fmt: skip
+           "softcap", "sink", "dropout", "rng", "return_weights", "return_lse")  # fmt: skip
 DOT_PRODUCTS = ("dot_score", "scaled_dot_score", "cosine_score")  # for which query and key need as many features
 REMEMBERED = 4096  # calls: then it starts anew, since lengths that grow step by step would fill the memory
 
@@ -41,8 +41,8 @@ def inputs(tab: Any, query: Any, key: Any, value: Any, score: Any) -> tuple[Any,
 
 def options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, Any], score: Any = None, normalize: Any = None,
             mask: Any = None, bias: Any = None, valid_lens: Any = None, causal: Any = False, query_offset: Any = 0,
-            window: Any = None, positions: Any = None, scale: Any = None, softcap: Any = None, dropout: Any = 0.0,
-            rng: Any = None, return_lse: bool = False, batch: tuple[Any, ...] | None = None,
+            window: Any = None, positions: Any = None, scale: Any = None, softcap: Any = None, sink: Any = None,
+            dropout: Any = 0.0, rng: Any = None, return_lse: bool = False, batch: tuple[Any, ...] | None = None,
             **unknown: Any) -> dict[str, Any]:  # fmt: skip
     """The checked keywords of attention, for scores of this shape between queries and keys of these features.
 
@@ -53,10 +53,12 @@ def options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, 
     batch = scores[:-2][:1] if batch is None else batch
     normalize, score = unwrapped(normalize), unwrapped(score)
     softmax = public["softmax"], getattr(tab, "softmax", None)
-    if return_lse and normalize is not None and getattr(normalize, "func", normalize) not in softmax:
-        raise ValueError("return_lse needs normalize=softmax: other normalisers have no log-sum-exp")
+    if (return_lse or sink is not None) and normalize is not None and getattr(normalize, "func", normalize) not in softmax:
+        name = "return_lse" if return_lse else "sink"
+        raise ValueError(f"{name} needs normalize=softmax: other normalisers have no log-sum-exp")
     mask, bias = checks.masks(tab, query, scores, mask, bias)
-    return {
+    given = {} if sink is None else {"sink": checks.sink(tab, sink, scores, query)}  # other backends may not know it
+    return given | {
         "score": getattr(tab, "scaled_dot_score", None) if score is None else _own(tab, "score", score, query, features),
         "normalize": getattr(tab, "softmax", None) if normalize is None else _own(tab, "normalize", normalize, query, features),
         "mask": mask,
@@ -115,9 +117,11 @@ def multi_head(backend: Any, query: Any, key: Any, value: Any, params: Any, num_
     if not isinstance(params, Mapping):
         raise TypeError(f"params must be a dict of arrays by name, not {type(params).__name__}")
     checks.param_names(params)
+    if params.get("sink") is not None and given.get("sink") is not None:
+        raise ValueError("sink is among the params, and an option too: give one of them")
     tab = dispatch.choose(
-        backend, query=query, key=key, value=value, grad_output=grad_output, **params,
-        **{name: given.get(name) for name in ARRAYS}, cache=None if cache is None else cache.key,
+        backend, query=query, key=key, value=value, grad_output=grad_output,
+        **{**{name: given.get(name) for name in ARRAYS}, **params}, cache=None if cache is None else cache.key,
     )  # fmt: skip
     query, key, value = arrays(tab, query=query, key=key, value=value)
     num_heads, num_kv_heads = checks.heads(num_heads, num_kv_heads)
@@ -129,7 +133,10 @@ def multi_head(backend: Any, query: Any, key: Any, value: Any, params: Any, num_
     checks.same_widths(features, is_dot_product(given.get("score")))
     back = returned(given)
     scores = (*batch, num_heads, n, m)
+    given |= {"sink": params["sink"]} if "sink" in params else {}
     checked = options(tab, query, scores, features, return_lse=back["return_lse"], batch=tuple(batch[:1]), **given)
+    if "sink" in params:
+        checked.pop("sink")
     if not batch and checked["valid_lens"] is not None:
         checked["valid_lens"] = checks.for_each_head(tab, checked["valid_lens"], num_heads, query)
     return tab, query, key, value, params, {"num_heads": num_heads, "num_kv_heads": num_kv_heads}, checked | back

@@ -367,12 +367,13 @@ def attention(
     positions=None,
     scale=None,
     softcap=None,
+    sink=None,
     dropout=0.0,
     rng=None,
     return_weights=False,
     return_lse=False,
 ):
-    limited = not mask is bias is valid_lens is window is positions is scale is softcap is rng is None
+    limited = not mask is bias is valid_lens is window is positions is scale is softcap is sink is rng is None
     usual = score is scaled_dot_score and normalize is softmax and not (limited or dropout)
     if usual and type(query_offset) is int and query_offset == 0 and programs.at_once(query):  # looking at more would cost more
         flags = {"causal": causal, "return_weights": return_weights, "return_lse": return_lse}
@@ -381,8 +382,8 @@ def attention(
             return results
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
-        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,
-        return_weights=return_weights, return_lse=return_lse,
+        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,
+        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
     )  # fmt: skip
     return _attend(query, key, value, call)
 
@@ -390,6 +391,10 @@ def attention(
 def choose(query, key, value, call):
     """The kernel that serves a call. It looks at the call, at shapes and at dtypes, so that a program knows it while traced."""
     tab = sys.modules[__name__]
+    if call.sink is not None:
+        choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
+        why = f"{choice.why}; the sink takes its share of what that gives"
+        return choice._replace(why=why, run=partial(_with_sink, choice.run))
     if call.positions is not None:
         choice = choose(*_shapes_selected(query, key, value, call))
         return choice.of_selected_keys(call.positions.shape[-1], _of_selected_keys)
@@ -457,6 +462,25 @@ def _scores(query, key, call):
     if call.softcap is not None:
         scores = call.softcap * jnp.tanh(scores / call.softcap)
     return scores if call.bias is None else scores + _wide(call.bias)
+
+
+def _with_sink(run, query, key, value, call, blocks):
+    """What ``run`` gives without the sink, less the sink's share of every row: a key of this score whose value is 0."""
+    output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
+    shares, lse = _shares(lse, call.sink, query.ndim)
+    left = shares[..., :1]
+    output = (left * _wide(output)).astype(output.dtype)
+    weights = [jnp.where(x == 0, 0, left * _wide(x)).astype(x.dtype) for x in weights]  # 0 too where the sink is NaN
+    results = [output, *weights] + [lse] * call.return_lse
+    return tuple(results) if len(results) > 1 else output
+
+
+def _shares(lse, sink, ndim):
+    """What is left to the keys and what the sink takes of each row's weight, (..., n, 2), and the lse of both."""
+    sink = _wide(sink[..., 0] if sink.ndim == ndim else sink[..., None])
+    both = jnp.stack(jnp.broadcast_arrays(lse, sink), axis=-1)
+    shares, lse = _softmax_lse(both, both != -math.inf)
+    return identity(shares, both != -math.inf), lse  # an empty row has no share where the sink is NaN
 
 
 def _dropout(weights, rate, rng):
@@ -534,15 +558,15 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
 @programs.careful
 @programs.compiled(programs.of_gradients)
 def _attend_grad(query, key, value, grad_output, call, *, wrt):
-    given, score = {"query": query, "key": key, "value": value, "bias": call.bias}, call.score
+    given, score = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink}, call.score
     sources = {**getattr(score, "keywords", {}), **given}
 
     def output(*arrays):
         named = dict(zip(wrt, arrays, strict=True))
         bound = {name: named.pop(name) for name in wrt if name not in given}
         rebound = partial(score.func, *score.args, **{**score.keywords, **bound}) if bound else score
-        query, key, value, bias = {**given, **named}.values()
-        return _attend(query, key, value, call._replace(score=rebound, bias=bias))
+        query, key, value, bias, sink = {**given, **named}.values()
+        return _attend(query, key, value, call._replace(score=rebound, bias=bias, sink=sink))
 
     return jax.vjp(output, *(sources[name] for name in wrt))[1](grad_output)
 
@@ -618,7 +642,7 @@ def _swapped(x, interleaved):
 
 @programs.exact
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
-    dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    dtype, options = query.dtype, _widened(options, params.get("sink"))
     if cache is None:  # else a later call may look at what is nobody's now
         query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
@@ -635,6 +659,12 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
         rest[0] = rest[0].astype(dtype)
     results = (output, *rest) if cache is None else (output, *rest, cache)
     return results if len(results) > 1 else output
+
+
+def _widened(options, sink=None):
+    """The options beside projections, which are wide. ``sink``: of the params, if they have one."""
+    given = {"bias": options.get("bias"), "sink": options.get("sink") if sink is None else sink}
+    return options | {name: None if x is None else _wide(x) for name, x in given.items()}
 
 
 def _project(x, params, name):
@@ -668,7 +698,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 @programs.exact
 def self_attention(x, W_q, W_k, W_v, **options):
-    dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    dtype, options = x.dtype, _widened(options)
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and x.ndim == 2 else lens  # of the one head there is
     query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))

@@ -373,18 +373,22 @@ def _softmax_lse(scores, where):
 
 @quirks.shaped
 def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, mask=None, bias=None, valid_lens=None,
-              causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, dropout=0.0, rng=None,
-              return_weights=False, return_lse=False):  # fmt: skip
+              causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, sink=None, dropout=0.0,
+              rng=None, return_weights=False, return_lse=False):  # fmt: skip
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
-        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,
-        return_weights=return_weights, return_lse=return_lse,
+        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,
+        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
     )  # fmt: skip
     return _attend(query, key, value, call)
 
 
 def choose(query, key, value, call):
     """The kernel that serves a call. It looks at shapes alone: each costs a microsecond, so it asks for them once."""
+    if call.sink is not None:
+        choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
+        why = f"{choice.why}; the sink takes its share of what that gives"
+        return choice._replace(why=why, blocks=(), run=_with_sink)
     shapes = query.shape, key.shape, value.shape
     obstacle = views.obstacle(sys.modules[__name__], query.ctx, shapes, call)
     if not obstacle:
@@ -449,6 +453,30 @@ def _scores(query, key, call):
     if call.softcap is not None:
         scores = call.softcap * np.tanh(scores / call.softcap)
     return scores if call.bias is None else scores + _wide(call.bias)
+
+
+@quirks.one_batch_axis
+def _with_sink(query, key, value, call, blocks):
+    """What is attended to without the sink, less the sink's share of every row: a key of this score whose value is 0."""
+    output, *weights, lse = _attend(query, key, value, call._replace(sink=None, return_lse=True))
+    if not lse.size:  # MXNet broadcasts nothing to what has no elements
+        return (output, *weights, lse)[: 1 + len(weights) + call.return_lse] if weights or call.return_lse else output
+    shares, lse = _shares(lse, call.sink, query.ndim)
+    left = shares[..., :1]
+    output = (left * _wide(output)).astype(output.dtype, copy=False)
+    weights = [
+        quirks.where(x.detach() != 0, left * _wide(x), 0).astype(x.dtype, copy=False) for x in weights
+    ]  # 0 too where the sink is NaN
+    results = [output, *weights] + [lse] * call.return_lse
+    return tuple(results) if len(results) > 1 else output
+
+
+def _shares(lse, sink, ndim):
+    """What is left to the keys and what the sink takes of each row's weight, (..., n, 2), and the lse of both."""
+    sink = _wide(sink[..., 0] if sink.ndim == ndim else sink.reshape(*sink.shape, 1))
+    both = np.stack([lse, np.broadcast_to(sink, lse.shape)], axis=-1)
+    shares, lse = _softmax_lse(both, both.detach() != -math.inf)
+    return shares, lse
 
 
 def _dropout(weights, rate, rng):
@@ -567,13 +595,13 @@ def _attend_grad(query, key, value, grad_output, wrt, call):
         return _grad_in_blocks(query, key, value, grad_output, wrt, call, blocks)
     bound = call.score.keywords if isinstance(call.score, partial) else {}
 
-    def attend(query, key, value, bias, **bound):
+    def attend(query, key, value, bias, sink, **bound):
         score = call.score
         if isinstance(score, partial):
             score = partial(score.func, *(x.detach() if is_array(x) else x for x in score.args), **bound)
-        return _attend(query, key, value, call._replace(score=score, bias=bias))
+        return _attend(query, key, value, call._replace(score=score, bias=bias, sink=sink))
 
-    sources = {"query": query, "key": key, "value": value, "bias": call.bias, **bound}
+    sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **bound}
     return _grad_by_autograd(attend, sources, grad_output, wrt)
 
 
@@ -667,7 +695,7 @@ def _swapped(x, interleaved):
 
 @quirks.shaped
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
-    dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    dtype, options = query.dtype, _widened(options, params.get("sink"))
     call = Call.of(query, key, **options)
     if cache is None:  # else a later call may look at what is nobody's now
         query, key, value = _hide_unseen(query, key, value, call)
@@ -685,6 +713,12 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
         rest[0] = rest[0].astype(dtype, copy=False)
     results = (output, *rest) if cache is None else (output, *rest, cache)
     return results if len(results) > 1 else output
+
+
+def _widened(options, sink=None):
+    """The options beside projections, which are wide. ``sink``: of the params, if they have one."""
+    given = {"bias": options.get("bias"), "sink": options.get("sink") if sink is None else sink}
+    return options | {name: None if x is None else _wide(x) for name, x in given.items()}
 
 
 def _project(x, params, name):
@@ -722,7 +756,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 @quirks.shaped
 def self_attention(x, W_q, W_k, W_v, **options):
-    dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    dtype, options = x.dtype, _widened(options)
     call = of_heads = Call.of(x, x, **options)
     if call.valid_lens is not None and x.ndim == 2:  # of the one head there is
         of_heads = call._replace(valid_lens=call.valid_lens.reshape((1, *call.valid_lens.shape)))

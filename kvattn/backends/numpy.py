@@ -313,18 +313,22 @@ def _softmax_lse(scores, where):
 
 
 def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, mask=None, bias=None, valid_lens=None,
-              causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, dropout=0.0, rng=None,
-              return_weights=False, return_lse=False):  # fmt: skip
+              causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, sink=None, dropout=0.0,
+              rng=None, return_weights=False, return_lse=False):  # fmt: skip
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
-        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,
-        return_weights=return_weights, return_lse=return_lse,
+        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,
+        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
     )  # fmt: skip
     return _attend(query, key, value, call)
 
 
 def choose(query, key, value, call):
     """The kernel that serves a call: Choice(kernel, why, blocks, run). It looks at the call and the shapes of the arrays."""
+    if call.sink is not None:
+        choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
+        why = f"{choice.why}; the sink takes its share of what that gives"
+        return choice._replace(why=why, run=partial(_with_sink, choice.run))
     if call.positions is None:
         return _choose(query.shape, key.shape, call)
     each, selected = (*planning.lead(query.shape, key.shape), query.shape[-2]), call.positions.shape[-1]
@@ -398,6 +402,25 @@ def _in_blocks(query, key, value, call, blocks):
 def _of_selected_keys(choice, query, key, value, call, blocks):
     """Each query beside the keys that it selects, by the kernel chosen for that."""
     return call.without_query_axis(choice.run(*_select(query, key, value, call), choice.blocks))
+
+
+def _with_sink(run, query, key, value, call, blocks):
+    """What ``run`` gives without the sink, less the sink's share of every row: a key of this score whose value is 0."""
+    output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
+    shares, lse = _shares(lse, call.sink, query.ndim)
+    left = shares[..., :1]
+    output = (left * _wide(output)).astype(output.dtype)
+    weights = [np.where(x == 0, 0, left * _wide(x)).astype(x.dtype) for x in weights]  # 0 too where the sink is NaN
+    results = [output, *weights] + [lse] * call.return_lse
+    return tuple(results) if len(results) > 1 else output
+
+
+def _shares(lse, sink, ndim):
+    """What is left to the keys and what the sink takes of each row's weight, (..., n, 2), and the lse of both."""
+    sink = _wide(sink[..., 0] if sink.ndim == ndim else sink[..., None])
+    both = np.stack(np.broadcast_arrays(lse, sink), axis=-1)
+    shares, lse = _softmax_lse(both, both != -math.inf)
+    return shares, lse
 
 
 def _dropout(weights, rate, rng):
@@ -503,7 +526,7 @@ def _swapped(x, interleaved):
 
 
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
-    dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    dtype, options = query.dtype, _widened(options, params.get("sink"))
     call = Call.of(query, key, **options)
     if cache is None:  # else a later call may look at what is nobody's now
         query, key, value = _hide_unseen(query, key, value, call)
@@ -521,6 +544,12 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
         rest[0] = rest[0].astype(dtype)
     results = (output, *rest) if cache is None else (output, *rest, cache)
     return results if len(results) > 1 else output
+
+
+def _widened(options, sink=None):
+    """The options beside projections, which are wide. ``sink``: of the params, if they have one."""
+    given = {"bias": options.get("bias"), "sink": options.get("sink") if sink is None else sink}
+    return options | {name: None if x is None else _wide(x) for name, x in given.items()}
 
 
 def _project(x, params, name):
@@ -547,7 +576,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 
 def self_attention(x, W_q, W_k, W_v, **options):
-    dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    dtype, options = x.dtype, _widened(options)
     call = Call.of(x, x, **options)
     of_heads = call._replace(valid_lens=call.valid_lens[None]) if call.valid_lens is not None and x.ndim == 2 else call
     query, key, value = _hide_unseen(x, x, x, of_heads)

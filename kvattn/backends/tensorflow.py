@@ -387,6 +387,7 @@ def attention(
     positions=None,
     scale=None,
     softcap=None,
+    sink=None,
     dropout=0.0,
     rng=None,
     return_weights=False,
@@ -395,8 +396,8 @@ def attention(
     query, key, value = tf.convert_to_tensor(query), tf.convert_to_tensor(key), tf.convert_to_tensor(value)
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
-        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,
-        return_weights=return_weights, return_lse=return_lse,
+        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,
+        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
     )  # fmt: skip
     return _attend(query, key, value, call)
 
@@ -404,6 +405,10 @@ def attention(
 def choose(query, key, value, call):
     """The kernel that serves a call: Choice(kernel, why, blocks, run)."""
     tab = sys.modules[__name__]
+    if call.sink is not None:
+        choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
+        why = f"{choice.why}; the sink takes its share of what that gives"
+        return choice._replace(why=why, run=partial(_with_sink, choice.run))
     if len(query.shape) > 4:
         batch = quirks.lead(query, key)[:-1]
         apart = partial(tf.nest.map_structure, lambda x: tf.reshape(x, (*batch, *quirks.shape(x)[1:])))
@@ -529,6 +534,25 @@ def _scores(query, key, call):
     return scores if call.bias is None else scores + _wide(call.bias)
 
 
+def _with_sink(run, query, key, value, call, blocks):
+    """What ``run`` gives without the sink, less the sink's share of every row: a key of this score whose value is 0."""
+    output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
+    shares, lse = _shares(lse, call.sink, len(query.shape))
+    left = shares[..., :1]
+    output = tf.cast(left * _wide(output), output.dtype)
+    weights = [tf.cast(tf.where(tf.equal(x, 0), 0, left * _wide(x)), x.dtype) for x in weights]  # 0 too where the sink is NaN
+    results = [output, *weights] + [lse] * call.return_lse
+    return tuple(results) if len(results) > 1 else output
+
+
+def _shares(lse, sink, ndim):
+    """What is left to the keys and what the sink takes of each row's weight, (..., n, 2), and the lse of both."""
+    sink = _wide(sink[..., 0] if len(sink.shape) == ndim else sink[..., None])
+    both = tf.stack([lse, tf.broadcast_to(sink, tf.shape(lse))], axis=-1)
+    shares, lse = _softmax_lse(both, tf.not_equal(both, -math.inf))
+    return shares, lse
+
+
 def _dropout(weights, rate, rng):
     if not rate:
         return weights
@@ -584,15 +608,16 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
     finite = not tf.executing_eagerly() or nonfinite.absent(tf.convert_to_tensor(grad_output))
     score = options.get("score", scaled_dot_score)
     given = {**getattr(score, "keywords", {}), "query": query, "key": key, "value": value, "bias": options.get("bias")}
+    given["sink"] = options.get("sink")
     by = {name: tf.identity(given[name]) for name in wrt}  # copies: one tensor may be query, key and value
     with tf.GradientTape(watch_accessed_variables=False) as tape, nullcontext() if finite else nonfinite.expected():
         tape.watch(by)
         given |= by
-        query, key, value, bias = (given.pop(name) for name in ("query", "key", "value", "bias"))
+        query, key, value, bias, sink = (given.pop(name) for name in ("query", "key", "value", "bias", "sink"))
         if given:
             score = partial(score, **given)
         options |= blocks.self_contained(sys.modules[__name__], score=score, normalize=options.get("normalize", softmax))
-        output = attention(query, key, value, **{**options, "bias": bias})
+        output = attention(query, key, value, **{**options, "bias": bias, "sink": sink})
     grads = tape.gradient(output, [by[name] for name in wrt], grad_output, unconnected_gradients="zero")
     return tuple(tf.convert_to_tensor(grad) for grad in grads)  # the gradient of a gather is sparse
 
@@ -652,7 +677,7 @@ def _swapped(x, interleaved):
 
 
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
-    dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    dtype, options = query.dtype, _widened(options, params.get("sink"))
     if cache is None:  # else a later call may look at what is nobody's now
         query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
@@ -669,6 +694,12 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
         rest[0] = tf.cast(rest[0], dtype)
     results = (output, *rest) if cache is None else (output, *rest, cache)
     return results if len(results) > 1 else output
+
+
+def _widened(options, sink=None):
+    """The options beside projections, which are wide. ``sink``: of the params, if they have one."""
+    given = {"bias": options.get("bias"), "sink": options.get("sink") if sink is None else sink}
+    return options | {name: None if x is None else _wide(x) for name, x in given.items()}
 
 
 def _project(x, params, name):
@@ -706,7 +737,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 
 def self_attention(x, W_q, W_k, W_v, **options):
-    dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    dtype, options = x.dtype, _widened(options)
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and len(x.shape) == 2 else lens  # of the one head there is
     query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))

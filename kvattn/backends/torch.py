@@ -352,6 +352,7 @@ def attention(
     positions=None,
     scale=None,
     softcap=None,
+    sink=None,
     dropout=0.0,
     rng=None,
     return_weights=False,
@@ -359,7 +360,9 @@ def attention(
 ):
     # first, what `choose` would give to SDPA too: calls so small that to describe them would take longer
     bare = score is scaled_dot_score and normalize is softmax and not (dropout or softcap or return_weights or return_lse)
-    bare = bare and mask is None and bias is None and valid_lens is None and window is None and positions is None
+    bare = (
+        bare and mask is None and bias is None and valid_lens is None and window is None and positions is None and sink is None
+    )
     if causal:
         bare = bare and traces.known(query.shape[-2] == key.shape[-2]) and type(query_offset) is int and query_offset == 0
     if bare and not sdpa.obstacle(query, key, value, None, scale):
@@ -367,14 +370,18 @@ def attention(
         return output if output.dtype == query.dtype else output.to(query.dtype)  # autocast's is another
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
-        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, dropout=dropout, rng=rng,
-        return_weights=return_weights, return_lse=return_lse,
+        query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,
+        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
     )  # fmt: skip
     return _attend(query, key, value, call)
 
 
 def choose(query, key, value, call):
     """The kernel that serves a call."""
+    if call.sink is not None:
+        choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
+        why = f"{choice.why}; the sink takes its share of what that gives"
+        return choice._replace(why=why, run=partial(_with_sink, choice.run))
     if call.positions is not None:
         selected = _select(query, key, value, call)
         choice = choose(*selected)
@@ -475,6 +482,25 @@ def _of_selected_keys(run, query, key, value, call, blocks, *_):
     return call.without_query_axis(run(query, key, value, call, blocks))
 
 
+def _with_sink(run, query, key, value, call, blocks):
+    """What ``run`` gives without the sink, less the sink's share of every row: a key of this score whose value is 0."""
+    output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
+    shares, lse = _shares(lse, call.sink, query.ndim)
+    left = shares[..., :1]
+    output = (left * _wide(output)).to(output.dtype)
+    weights = [torch.where(x == 0, 0, left * _wide(x)).to(x.dtype) for x in weights]  # 0 too where the sink is NaN
+    results = [output, *weights] + [lse] * call.return_lse
+    return tuple(results) if len(results) > 1 else output
+
+
+def _shares(lse, sink, ndim):
+    """What is left to the keys and what the sink takes of each row's weight, (..., n, 2), and the lse of both."""
+    sink = _wide(sink[..., 0] if sink.ndim == ndim else sink[..., None])
+    both = torch.stack(torch.broadcast_tensors(lse, sink), dim=-1)
+    shares, lse = _softmax_lse(both, both != -math.inf)
+    return shares, lse
+
+
 def _dropout(weights, rate, rng):
     if not rate:
         return weights
@@ -545,12 +571,15 @@ def _usable(x):
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
     score = options.pop("score", scaled_dot_score)
     parameters = score.keywords if isinstance(score, partial) else {}
-    given = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None), **parameters}
+    given = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None), "sink": options.pop("sink", None)}
+    given |= parameters
     leaves = {name: given[name].detach().requires_grad_() for name in wrt}
     given |= leaves
     if parameters:
         score = partial(score.func, *score.args, **{name: given[name] for name in parameters})
-    output = attention(*(given[x] for x in ("query", "key", "value")), bias=given["bias"], score=score, **options)
+    output = attention(
+        *(given[x] for x in ("query", "key", "value")), bias=given["bias"], sink=given["sink"], score=score, **options
+    )
     if not output.requires_grad:
         return tuple(torch.zeros_like(x) for x in leaves.values())
     return torch.autograd.grad(output, [*leaves.values()], grad_output, materialize_grads=True)
@@ -612,7 +641,7 @@ def _swapped(x, interleaved):
 
 
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
-    dtype, options["bias"] = query.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    dtype, options = query.dtype, _widened(options, params.get("sink"))
     if cache is None:  # else a later call may look at what is nobody's now
         query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
@@ -629,6 +658,12 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
         rest[0] = rest[0].to(dtype)
     results = (output, *rest) if cache is None else (output, *rest, cache)
     return results if len(results) > 1 else output
+
+
+def _widened(options, sink=None):
+    """The options beside projections, which are wide. ``sink``: of the params, if they have one."""
+    given = {"bias": options.get("bias"), "sink": options.get("sink") if sink is None else sink}
+    return options | {name: None if x is None else _wide(x) for name, x in given.items()}
 
 
 def _project(x, params, name):
@@ -659,7 +694,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 
 def self_attention(x, W_q, W_k, W_v, **options):
-    dtype, options["bias"] = x.dtype, None if options.get("bias") is None else _wide(options["bias"])
+    dtype, options = x.dtype, _widened(options)
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and x.ndim == 2 else lens  # of the one head there is
     query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))

@@ -349,6 +349,8 @@ def _headed(
 ) -> dict[str, Any]:
     """The quantities of a case of multi-head attention, of self-attention, or of multi-head attention step by step."""
     names, wrt = [name for name in checks.PARAMS if name in arguments], _wrt(case)
+    if case.call == "self_attention":  # an option of it
+        names = [name for name in names if name != "sink"]
     params = {name: arguments[name] for name in names}
     inputs = [arguments["x"]] * 3 if case.call == "self_attention" else [arguments[name] for name in ("query", "key", "value")]
     options = {name: x for name, x in arguments.items() if name not in (*names, "x", "query", "key", "value")} | keywords

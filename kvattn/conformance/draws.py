@@ -149,6 +149,8 @@ def draw(seed: int, number: int) -> Draw:
     finite_only = {options.get("score"), options.get("normalize")} & {*pooling.KERNELS, *NORMALISERS}
     if often(0.15) and call == "attention" and made.v and not finite_only:
         options["not_finite"] = one("query", "key", "value", "bias" if "bias" in options else "key")
+    if often(0.3) and not {"normalize", "score"} & {*options} and call not in layers.LAYERS:
+        options["sink"] = () if call == "self_attention" else (often(0.7),) if headed else one("each", broadcast()[:-2])
     return replace(made, options=options)
 
 
@@ -237,6 +239,10 @@ def _options(drawn: Draw) -> dict[str, Any]:
     if "positions" in options:
         axes, size = options["positions"]
         options["positions"] = drawn.rng("positions").integers(-1, m, (*shape(axes, full[:-1]), size))
+    if "sink" in options:
+        rng, axes = drawn.rng("sink"), options["sink"]
+        of = (*lead, n, 1) if axes == "each" else shape(axes, lead)
+        options["sink"] = np.asarray(np.where(rng.random(of) < 0.1, -np.inf, grid(rng, *of)))
     name = options["score"] = SCORED.get(drawn.call, options.get("score"))
     if name is None:
         options.pop("score")
@@ -273,6 +279,7 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     apart = drawn.call in ("multi_head_attention", "MultiHeadAttention") and not steps
     query = grid(drawn.rng("query"), *drawn.lead, drawn.n, 3)
     key, value = (grid(drawn.rng(x), *drawn.lead, drawn.m, 3) if apart else query for x in ("key", "value"))
+    params |= {} if alone or "sink" not in options else {"sink": options.pop("sink")}
     options |= {"causal": True} if steps or drawn.call == "decoding" else {}
     # The gradients of self-attention are asked of multi-head attention, whose masks have an axis of heads.
     over_heads = {n: x[..., None, :, :] for n, x in options.items() if n in ("mask", "bias") and x.ndim > 2 and alone}
@@ -450,7 +457,8 @@ def code(made: Case, failure: check.Result, backend: str, device: str | None = N
     wrong = failure.what.removeprefix("grad_") if failure.what.startswith("grad_") else None
     lines += [f"{name} = {literal(x)}" for name, x in given.items()]
     keywords = {n: function(x) if n in check.FUNCTIONS else literal(x) for n, x in made.keywords.items()}
-    params = [name for name in checks.PARAMS if name in given]
+    params = [name for name in checks.PARAMS if name in given and made.call in check.HEADED]
+    params = [name for name in params if name != "sink" or made.call != "self_attention"]
     inputs: list[str] = [name for name in ("query", "key", "value", "x") if name in given]
     call, asked = made.call, {n: x for n, x in keywords.items() if n.startswith("return_")}
     rest = {n: x for n, x in keywords.items() if n not in asked}

@@ -30,6 +30,8 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
         notfinite.cases,
         lone,
         places.cases,
+        sinks,
+        notfinite.sinks,
     ):
         yield from family(rng)
 
@@ -141,6 +143,48 @@ def caps(rng: np.random.Generator) -> Iterator[Case]:
     yield make("softcap, mask", *qkv(rng), softcap=0.5, mask=mask)
     yield make("softcap, mask, bias, scale", *qkv(rng), softcap=1.0, mask=mask, bias=bias, scale=0.5)
     yield make("softcap of another score", *qkv(rng), softcap=1.0, score="distance_score")
+
+
+def sinks(rng: np.random.Generator) -> Iterator[Case]:
+    """A logit in every row that has no value; and what else may take part in a row's sum, or be all of it."""
+    make = partial(attend, group="sink", rng=rng)
+    yield make("sink ()", *qkv(rng), sink=np.array(0.5))
+    for shape in ((2,), (2, 1), (2, 2, 4, 1)):
+        yield make(f"sink {shape}", *qkv(rng), sink=grid(rng, *shape), asked=LSE if len(shape) == 1 else ())
+    yield make("sink 0, softmax off by one", *qkv(rng), grad=False, sink=0.0)
+    yield make("sink 1, an int, with weights", *qkv(rng), grad=False, sink=1, asked=WEIGHTS)
+    yield make("sink -inf, none", *qkv(rng), sink=np.array([-INF, 0.5]))
+    yield make("sink, 2 axes, for each query", *qkv(rng, lead=()), sink=grid(rng, 4, 1), mask=flags(rng, 4, 5), asked=())
+    yield make("sink, 7 axes", *qkv(rng, lead=(2, 1, 2, 1, 2), kv=(1, 2, 1, 2, 1), n=2, m=3), sink=grid(rng, 2, 1, 2))
+    yield make("sink, grouped heads", *qkv(rng, lead=(2, 4), kv=(2, 2)), sink=grid(rng, 4), causal=True)
+    yield make("sink beside scores of 3000", *qkv(rng), scale=1024.0, sink=np.array([512.0, -512.0]))
+    yield make("sink, no keys", *qkv(rng, m=0), sink=grid(rng, 2), group="empty rows")
+    yield make("sink -inf, no keys", *qkv(rng, m=0), sink=np.array(-INF), group="empty rows", asked=LSE)
+    yield make("sink, no queries", *qkv(rng, n=0), sink=grid(rng, 2))
+    yield make("sink, no entries", *qkv(rng, lead=(0, 2)), sink=grid(rng, 2), asked=())
+    empty = flags(rng, 2, 2, 4, 5) & np.array([[True], [False], [True], [True]])
+    offsets: dict[str, Any] = {"causal": True, "query_offset": np.array([1, -2])}
+    forms: dict[str, dict[str, Any]] = {
+        "a mask with empty rows": {"mask": empty},
+        "a bias": {"bias": np.where(flags(rng, 4, 5), grid(rng, 2, 1, 4, 5), -INF)},
+        "softcap, scale, lengths and offsets": {"softcap": 1.0, "scale": 2.0, "valid_lens": np.array([0, 3]), **offsets},
+        "positions": {"positions": np.array([[0, 3], [3, -1], [-1, -1], [2, 2]])},
+        "a score with parameters": {"score": next(parametrised(rng, 3, 3)), "causal": True},
+    }
+    for name, which in forms.items():
+        yield make(f"sink, {name}", *qkv(rng), sink=grid(rng, 2), **which)
+    each: dict[str, Any] = {"positions": np.array([[0, 3, 3]]), "sink": grid(rng, 2, 1, 4, 1), "causal": True}
+    yield make("sink of each query, positions", *qkv(rng), **each, asked=())
+    q, k, v = poisoned(rng, *qkv(rng, n=3, m=6), valid_lens=np.array([3, 0]))
+    yield make("sink, NaN behind lengths", q, k, v, valid_lens=np.array([3, 0]), sink=grid(rng, 2), asked=())
+    # long enough for tiles and for blocks
+    q, k, v = qkv(rng, n=264, m=560, d=2, v=1, lead=())
+    yield make("sink, blocks", q, k, v, window=3, sink=np.array(-0.5), asked=())
+    yield make("sink of each query, blocks", q, k, v, window=3, sink=grid(rng, 264, 1), score="distance_score", asked=LSE)
+    looked = np.zeros(300, bool)
+    looked[[0, 130, 299]] = True
+    q, k, v = qkv(rng, n=300, m=600, d=2, lead=(2,), kv=(1,))
+    yield make("sink, causal, many pairs", q, k, v, causal=True, sink=grid(rng, 2), asked=(), looked=looked)
 
 
 # ---- shapes

@@ -85,6 +85,9 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     yield multi_head("heads: no keys", *inputs(m=0), two(), rng, grad=False)
     sparse = params_of(rng, 3, 3, 3, 2, 2)
     yield multi_head("heads: averaged", *inputs(), sparse, rng, normalize="average", asked=("weights",))
+    yield multi_head("heads: a sink", *inputs(), two() | {"sink": grid(rng, 2)}, rng, asked=both)
+    grouped = params_of(rng, 3, 3, 3, 4, 2) | {"sink": grid(rng, 4)}
+    yield multi_head("heads: a sink, grouped, causal", *inputs(), grouped, rng, heads=4, kv_heads=2, causal=True)
     yield from self_attention(rng)
     yield from padded(rng)
     yield from decoding(rng)
@@ -95,6 +98,7 @@ def self_attention(rng: np.random.Generator) -> Iterator[Case]:
         ("self-attention", (2,), {}),
         ("self-attention, no batch", (), {"causal": True}),
         ("self-attention, lengths", (2,), {"valid_lens": np.array([1, 4])}),
+        ("self-attention, a sink", (2,), {"sink": np.array(0.5)}),
         ("self-attention, no batch, lengths ()", (), {"valid_lens": np.array(2)}),
         ("self-attention, no batch, lengths (n,)", (), {"valid_lens": np.array([1, 4, 0, 2])}),
     ]
@@ -173,6 +177,7 @@ def decoding(rng: np.random.Generator) -> Iterator[Case]:
         ("decoding without a batch, lengths ()", 2, 2, {"batch": (), "valid_lens": np.array(3)}),
         ("decoding, grouped heads", 4, 2, {}),
         ("decoding in a window", 2, 2, {"window": (1, 0)}),
+        ("decoding with a sink", 4, 2, {"sink": np.array([0.5, -1.0, 0.0, 1.0])}),
         ("decoding, room set aside", 4, 2, {"capacity": (2, 2, 7, 2, 2)}),
         ("decoding, NaN behind lengths", 2, 2, {"valid_lens": np.array([5, 2])}),
         ("decoding, NaN behind lengths, room set aside", 4, 2, {"capacity": (2, 2, 7, 2, 2), "valid_lens": np.array([1, 4])}),
@@ -180,6 +185,7 @@ def decoding(rng: np.random.Generator) -> Iterator[Case]:
     for name, heads, kv_heads, options in forms:
         x = grid(rng, *options.pop("batch", (2,)), 5, 3)
         params = params_of(rng, 3, 3, 3, heads, kv_heads)
+        params |= {"sink": options.pop("sink")} if "sink" in options else {}
         how = {n: y for n, y in options.items() if n != "capacity"}
         case = multi_head(name, x, x, x, params, rng, heads=heads, kv_heads=kv_heads, grad=False, causal=True, **how)
         keywords = {n: y for n, y in case.keywords.items() if n != "causal"} | options

@@ -177,6 +177,18 @@ def _other_rows(rng: np.random.Generator, options: dict[str, Any]) -> Case:
     return replace(case, arguments={**case.arguments, "query": q, "key": k, "value": v}, judged=judged)
 
 
+def sinks(rng: np.random.Generator) -> Iterator[Case]:
+    """A sink that is not finite is a score of every row of its head, but for those without a key."""
+    make = partial(attend, group=NOT_FINITE, rng=rng)
+    mask = np.array([[j <= i and i != 2 for j in range(5)] for i in range(4)])
+    yield make("a sink of NaN", *qkv(rng), sink=np.array([NAN, 0.5]), mask=mask)
+    yield make("a sink of inf", *qkv(rng), sink=np.array([[0.5, INF], [0.0, -1.0]]), mask=mask, asked=LSE)
+    yield make("a sink of NaN, causal", *qkv(rng), sink=np.array([0.5, NAN]), causal=True, asked=())
+    q, k, v = _signed(rng)
+    q[0, 0, 3, 0], k[0, 1, 2, 0], v[1, 0, 2, 0], v[1, 1, 1, 1] = INF, INF, NAN, INF
+    yield make("a sink beside inf and NaN, causal", q, k, v, sink=grid(rng, 2), causal=True)
+
+
 def parts(rng: np.random.Generator) -> Iterator[Case]:
     """Merged parts, and projected heads."""
     outputs, lses = grid(rng, 3, 2, 4, 2), grid(rng, 3, 2, 4)

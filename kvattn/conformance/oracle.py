@@ -251,6 +251,11 @@ def pairs(query: Array, key: Array, *, mask: Array | None = None, bias: Array | 
     return lead, n, m if positions is None else positions.shape[-1], found
 
 
+def _of_rows(sink: Array, axes: int) -> Array:
+    """The sink as it broadcasts to the rows (..., n)."""
+    return sink[..., 0] if sink.ndim == axes else sink[..., None]
+
+
 def leading(query: Array, key: Array) -> tuple[int, ...]:
     """The batch and head axes of the scores: heads are the query's."""
     return (*np.broadcast_shapes(query.shape[:-3], key.shape[:-3]), *query.shape[:-2][-1:])
@@ -265,7 +270,8 @@ def attention(query: Array, key: Array, value: Array, grad_output: Array | None 
 
 def _attention(query: Array, key: Array, value: Array, grad_output: Array | None, *, score: Any = "scaled_dot_score",
                normalize: str = "softmax", bias: Array | None = None, scale: float | None = None, softcap: float | None = None,
-               absolute: Any = None, **which: Any) -> tuple[dict[str, Array], dict[str, Any], float]:  # fmt: skip
+               sink: Array | float | None = None, absolute: Any = None,
+               **which: Any) -> tuple[dict[str, Array], dict[str, Any], float]:  # fmt: skip
     """(values, magnitudes element by element or at once, the largest score).
 
     ``absolute``: the magnitudes of query, key, value and grad_output, where these are sums themselves.
@@ -302,32 +308,42 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
 
     # a row at a time: weights, and how they change with the scores
     output, log_sum = np.zeros((*lead, n, value.shape[-1])), np.full((*lead, n), -np.inf)
+    if sink is not None:  # one more score in every row, of no pair: it has no value
+        log_sum[...] = _of_rows(np.asarray(sink), query.ndim)
+    extra, grad_sink, grad_sink_size = log_sum.copy(), np.zeros(log_sum.shape), np.zeros(log_sum.shape)
     weights, row_sizes, weight_size = np.zeros((*lead, n, slots)), [0.0], [0.0]
     grad_s, grad_s_size, grad_v, grad_v_size = (np.zeros(x.shape) for x in (s, s, v, v))
     flat = np.ravel_multi_index(at_query, (*lead, n)) if len(s) else np.zeros(0, int)
     for of in np.split(np.arange(len(s)), np.flatnonzero(np.diff(flat)) + 1) if len(s) else []:
         at = np.unravel_index(flat[of[0]], (*lead, n))
-        w = globals()[normalize](s[of])
-        w_size, jacobian_size = weight_bounds(normalize, w, s[of], size[of])
+        row, row_size = (
+            (s[of], size[of]) if sink is None else (np.append(s[of], extra[at]), np.append(size[of], abs(extra[at])))
+        )
+        w = globals()[normalize](row)
+        w_size, jacobian_size = weight_bounds(normalize, w, row, row_size)
+        w, w_size, jacobian_size = w[: len(of)], w_size[: len(of)], jacobian_size[: len(of)]
         weights[tuple(x[of] for x in at_slot)] = w
         weight_size.append(w_size.max())
         row_sizes.append((w_size[:, None] * v_size[of]).sum(axis=0).max(initial=0))
-        log_sum[at] = lse(s[of])
+        log_sum[at] = lse(row)
         output[at] = sum(w[:, None] * v[of])
         if np.isfinite(w).all():  # a value that is not finite
             output[at][~np.isfinite(output[at])] = np.inf
         if grad_output is None:
             continue
-        if not grad_output[at].any() and np.isfinite(s[of]).all() and np.isfinite(v[of]).all():
+        if not grad_output[at].any() and np.isfinite(s[of]).all() and np.isfinite(v[of]).all() and extra[at] < np.inf:
             continue  # no loss looks at this row
         g = grad_output[at]
         grad_w, grad_w_size = v[of] @ g, v_size[of] @ g_size[at]
         if not (np.isfinite(w).all() and np.isfinite(grad_w).all()):  # of softmax: it reaches every score of the row
-            grad_s[of] = grad_s_size[of] = np.nan
-        for j in range(0 if np.isnan(grad_s[of]).any() else len(of)):
-            change = slope(globals()[normalize], s[of], (j,))  # d weights / d s_j
-            grad_s[of[j]] = grad_w @ change
-            grad_s_size[of[j]] = grad_w_size @ jacobian_size[:, j]
+            grad_s[of] = grad_s_size[of] = grad_sink[at] = grad_sink_size[at] = np.nan
+        for j in range(0 if np.isnan(grad_s[of]).any() else len(row)):
+            change = slope(globals()[normalize], row, (j,))[: len(of)]  # d weights / d s_j
+            if j < len(of):
+                grad_s[of[j]] = grad_w @ change
+                grad_s_size[of[j]] = grad_w_size @ jacobian_size[:, j]
+            else:
+                grad_sink[at], grad_sink_size[at] = grad_w @ change, grad_w_size @ jacobian_size[:, j]
         grad_v[of], grad_v_size[of] = w[:, None] * g, w_size[:, None] * g_size[at]
 
     convex = normalize not in ("identity", "proportional")
@@ -335,6 +351,7 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
     values = {"output": output, "weights": weights, "lse": log_sum}
     magnitude = {"output": v_size[np.isfinite(v_size)].max(initial=0) if convex else max(row_sizes)}
     magnitude |= {"weights": 1.0 if convex else max(weight_size), "lse": finite.max(initial=1)}
+    size = np.append(size, np.abs(extra))
     largest = size[np.isfinite(size)].max(initial=0) if normalize in ("softmax", "sparsemax") else 0.0
     if grad_output is None:
         return values, magnitude, float(largest)
@@ -356,6 +373,12 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
         sources["bias"] = (bias.reshape(-1, 1), cells)
         collect("bias", grad_s[:, None], grad_s_size[:, None])
         values["grad_bias"] = values["grad_bias"].reshape(bias.shape)
+    if isinstance(sink, np.ndarray):
+        for kind, terms in ((values, grad_sink), (magnitude, grad_sink_size)):
+            cells = np.broadcast_to(_of_rows(np.arange(sink.size).reshape(sink.shape), query.ndim), (*lead, n))
+            total = np.zeros(sink.size)
+            np.add.at(total, cells, terms)
+            kind["grad_sink"] = total.reshape(sink.shape)
     for what, x in parameters.items():
         if isinstance(x, np.ndarray):
             of_one = partial(lambda what, y: scores_of(q, k, {**parameters, what: y}), what)
@@ -378,6 +401,8 @@ def multi_head_attention(query: Array, key: Array, value: Array, params: dict[st
     def project(x: Array, name: str, of: dict[str, Array] = params) -> Array:
         return x @ of[f"W_{name}"] + of.get(f"b_{name}", 0.0) if f"W_{name}" in of else x
 
+    if "sink" in params:
+        how["sink"] = params["sink"]
     size = {name: np.abs(x) for name, x in params.items()}
     inputs, heads = {"query": query, "key": key, "value": value}, (num_heads, num_kv_heads, num_kv_heads)
     q, k, v = (split(project(x, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True))

@@ -95,7 +95,7 @@ def devices():
 # ---- compilation
 
 
-_TRACED = ("mask", "bias", "valid_lens", "positions", "rng", "softcap")  # fields of a Call that are always arguments
+_TRACED = ("mask", "bias", "valid_lens", "positions", "rng", "softcap", "sink")  # fields of a Call that are always arguments
 
 
 def compiled(layout):
@@ -284,6 +284,7 @@ def of_results(query, key, value, call):
 def of_gradients(query, key, value, grad_output, call, *, wrt):
     """The specs of attention_grad's results: each lies as what it is the gradient by."""
     sources = {**getattr(call.score, "keywords", {}), "query": query, "key": key, "value": value, "bias": call.bias}
+    sources["sink"] = call.sink
     return tuple(P(*sources[name]) for name in wrt)
 
 

@@ -81,9 +81,14 @@ def one_batch_axis(kernel):
         def fold_each(x):  # (batch,) or (batch, n), of the first axis
             return fold(x.reshape(-1, *[1] * (len(batch) - 1), *x.shape[1:])) if getattr(x, "ndim", 0) else x
 
+        def fold_sink(x):
+            if x is None or x.ndim == axes:
+                return x if x is None else fold(x)
+            return x if x.ndim < 2 else fold(x.reshape(*[1] * (len(batch) + 1 - x.ndim), *x.shape))
+
         call = call._replace(
             positions=fold_pairs(call.positions), mask=fold_pairs(call.mask), bias=fold_pairs(call.bias),
-            valid_lens=fold_each(call.valid_lens), query_offset=fold_each(call.query_offset),
+            valid_lens=fold_each(call.valid_lens), query_offset=fold_each(call.query_offset), sink=fold_sink(call.sink),
         )  # fmt: skip
         results = kernel(fold(query), fold(key), fold(value), call, blocks)
         return each(lambda x: x.reshape(*batch, *x.shape[1:]), results)

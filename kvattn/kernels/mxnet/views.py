@@ -114,7 +114,7 @@ def finite(x):
 # ---- the call
 
 
-ARRAYS = ("mask", "bias", "valid_lens", "query_offset")  # the options that may be arrays
+ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "sink")  # the options that may be arrays
 
 
 def _lend(shapes, query, key, value, call):

@@ -205,7 +205,7 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, *, output=Non
 
     ``output`` and ``lse`` spare computing them again; with ``grad_lse`` the gradients are those of sum(grad_lse * lse) as well.
     """
-    sources = {"query": query, "key": key, "value": value, "bias": call.bias, **_parameters(call.score)}
+    sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **_parameters(call.score)}
     selected = () if call.positions is None else call.positions.shape
     if 0 in (*query.shape[:-1], *key.shape[:-1], *selected):  # no pair, so no gradient
         return tuple(np.zeros(sources[name].shape, sources[name].dtype) for name in wrt)
@@ -213,8 +213,13 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, *, output=Non
     if selected:
         found = _of_selected_keys(tab, query, key, value, grad_output, wrt, call)
     elif choice.run is tiled.attention:
+        if call.sink is not None:  # the same formulas serve, of the output and the lse with the sink
+            wide = (tab._wide(x) for x in (query, key, value))
+            output, lse = tab._attend(*wide, call._replace(return_lse=True))
         found = tiled_grad.attention_grad(query, key, value, grad_output, call, output, lse, grad_lse)
         found = dict(zip(("query", "key", "value"), found, strict=True))
+        if "sink" in wrt:
+            found["sink"] = _by_sink(tab, call.sink, lse, (tab._wide(grad_output) * output).sum(axis=-1), query.ndim)
         return tuple(sum_to(found[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
     elif choice.blocks:
         found = _in_blocks(tab, choice.blocks, sources, grad_output, wrt, call, grad_lse)
@@ -235,6 +240,8 @@ def _in_blocks(tab, blocks, sources, grad_output, wrt, call, grad_lse):
                 total = total[..., i:j, :]
             elif name in ("key", "value"):
                 total = total[..., k:l, :]
+            elif name == "sink":
+                total = total[..., i:j, :] if total.ndim == query.ndim and total.shape[-2] == n else total
             elif name == "bias":
                 total = total[..., k:l] if total.shape[-1] == m else total
                 total = total[..., i:j, :] if total.ndim > 1 and total.shape[-2] == n else total
@@ -248,6 +255,8 @@ def _of_selected_keys(tab, query, key, value, grad_output, wrt, call):
     index = np.broadcast_to(call.positions, (*lead, n, call.positions.shape[-1]))
     index = np.clip(index, 0, m - 1).reshape(-1, n, index.shape[-1])
     *selected, of_these = tab._select(query, key, value, call)
+    if call.sink is not None:  # each query has become an entry of its own
+        of_these = of_these._replace(sink=call.sink[..., 0] if call.sink.ndim == query.ndim else call.sink[..., None])
     grads = attention_grad(tab, *selected, grad_output[..., None, :], wrt, of_these)
 
     def scatter(grad, shape):  # (*lead, n, s, c) -> (*lead, m, c) -> shape, whose heads may be shared by a group
@@ -271,6 +280,8 @@ def _of_selected_keys(tab, query, key, value, grad_output, wrt, call):
             found[name] = scatter(found[name], shapes[name])
         elif name == "bias":
             found[name] = place(found[name])
+        elif name == "sink":
+            found[name] = found[name].reshape(call.sink.shape)
     return found
 
 
@@ -290,7 +301,12 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse):
 
     # forward again
     scores = tab._scores(query, key, call)
-    weights = tab._wide(call.normalize(scores, where=allowed))
+    if call.sink is None:
+        weights = tab._wide(call.normalize(scores, where=allowed))
+    else:
+        weights, lse = tab._softmax_lse(scores, allowed)
+        shares, lse = tab._shares(lse, call.sink, query.ndim)
+        weights = np.where(weights == 0, 0, shares[..., :1] * weights).astype(weights.dtype)
     kept = tab._dropout(np.ones_like(weights), call.dropout, call.rng) if call.dropout else 1
 
     # and back
@@ -310,6 +326,8 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse):
             grad_scores = grad_scores + weights * grad_lse[..., None]
         grad_scores = tab.identity(grad_scores, allowed)
         grads = {}
+        if call.sink is not None:
+            grads["sink"] = _by_sink(tab, call.sink, lse, (weights * grad_weights).sum(axis=-1), query.ndim)
         if bias is not None:
             grads["bias"] = sum_to(np.broadcast_to(grad_scores, np.broadcast_shapes(grad_scores.shape, bias.shape)), bias.shape)
         if softcap is not None:
@@ -333,6 +351,16 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse):
     return grads | {name: sum_to(grads[name], shape) for name, shape in shapes.items()}
 
 
+def _by_sink(tab, sink, lse, delta, ndim):
+    """The gradient by the sink, whose weight is exp(sink - lse): ``delta`` is G O, of the output with it, for each row."""
+    rows = tab._wide(sink[..., 0] if sink.ndim == ndim else sink[..., None])
+    weight = np.exp(rows - np.where(lse == -math.inf, 0, lse)).astype(lse.dtype)
+    grad = -weight * delta
+    if sink.ndim < ndim:
+        grad = grad.sum(axis=-1)
+    return sum_to(grad[..., None] if sink.ndim == ndim else grad, sink.shape)
+
+
 def _of_finite(product, query, key, grad_scores, allowed, args, keywords):
     """A score's product with zeros for queries and keys that are not finite, and NaN for whom these reach."""
     bad_query, bad_key = (~np.isfinite(x).all(axis=-1, keepdims=True) for x in (query, key))
@@ -348,7 +376,7 @@ def _of_finite(product, query, key, grad_scores, allowed, args, keywords):
 
 def multi_head_attention_grad(tab, inputs, params, grad_output, wrt, *, num_heads, num_kv_heads, **options):
     """The gradients named by ``wrt``, among query, key, value and params, of sum(grad_output * multi_head_attention(...))."""
-    options["bias"] = None if options.get("bias") is None else tab._wide(options["bias"])
+    options = tab._widened(options, params.get("sink"))
     call = Call.of(inputs["query"], inputs["key"], **options)
     inputs = dict(zip(inputs, tab._hide_unseen(*inputs.values(), call), strict=True))
     heads = {"query": num_heads, "key": num_kv_heads, "value": num_kv_heads}
@@ -359,8 +387,12 @@ def multi_head_attention_grad(tab, inputs, params, grad_output, wrt, *, num_head
             joined = tab._join(tab.attention(*split.values(), **options))
             grads |= {"W_o": _outer(joined, grad), "b_o": sum_to(grad, grad.shape[-1:])}
         grad = grad @ tab._wide(params["W_o"]).T
-    by_heads = attention_grad(tab, *split.values(), tab._split(grad, num_heads), tuple(split), call)
-    for (name, x), grad in zip(inputs.items(), map(tab._join, by_heads), strict=True):
+    by_heads = (*split, "sink") if "sink" in params else (*split,)
+    by_heads = dict(
+        zip(by_heads, attention_grad(tab, *split.values(), tab._split(grad, num_heads), by_heads, call), strict=True)
+    )
+    grads |= {"sink": by_heads.pop("sink", None)}
+    for (name, x), grad in zip(inputs.items(), map(tab._join, by_heads.values()), strict=True):
         W = tab._wide(params[f"W_{name[0]}"])
         grads |= {f"W_{name[0]}": _outer(tab._wide(x), grad), f"b_{name[0]}": sum_to(grad, grad.shape[-1:]), name: grad @ W.T}
     return tuple(grads[name].astype((inputs | params)[name].dtype) for name in wrt)

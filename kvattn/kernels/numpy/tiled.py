@@ -41,8 +41,8 @@ def obstacle(tab, query, key, call, wrt=()):
         return "there is nothing to compute"
     if call.dropout or call.return_weights:
         return "dropout" if call.dropout else "the weights are asked for"
-    if wrt and (call.softcap is not None or not {*wrt} <= {"query", "key", "value"}):
-        return "gradients through a softcap, or by something else than query, key and value"
+    if wrt and (call.softcap is not None or not {*wrt} <= {"query", "key", "value", "sink"}):
+        return "gradients through a softcap, by the bias or a score's parameters"
     if call.score not in (tab.scaled_dot_score, tab.dot_score):
         return "the score is no dot product"
     if call.normalize not in (tab.softmax, tab.masked_softmax):
