@@ -207,7 +207,7 @@ ELSEWHERE = [
     ("kernels/numpy/gradients.py", "forgets the cap in gradients", "grad_scores * (1 - capped * capped)", "grad_scores"),
     ("kernels/numpy/gradients.py", "forgets the scale in gradients", "grad_scores = grad_scores * scale", "pass"),
     ("kernels/numpy/gradients.py", "forgets the sink in gradients", "shares[..., :1] * weights", "weights"),
-    ("kernels/numpy/gradients.py", "turns the gradient by the sink round", "grad = -weight * delta", "grad = weight * delta"),
+    ("kernels/numpy/gradients.py", "turns the gradient by the sink round", "0, -weight * delta)", "0, weight * delta)"),
     ("planning.py", "gives each block the sinks of all queries", "sink[..., start:end, :]", "sink[..., : end - start, :]"),
     ("planning.py", "cuts a block too short", "offset + end + right", "offset + end - 1 + right"),
     ("planning.py", "counts a block's offset from 0", "query_offset + start - first", "query_offset - first"),

@@ -459,14 +459,14 @@ def _scores(query, key, call):
 def _with_sink(query, key, value, call, blocks):
     """What is attended to without the sink, less the sink's share of every row: a key of this score whose value is 0."""
     output, *weights, lse = _attend(query, key, value, call._replace(sink=None, return_lse=True))
-    if not lse.size:  # MXNet broadcasts nothing to what has no elements
-        return (output, *weights, lse)[: 1 + len(weights) + call.return_lse] if weights or call.return_lse else output
-    shares, lse = _shares(lse, call.sink, query.ndim)
-    left = shares[..., :1]
-    output = (left * _wide(output)).astype(output.dtype, copy=False)
-    weights = [
-        quirks.where(x.detach() != 0, left * _wide(x), 0).astype(x.dtype, copy=False) for x in weights
-    ]  # 0 too where the sink is NaN
+    if lse.size:  # MXNet broadcasts nothing to what has no elements
+        shares, lse = _shares(lse, call.sink, query.ndim)
+        left = shares[..., :1]
+    if output.size:
+        output = (left * _wide(output)).astype(output.dtype, copy=False)
+    for x in weights:
+        if x.size:  # 0 too where the sink is NaN
+            weights = [quirks.where(x.detach() != 0, left * _wide(x), 0).astype(x.dtype, copy=False)]
     results = [output, *weights] + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 

@@ -336,7 +336,8 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
         g = grad_output[at]
         grad_w, grad_w_size = v[of] @ g, v_size[of] @ g_size[at]
         if not (np.isfinite(w).all() and np.isfinite(grad_w).all()):  # of softmax: it reaches every score of the row
-            grad_s[of] = grad_s_size[of] = grad_sink[at] = grad_sink_size[at] = np.nan
+            grad_s[of] = grad_s_size[of] = np.nan
+            grad_sink[at] = grad_sink_size[at] = 0.0 if extra[at] == -np.inf else np.nan  # -inf is no sink
         for j in range(0 if np.isnan(grad_s[of]).any() else len(row)):
             change = slope(globals()[normalize], row, (j,))[: len(of)]  # d weights / d s_j
             if j < len(of):

@@ -355,7 +355,7 @@ def _by_sink(tab, sink, lse, delta, ndim):
     """The gradient by the sink, whose weight is exp(sink - lse): ``delta`` is G O, of the output with it, for each row."""
     rows = tab._wide(sink[..., 0] if sink.ndim == ndim else sink[..., None])
     weight = np.exp(rows - np.where(lse == -math.inf, 0, lse)).astype(lse.dtype)
-    grad = -weight * delta
+    grad = np.where(rows == -math.inf, 0, -weight * delta).astype(lse.dtype)  # a sink of -inf is none, whatever is NaN
     if sink.ndim < ndim:
         grad = grad.sum(axis=-1)
     return sum_to(grad[..., None] if sink.ndim == ndim else grad, sink.shape)
