@@ -47,6 +47,16 @@ CASES |= {
         )
         for lens in (np.array(3), np.array([1, 0, 2, 4]))
     },
+    "rotary": (
+        "MultiHeadAttention", {**HEADS, "num_heads": 2, "rotary": True}, (X, X, X, LENS),
+        lambda w, *x: reference.multi_head(w, *x, num_heads=2, turned=reference.turned)[0],
+    ),
+    "rotary, interleaved, grouped heads": (
+        "MultiHeadAttention", {**HEADS, "num_kv_heads": 2, "rotary": {"interleaved": True, "base": 50.0}}, (X, X, X, LENS),
+        lambda w, *x: reference.multi_head(
+            w, *x, num_heads=4, num_kv_heads=2, turned=lambda y: reference.turned(y, 50.0, interleaved=True)
+        )[0],
+    ),
     "AddNorm": ("AddNorm", {"norm_shape": 8}, (X, X[::-1].copy()), lambda w, x, y: reference.norm(w, x + y)),
     "PositionWiseFFN": ("PositionWiseFFN", {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}, (X,), reference.ffn),
     "TransformerEncoderBlock": (
@@ -475,6 +485,50 @@ def test_decoding_step_by_step_is_the_causal_pass(adapter, kv_heads):
         step, cache = adapter.call(layer, TOKENS[:, i : i + 1], causal=True, cache=cache)
         steps.append(step)
     np.testing.assert_allclose(np.concatenate(steps, axis=1), whole, atol=1e-5)
+
+
+def test_decoding_with_rotary_counts_on_from_the_cache(adapter, backend):
+    layer, w = made(adapter, "MultiHeadAttention", {**HEADS, "num_kv_heads": 2, "rotary": True}, (X, X, X))
+    whole = adapter.call(layer, X, X, X, causal=True)
+    expected = reference.multi_head(w, X, X, X, num_heads=4, num_kv_heads=2, causal=True, turned=reference.turned)[0]
+    np.testing.assert_allclose(_first(whole), expected, atol=1e-5)
+    steps, cache = [], kvattn.KVCache()
+    for start, end in ((0, 2), (2, 3), (3, 4)):
+        step, *_, cache = adapter.call(layer, *[X[:, start:end]] * 3, causal=True, cache=cache)
+        steps.append(step)
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), expected, atol=1e-5)
+
+
+def _first(results):
+    return results[0] if isinstance(results, tuple) else results
+
+
+def test_a_query_offset_is_where_rotary_has_the_queries(adapter):
+    layer, _ = made(adapter, "MultiHeadAttention", {**HEADS, "rotary": True}, (X, X, X))
+    whole = _first(adapter.call(layer, X, X, X, causal=True))
+    last = _first(adapter.call(layer, X[:, 2:], X, X, causal=True, query_offset=2))
+    np.testing.assert_allclose(last, whole[:, 2:], atol=1e-5)
+    with pytest.raises(ValueError, match="query_offset has shape \\(2,\\); with rotary= it is one for all"):
+        adapter.call(layer, X, X, X, query_offset=np.array([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("rotary", "error", "words"),
+    [
+        ("yes", TypeError, "rotary must be True or a dict"),
+        ({"theta": 5.0}, TypeError, "rotary has no theta; it has base, interleaved"),
+        ({"rotary_dim": 3}, ValueError, "rotary_dim must be even"),
+        ({"scaling": {"rope_type": "su"}}, ValueError, "known: default, linear"),
+    ],
+)
+def test_a_rotary_that_cannot_be_is_refused_when_the_layer_is_made(adapter, rotary, error, words):
+    with pytest.raises(error, match=words):
+        adapter.layer("MultiHeadAttention", **HEADS, rotary=rotary)
+
+
+def test_rotary_of_heads_of_an_odd_width_is_refused(adapter):
+    with pytest.raises(ValueError, match="3 features, an odd number"):
+        adapter.layer("MultiHeadAttention", num_hiddens=6, num_heads=2, rotary=True)
 
 
 def test_a_causal_encoder_never_sees_the_future_out_of_training(adapter):

@@ -729,3 +729,16 @@ def test_a_layer_keeps_a_learned_bias_as_it_was_and_is_copied(hybrid):
     bias[:] = 0  # as an optimiser writes into it
     same(layer.attention.attention_weights, shown)
     same(copy.deepcopy(layer)(X, X, X), layer(X, X, X))
+
+
+def test_a_hybridized_layer_turns_what_its_graph_is_given():
+    layer = kv.MultiHeadAttention(8, 2, rotary={"interleaved": True}, seed=3)
+    layer.initialize()
+    x = array(2, 4, 8)
+    expected = layer(x, x, x).asnumpy()
+    layer.hybridize()
+    for _ in range(2):
+        numpy.testing.assert_allclose(layer(x, x, x).asnumpy(), expected, atol=1e-5)
+    plain = kv.MultiHeadAttention(8, 2, seed=3)
+    plain.initialize()
+    assert numpy.abs(plain(x, x, x).asnumpy() - expected).max() > 1e-3

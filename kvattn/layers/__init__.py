@@ -25,11 +25,12 @@ import inspect
 import math
 import re
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from kvattn import checks, prepare
+from kvattn import api, checks, prepare
 from kvattn.cache import KVCache
 from kvattn.call import Call
 
@@ -46,6 +47,8 @@ ARGUMENTS = {
     "dropout": "the rate at which weights, or activations, are dropped in training.",
     "bias": "whether the projections have biases: b_q, b_k, b_v, b_o.",
     "use_bias": "whether the projections have biases: b_q, b_k, b_v, b_o.",
+    "rotary": "True, or a dict of kvattn.rotary's keywords (base, interleaved, rotary_dim, scaling), where queries and keys of "
+    "each head are turned by their positions, which a cache counts on.",
     "ffn_num_hiddens": "hidden units of the feed-forward network.",
     "ffn_num_outputs": "features of its output.",
     "vocab_size": "tokens that there are; the inputs are integers below it.",
@@ -174,6 +177,34 @@ def head_width(num_hiddens: int, num_heads: int, num_kv_heads: int) -> int:
     if num_hiddens % num_heads:
         raise ValueError(f"num_hiddens is {num_hiddens}, no multiple of num_heads, {num_heads}")
     return num_hiddens // num_heads
+
+
+ROTARY = ("base", "interleaved", "rotary_dim", "scaling")
+
+
+def check_rotary(rotary: Any, width: int) -> dict[str, Any] | None:
+    """The keywords of kvattn.rotary for heads of ``width`` features, None where they are not turned. Raises what it would."""
+    if rotary is None or rotary is False:
+        return None
+    given = {} if rotary is True else rotary
+    if not isinstance(given, Mapping):
+        raise TypeError(f"rotary must be True or a dict of kvattn.rotary's keywords, not {rotary!r}")
+    if unknown := sorted(set(given) - {*ROTARY}):
+        raise TypeError(f"rotary has no {', '.join(unknown)}; it has {', '.join(ROTARY)}")
+    checks.scaling(given.get("base", 10000.0), given.get("rotary_dim"), given.get("scaling"), width)
+    checks.flag("interleaved", given.get("interleaved", False))
+    return dict(given)
+
+
+def turned(rotary: Mapping[str, Any] | None, queries: Any, keys: Any, first: Any, cache: KVCache | None = None) -> Any:
+    """queries and keys (..., heads, n, d) turned by their positions: queries stand from ``first`` on, keys from 0 on; with a
+    cache, both after what it holds."""
+    if rotary is None:
+        return queries, keys
+    if getattr(first, "shape", ()):
+        raise ValueError(f"query_offset has shape {tuple(first.shape)}; with rotary= it is one for all batch entries")
+    places = (first, 0) if cache is None else (cache.length, cache.length)
+    return tuple(api.rotary(x, place, **rotary) for x, place in zip((queries, keys), places, strict=True))
 
 
 def lengths(tab: Any, valid_lens: Any, queries: Any) -> Any:

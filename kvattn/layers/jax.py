@@ -87,7 +87,8 @@ class _Layer(nn.Module):
         if "dropout" in fields:
             checks.probability("dropout", self.dropout)
         if "num_heads" in fields:
-            layers.head_width(self.num_hiddens, self.num_heads, self.num_kv_heads)
+            width = layers.head_width(self.num_hiddens, self.num_heads, self.num_kv_heads)
+            layers.check_rotary(fields.get("rotary"), width)
         if "activation" in fields:
             layers.check_activation(self.activation)
         super().__post_init__()
@@ -194,10 +195,12 @@ class MultiHeadAttention(_Layer):
     num_kv_heads: int | None = _keyword(default=None)
     seed: layers.Seed = _keyword(default=None)
     use_bias: bool | None = _keyword(default=None)
+    rotary: Any = _keyword(default=None)
 
     def setup(self):
         bias = self.bias if self.use_bias is None else self.use_bias
-        shared = self._kv_heads * (self.num_hiddens // self.num_heads)
+        width = self.num_hiddens // self.num_heads
+        self._turns, shared = layers.check_rotary(self.rotary, width), self._kv_heads * width
         self.attention = DotProductAttention(self.dropout)
         self.W_q = _dense("W_q", self.num_hiddens, bias, self.seed)
         self.W_k = _dense("W_k", shared, bias, self.seed)
@@ -215,6 +218,7 @@ class MultiHeadAttention(_Layer):
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self._kv_heads), tab._split(self.W_v(values), self._kv_heads)
+        queries, keys = layers.turned(self._turns, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
             cache = cache.extend(keys, values)
             keys, values = cache.seen()

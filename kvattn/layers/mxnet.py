@@ -208,8 +208,11 @@ class _Attention(_Layer):
 _traced = WeakValueDictionary()  # layers by the name that their graphs, which are text, have for them
 
 
-def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=None, backend="mxnet", **options):
+def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=None, rotary=None, backend="mxnet",
+            **options):  # fmt: skip
     """kvattn.attention with dropout in training alone, noted as the layer's last call: at once, or when a graph runs."""
+    if tab.is_array(query):
+        query, key = layers.turned(rotary, query, key, options.get("query_offset", 0))
     options |= {"score": score, "valid_lens": whole(valid_lens, backend)}
     layer = _traced.get(layer) if isinstance(layer, str) else layer
     if layer is not None and tab.is_array(query):
@@ -299,11 +302,12 @@ class MultiHeadAttention(_Layer):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None, seed=None, bias=None,
-                 **kwargs):  # fmt: skip
+                 rotary=None, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         bias = use_bias if bias is None else bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.width = width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
+        self.rotary = layers.check_rotary(rotary, width)
         self.attention = DotProductAttention(dropout)
         self.W_q = _Dense("W_q", num_hiddens, bias, seed)
         self.W_k = _Dense("W_k", self.num_kv_heads * width, bias, seed)
@@ -316,6 +320,10 @@ class MultiHeadAttention(_Layer):
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = _split(self.W_q(queries), self.num_heads, self.width)  # (batch, heads, n, d)
         keys, values = (_split(x, self.num_kv_heads, self.width) for x in (self.W_k(keys), self.W_v(values)))
+        if symbols.deferred(queries):  # which have no positions yet: when the graph runs
+            options |= {} if self.rotary is None else {"rotary": self.rotary}
+        else:
+            queries, keys = layers.turned(self.rotary, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
             cache = cache.extend(keys, values)
             keys, values = cache.seen()

@@ -129,10 +129,11 @@ class MultiHeadAttention(Layer):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
-                 rng=None):  # fmt: skip
+                 rotary=None, rng=None):  # fmt: skip
         bias, rng = bias if use_bias is None else use_bias, np.random.default_rng(rng)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
+        self.rotary = layers.check_rotary(rotary, width)
         self.attention = DotProductAttention(dropout, rng=rng)
         self.W_q = Dense(num_hiddens, bias, seed=seed, rng=rng, name="W_q")
         self.W_k = Dense(self.num_kv_heads * width, bias, seed=seed, rng=rng, name="W_k")
@@ -144,7 +145,9 @@ class MultiHeadAttention(Layer):
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self.num_kv_heads), tab._split(self.W_v(values), self.num_kv_heads)
-        self.keep(cache)
+        first = options.get("query_offset", 0)
+        queries, keys = layers.turned(self.rotary, queries, keys, first, cache)
+        self.keep(cache, first)
         if cache is not None:
             cache = cache.extend(keys, values, backend="numpy")
             keys, values = cache.seen()
@@ -156,11 +159,15 @@ class MultiHeadAttention(Layer):
         rest = rest if cache is None else [*rest, cache]
         return (output, *rest) if rest else output
 
-    def vjp(self, grad, cache):
+    def vjp(self, grad, cache, first):
         if cache is not None:
             raise RuntimeError("a call with a cache has no backward: its keys and values are of earlier calls too")
         grad = tab._split(self.W_o.backward(grad), self.num_heads)
-        queries, keys, values = map(tab._join, self.attention.backward(grad))
+        queries, keys, values = self.attention.backward(grad)
+        if self.rotary is not None:  # back by the same angles
+            places = -(first + np.arange(queries.shape[-2])), -np.arange(keys.shape[-2])
+            queries, keys = (api.rotary(x, at, **self.rotary) for x, at in zip((queries, keys), places, strict=True))
+        queries, keys, values = map(tab._join, (queries, keys, values))
         return self.W_q.backward(queries), self.W_k.backward(keys), self.W_v.backward(values)
 
 

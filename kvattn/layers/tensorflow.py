@@ -161,12 +161,13 @@ class MultiHeadAttention(Layer):
     """
 
     def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, num_heads=None, dropout=0.0,
-                 bias=False, *, num_kv_heads=None, seed=None, use_bias=None, **kwargs):  # fmt: skip
+                 bias=False, *, num_kv_heads=None, seed=None, use_bias=None, rotary=None, **kwargs):  # fmt: skip
         super().__init__(locals(), **kwargs)
         check_given(self, num_hiddens=num_hiddens, num_heads=num_heads)
         bias = bias if use_bias is None else use_bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
+        self.rotary = layers.check_rotary(rotary, width)
         self.attention = DotProductAttention(dropout, dtype=self.dtype_policy)
         self.W_q = dense(self, "W_q", num_hiddens, bias, seed)
         self.W_k = dense(self, "W_k", self.num_kv_heads * width, bias, seed)
@@ -191,9 +192,11 @@ class MultiHeadAttention(Layer):
             options |= {"queries_mask": queries_mask, "keys_mask": keys_mask, "values_mask": values_mask}
         queries = _split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = _split(self.W_k(keys), self.num_kv_heads), _split(self.W_v(values), self.num_kv_heads)
+        cache = None if cache is None else cache.cache
+        queries, keys = layers.turned(self.rotary, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
             check_cache_sees_no_padding(options)
-            cache = cache.cache.extend(keys, values)
+            cache = cache.extend(keys, values)
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
         valid_lens = layers.lengths(tab, valid_lens, queries)

@@ -185,11 +185,13 @@ class MultiHeadAttention(nn.Module):
     weights (batch, heads, n, m) follow the output.
     """
 
-    def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None):
+    def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
+                 rotary=None):  # fmt: skip
         super().__init__()
         bias = bias if use_bias is None else use_bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
+        self.rotary = layers.check_rotary(rotary, width)
         self.attention = DotProductAttention(dropout)
         self.W_q = _Linear("W_q", num_hiddens, bias, seed)
         self.W_k = _Linear("W_k", self.num_kv_heads * width, bias, seed)
@@ -202,6 +204,7 @@ class MultiHeadAttention(nn.Module):
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self.num_kv_heads), tab._split(self.W_v(values), self.num_kv_heads)
+        queries, keys = layers.turned(self.rotary, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
             cache = cache.extend(keys, values)
             keys, values = cache.seen()

@@ -44,8 +44,8 @@ def attention(name, w, queries, keys, values, valid_lens=None, causal=False):
     return weights @ values, weights
 
 
-def multi_head(w, queries, keys, values, valid_lens=None, *, num_heads, num_kv_heads=None, causal=False):
-    """(output, weights (batch * heads, n, m))"""
+def multi_head(w, queries, keys, values, valid_lens=None, *, num_heads, num_kv_heads=None, causal=False, turned=None):
+    """(output, weights (batch * heads, n, m)). ``turned``: what is done to a head's queries and keys (batch, n, d)."""
     kv_heads = num_kv_heads or num_heads
     q, k, v = (x @ w[f"W_{c}"] + w.get(f"b_{c}", 0) for c, x in zip("qkv", (queries, keys, values), strict=True))
     outputs, every = [], []
@@ -56,11 +56,14 @@ def multi_head(w, queries, keys, values, valid_lens=None, *, num_heads, num_kv_h
             size = x.shape[-1] // number
             return x[..., of * size : (of + 1) * size]
 
+        query, key = part(q, head, num_heads), part(k, group, kv_heads)
+        if turned is not None:
+            query, key = turned(query), turned(key)
         output, weights = attention(
             "DotProductAttention",
             {},
-            part(q, head, num_heads),
-            part(k, group, kv_heads),
+            query,
+            key,
             part(v, group, kv_heads),
             valid_lens,
             causal,
@@ -69,6 +72,17 @@ def multi_head(w, queries, keys, values, valid_lens=None, *, num_heads, num_kv_h
         every.append(weights)
     weights = np.stack(every, axis=1).reshape(-1, *every[0].shape[1:])
     return np.concatenate(outputs, axis=-1) @ w["W_o"] + w.get("b_o", 0), weights
+
+
+def turned(x, base=10000.0, interleaved=False):
+    """Rows (..., n, d), each pair (a, b) of features as (a cos - b sin, b cos + a sin) of position times frequency."""
+    n, d = x.shape[-2:]
+    first, second = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
+    angles = np.arange(n)[:, None] / base ** (np.arange(d // 2) * 2 / d)
+    made = np.empty_like(x)
+    made[..., first] = x[..., first] * np.cos(angles) - x[..., second] * np.sin(angles)
+    made[..., second] = x[..., second] * np.cos(angles) + x[..., first] * np.sin(angles)
+    return made
 
 
 def norm(w, X):
