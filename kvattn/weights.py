@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import dispatch
+from kvattn import dispatch, layouts
 from kvattn.checks import _show
 
 
@@ -27,13 +27,27 @@ def export_weights(layer: Any) -> dict[str, np.ndarray]:
     return dict(_framework(layer).export(layer))
 
 
-def import_weights(layer: Any, weights: Mapping[str, Any]) -> Any:
+def import_weights(layer: Any, weights: Mapping[str, Any], layout: str | None = None, *, prefix: str = "") -> Any:
     """Put exported weights in a layer, which need not have been called before; returns it.
 
     JAX: give variables, or a module that has none yet; returns new variables.
 
+    Args:
+        weights: arrays by kvattn's names; any framework's.
+        layout: "llama", "gpt2", "bert" or "t5", for a MultiHeadAttention: ``weights`` are then the state of a Hugging Face
+            model's attention block, or of the whole model, a dict of arrays or tensors by the model's names.
+        prefix: with a layout, the block's name in the state: "model.layers.0.self_attn".
+
+    A Llama block is a layer with ``rotary=`` and without biases, called with ``causal=True``; GPT-2's has biases and is
+    called with ``causal=True``; BERT's has biases; T5's has none and is called with ``scale=1.0`` and, in the first block of
+    a stack, with ``bias=``, made of its relative_attention_bias.
+
     Raises ValueError, listing every name that is missing or unknown and every shape that differs: then nothing is changed.
     """
+    if layout is not None:
+        weights = layouts.translated(weights, layout, prefix)
+    elif prefix:
+        raise ValueError(f"prefix is {prefix!r}, but no layout is given, of {', '.join(layouts.LAYOUTS)}")
     framework = _framework(layer)
     arrays = {name: np.asarray(x) for name, x in weights.items()}
     expected = framework.shapes(layer)
@@ -56,10 +70,10 @@ def save_weights(layer: Any, path: str | Path) -> None:
     _safetensors().save_file({name: np.ascontiguousarray(x) for name, x in arrays.items()}, path)
 
 
-def load_weights(path: str | Path, layer: Any = None) -> Any:
+def load_weights(path: str | Path, layer: Any = None, layout: str | None = None, *, prefix: str = "") -> Any:
     """The arrays of a .safetensors file by name, or, given a layer, what `import_weights` returns for them."""
     arrays = _safetensors().load_file(path)
-    return arrays if layer is None else import_weights(layer, arrays)
+    return arrays if layer is None else import_weights(layer, arrays, layout, prefix=prefix)
 
 
 def _plain(x: Any) -> bool:

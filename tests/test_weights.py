@@ -8,7 +8,7 @@ from conftest import chosen
 from near import assert_near
 
 import kvattn
-from kvattn import weights
+from kvattn import layouts, weights
 
 RNG = np.random.default_rng(0)
 QUERY, MEMORY, OTHER = (RNG.normal(size=(2, n, d)).astype("float32") for n, d in ((3, 8), (5, 8), (5, 6)))
@@ -99,3 +99,64 @@ def test_in_every_backends_own_layer(originals, backend):
 def test_a_stranger_is_refused_by_name():
     with pytest.raises(TypeError, match="not object"):
         weights.export_weights(object())
+
+
+# ---- layouts of other libraries' checkpoints; tests/integrations has the models themselves
+
+
+def _state(prefix="", **more):
+    rng = np.random.default_rng(0)
+    shapes = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8)}  # (out, in), as torch.nn.Linear keeps them
+    return {f"{prefix}{c}_proj.weight": rng.normal(size=shape).astype("float32") for c, shape in shapes.items()} | more
+
+
+def test_a_layout_is_the_same_in_every_framework(backend):
+    kv = importlib.import_module(f"kvattn.{backend}")
+    if backend == "mxnet":
+        kv.mx.npx.set_np()
+    layer = kv.MultiHeadAttention(num_hiddens=8, num_heads=4, num_kv_heads=2)
+    if backend == "mxnet":
+        layer.initialize()
+    state = _state("model.layers.2.self_attn.", **{"lm_head.weight": np.zeros((3, 8), "float32")})
+    made = kv.import_weights(layer, state, layout="llama", prefix="model.layers.2.self_attn")
+    found = kv.export_weights(made)
+    for c in "qkvo":
+        np.testing.assert_array_equal(found[f"W_{c}"], state[f"model.layers.2.self_attn.{c}_proj.weight"].T)
+
+
+def test_one_matrix_of_three_is_split():
+    wide, bias = np.arange(48, dtype="float32").reshape(4, 12), np.arange(12, dtype="float32")
+    state = {"c_attn.weight": wide, "c_attn.bias": bias, "c_proj.weight": np.eye(4, dtype="float32"), "c_proj.bias": bias[:4]}
+    found = layouts.translated(state | {"bias": np.ones((1, 1, 9, 9))}, "gpt2")
+    assert sorted(found) == ["W_k", "W_o", "W_q", "W_v", "b_k", "b_o", "b_q", "b_v"]
+    np.testing.assert_array_equal(np.concatenate([found[f"W_{c}"] for c in "qkv"], axis=1), wide)
+    np.testing.assert_array_equal(found["b_v"], bias[8:])
+
+
+WRONG_STATES = {
+    "a name that is missing": (
+        {n: x for n, x in _state().items() if n[0] != "k"}, {}, ["no llama attention block", "missing: k_proj.weight"]),
+    "a name that is left over": (_state(**{"q_norm.weight": np.ones(2)}), {}, ["left over: q_norm.weight", "nothing"]),
+    "a model without a prefix": (
+        _state("h.0.attn."), {}, ["missing: q_proj.weight", "left over: h.0.attn.q_proj.weight", "prefix=", "'h.0.attn'"]),
+    "another block's prefix": (_state("h.0.attn."), {"prefix": "h.1.attn"}, ["missing: h.1.attn.q_proj.weight", "'h.0.attn'"]),
+    "an unknown layout": (_state(), {"layout": "opt"}, ["layout must be one of", "'llama', 'gpt2', 'bert', 't5'", "'opt'"]),
+    "a prefix without a layout": (_state(), {"layout": None, "prefix": "h.0"}, ["prefix is 'h.0', but no layout is given"]),
+    "three that are no three": (
+        {"c_attn.weight": np.ones((4, 8)), "c_proj.weight": np.ones((4, 4))}, {"layout": "gpt2"}, ["multiple of 3"]),
+    "biases that the layer has not": (_state(**{"q_proj.bias": np.ones(8, "float32")}), {}, ["unknown: b_q (8,)"]),
+    "heads of another size": (
+        _state() | {"k_proj.weight": np.ones((8, 8), "float32")}, {}, ["W_k has shape (8, 8); expected (?, 4)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG_STATES)
+def test_a_state_that_does_not_fit_is_told_by_the_models_names(what):
+    from kvattn import numpy as kv
+
+    state, options, words = WRONG_STATES[what]
+    layer = kv.MultiHeadAttention(8, 4, num_kv_heads=2)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the words are below)
+        kv.import_weights(layer, state, **{"layout": "llama"} | options)
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+    assert layer.weights() == {}

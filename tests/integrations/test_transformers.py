@@ -12,7 +12,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import kvattn
-from kvattn import rotation
+from kvattn import layouts, rotation
+from kvattn.conformance import native
 from kvattn.integrations import transformers as integration
 
 integration.register()
@@ -502,3 +503,66 @@ def test_rotary_interleaved_is_gptjs(turned):
     expected = torch.cat([expected, x[..., turned:]], dim=-1).transpose(1, 2)
     ours = kvattn.rotary(x.transpose(1, 2), interleaved=True, rotary_dim=turned)
     torch.testing.assert_close(ours, expected, atol=2e-6, rtol=0)
+
+
+# ---- weights of attention blocks, beside the blocks' own outputs
+
+
+def _llama():
+    """Grouped heads, rotary, no biases."""
+    config = transformers.LlamaConfig(**GROUPED, attn_implementation="eager")
+    block = transformers.models.llama.modeling_llama.LlamaAttention(config, 0)
+    places = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    layer = {"num_kv_heads": 2, "rotary": {"scaling": config.rope_parameters}}
+    return block, layer, {}, lambda x: block(x, position_embeddings=places(x, torch.arange(7)[None]))[0]
+
+
+def _gpt2():
+    """One matrix for queries, keys and values, as (in, out), with biases."""
+    block = transformers.models.gpt2.modeling_gpt2.GPT2Attention(transformers.GPT2Config(**GPT2, attn_implementation="eager"))
+    return block, {"bias": True}, {}, lambda x: block(x)[0]
+
+
+def _bert():
+    """With biases; the norm after it, which adds its input, is the block's and not attention's."""
+    block = transformers.models.bert.modeling_bert.BertAttention(transformers.BertConfig(**WIDTHS, attn_implementation="eager"))
+    return block, {"bias": True}, {}, lambda x: block.output.dense(block.self(x)[0])
+
+
+def _t5():
+    """Scores that are not scaled, and a bias by how far apart two tokens stand."""
+    block = transformers.models.t5.modeling_t5.T5Attention(
+        transformers.T5Config(**T5, attn_implementation="eager"), has_relative_attention_bias=True
+    )
+    return block, {}, {"scale": 1.0, "bias": block.compute_bias(7, 7).detach()}, lambda x: block(x)[0]
+
+
+@pytest.mark.parametrize("layout", ["llama", "gpt2", "bert", "t5"])
+def test_a_block_whose_weights_are_imported_gives_what_the_models_own_gives(layout, backend):
+    torch.manual_seed(1)
+    block, config, options, own = {"llama": _llama, "gpt2": _gpt2, "bert": _bert, "t5": _t5}[layout]()
+    block.eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    if layout == "t5":
+        options["bias"] = block.compute_bias(7, 7).detach()
+    x = torch.randn(2, 7, 16)
+    expected = own(x).detach().numpy()
+    weights = layouts.translated(block.state_dict(), layout)
+    options = {name: y.numpy() if isinstance(y, torch.Tensor) else y for name, y in options.items()}
+    config = {"num_hiddens": 16, "num_heads": 4, **config}
+    results, *_ = native.run(backend, "MultiHeadAttention", config, weights, [x.numpy()] * 3, **options)
+    torch.testing.assert_close(torch.tensor(kvattn.to_numpy(results[0])), torch.tensor(expected), atol=2e-5, rtol=2e-5)
+
+
+def test_a_block_is_found_in_a_whole_model_by_its_name():
+    from kvattn import torch as kv
+
+    model = build("llama")
+    layer = kv.MultiHeadAttention(16, 4, num_kv_heads=2, rotary={"scaling": model.config.rope_parameters})
+    kv.import_weights(layer, model.state_dict(), "llama", prefix="model.layers.1.self_attn")
+    assert torch.equal(layer.W_k.weight, model.model.layers[1].self_attn.k_proj.weight)
+    with pytest.raises(
+        ValueError, match=r"missing: q_proj.weight(.|\n)*give prefix=.*'model.layers.0.self_attn', 'model.layers.1"
+    ):
+        kv.import_weights(layer, model.state_dict(), "llama")
