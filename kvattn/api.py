@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Never
 
-from kvattn import checks, dispatch, prepare
+from kvattn import checks, dispatch, distances, prepare
 from kvattn.cache import KVCache
 from kvattn.call import Call, Explanation
 from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
@@ -40,6 +40,7 @@ from kvattn.dispatch import available_backends, get_backend, set_backend, use_ba
 __all__ = [
     "KVCache",
     "additive_score",
+    "alibi_slopes",
     "asarray",
     "attention",
     "attention_grad",
@@ -65,6 +66,7 @@ __all__ = [
     "multiplicative_score",
     "nadaraya_watson",
     "proportional",
+    "relative_position_bucket",
     "rotary",
     "scaled_dot_score",
     "self_attention",
@@ -432,6 +434,56 @@ def rotary(
     """
     tab, x, positions, frequencies, how = prepare.rotary(backend, x, positions, base, interleaved, rotary_dim, scaling)
     return tab.rotary(x, positions, frequencies, **how)
+
+
+def alibi_slopes(num_heads: int, *, dtype: str = "float32", backend: Any = None) -> Array:
+    """The slope (num_heads,) by which ALiBi lowers a head's scores for each position between query and key.
+
+    As a bias (num_heads, n, m) of the scores it is ``-slopes[:, None, None] * abs(i - j)``. No bias is built where queries
+    and keys bring their positions as features, for a score of your own, which is worked through in blocks::
+
+        def alibi(query, key):  # queries end in their slope and their position, keys in their position
+            near = query[..., -2:-1] * abs(query[..., -1:] - key[..., None, :, -1])
+            return scaled_dot_score(query[..., :-2], key[..., :-1]) - near
+
+    Raises TypeError unless num_heads is an int, ValueError unless it is above 0.
+
+    >>> alibi_slopes(4)
+    array([0.25      , 0.0625    , 0.015625  , 0.00390625], dtype=float32)
+
+    Source: Press et al. 2021, "Train short, test long", section 3; heads that are no power of two: its code.
+    """
+    slopes = distances.slopes(checks.count("num_heads", num_heads))
+    return dispatch.choose(backend).asarray(slopes, dtype=dtype)
+
+
+def relative_position_bucket(
+    relative_position: Array, *, bidirectional: bool = True, num_buckets: int = 32, max_distance: int = 128, backend: Any = None
+) -> Array:
+    """T5's bucket of each relative position, key's minus query's: where its learned bias stands in the table of a head.
+
+    Args:
+        relative_position: integers of any shape, whose values can be read: ``numpy.arange(m) - numpy.arange(n)[:, None]``.
+        bidirectional: as in an encoder, with half of the buckets for keys behind the query; a decoder has none for them, and
+            puts them in the first.
+        num_buckets, max_distance: the model's relative_attention_num_buckets and relative_attention_max_distance.
+
+    Returns:
+        Integers below num_buckets, of the same shape.
+
+    Raises TypeError for what holds no integers, or none that can be read now, as in a trace; ValueError for too few buckets,
+    or a max_distance that is not beyond the buckets of one distance each.
+
+    >>> relative_position_bucket([[0, 1, 2, -1, 9, 90, 900]])
+    array([[ 0, 17, 18,  1, 24, 30, 31]], dtype=int32)
+
+    Source: Raffel et al. 2019, section 2.1; its code. The edges of buckets are exact, the same in every framework.
+    """
+    tab = dispatch.choose(backend, relative_position=relative_position)
+    x, known = checks.known_integers(tab, "relative_position", relative_position)
+    bidirectional = checks.flag("bidirectional", bidirectional)
+    side = checks.buckets(num_buckets, max_distance, bidirectional)
+    return tab.asarray(distances.bucketed(known, side, max_distance, bidirectional), dtype="int32", like=x)
 
 
 # ---- multi-head attention

@@ -280,6 +280,30 @@ def length(tab: Any, positions: Any, n: Any) -> int:
     return int(first.max(initial=0)) + 1 if getattr(first, "shape", ()) else int(first) + n
 
 
+def count(name: str, x: Any, least: int = 1) -> int:
+    """``x`` as an int of at least ``least``."""
+    if not is_integer(x):
+        raise TypeError(f"{name} must be an int, not {x!r}")
+    if x < least:
+        raise ValueError(f"{name} must be at least {least}, not {x}")
+    return int(x)
+
+
+def known_integers(tab: Any, name: str, given: Any) -> tuple[Any, Any]:
+    """``given`` as an array of ``tab``, and its values, as NumPy's int64. Raises TypeError where they cannot be read now."""
+    x = _integers(tab, name, given, None)
+    if (known := _peek(tab, x)) is None:
+        raise TypeError(f"{name} must have values that can be read now, not in a trace or on another device: give NumPy's")
+    return x, known.astype("int64")
+
+
+def buckets(num_buckets: Any, max_distance: Any, bidirectional: bool) -> int:
+    """The buckets of one side. Raises ValueError unless some hold one distance each and others share the rest."""
+    side = count("num_buckets", num_buckets, 4 if bidirectional else 2) // (2 if bidirectional else 1)
+    count("max_distance", max_distance, side // 2 + 1)
+    return side
+
+
 def scaling(base: Any, rotary_dim: Any, given: Any, d: Any) -> tuple[float, int, dict[str, Any]]:
     """(base, the number of features that turn, the scaling with its "rope_type") for rotary of d features."""
     base = number("base", base, positive=True)

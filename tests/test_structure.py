@@ -35,11 +35,13 @@ def test_the_tabs_hold_the_same_functions_in_the_same_order():
 def test_every_function_of_the_spec_is_in_the_tabs():
     spec = set(kvattn.__all__) - {
         "KVCache",
+        "alibi_slopes",
         "available_backends",
         "convert",
         "explain",  # a tab's part of it is `choose`
         "get_backend",
         "nadaraya_watson",
+        "relative_position_bucket",
         "set_backend",
         "use_backend",
     }

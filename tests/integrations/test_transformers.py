@@ -566,3 +566,12 @@ def test_a_block_is_found_in_a_whole_model_by_its_name():
         ValueError, match=r"missing: q_proj.weight(.|\n)*give prefix=.*'model.layers.0.self_attn', 'model.layers.1"
     ):
         kv.import_weights(layer, model.state_dict(), "llama")
+
+
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (32, 256), (20, 100)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_buckets_are_t5s(bidirectional, num_buckets, max_distance):
+    how = {"bidirectional": bidirectional, "num_buckets": num_buckets, "max_distance": max_distance}
+    places = torch.arange(-300, 301)
+    theirs = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket(places, **how)
+    assert torch.equal(kvattn.relative_position_bucket(places, **how).long(), theirs)
