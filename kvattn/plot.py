@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvattn import api, checks, dispatch, install
+from kvattn import api, checks, dispatch, install, prepare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -357,7 +357,8 @@ def _similarities(name: str, kernel: Callable[..., Any], x: Any, width: float) -
     named = {"width": width} if "width" in inspect.signature(kernel).parameters else {}
     named |= getattr(kernel, "keywords", {})
     pair = x[:, None], np.zeros((1, 1))
-    if getattr(_function(kernel), "__module__", None) != api.__name__:  # kvattn's own takes neutral data
+    own = prepare.unwrapped(_function(kernel))
+    if not any(own is each for each in prepare.tabbed):  # kvattn's take neutral data
         pair = api.asarray(pair[0]), api.asarray(pair[1])
     made = _array(name, kernel(*pair, **named))
     checks.same_shape(name, made, (len(x), 1), "the similarities of queries (n, 1) and a key (1, 1)")
