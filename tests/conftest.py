@@ -51,7 +51,9 @@ def backends():
 
 
 # What takes most of the time is left to tox, and to those who name a file: `pytest tests/test_mutants.py`.
-SLOW = ("docs", "draws", "lesson", "mutants", "processes", "properties", "tiled", "tiled_mutants", "tiled_numpy")
+SLOW = (
+    "docs", "draws", "lesson", "lesson_pages", "mutants", "processes", "properties", "tiled", "tiled_mutants", "tiled_numpy",
+)  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path, config):
