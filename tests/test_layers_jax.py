@@ -395,14 +395,6 @@ def test_integers_are_refused(name):
 
 
 @every_layer
-def test_variables_are_saved_and_restored_flaxs_way(name):
-    variables = made(name)[1]
-    kept = flax.serialization.to_bytes(variables)
-    restored = flax.serialization.from_bytes(jax.tree.map(jnp.zeros_like, variables), kept)
-    jax.tree.map(np.testing.assert_array_equal, restored, variables)
-
-
-@every_layer
 def test_a_module_without_variables_takes_weights(name):
     module, variables, _ = made(name)
     loaded = kv.import_weights(module, kv.export_weights(variables))

@@ -506,15 +506,6 @@ def test_another_frameworks_arrays_are_refused(backend, tab):
 # ---- weights
 
 
-def test_weights_rest_in_numpys_own_files(tmp_path):
-    layer, *_ = made("encoder", "float32")
-    np.savez(tmp_path / "weights.npz", **layer.weights())
-    name, config, inputs, options = CASES["encoder"]
-    with np.load(tmp_path / "weights.npz") as arrays:
-        other = kv.import_weights(getattr(kv, name)(**config), arrays)
-    np.testing.assert_array_equal(other(*inputs, **options), layer(*inputs, **options))
-
-
 def test_imported_weights_go_into_the_arrays_that_are_there():
     layer = kv.Dense(2)
     layer(X.astype("float32"))

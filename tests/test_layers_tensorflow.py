@@ -230,17 +230,6 @@ class Wrapped(keras.Model):
 
 
 @every_layer
-def test_weights_are_saved_and_loaded(name, tmp_path):
-    layer, inputs = made(name)
-    saved, loaded = Wrapped(layer), Wrapped(getattr(kv, name)(**LAYERS[name][0]))
-    expected = saved(inputs)
-    loaded(inputs)
-    saved.save_weights(tmp_path / "layer.weights.h5")
-    loaded.load_weights(tmp_path / "layer.weights.h5")
-    np.testing.assert_array_equal(loaded(inputs), expected)
-
-
-@every_layer
 def test_a_configuration_makes_the_layer_again(name):
     layer, inputs = made(name, name="mine", dtype="mixed_bfloat16")
     again = type(layer).from_config(layer.get_config())
@@ -259,15 +248,6 @@ def test_a_subclass_adds_to_the_configuration():
 
     again = Mine.from_config(Mine(3, **HEADS, num_kv_heads=1).get_config())
     assert (again.extra, again.num_kv_heads) == (3, 1)
-
-
-def test_a_saved_model_serves(tmp_path):
-    tokens = keras.Input((6,), dtype="int32")
-    model = keras.Model(tokens, made("TransformerEncoder")[0](tokens, causal=True))
-    expected = model(TOKENS)
-    model.export(str(tmp_path / "served"), verbose=False)
-    served = tf.saved_model.load(str(tmp_path / "served"))
-    assert_near(served.serve(tf.cast(TOKENS, tf.int32)), expected)
 
 
 # ---- dtypes
