@@ -11,7 +11,7 @@ from conftest import chosen
 import kvattn
 from kvattn import conformance, dispatch
 from kvattn.backends import numpy as tab
-from kvattn.conformance import check, known, native
+from kvattn.conformance import check, known_differences, native
 
 PARTS = {"attention", "attention_grad", "multi_head_attention", "merge_attention", "write"}  # what the stand-in offers
 ALL = conformance.cases()
@@ -104,8 +104,8 @@ def test_the_notice_of_cublas_about_its_context_fails_no_case_and_another_warnin
 
 
 def test_a_difference_that_is_known_of_one_device_excuses_nothing_on_another(monkeypatch):
-    row = known.Difference("stranger", "*", "*", "on this card nothing works", device="card")
-    monkeypatch.setattr(known, "DIFFERENCES", (row,))
+    row = known_differences.Difference("stranger", "*", "*", "on this card nothing works", device="card")
+    monkeypatch.setattr(known_differences, "DIFFERENCES", (row,))
     for device, excused in (("card:1", [row.reason]), ("cpu", []), (None, [])):
         report = conformance.run(stranger(), FEW[:1], dtypes=["float64"], device=device)
         assert (report.excused, bool(report.results)) == (excused, not excused)

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from test_tiled_numpy import results
-from tiling import ALWAYS, all_at_once, cached, draw, in_tiles, right, room
+from tiling import ALWAYS, all_at_once, cached, draw, in_tiles, right, subject
 
 import kvattn
 from kvattn.kernels.numpy import threads, tiled
@@ -119,7 +119,7 @@ def test_any_thread_holds_blas_and_puts_it_back():
 def test_without_threadpoolctl_one_thread_serves():
     with patch.object(threads, "_blas", None), patch.dict(sys.modules, {"threadpoolctl": None}):
         assert threads.count() == 1
-        right(room("numpy"), cached("causal"))
+        right(subject("numpy"), cached("causal"))
 
 
 def test_concurrent_calls(blas):
