@@ -19,7 +19,7 @@ import numpy as np
 
 from kvattn import planning
 from kvattn.backends import numpy as numpy_tab
-from kvattn.kernels.numpy import gradients, tiled
+from kvattn.kernels.numpy import gradients, tiled, tiled_grad
 from kvattn.old_numpy import old_names
 
 with old_names():
@@ -184,7 +184,7 @@ class _Lent:
         """The gradients; ``known``: what forward found, and the gradient by the lse."""
         *inputs, call = self._views(arrays)
         with np.errstate(all="ignore"):
-            return gradients.attention_grad(numpy_tab, *inputs, grad_output, wrt, call, **known)
+            return gradients.attention_grad(numpy_tab, *inputs, grad_output, wrt, call, tiled_grad.Known(**known))
 
 
 # ---- while autograd records

@@ -200,10 +200,10 @@ def _users_own(grad, what):
     )
 
 
-def attention_grad(tab, query, key, value, grad_output, wrt, call, *, output=None, lse=None, grad_lse=None):
+def attention_grad(tab, query, key, value, grad_output, wrt, call, known=tiled_grad.NOTHING):
     """The gradients named by ``wrt`` of sum(grad_output * attention(...)), as a tuple, each in its argument's dtype.
 
-    ``output`` and ``lse`` spare computing them again; with ``grad_lse`` the gradients are those of sum(grad_lse * lse) as well.
+    With a gradient by the lse among what is ``known`` they are those of sum(grad_lse * lse) as well.
     """
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **_parameters(call.score)}
     selected = () if call.positions is None else call.positions.shape
@@ -216,15 +216,16 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, *, output=Non
         if call.sink is not None:  # the same formulas serve, of the output and the lse with the sink
             wide = (tab._wide(x) for x in (query, key, value))
             output, lse = tab._attend(*wide, call._replace(return_lse=True))
-        found = tiled_grad.attention_grad(query, key, value, grad_output, call, output, lse, grad_lse)
+            known = known._replace(output=output, lse=lse)
+        found = tiled_grad.attention_grad(query, key, value, grad_output, call, known)
         found = dict(zip(("query", "key", "value"), found, strict=True))
         if "sink" in wrt:
             found["sink"] = _by_sink(tab, call.sink, lse, (tab._wide(grad_output) * output).sum(axis=-1), query.ndim)
         return tuple(sum_to(found[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
     elif choice.blocks:
-        found = _in_blocks(tab, choice.blocks, sources, grad_output, wrt, call, grad_lse)
+        found = _in_blocks(tab, choice.blocks, sources, grad_output, wrt, call, known.grad_lse)
     else:
-        found = _formula(tab, query, key, value, grad_output, call, grad_lse)
+        found = _formula(tab, query, key, value, grad_output, call, known.grad_lse)
     return tuple(found[name].astype(sources[name].dtype) for name in wrt)
 
 

@@ -17,28 +17,30 @@ from kvattn.kernels.numpy import threads, tiled, tiles
 from kvattn.kernels.numpy.tiles import EXP, UNIT, blocks, fold, product, take
 
 
-class Forward(NamedTuple):
-    """What the weights and their gradients are computed from again, as `Tiling.split` cuts it."""
+class Known(NamedTuple):
+    """What attention returned, which need not be computed again then; and the gradient by the lse, where there is one."""
 
-    output: np.ndarray
-    lse: np.ndarray
-    grad_output: np.ndarray
-    grad_lse: np.ndarray | None
+    output: np.ndarray | None = None
+    lse: np.ndarray | None = None
+    grad_lse: np.ndarray | None = None
 
 
-def attention_grad(query, key, value, grad_output, call, output=None, lse=None, grad_lse=None):
+NOTHING = Known()
+
+
+def attention_grad(query, key, value, grad_output, call, known=NOTHING):
     """The gradients by query, key and value of sum(grad_output * attention(...)), float32 for half precision.
 
-    Each has its argument's heads and every batch entry. ``output`` and ``lse`` are what attention returned, if they are known;
-    with ``grad_lse`` they are those of sum(grad_lse * lse) as well.
+    Each has its argument's heads and every batch entry. With a gradient by the lse it is of sum(grad_lse * lse) as well.
     """
+    output, lse, grad_lse = known
     tiling = tiles.Tiling(query, key, value, call)
     workers = threads.count()
     if output is None:
         output, lse = tiled.forward(tiling, tiling.dtype, workers, True)
     output, grad_output = (tiling.split(x.reshape(*tiling.lead, *x.shape[-2:])) for x in (output, grad_output))
     lse, grad_lse = (x if x is None else tiling.split(x.reshape(*tiling.lead, tiling.n), 1) for x in (lse, grad_lse))
-    forward = Forward(output, lse, grad_output, grad_lse)
+    known = Known(output, lse, grad_lse)
 
     # the tiles of one key head add to the same gradients: they are one task, or several with arrays of their own
     by_head = {}
@@ -53,7 +55,7 @@ def attention_grad(query, key, value, grad_output, call, output=None, lse=None, 
     def work(task, buffers):
         part, group = task
         for tile in group:
-            _add(tiling, tile, forward, (into, by_key[part], by_value[part]), buffers)
+            _add(tiling, tile, known, grad_output, (into, by_key[part], by_value[part]), buffers)
 
     threads.share(tasks, work, workers)
     by_key *= tiling.dtype.type(1 / UNIT)
@@ -67,15 +69,15 @@ def _of_all_parts(tiling, x):
     return x.sum(axis=(0, -3)) if len(x) > 1 or x.shape[-3] > 1 else x[0, ..., 0, :, :]
 
 
-def _add(tiling, tile, forward, grads, buffers):
+def _add(tiling, tile, known, grad_output, grads, buffers):
     """Writes the gradient by the tile's queries and adds those by the keys and values that they see."""
     by_query, by_key, by_value = grads
     *at, heads, _, _ = tile.at
-    query, lse = tiles.scaled_query(tiling, tile, buffers), forward.lse[tile.at] * tiling.dtype.type(UNIT)
-    grad_output = tiles.for_blas(forward.grad_output[tile.at], "grad_output", tiling.dtype, buffers)
-    delta = (grad_output * forward.output[tile.at]).sum(axis=-1)
-    if forward.grad_lse is not None:
-        delta -= forward.grad_lse[tile.at]
+    query, lse = tiles.scaled_query(tiling, tile, buffers), known.lse[tile.at] * tiling.dtype.type(UNIT)
+    grad_output = tiles.for_blas(grad_output[tile.at], "grad_output", tiling.dtype, buffers)
+    delta = (grad_output * known.output[tile.at]).sum(axis=-1)
+    if known.grad_lse is not None:
+        delta -= known.grad_lse[tile.at]
     if (empty := lse == -math.inf).any():  # nothing of these rows may reach a key: 0 * NaN is NaN
         lse[empty] = delta[empty] = query[empty] = 0
         grad_output = np.where(empty[..., None], 0, grad_output).astype(tiling.dtype)
