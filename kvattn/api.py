@@ -229,7 +229,7 @@ def attention(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
         window, positions, scale, softcap, sink, dropout, rng, return_lse,
     )  # fmt: skip
-    if known is not None:
+    if plain and known is not None:
         known.remember((mask, bias, valid_lens), (options["mask"], options["bias"], options["valid_lens"]))
     return_weights, return_lse = checks.flag("return_weights", return_weights), checks.flag("return_lse", return_lse)
     if score is normalize is None:

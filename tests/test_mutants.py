@@ -68,6 +68,13 @@ NUMPY = [
     ),
     ("ignores softcap", "scores = call.softcap * np.tanh(scores / call.softcap)", "pass", "softcap"),
     ("subtracts no maximum", "np.where(top == -math.inf, 0, top)", "np.where(top == -math.inf, 0, 0)", "large scores"),
+    (
+        "subtracts no maximum where all rows share it",
+        "np.subtract(shifted, top, out",
+        "np.subtract(shifted, 0, out",
+        "large scores",
+    ),
+    ("lets rows far below the largest lose digits", "SMALL = 2.0**-64", "SMALL = 0", "large scores"),
     ("forgets the maximum in lse", "np.log(total) + top", "np.log(total)", "plain"),
     ("leaks NaN from keys", "np.where(_any_for(has_query, key.shape), key, 0)", "key", "padding"),
     ("leaks NaN from values", "np.where(_any_for(has_query, value.shape), value, 0)", "value", "padding"),
@@ -81,8 +88,8 @@ NUMPY = [
     ("cleans its arguments in place", HIDE, f"np.copyto(value, 0, where=np.isnan(value)); {HIDE}", "padding"),
     (
         "writes its mask into the scores",
-        "return _softmax_lse(scores, where)[0]",
-        "where is None or np.copyto(scores, -1e4, where=~where)\n    return _softmax_lse(scores, where)[0]",
+        "return _softmax_lse(scores, where, with",
+        "where is None or np.copyto(scores, -1e4, where=~where)\n    return _softmax_lse(scores, where, with",
         "normalisers",
     ),
     (
@@ -118,8 +125,8 @@ NUMPY = [
     ),
     (
         "computes in float32 for float64",
-        "    scores = _wide(scores)\n    top",
-        "    scores = _wide(scores).astype(np.float32)\n    top",
+        "    scores = _wide(scores)\n    shifted",
+        "    scores = _wide(scores).astype(np.float32)\n    shifted",
     ),
     ("looks one key too far left", "ahead >= -call.left", "ahead >= -call.left - 1", "window"),
     ("looks one key too near right", "ahead <= call.right", "ahead < call.right", "window"),

@@ -14,6 +14,7 @@ from kvattn.call import Call, Choice
 from kvattn.kernels.numpy import gradients, memory, tiled, tiles
 
 HALF = ("float16", "bfloat16")
+SMALL = 2.0**-64  # a sum of exp(scores) above this has lost no term that float32 could add to it
 
 
 # ---- data
@@ -100,7 +101,7 @@ def _positions(query_offset, n, ndim):
 def _allowed(n, keys, ndim, call):
     """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
     allowed = [] if call.mask is None else [call.mask]
-    if call.bias is not None:
+    if call.bias is not None and not call.bias.min(initial=0) > -math.inf:  # else it forbids nothing
         allowed.append(call.bias != -math.inf)
     if call.valid_lens is not None:
         allowed.append(keys < _lengths(call.valid_lens, ndim))
@@ -238,7 +239,7 @@ def _squared_distance(query, key):
 
 
 def softmax(scores, where=None):
-    return _softmax_lse(scores, where)[0].astype(scores.dtype, copy=False)
+    return _softmax_lse(scores, where, with_lse=False)[0].astype(scores.dtype, copy=False)
 
 
 def masked_softmax(scores, valid_lens=None, where=None):
@@ -294,14 +295,20 @@ def _top(scores, where):
     return np.where(top == -math.inf, 0, top).astype(scores.dtype, copy=False)
 
 
-def _softmax_lse(scores, where):
+def _softmax_lse(scores, where, with_lse=True):
     """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
     scores = _wide(scores)
+    shifted = scores if where is None else np.where(where, scores, -math.inf)
+    top = shifted.max(initial=-math.inf)  # of all rows: found four times as fast as each row's own
+    if math.isfinite(top):
+        shifted = np.subtract(shifted, top, out=None if where is None else shifted)
+        total = np.exp(shifted, out=shifted).sum(axis=-1, keepdims=True)
+        if total.min(initial=1) > SMALL:
+            lse = (np.log(total) + top)[..., 0] if with_lse else None
+            return np.divide(shifted, total, out=shifted), lse
     top = _top(scores, where)
     shifted = np.exp((scores if where is None else np.where(where, scores, -math.inf)) - top)
     total = shifted.sum(axis=-1, keepdims=True)
-    if total.min(initial=1) > 0:
-        return shifted / total, (np.log(total) + top)[..., 0]
     empty = total == 0  # and others may be NaN
     total = np.where(empty, 1, total).astype(scores.dtype, copy=False)
     lse = np.where(empty, -math.inf, np.log(total) + top).astype(scores.dtype, copy=False)
@@ -358,9 +365,17 @@ def _attend(query, key, value, call):
 
 
 def _formula(query, key, value, call, blocks=()):
+    allowed = _allowed(query.shape[-2], np.arange(key.shape[-2]), query.ndim, call)
+    if allowed is None or call.beyond_softmax(sys.modules[__name__], "dropout"):
+        query, key, value = _hide_padding(allowed, query, key, value)
+        return _weighted(query, key, value, allowed, call)
+    with np.errstate(over="ignore", invalid="ignore"):  # of pairs that may not attend, which softmax leaves out
+        return _weighted(query, key, value, allowed, call)
+
+
+def _weighted(query, key, value, allowed, call):
+    """The results of attention over the pairs allowed."""
     dtype, n, (heads, kv_heads) = query.dtype, query.shape[-2], planning.heads(query.shape, key.shape)
-    allowed = _allowed(n, np.arange(key.shape[-2]), query.ndim, call)
-    query, key, value = _hide_padding(allowed, query, key, value)
 
     # weights = normalize(score(query, key)): (..., h, n, m)
     scores = _scores(query, key, call)

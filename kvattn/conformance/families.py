@@ -274,6 +274,7 @@ def large(rng: np.random.Generator) -> Iterator[Case]:
     yield make("scores of 3000", q, k, v, scale=1024.0)
     yield make("scores of -3000", np.abs(q) + 1, -np.abs(k) - 1, v, scale=256.0)
     yield make("large bias", q, k, v, bias=512.0 + 4 * rng.integers(-3, 4, (4, 5)))
+    yield make("rows far below each other", q, k, v, bias=np.array([[0.0], [-48], [-96], [-92]]))
     # products of 65536 and more, which cancel or do not; grids of multiples of 8 up to 256
     far = [8.0 * rng.integers(-32, 33, shape) for shape in ((2, 2, 4, 8), (2, 2, 5, 8))]
     yield make("q.k of 1e5, scale", far[0], far[1], v, scale=2.0**-12, group="half precision")
