@@ -121,7 +121,7 @@ def _allowed(n, keys, ndim, call):
     if call.bias is not None:
         allowed.append(call.bias != -math.inf)
     if call.valid_lens is not None:
-        allowed.append(keys < _lengths(call.valid_lens, ndim).to(keys.device))  # lengths may stay where they can be read
+        allowed.append(keys < _lengths(call.valid_lens, ndim).to(keys))  # lengths may stay where they can be read
     if call.windowed:
         ahead = keys - _positions(call.query_offset, n, ndim, keys.device)  # how far each key lies after each query
         if call.left is not None:
@@ -462,7 +462,7 @@ def _masked(query, key, value, call, blocks=()):
     mask = call.mask
     if call.windowed or call.valid_lens is not None:
         keys = torch.arange(key.shape[-2], device=key.device)
-        mask = _allowed(query.shape[-2], keys, query.ndim, call._replace(bias=None))
+        mask = _allowed(query.shape[-2], keys, query.ndim, call if call.bias is None else call._replace(bias=None))
     output = sdpa.masked(query, key, value, mask, call.bias, call.scale, _hide_padding)
     return output.to(query.dtype)  # autocast's is another
 

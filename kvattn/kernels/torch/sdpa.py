@@ -60,7 +60,7 @@ def _transformed(*inputs):
 def choose(query, key, value, call, masked, in_blocks):
     """The way to serve a call that asks for nothing else and meets no obstacle. ``masked``, ``in_blocks``: the tab's."""
     why, n, m = "softmax of scaled dot products", query.shape[-2], key.shape[-2]
-    if lengths := _equal_lengths(query, key, value, call):
+    if call.valid_lens is not None and (lengths := _equal_lengths(query, key, value, call)):
         runs = f"{len(lengths)} runs of batch entries of one length, each over its own keys"
         return Choice("SDPA, by lengths", f"{why}; {runs}", lengths, by_lengths)
     if not call.restricted or (call.only_causal and (type(n) is type(m) is int or known(n == m))):
@@ -77,7 +77,7 @@ def choose(query, key, value, call, masked, in_blocks):
 def _equal_lengths(query, key, value, call):
     """Runs of batch entries, where lengths are all that forbids pairs, but for causal, and they can be read without a wait."""
     lengths = call.valid_lens
-    if lengths is None or lengths.ndim != 1 or not (call.mask is None and call.bias is None and readable(lengths)):
+    if lengths.ndim != 1 or not (call.mask is None and call.bias is None and readable(lengths)):
         return []
     causal = call.windowed
     if causal and not (call.right == 0 and call.left is None and call.from_the_first):
@@ -90,12 +90,15 @@ def _equal_lengths(query, key, value, call):
 
 def _blocks_of_masks(query, key, value, call):
     """Blocks of queries where a mask would be large that is not given; with gradients each block would keep its own."""
+    if query.shape[-2] <= plan.ROWS or tracing() or wants_gradients(query, key, value):
+        return []
     by_query = call.lengths_per_query(query.ndim)
-    if not (call.windowed or by_query) or call.mask is not None or call.bias is not None:
+    if call.mask is not None and call.bias is not None:
+        masks = 4 * math.prod(planning.lead(query.shape, key.shape))  # of the two together, as long numbers as the bias's
+    elif (call.windowed or by_query) and call.mask is call.bias is None:
+        masks = len(call.valid_lens) if by_query and query.ndim > 2 else 1
+    else:
         return []
-    if tracing() or query.shape[-2] <= plan.ROWS or wants_gradients(query, key, value):
-        return []
-    masks = len(call.valid_lens) if by_query and query.ndim > 2 else 1
     known_end = call.right is not None and type(call.query_offset) is int
     return plan.blocks_of_masks(query.shape[-2], key.shape[-2], masks, call.query_offset + call.right if known_end else None)
 
@@ -166,9 +169,7 @@ def masked(query, key, value, mask, bias, scale, hide):
     for what meets nobody. It copies them, and so is called only where the output tells that NaN or inf came through, or where
     nobody may look at it.
     """
-    mask, bias = (
-        x if x is None or x.ndim == query.ndim else x.reshape(*[1] * (query.ndim - x.ndim), *x.shape) for x in (mask, bias)
-    )
+    mask, bias = _of_axes(mask, query.ndim), _of_axes(bias, query.ndim)
     pair_by_pair = partial(nonfinite.attention, allowed=mask, bias=bias, scale=scale)
 
     def hidden(query, key, value):
@@ -186,9 +187,13 @@ def masked(query, key, value, mask, bias, scale, hide):
     if not (EMPTY_ROWS and query.numel() and readable(query)):
         return hidden(query, key, value)
     added = bias if mask is None else mask
-    if mask is not None and bias is not None:  # the log of 1 is 0, of 0 -inf: a sum is several times as fast as torch.where
-        added = bias + mask.to(bias.dtype).log_()
+    if mask is not None and bias is not None:  # a sum, since torch.where of two shapes takes several times as long
+        added = bias + torch.where(mask, 0.0, -math.inf).to(bias.dtype)
     return fused(query, key, value, added, False, scale, pair_by_pair, hidden)
+
+
+def _of_axes(x, ndim):
+    return x if x is None or x.ndim == ndim else x.reshape(*[1] * (ndim - x.ndim), *x.shape)
 
 
 def forbids(bias):
