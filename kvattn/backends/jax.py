@@ -31,9 +31,10 @@ def is_array(x):
 def asarray(x, dtype=None, like=None):
     if not is_array(x):  # not placed beside ``like``: JAX moves what was never placed by itself
         x = programs.fitting(np.asarray(x))
-        # evaluated now even while tracing, so that checks can look at it; copied, as the caller may write to his
+        # evaluated now even while tracing, so that checks can look at it; copied, as the caller may write to his; by NumPy,
+        # since JAX would compile a program for each shape
         with programs.evaluated(), programs.x64(True):
-            return jnp.array(x, dtype=np.dtype(dtype or x.dtype))
+            return jax.device_put(x.astype(np.dtype(dtype or x.dtype).newbyteorder("=")))
     if dtype is None or x.dtype == np.dtype(dtype):
         return x
     with programs.x64(True):
@@ -165,6 +166,11 @@ def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
+    limits = Call(None, None, *call[2:9])  # who may attend to whom: the rest would make it a program of its own
+    return programs.one(_hidden, query, key, value, limits)
+
+
+def _hidden(query, key, value, call):
     keys = jnp.arange(key.shape[-2])
     if call.positions is not None:
         chosen = (call.positions[..., None] == keys).any(axis=-2)
@@ -669,16 +675,23 @@ def _widened(options, sink=None):
 
 def _project(x, params, name):
     """x W + b, in float32 for half precision; without W, x."""
-    x, W, b = _wide(x), params.get(f"W_{name}"), params.get(f"b_{name}")
-    x = x if W is None else x @ _wide(W)
+    return _affine(x, params.get(f"W_{name}"), params.get(f"b_{name}"))
+
+
+@jax.jit
+def _affine(x, W=None, b=None):
+    """One program, where eager JAX would pay for each operation, and compile it."""
+    x = _wide(x) if W is None else _wide(x) @ _wide(W)
     return x if b is None else x + _wide(b)
 
 
+@partial(jax.jit, static_argnames="heads")
 def _split(x, heads):
     """(..., n, heads * c) -> (..., heads, n, c)."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
 
 
+@jax.jit
 def _join(x):
     """(..., heads, n, c) -> (..., n, heads * c)."""
     x = x.swapaxes(-2, -3)
@@ -702,7 +715,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and x.ndim == 2 else lens  # of the one head there is
     query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
-    results = attention(_wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k), _wide(value) @ _wide(W_v), **options)
+    results = attention(_affine(query, W_q), _affine(key, W_k), _affine(value, W_v), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):
         rest[0] = rest[0].astype(dtype)

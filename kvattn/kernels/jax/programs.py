@@ -131,6 +131,13 @@ def _run(function, call, named, pair_by_pair, arrays, given):  # ``pair_by_pair`
 _run_exact = exact(_run)
 
 
+def one(function, *args):
+    """What a tab's own function of arrays and, as the last argument, a Call returns, by one program."""
+    *arrays, call = args
+    call, given = _split(call, arrays[0].shape[-2])
+    return _run(function, call, (), False, arrays, given)
+
+
 def _split(call, n):
     """(what of a call of n queries is part of its program, what is an argument of that)."""
     given = {name: x for name in _TRACED if (x := getattr(call, name)) is not None}
