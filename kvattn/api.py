@@ -526,7 +526,8 @@ def multi_head_attention(
 
     Returns:
         The output (..., n, o) in the query's dtype; weights (..., num_heads, n, m), lse (..., num_heads, n) and the cache
-        follow it, each on request, in this order. Half precision is float32 between the input and the output.
+        follow it, each on request, in this order. Half precision is float32 between the input and the output; but in JAX on
+        a CUDA device bfloat16 without a cache is rounded after each projection, which is what cuDNN takes.
 
     Raises what `attention` raises, and ValueError for params that are missing, unknown or do not fit.
 

@@ -4,6 +4,7 @@ cuDNN has a stand-in here: a formula with its arguments, whose backward pass has
 """
 
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ import jax
 
 from kvattn.backends import jax as tab
 from kvattn.call import Call
+from kvattn.kernels.jax import decoding
 from kvattn.kernels.jax import gpu as jax_gpu
 
 
@@ -42,6 +44,7 @@ def test_which_calls_cudnn_serves():
         {"window": (8, 0)}, {"window": (8, None), "causal": True}, {"window": (None, 0)}, {"scale": 0.3},
         {"mask": lens}, {"bias": lens, "heads": (8, 2)}, {"mask": lens, "window": (8, 8), "valid_lens": lens[:, None]},
         {"bias": lens, "causal": True, "query_offset": lens, "m": 80},
+        {"n": 1, "causal": True, "query_offset": lens}, {"n": 1, "causal": True, "query_offset": 7, "valid_lens": lens},
     ):  # fmt: skip
         assert served(**call), call
     for call in (
@@ -51,6 +54,7 @@ def test_which_calls_cudnn_serves():
         {"mask": lens, "softcap": 5.0}, {"softcap": 5.0}, {"valid_lens": lens[:, None]}, {"scale": lens}, {"scale": -1.0},
         {"causal": True, "n": 80}, {"causal": True, "query_offset": 1}, {"causal": True, "query_offset": lens},
         {"window": (8, 8)}, {"window": (8, None)}, {"window": (8, 0), "valid_lens": lens},
+        {"n": 1, "window": (8, 0), "query_offset": lens}, {"n": 1, "window": (None, 1), "query_offset": lens},
     ):  # fmt: skip
         assert not served(**call), call
 
@@ -221,6 +225,91 @@ def test_on_another_platform_the_same_program_takes_the_formula():
     assert "conditional" not in text
     for x, y in zip(found, run("numpy", arrays, {"valid_lens": np.array([2, 6, 0])}), strict=True):
         assert_near(x, y)
+
+
+ONE = [
+    {"valid_lens": np.array([0, 17, 70])},
+    {"valid_lens": np.array([32, 1, 99]), "scale": 0.3},
+    {"causal": True, "query_offset": np.array([-3, 20, 80])},
+    {"causal": True, "query_offset": 40, "valid_lens": np.array([0, 60, 9])},
+]
+
+
+@contextmanager
+def interpreted():
+    """The kernel of one query, run without a device, from few keys on."""
+    names = {"INTERPRET": True, "FEWEST": 64, "BLOCK": 16}
+    with cudnn_stand_in() as called, patch.multiple(decoding, **names), patch.object(decoding, "_alone", lambda: True):
+        yield called
+
+
+@pytest.mark.parametrize("options", ONE, ids=str)
+def test_one_query_beside_many_keys_has_a_kernel_of_its_own(options):
+    arrays = draw(1, 70, d=16, v=16, heads=6, dtype=np.float32)
+    with interpreted() as called:
+        found, leaking = run("jax", arrays, options), run("jax", hidden(arrays, options), options)
+    assert not called
+    for x, y, z in zip(found, leaking, run("numpy", arrays, options), strict=True):
+        assert_near(x, z)
+        assert_near(y, z)
+
+
+@pytest.mark.parametrize("options", ONE[::3], ids=str)
+def test_few_keys_of_one_query_are_cudnns(options):
+    arrays = draw(1, 70, d=8, v=8, dtype=np.float32)
+    with cudnn_stand_in() as called:
+        found, leaking = run("jax", arrays, options), run("jax", hidden(arrays, options), options)
+    assert set(called) == {"PADDING"}
+    for x, y, z in zip(found, leaking, run("numpy", arrays, options), strict=True):
+        assert_near(x, z)
+        assert_near(y, z)
+
+
+def test_a_row_that_is_not_finite_stays_so_in_the_kernel_of_one_query():
+    query, key, value, _ = draw(1, 70, d=16, v=16, dtype=np.float32)
+    query[0, 1], key[1, 0, 5], value[2, 1, 3, 4] = np.nan, np.inf, np.nan
+    lens = np.array([70, 20, 3])  # so that nobody looks at the value
+    with interpreted():
+        found = np.asarray(kvattn.attention(*map(jax.numpy.asarray, (query, key, value)), valid_lens=lens))
+    wrong = np.isnan(found).any(axis=-1)[..., 0]
+    expected = np.zeros((3, 4), bool)
+    expected[0, 1] = expected[1, :2] = True
+    np.testing.assert_array_equal(wrong, expected)
+
+
+def test_the_kernel_of_one_query_is_lowered_for_a_gpu():
+    shapes = (2, 8, 1, 64), (2, 2, 4096, 64), (2, 2, 4096, 64)
+    arrays = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
+    program = jax.jit(partial(decoding.attention, scale=0.125))
+    text = program.trace(*arrays, jax.ShapeDtypeStruct((2,), "int32")).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("triton") == 1
+
+
+def test_where_cudnn_serves_projections_stay_in_bfloat16():
+    """In float32, which cuDNN does not take, a layer takes ten times as long. A cache holds float32 all the same."""
+    rng = np.random.default_rng(0)
+
+    def rounded(x):
+        return np.asarray(jax.numpy.asarray(x, "bfloat16").astype("float32"))
+
+    x, W, b, lens = (
+        rounded(rng.standard_normal((2, 6, 16))),
+        rounded(rng.standard_normal((16, 16)) / 4),
+        rounded(np.ones(16)),
+        [4, 6],
+    )
+    heads = rounded(x @ W + b).reshape(2, 6, 2, 8).swapaxes(1, 2)
+    joined = kvattn.attention(heads, heads, heads, valid_lens=lens).swapaxes(1, 2).reshape(2, 6, 16)
+    given, half_W, half_b = (jax.numpy.asarray(each, "bfloat16") for each in (x, W, b))
+    params = {f"{kind}_{name}": y for name in "qkvo" for kind, y in (("W", half_W), ("b", half_b))}
+    with cudnn_stand_in() as called, patch.object(jax_gpu, "HALF", ("float16", "bfloat16")):
+        found = kvattn.multi_head_attention(given, given, given, params, num_heads=2, valid_lens=lens)
+        kvattn.self_attention(given[:, None], half_W, half_W, half_W)
+        assert called == ["PADDING", "NO_MASK"]
+        *_, cache = kvattn.multi_head_attention(given, given, given, params, num_heads=2, cache=kvattn.KVCache())
+    assert (found.dtype, cache.key.dtype) == ("bfloat16", "float32")
+    expected = rounded(joined) @ W + b
+    np.testing.assert_allclose(np.asarray(found, "float32"), expected, rtol=0, atol=2**-6 * np.abs(expected).max())
 
 
 def test_without_a_cuda_device_cudnn_serves_nothing():

@@ -651,6 +651,8 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
     dtype, options = query.dtype, _widened(options, params.get("sink"))
     if cache is None:  # else a later call may look at what is nobody's now
         query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
+    else:  # whose keys and values are float32
+        query, key, value = _wide(query), _wide(key), _wide(value)
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -674,15 +676,16 @@ def _widened(options, sink=None):
 
 
 def _project(x, params, name):
-    """x W + b, in float32 for half precision; without W, x."""
+    """x W + b, in float32 for half precision, but bfloat16 where cuDNN takes it; without W, x."""
     return _affine(x, params.get(f"W_{name}"), params.get(f"b_{name}"))
 
 
 @jax.jit
 def _affine(x, W=None, b=None):
     """One program, where eager JAX would pay for each operation, and compile it."""
-    x = _wide(x) if W is None else _wide(x) @ _wide(W)
-    return x if b is None else x + _wide(b)
+    x, W, b = (y if y is None or jax_gpu.projects(y.dtype) else _wide(y) for y in (x, W, b))
+    x = x if W is None else x @ W
+    return x if b is None else x + b
 
 
 @partial(jax.jit, static_argnames="heads")

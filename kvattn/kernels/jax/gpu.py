@@ -1,8 +1,9 @@
 """Attention on a CUDA device: cuDNN's fused kernel wherever it keeps the promises; elsewhere XLA compiles the tab's own path.
 
 cuDNN serves float16 and bfloat16 with as many features of values as of keys, a multiple of 8 and at most 128 (256 from Hopper
-on), grouped heads, causal from position 0, a window to the left of it, and valid_lens (batch,). A mask or a bias, with whatever
-else restricts the call, becomes one bias in bfloat16, whose -2^41 forbids as JAX's own does. Not:
+on), grouped heads, causal from position 0, a window to the left of it, and valid_lens (batch,). Of one query causal is a
+length, and beside many keys decoding.py serves it. A mask or a bias, with whatever else restricts the call, becomes one bias in
+bfloat16, whose -2^41 forbids as JAX's own does. Not:
 
 - float32 and float64: it has no kernel for them (XLA's products take no TF32 here: the tab asks for the highest precision);
 - mask and bias in float16, where what forbids would be -2^15, which scores can reach; of one query, not measured yet;
@@ -24,6 +25,8 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from kvattn.kernels.jax import decoding
 
 HALF = ("float16", "bfloat16")
 BIASED = ("bfloat16",)
@@ -51,6 +54,11 @@ def _fused():
     return fused_attention_stablehlo
 
 
+def projects(dtype):
+    """Whether projections and what they give stay in this dtype, as cuDNN takes nothing wider; elsewhere they are float32."""
+    return dtype.name in BIASED and device() is not None
+
+
 def obstacle(tab, query, key, value, call):
     """Why cuDNN does not serve a call; "" if it does. All but the arrays' values is known while JAX traces."""
     if device() is None:
@@ -76,11 +84,25 @@ def obstacle(tab, query, key, value, call):
         return "" if served else "cuDNN takes a mask or a bias in bfloat16, beside even numbers of queries and keys"
     if call.lengths_per_query(query.ndim):
         return "each query has a length of its own"
-    if not call.windowed:
+    if not call.windowed or _length_of_one(n, call):
         return ""
     if call.right != 0 or n > m or not call.from_the_first:
         return "cuDNN's windows end at the query, and begin with the first key"
     return "" if call.left is None or call.valid_lens is None else "cuDNN takes no window beside lengths"
+
+
+def _length_of_one(n, call):
+    """Whether causal, for one query that stands elsewhere than at the first key, is a length."""
+    return n == 1 and call.right == 0 and call.left is None and not call.from_the_first
+
+
+def _lengths(query, key, call):
+    """How many keys each batch entry may look at, from 0 to all: int32 (batch,); None where nothing limits them."""
+    m, lens, offset = key.shape[-2], call.valid_lens, call.query_offset
+    if _length_of_one(query.shape[-2], call):
+        end = jnp.clip(max(-1, min(offset, m)) if isinstance(offset, int) else offset, -1, m - 1).astype(jnp.int32) + 1
+        lens = end if lens is None else jnp.minimum(lens, end)
+    return None if lens is None else jnp.broadcast_to(jnp.clip(lens, 0, m).astype(jnp.int32), query.shape[:1])
 
 
 def attention(tab, query, key, value, call, blocks=()):
@@ -94,11 +116,12 @@ def attention(tab, query, key, value, call, blocks=()):
         added = jnp.broadcast_to(added, (*added.shape[:-2], n, m))
         sees, seen = (tab._any_for(allowed.any(axis=-1), query.shape), tab._any_for(allowed.any(axis=-2), key.shape))
     else:
-        program |= {"causal": call.right == 0, "left": call.left}
-        if call.right == 0:  # the keys beyond are seen by nobody, and a square is what cuDNN's causal mask is surest of
+        if call.right == 0 and call.from_the_first:
+            program |= {"causal": True, "left": call.left}
+            # the keys beyond are seen by nobody, and a square is what cuDNN's causal mask is surest of
             key, value = key[..., :n, :], value[..., :n, :]
-        if call.valid_lens is not None:
-            lens = jnp.clip(call.valid_lens, 0, key.shape[-2]).astype(jnp.int32)
+        lens = _lengths(query, key, call)
+        if lens is not None:
             seen = (jnp.arange(key.shape[-2]) < lens[:, None])[:, None, :, None]
             if device()[1] < EMPTY:
                 sees, lens = (lens > 0)[:, None, None, None], jnp.maximum(lens, 1)
@@ -107,8 +130,15 @@ def attention(tab, query, key, value, call, blocks=()):
     def whole(query, key, value, added, lens, sees, seen):
         return _only(sees, plain(_only(sees, query), _only(seen, key), _only(seen, value), added, lens))
 
+    def decoded(query, key, value, added, lens, sees, seen):
+        return _only(sees, decoding.attention(query, key, value, lens, scale))
+
+    if lens is not None and decoding.serves(query, key):
+        fast = _by_formula(decoded, whole)
+    else:
+        fast = _differentiable(partial(cudnn, **program), plain)
     # recomputed in backward: both ways' intermediate results are kept, and this one's would be the scores
-    ways = {PLATFORM: _differentiable(partial(cudnn, **program), plain), "default": jax.checkpoint(whole)}
+    ways = {PLATFORM: fast, "default": jax.checkpoint(whole)}
     return jax.lax.platform_dependent(query, key, value, added, lens, sees, seen, **ways)
 
 
@@ -202,6 +232,18 @@ def _differentiable(kernel, plain):
         return *backward(kept, lens, *arrays, _only(sees, grad)), *(None if x is None else _none(x) for x in rest)
 
     attend.defvjp(run, pull)
+    return attend
+
+
+def _by_formula(kernel, whole):
+    """``kernel`` with the derivatives of ``whole``, which is the same: for what is differentiated seldom."""
+    attend = jax.custom_jvp(kernel)
+
+    @attend.defjvp
+    def _(primals, tangents):
+        rest = primals[3:]
+        return attend(*primals), jax.jvp(lambda *arrays: whole(*arrays, *rest), primals[:3], tangents[:3])[1]
+
     return attend
 
 
