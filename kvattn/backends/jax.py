@@ -31,10 +31,11 @@ def is_array(x):
 def asarray(x, dtype=None, like=None):
     if not is_array(x):  # not placed beside ``like``: JAX moves what was never placed by itself
         x = programs.fitting(np.asarray(x))
-        # evaluated now even while tracing, so that checks can look at it; copied, as the caller may write to his; by NumPy,
-        # since JAX would compile a program for each shape
-        with programs.evaluated(), programs.x64(True):
-            return jax.device_put(x.astype(np.dtype(dtype or x.dtype).newbyteorder("=")))
+        dtype = np.dtype(dtype or x.dtype)
+        # copied, as the caller may write to his; by NumPy, since JAX would compile a program for each shape
+        x = x.astype(dtype if dtype.isnative else dtype.newbyteorder("="))
+        with programs.evaluated(), programs.x64(True):  # now even while tracing, so that checks can look at it
+            return jax.device_put(x)
     if dtype is None or x.dtype == np.dtype(dtype):
         return x
     with programs.x64(True):

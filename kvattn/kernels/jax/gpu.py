@@ -123,18 +123,15 @@ def attention(tab, query, key, value, call, blocks=()):
         lens = _lengths(query, key, call)
         if lens is not None:
             seen = (jnp.arange(key.shape[-2]) < lens[:, None])[:, None, :, None]
-            if device()[1] < EMPTY:
+            if device()[1] < EMPTY and not decoding.serves(query, key):
                 sees, lens = (lens > 0)[:, None, None, None], jnp.maximum(lens, 1)
     plain = partial(formula, **program)
 
     def whole(query, key, value, added, lens, sees, seen):
         return _only(sees, plain(_only(sees, query), _only(seen, key), _only(seen, value), added, lens))
 
-    def decoded(query, key, value, added, lens, sees, seen):
-        return _only(sees, decoding.attention(query, key, value, lens, scale))
-
     if lens is not None and decoding.serves(query, key):
-        fast = _by_formula(decoded, whole)
+        fast = _by_formula(lambda query, key, value, _, lens, *rest: decoding.attention(query, key, value, lens, scale), whole)
     else:
         fast = _differentiable(partial(cudnn, **program), plain)
     # recomputed in backward: both ways' intermediate results are kept, and this one's would be the scores
