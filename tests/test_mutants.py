@@ -26,7 +26,7 @@ EVERYWHERE = [
     ("leaks NaN", HIDE, "pass", "padding"),
     ("lets key valid_lens in", "keys < _lengths(call.valid_lens, ndim)", "keys <= _lengths(call.valid_lens, ndim)", "lengths"),
     ("projects values as keys", '_project(value, params, "v")', '_project(value, params, "k")', "multi-head"),
-    ("forgets the biases of heads", "return x if b is None else x + _wide(b)", "return x", "multi-head"),
+    ("forgets the biases of heads", "return x if b is None else", "return x if True else", "multi-head"),
     ("leaks NaN into projections", "hidden = _hide_padding(allowed, *(", "hidden = _hide_padding(None, *(", "multi-head"),
     ("turns the other way", "[-sin, sin]", "[sin, -sin]", "rotary"),
     ("takes features beside each other for halves", "    if interleaved:\n", "    if not interleaved:\n", "rotary"),

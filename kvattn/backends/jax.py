@@ -167,8 +167,8 @@ def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
-    limits = Call(None, None, *call[2:9])  # who may attend to whom: the rest would make it a program of its own
-    return programs.one(_hidden, query, key, value, limits)
+    named = "mask", "bias", "valid_lens", "query_offset", "left", "right", "positions"  # the rest would make other programs
+    return programs.one(_hidden, query, key, value, Call(None, None, **{name: getattr(call, name) for name in named}))
 
 
 def _hidden(query, key, value, call):

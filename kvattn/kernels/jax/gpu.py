@@ -8,6 +8,7 @@ bfloat16, whose -2^41 forbids as JAX's own does. Not:
 - float32 and float64: it has no kernel for them (XLA's products take no TF32 here: the tab asks for the highest precision);
 - mask and bias in float16, where what forbids would be -2^15, which scores can reach; of one query, not measured yet;
 - softcap, dropout, weights, lse, other scores and normalisers; a window with lengths or to the right; other offsets.
+- few scores: XLA's own kernels are faster to launch.
 
 NaN in padding: cuDNN leaves scores beyond the lengths out, but multiplies their values by 0, and in backward their keys; an
 entry without keys has zeros from it, whatever is in its queries (seen on cuDNN 9.19). So forward hides values alone, backward
@@ -32,6 +33,7 @@ HALF = ("float16", "bfloat16")
 BIASED = ("bfloat16",)
 FORBIDDEN = -(2.0**41)  # as JAX's own: of two that are larger cuDNN takes the difference wrongly
 PLATFORM = "cuda"
+FEW = 2**18  # scores of all heads together: the formula takes half of cuDNN's time, with gradients too (an H200, cuDNN 9.19)
 OLDEST = 90000  # cuDNN 9: before, queries shorter than 64 are refused
 EMPTY = 91900  # the oldest cuDNN seen to give zeros to an entry without keys
 
@@ -77,6 +79,8 @@ def obstacle(tab, query, key, value, call):
         return "cuDNN is for (batch, heads, n, d) with d a multiple of 8, and not large"
     if query.shape[0] != key.shape[0] or key.shape != value.shape or 0 in (*query.shape, *key.shape):
         return "cuDNN is for keys and values of one shape and as many batch entries as the queries'"
+    if query.shape[0] * query.shape[1] * n * m <= FEW:
+        return "few scores, for which XLA's own kernels are faster to launch"
     if not (call.scale is None or (isinstance(call.scale, float) and call.scale > 0)):
         return "cuDNN's scale is a number above 0"
     if call.mask is not None or call.bias is not None:  # its backward pass takes even numbers of queries and keys only
@@ -130,7 +134,8 @@ def attention(tab, query, key, value, call, blocks=()):
     def whole(query, key, value, added, lens, sees, seen):
         return _only(sees, plain(_only(sees, query), _only(seen, key), _only(seen, value), added, lens))
 
-    if lens is not None and decoding.serves(query, key):
+    if added is None and decoding.serves(query, key):
+        lens = jnp.full(query.shape[:1], key.shape[-2], jnp.int32) if lens is None else lens
         fast = _by_formula(lambda query, key, value, _, lens, *rest: decoding.attention(query, key, value, lens, scale), whole)
     else:
         fast = _differentiable(partial(cudnn, **program), plain)
