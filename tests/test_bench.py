@@ -282,3 +282,11 @@ def test_the_overhead_is_measured_and_written_as_the_page_of_speed_reads_it(tmp_
     assert all(smallest <= median for median, smallest in document["calls"]["numpy"].values())
     assert document["import"] > 0
     assert document["processor"]
+
+
+def test_rotary_is_measured_beside_the_formula(tmp_path):
+    said = script("rotary.py", "--backend", "numpy", "--rounds", "1", "--json", tmp_path / "r.json")
+    assert "of the formula" in said
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == ["halves, at once", "interleaved, at once"]
+    assert all(row["ratio"] > 0 and row["ms"] > 0 for row in rows)

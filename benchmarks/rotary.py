@@ -1,0 +1,109 @@
+"""kvattn.rotary beside the formula that its users would write in one line, whose cosines and sines are there already.
+
+    python benchmarks/rotary.py --backend numpy,torch
+
+Each backend runs in a fresh process; the calls take turns. One query of (8, 8, 512, 64), float32, in both conventions: at once,
+and where the framework compiles, as a program. A figure is kvattn's time over the formula's, the median of the rounds.
+"""
+
+import argparse
+
+SHAPE = (8, 8, 512, 64)
+
+
+def frameworks(backend):
+    """(its stack, its concatenate, what makes a program of a function or None, what waits for a result)."""
+    if backend == "torch":
+        import torch
+
+        return torch.stack, torch.cat, torch.compile, lambda x: x
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.stack, tf.concat, tf.function, lambda x: x.numpy()
+    if backend == "jax":
+        import jax
+
+        return jax.numpy.stack, jax.numpy.concatenate, jax.jit, lambda x: x.block_until_ready()
+    if backend == "mxnet":
+        from kvattn.backends.mxnet import mx, np
+
+        mx.npx.set_np()
+        return np.stack, np.concatenate, None, lambda x: x.wait_to_read()
+    import numpy as np
+
+    return np.stack, np.concatenate, None, lambda x: x
+
+
+def measure(backend, rounds):
+    """[{what, ratio, spread, ms}], in this process."""
+    import numpy as np
+
+    import kvattn
+    from kvattn import timing
+
+    stack, join, compiled, ready = frameworks(backend)
+    half = SHAPE[-1] // 2
+    angles = np.arange(SHAPE[-2])[:, None] * 10000.0 ** (-np.arange(half) / half)
+    x = kvattn.asarray(np.random.default_rng(0).normal(size=SHAPE), dtype="float32", backend=backend)
+    calls = {}
+    for interleaved in (False, True):
+        wide = [np.repeat(f(angles), 2, -1) if interleaved else np.tile(f(angles), 2) for f in (np.cos, np.sin)]
+        cos, sin = (kvattn.asarray(table, dtype="float32", backend=backend) for table in wide)
+
+        def formula(x, cos, sin, interleaved=interleaved):
+            if interleaved:
+                return x * cos + stack([-x[..., 1::2], x[..., ::2]], -1).reshape(SHAPE) * sin
+            return x * cos + join([-x[..., half:], x[..., :half]], -1) * sin
+
+        if backend == "tensorflow":
+            import tensorflow as tf
+
+            def formula(x, cos, sin, interleaved=interleaved):
+                if interleaved:
+                    return x * cos + tf.reshape(stack([-x[..., 1::2], x[..., ::2]], -1), SHAPE) * sin
+                return x * cos + join([-x[..., half:], x[..., :half]], -1) * sin
+
+        def ours(x, interleaved=interleaved):
+            return kvattn.rotary(x, interleaved=interleaved)
+
+        for kind, of in (("at once", lambda f: f), ("compiled", compiled)):
+            if of is not None:
+                name = f"{'interleaved' if interleaved else 'halves'}, {kind}"
+                theirs, own = of(formula), of(ours)
+                calls[name, "formula"] = lambda theirs=theirs, cos=cos, sin=sin: ready(theirs(x, cos, sin))
+                calls[name, "kvattn"] = lambda own=own: ready(own(x))
+    took = timing.rounds(calls, rounds)
+    return [
+        {"what": name, **timing.ratio(took[name, "kvattn"], took[name, "formula"]), "ms": 1e3 * min(took[name, "kvattn"])}
+        for name, which in calls
+        if which == "kvattn"
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="numpy,torch,tensorflow,jax,mxnet", help="which ones (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each call (default: %(default)s)")
+    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    from kvattn import timing
+
+    if asked.here:
+        for row in measure(asked.backend, asked.rounds):
+            timing.tell(row | {"backend": asked.backend})
+        return
+    rows = []
+    for backend in asked.backend.split(","):
+        for row in timing.in_a_process([__file__, "--here", "--backend", backend, "--rounds", str(asked.rounds)]):
+            if "failed" in row:
+                raise SystemExit(f"{backend}: {row['words']}")
+            rows.append(row)
+            print(f"{row['backend']:<11} {row['what']:<22} {row['ratio']:5.2f} of the formula, {row['ms']:7.2f} ms")
+    if asked.json:
+        timing.write(asked.json, timing.machine(), rows=rows)
+
+
+if __name__ == "__main__":
+    main()
