@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import SLOW, pytest_ignore_collect
+from packaging.version import Version
 
 from kvattn import bench, cli, dispatch, lesson
 
 DOCS = Path(__file__).parent.parent / "docs"
+ROOT = DOCS.parent
 LESSONS = sorted((DOCS / "lessons").glob("*.md"))
 RATIO = {"backend": "numpy", "what": "kvattn numpy", "shape": "M", "kind": "full", "seconds": 0.5, "ratio": 0.91, "right": True}
 RATIO |= {"spread": [0.905, 1.25], "error": 0.0}
@@ -34,17 +36,29 @@ def test_what_contributors_are_told_of_is_there():
     assert [name for name in told if not (root / name).exists()] == []
     tox = (root / "tox.ini").read_text(encoding="utf-8")
     assert "torch" in tox.partition("env_list =")[2].partition("\n")[0]
-    assert "weekly = all, oldest, deep" in tox
+    assert "weekly = all, deep, torch-oldest, tensorflow-oldest, jax-oldest, py313" in tox
     extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     tools = {re.match(r"[\w-]+", each)[0] for which in ("dev", "test", "lint") for each in extras[which]}
     assert extras["dev"][0] == "kvattn[test,lint]"  # which tox installs too: tools are named once
     assert tools >= {"pytest", "ruff", "mypy", "tox", "pre-commit"}
 
 
+def test_the_lowest_releases_that_are_claimed_are_those_that_tox_installs():
+    """In the rooms of `oldest`, and the core's in that of MXNet."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    parts = ("torch", "tensorflow", "jax", "weights", "plot")
+    claimed = dict(each.split(">=") for each in project["dependencies"] + [each for part in parts for each in extras[part]])
+    installed = re.findall(
+        r"^    (?:\S*mxnet|\S*oldest): ([\w-]+)==([\d.]+)$", (ROOT / "tox.ini").read_text(encoding="utf-8"), re.M
+    )
+    lowest = {name: min(Version(version) for each, version in installed if each == name) for name, _ in installed}
+    assert lowest == {name: Version(version) for name, version in claimed.items()}
+
+
 # ---- every command that README and CONTRIBUTING tell is run: here, or in the environment of tox.ini or the line of .ci/run
 # that is named here, word for word or as an equal
 
-ROOT = DOCS.parent
 PROGRAMS = r"(?:[A-Z_]+=\S+ )*(?:kvattn|pytest|tox|pre-commit|pip|python3?|ruff|mypy)(?: |$)"
 RUN = {  # with what this stands for; on NumPy, as the command line has it
     "kvattn doctor": ["doctor"],
@@ -54,13 +68,13 @@ RUN = {  # with what this stands for; on NumPy, as the command line has it
 }
 ELSEWHERE = {  # the file, and what stands there
     "python3 -m venv .venv": (".ci/run", "python3 -m venv .venv"),
-    "pip install tox": (".ci/run", ".venv/bin/pip install --quiet tox"),
+    "pip install tox": (".ci/run", ".venv/bin/pip install --quiet tox tox-uv"),
     "tox run-parallel -p 2 -o --parallel-no-spinner": (".ci/run", ".venv/bin/tox run-parallel -p 2 -o --parallel-no-spinner"),
     "tox run-parallel -p 2": (".ci/run", ".venv/bin/tox run-parallel -p 2 "),
-    "tox -e torch": ("tox.ini", "torch: pytest"),
+    "tox -e torch": ("tox.ini", "torch-!oldest: pytest"),
     "tox -m weekly": ("tox.ini", "    weekly = "),
     "pip install .": ("tox.ini", "package = wheel"),  # each environment has the wheel of the package, as this makes one
-    "pip install '.[all]'": ("tox.ini", "all,oldest,deep: all"),
+    "pip install '.[all]'": ("tox.ini", "all,deep: all"),
     "pip install '.[all]' -c constraints.txt": ("tox.ini", "PIP_CONSTRAINT = {tox_root}{/}constraints.txt"),
     "pip install --no-deps mxnet==1.9.1": ("tox.ini", "python -m pip install --quiet --no-deps mxnet==1.9.1"),
     "kvattn conform": ("tox.ini", "kvattn conform --backend numpy,torch,tensorflow,jax,mxnet"),

@@ -5,6 +5,7 @@ kind of call meets its other sizes in the first test only. One that compiles a p
 every restriction, but few pairs of them, and the first few of other tables.
 """
 
+import os
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -379,10 +380,12 @@ GROUPS = ("plain", "masks", "bias", "lengths", "causal", "window", "softcap", "p
 
 
 def suite(subject):
-    """The cases that the subject runs: where shapes are compiled, two of each group, of those that ask for no weights."""
+    """The cases that the subject runs: where shapes are compiled two of each group, of those that ask for no weights; where kinds
+    of calls are, all of those groups and every fourth of the others, and with KVATTN_EVERY all."""
     cases = [case for case in conformance.cases() if " of 600" not in case.name]  # long enough for tiles of the usual size
     if subject.compiles != "shapes":
-        return cases
+        every = 4 if subject.compiles and "KVATTN_EVERY" not in os.environ else 1
+        return [case for number, case in enumerate(cases) if case.group in GROUPS or number % every == 0]
     groups = [[case for case in cases if case.group == group and case.alone] for group in GROUPS]
     return [case for cases in groups for case in (cases[0], cases[-1])]
 
