@@ -380,8 +380,8 @@ GROUPS = ("plain", "masks", "bias", "lengths", "causal", "window", "softcap", "p
 
 
 def suite(subject):
-    """The cases that the subject runs: where shapes are compiled two of each group, of those that ask for no weights; where kinds
-    of calls are, all of those groups and every fourth of the others, and with KVATTN_EVERY all."""
+    """The cases that the subject runs: where shapes are compiled two of each group, of those that ask for no weights; where
+    kinds of calls are, all of those groups and every fourth of the others, and with KVATTN_EVERY all."""
     cases = [case for case in conformance.cases() if " of 600" not in case.name]  # long enough for tiles of the usual size
     if subject.compiles != "shapes":
         every = 4 if subject.compiles and "KVATTN_EVERY" not in os.environ else 1
