@@ -82,7 +82,8 @@ def returned(options: dict[str, Any]) -> dict[str, bool]:
 
 def arrays(tab: Any, **arguments: Any) -> list[Any]:
     """The arguments as floating-point arrays of one dtype; lists take the dtype of the arrays beside them."""
-    like = next((x for x in arguments.values() if hasattr(x, "dtype")), None)
+    typed = [x for x in arguments.values() if hasattr(x, "dtype")]  # torch.compile of PyTorch 2.5 knows no next with a default
+    like = typed[0] if typed else None
     made = {name: checks.array(tab, name, x, like) for name, x in arguments.items()}
     first = next(iter(made.items()))
     return [checks.floating(name, x, first, tab) for name, x in made.items()]
