@@ -82,7 +82,7 @@ def returned(options: dict[str, Any]) -> dict[str, bool]:
 
 def arrays(tab: Any, **arguments: Any) -> list[Any]:
     """The arguments as floating-point arrays of one dtype; lists take the dtype of the arrays beside them."""
-    typed = [x for x in arguments.values() if hasattr(x, "dtype")]  # torch.compile of PyTorch 2.5 knows no next with a default
+    typed = [x for x in arguments.values() if hasattr(x, "dtype")]
     like = typed[0] if typed else None
     made = {name: checks.array(tab, name, x, like) for name, x in arguments.items()}
     first = next(iter(made.items()))
@@ -214,7 +214,8 @@ def unwrapped(function: Any) -> Any:
     """kvattn's own score or normaliser, where a namespace's is given: `from kvattn import torch as kv; kv.dot_score`."""
     if isinstance(function, partial):
         return partial(unwrapped(function.func), *function.args, **function.keywords)
-    return inner if (inner := getattr(function, "__wrapped__", None)) in tabbed else function
+    inner = getattr(function, "__wrapped__", None)
+    return inner if inner is not None and inner in tabbed else function
 
 
 def is_dot_product(score: Any) -> bool:
