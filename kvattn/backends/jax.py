@@ -400,7 +400,7 @@ def choose(query, key, value, call):
     tab = sys.modules[__name__]
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
-        why = f"{choice.why}; the sink takes its share of what that gives"
+        why = f"{choice.why}; the sink takes its share of each row"
         return choice._replace(why=why, run=partial(_with_sink, choice.run))
     if call.positions is not None:
         choice = choose(*_shapes_selected(query, key, value, call))

@@ -387,7 +387,7 @@ def choose(query, key, value, call):
     """The kernel that serves a call. It looks at shapes alone: each costs a microsecond, so it asks for them once."""
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
-        why = f"{choice.why}; the sink takes its share of what that gives"
+        why = f"{choice.why}; the sink takes its share of each row"
         return choice._replace(why=why, blocks=(), run=_with_sink)
     shapes = query.shape, key.shape, value.shape
     obstacle = views.obstacle(sys.modules[__name__], query.ctx, shapes, call)

@@ -334,7 +334,7 @@ def choose(query, key, value, call):
     """The kernel that serves a call: Choice(kernel, why, blocks, run). It looks at the call and the shapes of the arrays."""
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
-        why = f"{choice.why}; the sink takes its share of what that gives"
+        why = f"{choice.why}; the sink takes its share of each row"
         return choice._replace(why=why, run=partial(_with_sink, choice.run))
     if call.positions is None:
         return _choose(query.shape, key.shape, call)

@@ -407,7 +407,7 @@ def choose(query, key, value, call):
     tab = sys.modules[__name__]
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
-        why = f"{choice.why}; the sink takes its share of what that gives"
+        why = f"{choice.why}; the sink takes its share of each row"
         return choice._replace(why=why, run=partial(_with_sink, choice.run))
     if len(query.shape) > 4:
         batch = quirks.lead(query, key)[:-1]

@@ -16,7 +16,7 @@ import torch
 
 from kvattn import planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.torch import gpu, nonfinite, sdpa, traces
+from kvattn.kernels.torch import gpu, nonfinite, sdpa, sinks, traces
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -379,9 +379,7 @@ def attention(
 def choose(query, key, value, call):
     """The kernel that serves a call."""
     if call.sink is not None:
-        choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
-        why = f"{choice.why}; the sink takes its share of what that gives"
-        return choice._replace(why=why, run=partial(_with_sink, choice.run))
+        return _choose_with_sink(query, key, value, call)
     if call.positions is not None:
         selected = _select(query, key, value, call)
         choice = choose(*selected)
@@ -402,6 +400,25 @@ def choose(query, key, value, call):
         words = "as many as keep memory bounded, computed again for gradients"
         return Choice("the formula", obstacle).in_blocks(blocks, _in_blocks_computed_again, words)
     return Choice("the formula", obstacle, (), _formula)
+
+
+def _choose_with_sink(query, key, value, call):
+    def otherwise(query, key, value, call):
+        choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
+        return _with_sink(choice.run, query, key, value, call, choice.blocks)
+
+    obstacle = call.beyond_softmax(sys.modules[__name__], "dropout", "return_weights", "return_lse", "softcap")
+    obstacle = "positions are given" if call.positions is not None else obstacle
+    obstacle = (
+        obstacle or sdpa.obstacle(query, key, value, call.bias, call.scale) or sinks.obstacle(query, key, value, call.sink)
+    )
+    if not obstacle:
+        choice = sdpa.choose(query, key, value, call, _masked, _in_blocks)
+        why = f"{choice.why}; the sink takes its share of each row"
+        return choice._replace(why=why, run=partial(sdpa.with_sink, choice.run, otherwise))
+    choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
+    why = f"{choice.why}; the sink takes its share of each row"
+    return choice._replace(why=why, run=partial(_with_sink, choice.run))
 
 
 def _attend(query, key, value, call):
@@ -463,7 +480,7 @@ def _masked(query, key, value, call, blocks=()):
     if call.windowed or call.valid_lens is not None:
         keys = torch.arange(key.shape[-2], device=key.device)
         mask = _allowed(query.shape[-2], keys, query.ndim, call if call.bias is None else call._replace(bias=None))
-    output = sdpa.masked(query, key, value, mask, call.bias, call.scale, _hide_padding)
+    output = sdpa.masked(query, key, value, mask, call.bias, call.scale, _hide_padding, call.sink)
     return output.to(query.dtype)  # autocast's is another
 
 

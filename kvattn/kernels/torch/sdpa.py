@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kvattn import planning
 from kvattn.call import Choice
-from kvattn.kernels.torch import nonfinite, plan
+from kvattn.kernels.torch import nonfinite, plan, sinks
 from kvattn.kernels.torch.traces import fusible, known, readable, tracing
 
 EMPTY_ROWS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)  # zeros on a CPU: run there, and in 2.13
@@ -120,7 +120,7 @@ def whole(query, key, value, call, blocks=()):
     n, causal = query.shape[-2], call.right == 0
     if causal and n < key.shape[-2]:
         key, value = key[..., :n, :], value[..., :n, :]
-    return fused(query, key, value, None, causal, call.scale).to(query.dtype)  # autocast's is another
+    return fused(query, key, value, None, causal, call.scale, sink=call.sink).to(query.dtype)  # autocast's is another
 
 
 def by_lengths(query, key, value, call, lengths):
@@ -132,7 +132,7 @@ def by_lengths(query, key, value, call, lengths):
     for (_, length), q, k, v in zip(lengths, *parts, strict=True):
         k, v = k[..., :length, :], v[..., :length, :]
         if length:
-            outputs.append(fused(q, k, v, None, call.windowed, call.scale))
+            outputs.append(fused(q, k, v, None, call.windowed, call.scale, sink=call.sink))
         else:  # zeros, with gradients of 0
             outputs.append(nonfinite.attention(q, k, v, None, None, call.scale))
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).to(query.dtype)
@@ -147,7 +147,7 @@ def in_the_window(query, key, value, call, blocks):
         place = block.query_offset, block.left, block.right, *(x.shape[-2] for x in arrays[:2])
         if place != last:
             last, mask = place, _band(*place, query)
-        parts.append(fused(*arrays, mask, False, call.scale))
+        parts.append(fused(*arrays, mask, False, call.scale, sink=block.sink))
     return (torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]).to(query.dtype)
 
 
@@ -162,7 +162,7 @@ def _band(offset, left, right, n, m, like):
     return torch.zeros(n, m, dtype=like.dtype, device=like.device).masked_fill_(beyond, -math.inf)
 
 
-def masked(query, key, value, mask, bias, scale, hide):
+def masked(query, key, value, mask, bias, scale, hide, sink=None):
     """softmax(scale * query @ key.T + bias) @ value over the pairs that ``mask`` (None: all) and a bias above -inf allow.
 
     A query with nothing to attend to gets zeros. ``hide``: a function (allowed, query, key, value) -> the last three with zeros
@@ -184,12 +184,12 @@ def masked(query, key, value, mask, bias, scale, hide):
         added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
         return torch.where(some, fused(query, key, value, added, False, scale, pair_by_pair), 0)
 
-    if not (EMPTY_ROWS and query.numel() and readable(query)):
+    if sink is None and not (EMPTY_ROWS and query.numel() and readable(query)):
         return hidden(query, key, value)
     added = bias if mask is None else mask
     if mask is not None and bias is not None:  # a sum, since torch.where of two shapes takes several times as long
         added = bias + torch.where(mask, 0.0, -math.inf).to(bias.dtype)
-    return fused(query, key, value, added, False, scale, pair_by_pair, hidden)
+    return fused(query, key, value, added, False, scale, pair_by_pair, hidden, sink)
 
 
 def _of_axes(x, ndim):
@@ -224,12 +224,29 @@ def recomputed(attend, rng):
 # ---- what is added around it
 
 
-def fused(query, key, value, mask, causal, scale, pair_by_pair=None, otherwise=None):
+def with_sink(run, otherwise, query, key, value, call, blocks=()):
+    """What ``run``, a way above, gives of a call with a sink; ``otherwise``, a way to serve any, where something is not finite
+    and for second derivatives."""
+    output = run(query, key, value, call, blocks)
+    if not nonfinite.sound(output, query, key, False, call.restricted) or not (call.sink.detach() < math.inf).all():
+        return otherwise(query, key, value, call)
+    if not (torch.is_grad_enabled() and output.requires_grad):
+        return output
+
+    def formula(query, key, value, sink):
+        return otherwise(query, key, value, call._replace(sink=sink))
+
+    return _TwiceDifferentiable.apply(output, formula, call.mask, not call.restricted, query, key, value, call.sink)
+
+
+def fused(query, key, value, mask, causal, scale, pair_by_pair=None, otherwise=None, sink=None):
     """scaled_dot_product_attention; what ``otherwise`` gives where NaN or inf reached, or may have, what it may not.
 
     ``pair_by_pair``: a function (query, key, value) -> output that takes each pair by itself; by default that of the mask.
     Its derivatives serve where something is not finite, and as second ones. ``otherwise``: by default the same.
     """
+    if sink is not None:
+        return sinks.fused(query, key, value, mask, causal, scale, sink)
     output = _run(query, key, value, mask, causal, scale)
     differentiable = wants_gradients(query, key, value) and not tracing()
     sound = nonfinite.sound(output, query, key, mask is not None, causal)
@@ -239,7 +256,7 @@ def fused(query, key, value, mask, causal, scale, pair_by_pair=None, otherwise=N
     if not sound:
         return (otherwise or pair_by_pair)(query, key, value)
     harmless = mask is None and not causal  # all may attend to all, and 0 * NaN is nobody else's
-    return _TwiceDifferentiable.apply(output, pair_by_pair, query, key, value, mask, harmless)
+    return _TwiceDifferentiable.apply(output, pair_by_pair, mask, harmless, query, key, value)
 
 
 def _pair_by_pair(query, key, value, mask, causal, scale):
@@ -257,7 +274,7 @@ def twice_differentiable(run, query, key, value):
     """run(query, key, value); second derivatives are those of ``run`` by PyTorch's plain formula."""
     output = run(query, key, value)
     if wants_gradients(query, key, value) and not tracing():
-        return _TwiceDifferentiable.apply(output, partial(_formula, run), query, key, value, None, True)  # values are not read
+        return _TwiceDifferentiable.apply(output, partial(_formula, run), None, True, query, key, value)  # values are not read
     return output
 
 
@@ -289,8 +306,8 @@ class _TwiceDifferentiable(torch.autograd.Function):
     change of it is noticed."""
 
     @staticmethod
-    def forward(ctx, output, formula, query, key, value, mask, harmless):
-        ctx.save_for_backward(query, key, value, mask)
+    def forward(ctx, output, formula, mask, harmless, *inputs):
+        ctx.save_for_backward(*inputs, mask)
         ctx.formula, ctx.harmless = formula, harmless
         return output.detach()
 
@@ -300,11 +317,11 @@ class _TwiceDifferentiable(torch.autograd.Function):
         twice = torch.is_grad_enabled()
         # with a value that is not finite, neither were the output, nor is this its backward
         if not twice and (ctx.harmless or not readable(grad_output) or all(map(nonfinite.finite, (grad_output, *inputs[:2])))):
-            return grad_output, None, None, None, None, None, None
-        wanted = ctx.needs_input_grad[2:5]
+            return grad_output, *[None] * (3 + len(inputs))
+        wanted = ctx.needs_input_grad[4:]
         with torch.enable_grad():  # apart, where one tensor is query and key
             inputs = [x.view_as(x) if twice else x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
             output = ctx.formula(*inputs)
         chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
         grads = iter(torch.autograd.grad(output, chosen, grad_output, create_graph=twice))
-        return None, None, *(next(grads) if w else None for w in wanted), None, None
+        return None, None, None, None, *(next(grads) if w else None for w in wanted)

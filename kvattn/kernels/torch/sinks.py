@@ -1,0 +1,76 @@
+"""The CPU's fused kernel with a sink s: with lse the log of the sum of exp(scores) of a row without it, and O its output,
+
+    lse' = log(exp(lse) + exp(s)),    O' = O exp(lse - lse')
+
+The kernel's backward computes weights again, exp(score - lse), and takes each row's sum of grad_output * output off their
+gradients. Given lse' and O' it is that of the weights with the sink, whose own gradient is -exp(s - lse') times the sum.
+
+Source of that backward: Dao et al. 2022, "FlashAttention", algorithm 4.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kvattn.kernels.torch.traces import tracing
+
+ATTEND = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: as read in 2.13
+DERIVE = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+
+def obstacle(query, key, value, sink):
+    """Why the kernel cannot serve SDPA's calls with a sink; "" where it can."""
+    if not query.is_cpu or ATTEND is None or tracing() or torch.is_autocast_enabled("cpu"):
+        return "SDPA gives its lse on a CPU alone, not while a program is recorded, nor under autocast"
+    if query.ndim != 4 or not query.shape[0] == key.shape[0] == value.shape[0] or query.shape[-1] != value.shape[-1]:
+        return "SDPA gives its lse for four axes, of one batch, and as many features of values as of keys"
+    if 0 in (*query.shape, *key.shape) or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+        return "SDPA gives its lse for rows that lie in one piece"
+    if sink.ndim > 1 and sink.shape[0] != 1 and sink.ndim != 4:
+        return "each batch entry has sinks of its own"
+    return ""
+
+
+def fused(query, key, value, mask, causal, scale, sink):
+    """The output of scaled_dot_product_attention with the sink: of each head, or each query."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -math.inf).to(query.dtype)
+    return _Fused.apply(query, key, value, sink, mask, causal, scale)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, sink, mask, causal, scale):
+        output, lse = ATTEND(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        rows = _rows(sink, lse)
+        both = torch.logaddexp(lse, rows)
+        left = torch.exp(lse - both)[..., None]
+        output = output.mul_(left) if output.dtype == left.dtype else (output * left).to(output.dtype)
+        ctx.save_for_backward(query, key, value, sink, mask, output, both)
+        ctx.how = causal, scale
+        ctx.set_materialize_grads(False)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if grad_output is None:  # the formula took the gradient
+            return (None,) * 7
+        query, key, value, sink, mask, output, lse = ctx.saved_tensors
+        causal, scale = ctx.how
+        by_sink = None
+        if ctx.needs_input_grad[3]:
+            sums = torch.linalg.vecdot(grad_output.to(lse.dtype), output.to(lse.dtype))
+            by_sink = -sums * torch.exp(_rows(sink, lse) - lse)
+            by_sink = by_sink[..., None] if sink.ndim == 4 else by_sink.sum(dim=-1)
+            by_sink = by_sink.sum_to_size(sink.shape).to(sink.dtype)
+        if not any(ctx.needs_input_grad[:3]):
+            return None, None, None, by_sink, None, None, None
+        grads = DERIVE(grad_output, query, key, value, output, lse, 0.0, causal, attn_mask=mask, scale=scale)
+        return *grads, by_sink, None, None, None
+
+
+def _rows(sink, lse):
+    """The sink as it broadcasts to the rows (batch, heads, n)."""
+    return (sink[..., 0] if sink.ndim == 4 else sink[..., None]).to(lse.dtype)

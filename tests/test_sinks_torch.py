@@ -1,0 +1,53 @@
+"""Sinks on PyTorch's fused kernel: its backward is given the output and the lse with the sink."""
+
+import pytest
+import torch
+
+import kvattn
+
+
+def inputs(n=6, heads=2):
+    torch.manual_seed(0)
+    made = [torch.randn(1, h, n, 4, dtype=torch.float64, requires_grad=True) for h in (heads, heads // 2, heads // 2)]
+    return *made, torch.randn(heads, dtype=torch.float64, requires_grad=True)
+
+
+def attend(query, key, value, sink, **options):
+    return kvattn.attention(query, key, value, sink=sink, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window": (1, 1)}, {"mask": torch.eye(6, dtype=torch.bool)}], ids=str
+)
+def test_sinks_have_first_and_second_derivatives_on_the_fused_kernel(options):
+    *arrays, sink = inputs()
+    assert kvattn.explain(*arrays, sink=sink, **options).kernel.startswith("SDPA")
+
+    def by_sink_and_value(sink, value):
+        return attend(*arrays[:2], value, sink, **options)
+
+    assert torch.autograd.gradcheck(by_sink_and_value, (sink, arrays[2]), fast_mode=True)
+    assert torch.autograd.gradgradcheck(by_sink_and_value, (sink, arrays[2]), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sink_is_a_key_of_zeros_whose_score_it_is(dtype):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 300, 16).to(dtype) for _ in range(3))
+    sink = torch.randn(4).to(dtype)
+    key_of_zeros, value_of_zeros = (torch.nn.functional.pad(x, (0, 0, 1, 0)) for x in (key, value))
+    bias = torch.zeros(4, 1, 301, dtype=dtype)
+    bias[..., 0] = sink[:, None]
+    expected = kvattn.attention(query, key_of_zeros, value_of_zeros, bias=bias, causal=True, query_offset=1)
+    error = (attend(query, key, value, sink, causal=True).double() - expected.double()).abs().max()
+    assert error <= 16 * torch.finfo(dtype).eps
+
+
+def test_a_sink_that_is_traced_or_transformed_is_the_same():
+    *arrays, sink = inputs()
+    expected = attend(*arrays, sink, causal=True)
+    compiled = torch.compile(lambda *x: attend(*x, causal=True), backend="aot_eager", fullgraph=True)
+    assert (compiled(*arrays, sink) - expected).abs().max() < 1e-12
+    (by_sink,) = torch.autograd.grad(expected.sum(), sink)
+    transformed = torch.func.grad(lambda sink: attend(*arrays, sink, causal=True).sum())(sink)
+    assert (transformed - by_sink).abs().max() < 1e-12
