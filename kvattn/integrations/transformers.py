@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import transformers
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 from torch.utils._pytree import tree_map_only  # private: read in PyTorch 2.13; the names of models below in transformers 5.24
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
@@ -156,25 +155,21 @@ def forward(
         "scale": scaling,
         "softcap": softcap,
     }
-    sink = s_aux.reshape(1, -1, 1, 1) if s_aux is not None else sinks
-    if sink is not None:
-        key, value = pad(key, (0, 0, 1, 0)), pad(value, (0, 0, 1, 0))
-        options |= _with_sink(sink.to(query.dtype), key, **options)
+    sink = s_aux if s_aux is not None else sinks  # of each head; of each query, (batch, heads, n, 1)
+    sink = None if sink is None else sink.to(query.dtype)
     weights = None
     shown = output_attentions or _attentions_are_collected()
     if backend != "torch":
         bias = options.pop("bias")
-        output = _Elsewhere.apply(query, key, value, bias, options, backend)
+        output = _Elsewhere.apply(query, key, value, bias, sink, options, backend)
         if shown:  # each value is one key's unit vector, so that the weights have their gradients as the output has
             unit = torch.eye(key.shape[2], dtype=query.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
-            weights = _Elsewhere.apply(query, key, unit, bias, options, backend)
+            weights = _Elsewhere.apply(query, key, unit, bias, sink, options, backend)
     else:
         options["dropout"] = dropout if module.training else 0.0
-        output = kvattn.attention(query, key, value, **options, return_weights=shown)
+        output = kvattn.attention(query, key, value, **options, sink=sink, return_weights=shown)
         if shown:
             output, weights = output
-    if weights is not None and sink is not None:
-        weights = weights[..., 1:]
     if output.dtype != dtype:
         output = output.to(dtype)
     return output.transpose(1, 2).contiguous(), weights
@@ -187,37 +182,27 @@ def _attentions_are_collected() -> bool:
     return bool(collected) and any(name.endswith("attentions") for name in collected)
 
 
-def _with_sink(
-    sink: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None, causal: bool, **others: Any
-) -> dict[str, Any]:
-    """The options for keys before which a key of zeros stands whose score is the sink: it takes weight and adds nothing."""
-    if bias is None:
-        bias = sink.new_zeros(())
-    shape = torch.broadcast_shapes(sink.shape, (*bias.shape[:-1], 1))
-    bias = torch.cat([sink.expand(shape), bias.expand(*shape[:-1], key.shape[2] - 1)], -1)
-    if mask is not None:
-        mask = pad(mask.expand(*mask.shape[:-1], key.shape[2] - 1), (1, 0), value=True)
-    return {"mask": mask, "bias": bias, "query_offset": int(causal)}
-
-
 class _Elsewhere(torch.autograd.Function):  # type: ignore[misc]
     """Attention on another backend, with that backend's gradients."""
 
     @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, bias: Any, options: dict[str, Any], backend: str) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value, bias)
+    def forward(
+        ctx: Any, query: Any, key: Any, value: Any, bias: Any, sink: Any, options: dict[str, Any], backend: str
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value, bias, sink)
         ctx.options, ctx.backend = options, backend
-        arrays, given = _there((query, key, value), {"bias": bias, **options}, backend)
+        arrays, given = _there((query, key, value), {"bias": bias, "sink": sink, **options}, backend)
         return _back(kvattn.attention(*arrays, **given), query)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
-        *tensors, bias = ctx.saved_tensors
-        arrays, given = _there((*tensors, grad_output), {"bias": bias, **ctx.options}, ctx.backend)
-        wrt = [name for name, needed in zip(("query", "key", "value", "bias"), ctx.needs_input_grad, strict=False) if needed]
+        *tensors, bias, sink = ctx.saved_tensors
+        arrays, given = _there((*tensors, grad_output), {"bias": bias, "sink": sink, **ctx.options}, ctx.backend)
+        names = ("query", "key", "value", "bias", "sink")
+        wrt = [name for name, needed in zip(names, ctx.needs_input_grad, strict=False) if needed]
         found = dict(zip(wrt, kvattn.attention_grad(*arrays, **given, wrt=wrt), strict=True))
-        return *(_back(found[x], grad_output) if x in found else None for x in ("query", "key", "value", "bias")), None, None
+        return *(_back(found[x], grad_output) if x in found else None for x in names), None, None
 
 
 def _there(tensors: Any, options: dict[str, Any], backend: str) -> tuple[list[Any], dict[str, Any]]:
