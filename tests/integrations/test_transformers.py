@@ -1,6 +1,7 @@
 """kvattn inside Hugging Face transformers: models of random weights give what they give with their own attention, "eager"."""
 
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -575,3 +576,19 @@ def test_buckets_are_t5s(bidirectional, num_buckets, max_distance):
     places = torch.arange(-300, 301)
     theirs = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket(places, **how)
     assert torch.equal(kvattn.relative_position_bucket(places, **how).long(), theirs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+def test_a_layer_may_give_each_query_a_sink_of_its_own(backend):
+    """As Inkling 2 does: (batch, heads, n, 1)."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 5, 8, dtype=torch.float64) for _ in range(3))
+    sinks = torch.randn(2, 4, 5, 1, dtype=torch.float64, requires_grad=True)
+    weights = torch.cat([query @ key.mT / math.sqrt(8), sinks], -1).softmax(-1)[..., :-1]
+    expected = (weights @ value).transpose(1, 2)
+    module = torch.nn.Module().eval()
+    output, given = integration.forward(module, query, key, value, None, sinks=sinks, output_attentions=True, backend=backend)
+    (by_sinks,) = torch.autograd.grad(output.square().sum(), sinks)
+    (expected_by_sinks,) = torch.autograd.grad(expected.square().sum(), sinks)
+    for found, wanted in ((output, expected), (given, weights), (by_sinks, expected_by_sinks)):
+        assert (found - wanted).abs().max() < 1e-12
