@@ -578,7 +578,6 @@ def test_buckets_are_t5s(bidirectional, num_buckets, max_distance):
     assert torch.equal(kvattn.relative_position_bucket(places, **how).long(), theirs)
 
 
-@pytest.mark.parametrize("backend", ["torch", "numpy"])
 def test_a_layer_may_give_each_query_a_sink_of_its_own(backend):
     """As Inkling 2 does: (batch, heads, n, 1)."""
     torch.manual_seed(0)
