@@ -25,11 +25,11 @@ def dtype_name(x: Any) -> str:
     """The dtype of any framework's array, spelled as NumPy spells it."""
     dtype = x.dtype
     kind = type(dtype)
-    if kind not in _names:
-        _names[kind] = {}
-    names = _names[kind]
+    if not hasattr(kind, "name"):  # PyTorch's, which it tells quickly: torch.compile would compile anew when a table grew
+        return getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
+    names = _names.setdefault(kind, {})
     if dtype not in names:
-        names[dtype] = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
+        names[dtype] = dtype.name
     return names[dtype]
 
 

@@ -15,6 +15,7 @@ if "torch" not in chosen():
     pytest.skip("this run is without PyTorch", allow_module_level=True)
 
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 from traced import RESTRICTIONS, SIZES, D, V, call, draw, empty, full, padded, short
 
@@ -336,6 +337,30 @@ def test_one_compiled_window_serves_every_length():
         expected = kvattn.attention(x, x, x, causal=True, window=2, backend="numpy")
         np.testing.assert_allclose(call(torch.tensor(x)), expected, rtol=0, atol=1e-5)
     assert len(programs) == 1
+
+
+@pytest.mark.parametrize("given", ["valid_lens", "per query", "mask", "mask and bias"])
+@pytest.mark.parametrize(("grows", "programs"), [(0, 1), (1, 2)])
+def test_few_programs_serve_twenty_lengths(monkeypatch, given, grows, programs):
+    """One, though their dtypes are new; two where sizes grow, which PyTorch takes for unknown from the second on."""
+    kvattn.attention(*[torch.zeros(1, 1)] * 3)
+    monkeypatch.setattr(kvattn.checks, "_names", {})
+    torch._dynamo.reset()
+    count = CompileCounter()
+    compiled = torch.compile(lambda q, k, options: kvattn.attention(q, k, k, **options), backend=count, fullgraph=True)
+    for n in (20 + i * grows for i in range(20)):
+        lens = torch.randint(1, n, (2, n))
+        mask = torch.arange(n) < lens[:, None, :1, None]
+        options = {
+            "valid_lens": {"valid_lens": lens[:, 0]},
+            "per query": {"valid_lens": lens},
+            "mask": {"mask": mask},
+            "mask and bias": {"mask": mask, "bias": torch.randn(4, n, n)},
+        }[given]
+        q, k = torch.randn(2, 4, n, 8, dtype=torch.float64), torch.randn(2, 4, n, 8, dtype=torch.float64)
+        options |= {"bias": options["bias"].double()} if "bias" in options else {}
+        torch.testing.assert_close(compiled(q, k, options), kvattn.attention(q, k, k, **options))
+    assert count.frame_count == programs
 
 
 @pytest.mark.parametrize("sizes", [(2, 0, 3), (2, 3, 0), (0, 3, 2)])
