@@ -102,14 +102,15 @@ def expected(arrays, options, entry, head):
     """(output, gradients by query, key and value) in float64, of one head's query, key, value and gradient of the output."""
     query, key, value, grad = (np.asarray(x, dtype=np.float64) for x in arrays)
     n, d = query.shape
-    scores = query @ key.T / math.sqrt(d)
+    scores = query / math.sqrt(d) @ key.T
     if "bias" in options:
         scores += options["bias"][min(entry, options["bias"].shape[0] - 1), head]
     slope = 1.0
     if "softcap" in options:
         bent = np.tanh(scores / SOFTCAP)
         scores, slope = SOFTCAP * bent, 1 - bent * bent
-    ahead = np.arange(len(key)) - np.arange(n)[:, None]
+    if "causal" in options or "window" in options:
+        ahead = np.arange(len(key)) - np.arange(n)[:, None]
     if "causal" in options:
         scores[ahead > 0] = -np.inf
     if "window" in options:
@@ -118,10 +119,13 @@ def expected(arrays, options, entry, head):
         scores[:, options["valid_lens"][entry] :] = -np.inf
     if "mask" in options:
         scores[:, ~options["mask"][entry, 0, 0]] = -np.inf
-    shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    scores -= scores.max(axis=-1, keepdims=True)  # from here on in place: of 8192 keys, each copy is half a gigabyte
+    shares = np.exp(scores, out=scores)
     shares /= shares.sum(axis=-1, keepdims=True)
     back = grad @ value.T
-    back = shares * (back - (shares * back).sum(axis=-1, keepdims=True)) * slope / math.sqrt(d)
+    back -= np.einsum("ij,ij->i", shares, back)[:, None]
+    back *= shares
+    back *= slope / math.sqrt(d)
     return shares @ value, back @ key, back.T @ query, shares.T @ grad
 
 
@@ -158,6 +162,20 @@ def error(results, wanted, grad):
             off = float(np.abs(x - y).max() / np.abs(y).max())
             worst = max(worst, off if math.isfinite(off) else math.inf)  # max(0, NaN) is 0
     return worst
+
+
+class Looked:
+    """A framework's array, of which only the parts that are asked for are brought here, as ``plain`` brings them."""
+
+    def __init__(self, x, plain, moved=False):
+        self.x, self.plain, self.moved, self.shape = x, plain, moved, x.shape
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, place):
+        entry, *head = place if isinstance(place, tuple) else (place,)
+        return self.plain(self.x[(entry, slice(None), *head) if self.moved else place])  # moved: heads after rows
 
 
 def medians(calls, clock, rounds):
@@ -225,11 +243,10 @@ def torch_calls(shape, kind, dtype, grad, size, device):
                 lambda _, x: native(x, x, x, key_padding_mask=padding, need_weights=False)[0], x, back=back
             ),
         }
-        plain = [each.detach().double().cpu().numpy() for each in (x, back, *matrices)]
-        return plain[:2], plain[2:], options, calls
+        return [x, back], matrices, options, calls
 
     query, key, value, back = map(tensor, arrays)
-    rounded = [x.double().cpu().numpy() for x in (query, key, value, back)]
+    rounded = query, key, value, back
     leaves = query, key, value
 
     def native(backend=None, mask=None, **how):
@@ -289,8 +306,8 @@ def varlen(lens, query, key, value):
     return varlen_attn(*(x.reshape(-1, 1, d) for x in (query, key, value)), *ends, n, m).reshape(query.shape)
 
 
-def torch_plain(results):
-    return [x.double().cpu().numpy() for x in results]
+def torch_plain(x):
+    return x.detach().double().cpu().numpy()
 
 
 def torch_clock(device):
@@ -387,11 +404,10 @@ def jax_calls(shape, kind, dtype, grad, size, device):
 
         calls = {"kvattn": of(ours, x, back=back)}
         calls |= {f"by hand, {name}": of(by_hand(name), x, back=back) for name in implementations}
-        plain = [np.asarray(each.astype(jnp.float32)) for each in (x, back, *matrices)]
-        return plain[:2], plain[2:], options, calls
+        return [x, back], matrices, options, calls
 
     query, key, value, back = map(array, arrays)
-    rounded = [np.asarray(x.astype(jnp.float32)) for x in (query, key, value, back)]
+    rounded = query, key, value, back
     theirs = [x.swapaxes(1, 2).copy() for x in (query, key, value, back)]  # their own layout, (batch, n, heads, d)
 
     def forward(query, key, value, *rest):
@@ -404,17 +420,14 @@ def jax_calls(shape, kind, dtype, grad, size, device):
 
 
 def _moved(call):
-    """A call whose results have to be moved to kvattn's layout before they are looked at."""
+    """A call whose results lie otherwise than kvattn's."""
     made = lambda: call()  # noqa: E731
     made.moved = True
     return made
 
 
-def jax_plain(results, moved=False):
-    import jax.numpy as jnp
-
-    results = [np.asarray(x.astype(jnp.float32)) for x in results]
-    return [x.swapaxes(1, 2) for x in results] if moved else results
+def jax_plain(x):
+    return np.asarray(x).astype(np.float32)
 
 
 def jax_clock(device):
@@ -481,13 +494,15 @@ def work(framework, device, size, shapes, rounds, deadline):
             group = 1 if matrices is not None else heads // rounded[1].shape[1]
             key = row["shape"], row["kind"], row["dtype"]
             if key not in known:
-                known[key] = references(rounded, matrices, options, heads, group)
+                looked = [Looked(x, plain) for x in rounded]
+                known[key] = references(looked, matrices and [plain(W) for W in matrices], options, heads, group)
             changing = row["kind"] == "changing lengths"
             wrong = {}
             for what, call in calls.items():
                 for _ in range(CHANGES - 1 if changing else 0):  # to the first lengths again, which the reference has
                     call()
-                wrong[what] = error(plain(call(), *[True] * hasattr(call, "moved")), known[key], row["grad"])
+                results = [Looked(x, plain, hasattr(call, "moved")) for x in call()]
+                wrong[what] = error(results, known[key], row["grad"])
             figures = medians(calls, clock, rounds)
             timing.tell(row | judged(figures, wrong, TOLERANCE[row["dtype"]]) | {"refused": turned_down})
 

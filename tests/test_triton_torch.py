@@ -44,6 +44,7 @@ EXTRA = [
     {"bias": np.where(rng.random((3, 1, 1, 40)) < 0.5, -np.inf, 1.0)},
     {"bias": rng.standard_normal((20, 1)), "scale": 0.3},
 ]
+SOME_FORBIDDEN = {"bias": np.where(rng.random((2, 20, 40)) < 0.3, -np.inf, rng.standard_normal((2, 20, 40)))}
 
 
 def here(x):
@@ -157,8 +158,8 @@ def test_half_precision_adds_up_in_float32():
 @pytest.mark.parametrize("which", ["query", "key", "value", "grad"])
 @pytest.mark.parametrize(
     "options",
-    [{"causal": True, "query_offset": 4}, EXTRA[1], {"valid_lens": np.array([40, 30, 20])}],
-    ids=["causal", "mask", "lengths"],
+    [{"causal": True, "query_offset": 4}, EXTRA[1], {"valid_lens": np.array([40, 30, 20])}, SOME_FORBIDDEN],
+    ids=["causal", "mask", "lengths", "bias"],
 )
 def test_nan_stays_in_the_rows_that_may_attend_to_it(which, options):
     heads, kv_heads = 2, 1
@@ -251,19 +252,21 @@ def on_a_device():
     """Tensors say that they are CUDA's, and half precision goes where it goes there. Counts the kernel's calls."""
     counted = []
 
-    def attention(*args, **options):
-        counted.append(options)
-        return flash_attention(*args, **options)
+    def prepared(*args):
+        counted.append(args)
+        return prepared_as_it_is(*args)
 
     def flexible(query, key, value):
         return query.dtype != torch.bfloat16 and flexible_as_it_is(query, key, value)
 
-    flash_attention, flexible_as_it_is = flash.attention, gpu._flexible
+    prepared_as_it_is, flexible_as_it_is = flash.Prepared.__call__, gpu._flexible
+    gpu._ready.clear()
     with (
-        patch.object(torch.Tensor, "is_cuda", property(lambda x: True)), patch.object(flash, "attention", attention),
+        patch.object(torch.Tensor, "is_cuda", property(lambda x: True)), patch.object(flash.Prepared, "__call__", prepared),
         patch.multiple(gpu, _flexible=flexible, can_compile=lambda device: True, SHORTEST=0), small_tiles(),
     ):  # fmt: skip
         yield counted
+    gpu._ready.clear()
 
 
 def cases(*asked):
@@ -328,8 +331,8 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and the options t
     ),
     (
         "forgets a mask",
-        "allowed = allowed & (seen != 0)",
-        "pass",
+        "(seen != 0)",
+        "(seen == seen)",
         {"mask": EXTRA[1]["mask"], "causal": True, "query_offset": 20},
     ),
     ("adds keys to one member of a group", "for member in tl.range(0, group):", "for member in tl.range(0, 1):", {}),
@@ -374,3 +377,15 @@ def test_a_kernel_that_lets_nan_through(mutated):
     mutated("if _any_odd(acc):", "if _any_odd(acc) and False:")
     with pytest.raises(AssertionError):
         test_nan_stays_in_the_rows_that_may_attend_to_it("value", {"causal": True, "query_offset": 4})
+
+
+def test_a_kernel_that_takes_nan_for_a_pair_that_a_bias_forbids(mutated):
+    mutated("if BIAS and CAREFUL:", "if False:")
+    with pytest.raises(AssertionError):
+        test_nan_stays_in_the_rows_that_may_attend_to_it("key", SOME_FORBIDDEN)
+
+
+def test_a_kernel_that_keeps_sums_of_nan(mutated):
+    mutated("            if BIAS:\n                top =", "            if False:\n                top =")
+    with pytest.raises(AssertionError):
+        test_nan_stays_in_the_rows_that_may_attend_to_it("key", SOME_FORBIDDEN)

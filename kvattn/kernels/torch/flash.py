@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial, reduce
+from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from kvattn.kernels.torch import tiles
 
 HALF = (torch.float16, torch.bfloat16)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, for tests
+FAST_TANH = not INTERPRETED and torch.version.hip is None  # it is an instruction of CUDA's devices
 FAR = 2**29  # as in tiles.py
 MOST_PARTS = 64
 
@@ -30,42 +32,87 @@ class Rest(NamedTuple):
 
 
 def attention(query, key, value, call):
-    """(batch, h, n, v) for query (batch, h, n, d), key (batch, h_kv, m, d), value (batch, h_kv, m, v); lse, if asked for."""
-    (batch, heads, n, d), m = query.shape, key.shape[-2]
-    offset, offsets = call.query_offset, None
-    if not isinstance(offset, int):
-        if call.windowed:
-            offsets = offset.to(query.device).expand(batch).contiguous()
-        offset = 0
+    """(batch, h, n, v) for query (batch, h, n, d), key (batch, h_kv, m, d), value (batch, h_kv, m, v); lse, if asked for.
+
+    Or all of them without the heads' axis.
+    """
+    if torch.compiler.is_compiling():
+        output, lse = torch.ops.kvattn.attention(*_arrays(query, key, value, call), *_rest(query, call))
+        return _returned(output, lse, query.ndim == 3, call)
+    return Prepared(query, key, value, call)(query, key, value, call)
+
+
+def _arrays(query, key, value, call):
+    """What the kernels read: (query, key, value, mask, bias, lens, offsets); the same arrays wherever they can be."""
+    mask, bias, lens, offsets = call.mask, call.bias, call.valid_lens, None
+    if call.windowed and not isinstance(call.query_offset, int):
+        offsets = call.query_offset.to(query.device).expand(query.shape[0]).contiguous()
+    if lens is not None:
+        lens = lens.to(query.device).contiguous()
+    if query.ndim == 3:
+        query, key, value = (x[:, None] for x in (query, key, value))
+        mask, bias = (x[:, None] if x is not None and x.ndim == 3 else x for x in (mask, bias))
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return query, key, value, mask, bias, lens, offsets
+
+
+def _rest(query, call):
+    offset = call.query_offset if isinstance(call.query_offset, int) else 0  # else the kernels read it
     first = None if call.left is None else _near(offset - call.left)
     last = None if call.right is None else _near(offset + call.right + 1)
-    lens = None if call.valid_lens is None else call.valid_lens.to(query.device).contiguous()
-    mask, bias = (None if x is None else x.expand(batch, heads, n, m) for x in (call.mask, call.bias))
-    scale = 1 / math.sqrt(d) if call.scale is None else float(call.scale)
-    rest = Rest(first, last, scale, None if call.softcap is None else float(call.softcap))
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    arrays = (query, key, value, mask, bias, lens, offsets)
-    if torch.compiler.is_compiling():
-        output, lse = torch.ops.kvattn.attention(*arrays, *rest)
-    elif torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        output, lse = _Attention.apply(*arrays, rest)
-    else:
-        output, lse = forward(*arrays, rest)
-    return (output, lse) if call.return_lse else output
+    scale = 1 / math.sqrt(query.shape[-1]) if call.scale is None else float(call.scale)
+    return Rest(first, last, scale, None if call.softcap is None else float(call.softcap))
 
 
 def _near(x):
     return max(-FAR, min(x, FAR))
 
 
+def _returned(output, lse, headless, call):
+    if headless:
+        output, lse = output[:, 0], lse[:, 0]
+    return (output, lse) if call.return_lse else output
+
+
+class Prepared:
+    """All that calls of the same shapes, strides, dtypes and options share: a small call's time is what is done in Python."""
+
+    def __init__(self, query, key, value, call):
+        arrays = _arrays(query, key, value, call)
+        given = query, key, value, call.mask, call.bias, call.valid_lens, None
+        self.as_given = all(x is y for x, y in zip(arrays, given, strict=True))
+        self.headless = query.ndim == 3
+        self.rest = _rest(query, call)
+        self.plan = _planned(*arrays, self.rest)
+        self.backward_plans = {}
+
+    def __call__(self, query, key, value, call, blocks=()):
+        arrays = query, key, value, call.mask, call.bias, call.valid_lens, None
+        if not self.as_given:
+            arrays = _arrays(query, key, value, call)
+        if (query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
+            output, lse = _Attention.apply(*arrays, self)
+        else:
+            output, lse = _forward(self.plan, *arrays)
+        return _returned(output, lse, self.headless, call) if self.headless or call.return_lse else output
+
+    def backward(self, arrays, output, lse, grad, grad_lse):
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        like = grad.stride(), grad_lse is not None
+        plan = self.backward_plans.get(like)
+        if plan is None:
+            plan = self.backward_plans[like] = _planned(*arrays, self.rest, *like)
+        return _backward(plan, *arrays, output, lse, grad, grad_lse)
+
+
 class _Attention(torch.autograd.Function):
     """The kernels' output, lse and gradients; the formula's under create_graph, since the kernels have no derivative."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, bias, lens, offsets, rest):
-        output, lse = forward(query, key, value, mask, bias, lens, offsets, rest)
+    def forward(ctx, query, key, value, mask, bias, lens, offsets, prepared):
+        output, lse = _forward(prepared.plan, query, key, value, mask, bias, lens, offsets)
         ctx.save_for_backward(query, key, value, mask, bias, lens, offsets, output, lse)
-        ctx.rest = rest
+        ctx.prepared = prepared
         ctx.set_materialize_grads(False)
         return output, lse
 
@@ -74,11 +121,11 @@ class _Attention(torch.autograd.Function):
         *arrays, output, lse = ctx.saved_tensors
         if not torch.is_grad_enabled():
             grad = torch.zeros_like(output) if grad is None else grad
-            return *backward(*arrays, ctx.rest, output, lse, grad, grad_lse), None, None, None, None, None
+            return *ctx.prepared.backward(arrays, output, lse, grad, grad_lse), None, None, None, None, None
         wanted = ctx.needs_input_grad[:3]
         with torch.enable_grad():
             inputs = [x.view_as(x) for x in arrays[:3]]  # apart, where one tensor is query and key
-            results = zip(formula(*inputs, *arrays[3:], ctx.rest), (grad, grad_lse), strict=True)
+            results = zip(formula(*inputs, *arrays[3:], ctx.prepared.rest), (grad, grad_lse), strict=True)
             results = [(x, g) for x, g in results if g is not None]
         chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
         outputs, grads = zip(*results, strict=True)
@@ -88,7 +135,8 @@ class _Attention(torch.autograd.Function):
 
 def formula(query, key, value, mask, bias, lens, offsets, rest):
     """The same, (output, lse), with all its scores."""
-    n, m = query.shape[-2], key.shape[-2]
+    (*lead, n, _), m = query.shape, key.shape[-2]
+    mask, bias = (x if x is None else x.expand(*lead, n, m) for x in (mask, bias))
     j = torch.arange(m, device=query.device)
     i = torch.arange(n, device=query.device)[:, None]
     i = i if offsets is None else i + offsets[:, None, None, None]
@@ -117,69 +165,53 @@ def formula(query, key, value, mask, bias, lens, offsets, rest):
 
 # ---- operators, for torch.compile, which does not look into them
 
-
-@torch.library.custom_op("kvattn::attention", mutates_args=())
-def _operator(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    lens: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-    first: int | None,
-    last: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward(query, key, value, mask, bias, lens, offsets, Rest(first, last, scale, softcap))
+# torch.library.custom_op declares the same, and calls it in twice the time of a small attention
+_library = torch.library.Library("kvattn", "FRAGMENT")
+_TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
+_ARRAYS = "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? lens, Tensor? offsets"
+_REST = "SymInt? first, SymInt? last, float scale, float? softcap"
+_library.define(f"attention({_ARRAYS}, {_REST}) -> (Tensor, Tensor)", tags=_TAGS)
+_results = "Tensor output, Tensor lse, Tensor grad, Tensor? grad_lse"
+_library.define(f"attention_backward({_ARRAYS}, {_REST}, {_results}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 
 
-@_operator.register_fake
+def _operator(*given):
+    return forward(*given[:7], Rest(*given[7:]))
+
+
+def _operator_backward(*given):
+    return backward(*given[:7], Rest(*given[7:11]), *given[11:])
+
+
+for _device in ("CUDA", "CPU"):  # on the CPU Triton's interpreter runs it
+    _library.impl("attention", _operator, _device)
+    _library.impl("attention_backward", _operator_backward, _device)
+
+
+@torch.library.register_fake("kvattn::attention", lib=_library)
 def _(query, key, value, *rest):
     return _like(query, value.shape[-1]), query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("kvattn::attention_backward", mutates_args=())
-def _operator_backward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    lens: torch.Tensor | None,
-    offsets: torch.Tensor | None,
-    first: int | None,
-    last: int | None,
-    scale: float,
-    softcap: float | None,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    grad: torch.Tensor,
-    grad_lse: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rest = Rest(first, last, scale, softcap)
-    return backward(query, key, value, mask, bias, lens, offsets, rest, output, lse, grad, grad_lse)
-
-
-@_operator_backward.register_fake
+@torch.library.register_fake("kvattn::attention_backward", lib=_library)
 def _(query, key, value, *rest):
     return _like(query, query.shape[-1]), *(x.new_empty(x.shape) for x in (key, value))
 
 
 def _keep(ctx, inputs, output):
-    *arrays, first, last, scale, softcap = inputs
-    ctx.save_for_backward(*arrays, *output)
-    ctx.rest = first, last, scale, softcap
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.rest = inputs[7:]
+    ctx.set_materialize_grads(False)
 
 
 def _operator_gradients(ctx, grad, grad_lse):
     *arrays, output, lse = ctx.saved_tensors
+    grad = torch.zeros_like(output) if grad is None else grad
     grads = torch.ops.kvattn.attention_backward(*arrays, *ctx.rest, output, lse, grad, grad_lse)
     return *grads, *[None] * 8
 
 
-_operator.register_autograd(_operator_gradients, setup_context=_keep)
+torch.library.register_autograd("kvattn::attention", _operator_gradients, setup_context=_keep, lib=_library)
 
 
 # ---- the kernels
@@ -187,12 +219,15 @@ _operator.register_autograd(_operator_gradients, setup_context=_keep)
 
 def forward(query, key, value, mask, bias, lens, offsets, rest):
     """(output, lse)."""
-    plan = _planned(query, key, value, mask, bias, lens, offsets, rest)
-    output = _like(query, value.shape[-1])
+    arrays = query, key, value, mask, bias, lens, offsets
+    return _forward(_planned(*arrays, rest), *arrays)
+
+
+def _forward(plan, query, key, value, mask, bias, lens, offsets):
+    output = _empty(query, plan.output)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     parts = lse if plan.partial is None else query.new_empty(plan.partial, dtype=torch.float32)
-    masks = [lse if x is None else x for x in (lens, offsets, mask, bias)]  # lse: for what is not there, and not read
-    plan.forward(query, key, value, output, lse, parts, *masks)
+    plan.forward(query, key, value, output, lse, parts, *_given(lse, mask, bias, lens, offsets))
     if plan.partial is not None:
         plan.combine(parts, output, lse)
     return output, lse
@@ -200,23 +235,42 @@ def forward(query, key, value, mask, bias, lens, offsets, rest):
 
 def backward(query, key, value, mask, bias, lens, offsets, rest, output, lse, grad, grad_lse):
     """The gradients by query, key and value."""
+    arrays = query, key, value, mask, bias, lens, offsets
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    plan = _planned(query, key, value, mask, bias, lens, offsets, rest, grad.stride(), grad_lse is not None)
-    delta, by_query = torch.empty_like(lse), _like(query, query.shape[-1])
+    plan = _planned(*arrays, rest, grad.stride(), grad_lse is not None)
+    return _backward(plan, *arrays, output, lse, grad, grad_lse)
+
+
+def _backward(plan, query, key, value, mask, bias, lens, offsets, output, lse, grad, grad_lse):
+    delta, by_query = torch.empty_like(lse), _empty(query, plan.output)
     by_key, by_value = key.new_empty(key.shape), value.new_empty(value.shape)
     grad_lse = lse if grad_lse is None else grad_lse.contiguous()
-    masks = [lse if x is None else x for x in (lens, offsets, mask, bias)]
-    plan.by_query(query, key, value, output, lse, grad, grad_lse, delta, by_query, *masks)
-    plan.by_key(query, key, value, lse, grad, delta, by_key, by_value, *masks)
+    given = _given(lse, mask, bias, lens, offsets)
+    plan.by_query(query, key, value, output, lse, grad, grad_lse, delta, by_query, *given)
+    plan.by_key(query, key, value, lse, grad, delta, by_key, by_value, *given)
     return by_query, by_key, by_value
 
 
+def _given(other, mask, bias, lens, offsets):
+    """The arrays of the restrictions, with ``other`` for what is not there, and not read."""
+    return [other if x is None else x for x in (lens, offsets, mask, bias)]
+
+
 def _like(query, features):
-    """An empty output that lies in memory as the query does: heads before queries, or queries before heads."""
-    batch, heads, n, _ = query.shape
-    if _heads_last(query.shape, query.stride()):
-        return query.new_empty((batch, n, heads, features)).transpose(1, 2)
-    return query.new_empty((batch, heads, n, features))
+    return _empty(query, _laid_out(query.shape, query.stride(), features))
+
+
+def _empty(query, laid_out):
+    shape, heads_last = laid_out
+    return query.new_empty(shape).transpose(1, 2) if heads_last else query.new_empty(shape)
+
+
+def _laid_out(shape, strides, features):
+    """The shape of an empty output, and whether its heads come after its queries, as in the query's memory."""
+    batch, heads, n, _ = shape
+    if _heads_last(shape, strides):
+        return (batch, n, heads, features), True
+    return (batch, heads, n, features), False
 
 
 def _heads_last(shape, strides):
@@ -238,6 +292,7 @@ class _Plan(NamedTuple):
     by_query: Launch | None
     by_key: Launch | None
     partial: int | None  # numbers that the parts of the keys leave to ``combine``
+    output: tuple  # `_laid_out`: of the output; of the gradient by the query
 
 
 @lru_cache(maxsize=1024)
@@ -256,36 +311,38 @@ def _plan(
         first is not None,
         last is not None,
         *kinds,
-        softcap is not None,
+        0 if softcap is None else 2 if dtype == torch.bfloat16 and FAST_TANH else 1,
     )
     narrow = softcap is not None or first is not None
+    light = softcap is None and bias is None and kinds[0] < 2 and (kinds[0] == 1 or first is not None)
     inputs = (*q_strides[:3], *k_strides[:3], *v_strides[:3])
     outputs = _rows(shape, q_strides, v)
     masks = (*steps[0], *steps[1])
     sizes = (d, v, _wide(d), _wide(v))
     types = (dtype, *(None if x is None else x[0] for x in (mask, bias, lens, offsets)))
     if grad_strides is None:
-        rows, cols, warps, stages = forward_tiles(dtype, width, group * n, any(kinds), narrow)
+        rows, cols, warps, stages = forward_tiles(dtype, width, group * n, light)
         programs = -(-group * n // rows) * batch * kv_heads
         parts = how_many_parts(programs, m, cols, device)
         constants = (*sizes, rows, cols, parts, *flags)
         strides = (*inputs, *outputs, *masks)
         forward = Launch(tiles.forward, device, types, programs * parts, strides, numbers, constants, warps, stages)
+        output = _laid_out(shape, q_strides, v)
         if parts == 1:
-            return _Plan(forward, None, None, None, None)
+            return _Plan(forward, None, None, None, None, output)
         constants = (v, _wide(v), parts, parts)
         combine = Launch(tiles.combine, device, types, batch * heads * n, outputs, (heads, n), constants, 4, 1)
-        return _Plan(forward, combine, None, None, parts * batch * heads * n * (v + 2))
-    rows, cols, warps, stages = query_tiles(dtype, width, any(kinds), narrow)
+        return _Plan(forward, combine, None, None, parts * batch * heads * n * (v + 2), output)
+    rows, cols, warps, stages = query_tiles(dtype, width, light, narrow)
     strides = (*inputs, *outputs, *grad_strides[:3], *_rows(shape, q_strides, d), *masks)
     programs = -(-group * n // rows) * batch * kv_heads
     constants = (*sizes, rows, cols, by_lse, *flags)
     by_query = Launch(tiles.backward_query, device, types, programs, strides, numbers, constants, warps, stages)
-    rows, cols, warps, stages = key_tiles(dtype, width, any(kinds), narrow)
+    rows, cols, warps, stages = key_tiles(dtype, width, narrow)
     programs = -(-m // cols) * batch * kv_heads
     strides = (*inputs, *grad_strides[:3], *masks)
     by_key = Launch(tiles.backward_key, device, types, programs, strides, numbers, (*sizes, rows, cols, *flags), warps, stages)
-    return _Plan(None, None, by_query, by_key, None)
+    return _Plan(None, None, by_query, by_key, None, _laid_out(shape, q_strides, d))
 
 
 def _rows(shape, strides, features):
@@ -297,10 +354,11 @@ def _rows(shape, strides, features):
 
 
 def _steps(described):
-    """The strides of a mask or a bias, 0 where it is the same for all."""
+    """The four strides of a mask or a bias, 0 where it is the same for all."""
     if described is None:
         return 0, 0, 0, 0
-    return tuple(0 if size == 1 else step for size, step in zip(*described[1:], strict=True))
+    steps = [0 if size == 1 else step for size, step in zip(*described[1:], strict=True)]
+    return (*[0] * (4 - len(steps)), *steps)
 
 
 def _wide(features):
@@ -320,24 +378,31 @@ class Launch:
         self.arguments = (*strides, *numbers, *constants)
         self.options = {"num_warps": warps, "num_stages": stages}
         self.like = (kernel, device, types, strides, constants, warps)
-        self.run = _compiled[self.like][self.grid] if self.like in _compiled else None
+        self.use(_compiled.get(self.like))
+
+    def use(self, compiled):
+        """``compiled``: what Triton made of the kernel, or None. Its launcher is called as Inductor's programs call it, without
+        a profiler's hooks: those take as long as the rest of it."""
+        self.run = compiled and partial(compiled.run, *self.grid)
+        self.program = compiled and (compiled.function, compiled.packed_metadata, None, None, None)
 
     def __call__(self, *arrays):
         if INTERPRETED:
             self.kernel[self.grid](*arrays, *self.arguments)
             return
-        if self.device.index != torch.cuda.current_device():
+        index = self.device.index
+        if index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 return self(*arrays)
         at = [x.data_ptr() for x in arrays]
-        aligned = not any(x & 15 for x in at)
+        aligned = not reduce(or_, at) & 15
         if aligned and self.run is not None:
-            self.run(*at, *self.arguments)
+            self.run(_stream(index), *self.program, *at, *self.arguments)
             return
         compiled = self._first(arrays)
         if aligned:
             _compiled[self.like] = compiled
-            self.run = compiled[self.grid]
+            self.use(compiled)
 
     def _first(self, arrays):
         """Runs the kernel as Triton's documentation tells; with fewer stages on a device with less shared memory."""
@@ -350,34 +415,40 @@ class Launch:
                 self.options["num_stages"] -= 1
 
 
+def _stream(index):
+    """The device's current stream, as a number."""
+    return triton.runtime.driver.active.get_current_stream(index)
+
+
 _compiled = {}
 
 
-# ---- tiles: (queries, keys, warps, stages), the fastest on an H100 of those that were tried
+# ---- tiles: (queries, keys, warps, stages), the fastest on an H100 and an H200 of those that were tried
 
 
-def forward_tiles(dtype, width, rows, masked, narrow):
-    """``masked``: by a mask or a bias; ``narrow``: with a softcap, whose tanh takes registers, or a window's left end."""
+def forward_tiles(dtype, width, rows, light):
+    """``light``: what forbids pairs is a window's left end or a mask that is the same for all queries: little to read."""
     if dtype == torch.float32:
         return 32, 32, 4, 1
     if rows <= 32:
         return 16 if rows <= 16 else 32, 64, 4, 3
     if width > 128:
         return 64, 64, 4, 2
-    return (128, 64, 4, 3) if rows > 64 and width <= 64 and (masked or narrow) else (64, 64, 4, 3)
+    return (128, 64, 4, 3) if rows > 64 and width <= 64 and light else (64, 64, 4, 3)
 
 
-def query_tiles(dtype, width, masked, narrow):
+def query_tiles(dtype, width, light, narrow):
+    """``narrow``: with a softcap, whose tanh takes registers, or a window's left end."""
     if dtype == torch.float32:
         return 32, 32, 4, 1
     if width > 128:
         return 64, 32, 4, 2
     if width > 64:
-        return 128, 64, 8, 3
-    return (64, 32, 4, 3) if masked or narrow else (64, 64, 4, 3)
+        return (64, 64, 4, 2) if light and narrow else (128, 64, 8, 3)
+    return (64, 32, 4, 3) if light else (64, 64, 4, 3)
 
 
-def key_tiles(dtype, width, masked, narrow):
+def key_tiles(dtype, width, narrow):
     if dtype == torch.float32:
         return 32, 32, 4, 1
     if width > 128:
@@ -388,7 +459,7 @@ def key_tiles(dtype, width, masked, narrow):
 def how_many_parts(programs, m, cols, device):
     """A power of two: parts of the keys that keep the device busy, of at least two tiles each."""
     parts, processors = 1, _processors(device)
-    while parts < MOST_PARTS and parts * programs < 3 * processors and 4 * parts * cols <= m:
+    while parts < MOST_PARTS and 2 * parts * programs < 3 * processors and 4 * parts * cols <= m:
         parts *= 2
     return parts
 

@@ -21,6 +21,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvattn.call import Choice
@@ -31,14 +32,39 @@ HALF = (torch.float16, torch.bfloat16)
 WIDEST = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}  # features that fit the kernel's shared memory
 SHORTEST = 128  # queries or keys: below, compiling for the call's options would take longer than there is to win
 KEPT = 8  # lists of lengths that are kept for the next layer's call
+READY = 1024  # calls of the kernel in Triton that are prepared
 
 _kept = {}
+_ready = {}  # of calls that the kernel in Triton served before: the choice, prepared for their like
 
 
 # ---- which kernel
 
 
 def choose(query, key, value, call):
+    """The kernel that serves softmax of scaled dot products; None for the tab's own path."""
+    name = _name(query, key, value, call)
+    ready = None if name is None else _ready.get(name)  # torch.compile would watch what it looks into
+    return ready or _choose(query, key, value, call)
+
+
+def _name(query, key, value, call):
+    """All that decides about a call, where values and what PyTorch is doing do not; else None."""
+    mask, bias, lens, offset = call.mask, call.bias, call.valid_lens, call.query_offset
+    if tracing() or torch.is_autocast_enabled("cuda") or forward_ad._current_level >= 0 or (bias is not None and bias.requires_grad):
+        return None
+    if lens is not None and not lens.is_cuda:
+        return None
+    placed = offset if type(offset) is int else (offset.device, offset.dtype, offset.shape)
+    given = [None if x is None else (x.dtype, x.device, x.shape, x.stride()) for x in (mask, bias, lens)]
+    return (
+        query.device, query.dtype, query.shape, query.stride(), key.dtype, key.shape, key.stride(), value.dtype, value.shape,
+        value.stride(), *given, placed, call.left, call.right, call.scale, call.softcap, call.return_lse,
+        sdpa.wants_gradients(query, key, value),
+    )  # fmt: skip
+
+
+def _choose(query, key, value, call):
     """The kernel that serves softmax of scaled dot products; None for the tab's own path."""
     alone = call.mask is None and call.bias is None and not call.softcap and not call.return_lse
     if alone and not call.restricted:
@@ -74,8 +100,7 @@ def choose(query, key, value, call):
         return None  # three times as slow backward as SDPA with a mask, on an H100
     if not _flexible(query, key, value):
         return None
-    why = "tiles of keys that no query of a tile may attend to are skipped"
-    return Choice("kvattn's kernel in Triton", why, (), _flash)
+    return FLASH
 
 
 def _in_heads(query, key, value):
@@ -151,11 +176,16 @@ def corner(query, key, value, call, blocks=()):
 def _flash(query, key, value, call, blocks=()):
     from kvattn.kernels.torch import flash  # imports Triton, which not everyone has
 
-    if query.ndim == 4:
+    name = _name(query, key, value, call)
+    if name is None:
         return flash.attention(query, key, value, call)
-    mask, bias = (x[:, None] if x is not None and x.ndim == 3 else x for x in (call.mask, call.bias))
-    results = flash.attention(*(x[:, None] for x in (query, key, value)), call._replace(mask=mask, bias=bias))
-    return tuple(x[:, 0] for x in results) if call.return_lse else results[:, 0]
+    _make_room(_ready, READY)
+    prepared = flash.Prepared(query, key, value, call)
+    _ready[name] = FLASH._replace(run=prepared)
+    return prepared(query, key, value, call)
+
+
+FLASH = Choice("kvattn's kernel in Triton", "tiles of keys that no query of a tile may attend to are skipped", (), _flash)
 
 
 class _Triangle:
