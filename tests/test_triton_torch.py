@@ -296,6 +296,44 @@ def test_arrays_without_a_head_axis(options):
         np.testing.assert_allclose(x, y, atol=4e-3)
 
 
+LIKE = [  # calls that differ in one thing
+    {"valid_lens": np.array([9, 5])},
+    {"valid_lens": np.array([3, 9])},
+    {"softcap": 1.0},
+    {"softcap": 2.0},
+    {"softcap": 1.0, "scale": 0.1},
+    {"window": (2, 1)},
+    {"window": (1, 1)},
+    {"window": (2, 1), "query_offset": 3},
+    {"mask": np.eye(9, dtype=bool)},
+    {"mask": np.eye(18, dtype=bool)[::2, ::2]},
+]
+
+
+def test_what_is_prepared_for_a_call_serves_its_like_alone():
+    arrays = draw(9, 9, d=8, v=8, heads=2, batch=2, dtype=np.float16)[:3]
+    turned = [x.swapaxes(1, 2).copy().swapaxes(1, 2) for x in arrays]
+    calls = [(arrays, options) for options in LIKE] + [(turned, LIKE[0])]
+    wanted = [kvattn.attention(*inputs, **options) for inputs, options in calls]
+    with on_a_device():
+        for _ in range(2):  # the second time as prepared
+            for (inputs, options), expected_ in zip(calls, wanted, strict=True):
+                given = {name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+                found = kvattn.attention(*map(torch.from_numpy, inputs), **given)
+                np.testing.assert_allclose(found.numpy(), expected_, atol=4e-3)
+        assert len(gpu._ready) == len(calls) - 1  # two calls differ in the values of their lengths alone
+
+
+@pytest.mark.parametrize("forgotten", ["softcap", "scale", "left", "query_offset"])
+def test_a_memory_of_calls_that_forgets(forgotten):
+    def name(query, key, value, call):
+        return named(query, key, value, call._replace(**{forgotten: 0 if forgotten == "query_offset" else None}))
+
+    named = gpu._name
+    with patch.object(gpu, "_name", name), pytest.raises((AssertionError, RuntimeError)):
+        test_what_is_prepared_for_a_call_serves_its_like_alone()
+
+
 # ---- mutants
 
 MUTANTS = [  # what it does wrong, the text, what replaces it, and the options that should notice

@@ -321,27 +321,27 @@ def _plan(
     sizes = (d, v, _wide(d), _wide(v))
     types = (dtype, *(None if x is None else x[0] for x in (mask, bias, lens, offsets)))
     if grad_strides is None:
-        rows, cols, warps, stages = forward_tiles(dtype, width, group * n, light)
+        rows, cols, *how = forward_tiles(dtype, width, group * n, light, kinds != [0, 0])
         programs = -(-group * n // rows) * batch * kv_heads
         parts = how_many_parts(programs, m, cols, device)
         constants = (*sizes, rows, cols, parts, *flags)
         strides = (*inputs, *outputs, *masks)
-        forward = Launch(tiles.forward, device, types, programs * parts, strides, numbers, constants, warps, stages)
+        forward = Launch(tiles.forward, device, types, programs * parts, strides, numbers, constants, *how)
         output = _laid_out(shape, q_strides, v)
         if parts == 1:
             return _Plan(forward, None, None, None, None, output)
         constants = (v, _wide(v), parts, parts)
         combine = Launch(tiles.combine, device, types, batch * heads * n, outputs, (heads, n), constants, 4, 1)
         return _Plan(forward, combine, None, None, parts * batch * heads * n * (v + 2), output)
-    rows, cols, warps, stages = query_tiles(dtype, width, light, narrow)
+    rows, cols, *how = query_tiles(dtype, width, light, narrow)
     strides = (*inputs, *outputs, *grad_strides[:3], *_rows(shape, q_strides, d), *masks)
     programs = -(-group * n // rows) * batch * kv_heads
     constants = (*sizes, rows, cols, by_lse, *flags)
-    by_query = Launch(tiles.backward_query, device, types, programs, strides, numbers, constants, warps, stages)
-    rows, cols, warps, stages = key_tiles(dtype, width, narrow)
+    by_query = Launch(tiles.backward_query, device, types, programs, strides, numbers, constants, *how)
+    rows, cols, *how = key_tiles(dtype, width, narrow)
     programs = -(-m // cols) * batch * kv_heads
     strides = (*inputs, *grad_strides[:3], *masks)
-    by_key = Launch(tiles.backward_key, device, types, programs, strides, numbers, (*sizes, rows, cols, *flags), warps, stages)
+    by_key = Launch(tiles.backward_key, device, types, programs, strides, numbers, (*sizes, rows, cols, *flags), *how)
     return _Plan(None, None, by_query, by_key, None, _laid_out(shape, q_strides, d))
 
 
@@ -373,11 +373,11 @@ class Launch:
     bytes; ``numbers`` are those arguments that tiles.py does not let it depend on, and floats.
     """
 
-    def __init__(self, kernel, device, types, programs, strides, numbers, constants, warps, stages):
+    def __init__(self, kernel, device, types, programs, strides, numbers, constants, warps, stages, registers=None):
         self.kernel, self.device, self.grid = kernel, device, (programs, 1, 1)
         self.arguments = (*strides, *numbers, *constants)
-        self.options = {"num_warps": warps, "num_stages": stages}
-        self.like = (kernel, device, types, strides, constants, warps)
+        self.options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
+        self.like = (kernel, device, types, strides, constants, warps, registers)
         self.use(_compiled.get(self.like))
 
     def use(self, compiled):
@@ -423,17 +423,23 @@ def _stream(index):
 _compiled = {}
 
 
-# ---- tiles: (queries, keys, warps, stages), the fastest on an H100 and an H200 of those that were tried
+# ---- tiles: (queries, keys, warps, stages), and how many registers a thread may have, where that is told:
+# the fastest on an H100 and an H200 of those that were tried
 
 
-def forward_tiles(dtype, width, rows, light):
-    """``light``: what forbids pairs is a window's left end or a mask that is the same for all queries: little to read."""
+def forward_tiles(dtype, width, rows, light, masked):
+    """``light``: what forbids pairs is a window's left end or a mask that is the same for all queries: little to read.
+
+    ``masked``: by a mask or a bias. With 168 registers three programs share a processor, where the compiler would take 255.
+    """
     if dtype == torch.float32:
         return 32, 32, 4, 1
     if rows <= 32:
         return 16 if rows <= 16 else 32, 64, 4, 3
     if width > 128:
         return 64, 64, 4, 2
+    if width <= 64 and masked:
+        return 64, 64, 4, 3, 168
     return (128, 64, 4, 3) if rows > 64 and width <= 64 and light else (64, 64, 4, 3)
 
 

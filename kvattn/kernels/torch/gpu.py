@@ -51,7 +51,12 @@ def choose(query, key, value, call):
 def _name(query, key, value, call):
     """All that decides about a call, where values and what PyTorch is doing do not; else None."""
     mask, bias, lens, offset = call.mask, call.bias, call.valid_lens, call.query_offset
-    if tracing() or torch.is_autocast_enabled("cuda") or forward_ad._current_level >= 0 or (bias is not None and bias.requires_grad):
+    if (
+        tracing()
+        or torch.is_autocast_enabled("cuda")
+        or forward_ad._current_level >= 0
+        or (bias is not None and bias.requires_grad)
+    ):
         return None
     if lens is not None and not lens.is_cuda:
         return None
