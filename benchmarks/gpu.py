@@ -488,6 +488,9 @@ def work(framework, device, size, shapes, rounds, deadline):
             for _ in pool.map(compiled, [(at, what, call) for _, at, *_, calls in made for what, call in calls.items()]):
                 pass
         for row, at, rounded, matrices, options, calls in made:
+            if time.time() > deadline:  # compiling took what was left
+                timing.tell(row | {"late": True})
+                continue
             turned_down = {what: why for (of, what), why in refused.items() if of == at}
             calls = {what: call for what, call in calls.items() if what not in turned_down}
             heads = (SHAPES if size == "full" else TINY)[row["shape"]][1]
