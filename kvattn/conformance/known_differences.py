@@ -101,6 +101,16 @@ DIFFERENCES = (
         )
         for group in ("multi-head", "self-attention")
     ),
+    *(
+        Difference(
+            "torch",
+            "*",
+            f"rotary: {kind}, dynamic",
+            "on a GPU the largest position, by which it scales, would have to be waited for: an error asks for numbers",
+            device="cuda",
+        )
+        for kind in ("halves", "interleaved")
+    ),
 )
 
 
