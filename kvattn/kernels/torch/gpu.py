@@ -21,7 +21,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad  # its level is private: read in 2.13
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvattn.call import Choice
