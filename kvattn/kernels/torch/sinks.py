@@ -17,12 +17,13 @@ import torch
 from kvattn.kernels.torch.traces import tracing
 
 ATTEND = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # private: as read in 2.13
+KNOWN = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)  # gives zeros for empty rows, and grouped heads
 DERIVE = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 def obstacle(query, key, value, sink):
     """Why the kernel cannot serve SDPA's calls with a sink; "" where it can."""
-    if not query.is_cpu or ATTEND is None or tracing() or torch.is_autocast_enabled("cpu"):
+    if not query.is_cpu or ATTEND is None or not KNOWN or tracing() or torch.is_autocast_enabled("cpu"):
         return "SDPA gives its lse on a CPU alone, not while a program is recorded, nor under autocast"
     if query.ndim != 4 or not query.shape[0] == key.shape[0] == value.shape[0] or query.shape[-1] != value.shape[-1]:
         return "SDPA gives its lse for four axes, of one batch, and as many features of values as of keys"
