@@ -18,7 +18,7 @@ if "tensorflow" not in chosen():
 
 import keras
 import tensorflow as tf
-from tiling import RESTRICTIONS, draw, subject
+from tiling import RESTRICTIONS, WRT, allowed, call, draw, functions, judge, subject, with_arrays
 
 import kvattn
 from kvattn.backends import tensorflow as tab
@@ -82,6 +82,20 @@ def test_ways_to_call(way, which):
     assert bool(served) == (way in ("eager", "tf.function", "unknown batch"))
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("which", ["mask of columns", "lengths per query", "mask"])
+def test_what_nobody_sees_reaches_nothing_in_a_graph(which):
+    def way(subject, arrays, options):
+        return graph(lambda *arrays: functions(subject, arrays, options))(*arrays)
+
+    case = call(which, 9, 12)
+    unseen = ~allowed(case).any(axis=-2)
+    dirty = {name: case.arguments[name].copy() for name in WRT}
+    dirty["query"][~allowed(case).any(axis=-1)] = dirty["key"][unseen] = dirty["value"][unseen] = np.nan
+    with in_blocks() as served:
+        judge(case, "float64", SUBJECT.found(with_arrays(case, **dirty), way=way))
+    assert served
 
 
 def test_a_trace_knows_the_shapes_of_results():

@@ -32,7 +32,6 @@ SHAPES = noticed_here("a_trace_knows_the_shapes_of_results")
 JACOBIANS = noticed_here("forward_derivatives_and_jacobians")
 LENGTHS = "lengths per query"
 LEFT = {"window": (2, None)}
-HIDE = "tf.where(has_query, x, tf.zeros_like(x))"
 MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction, options or a test that should notice
     ("sees too far right", "start + offset + right - low,", "start + offset + right - low + 1,", "causal"),
     ("sees too far left", "low - (start + offset - left),", "low - (start + offset - left) + 1,", LEFT),
@@ -40,7 +39,8 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
     ("reads another entry's lengths", "tf.gather(lens, entry)", "tf.gather(lens, 0 * entry)", "lengths"),
     ("reads another query's length", "(entry * self.n + start, entry * self.n + end)", "(start, end)", LENGTHS),
     ("reads another entry's offset", "self.lead[:1]), entry)", "self.lead[:1]), 0 * entry)", "causal, offset per batch"),
-    ("shifts a mask's rows", '"masked": (start, end)', '"masked": (0 * start, end - start)', "mask"),
+    ("shifts a mask's rows", "((start, 0), (end, 1))", "((0 * start, 0), (end - start, 1))", "mask"),
+    ("reads a mask's row as every query's", "mask_rows == self.n, x, y)", "mask_rows == self.n, y, y)", "mask"),
     ("adds over no group", "tf.raw_ops.InplaceAdd(", "tf.raw_ops.InplaceUpdate(", "nothing"),
     ("forgets the maximum in lse", "return kept, top - tf", "return kept, -tf", "nothing"),
     ("gives an empty row an lse", "block.of_rows_with_keys(lse, other=-math.inf)", "lse",
@@ -50,8 +50,9 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
     ("forgets softcap's slope", "keep(by_scores if slope is None else by_scores * slope)", "keep(by_scores)", "softcap"),
     ("forgets the lse's gradient", "delta -= block", "block", noticed("gradients_by_the_output_and_the_lse", "nothing")),
     ("loses what is small", ">= LOSSLESS", ">= -1", noticed("scores_that_need_their_maximum_taken_off", "window")),
-    ("lets NaN through from keys", HIDE, "x", UNSEEN("mask of columns")),
-    ("lets NaN through from queries", "self.of_rows_with_keys(self.query)", "self.query", UNSEEN(LENGTHS)),
+    ("lets NaN through", "value), hidden)", "value), lambda: (query, key, value))",
+     noticed_here("what_nobody_sees_reaches_nothing_in_a_graph", "mask of columns")),
+    ("averages values where there is no key", "tf.where(self.empty, tf.constant(other, x.dtype), x)", "x", LENGTHS),
     ("cuts a far offset", "tf.clip_by_value(tf.cast(call.query_offset, tf.int64), -FAR, FAR)", "call.query_offset",
      noticed("an_offset_out_of_sight")),
     ("cuts a long window", "None if side is None else min(side, FAR)", "side", noticed("a_window_without_end")),

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util  # private; read in TensorFlow 2.21
 
-from kvattn.kernels.tensorflow import plan
+from kvattn.kernels.tensorflow import plan, quirks
 from kvattn.kernels.tensorflow.nonfinite import AllowedPairs, absent
 
 SMALLEST = 2**17  # scores of a head that blocks are worth their own cost for; twice that, if they save no work
@@ -84,19 +84,23 @@ def _compiles_with_xla():
 def attention(tab, query, key, value, call, _blocks):
     """softmax(scores) @ value, and the log of the softmax's sums on request: what attention of ``tab`` returns."""
     plain = partial(tab._attend, call=call._replace(normalize=partial(tab.softmax)))  # which no blocks of this file serve
-    scale = call.scale
+    scale, m = call.scale, key.shape[-2]
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1] or 1) if call.score is tab.scaled_dot_score else 1.0
     rest = [tf.cast(tf.clip_by_value(tf.cast(call.query_offset, tf.int64), -FAR, FAR), tf.int32)]
     if call.valid_lens is not None:
         rest.append(tf.cast(tf.minimum(tf.cast(call.valid_lens, tf.int64), key.shape[-2]), tf.int32))
     if call.mask is not None:
-        rest.append(call.mask)
+        mask = call.mask if len(call.mask.shape) > 1 else call.mask[..., None, :] if call.mask.shape else call.mask[None, None]
+        rest.append(mask if mask.shape[-1] == m else tf.broadcast_to(mask, (*quirks.shape(mask)[:-1], m)))
     left, right = (None if side is None else min(side, FAR) for side in (call.left, call.right))
     given = call.valid_lens is not None, call.mask is not None
     most = BAND_ROWS if call.windowed else ROWS
     kind = Kind(scale, call.softcap, left, right, *given, call.return_lse, SCORES, most, FEWEST)
     specs = tuple((x.dtype, x.shape.rank) for x in (query, key, value, *rest))
+
+    if call.mask is not None or call.lengths_per_query(len(query.shape)):
+        query, key, value = _without_padding(tab, query, key, value, call)
 
     @tf.custom_gradient
     def attend(query, key, value):
@@ -122,6 +126,19 @@ def attention(tab, query, key, value, call, _blocks):
     output, *lse = attend(query, key, value)
     output = tf.cast(output, query.dtype)
     return (output, *lse) if lse else output
+
+
+def _without_padding(tab, query, key, value, call):
+    """The arguments; if something in them is not finite, with zeros where nobody looks: NaN there would leak as 0 * NaN."""
+
+    def hidden():
+        allowed = tab._allowed(quirks.shape(query)[-2], tab._keys(key), len(query.shape), call)
+        return tab._hide_padding(allowed, query, key, value)
+
+    if tf.executing_eagerly():
+        return (query, key, value) if absent(query, key, value) else hidden()
+    finite = tf.math.is_finite(tf.add_n([tf.nn.l2_loss(tab._wide(x)) for x in (query, key, value)]))
+    return tf.cond(finite, lambda: (query, key, value), hidden)
 
 
 def _served(function, kind, specs, *tensors):
@@ -188,13 +205,13 @@ class Arguments:
             self.lens, lens = tf.reshape(lens, [-1]), None
         if kind.masked:
             mask = tf.reshape(mask, tf.concat([tf.ones(rank - mask.shape.rank, tf.int32), tf.shape(mask)], 0))
-            self.mask = tf.reshape(mask, tf.concat([[tf.reduce_prod(tf.shape(mask)[:-2])], tf.shape(mask)[-2:]], 0))
+            self.mask = _rows(mask)
         self.masked = not self.lens is self.mask is None  # pair by pair, before the softmax
 
         # for every head, (heads, 1): the place of its entry, query, key, value and mask among the leading axes
         entry = self._flat(tf.reshape(tf.range(self.lead[0]), tf.concat([self.lead[:1], tf.ones(rank - 3, tf.int32)], 0)))
         query_of, key_of, value_of = (self._of(tf.shape(x)[:-2]) for x in (query, key, value))
-        mask_of = self._of(tf.shape(mask)[:-2]) if kind.masked else entry
+        mask_of, mask_rows = (self._of(tf.shape(mask)[:-2]), tf.shape(mask)[-2]) if kind.masked else (entry, self.n)
         head = tf.range(tf.shape(entry)[0])[:, None]
 
         offset = tf.gather(tf.broadcast_to(query_offset, self.lead[:1]), entry)
@@ -212,8 +229,7 @@ class Arguments:
             "positions": (start + offset, end + offset),
             "keys": (low, high),
             "lens": (entry * self.n + start, entry * self.n + end),
-            "masked": (start, end),
-            "mask": (mask_of, mask_of + 1),
+            "mask": tuple(mask_of * mask_rows + tf.where(mask_rows == self.n, x, y) for x, y in ((start, 0), (end, 1))),
         }
         self.names = list(columns)
         flat = [tf.reshape(x + tf.zeros_like(start), [-1]) for pair in columns.values() for x in pair]
@@ -249,13 +265,7 @@ class Block:
         ends = tf.split(tf.gather(arguments.table, i), 2 * len(arguments.names))
         self.ends = dict(zip(arguments.names, zip(ends[::2], ends[1::2], strict=True), strict=True))
         self.query, self.key, self.value = (self.take(getattr(arguments, name), name) for name in ("query", "key", "value"))
-        self.has_key = None
-        if arguments.masked:
-            self.allowed = self._allowed()
-            self.has_key = tf.reduce_any(self.allowed, axis=1, keepdims=True)
-            has_query = tf.reduce_any(self.allowed, axis=0)[:, None]  # NaN where nobody looks would leak as 0 * NaN
-            self.query = self.of_rows_with_keys(self.query)
-            self.key, self.value = (tf.where(has_query, x, tf.zeros_like(x)) for x in (self.key, self.value))
+        self.empty = None  # the queries that may attend to no key, once their scores are known
 
     def take(self, x, name):
         """The block's rows of an array of rows."""
@@ -263,7 +273,7 @@ class Block:
 
     def of_rows_with_keys(self, x, other=0.0):
         """``x``, with another number in the rows of queries that may attend to no key."""
-        return x if self.has_key is None else tf.where(self.has_key, x, tf.constant(other, x.dtype))
+        return x if self.empty is None else tf.where(self.empty, tf.constant(other, x.dtype), x)
 
     def _allowed(self):
         """Which pairs may attend: (rows, keys)."""
@@ -276,12 +286,8 @@ class Block:
             allowed += [] if kind.left is None else [ahead >= -kind.left]
             allowed += [] if kind.right is None else [ahead <= kind.right]
         if arguments.mask is not None:
-            mask = _slice(arguments.mask, *self.ends["mask"])[0]
-            for axis, name in enumerate(("masked", "keys")):
-                ends = tf.where(tf.equal(tf.shape(mask)[axis], 1), (0, 1), tf.concat(self.ends[name], 0))
-                mask = tf.gather(mask, tf.range(ends[0], ends[1]), axis=axis)
-            shape = [end[0] - start[0] for start, end in (self.ends["masked"], self.ends["keys"])]
-            allowed.append(tf.broadcast_to(mask, shape))
+            rows, keys = self.ends["mask"], self.ends["keys"]
+            allowed.append(_slice(arguments.mask, *(tf.concat(x, 0) for x in zip(rows, keys, strict=True))))
         return reduce(tf.logical_and, allowed)
 
     def scores(self):
@@ -296,8 +302,11 @@ class Block:
         """exp(scores) of the allowed pairs over some number, their row sums, the lse, or None, and the slope of softcap."""
         kind, masked = self.kind, self.arguments.masked
         scores, slope = self.scores()
+        if masked:
+            scores = tf.where(self._allowed(), scores, scores.dtype.min)
+            self.empty = tf.reduce_max(scores, axis=1, keepdims=True) <= scores.dtype.min
         if masked or not kind.windowed:
-            weights, lse = self._softmax(scores, self.allowed if masked else None)
+            weights, lse = self._softmax(scores)
             return weights, 1, lse, slope
 
         def masked_before():
@@ -349,8 +358,8 @@ class Block:
 
 
 def _slice(x, start, end):
-    """x[start:end], which is no copy: the ends are vectors of one number."""
-    return tf.raw_ops.StridedSlice(input=x, begin=start, end=end, strides=[1])
+    """x[start:end], of one or more axes; of one, with ends that are vectors of a number, it is no copy."""
+    return tf.raw_ops.StridedSlice(input=x, begin=start, end=end, strides=[1] * start.shape[0])
 
 
 def _zeros(arguments, rows, width):
@@ -385,17 +394,17 @@ def _backward(arguments):
     kind, (output, grad_output, *grad_lse) = arguments.kind, arguments.results
 
     def body(block, by_query, by_key, by_value):
+        if kind.careful:
+            weights, _, slope, pairs = block.careful()
+            total, product, keep = 1, pairs.matmul, pairs.zero_others
+        else:
+            weights, total, _, slope = block.weights()
+            product, keep = lambda a, x, transposed=False: tf.matmul(a, x, transpose_a=transposed), lambda a: a
         grad = block.of_rows_with_keys(block.take(grad_output, "rows"))
         delta = tf.reduce_sum(grad * block.take(output, "rows"), axis=1, keepdims=True)
         for x in grad_lse:
             delta -= block.of_rows_with_keys(block.take(x, "rows"))
-        if kind.careful:
-            weights, _, slope, pairs = block.careful()
-            product, keep = pairs.matmul, pairs.zero_others
-        else:
-            weights, total, _, slope = block.weights()
-            grad, delta = grad / total, delta / total
-            product, keep = lambda a, x, transposed=False: tf.matmul(a, x, transpose_a=transposed), lambda a: a
+        grad, delta = grad / total, delta / total
         by_scores = weights * (tf.matmul(grad, block.value, transpose_b=True) - delta)
         by_scores = keep(by_scores if slope is None else by_scores * slope)
         scale = tf.constant(kind.scale, arguments.dtype)
