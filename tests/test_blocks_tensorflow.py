@@ -80,6 +80,18 @@ def test_whole_blocks_and_a_smaller_one_are_the_whole(way, options):
             np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("options", [{"mask": [True] * 5 + [False] * 2}, {"valid_lens": [3, 6]}], ids=", ".join)
+def test_a_graph_may_close_over_a_mask_or_lengths(options):
+    arrays = [tf.constant(x) for x in draw(lead=(2,))]
+    call = partial(kvattn.attention_grad, **{name: tf.constant(x) for name, x in options.items()}, score=kvattn.distance_score)
+    expected = call(*arrays)
+    with in_blocks() as served:
+        found = graph(call)(*arrays)
+    assert served
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
+
+
 def test_unknown_sizes_are_served_whole():
     arrays = [tf.constant(x) for x in draw(n=6, m=5)[:3]]
     lens = tf.constant([[1, 2, 3, 4, 5, 0]] * 2)

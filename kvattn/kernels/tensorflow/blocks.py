@@ -81,9 +81,9 @@ def attention(tab, serve, query, key, value, call, plan):
 
     def block(i, parts):
         here = {**arrays, **parts}
-        names = [name for name, x in here.items() if x is not None and x.dtype.is_floating]
-        count = len(names)  # the first ones have gradients
-        names += [name for name in parts if name not in names]
+        names = [name for name, x in here.items() if x is not None]  # all: a loop's gradient may not reach past its arguments
+        names.sort(key=lambda name: not here[name].dtype.is_floating)
+        count = sum(here[name].dtype.is_floating for name in names)  # the first ones have gradients
         run, tensors = partial(serve_block, i, names), [here[name] for name in names]
         return _recomputed(run, count)(*tensors) if recomputes else run(*tensors)
 
