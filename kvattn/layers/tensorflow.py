@@ -190,8 +190,8 @@ class MultiHeadAttention(Layer):
             valid_lens = options.pop("valid_lens")
         else:  # a later call may look at what is nobody's now
             options |= {"queries_mask": queries_mask, "keys_mask": keys_mask, "values_mask": values_mask}
-        queries = _split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
-        keys, values = _split(self.W_k(keys), self.num_kv_heads), _split(self.W_v(values), self.num_kv_heads)
+        queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
+        keys, values = tab._split(self.W_k(keys), self.num_kv_heads), tab._split(self.W_v(values), self.num_kv_heads)
         cache = None if cache is None else cache.cache
         queries, keys = layers.turned(self.rotary, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
@@ -202,20 +202,9 @@ class MultiHeadAttention(Layer):
         valid_lens = layers.lengths(tab, valid_lens, queries)
         results = self.attention(queries, keys, values, valid_lens, training=training, **options)
         output, *rest = results if isinstance(results, tuple) else (results,)
-        output = self.W_o(_join(output))  # (batch, n, num_hiddens)
+        output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
         rest = rest if cache is None else [*rest, cache]
         return (output, *rest) if rest else output
-
-
-def _split(X, heads):
-    """(batch, n, heads * d) -> (batch, heads, n, d)."""
-    return keras.ops.swapaxes(tf.reshape(X, (*keras.ops.shape(X)[:-1], heads, X.shape[-1] // heads)), -2, -3)
-
-
-def _join(X):
-    """(batch, heads, n, d) -> (batch, n, heads * d)."""
-    X = keras.ops.swapaxes(X, -2, -3)
-    return tf.reshape(X, (*keras.ops.shape(X)[:-2], X.shape[-2] * X.shape[-1]))
 
 
 # ---- the other parts of a transformer

@@ -91,7 +91,7 @@ def attention(tab, query, key, value, call, _blocks):
     if call.valid_lens is not None:
         rest.append(tf.cast(tf.minimum(tf.cast(call.valid_lens, tf.int64), key.shape[-2]), tf.int32))
     if call.mask is not None:
-        mask = call.mask if len(call.mask.shape) > 1 else call.mask[..., None, :] if call.mask.shape else call.mask[None, None]
+        mask = tf.reshape(call.mask, (*[1] * (2 - len(call.mask.shape)), *quirks.shape(call.mask)))
         rest.append(mask if mask.shape[-1] == m else tf.broadcast_to(mask, (*quirks.shape(mask)[:-1], m)))
     left, right = (None if side is None else min(side, FAR) for side in (call.left, call.right))
     given = call.valid_lens is not None, call.mask is not None
