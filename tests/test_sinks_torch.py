@@ -1,6 +1,11 @@
 """Sinks on PyTorch's fused kernel: its backward is given the output and the lse with the sink."""
 
 import pytest
+from conftest import chosen
+
+if "torch" not in chosen():
+    pytest.skip("this run is without PyTorch", allow_module_level=True)
+
 import torch
 
 import kvattn

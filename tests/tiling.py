@@ -286,17 +286,23 @@ class Torch(Differentiating):
         """``masks``: a list for those that SDPA is given."""
         from torch.nn.functional import scaled_dot_product_attention
 
-        from kvattn.kernels.torch import plan, sdpa
+        from kvattn.kernels.torch import plan, sdpa, sinks
 
-        served, masks = [], [] if masks is None else masks
+        served, masks, fused = [], [] if masks is None else masks, sinks.fused
 
         def counted(query, key, value, mask=None, **options):
             served.append("SDPA")
             masks.append(mask)
             return scaled_dot_product_attention(query, key, value, mask, **options)
 
+        def counted_with_sink(query, key, value, mask, causal, scale, sink):
+            served.append("SDPA")
+            masks.append(mask)
+            return fused(query, key, value, mask, causal, scale, sink)
+
         with (
             patch.dict(vars(plan), sizes), patch.object(sdpa, "scaled_dot_product_attention", counted),
+            patch.object(sinks, "fused", counted_with_sink),
             patch.multiple(planning, BLOCK=2, SLICES=2),
         ):  # fmt: skip
             yield served
@@ -309,7 +315,13 @@ class Torch(Differentiating):
     def passes(self, case):
         keywords = {"score": "scaled_dot_score", "softcap": None, "scale": None} | case.keywords
         able = keywords["score"] == "scaled_dot_score" and not keywords["softcap"]
-        return {"SDPA"} if super().passes(case) and able and (keywords["scale"] is None or keywords["scale"] > 0) else set()
+        passes = super().passes(case)
+        if passes and ("sink" in case.arguments or keywords.get("sink") is not None):
+            # SDPA gives the lse that a sink asks for of these alone
+            query, value, sink = case.arguments["query"], case.arguments["value"], np.asarray(case.arguments.get("sink", 0.0))
+            able &= query.ndim == 4 and query.shape[-1] == value.shape[-1] and set(case.results) <= {"output"}
+            able &= query.shape[0] > 0 and (sink.ndim < 2 or sink.ndim == 4 or len(sink) == 1)
+        return {"SDPA"} if passes and able and (keywords["scale"] is None or keywords["scale"] > 0) else set()
 
     def vjp(self, function, inputs, grad_output):
         inputs = [x.requires_grad_() for x in inputs]

@@ -79,6 +79,8 @@ class _Deferred:
     def check(self):
         """Raises what the call raises whatever the shapes and dtypes of the arrays to come are."""
         options = {name: x for name, x in self.options.items() if name not in ("bias", *ARRAYS)}
+        if hasattr(options.get("sink"), "shape"):  # what it broadcasts to are axes to come
+            options.pop("sink")
         arrays = {name: self.options[name] for name in ARRAYS if hasattr(self.options.get(name), "dtype")}
         arrays = {name: _ShapeAndDtype(ARRAYS[name], x.dtype) for name, x in arrays.items()}
         if self.own < len(self.names) or self.keywords:
