@@ -462,7 +462,7 @@ def alibi_slopes(num_heads: int, *, dtype: str = "float32", backend: Any = None)
     Source: Press et al. 2021, "Train short, test long", section 3; heads that are no power of two: its code.
     """
     slopes = distances.slopes(checks.count("num_heads", num_heads))
-    return dispatch.choose(backend).asarray(slopes, dtype=dtype)
+    return dispatch.choose(backend).asarray(slopes, dtype=checks.float_name("dtype", dtype))
 
 
 def relative_position_bucket(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -115,6 +116,24 @@ def _integers(tab: Any, name: str, x: Any, like: Any) -> Any:
 def _signed(x: Any) -> Any:
     """A NumPy array of unsigned integers as int32, those beyond it as the largest that may be added to; others as they are."""
     return x.clip(max=2**30).astype("int32") if x.dtype.name.startswith("u") and x.dtype.name in INTEGERS else x
+
+
+def _exact_integers(tab: Any, name: str, x: Any, like: Any) -> Any:
+    """As `_integers`, where far away is no one place. Raises ValueError for what some framework's int32 would not hold."""
+    import numpy as np  # here, since importing kvattn loads nothing
+
+    seen, traced = None, hasattr(tab, "tracing") and tab.tracing()
+    if tab.is_array(x):
+        seen = _peek(tab, x) if dtype_name(x).startswith("u") else None
+    elif not traced:
+        with suppress(TypeError, ValueError):  # what is no array has its error below
+            seen = np.asarray(x)
+    if seen is not None and seen.size and seen.dtype.kind in "iu":
+        least, most = int(seen.min()), int(seen.max())
+        if not -(2**31) <= least <= most < 2**31:
+            raise ValueError(f"{name} reach from {least} to {most}; expected int32's, from -2^31 to 2^31 - 1")
+        x = seen.astype("int32") if seen.dtype.kind == "u" else x
+    return _integers(tab, name, x, like)
 
 
 def is_integer(x: Any) -> bool:
@@ -261,11 +280,15 @@ def rows(tab: Any, name: str, given: Any, full: tuple[Any, ...], like: Any) -> A
     """Where the rows (..., n) of ``like`` stand: an int or an array () of the first, or an array that broadcasts to them."""
     if given is None:
         return 0
+    if isinstance(given, bool):
+        raise TypeError(f"{name} must be an integer or an array of them, not bool")
+    if type(given) is int and not -(2**53) <= given <= 2**53:
+        raise ValueError(f"{name} is {given}; expected within 2^53, up to where float64 holds every integer")
     if is_integer(given):
         return int(given)
     if hasattr(given, "__index__") and not hasattr(given, "shape"):  # a size that is a symbol
         return given
-    x = _integers(tab, name, given, like)
+    x = _exact_integers(tab, name, given, like)
     broadcastable(name, _shape(x), full, "the rows", last=1)
     return x
 
@@ -289,10 +312,18 @@ def count(name: str, x: Any, least: int = 1) -> int:
     return int(x)
 
 
+def float_name(name: str, dtype: Any) -> str:
+    """``dtype`` as the name of a floating-point one."""
+    if not isinstance(dtype, str) or dtype not in FLOATS:
+        raise TypeError(f"{name} must be one of {', '.join(FLOATS)}, not {dtype!r}")
+    return dtype
+
+
 def known_integers(tab: Any, name: str, given: Any) -> tuple[Any, Any]:
     """``given`` as an array of ``tab``, and its values, as NumPy's int64. Raises TypeError where they cannot be read now."""
-    x = _integers(tab, name, given, None)
-    if (known := _peek(tab, x)) is None:
+    x = _exact_integers(tab, name, given, None)
+    known = _peek(tab, x) if hasattr(tab, "peek") else tab.to_numpy(x)
+    if known is None:
         raise TypeError(f"{name} must have values that can be read now, not in a trace or on another device: give NumPy's")
     return x, known.astype("int64")
 
@@ -314,7 +345,7 @@ def scaling(base: Any, rotary_dim: Any, given: Any, d: Any) -> tuple[float, int,
         found.pop(key, None) for key in ("rope_theta", "partial_rotary_factor", "type")
     )  # "type": an older name
     kind = found.pop("rope_type", "default" if kind is None and not found else kind)
-    if kind not in rotation.SCALINGS:
+    if not isinstance(kind, str) or kind not in rotation.SCALINGS:
         raise ValueError(f"scaling has the rope_type {kind!r}; known: {', '.join(rotation.SCALINGS)}")
     if theta is not None:
         theta = number("rope_theta", theta, positive=True)
@@ -328,7 +359,11 @@ def scaling(base: Any, rotary_dim: Any, given: Any, d: Any) -> tuple[float, int,
         raise ValueError(f"scaling {kind!r} {lacks}; it has {', '.join((*needed, *optional)) or 'no numbers'}")
     if "truncate" in found:
         found["truncate"] = flag("truncate", found["truncate"])
-    scaled = {key: x if x is True or x is False else number(key, x, positive="mscale" not in key) for key, x in found.items()}
+    scaled = {key: x if key == "truncate" else number(key, x, positive="mscale" not in key) for key, x in found.items()}
+    if kind == "yarn" and base <= 1:
+        raise ValueError(f'base must be above 1 for the scaling "yarn", not {base}')
+    if kind == "llama3" and scaled["high_freq_factor"] <= scaled["low_freq_factor"]:
+        raise ValueError(f"high_freq_factor is {scaled['high_freq_factor']}; expected above low_freq_factor")
     return base, _turned(rotary_dim, part, d), {"rope_type": kind, **scaled}
 
 

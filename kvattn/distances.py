@@ -45,6 +45,6 @@ def bucketed(relative_position: Any, of_one_side: int, max_distance: int, bidire
     import numpy as np  # here, since importing kvattn loads nothing
 
     table = np.array(buckets(of_one_side, max_distance), np.int32)
-    distance = abs(relative_position) if bidirectional else -relative_position
-    found = table[distance.clip(0, max_distance)]
+    relative_position = relative_position.clip(-max_distance, max_distance)  # first, since int64's least has no absolute value
+    found = table[abs(relative_position) if bidirectional else (-relative_position).clip(0)]
     return found + np.where(relative_position > 0, of_one_side, 0) if bidirectional else found

@@ -7,7 +7,7 @@ Pair i of ``width`` features turns by position * base^(-2 i / width): Su et al. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Numbers = tuple[float, ...]
@@ -45,9 +45,18 @@ def _ntk(width: int, base: float, s: dict[str, Any], length: int) -> tuple[Numbe
 
 def _dynamic(width: int, base: float, s: dict[str, Any], length: int) -> tuple[Numbers, float]:
     """As "ntk", by a factor that is 1 up to the trained length and grows with the text: emozilla 2023."""
-    trained = s[TRAINED]
-    stretched = s["factor"] * max(length, trained) / trained - (s["factor"] - 1)
-    return _ntk(width, base, {"factor": stretched}, length)
+    return _ntk(width, base, as_ntk(s, length), length)
+
+
+def as_ntk(dynamic: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """The scaling "ntk" that "dynamic" is for a text of this length.
+
+    >>> as_ntk({"rope_type": "dynamic", "factor": 2.0, TRAINED: 100}, 200)
+    {'rope_type': 'ntk', 'factor': 3.0}
+    """
+    trained, factor = dynamic[TRAINED], dynamic["factor"]
+    others = {key: x for key, x in dynamic.items() if key not in ("rope_type", "type", "factor", TRAINED)}
+    return {**others, "rope_type": "ntk", "factor": factor * max(length, trained) / trained - (factor - 1)}
 
 
 def _yarn(width: int, base: float, s: dict[str, Any], length: int) -> tuple[Numbers, float]:

@@ -1,5 +1,7 @@
 """What scores are given by distance: ALiBi's slopes and T5's buckets."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -68,10 +70,24 @@ def test_buckets_of_the_defaults_in_every_framework(backend):
     assert kvattn.to_numpy(behind).tolist() == [0, 0, 0, 3, 16]
 
 
+def test_the_farthest_distance_of_all_is_in_the_last_bucket():
+    assert kvattn.relative_position_bucket(np.array([-(2**63), 2**63 - 1])).tolist() == [15, 31]
+
+
+def test_buckets_of_a_backend_of_four_functions():
+    numpy = kvattn.dispatch.load("numpy")
+    four = SimpleNamespace(**{name: getattr(numpy, name) for name in kvattn.dispatch.REQUIRED})
+    assert kvattn.relative_position_bucket([0, 1, 900], backend=four).tolist() == [0, 17, 31]
+
+
 BAD = {
     "heads of 0": (lambda: kvattn.alibi_slopes(0), ValueError, "num_heads must be at least 1, not 0"),
     "heads that are no int": (lambda: kvattn.alibi_slopes(2.0), TypeError, "num_heads must be an int, not 2.0"),
     "distances that are floats": (lambda: kvattn.relative_position_bucket([1.0]), TypeError, "has dtype float64"),
+    "distances that no int32 holds": (
+        lambda: kvattn.relative_position_bucket([2**31]), ValueError, "2147483648 to 2147483648; expected int32"),
+    "slopes that are integers": (lambda: kvattn.alibi_slopes(4, dtype="int32"), TypeError, "dtype must be one of float64"),
+    "a dtype that is unknown": (lambda: kvattn.alibi_slopes(4, dtype="half"), TypeError, "dtype must be one of .*, not 'half'"),
     "no bucket": (lambda: kvattn.relative_position_bucket([1], num_buckets=2), ValueError, "num_buckets must be at least 4"),
     "too near": (lambda: kvattn.relative_position_bucket([1], max_distance=8), ValueError, "max_distance must be at least 9"),
 }  # fmt: skip

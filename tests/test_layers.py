@@ -508,8 +508,26 @@ def test_a_query_offset_is_where_rotary_has_the_queries(adapter):
     whole = _first(adapter.call(layer, X, X, X, causal=True))
     last = _first(adapter.call(layer, X[:, 2:], X, X, causal=True, query_offset=2))
     np.testing.assert_allclose(last, whole[:, 2:], atol=1e-5)
-    with pytest.raises(ValueError, match="query_offset has shape \\(2,\\); with rotary= it is one for all"):
-        adapter.call(layer, X, X, X, query_offset=np.array([0, 1]))
+    for several in (np.array([0, 1]), [0, 1]):  # a list of as many as there are queries would do as positions
+        with pytest.raises(ValueError, match="query_offset has shape \\(2,\\); with rotary= it is one for all"):
+            adapter.call(layer, X[:, 2:], X, X, query_offset=several)
+    with pytest.raises(TypeError, match="query_offset must be an int"):
+        adapter.call(layer, X, X, X, query_offset=1.5)
+
+
+def test_a_query_offset_may_be_an_array_without_axes(adapter, backend):
+    layer, _ = made(adapter, "MultiHeadAttention", {**HEADS, "rotary": True}, (X, X, X))
+    given = kvattn.asarray(np.array(2), backend=backend)
+    found, expected = (_first(adapter.call(layer, X[:, 2:], X, X, causal=True, query_offset=x)) for x in (given, 2))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_dynamic_rotary_turns_queries_and_keys_by_one_length(adapter):
+    """By lengths of their own, few queries and many keys would stand at angles that their distance does not tell."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2}
+    layer, _ = made(adapter, "MultiHeadAttention", {**HEADS, "num_heads": 2, "rotary": {"scaling": scaling}}, (X, X, X))
+    whole = _first(adapter.call(layer, X, X, X))
+    np.testing.assert_allclose(_first(adapter.call(layer, X[:, :2], X, X)), whole[:, :2], atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ TOKENS = RNG.integers(0, 11, (2, 5))
 BLOCK = {"num_hiddens": 8, "ffn_num_hiddens": 6, "num_heads": 4}
 MASKED = {"mask": RNG.random((4, 6)) < 0.7, "bias": RNG.normal(size=(4, 6)), "softcap": 2.0}
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2}
 CASES = {  # (layer, configuration, inputs, options)
     "dot product": ("DotProductAttention", {}, (Q, K, V, LENS), {}),
     "mask, bias, softcap": ("DotProductAttention", {}, (Q, K, V), MASKED),
@@ -37,6 +38,13 @@ CASES = {  # (layer, configuration, inputs, options)
     "heads": ("MultiHeadAttention", {"num_hiddens": 12, "num_heads": 6, "bias": True}, (Q, K, V, LENS), {}),
     "grouped heads": (
         "MultiHeadAttention", {"num_hiddens": 12, "num_heads": 6, "num_kv_heads": 2}, (Q, OTHER, V), {"causal": True},
+    ),
+    "rotary": (
+        "MultiHeadAttention", {"num_hiddens": 12, "num_heads": 6, "num_kv_heads": 2, "rotary": True}, (Q, OTHER, V),
+        {"causal": True, "query_offset": 2},
+    ),
+    "rotary, stretched": (
+        "MultiHeadAttention", {"num_hiddens": 12, "num_heads": 3, "rotary": {"scaling": DYNAMIC}}, (Q, K, V), {},
     ),
     "positions": ("PositionalEncoding", {"num_hiddens": 8}, (X,), {"offset": 3}),
     "add and norm": ("AddNorm", {"norm_shape": 8}, (X, Y), {}),

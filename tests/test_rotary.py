@@ -94,6 +94,12 @@ BAD = {
     "positions that are floats": ({"positions": np.arange(4.0)}, TypeError, ["positions", "float", "integer"]),
     "a position that is a float": ({"positions": 1.5}, TypeError, ["positions", "integer"]),
     "positions that are flags": ({"positions": np.ones(4, bool)}, TypeError, ["positions", "bool", "integer"]),
+    "a position that is a flag": ({"positions": True}, TypeError, ["positions", "bool", "integer"]),
+    "a position beyond float64's integers": ({"positions": 2**53 + 1}, ValueError, ["positions", "9007199254740993", "2^53"]),
+    "unsigned positions that no int32 holds": (
+        {"positions": np.array([0, 1, 2, 2**31], "uint32")}, ValueError, ["positions", "0 to 2147483648", "int32"]),
+    "positions in a list that no int32 holds": (
+        {"positions": [0, 1, 2, -(2**31) - 1]}, ValueError, ["positions", "-2147483649 to 2", "int32"]),
     "a base of 0": ({"base": 0}, ValueError, ["base", "above 0"]),
     "a base of text": ({"base": "1e4"}, TypeError, ["base", "number", "str"]),
     "interleaved of a number": ({"interleaved": 1}, TypeError, ["interleaved", "True or False"]),
@@ -106,6 +112,12 @@ BAD = {
         {"scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, ValueError, ["'linear' has beta", "factor"]),
     "a factor of text": ({"scaling": {"type": "linear", "factor": "2"}}, TypeError, ["factor", "number"]),
     "a factor of 0": ({"scaling": {"type": "linear", "factor": 0}}, ValueError, ["factor", "above 0"]),
+    "a factor of True": ({"scaling": {"type": "linear", "factor": True}}, TypeError, ["factor must be a number", "bool"]),
+    "a rope_type that is a list": ({"scaling": {"rope_type": ["linear"]}}, ValueError, ["['linear']", "known: default"]),
+    "yarn by a base of 1": ({"base": 1.0, "scaling": YARN}, ValueError, ["base", "above 1", "yarn"]),
+    "llama3 without a span": (
+        {"scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 4.0,
+                     "high_freq_factor": 4.0}}, ValueError, ["high_freq_factor", "4.0", "above low_freq_factor"]),
     "two bases": (
         {"base": 500.0, "scaling": {"rope_type": "default", "rope_theta": 1e6}}, ValueError, ["base is 500.0", "rope_theta"]),
     "two widths": (
@@ -119,6 +131,13 @@ def test_bad_input_is_named(backend, what):
     with pytest.raises(error) as caught:
         kvattn.rotary(**{"x": X, **given}, backend=backend)
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+def test_unsigned_positions_beyond_those_of_valid_lens_are_not_clipped(backend):
+    places = np.array([2**30 + 1, 2**31 - 1, 2**30 + 77, 5])
+    x = kvattn.asarray(X, backend=backend)
+    found = kvattn.to_numpy(kvattn.rotary(x, places.astype("uint32")))
+    assert np.abs(found - kvattn.rotary(X, places)).max() < 1e-6
 
 
 def test_a_models_rope_parameters_say_everything():

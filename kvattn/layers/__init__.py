@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import api, checks, prepare
+from kvattn import api, checks, dispatch, prepare, rotation
 from kvattn.cache import KVCache
 from kvattn.call import Call
 
@@ -201,10 +201,24 @@ def turned(rotary: Mapping[str, Any] | None, queries: Any, keys: Any, first: Any
     cache, both after what it holds."""
     if rotary is None:
         return queries, keys
-    if getattr(first, "shape", ()):
-        raise ValueError(f"query_offset has shape {tuple(first.shape)}; with rotary= it is one for all batch entries")
+    shape = (len(first),) if isinstance(first, (list, tuple)) else tuple(getattr(first, "shape", ()))
+    if shape:
+        raise ValueError(f"query_offset has shape {shape}; with rotary= it is one for all batch entries")
+    if isinstance(first, (bool, float, str)):
+        raise TypeError(f"query_offset must be an int, not {first!r}")
     places = (first, 0) if cache is None else (cache.length, cache.length)
+    rotary = of_one_length(rotary, queries, keys, places)
     return tuple(api.rotary(x, place, **rotary) for x, place in zip((queries, keys), places, strict=True))
+
+
+def of_one_length(rotary: Mapping[str, Any], queries: Any, keys: Any, places: tuple[Any, Any]) -> Mapping[str, Any]:
+    """The keywords of rotary, by which queries and keys from these places on turn alike: "dynamic" scales by the longer."""
+    scaling = rotary.get("scaling") or {}
+    if (scaling.get("rope_type") or scaling.get("type")) != "dynamic":
+        return rotary
+    tab = dispatch.choose(None, queries=queries)
+    length = max(checks.length(tab, place, x.shape[-2]) for x, place in zip((queries, keys), places, strict=True))
+    return {**rotary, "scaling": rotation.as_ntk(scaling, length)}
 
 
 def lengths(tab: Any, valid_lens: Any, queries: Any) -> Any:

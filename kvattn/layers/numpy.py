@@ -165,8 +165,9 @@ class MultiHeadAttention(Layer):
         grad = tab._split(self.W_o.backward(grad), self.num_heads)
         queries, keys, values = self.attention.backward(grad)
         if self.rotary is not None:  # back by the same angles
+            how = layers.of_one_length(self.rotary, queries, keys, (first, 0))
             places = -(first + np.arange(queries.shape[-2])), -np.arange(keys.shape[-2])
-            queries, keys = (api.rotary(x, at, **self.rotary) for x, at in zip((queries, keys), places, strict=True))
+            queries, keys = (api.rotary(x, at, **how) for x, at in zip((queries, keys), places, strict=True))
         queries, keys, values = map(tab._join, (queries, keys, values))
         return self.W_q.backward(queries), self.W_k.backward(keys), self.W_v.backward(values)
 
