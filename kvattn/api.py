@@ -12,7 +12,7 @@ Where every backend must agree:
 
 - Half precision (float16, bfloat16) is computed in float32; scores come back as float32, other results in the dtype of
   the arguments. float64 stays float64. Mixed dtypes and integers are TypeErrors.
-- A query with nothing to attend to gets zeros, lse -inf and zero gradients.
+- A query with nothing to attend to gets zeros, lse -inf (where there is a sink, the sink) and zero gradients.
 - Without features (d = 0) dot products are 0, scaled or not: attention is the average of the values that may be attended to.
 - NaN or inf in a key or value that no query of its batch entry may attend to, or in a query with no key, reaches no
   result and no gradient. With a cache it reaches no result, but gradients by what projects a step's keys, values and
@@ -412,8 +412,8 @@ def rotary(
 
     Args:
         x: (..., n, d), queries or keys.
-        positions: where the rows stand: integers, broadcastable to (..., n), or the position of the first row, an int or
-            an array without axes; by default 0. Positions (batch, n) of x (batch, heads, n, d) are given as
+        positions: where the rows stand: integers that int32 holds, broadcastable to (..., n), or the position of the first
+            row, an int or an array without axes; by default 0. Positions (batch, n) of x (batch, heads, n, d) are given as
             ``positions[:, None]``.
         base: pair i turns by position * base^(-2 i / d).
         interleaved: pair i is made of features 2 i and 2 i + 1, as in RoFormer and GPT-J; by default of i and i + d / 2, as
@@ -425,14 +425,15 @@ def rotary(
             "rope_theta" and "partial_rotary_factor" in it, a model's ``rope_parameters``, it sets base and rotary_dim too.
 
     Returns:
-        An array of x's shape and dtype. Angles are worked out in float64, so that a position of 1e6 costs no precision; half
-        precision is turned in float32. The gradient by x turns back: ``rotary(grad, -positions)`` where positions are given.
+        An array of x's shape and dtype. Angles are worked out in float64, so that a position of 1e6 costs float32 no precision;
+        half precision is turned in float32. The gradient by x turns back: ``rotary(grad, -positions)`` where positions are
+        given, and the scaling is not "dynamic", which goes by the largest.
 
     Raises:
         ValueError: an odd number of features, a rotary_dim that is odd or larger than d, positions that do not broadcast, an
             unknown rope_type, keys of the scaling that are missing or unknown; "dynamic" where the largest position is not
-            known, as in a trace.
-        TypeError: positions that are no integers.
+            known, as in a trace or on a GPU; positions that no int32 holds.
+        TypeError: x of integers, positions that are no integers.
 
     >>> rotary([[1.0, 0.0], [1.0, 0.0]]).round(2)
     array([[1.  , 0.  ],
@@ -454,7 +455,10 @@ def alibi_slopes(num_heads: int, *, dtype: str = "float32", backend: Any = None)
             near = query[..., -2:-1] * abs(query[..., -1:] - key[..., None, :, -1])
             return scaled_dot_score(query[..., :-2], key[..., :-1]) - near
 
-    Raises TypeError unless num_heads is an int, ValueError unless it is above 0.
+    Half precision holds such positions up to 2048 (bfloat16: 256); further out give float32.
+
+    Raises TypeError unless num_heads is an int and dtype the name of a floating-point one, ValueError unless num_heads is
+    above 0.
 
     >>> alibi_slopes(4)
     array([0.25      , 0.0625    , 0.015625  , 0.00390625], dtype=float32)
@@ -472,7 +476,7 @@ def relative_position_bucket(
 
     Args:
         relative_position: integers of any shape, whose values can be read: ``numpy.arange(m) - numpy.arange(n)[:, None]``.
-        bidirectional: as in an encoder, with half of the buckets for keys behind the query; a decoder has none for them, and
+        bidirectional: as in an encoder, with half of the buckets for keys after the query; a decoder has none for them, and
             puts them in the first.
         num_buckets, max_distance: the model's relative_attention_num_buckets and relative_attention_max_distance.
 

@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Integral
 from typing import Any
 
-from kvattn import rotation
+from kvattn import distances, rotation
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -120,14 +120,12 @@ def _signed(x: Any) -> Any:
 
 def _exact_integers(tab: Any, name: str, x: Any, like: Any) -> Any:
     """As `_integers`, where far away is no one place. Raises ValueError for what some framework's int32 would not hold."""
-    import numpy as np  # here, since importing kvattn loads nothing
-
     seen, traced = None, hasattr(tab, "tracing") and tab.tracing()
     if tab.is_array(x):
         seen = _peek(tab, x) if dtype_name(x).startswith("u") else None
     elif not traced:
         with suppress(TypeError, ValueError):  # what is no array has its error below
-            seen = np.asarray(x)
+            seen = distances.values(x)
     if seen is not None and seen.size and seen.dtype.kind in "iu":
         least, most = int(seen.min()), int(seen.max())
         if not -(2**31) <= least <= most < 2**31:

@@ -40,9 +40,16 @@ def buckets(of_one_side: int, max_distance: int) -> list[int]:
     return [bucket(distance) for distance in range(max_distance + 1)]
 
 
+def values(positions: Any) -> Any:
+    """Lists and numbers as NumPy's array, in which they are all there."""
+    import numpy as np  # here, since importing kvattn loads nothing
+
+    return np.asarray(positions)
+
+
 def bucketed(relative_position: Any, of_one_side: int, max_distance: int, bidirectional: bool) -> Any:
     """The bucket of each of NumPy's integers, key's position minus query's; those of keys after the query come second."""
-    import numpy as np  # here, since importing kvattn loads nothing
+    import numpy as np  # here too
 
     table = np.array(buckets(of_one_side, max_distance), np.int32)
     relative_position = relative_position.clip(-max_distance, max_distance)  # first, since int64's least has no absolute value

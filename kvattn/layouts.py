@@ -62,11 +62,12 @@ def translated(state: Mapping[str, Any], layout: str, prefix: str = "") -> dict[
             if name in own:
                 x = _plain(own[name])
                 x = x.T if transposed else x
-                if x.shape[-1] % len(letters):
+                if len(letters) > 1 and (not x.ndim or x.shape[-1] % len(letters)):
                     raise ValueError(
                         f"{start}{name} has shape {x.shape}: axis -1 is no multiple of {len(letters)}, for {letters}"
                     )
-                found |= {f"{kind}_{c}": y for c, y in zip(letters, np.split(x, len(letters), axis=-1), strict=True)}
+                each = np.split(x, len(letters), axis=-1) if len(letters) > 1 else [x]
+                found |= {f"{kind}_{c}": y for c, y in zip(letters, each, strict=True)}
     return found
 
 

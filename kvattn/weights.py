@@ -42,8 +42,14 @@ def import_weights(layer: Any, weights: Mapping[str, Any], layout: str | None = 
     called with ``causal=True``; BERT's has biases; T5's has none and is called with ``scale=1.0`` and, in the first block of
     a stack, with ``bias=``, made of its relative_attention_bias.
 
-    Raises ValueError, listing every name that is missing or unknown and every shape that differs: then nothing is changed.
+    Raises TypeError for weights that are no dict, and ValueError, listing every name that is missing or unknown and every
+    shape that differs: then nothing is changed.
     """
+    if not hasattr(weights, "items"):
+        raise TypeError(
+            f"weights must be a dict of arrays by name, not {type(weights).__name__}: export_weights gives one, "
+            "and a PyTorch model's state_dict()"
+        )
     if layout is not None:
         weights = layouts.translated(weights, layout, prefix)
     elif prefix:

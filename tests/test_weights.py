@@ -160,3 +160,20 @@ def test_a_state_that_does_not_fit_is_told_by_the_models_names(what):
         kv.import_weights(layer, state, **{"layout": "llama"} | options)
     assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
     assert layer.weights() == {}
+
+
+@pytest.mark.parametrize("layout", [None, "llama"])
+def test_weights_that_are_no_dict_are_told_so(layout):
+    from kvattn import numpy as kv
+
+    with pytest.raises(TypeError, match=r"weights must be a dict of arrays by name, not list: .* state_dict"):
+        kv.import_weights(kv.MultiHeadAttention(8, 4), [np.ones((8, 8))], layout)
+
+
+@pytest.mark.parametrize("layout", ["llama", "gpt2"])
+def test_a_state_of_numbers_is_told_by_their_shapes(layout):
+    from kvattn import numpy as kv
+
+    names = layouts.LAYOUTS[layout].parts.values()
+    with pytest.raises(ValueError, match=r"has shape \(\)"):
+        kv.import_weights(kv.MultiHeadAttention(8, 4), {f"{name}.weight": np.array(1.0) for name in names}, layout)

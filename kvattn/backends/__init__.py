@@ -62,5 +62,5 @@ class Backend(Protocol):
         ...
 
     def __getattr__(self, name: str, /) -> Any:
-        """Every other function of the specification that this backend offers."""
+        """Every other function of the specification that this backend offers; `rotary` is given frequencies, see its tabs."""
         ...
