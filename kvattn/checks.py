@@ -454,13 +454,18 @@ def same_widths(features: tuple[Any, Any], dots: bool) -> None:
 
 def cached(cache: Any, n: Any, m: Any, options: dict[str, Any]) -> Any:
     """How many keys there are once these m have joined the cache. Raises ValueError for an offset beside it."""
-    if is_integer(options.get("query_offset", 0)) and not options.get("query_offset", 0):
-        if _differ(n, m):
-            raise ValueError(f"with a cache, query and key are the same step: n is {n}, m is {m}")
-        if cache.key is None:
-            return m
-        return cache.length + m if is_integer(cache.length) else _shape(cache.key)[-2]
-    raise ValueError("query_offset is the cache's length where there is a cache: give one of them")
+    no_offset(options.get("query_offset", 0))
+    if _differ(n, m):
+        raise ValueError(f"with a cache, query and key are the same step: n is {n}, m is {m}")
+    if cache.key is None:
+        return m
+    return cache.length + m if is_integer(cache.length) else _shape(cache.key)[-2]
+
+
+def no_offset(query_offset: Any) -> None:
+    """Raises ValueError for an offset beside a cache."""
+    if not is_integer(query_offset) or query_offset:
+        raise ValueError("query_offset is the cache's length where there is a cache: give one of them")
 
 
 def same_features(query: Any, key: Any) -> None:

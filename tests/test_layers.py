@@ -515,6 +515,13 @@ def test_a_query_offset_is_where_rotary_has_the_queries(adapter):
         adapter.call(layer, X, X, X, query_offset=1.5)
 
 
+@pytest.mark.parametrize("rotary", [None, True])
+def test_a_query_offset_beside_a_cache_is_refused(adapter, rotary):
+    layer, _ = made(adapter, "MultiHeadAttention", {**HEADS, "rotary": rotary}, (X, X, X))
+    with pytest.raises(ValueError, match="query_offset is the cache's length where there is a cache"):
+        adapter.call(layer, X, X, X, causal=True, cache=kvattn.KVCache(), query_offset=2)
+
+
 def test_a_query_offset_may_be_an_array_without_axes(adapter, backend):
     layer, _ = made(adapter, "MultiHeadAttention", {**HEADS, "rotary": True}, (X, X, X))
     given = kvattn.asarray(np.array(2), backend=backend)

@@ -199,6 +199,8 @@ def check_rotary(rotary: Any, width: int) -> dict[str, Any] | None:
 def turned(rotary: Mapping[str, Any] | None, queries: Any, keys: Any, first: Any, cache: KVCache | None = None) -> Any:
     """queries and keys (..., heads, n, d) turned by their positions: queries stand from ``first`` on, keys from 0 on; with a
     cache, both after what it holds."""
+    if cache is not None:
+        checks.no_offset(first)
     if rotary is None:
         return queries, keys
     shape = (len(first),) if isinstance(first, (list, tuple)) else tuple(getattr(first, "shape", ()))
