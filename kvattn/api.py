@@ -448,8 +448,9 @@ def rotary(
 def alibi_slopes(num_heads: int, *, dtype: str = "float32", backend: Any = None) -> Array:
     """The slope (num_heads,) by which ALiBi lowers a head's scores for each position between query and key.
 
-    As a bias (num_heads, n, m) of the scores it is ``-slopes[:, None, None] * abs(i - j)``. No bias is built where queries
-    and keys bring their positions as features, for a score of your own, which is worked through in blocks::
+    As a bias (num_heads, n, m) of the scores it is ``-slopes[:, None, None] * abs(i - j)``, of positions i (n, 1) of the
+    queries and j (m,) of the keys. No bias is built where queries and keys bring their positions as features, for a score of
+    your own, which is worked through in blocks::
 
         def alibi(query, key):  # queries end in their slope and their position, keys in their position
             near = query[..., -2:-1] * abs(query[..., -1:] - key[..., None, :, -1])
@@ -484,7 +485,7 @@ def relative_position_bucket(
         Integers below num_buckets, of the same shape.
 
     Raises TypeError for what holds no integers, or none that can be read now, as in a trace; ValueError for too few buckets,
-    or a max_distance that is not beyond the buckets of one distance each.
+    a max_distance that is not beyond the buckets of one distance each, or distances that no int32 holds.
 
     >>> relative_position_bucket([[0, 1, 2, -1, 9, 90, 900]])
     array([[ 0, 17, 18,  1, 24, 30, 31]], dtype=int32)
