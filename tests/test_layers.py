@@ -57,6 +57,10 @@ CASES |= {
             w, *x, num_heads=4, num_kv_heads=2, turned=lambda y: reference.turned(y, 50.0, interleaved=True)
         )[0],
     ),
+    "a sink": (
+        "MultiHeadAttention", {**HEADS, "num_kv_heads": 2, "sink": True}, (X, X, X, LENS),
+        lambda w, *x: reference.multi_head(w, *x, num_heads=4, num_kv_heads=2)[0],
+    ),
     "AddNorm": ("AddNorm", {"norm_shape": 8}, (X, X[::-1].copy()), lambda w, x, y: reference.norm(w, x + y)),
     "PositionWiseFFN": ("PositionWiseFFN", {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}, (X,), reference.ffn),
     "TransformerEncoderBlock": (
@@ -554,6 +558,34 @@ def test_a_rotary_that_cannot_be_is_refused_when_the_layer_is_made(adapter, rota
 def test_rotary_of_heads_of_an_odd_width_is_refused(adapter):
     with pytest.raises(ValueError, match="3 features, an odd number"):
         adapter.layer("MultiHeadAttention", num_hiddens=6, num_heads=2, rotary=True)
+
+
+def test_a_sink_is_zero_at_first_and_serves_decoding_and_the_weights_shown(adapter, backend):
+    layer, w = made(adapter, "MultiHeadAttention", {**HEADS, "sink": True}, (X, X, X))
+    assert w["sink"].tolist() == [0.0] * 4
+    assert "sink" not in made(adapter, "MultiHeadAttention", HEADS, (X, X, X))[1]
+    layer, w = adapter.load(layer, shaken(w)), shaken(w)
+    expected, weights = reference.multi_head(w, X, X, X, num_heads=4, causal=True)
+    output, *rest = adapter.call(layer, X, X, X, causal=True, return_weights=True)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    np.testing.assert_allclose(rest[0].reshape(weights.shape), weights, atol=1e-5)
+    steps, cache = [], kvattn.KVCache()
+    for start, end in ((0, 3), (3, 4)):
+        step, *_, cache = adapter.call(layer, *[X[:, start:end]] * 3, causal=True, cache=cache)
+        steps.append(step)
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), expected, atol=1e-5)
+
+
+def test_a_sink_beside_a_layers_own_is_refused_and_serves_a_layer_without(adapter):
+    layer, w = made(adapter, "MultiHeadAttention", {**HEADS, "sink": True}, (X, X, X))
+    sink = np.array([0.5, -1.0, 0.0, 2.0], "float32")
+    with pytest.raises(ValueError, match="sink is given beside the layer's own"):
+        adapter.call(layer, X, X, X, sink=sink)
+    plain, _ = made(adapter, "MultiHeadAttention", HEADS, (X, X, X))
+    expected = reference.multi_head({**w, "sink": sink}, X, X, X, num_heads=4)[0]
+    np.testing.assert_allclose(_first(adapter.call(plain, X, X, X, sink=sink)), expected, atol=1e-5)
+    with pytest.raises(TypeError, match="sink must be True or False"):
+        adapter.layer("MultiHeadAttention", **HEADS, sink=0.5)
 
 
 def test_a_causal_encoder_never_sees_the_future_out_of_training(adapter):

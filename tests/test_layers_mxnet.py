@@ -516,3 +516,51 @@ def test_a_hybridized_layer_turns_what_its_graph_is_given():
     plain = kv.MultiHeadAttention(8, 2, seed=3)
     plain.initialize()
     assert numpy.abs(plain(x, x, x).asnumpy() - expected).max() > 1e-3
+
+
+def test_a_hybridized_layer_learns_its_sink():
+    layer = kv.MultiHeadAttention(8, 2, sink=True, seed=3)
+    layer.initialize()
+    x = array(2, 4, 8)
+    layer(x, x, x)
+    layer.sink.set_data(kv.tensor([0.5, -1.0]))
+
+    def step():
+        with autograd.record():
+            output = layer(x, x, x)
+        output.backward()
+        return output.asnumpy(), layer.sink.grad().asnumpy()
+
+    expected, by_expected = step()
+    assert numpy.abs(by_expected).min() > 1e-3
+    layer.hybridize()
+    for _ in range(2):
+        for made, right in zip(step(), (expected, by_expected), strict=True):
+            numpy.testing.assert_allclose(made, right, atol=1e-5)
+
+
+class WithSink(mx.gluon.HybridBlock):
+    """attention whose sink is a weight of the block's, in its graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.sink = self.params.get("sink", shape=(2,), init="zeros")
+
+    def hybrid_forward(self, F, x, sink):
+        return kv.attention(x, x, x, sink=sink, causal=True)
+
+
+def test_a_symbol_may_be_the_sink():
+    block, x = WithSink(), array(3, 2, 4, 8)
+    block.initialize()
+    block.sink.set_data(kv.tensor([0.5, -1.0]))
+    made = []
+    for _ in range(2):
+        with autograd.record():
+            output = block(x)
+        output.backward()
+        made.append((output.asnumpy(), block.sink.grad().asnumpy()))
+        block.hybridize()
+    for eager, hybrid in zip(*made, strict=True):
+        numpy.testing.assert_allclose(hybrid, eager, atol=1e-5)
+    numpy.testing.assert_allclose(made[0][0], kv.attention(x, x, x, causal=True, sink=block.sink.data()).asnumpy(), atol=1e-6)

@@ -30,7 +30,7 @@ EVERYWHERE = [
     ("leaks NaN into projections", "hidden = _hide_padding(allowed, *(", "hidden = _hide_padding(None, *(", "multi-head"),
     ("turns the other way", "[-sin, sin]", "[sin, -sin]", "rotary"),
     ("takes features beside each other for halves", "    if interleaved:\n", "    if not interleaved:\n", "rotary"),
-    ("lets a sink take nothing", "left = shares[..., :1]", "left = 1.0", "sink"),
+    ("lets a sink take nothing", "return left[..., None], ", "return 1.0, ", "sink"),
     ("forgets where a cached query stands", "cache.length - query.shape[-2]", "0", "decoding"),
 ]
 
@@ -213,7 +213,7 @@ ELSEWHERE = [
     ),
     ("kernels/numpy/gradients.py", "forgets the cap in gradients", "grad_scores * (1 - capped * capped)", "grad_scores"),
     ("kernels/numpy/gradients.py", "forgets the scale in gradients", "grad_scores = grad_scores * scale", "pass"),
-    ("kernels/numpy/gradients.py", "forgets the sink in gradients", "shares[..., :1] * weights", "weights"),
+    ("kernels/numpy/gradients.py", "forgets the sink in gradients", "left * weights", "weights"),
     ("kernels/numpy/gradients.py", "turns the gradient by the sink round", "0, -weight * delta)", "0, weight * delta)"),
     ("planning.py", "gives each block the sinks of all queries", "sink[..., start:end, :]", "sink[..., : end - start, :]"),
     ("planning.py", "cuts a block too short", "offset + end + right", "offset + end - 1 + right"),

@@ -474,20 +474,21 @@ def _scores(query, key, call):
 def _with_sink(run, query, key, value, call, blocks):
     """What ``run`` gives without the sink, less the sink's share of every row: a key of this score whose value is 0."""
     output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
-    shares, lse = _shares(lse, call.sink, query.ndim)
-    left = shares[..., :1]
+    left, lse = _left(lse, call.sink, query.ndim, call.return_lse)
     output = (left * _wide(output)).astype(output.dtype)
     weights = [jnp.where(x == 0, 0, left * _wide(x)).astype(x.dtype) for x in weights]  # 0 too where the sink is NaN
     results = [output, *weights] + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
 
-def _shares(lse, sink, ndim):
-    """What is left to the keys and what the sink takes of each row's weight, (..., n, 2), and the lse of both."""
+def _left(lse, sink, ndim, with_lse=True):
+    """What the sink leaves to the keys of each row's weight, (..., n, 1), and the lse of both; -inf is none, inf makes NaN."""
     sink = _wide(sink[..., 0] if sink.ndim == ndim else sink[..., None])
-    both = jnp.stack(jnp.broadcast_arrays(lse, sink), axis=-1)
-    shares, lse = _softmax_lse(both, both != -math.inf)
-    return identity(shares, both != -math.inf), lse  # an empty row has no share where the sink is NaN
+    sink = sink + jnp.where(sink == math.inf, math.nan, jnp.zeros_like(sink))
+    ahead = jnp.where(lse == -math.inf, -math.inf, lse - sink)
+    left = jnp.exp(-jax.nn.softplus(-ahead))  # its gradient is exact where a sigmoid's, left (1 - left), is rounded to 0
+    lse = jnp.where(ahead > 0, lse + jax.nn.softplus(-ahead), sink + jax.nn.softplus(ahead)) if with_lse else None
+    return left[..., None], lse
 
 
 def _dropout(weights, rate, rng):

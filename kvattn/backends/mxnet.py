@@ -25,7 +25,7 @@ from kvattn.old_numpy import old_names
 
 with old_names():
     import mxnet as mx
-    from mxnet import autograd, np
+    from mxnet import autograd, np, npx
 
 HALF = ("float16",)
 DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool")
@@ -460,8 +460,7 @@ def _with_sink(query, key, value, call, blocks):
     """What is attended to without the sink, less the sink's share of every row: a key of this score whose value is 0."""
     output, *weights, lse = _attend(query, key, value, call._replace(sink=None, return_lse=True))
     if lse.size:  # MXNet broadcasts nothing to what has no elements
-        shares, lse = _shares(lse, call.sink, query.ndim)
-        left = shares[..., :1]
+        left, lse = _left(lse, call.sink, query.ndim, call.return_lse)
     if output.size:
         output = (left * _wide(output)).astype(output.dtype, copy=False)
     for x in weights:
@@ -471,12 +470,16 @@ def _with_sink(query, key, value, call, blocks):
     return tuple(results) if len(results) > 1 else output
 
 
-def _shares(lse, sink, ndim):
-    """What is left to the keys and what the sink takes of each row's weight, (..., n, 2), and the lse of both."""
+def _left(lse, sink, ndim, with_lse=True):
+    """What the sink leaves to the keys of each row's weight, (..., n, 1), and the lse of both; -inf is none, inf makes NaN."""
     sink = _wide(sink[..., 0] if sink.ndim == ndim else sink.reshape(*sink.shape, 1))
-    both = np.stack([lse, np.broadcast_to(sink, lse.shape)], axis=-1)
-    shares, lse = _softmax_lse(both, both.detach() != -math.inf)
-    return shares, lse
+    sink = sink + quirks.where(sink.detach() != math.inf, np.zeros_like(sink.detach()), math.nan)
+    softplus = partial(npx.activation, act_type="softrelu")
+    ahead = quirks.where(lse.detach() != -math.inf, lse - sink, -math.inf)
+    left = np.exp(-softplus(-ahead))  # its gradient is exact where a sigmoid's, left (1 - left), is rounded to 0
+    if with_lse:
+        lse = quirks.safe_backward(np.where(ahead.detach() > 0, lse + softplus(-ahead), sink + softplus(ahead)))
+    return left[..., None], lse
 
 
 def _dropout(weights, rate, rng):

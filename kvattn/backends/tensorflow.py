@@ -536,21 +536,24 @@ def _scores(query, key, call):
 
 def _with_sink(run, query, key, value, call, blocks):
     """What ``run`` gives without the sink, less the sink's share of every row: a key of this score whose value is 0."""
-    output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
-    shares, lse = _shares(lse, call.sink, len(query.shape))
-    left = shares[..., :1]
+    finite = not tf.executing_eagerly() or nonfinite.absent(call.sink)  # what the sink makes NaN comes back as gradients
+    with nullcontext() if finite else nonfinite.expected():
+        output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
+    left, lse = _left(lse, call.sink, len(query.shape), call.return_lse)
     output = tf.cast(left * _wide(output), output.dtype)
     weights = [tf.cast(tf.where(tf.equal(x, 0), 0, left * _wide(x)), x.dtype) for x in weights]  # 0 too where the sink is NaN
     results = [output, *weights] + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
 
-def _shares(lse, sink, ndim):
-    """What is left to the keys and what the sink takes of each row's weight, (..., n, 2), and the lse of both."""
+def _left(lse, sink, ndim, with_lse=True):
+    """What the sink leaves to the keys of each row's weight, (..., n, 1), and the lse of both; -inf is none, inf makes NaN."""
     sink = _wide(sink[..., 0] if len(sink.shape) == ndim else sink[..., None])
-    both = tf.stack([lse, tf.broadcast_to(sink, tf.shape(lse))], axis=-1)
-    shares, lse = _softmax_lse(both, tf.not_equal(both, -math.inf))
-    return shares, lse
+    sink += tf.where(tf.not_equal(sink, math.inf), tf.zeros_like(sink), math.nan)
+    ahead = tf.where(tf.not_equal(lse, -math.inf), lse - sink, -math.inf)
+    left = tf.exp(-tf.nn.softplus(-ahead))  # its gradient is exact where a sigmoid's, left (1 - left), is rounded to 0
+    lse = tf.where(ahead > 0, lse + tf.nn.softplus(-ahead), sink + tf.nn.softplus(ahead)) if with_lse else None
+    return left[..., None], lse
 
 
 def _dropout(weights, rate, rng):

@@ -6,7 +6,7 @@ A weight has one name, one shape and one first distribution in every framework. 
     AdditiveAttention         W_q (d_q, h)   W_k (d_k, h)   w_v (h,)
     MultiplicativeAttention   W (d_q, d_k)
     GatedAttention            w_g (2 d,)
-    MultiHeadAttention        W_q  W_k  W_v  W_o  b_q  b_k  b_v  b_o: the params of kvattn.multi_head_attention
+    MultiHeadAttention        W_q  W_k  W_v  W_o  b_q  b_k  b_v  b_o  sink (heads,): the params of kvattn.multi_head_attention
     AddNorm                   gamma (h,)   beta (h,)
     PositionWiseFFN           W_1 (h, f)   b_1 (f,)   W_2 (f, h)   b_2 (h,)
     TransformerEncoderBlock   attention.*   addnorm1.*   ffn.*   addnorm2.*
@@ -15,7 +15,7 @@ A weight has one name, one shape and one first distribution in every framework. 
 Around them, a framework's own dense layer called ``x`` gives x.W and x.b, its layer norm x.gamma and x.beta, its embedding x.
 
 First values: matrices and w_v, w_g are uniform within sqrt(6 / (in + out)) of 0 (Glorot and Bengio 2010), the embedding
-is normal with variance 1 / h, gamma is 1, biases and beta are 0. ``seed=`` draws them here, the same in every framework;
+is normal with variance 1 / h, gamma is 1, biases, beta and sink are 0. ``seed=`` draws them here, the same in every framework;
 without it each framework draws from its own generator.
 """
 
@@ -49,6 +49,7 @@ ARGUMENTS = {
     "use_bias": "whether the projections have biases: b_q, b_k, b_v, b_o.",
     "rotary": "True, or a dict of kvattn.rotary's keywords (base, interleaved, rotary_dim, scaling), where queries and keys of "
     "each head are turned by their positions, which a cache counts on.",
+    "sink": "whether each head learns a sink of kvattn.attention: a logit, 0 at first, that takes its share of every row.",
     "ffn_num_hiddens": "hidden units of the feed-forward network.",
     "ffn_num_outputs": "features of its output.",
     "vocab_size": "tokens that there are; the inputs are integers below it.",
@@ -103,7 +104,7 @@ def initial(seed: Seed | np.random.Generator, name: str, shape: tuple[int, ...])
     >>> initial(7, "b_1", (2,))
     array([0., 0.], dtype=float32)
     """
-    if re.match("b_|b$|beta", name):
+    if re.match("b_|b$|beta|sink$", name):
         return np.zeros(shape, np.float32)
     if name == "gamma":
         return np.ones(shape, np.float32)
@@ -221,6 +222,15 @@ def of_one_length(rotary: Mapping[str, Any], queries: Any, keys: Any, places: tu
     tab = dispatch.choose(None, queries=queries)
     length = max(checks.length(tab, place, x.shape[-2]) for x, place in zip((queries, keys), places, strict=True))
     return {**rotary, "scaling": rotation.as_ntk(scaling, length)}
+
+
+def with_sink(options: dict[str, Any], sink: Any) -> dict[str, Any]:
+    """attention's options with the layer's own sink, None where it has none. Raises ValueError where the call gives one too."""
+    if sink is None:
+        return options
+    if options.get("sink") is not None:
+        raise ValueError("sink is given beside the layer's own, which sink=True made: leave one of them out")
+    return {**options, "sink": sink}
 
 
 def lengths(tab: Any, valid_lens: Any, queries: Any) -> Any:

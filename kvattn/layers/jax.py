@@ -89,6 +89,7 @@ class _Layer(nn.Module):
         if "num_heads" in fields:
             width = layers.head_width(self.num_hiddens, self.num_heads, self.num_kv_heads)
             layers.check_rotary(fields.get("rotary"), width)
+            checks.flag("sink", fields.get("sink", False))
         if "activation" in fields:
             layers.check_activation(self.activation)
         super().__post_init__()
@@ -196,11 +197,13 @@ class MultiHeadAttention(_Layer):
     seed: layers.Seed = _keyword(default=None)
     use_bias: bool | None = _keyword(default=None)
     rotary: Any = _keyword(default=None)
+    sink: bool = _keyword(default=False)
 
     def setup(self):
         bias = self.bias if self.use_bias is None else self.use_bias
         width = self.num_hiddens // self.num_heads
         self._turns, shared = layers.check_rotary(self.rotary, width), self._kv_heads * width
+        self._sink = self.param("sink", nn.initializers.zeros, (self.num_heads,)) if self.sink else None
         self.attention = DotProductAttention(self.dropout)
         self.W_q = _dense("W_q", self.num_hiddens, bias, self.seed)
         self.W_k = _dense("W_k", shared, bias, self.seed)
@@ -224,6 +227,7 @@ class MultiHeadAttention(_Layer):
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
         valid_lens = layers.lengths(tab, valid_lens, queries)
+        options = layers.with_sink(options, None if self._sink is None else self._sink.astype(queries.dtype))
         output, *rest = _several(self.attention(queries, keys, values, valid_lens, training, **options))
         output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
         rest = rest if cache is None else [*rest, cache]
@@ -431,11 +435,12 @@ def _sizes(part, path=()):
         raise TypeError(
             f"{kind.__name__} makes its weights in its first call (it is nn.compact): give variables, module.init(...)'s result"
         )
+    own = {(*path, "sink"): (part.num_heads,)} if isinstance(part, MultiHeadAttention) and part.sink else {}
     part = part if path else part.bind({})
     hasattr(part, "anything")  # runs its setup
     inside = jax.tree.leaves(vars(part), is_leaf=lambda x: isinstance(x, nn.Module))
     children = [x for x in inside if isinstance(x, nn.Module) and x.parent is part]
-    return {name: shape for child in children for name, shape in _sizes(child, (*path, child.name)).items()}
+    return own | {name: shape for child in children for name, shape in _sizes(child, (*path, child.name)).items()}
 
 
 _KINDS = {"scale": "norm", "bias": "norm", "embedding": "embedding"}  # of what has no kernel beside it
@@ -456,7 +461,7 @@ def _slots(x):
             kind, parents = "dense", [*parents[:-1], _HEADS[parents[-1]]]
         elif leaf in _KINDS and not kernel:
             kind = _KINDS[leaf]
-        elif leaf in ("W", "w_g"):
+        elif leaf in ("W", "w_g", "sink"):
             kind, parents = "embedding", path  # that kind's only weight has its name
         else:
             raise TypeError(f"{'.'.join(path)} {size} is no dense, norm or embedding layer's: it has no name outside JAX")

@@ -16,7 +16,7 @@ from kvattn.backends import tensorflow as tab
 if keras.backend.backend() != "tensorflow":
     raise ImportError(f"kvattn's TensorFlow layers need Keras on TensorFlow, not {keras.backend.backend()}: see KERAS_BACKEND")
 
-ARRAYS = ("mask", "bias", "positions", "query_offset")  # the options of attention that may be tensors
+ARRAYS = ("mask", "bias", "positions", "query_offset", "sink")  # the options of attention that may be tensors
 
 registered = keras.saving.register_keras_serializable("kvattn")
 

@@ -302,19 +302,25 @@ class MultiHeadAttention(_Layer):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None, seed=None, bias=None,
-                 rotary=None, **kwargs):  # fmt: skip
+                 rotary=None, sink=False, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         bias = use_bias if bias is None else bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.width = width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
+        self.sink = self.params.get("sink", shape=(num_heads,), init="zeros") if checks.flag("sink", sink) else None
         self.attention = DotProductAttention(dropout)
         self.W_q = _Dense("W_q", num_hiddens, bias, seed)
         self.W_k = _Dense("W_k", self.num_kv_heads * width, bias, seed)
         self.W_v = _Dense("W_v", self.num_kv_heads * width, bias, seed)
         self.W_o = _Dense("W_o", num_hiddens, bias, seed)
 
-    def hybrid_forward(self, F, queries, keys, values, valid_lens=None, *, cache=None, **options):
+    def forward(self, *args):
+        if isinstance(args[-1], dict):  # else gluon gives hybrid_forward its own sink in the place of the call's
+            layers.with_sink(args[-1], self.sink)
+        return super().forward(*args)
+
+    def hybrid_forward(self, F, queries, keys, values, valid_lens=None, *, cache=None, sink=None, **options):
         if cache is None and tab.is_array(queries):  # a later call may look at what is nobody's now; a Symbol has no values
             valid_lens = whole(valid_lens)
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
@@ -330,7 +336,7 @@ class MultiHeadAttention(_Layer):
             options["query_offset"] = cache.length - queries.shape[-2]
         if not symbols.deferred(queries):
             valid_lens = layers.lengths(tab, whole(valid_lens), queries)
-        results = self.attention(queries, keys, values, valid_lens, **options)
+        results = self.attention(queries, keys, values, valid_lens, **layers.with_sink(options, sink))
         output, *rest = results if isinstance(results, (tuple, list)) else (results,)
         output = self.W_o(_join(output, self.num_heads * self.width))  # (batch, n, num_hiddens)
         rest = rest if cache is None else [*rest, cache]
@@ -527,7 +533,7 @@ def _slots(block, path=()):
         kind = "dense" if isinstance(block, nn.Dense) else "norm" if isinstance(block, nn.LayerNorm) else "embedding"
         names = layers.names(path, kind)
         own = {names[{"gamma": "weight", "beta": "bias"}.get(which, which)]: x for which, x in own.items()}
-    elif own and not isinstance(block, _Attention):
+    elif own and not isinstance(block, (_Attention, MultiHeadAttention)):
         raise TypeError(f"{'.'.join(path)} is a {type(block).__name__}, whose weights have no name outside MXNet")
     else:
         own = {".".join((*path, name)): x for name, x in own.items()}

@@ -25,7 +25,7 @@ class _Attention(Layer):
 
     def __init__(self, dropout=0.0, *, rng=None):
         self.dropout = Dropout(dropout, rng=rng)
-        self._last = None
+        self._last = self.by_sink = None  # by_sink: the gradient by the sink that the last call was given
 
     def _score(self, queries, keys):
         return api.scaled_dot_score
@@ -46,11 +46,15 @@ class _Attention(Layer):
         return (output, _weights(*self._last), *lse)
 
     def vjp(self, grad, queries, keys, values, score, computing, rate, seed):
-        wrt = ("query", "key", "value", *self._state.declared)
+        sinks = ("sink",) if isinstance(computing.get("sink"), np.ndarray) else ()
+        wrt = ("query", "key", "value", *self._state.declared, *sinks)
         inputs = (queries, keys, values, grad)
         grads = api.attention_grad(*inputs, wrt=wrt, score=score, **computing, **_drawn(rate, seed))
         for key, by_key in zip(wrt[3:], grads[3:], strict=True):
-            self.gradient(key, by_key)
+            if key == "sink":
+                self.by_sink = by_key
+            else:
+                self.gradient(key, by_key)
         return grads[:3]
 
     @property
@@ -129,11 +133,13 @@ class MultiHeadAttention(Layer):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
-                 rotary=None, rng=None):  # fmt: skip
+                 rotary=None, sink=False, rng=None):  # fmt: skip
         bias, rng = bias if use_bias is None else use_bias, np.random.default_rng(rng)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
+        if checks.flag("sink", sink):
+            self.parameter("sink", (num_heads,))
         self.attention = DotProductAttention(dropout, rng=rng)
         self.W_q = Dense(num_hiddens, bias, seed=seed, rng=rng, name="W_q")
         self.W_k = Dense(self.num_kv_heads * width, bias, seed=seed, rng=rng, name="W_k")
@@ -153,6 +159,8 @@ class MultiHeadAttention(Layer):
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
         valid_lens = layers.lengths(tab, valid_lens, queries)
+        if "sink" in self._state.declared:  # a copy, since an optimiser writes into it
+            options = layers.with_sink(options, self.weight("sink", (self.num_heads,), queries.dtype).copy())
         results = self.attention(queries, keys, values, valid_lens, **options)
         output, *rest = results if type(results) is tuple else (results,)
         output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
@@ -164,6 +172,8 @@ class MultiHeadAttention(Layer):
             raise RuntimeError("a call with a cache has no backward: its keys and values are of earlier calls too")
         grad = tab._split(self.W_o.backward(grad), self.num_heads)
         queries, keys, values = self.attention.backward(grad)
+        if "sink" in self._state.declared:
+            self.gradient("sink", self.attention.by_sink)
         if self.rotary is not None:  # back by the same angles
             how = layers.of_one_length(self.rotary, queries, keys, (first, 0))
             places = -(first + np.arange(queries.shape[-2])), -np.arange(keys.shape[-2])

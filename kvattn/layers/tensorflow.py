@@ -161,13 +161,15 @@ class MultiHeadAttention(Layer):
     """
 
     def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, num_heads=None, dropout=0.0,
-                 bias=False, *, num_kv_heads=None, seed=None, use_bias=None, rotary=None, **kwargs):  # fmt: skip
+                 bias=False, *, num_kv_heads=None, seed=None, use_bias=None, rotary=None, sink=False,
+                 **kwargs):  # fmt: skip
         super().__init__(locals(), **kwargs)
         check_given(self, num_hiddens=num_hiddens, num_heads=num_heads)
         bias = bias if use_bias is None else use_bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
+        self.sink, self._sinks = None, checks.flag("sink", sink)
         self.attention = DotProductAttention(dropout, dtype=self.dtype_policy)
         self.W_q = dense(self, "W_q", num_hiddens, bias, seed)
         self.W_k = dense(self, "W_k", self.num_kv_heads * width, bias, seed)
@@ -178,6 +180,15 @@ class MultiHeadAttention(Layer):
         for part, shape in ((self.W_q, queries_shape), (self.W_k, keys_shape), (self.W_v, values_shape)):
             build_once(part, shape)
         build_once(self.W_o, (None, self.W_q.units))
+        if self._sinks and self.sink is None:
+            self.make((self.num_heads,))
+
+    @property
+    def OWN(self):
+        return (("sink", (self.num_heads,)),) if self._sinks else ()
+
+    def make(self, shape):
+        self.sink = self.add_weight(name="sink", shape=shape, initializer="zeros")
 
     def call(self, queries, keys, values, valid_lens=None, arrays=None, cache=None, training=None, queries_mask=None,
              keys_mask=None, values_mask=None, **options):  # fmt: skip
@@ -200,6 +211,7 @@ class MultiHeadAttention(Layer):
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
         valid_lens = layers.lengths(tab, valid_lens, queries)
+        options = layers.with_sink(options, None if self.sink is None else tf.cast(self.sink, queries.dtype))
         results = self.attention(queries, keys, values, valid_lens, training=training, **options)
         output, *rest = results if isinstance(results, tuple) else (results,)
         output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from kvattn import api, layers
+from kvattn import api, checks, layers
 from kvattn.backends import torch as tab
 
 __all__ = [*layers.LAYERS]
@@ -186,12 +186,13 @@ class MultiHeadAttention(nn.Module):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
-                 rotary=None):  # fmt: skip
+                 rotary=None, sink=False):  # fmt: skip
         super().__init__()
         bias = bias if use_bias is None else use_bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
+        self.sink = nn.Parameter(torch.zeros(num_heads)) if checks.flag("sink", sink) else None
         self.attention = DotProductAttention(dropout)
         self.W_q = _Linear("W_q", num_hiddens, bias, seed)
         self.W_k = _Linear("W_k", self.num_kv_heads * width, bias, seed)
@@ -210,6 +211,7 @@ class MultiHeadAttention(nn.Module):
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
         valid_lens = layers.lengths(tab, valid_lens, queries)
+        options = layers.with_sink(options, None if self.sink is None else self.sink.to(queries.dtype))
         results = self.attention(queries, keys, values, valid_lens, **options)
         output, *rest = results if isinstance(results, tuple) else (results,)
         output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
@@ -353,7 +355,7 @@ def _slots(module):
             found |= {names[which]: _Slot(x, tuple(x.shape)) for which, x in part.named_parameters(recurse=False)}
         else:
             own = dict(part.named_parameters(recurse=False))
-            if own and not isinstance(part, _Attention):
+            if own and not isinstance(part, (_Attention, MultiHeadAttention)):
                 raise TypeError(f"{'.'.join(path)} is a {type(part).__name__}, whose weights have no name outside PyTorch")
             for name, x in own.items():
                 shape = (None,) * (2 if name == "W" else 1) if is_lazy(x) else tuple(x.shape)

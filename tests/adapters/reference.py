@@ -38,9 +38,13 @@ def weights_of(name, w, queries, keys):
     return queries @ keys.swapaxes(-1, -2) / (1 + np.exp(-gate))
 
 
-def attention(name, w, queries, keys, values, valid_lens=None, causal=False):
-    """(output, weights) of an attention layer."""
-    weights = softmax(weights_of(name, w, queries, keys), allowed(queries.shape[1], keys.shape[1], valid_lens, causal))
+def attention(name, w, queries, keys, values, valid_lens=None, causal=False, sink=None):
+    """(output, weights) of an attention layer. ``sink``: the score of one more key, for all, whose value is 0."""
+    scores, may = weights_of(name, w, queries, keys), allowed(queries.shape[1], keys.shape[1], valid_lens, causal)
+    if sink is not None:
+        scores = np.concatenate([scores, np.full_like(scores[..., :1], sink, np.result_type(scores, sink))], axis=-1)
+        may = np.concatenate([may, np.ones_like(may[..., :1])], axis=-1)
+    weights = softmax(scores, may)[..., : keys.shape[1]]
     return weights @ values, weights
 
 
@@ -67,6 +71,7 @@ def multi_head(w, queries, keys, values, valid_lens=None, *, num_heads, num_kv_h
             part(v, group, kv_heads),
             valid_lens,
             causal,
+            w["sink"][head] if "sink" in w else None,
         )
         outputs.append(output)
         every.append(weights)

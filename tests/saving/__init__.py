@@ -40,7 +40,7 @@ LAYERS = {
     "AdditiveAttention": {"num_hiddens": 5},
     "MultiplicativeAttention": {},
     "GatedAttention": {},
-    "MultiHeadAttention": {**HEADS, "num_kv_heads": 2, "bias": True, "rotary": {"interleaved": True}},
+    "MultiHeadAttention": {**HEADS, "num_kv_heads": 2, "bias": True, "rotary": {"interleaved": True}, "sink": True},
     "PositionalEncoding": {"num_hiddens": 8},
     "AddNorm": {"norm_shape": 8},
     "PositionWiseFFN": {"ffn_num_hiddens": 5, "ffn_num_outputs": 8},

@@ -306,8 +306,8 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse):
         weights = tab._wide(call.normalize(scores, where=allowed))
     else:
         weights, lse = tab._softmax_lse(scores, allowed)
-        shares, lse = tab._shares(lse, call.sink, query.ndim)
-        weights = np.where(weights == 0, 0, shares[..., :1] * weights).astype(weights.dtype)
+        left, lse = tab._left(lse, call.sink, query.ndim)
+        weights = np.where(weights == 0, 0, left * weights).astype(weights.dtype)
     kept = tab._dropout(np.ones_like(weights), call.dropout, call.rng) if call.dropout else 1
 
     # and back
