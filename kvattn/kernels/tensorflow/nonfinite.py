@@ -78,7 +78,7 @@ def whole_rows(weights, allowed):
 
 
 def shielded(scores, allowed):
-    """scores, whose gradient is 0 for pairs without ``allowed()`` where it is not finite: a softmax's is NaN all along a row."""
+    """scores, whose gradient, if not finite, is 0 for pairs without ``allowed()``: a softmax's is NaN all along a row."""
 
     @tf.custom_gradient
     def shield(scores):
