@@ -613,8 +613,9 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
     score = options.get("score", scaled_dot_score)
     given = {**getattr(score, "keywords", {}), "query": query, "key": key, "value": value, "bias": options.get("bias")}
     given["sink"] = options.get("sink")
+    known = None if finite and given["sink"] is not None else not finite  # a sink may bring NaN, like a loss
     by = {name: tf.identity(given[name]) for name in wrt}  # copies: one tensor may be query, key and value
-    with tf.GradientTape(watch_accessed_variables=False) as tape, nonfinite.expected(not finite):
+    with tf.GradientTape(watch_accessed_variables=False) as tape, nonfinite.expected(known):
         tape.watch(by)
         given |= by
         query, key, value, bias, sink = (given.pop(name) for name in ("query", "key", "value", "bias", "sink"))
