@@ -92,6 +92,15 @@ def test_a_graph_may_close_over_a_mask_or_lengths(options):
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
 
 
+def test_a_block_may_hold_as_many_numbers_as_a_bias_has():
+    query, key, value, _ = (tf.constant(x) for x in draw(lead=(2, 4), n=9, m=7))
+    for lead, whole in (((2, 4), True), ((), False)):
+        with in_blocks() as served:
+            found = kvattn.attention(query, key, value, bias=np.ones((*lead, 9, 7)))
+        assert bool(served) != whole
+        np.testing.assert_allclose(found, kvattn.attention(query, key, value), rtol=1e-12)
+
+
 def test_unknown_sizes_are_served_whole():
     arrays = [tf.constant(x) for x in draw(n=6, m=5)[:3]]
     lens = tf.constant([[1, 2, 3, 4, 5, 0]] * 2)

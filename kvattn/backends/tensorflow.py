@@ -482,6 +482,8 @@ def _formula(query, key, value, call, careful=False):
     keys = _keys(key) if call.windowed or call.valid_lens is not None else None
     dots = call.score in (scaled_dot_score, dot_score)
     few = dots and call.normalize is softmax and not (careful or call.return_lse)
+    hides = few and call.bias is not None and (traced or nonfinite.hides(tf.convert_to_tensor(call.bias)))
+    recorded = not (traced or careful) and nonfinite.may_come()
     allowed = _allowed(n, keys, axes, call._replace(bias=None) if few else call)  # of a bias's -inf it needs no mask
     if traced and not dots and (call.masked or not call.leaves_none_out(n, key.shape[-2])):
         query, key, value = _hide_padding(allowed, query, key, value)
@@ -489,19 +491,21 @@ def _formula(query, key, value, call, careful=False):
         some = tf.reduce_all(tf.concat([tf.shape(query)[:-1], tf.shape(key)[:-1]], axis=0) > 0)  # without pairs, no gradient
         query, key = tf.where(some, query, 0), tf.where(some, key, 0)
     product = quirks.matmul
-    if traced or (careful and call.restricted):
+    if traced or ((careful or recorded) and call.restricted):
         shape = (*quirks.lead(query, key), n, quirks.shape(key)[-2])
         every = lambda: tf.broadcast_to(_allowed(n, keys, axes, call), shape)  # noqa: E731
         pairs = nonfinite.AllowedPairs((lambda: _fold(every(), kv_heads)) if call.restricted else None, careful)
-        product = pairs.product
-        if call.restricted:
+        product = pairs.recorded_product if recorded else pairs.product
+        if call.restricted and not recorded:
             score = dot_score if call.score is scaled_dot_score and call.scale is not None else call.score
             call = call._replace(score=pairs.score(tab, score))
 
     # weights = normalize(score(query, key)): (..., h, n, m)
     scores, lse, empty = _scores(query, key, call), None, None
     if few:
-        weights, empty = _softmax_of_dots(scores, allowed, call.bias is not None)
+        if hides and (traced or recorded):
+            scores = nonfinite.shielded(scores, lambda: tf.not_equal(call.bias, -math.inf))
+        weights, empty = _softmax_of_dots(scores, allowed, hides)
     elif call.return_lse or (careful and call.normalize is softmax):
         weights, lse = _softmax_lse(scores, allowed)
     else:
@@ -612,8 +616,9 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
     score = options.get("score", scaled_dot_score)
     given = {**getattr(score, "keywords", {}), "query": query, "key": key, "value": value, "bias": options.get("bias")}
     given["sink"] = options.get("sink")
+    known = None if finite and given["sink"] is not None else not finite  # a sink may bring NaN, like a loss
     by = {name: tf.identity(given[name]) for name in wrt}  # copies: one tensor may be query, key and value
-    with tf.GradientTape(watch_accessed_variables=False) as tape, nullcontext() if finite else nonfinite.expected():
+    with tf.GradientTape(watch_accessed_variables=False) as tape, nonfinite.expected(known):
         tape.watch(by)
         given |= by
         query, key, value, bias, sink = (given.pop(name) for name in ("query", "key", "value", "bias", "sink"))

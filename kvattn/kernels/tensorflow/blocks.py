@@ -10,6 +10,7 @@ Source: Rabe and Staats 2021, "Self-attention does not need O(n^2) memory".
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import tensorflow as tf
@@ -40,7 +41,8 @@ def plan(query, key, value, call, copies=1):
     """Blocks of queries; [] where one block is all, or sizes are unknown. ``copies``: of each number."""
     if any(None in x.shape for x in (query, key, value, call.mask, call.bias, call.valid_lens) if x is not None):
         return []
-    return planning.memory_blocks(call.score, tuple(query.shape), tuple(key.shape), MOST // copies)
+    held = 0 if call.bias is None else math.prod(call.bias.shape)  # a block may hold as many as are there anyway
+    return planning.memory_blocks(call.score, tuple(query.shape), tuple(key.shape), max(MOST, held) // copies)
 
 
 def attention(tab, serve, query, key, value, call, plan):
@@ -87,6 +89,14 @@ def attention(tab, serve, query, key, value, call, plan):
         run, tensors = partial(serve_block, i, names), [here[name] for name in names]
         return _recomputed(run, count)(*tensors) if recomputes else run(*tensors)
 
+    axes = [-2] * (1 + call.return_weights) + [-1] * call.return_lse
+    if tf.executing_eagerly():  # of one head for all, such parts are no copies
+        sizes = [end - start for start, end, *_ in plan]
+        parts = {name: tf.split(arrays[name], sizes, axis=axis) for name, axis in cut.items()}
+        served = [block(i, {name: x[i] for name, x in parts.items()}) for i in range(len(plan))]
+        results = [tf.concat(x, axis=axis) for *x, axis in zip(*served, axes, strict=True)]
+        return tuple(results) if len(results) > 1 else results[0]
+
     lead = planning.lead(tuple(query.shape), tuple(key.shape))
     lse = tf.TensorSpec([*lead, size], tab._wide(query[..., :0]).dtype)
     like = [tf.TensorSpec([*lead, size, value.shape[-1]], query.dtype)]
@@ -95,7 +105,6 @@ def attention(tab, serve, query, key, value, call, plan):
     served = tf.map_fn(
         lambda given: block(*given), (tf.range(count), stacked), fn_output_signature=tuple(like), parallel_iterations=1
     )
-    axes = [-2] * (1 + call.return_weights) + [-1] * call.return_lse
     results = [_side_by_side(x, len(x.shape) + axis) for x, axis in zip(served, axes, strict=True)]
     if count < len(plan):
         rest = {

@@ -14,23 +14,36 @@ from contextvars import ContextVar
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import record  # private; read in TensorFlow 2.21
 
-_expected = ContextVar("expected", default=False)
+_expected = ContextVar("expected", default=None)  # whether a loss is known to bring something; None: nobody knows
 
 
 @contextmanager
-def expected():
-    """Calls in here are computed as where something is not finite."""
-    token = _expected.set(True)
+def expected(known):
+    """Calls in here are computed as where something is not finite, if ``known``; else their gradients meet nothing such."""
+    token = _expected.set(known)
     try:
         yield
     finally:
         _expected.reset(token)
 
 
+def may_come():
+    """Whether a tape records, which a loss may bring something not finite later, whatever the call itself finds."""
+    return _expected.get() is None and record.could_possibly_record()
+
+
 def absent(*tensors):
     """Whether nothing in tensors with values is NaN, inf, or so large that a product with another could be."""
     return not _expected.get() and all(map(_small, tensors))
+
+
+def hides(bias):
+    """Whether a bias is -inf somewhere."""
+    if "CPU" in bias.device and bias.dtype in (tf.float32, tf.float64):
+        return np.asarray(memoryview(bias)).min(initial=0) == -math.inf  # no copy
+    return bool(tf.reduce_min(bias) == -math.inf)
 
 
 def _small(x):
@@ -39,6 +52,13 @@ def _small(x):
         with np.errstate(over="ignore", invalid="ignore"):  # NumPy would warn of what is asked
             return math.isfinite(np.dot(flat, flat))
     return bool(tf.math.is_finite(_squares(x)))
+
+
+def _if_finite(x, otherwise):
+    """x where it is finite, else ``otherwise()``."""
+    if tf.executing_eagerly():
+        return x if _small(x) else otherwise()
+    return tf.cond(tf.math.is_finite(tf.reduce_sum(x)), lambda: x, otherwise)
 
 
 def _squares(x):
@@ -55,6 +75,19 @@ def whole_rows(weights, allowed):
         return tf.where(rows, tf.constant(math.nan, weights.dtype), weights)
 
     return tf.cond(tf.math.is_finite(tf.reduce_sum(weights)), lambda: weights, repaired)
+
+
+def shielded(scores, allowed):
+    """scores, whose gradient, if not finite, is 0 for pairs without ``allowed()``: a softmax's is NaN all along a row."""
+
+    @tf.custom_gradient
+    def shield(scores):
+        def grad(by):
+            return _if_finite(by, lambda: tf.where(allowed(), by, tf.zeros_like(by)))
+
+        return tf.identity(scores), grad
+
+    return shield(scores)
 
 
 class AllowedPairs:
@@ -81,6 +114,19 @@ class AllowedPairs:
     def product(self, weights, value):
         """weights (..., n, m) @ value (..., m, v)."""
         return self._product(*_with_all_axes(weights, value))
+
+    def recorded_product(self, weights, value):
+        """product(weights, value) where all is finite, but for the gradient by it, maybe."""
+
+        @tf.custom_gradient
+        def product(a, x):
+            def grad(by):
+                by_x = _if_finite(tf.matmul(a, by, transpose_a=True), lambda: self.matmul(a, by, transposed=True))
+                return tf.matmul(by, x, transpose_b=True), by_x
+
+            return tf.matmul(a, x), grad
+
+        return product(*_with_all_axes(weights, value))
 
     def _dots(self, query, key):
         @tf.custom_gradient
