@@ -60,8 +60,8 @@ def array(tab: Any, name: str, x: Any, like: Any = None) -> Any:
     if tab.is_array(x):
         if getattr(x, "is_nested", False):
             raise TypeError(f"{name} is a nested tensor; expected a padded one, with valid_lens: x.to_padded_tensor(0.0)")
-        rows = hasattr(x, "is_sparse_csr") and not getattr(tab, "tracing", bool)()  # torch.compile would record the question
-        if getattr(x, "is_sparse", False) or (rows and x.is_sparse_csr):
+        compressed = hasattr(x, "is_sparse_csr") and not getattr(tab, "tracing", bool)()  # rows, columns or blocks of them;
+        if getattr(x, "is_sparse", False) or (compressed and "sparse" in str(x.layout)):  # torch.compile would record this
             raise TypeError(f"{name} is a sparse tensor; expected a dense one: x.to_dense()")
         return x
     device = like if like is not None and tab.is_array(like) else None

@@ -232,16 +232,29 @@ def _own(tab: Any, what: str, function: Any, query: Any, features: tuple[Any, An
 
 
 class Remembered(NamedTuple):
-    """The tab that served such arguments, the shape of their scores, and what the checks looked at."""
+    """The tab that served such arguments, the shape of their scores, and what the checks looked at.
+
+    ``layout``: how the numbers lie, where the class, shape and dtype of an array do not tell, as PyTorch's sparse tensors
+    have those of dense ones; else None.
+    """
 
     tab: Backend
     scores: tuple[Any, ...]
     checked: tuple[Any, ...]
+    layout: Any
+
+    def holds_for(self, *arrays: Any) -> bool:
+        """Whether arrays or None, of the classes, shapes and dtypes that were checked, lie as those that were."""
+        if self.layout is not None:
+            for x in arrays:
+                if x is not None and x.layout is not self.layout:
+                    return False
+        return True
 
     def fits(self, *options: Any) -> bool:
         """Whether options like these, arrays or None, have passed every check beside such arguments but those of values."""
         try:
-            return (self.checked, *map(_kind, options)) in _remembered
+            return (self.checked, *map(_kind, options)) in _remembered and self.holds_for(*options)
         except (AttributeError, RuntimeError, TypeError):
             return False  # as in `remembered`
 
@@ -259,7 +272,8 @@ def remembered(query: Any, key: Any, value: Any, backend: Any) -> Remembered | N
     try:
         checked = _all_that_is_checked(dispatch.loaded(type(query), backend), query, key, value)
         # while tracing it is not looked into: torch.compile would watch its length
-        return None if checked is None else _remembered.get(checked)
+        known = None if checked is None else _remembered.get(checked)
+        return known if known is not None and known.holds_for(query, key, value) else None
     except (AttributeError, KeyError, RuntimeError, TypeError):
         return None  # lists and nested tensors have no shape, symbols no hash; a class or a backend is new
 
@@ -270,7 +284,7 @@ def remember(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, 
         return None
     if not query.dtype == key.dtype == value.dtype:  # it was their framework that let them pass, here
         return None
-    known = Remembered(tab, scores, checked)
+    known = Remembered(tab, scores, checked, query.layout if hasattr(query, "is_sparse") else None)
     _keep(checked, known)
     return known
 

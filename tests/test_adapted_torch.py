@@ -145,17 +145,38 @@ def test_weights_are_still_exported_by_name():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # nested and compressed tensors are called prototypes
-@pytest.mark.parametrize("what", ["strided", "jagged", "sparse", "compressed"])
+@pytest.mark.parametrize("what", ["strided", "jagged", "sparse", "rows", "columns", "blocks"])
 def test_what_is_not_dense_is_refused_with_its_cure(what):
     x = torch.ones(3, 4)
     if what in ("strided", "jagged"):
         layout = torch.strided if what == "strided" else torch.jagged
         given, cure = torch.nested.nested_tensor([x, x[:2]], layout=layout), "to_padded_tensor"
     else:
-        given, cure = x.to_sparse() if what == "sparse" else x.to_sparse_csr(), "to_dense"
+        given, cure = sparse(x, what), "to_dense"
     for arrays in ((given,) * 3, (torch.ones(2, 3, 4), given, given)):
         with pytest.raises(TypeError, match=cure):
             kvattn.attention(*arrays)
+
+
+def sparse(x, what):
+    layouts = {"rows": torch.sparse_csr, "columns": torch.sparse_csc, "blocks": torch.sparse_bsr}
+    return (
+        x.to_sparse() if what == "sparse" else x.to_sparse(layout=layouts[what], blocksize=(1, 1) if what == "blocks" else None)
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"return_weights": True}, {"scale": 2.0}], ids=str)
+@pytest.mark.parametrize("what", ["sparse", "rows", "columns", "blocks"])
+def test_after_a_dense_call_a_sparse_tensor_of_its_class_shape_and_dtype_is_refused_as_before(what, options):
+    x, mask = torch.ones(3, 4), torch.ones(3, 3, dtype=torch.bool)
+    for masks in ({}, {"mask": mask}):
+        kvattn.attention(x, x, x, **options, **masks)
+        for i in range(3):
+            with pytest.raises(TypeError, match="to_dense"):
+                kvattn.attention(*(sparse(x, what) if i == j else x for j in range(3)), **options, **masks)
+    with pytest.raises(TypeError, match="to_dense"):
+        kvattn.attention(x, x, x, mask=sparse(mask, what), **options)
 
 
 @pytest.mark.parametrize("heads", [False, True])

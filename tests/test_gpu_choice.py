@@ -52,11 +52,12 @@ def table():
     yield "slices", {"valid_lens": lens, "dtype": "float32"}
     yield "slices", {"valid_lens": lens, "dtype": "float32", "causal": True}
     yield None, {"valid_lens": torch.tensor([0, 256]), "dtype": "float32"}
-    everything = {"window": (64, None), "causal": True, "softcap": 5.0, "valid_lens": lens, "mask": lens > 0, "bias": lens / 2}
+    mask, bias = (lens > 0).to("meta"), (lens / 2).to("meta")  # where the arrays are; lengths may lie elsewhere
+    everything = {"window": (64, None), "causal": True, "softcap": 5.0, "valid_lens": lens, "mask": mask, "bias": bias}
     for dtype in ("bfloat16", "float16", "float32"):
         for call in ({"window": (64, 0)}, {"softcap": 5.0}, {"causal": True, "query_offset": offsets}, everything):
             yield "flash", {"dtype": dtype, **call}
-    for call in ({"return_lse": True}, {"mask": lens > 0}, {"bias": lens / 2}, {"valid_lens": lens}):
+    for call in ({"return_lse": True}, {"mask": mask}, {"bias": bias}, {"valid_lens": lens}):
         yield "flash", call
         yield "flash", {"heads": (8, 2), "causal": True, "n": 1, "m": 128, **call}
         if "valid_lens" not in call:
@@ -82,12 +83,24 @@ def table():
         yield "flash", {"valid_lens": lens, "d": 128, "grad": grad}
     yield "flash", {"softcap": 5.0, "d": 1, "v": 256}
     yield None, {"softcap": 5.0, "scale": -1.0}
-    yield None, {"bias": torch.zeros(256, requires_grad=True)}
+    yield None, {"bias": torch.zeros(256, requires_grad=True, device="meta")}
+    yield None, {"mask": lens > 0}  # of another device, which the kernel would read as if it were its own
+    yield None, {"bias": lens / 2}
 
 
 def test_which_kernel_serves_a_call():
     for kernel, call in table():
         assert chosen_for(**call) == kernel, call
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_prepared_serves_no_arrays_of_two_devices(which):
+    arrays = [torch.zeros(2, 4, 256, 64, dtype=torch.bfloat16, device="meta") for _ in range(3)]
+    call = Call.of(*arrays[:2], **OPTIONS | {"window": (64, 0)})
+    with patch.object(gpu, "can_compile", lambda device: True), patch.dict(gpu._ready, {gpu._name(*arrays, call): gpu.FLASH}):
+        assert gpu.choose(*arrays, call) is gpu.FLASH
+        arrays[which] = torch.zeros(2, 4, 256, 64, dtype=torch.bfloat16)
+        assert gpu.choose(*arrays, call) is None  # PyTorch's own error is better than an address of another memory
 
 
 def test_no_kernel_under_autocast_compilation_or_the_transforms_that_fused_kernels_lack():

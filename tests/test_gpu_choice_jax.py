@@ -25,6 +25,7 @@ from kvattn.backends import jax as tab
 from kvattn.call import Call
 from kvattn.kernels.jax import decoding
 from kvattn.kernels.jax import gpu as jax_gpu
+from kvattn.kernels.jax.programs import x64
 
 
 def served(device=((9, 0), 91500), dtype="bfloat16", n=64, m=64, d=64, v=None, batch=(2, 2), heads=(4, 4), few=0, **options):
@@ -280,11 +281,14 @@ def test_a_row_that_is_not_finite_stays_so_in_the_kernel_of_one_query():
     np.testing.assert_array_equal(wrong, expected)
 
 
-def test_the_kernel_of_one_query_is_lowered_for_a_gpu():
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_kernel_of_one_query_is_lowered_for_a_gpu(wide):
+    """``wide``: with jax_enable_x64, where integers of two sizes do not meet in the kernel."""
     shapes = (2, 8, 1, 64), (2, 2, 4096, 64), (2, 2, 4096, 64)
     arrays = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
     program = jax.jit(partial(decoding.attention, scale=0.125))
-    text = program.trace(*arrays, jax.ShapeDtypeStruct((2,), "int32")).lower(lowering_platforms=("cuda",)).as_text()
+    with x64(wide):
+        text = program.trace(*arrays, jax.ShapeDtypeStruct((2,), "int32")).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("triton") == 1
 
 

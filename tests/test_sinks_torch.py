@@ -57,3 +57,16 @@ def test_a_sink_that_is_traced_or_transformed_is_the_same():
     (by_sink,) = torch.autograd.grad(expected.sum(), sink)
     transformed = torch.func.grad(lambda sink: attend(*arrays, sink, causal=True).sum())(sink)
     assert (transformed - by_sink).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 1), (2, 2, 300, 1), (2, 1, 1, 1)], ids=str)
+def test_each_batch_entry_keeps_its_own_sinks_where_lengths_divide_the_batch(shape):
+    torch.manual_seed(0)
+    arrays = [torch.randn(2, 2, 300, 64, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    sink, lens = torch.randn(shape, dtype=torch.float64, requires_grad=True), torch.tensor([20, 300])
+    assert kvattn.explain(*arrays, sink=sink, valid_lens=lens).kernel == "SDPA, by lengths" or not sinks.KNOWN
+    found = attend(*arrays, sink, valid_lens=lens)
+    alone = [attend(*(x[i : i + 1] for x in (*arrays, sink)), valid_lens=lens[i : i + 1]) for i in range(2)]
+    gradients = (torch.autograd.grad(x.sin().sum(), [*arrays, sink]) for x in (found, torch.cat(alone)))
+    for x, y in [(found, torch.cat(alone)), *zip(*gradients, strict=True)]:
+        assert (x - y).abs().max() < 1e-12

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import warnings
 from contextlib import contextmanager
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
@@ -138,6 +138,29 @@ def test_arrays_of_any_strides_of_the_batch_the_heads_and_the_rows():
         torch.autograd.grad(output.sum(), spread)  # a sum's gradient has strides of 0
     same(found, wanted)
     assert found[0].transpose(1, 2).is_contiguous()  # as the query lies, so that the heads can be joined without a copy
+
+
+def copied(x):
+    """As torch.autograd.graph.save_on_cpu brings a slice back: what was not dense is contiguous, the rest lies as it lay."""
+    whole = x.numel() == 0 or x.untyped_storage().nbytes() == x.numel() * x.element_size()
+    return x.clone() if whole else x.clone(memory_format=torch.contiguous_format)
+
+
+@pytest.mark.parametrize("first", ["as they are", "copied"])
+def test_gradients_of_what_was_kept_elsewhere_and_lies_otherwise(first):
+    draws = np.random.default_rng(3)
+    joined, grad = draws.standard_normal((2, 20, 3, 4, 8)), draws.standard_normal((2, 4, 20, 8))
+    mask = draws.random((2, 1, 20, 40))[..., ::2] < 0.5
+    wanted = expected(*(joined[:, :, i].swapaxes(1, 2) for i in range(3)), grad, {"mask": mask})[2:]
+    query, key, value = (here(joined).requires_grad_()[:, :, i].transpose(1, 2) for i in range(3))
+    options = {"mask": here(np.repeat(mask, 2, axis=-1))[..., ::2], "score": None, "normalize": None}
+    call = Call.of(query, key, **options)
+    with small_tiles():
+        prepared = flash.Prepared(query, key, value, call)
+        for way in ("as they are", "copied") if first == "as they are" else ("copied", "as they are"):
+            with torch.autograd.graph.saved_tensors_hooks(lambda x: x, copied if way == "copied" else lambda x: x):
+                output = prepared(query, key, value, call)
+            same(torch.autograd.grad(output, (query, key, value), here(grad)), wanted)
 
 
 def test_half_precision_adds_up_in_float32():
@@ -332,6 +355,19 @@ def test_a_memory_of_calls_that_forgets(forgotten):
     named = gpu._name
     with patch.object(gpu, "_name", name), pytest.raises((AssertionError, RuntimeError)):
         test_what_is_prepared_for_a_call_serves_its_like_alone()
+
+
+def test_compiled_programs_are_forgotten_before_they_fill_memory():
+    device = torch.device("cuda", 0)
+    with (
+        patch.multiple(flash, INTERPRETED=False, MOST_COMPILED=3), patch.dict(flash._compiled, clear=True),
+        patch.object(torch.cuda, "current_device", lambda: 0), patch.object(flash.Launch, "_first", lambda *_: MagicMock()),
+    ):  # fmt: skip
+        for n in range(8):  # each length has strides of its own
+            launch = flash.Launch(tiles.forward, device, (), 1, (n,), (), (), 4, 1)
+            launch(torch.empty(4))
+            assert launch.run is not None
+            assert 1 <= len(flash._compiled) <= 3
 
 
 # ---- mutants

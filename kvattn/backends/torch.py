@@ -410,9 +410,7 @@ def _choose_with_sink(query, key, value, call):
 
     obstacle = call.beyond_softmax(sys.modules[__name__], "dropout", "return_weights", "return_lse", "softcap")
     obstacle = "positions are given" if call.positions is not None else obstacle
-    obstacle = (
-        obstacle or sdpa.obstacle(query, key, value, call.bias, call.scale) or sinks.obstacle(query, key, value, call.sink)
-    )
+    obstacle = obstacle or sdpa.obstacle(query, key, value, call.bias, call.scale) or sinks.obstacle(query, key, value)
     if not obstacle:
         choice = sdpa.choose(query, key, value, call, _masked, _in_blocks)
         why = f"{choice.why}; the sink takes its share of each row"

@@ -92,7 +92,8 @@ def _part(pl, triton, lens, query, key, value, total, sums, top, *, scale, size,
 
     none = jnp.zeros(rows, jnp.float32)
     first = none + jnp.finfo(jnp.float32).min, none, jnp.zeros((rows, d), jnp.float32)
-    found = lax.fori_loop(0, pl.cdiv(jnp.maximum(end - start, 0), BLOCK), step, first)
+    blocks = lax.div(jnp.maximum(end - start, 0) + (BLOCK - 1), jnp.int32(BLOCK))  # with 64 bits on, pl.cdiv's are of two sizes
+    found = lax.fori_loop(0, blocks, step, first)
     for place, x in zip((top, sums), found, strict=False):
         triton.store(place.at[pl.ds(0, rows)], x, mask=mine)
     triton.store(total.at[pl.ds(0, rows), :], found[2], mask=mine[:, None])

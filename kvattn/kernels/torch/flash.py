@@ -17,6 +17,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, 
 FAST_TANH = not INTERPRETED and torch.version.hip is None  # it is an instruction of CUDA's devices
 FAR = 2**29  # as in tiles.py
 MOST_PARTS = 64
+MOST_COMPILED = 4096  # launches whose program is kept: then it starts anew, since lengths that grow would fill the memory
 
 
 class Rest(NamedTuple):
@@ -98,10 +99,11 @@ class Prepared:
 
     def backward(self, arrays, output, lse, grad, grad_lse):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        like = grad.stride(), grad_lse is not None
+        output, how = _as_made(output, arrays[0]), (grad.stride(), grad_lse is not None)
+        like = (*how, *(None if x is None else x.stride() for x in arrays))  # hooks of autograd may have moved what was kept
         plan = self.backward_plans.get(like)
         if plan is None:
-            plan = self.backward_plans[like] = _planned(*arrays, self.rest, *like)
+            plan = self.backward_plans[like] = _planned(*arrays, self.rest, *how)
         return _backward(plan, *arrays, output, lse, grad, grad_lse)
 
 
@@ -238,7 +240,7 @@ def backward(query, key, value, mask, bias, lens, offsets, rest, output, lse, gr
     arrays = query, key, value, mask, bias, lens, offsets
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     plan = _planned(*arrays, rest, grad.stride(), grad_lse is not None)
-    return _backward(plan, *arrays, output, lse, grad, grad_lse)
+    return _backward(plan, *arrays, _as_made(output, query), lse, grad, grad_lse)
 
 
 def _backward(plan, query, key, value, mask, bias, lens, offsets, output, lse, grad, grad_lse):
@@ -263,6 +265,14 @@ def _like(query, features):
 def _empty(query, laid_out):
     shape, heads_last = laid_out
     return query.new_empty(shape).transpose(1, 2) if heads_last else query.new_empty(shape)
+
+
+def _as_made(output, query):
+    """The output as it was made for a query that lies like this, which the kernels take for granted."""
+    features = output.shape[-1]
+    if output.stride()[:3] == _rows(query.shape, query.stride(), features):
+        return output
+    return _like(query, features).copy_(output)
 
 
 def _laid_out(shape, strides, features):
@@ -401,6 +411,8 @@ class Launch:
             return
         compiled = self._first(arrays)
         if aligned:
+            if len(_compiled) >= MOST_COMPILED:
+                _compiled.clear()
             _compiled[self.like] = compiled
             self.use(compiled)
 

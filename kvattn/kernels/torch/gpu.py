@@ -63,9 +63,9 @@ def _name(query, key, value, call):
     placed = offset if type(offset) is int else (offset.device, offset.dtype, offset.shape)
     given = [None if x is None else (x.dtype, x.device, x.shape, x.stride()) for x in (mask, bias, lens)]
     return (
-        query.device, query.dtype, query.shape, query.stride(), key.dtype, key.shape, key.stride(), value.dtype, value.shape,
-        value.stride(), *given, placed, call.left, call.right, call.scale, call.softcap, call.return_lse,
-        sdpa.wants_gradients(query, key, value),
+        query.device, query.dtype, query.shape, query.stride(), key.device, key.dtype, key.shape, key.stride(), value.device,
+        value.dtype, value.shape, value.stride(), *given, placed, call.left, call.right, call.scale, call.softcap,
+        call.return_lse, sdpa.wants_gradients(query, key, value),
     )  # fmt: skip
 
 
@@ -103,9 +103,10 @@ def _choose(query, key, value, call):
     wide = max(query.shape[-1], value.shape[-1]) > 128
     if wide and not (call.softcap or window or call.return_lse) and sdpa.wants_gradients(query, key, value):
         return None  # three times as slow backward as SDPA with a mask, on an H100
-    if not _flexible(query, key, value):
+    others = key, value, call.mask, call.bias
+    if any(x is not None and x.device != query.device for x in others):  # the kernel would take their addresses for its own
         return None
-    return FLASH
+    return FLASH if _flexible(query, key, value) else None
 
 
 def _in_heads(query, key, value):

@@ -125,14 +125,15 @@ def whole(query, key, value, call, blocks=()):
 
 def by_lengths(query, key, value, call, lengths):
     """Each run of batch entries by itself: no work on padding, and none to hide."""
-    parts = [(query,), (key,), (value,)]
-    if len(lengths) > 1:
-        parts = [x.split([size for size, _ in lengths]) for x in (query, key, value)]
+    sizes, sink = [size for size, _ in lengths], call.sink
+    parts = [x.split(sizes) for x in (query, key, value)] if len(sizes) > 1 else [(query,), (key,), (value,)]
+    each_entry = sink is not None and sink.ndim > 1 and len(sink) > 1  # each batch entry has sinks of its own
+    parts.append(sink.split(sizes) if each_entry else [sink] * len(sizes))
     outputs = []
-    for (_, length), q, k, v in zip(lengths, *parts, strict=True):
+    for (_, length), q, k, v, s in zip(lengths, *parts, strict=True):
         k, v = k[..., :length, :], v[..., :length, :]
         if length:
-            outputs.append(fused(q, k, v, None, call.windowed, call.scale, sink=call.sink))
+            outputs.append(fused(q, k, v, None, call.windowed, call.scale, sink=s))
         else:  # zeros, with gradients of 0
             outputs.append(nonfinite.attention(q, k, v, None, None, call.scale))
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).to(query.dtype)

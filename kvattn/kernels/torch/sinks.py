@@ -21,7 +21,7 @@ KNOWN = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)  # gi
 DERIVE = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
-def obstacle(query, key, value, sink):
+def obstacle(query, key, value):
     """Why the kernel cannot serve SDPA's calls with a sink; "" where it can."""
     if not query.is_cpu or ATTEND is None or not KNOWN or tracing() or torch.is_autocast_enabled("cpu"):
         return "SDPA gives its lse on a CPU alone, not while a program is recorded, nor under autocast"
@@ -29,8 +29,6 @@ def obstacle(query, key, value, sink):
         return "SDPA gives its lse for four axes, of one batch, and as many features of values as of keys"
     if 0 in (*query.shape, *key.shape) or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
         return "SDPA gives its lse for rows that lie in one piece"
-    if sink.ndim > 1 and sink.shape[0] != 1 and sink.ndim != 4:
-        return "each batch entry has sinks of its own"
     return ""
 
 
