@@ -540,9 +540,7 @@ def _scores(query, key, call):
 
 def _with_sink(run, query, key, value, call, blocks):
     """What ``run`` gives without the sink, less the sink's share of every row: a key of this score whose value is 0."""
-    finite = not tf.executing_eagerly() or nonfinite.absent(call.sink)  # what the sink makes NaN comes back as gradients
-    with nullcontext() if finite else nonfinite.expected():
-        output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
+    output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
     left, lse = _left(lse, call.sink, len(query.shape), call.return_lse)
     output = tf.cast(left * _wide(output), output.dtype)
     weights = [tf.cast(tf.where(tf.equal(x, 0), 0, left * _wide(x)), x.dtype) for x in weights]  # 0 too where the sink is NaN
