@@ -249,7 +249,7 @@ class Subject:
         share = share[..., None]
         usual = {"score": self.tab.scaled_dot_score, "normalize": self.tab.softmax, "causal": False, "window": None}
         call = Call.of(*arrays[:2], **usual | {"query_offset": 0} | options)
-        grads = gradients.attention_grad(self.tab, *arrays[:3], share * arrays[3], WRT, call, grad_lse=by_lse)
+        grads = gradients.attention_grad(self.tab, *arrays[:3], share * arrays[3], WRT, call, tiled_grad.Known(grad_lse=by_lse))
         return dict(zip(MERGED, (share * output, *grads), strict=True))
 
 
