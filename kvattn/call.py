@@ -31,6 +31,8 @@ class Call(NamedTuple):
     rng: Any = None
     return_weights: bool = False
     return_lse: bool = False
+    first_query: int = 0  # of a block: which of all queries its first one is, and which of all keys
+    first_key: int = 0
 
     @classmethod
     def of(cls, query: Any, key: Any, *, score: Any, normalize: Any, mask: Any = None, bias: Any = None, valid_lens: Any = None,
@@ -60,6 +62,7 @@ class Call(NamedTuple):
     def keywords(self) -> dict[str, Any]:
         """The keywords of `attention` that say the same."""
         options = self._asdict()
+        del options["first_query"], options["first_key"]
         left, right = options.pop("left"), options.pop("right")
         return options | {"causal": False, "window": None if left is right is None else (left, right)}
 
@@ -121,7 +124,9 @@ class Call(NamedTuple):
         A query by itself meets just the keys in its window: there is no mask to build then.
         """
         where = {name: getattr(self, name) for name in ("mask", "bias", "valid_lens", "query_offset", "sink")}
-        for arrays, at in planning.cut(blocks, query, key, value, **where):
+        cuts = planning.cut(blocks, query, key, value, **where)
+        for (start, _, first, _), (arrays, at) in zip(blocks, cuts, strict=True):
+            at |= {"first_query": self.first_query + start, "first_key": self.first_key + first}
             yield *arrays, self._replace(**at)._of_a_block(*arrays[:2])
 
     def of_selected_keys(self, mask: Any, bias: Any) -> Call:

@@ -86,6 +86,10 @@ def test_a_cut_call_counts_from_its_blocks_first_key():
         np.testing.assert_array_equal(part.bias, row[:, k:l])
         np.testing.assert_array_equal(part.valid_lens, lens[i:j] - k)
         assert (part.query_offset, part.left, part.right, part.softcap) == (offset + i - k, 40, 0, 2.0)
+        assert (part.first_query, part.first_key) == (i, k)
+    ((*arrays, part),) = call.cut([(3000, 3600, 2900, 3700)], query, key, value)  # a block of a block
+    ((_, _, _, inner),) = part.cut([(100, 300, 20, 400)], *arrays)
+    assert (inner.first_query, inner.first_key) == (3100, 2920)
 
 
 def test_a_query_cut_out_with_the_keys_in_its_window_needs_no_mask():

@@ -144,8 +144,10 @@ def _split(call, n):
     given |= {name: x for name in ("score", "normalize") if type(x := getattr(call, name)) is Partial}
     if call.scale is not None and not (isinstance(call.scale, float) and jax_gpu.device()):  # cuDNN's is part of its program
         given["scale"] = call.scale
+    if not call.dropout:
+        call = call._replace(first_query=0, first_key=0)  # nobody asks: blocks that lie alike share a program
     if not call.windowed:
-        call = call._replace(query_offset=0)  # nobody asks where the queries stand
+        call = call._replace(query_offset=0)  # nor where the queries stand
     elif _traces_offset(call, n):
         given["query_offset"] = call.query_offset
     return call._replace(**dict.fromkeys(given)) if given else call, given
