@@ -16,6 +16,7 @@ import kvattn
 from kvattn import lesson
 
 sys.path.insert(0, str(Path(__file__).parent))
+import agreement
 import measured
 
 project = "kvattn"
@@ -58,12 +59,18 @@ autodoc_typehints = "none"  # the docstrings give shapes and dtypes, which say m
 napoleon_numpy_docstring = False
 
 
-def lessons(app):
-    """docs/lessons, run on each backend, as pages of docs/_lessons."""
+def _backends():
+    """Those that KVATTN_DOCS_BACKENDS names, or all that are installed."""
     named = os.environ.get("KVATTN_DOCS_BACKENDS")
     backends = [kvattn.dispatch.canonical(name) for name in named.split(",")] if named else list(kvattn.available_backends())
     if absent := set(backends) - set(kvattn.available_backends()):
         raise ValueError(f"KVATTN_DOCS_BACKENDS names backends that are not installed: {', '.join(sorted(absent))}")
+    return backends
+
+
+def lessons(app):
+    """docs/lessons, run on each backend, as pages of docs/_lessons."""
+    backends = _backends()
     pages, source = Path(app.srcdir, "_lessons"), Path(app.srcdir, "lessons")
     pages.mkdir(exist_ok=True)
     texts = {}
@@ -104,20 +111,33 @@ def literal_formulas(app, what, name, obj, options, lines):
             lines[i] = "`".join(pieces)
 
 
+class Agreement(SphinxDirective):
+    """``{agreement}``: the picture of agreement.py, of the backends that the lessons are run on."""
+
+    def run(self):
+        path = Path(self.env.srcdir, "_build", "agreement.svg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        eps = agreement.draw(_backends(), path)
+        text = f"```{{figure}} /_build/agreement.svg\n:class: output\n:width: 1000px\n:alt: '{agreement.ALT}'\n\n"
+        return self.parse_text_to_nodes(text + agreement.caption(eps) + "\n```\n")
+
+
 class Measured(SphinxDirective):
     """``{measured} FILE``: see measured.py."""
 
     required_arguments = 1
-    option_spec = {"columns": directives.unchanged, "value": directives.unchanged}  # noqa: RUF012
+    option_spec = {"columns": directives.unchanged, "value": directives.unchanged, "summary": directives.flag}  # noqa: RUF012
 
     def run(self):
         file, pictures = Path(self.env.relfn2path(self.arguments[0])[1]), Path(self.env.srcdir, "_build", "measured")
         self.env.note_dependency(file)
-        text = measured.myst(file, pictures, **self.options)
+        summary = "summary" in self.options
+        text = measured.summary(file, pictures) if summary else measured.myst(file, pictures, **self.options)
         return self.parse_text_to_nodes(text.replace(f"{{image}} {self.env.srcdir}", "{image} "))
 
 
 def setup(app):
+    app.add_directive("agreement", Agreement)
     app.add_directive("measured", Measured)
     app.connect("builder-inited", lessons)
     app.connect("build-finished", mathjax)

@@ -4,6 +4,7 @@ No number is typed by hand.
 """
 
 import json
+import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -61,6 +62,45 @@ def myst(file, pictures, columns="shape", value="ratio"):
     return "\n".join([*pieces, *[f"*Measured with {about}.*\n"] * bool(about)])
 
 
+def summary(file, pictures):
+    """MyST text, a table and a picture: kvattn's time over that of the quickest call that its users have without it."""
+    rows = json.loads(Path(file).read_text(encoding="utf-8"))["rows"]
+    ratios = {}
+    for backend, kind, shape in dict.fromkeys((row["backend"], row["kind"], row["shape"]) for row in rows):
+        of = {row["what"]: row for row in rows if (row["backend"], row["kind"], row["shape"]) == (backend, kind, shape)}
+        own = [row["ratio"] for what, row in of.items() if not what.startswith("kvattn") and row.get("ratio") and row["right"]]
+        if own and of[f"kvattn {backend}"].get("ratio"):
+            ratios.setdefault(backend, {})[kind, shape] = of[f"kvattn {backend}"]["ratio"] / min(own)
+    lines = ["| | S to XL: median | least | most | tiny: median |", "|---|---:|---:|---:|---:|"]
+    for backend, found in ratios.items():
+        tiny = [ratio for (_, shape), ratio in found.items() if shape == "tiny"]
+        large = [ratio for (_, shape), ratio in found.items() if shape not in ("tiny", "D")]
+        numbers = (statistics.median(large), min(large), max(large), *[statistics.median(tiny)] * bool(tiny))
+        lines.append(f"| {backend} | {' | '.join(f'{x:.2f}' for x in numbers)} |")
+    path = Path(pictures, f"{Path(file).stem}-summary.svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _dots(ratios, path)
+    return "\n".join([*lines, "", _image(path, "A dot for each call of the table above, by framework")])
+
+
+def _dots(ratios, path):
+    """A line of dots for each backend: one for each kind of call and shape."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for at, found in enumerate(ratios.values()):
+        for tiny, marker in ((False, "o"), (True, "x")):
+            these = [ratio for (_, shape), ratio in found.items() if (shape == "tiny") is tiny]
+            axes.plot(these, [at] * len(these), f"C{at}{marker}", alpha=0.6, markersize=6)
+    axes.axvline(1, color="black", linewidth=0.8)
+    ticks = (0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+    axes.set(xscale="log", yticks=range(len(ratios)), yticklabels=list(ratios))
+    axes.set_xticks(ticks, labels=map(str, ticks))
+    axes.minorticks_off()
+    axes.set_xlabel("kvattn's time / the framework's own: left of 1 kvattn is faster. Crosses: tiny calls")
+    axes.invert_yaxis()
+    figure.savefig(path)
+
+
 def _rows(document):
     """A list of dicts with ``what`` was measured; of overhead.py's calls and gpu.py's rows, each by its kind and part."""
     rows = [_on_gpu(row) if "framework" in row else row for row in document.pop("rows", [])]
@@ -77,8 +117,8 @@ def _on_gpu(row):
     return row | {"what": f"{row['shape']}: {row['kind']}, {row['dtype']}", "kind": row["framework"], "shape": passes}
 
 
-def _image(path):
-    return f"```{{image}} {path}\n:class: output\n:width: 1000px\n:alt: 'The numbers of the table above as a plot'\n```\n"
+def _image(path, alt="The numbers of the table above as a plot"):
+    return f"```{{image}} {path}\n:class: output\n:width: 1000px\n:alt: '{alt}'\n```\n"
 
 
 def _table(rows, columns, value):
@@ -114,7 +154,7 @@ def _draw(rows, path, columns, value):
     rows = [row for row in rows if row[value]]
     names = list(dict.fromkeys(row["what"] for row in rows))
     curves = [[(row[columns], row[value]) for row in rows if row["what"] == name] for name in names]
-    if not all(isinstance(row[columns], (int, float)) for row in rows) or max(map(len, curves), default=0) < 2:
+    if not all(isinstance(row[columns], (int, float)) for row in rows) or max(map(len, curves), default=0) < 3:
         return False
     x, y = ([[point[i] for point in curve] for curve in curves] for i in (0, 1))
     styles = [f"C{i % 10}{'o-' if name.startswith('kvattn') else 's:'}" for i, name in enumerate(names)]

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import SLOW, pytest_ignore_collect
 from packaging.version import Version
@@ -152,11 +153,15 @@ def test_a_lesson_runs_on_numpy(path, capsys):
 # ---- what was measured, as a part of a page
 
 
+def module(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    spec.loader.exec_module(made := importlib.util.module_from_spec(spec))
+    return made
+
+
 @pytest.fixture(scope="module")
 def measured():
-    spec = importlib.util.spec_from_file_location("measured", DOCS / "measured.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
+    return module("measured")
 
 
 def page(measured, folder, rows, **options):
@@ -188,10 +193,11 @@ def test_losses_failures_and_what_has_no_ratio_are_told(measured, tmp_path):
 
 
 def test_other_values_stand_by_any_column_and_are_drawn_where_it_is_a_number(measured, tmp_path):
-    rows = [MEMORY | {"what": what, "n": n, "MiB": n * 2.0} for what in ("kvattn numpy", "naive") for n in (1024, 4096)]
+    rows = [MEMORY | {"what": what, "n": n, "MiB": n * 2.0} for what in ("kvattn numpy", "naive") for n in (1024, 2048, 4096)]
     text = page(measured, tmp_path, rows, columns="n", value="MiB")
-    assert "|  | 1024 | 4096 |\n| --- | ---: | ---: |\n| kvattn numpy | 2048 | 8192 |\n" in text
+    assert "|  | 1024 | 2048 | 4096 |\n| --- | ---: | ---: | ---: |\n| kvattn numpy | 2048 | 4096 | 8192 |\n" in text
     assert (tmp_path / "pictures" / "cpu-forward.svg").is_file()
+    assert "{image}" not in page(measured, tmp_path, rows[:2], columns="n", value="MiB")  # two points are no curve
     text = page(measured, tmp_path, [MEMORY | {"what": "numpy", "part": "tab", "us": 2.5}], columns="part", value="us")
     assert "|  | tab |\n| --- | ---: |\n| numpy | 2.5 |\n" in text
     assert "{image}" not in text
@@ -225,6 +231,31 @@ def test_the_rows_of_a_gpu_name_what_they_are_measured_against_and_what_there_wa
     assert "Not measured in PyTorch, for want of time: BERT: mask, bfloat16.\n" in jax
     assert text.endswith("*Measured with device Card 3000, torch 2.11.*\n")
     assert "{image}" not in text
+
+
+def test_a_page_begins_with_each_frameworks_ratios_to_its_own_call(measured, tmp_path):
+    rows = [RATIO | {"shape": shape, "ratio": ratio} for shape, ratio in (("M", 0.5), ("L", 0.25), ("XL", 2.0), ("tiny", 3.0))]
+    rows += [row | {"what": what, "ratio": by} for row in rows for what, by in (("naive", 1.0), ("slower", 4.0))]
+    rows += [RATIO | {"backend": "jax", "what": "kvattn jax", "shape": "M"}]  # that has no other to compare with
+    (tmp_path / "cpu.json").write_text(json.dumps({"rows": rows}))
+    text = measured.summary(tmp_path / "cpu.json", tmp_path)
+    assert "| numpy | 0.50 | 0.25 | 2.00 | 3.00 |\n" in text
+    assert "jax" not in text
+    assert (tmp_path / "cpu-summary.svg").read_text(encoding="utf-8").count("<svg") == 1
+
+
+def test_the_first_picture_shows_the_documented_answer_beside_what_the_framework_gives(backend, tmp_path):
+    agreement = module("agreement")
+    ours, theirs = agreement.outputs(backend)
+    query, key, value, mask = agreement.call()
+    for i, row in enumerate(mask):  # a formula of its own: only the pairs that may attend
+        weights = np.exp(key[row] @ query[i] / np.sqrt(6))
+        expected = weights @ value[row] / weights.sum() if row.any() else np.zeros(6)
+        np.testing.assert_allclose(ours[i], expected, rtol=0, atol=64 * np.finfo("float32").eps * np.abs(ours).max())
+    assert np.isnan(theirs[:, 4:]).all()  # the padding's NaN
+    assert not np.isnan(theirs[[0, 1, 3], :4]).any()
+    assert agreement.draw([backend], tmp_path / "agreement.svg") == 0
+    assert (tmp_path / "agreement.svg").read_text(encoding="utf-8").count("<svg") == 1
 
 
 def test_what_is_not_measured_is_said(measured, tmp_path):

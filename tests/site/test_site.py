@@ -106,6 +106,17 @@ def test_the_reference_has_every_public_name():
     assert [name for name in kvattn.__all__ if f'id="kvattn.{name}"' not in text] == []
 
 
+def test_the_first_screen_shows_whom_it_is_for_what_it_does_and_how_to_install_it(browser, address):
+    visit(browser, address, "index.html")
+    picture = browser.find_element(By.CSS_SELECTOR, "article figure img")
+    assert int(picture.get_property("naturalWidth")) > 500 or len(TABS) < 5
+    line = browser.find_element(By.CSS_SELECTOR, "article div.highlight-sh pre")
+    assert line.text.startswith("pip install ")
+    assert line.rect["y"] + line.rect["height"] < 900
+    told = browser.find_element(By.CSS_SELECTOR, "article figure figcaption").text
+    assert float(re.search(r"by more than ([\d.]+) eps", told)[1]) < 16  # as they were where the page was built
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_loads_without_errors_or_requests_elsewhere_and_shows_its_maths(browser, address, page):
     visit(browser, address, page)
@@ -208,9 +219,7 @@ def test_tabs_work_from_the_keyboard(browser, address):
     assert browser.execute_script(SHOWN) == ["numpy"]
 
 
-@pytest.mark.parametrize(
-    ("page", "start"), [("index.html", "import torch\nfrom kvattn import torch as kv"), ("reference/api.html", "attention([[")]
-)
+@pytest.mark.parametrize(("page", "start"), [("index.html", "pip install '.[torch]'"), ("reference/api.html", "attention([[")])
 def test_code_copies_without_prompts(browser, address, page, start):
     grant = {"origin": address, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
     browser.execute_cdp_cmd("Browser.grantPermissions", grant)
