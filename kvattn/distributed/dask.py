@@ -1,0 +1,430 @@
+"""Attention over keys that do not fit in memory, on Dask: NumPy's over each chunk of the keys, merged in a tree.
+
+>>> import dask.array as da
+>>> key = da.random.default_rng(0).normal(size=(1000, 8), chunks=(300, -1))  # of files: dask.array.from_npy_stack, from_zarr
+>>> output, lse = attention([[1.0] * 8], key, key, return_lse=True)  # nothing is computed yet
+>>> output.compute().shape
+(1, 8)
+
+With O_p, l_p the output and the log-sum-exp over chunk p: l = log sum_p exp(l_p), O = sum_p exp(l_p - l) O_p. With G the
+gradient of a loss by O, that by O_p is exp(l_p - l) G and that by l_p is exp(l_p - l) (G O_p - G O): each chunk has its own.
+
+Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Rabe and Staats 2021, "Self-attention does
+not need O(n^2) memory".
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+from dask import delayed
+from dask.graph_manipulation import bind
+
+import kvattn
+from kvattn import checks, dispatch, planning, prepare
+from kvattn.backends import numpy
+from kvattn.call import Call
+from kvattn.kernels.numpy import gradients, memory, tiled_grad
+
+__all__ = ["attention", "attention_grad", "topk"]
+
+Array = Any  # a dask array, a NumPy array or a list
+Range = tuple[int, int]  # start, end
+At = tuple[int, int]  # which part of the first axis, and which of the queries or of the keys
+tab: Any = numpy
+by_hand: Any = gradients
+by_blocks: Any = memory
+
+CHILDREN = 8  # results that one task of a tree takes
+OPTIONS = ("score", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "scale", "softcap", "sink")
+REFUSED = {
+    "normalize": "only softmax can be merged from chunks; the key that hardmax looks up is topk's, with k = 1",
+    "positions": "select the keys and values instead: key[positions]",
+    "dropout": "it would depend on how the keys are chunked",
+    "rng": "there is no dropout",
+    "return_weights": "they are as many as the keys; topk gives the largest scores, return_lse what they are divided by",
+}
+
+# what kvattn's checks ask of a backend, where an array may also be one of Dask, whose values cannot be seen yet
+_lazy = types.SimpleNamespace(**vars(numpy))
+_lazy.is_array = lambda x: isinstance(x, da.Array) or tab.is_array(x)
+_lazy.peek = lambda x: None if isinstance(x, da.Array) else tab.peek(x)
+
+
+def attention(query: Array, key: da.Array, value: da.Array, *, return_lse: bool = False, **options: Any) -> Any:
+    """`kvattn.attention` of dask arrays of keys and values, lazily: nothing is computed before ``.compute()``.
+
+    Args:
+        query: (..., n, d), an array or a dask array, of which each chunk of rows is served by itself.
+        key, value: (..., m, d) and (..., m, v), dask arrays in the same chunks, of axis -2 and of the first leading axis.
+        return_lse: also return the lse, (..., n).
+        options: `kvattn.attention`'s score, mask, bias, valid_lens, causal, query_offset, window, scale, softcap and sink.
+            Arrays among them may be dask arrays, as a mask of millions of keys should be. Positions count from the first of
+            all keys.
+
+    Returns:
+        The output (..., n, v) in the query's dtype, or (output, lse): dask arrays, in chunks of the query's rows. Beside what
+        reads keys and values, the graph has a task for each chunk of keys, a merge for every seven of them, and at most ten
+        more for each chunk of the output. A chunk of keys is neither read nor computed where lengths and window together, or a
+        mask, or a bias, leave no query a key in it; but what dask arrays say is not known in time.
+
+    Half precision is float32 until all is merged.
+
+    Raises:
+        ValueError, TypeError: as `kvattn.attention`, and for chunks that do not fit each other.
+        NotImplementedError: an option that attention over chunks has not, saying why.
+    """
+    call, cut, query, key, value = _checked(query, key, value, return_lse, options)
+    whole, shape, narrow = _merged(call, cut, query, key, value), cut.shape(value.shape[-1]), delayed(_cast)
+    output = {at: narrow(x[0], query.dtype) for at, x in whole.items()}
+    output = _assembled(output, shape, query.dtype, cut.batches, cut.rows, -2)
+    if not call.return_lse:
+        return output
+    lse = {at: x[1] for at, x in whole.items()}
+    return output, _assembled(lse, shape[:-1], _wide(query.dtype), cut.batches, cut.rows, -1)
+
+
+def attention_grad(query: Array, key: da.Array, value: da.Array, grad_output: Array, *,
+                   wrt: Sequence[str] = ("query", "key", "value"), output: Array | None = None, lse: Array | None = None,
+                   **options: Any) -> tuple[da.Array, ...]:  # fmt: skip
+    """`kvattn.attention_grad` of dask arrays of keys and values, lazily; its gradients are dask arrays, in the same chunks.
+
+    Args:
+        grad_output: (..., n, v), an array or a dask array.
+        wrt: what to differentiate by, any of "query", "key" and "value".
+        output, lse: what `attention` gave with ``return_lse=True``, computed or not. Without them keys and values are read
+            twice, the first time for these. Leave them out in half precision, to which the output has been rounded.
+
+    The other arguments, and what is raised, are `attention`'s.
+    """
+    call, cut, query, key, value = _checked(query, key, value, False, options)
+    wrt, shape = prepare.differentiable(wrt, {"query", "key", "value"}), cut.shape(value.shape[-1])
+    loss = cut.in_rows(_fitting("grad_output", grad_output, query.dtype, shape), -2)
+    if (output is None) != (lse is None):
+        raise ValueError("output and lse go together: give both or none")
+    if output is None:
+        whole = _merged(call, cut, query, key, value)
+        key, value = bind((key, value), [*whole.values()])  # read anew once these are there, not kept in memory until then
+    else:
+        outputs = cut.in_rows(_fitting("output", output, query.dtype, shape), -2)
+        lses = cut.in_rows(_fitting("lse", lse, _wide(query.dtype), shape[:-1]), -1)
+        whole = {at: [outputs[at], lses[at]] for at in outputs}
+
+    of = {"query": query, "key": key, "value": value}
+    grads: dict[str, dict[At, list[Any]]] = {name: defaultdict(list) for name in wrt}
+    part_grad, total = delayed(_part_grad, nout=len(wrt)), delayed(_total)
+    for (batch, row), _, blocks in _blocks(call, cut, query, key, value):
+        for column, arrays, block in blocks:
+            made = part_grad(*arrays, loss[batch, row], whole[batch, row], block, wrt)
+            for name, grad in zip(wrt, made, strict=True):
+                at = 0 if of[name].shape[0] == 1 else batch, row if name == "query" else column
+                grads[name][at].append(grad)
+    found = []
+    for name in wrt:
+        x, second = of[name], cut.rows if name == "query" else cut.columns
+        summed = {at: total([_tree(total, parts)], x.dtype) for at, parts in grads[name].items()}
+        found.append(_assembled(summed, x.shape, x.dtype, cut.batches_of(x), second, -2))
+    return tuple(found)
+
+
+def topk(query: Array, key: da.Array, k: int, **options: Any) -> tuple[da.Array, da.Array]:
+    """The k best keys of each query, exactly and lazily: (positions, scores), each (..., n, k), the best first.
+
+    Args:
+        k: how many; 1 finds the key that hardmax looks up.
+        options: `attention`'s, without the sink.
+
+    Returns:
+        Positions, int64, which `kvattn.attention` takes as ``positions``, and scores, with the bias, float32 for half
+        precision: dask arrays. Of equal scores the first is the better, and NaN counts as inf. Where a query may attend to
+        fewer than k keys the rest is -1 and -inf.
+
+    Raises what `attention` raises, and TypeError or ValueError unless k is an int above 0.
+    """
+    k = checks.count("k", k)
+    if options.get("sink") is not None:
+        raise NotImplementedError("sink: it is no key, so it is never among the best")
+    call, cut, query, key, _ = _checked(query, key, key, False, options)
+    shape, dtype, best, best_of, none = cut.shape(k), _wide(query.dtype), delayed(_best), delayed(_best_of), delayed(_no_best)
+    positions, scores = {}, {}
+    for at, _, blocks in _blocks(call, cut, query, key, key):
+        parts = [best(*arrays[:2], block, k) for _, arrays, block in blocks]
+        whole = _tree(lambda some: best_of(some, k), [none(cut.shape(k, at), dtype), *parts])
+        positions[at], scores[at] = whole[0], whole[1]
+    return (
+        _assembled(positions, shape, np.dtype(np.int64), cut.batches, cut.rows, -2),
+        _assembled(scores, shape, dtype, cut.batches, cut.rows, -2),
+    )
+
+
+# ---- arguments
+
+
+def _checked(query: Array, key: Array, value: Array, return_lse: bool, options: dict[str, Any]) -> tuple[Any, ...]:
+    """The call, how it is cut, query, key and value. Raises for what does not fit, before anything is computed."""
+    for name in options.keys() & REFUSED.keys():
+        given = options.pop(name)
+        nothing = isinstance(given, (int, float)) and not given
+        if not (nothing or any(given is x for x in (None, kvattn.softmax, tab.softmax))):
+            raise NotImplementedError(f"{name} is not to be had of keys in chunks: {REFUSED[name]}")
+    if unknown := [name for name in options if name not in OPTIONS]:
+        raise checks.unknown(unknown, OPTIONS)
+    dispatch.choose("numpy", query=query, key=key, value=value, **{name: options.get(name) for name in prepare.ARRAYS})
+    for name, x in (("key", key), ("value", value)):
+        if not isinstance(x, da.Array):
+            raise TypeError(f"{name} must be a dask array, not {type(x).__name__}: dask.array.from_array({name}, chunks=...)")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if isinstance(x, da.Array) and any(math.isnan(size) for size in x.shape):
+            raise ValueError(f"{name} has chunks of unknown sizes; find them first: {name}.compute_chunk_sizes()")
+    query, key, value, scores = prepare.inputs(_lazy, query, key, value, options.get("score"))
+    cut = _Cut.of(query, key, value)
+    for name, x in getattr(options.get("score"), "keywords", {}).items():
+        if isinstance(x, da.Array):
+            raise TypeError(f"score binds {name} to a dask array; expected one that is computed: {name}.compute()")
+    features = (query.shape[-1], key.shape[-1])
+    options = prepare.options(_lazy, query, scores, features, return_lse=return_lse, **options)
+    return Call.of(query, key, **options, return_lse=checks.flag("return_lse", return_lse)), cut, query, key, value
+
+
+def _fitting(name: str, x: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    x = checks.floating(name, checks.array(_lazy, name, x), ("what it belongs to", np.empty(0, dtype)))
+    checks.same_shape(name, x, shape, "of these arguments")
+    return x
+
+
+def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.promote_types(dtype, np.float32)
+
+
+# ---- how the scores are cut
+
+
+class _Cut(NamedTuple):
+    """Where the scores (..., n, m) are cut, along the first leading axis, the queries and the keys."""
+
+    lead: tuple[int, ...]
+    batches: Sequence[Range]  # of the first leading axis, where it is cut
+    rows: Sequence[Range]
+    columns: Sequence[Range]
+
+    @classmethod
+    def of(cls, query: Array, key: da.Array, value: da.Array) -> _Cut:
+        """By the chunks of these; ValueError for chunks of other axes, and for those that differ between key and value."""
+        lead, first = planning.lead(query.shape, key.shape), {}
+        for name, x in (("key", key), ("value", value)):
+            for axis in range(-x.ndim, 0):
+                if x.numblocks[axis] > 1 and axis != -2 and (axis != -x.ndim or x.ndim == 2):
+                    raise ValueError(
+                        f"{name} has chunks {x.chunks[axis]} along axis {axis}; expected one: only axis -2, the keys, and the "
+                        f"first leading axis may be in chunks: {name}.rechunk({{{axis + x.ndim}: -1}})"
+                    )
+            if x.ndim > 2 and x.shape[0] > 1:
+                first[name] = x.chunks[0]
+        for axis, (a, b) in {-2: (key.chunks[-2], value.chunks[-2]), -key.ndim: [*first.values(), (), ()][:2]}.items():
+            if b and a != b:
+                raise ValueError(
+                    f"value has chunks {b} along axis {axis} but key has {a}; expected the same: "
+                    f"value.rechunk({{{axis + key.ndim}: key.chunks[{axis}]}})"
+                )
+        sizes = next(iter(first.values()), (1,))
+        group = lead[0] // sum(sizes) if lead and len(sizes) > 1 else 1  # heads of the query that share one of the key
+        rows = query.chunks[-2] if isinstance(query, da.Array) else query.shape[-2:-1]
+        batches = [(i * group, j * group) for i, j in _ranges(sizes)]
+        return cls(lead, batches, _ranges(rows), _ranges(key.chunks[-2]))
+
+    def first(self, x: Any, batch: int) -> Any:
+        """The part of an array whose first axis is that of the scores, or 1."""
+        return x[slice(*self.batches[batch])] if len(self.batches) > 1 and x.shape[0] > 1 else x
+
+    def batches_of(self, x: Array) -> Sequence[Range]:
+        """The parts of the first axis of query, key or value, of which several query heads may share one."""
+        if len(self.batches) == 1 or x.shape[0] == 1:
+            return [(0, 1)]
+        group = self.lead[0] // x.shape[0]
+        return [(i // group, j // group) for i, j in self.batches]
+
+    def in_rows(self, x: Array, axis: int) -> dict[At, Any]:
+        """An array (..., n, c), or (..., n) of axis -1, in the parts of the queries."""
+        rest = (slice(None),) * (-1 - axis)
+        return {
+            (batch, row): delayed(self.first(x, batch)[(..., slice(i, j), *rest)])
+            for batch in range(len(self.batches))
+            for row, (i, j) in enumerate(self.rows)
+        }
+
+    def shape(self, width: int, at: At | None = None) -> tuple[int, ...]:
+        """(..., n, width), of all or of one part of the queries."""
+        if at is None:
+            return (*self.lead, self.rows[-1][1], width)
+        (start, end), (i, j) = self.batches[at[0]], self.rows[at[1]]
+        lead = (end - start, *self.lead[1:]) if len(self.batches) > 1 else self.lead
+        return (*lead, j - i, width)
+
+    def calls(self, call: Call, ndim: int) -> Iterator[tuple[At, list[Call]]]:
+        """For each part of the queries the calls of its blocks, which know lengths, offset, mask, ... of their own."""
+        axes = {"mask": (ndim,), "bias": (ndim,), "valid_lens": (1, 2), "query_offset": (1,), "sink": (ndim, ndim - 2)}
+        query, key = (np.broadcast_to(np.float32(0), (*[1] * (ndim - 2), x[-1][1], 1)) for x in (self.rows, self.columns))
+        for batch in range(len(self.batches)):
+            given = {name: getattr(call, name) for name in axes}
+            given = {name: x for name, x in given.items() if getattr(x, "ndim", 0) and x.ndim in axes[name]}
+            part = call._replace(**{name: self.first(x, batch) for name, x in given.items()})
+            for row, (i, j) in enumerate(self.rows):
+                blocks = [(i, j, k, l) for k, l in self.columns]
+                yield (batch, row), [block for *_, block in part.cut(blocks, query, key, key)]
+
+
+def _ranges(sizes: Sequence[int]) -> list[Range]:
+    return [*pairwise(accumulate(sizes, initial=0))]
+
+
+def _blocks(call: Call, cut: _Cut, query: Array, key: da.Array, value: da.Array) -> Iterator[tuple[Any, ...]]:
+    """For each part of the queries: which it is, its sink, and (column, (query, key, value), call) where pairs may attend."""
+    chunks = [x.to_delayed().reshape(-1, len(cut.columns)) for x in (key, value)]
+    rows = cut.in_rows(query, -2)
+    for (batch, row), calls in cut.calls(call, query.ndim):
+        (i, j), blocks = cut.rows[row], []
+        for column, ((k, l), block) in enumerate(zip(cut.columns, calls, strict=True)):
+            if _attends(j - i, l - k, query.ndim, block):
+                some = (x[batch if len(x) > 1 else 0, column] for x in chunks)
+                blocks.append((column, (rows[batch, row], *some), block._replace(sink=None)))
+        yield (batch, row), calls[0].sink, blocks
+
+
+def _attends(n: int, m: int, ndim: int, call: Call) -> bool:
+    """Whether some query may attend to some key, as far as can be told before anything is computed."""
+    if not (n and m):
+        return False
+    for x, none in ((call.mask, False), (call.bias, -math.inf)):
+        if isinstance(x, (np.ndarray, np.generic)) and not (x != none).any():
+            return False
+    first, end = 0, m  # of each query's keys
+    if tab.is_array(call.valid_lens):
+        end = np.minimum(end, tab._lengths(call.valid_lens, ndim))
+    if call.windowed and not isinstance(call.query_offset, da.Array):
+        at = tab._positions(call.query_offset, n, ndim)
+        first = first if call.left is None else np.maximum(first, at - call.left)
+        end = end if call.right is None else np.minimum(end, at + call.right + 1)
+    return bool(np.any(np.less(first, end)))
+
+
+# ---- the graph
+
+
+def _merged(call: Call, cut: _Cut, query: Array, key: da.Array, value: da.Array) -> dict[At, Any]:
+    """The output and the lse of each part of the queries, wide."""
+    part, none, merge, with_sink, whole = delayed(_part), delayed(_none), delayed(_merge), delayed(_with_sink), {}
+    for at, sink, blocks in _blocks(call, cut, query, key, value):
+        parts = [part(*arrays, block) for _, arrays, block in blocks]
+        parts = parts or [none(cut.shape(value.shape[-1], at), _wide(query.dtype))]
+        whole[at] = _tree(merge, parts) if sink is None else with_sink(_tree(merge, parts), sink)
+    return whole
+
+
+def _tree(function: Callable[[list[Any]], Any], parts: list[Any]) -> Any:
+    """What is left of parts when function, of a list of some, has taken them all."""
+    while len(parts) > 1:
+        parts = [function(parts[i : i + CHILDREN]) for i in range(0, len(parts), CHILDREN)]
+    return parts[0]
+
+
+def _assembled(parts: dict[At, Any], shape: tuple[int, ...], dtype: Any, first: Sequence[Range], second: Sequence[Range],
+               axis: int) -> da.Array:  # fmt: skip
+    """The dask array of parts in these ranges of its first axis, where there are several, and of ``axis``; 0 where none is."""
+    rows = []
+    for i, (start, end) in enumerate(first):
+        row = []
+        for j, (from_, to) in enumerate(second):
+            size = [*shape]
+            size[0] = end - start if len(first) > 1 else size[0]
+            size[axis] = to - from_
+            here = (i, j) in parts
+            row.append(da.from_delayed(parts[i, j], size, dtype) if here else da.zeros(size, dtype, chunks=-1))
+        rows.append(da.concatenate(row, axis=axis))
+    return rows[0] if len(rows) == 1 else da.concatenate(rows)
+
+
+# ---- tasks
+
+
+def _part(query: Any, key: Any, value: Any, call: Call) -> Any:
+    """The output and the lse over one chunk of the keys."""
+    return tab._attend(*map(tab._wide, (query, key, value)), call._replace(return_lse=True))
+
+
+def _none(shape: tuple[int, ...], dtype: Any) -> Any:
+    """The output and the lse over no key."""
+    return np.zeros(shape, dtype), np.full(shape[:-1], -math.inf, dtype)
+
+
+def _merge(parts: Any) -> Any:
+    return kvattn.merge_attention(*zip(*parts, strict=True), return_lse=True, backend="numpy")
+
+
+def _with_sink(whole: Any, sink: Any) -> Any:
+    output, lse = whole
+    left, lse = tab._left(lse, sink, output.ndim)
+    return left * output, lse
+
+
+def _part_grad(query: Any, key: Any, value: Any, grad_output: Any, whole: Any, call: Call, wrt: tuple[str, ...]) -> Any:
+    """What one chunk of the keys adds to the gradients; ``whole``: the output and the lse over all keys."""
+    query, key, value, grad_output, output, lse = (tab._wide(x) for x in (query, key, value, grad_output, *whole))
+    own, own_lse = _part(query, key, value, call)
+    share = np.exp(own_lse - np.where(lse == -math.inf, 0, lse))
+    by_lse = share * ((grad_output * own).sum(axis=-1) - (grad_output * output).sum(axis=-1))
+    known = tiled_grad.Known(own, own_lse, by_lse)
+    return by_hand.attention_grad(tab, query, key, value, share[..., None] * grad_output, wrt, call, known)
+
+
+def _total(parts: Any, dtype: Any = None) -> Any:
+    return _cast(reduce(np.add, parts), dtype)
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    return x.astype(dtype, copy=False)
+
+
+def _best(query: Any, key: Any, call: Call, k: int) -> Any:
+    """The positions and scores of the k best in one chunk of the keys."""
+    query, key = tab._wide(query), tab._wide(key)
+    n, m = query.shape[-2], key.shape[-2]
+    found = []
+    blocks = by_blocks.query_blocks(call.score, query.shape, key.shape) or [(0, n, 0, m)]
+    for *arrays, part in call.cut(blocks, query, key, key):
+        allowed = tab._allowed(arrays[0].shape[-2], np.arange(m), query.ndim, part)
+        with np.errstate(over="ignore", invalid="ignore"):  # of pairs that may not attend
+            scores = tab._scores(*arrays[:2], part)
+        scores = scores if allowed is None else np.where(allowed, scores, -math.inf)
+        found.append(_largest(np.arange(call.first_key, call.first_key + m), scores, k))
+    return [np.concatenate(x, axis=-2) for x in zip(*found, strict=True)]
+
+
+def _best_of(parts: Any, k: int) -> Any:
+    positions, scores = (np.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
+    return _largest(positions, scores, k)
+
+
+def _no_best(shape: tuple[int, ...], dtype: Any) -> Any:
+    return np.full(shape, -1), np.full(shape, -math.inf, dtype)
+
+
+def _largest(positions: Any, scores: Any, k: int) -> Any:
+    """The positions and scores of the k largest in each row, of equal ones the first; -1 where a score is -inf."""
+    m = scores.shape[-1]
+    k = min(k, m)
+    at = np.empty((math.prod(scores.shape[:-1]), k), np.int64)
+    for row, into in zip(scores.reshape(len(at), m), at, strict=True):
+        row = np.where(np.isnan(row), math.inf, row)
+        some = np.flatnonzero(row >= np.partition(row, m - k)[m - k]) if k < m else np.arange(m)
+        into[:] = some[np.argsort(-row[some], kind="stable")[:k]]
+    at = at.reshape(*scores.shape[:-1], k)
+    positions, scores = (np.take_along_axis(np.broadcast_to(x, scores.shape), at, axis=-1) for x in (positions, scores))
+    return np.where(scores == -math.inf, -1, positions), scores
