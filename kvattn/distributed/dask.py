@@ -19,7 +19,7 @@ import math
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -120,7 +120,7 @@ def attention_grad(query: Array, key: da.Array, value: da.Array, grad_output: Ar
 
     of = {"query": query, "key": key, "value": value}
     grads: dict[str, dict[At, list[Any]]] = {name: defaultdict(list) for name in wrt}
-    part_grad, total = delayed(_part_grad, nout=len(wrt)), delayed(_total)
+    part_grad, total, narrow = delayed(_part_grad, nout=len(wrt)), delayed(_total), delayed(_cast)
     for (batch, row), _, blocks in _blocks(call, cut, query, key, value):
         for column, arrays, block in blocks:
             made = part_grad(*arrays, loss[batch, row], whole[batch, row], block, wrt)
@@ -130,7 +130,7 @@ def attention_grad(query: Array, key: da.Array, value: da.Array, grad_output: Ar
     found = []
     for name in wrt:
         x, second = of[name], cut.rows if name == "query" else cut.columns
-        summed = {at: total([_tree(total, parts)], x.dtype) for at, parts in grads[name].items()}
+        summed = {at: narrow(_tree(total, parts), x.dtype) for at, parts in grads[name].items()}
         found.append(_assembled(summed, x.shape, x.dtype, cut.batches_of(x), second, -2))
     return tuple(found)
 
@@ -157,7 +157,7 @@ def topk(query: Array, key: da.Array, k: int, **options: Any) -> tuple[da.Array,
     positions, scores = {}, {}
     for at, _, blocks in _blocks(call, cut, query, key, key):
         parts = [best(*arrays[:2], block, k) for _, arrays, block in blocks]
-        whole = _tree(lambda some: best_of(some, k), [none(cut.shape(k, at), dtype), *parts])
+        whole = _tree(partial(best_of, k=k), [none(cut.shape(k, at), dtype), *parts])
         positions[at], scores[at] = whole[0], whole[1]
     return (
         _assembled(positions, shape, np.dtype(np.int64), cut.batches, cut.rows, -2),
@@ -328,25 +328,25 @@ def _merged(call: Call, cut: _Cut, query: Array, key: da.Array, value: da.Array)
     return whole
 
 
-def _tree(function: Callable[[list[Any]], Any], parts: list[Any]) -> Any:
-    """What is left of parts when function, of a list of some, has taken them all."""
+def _tree(function: Callable[..., Any], parts: list[Any]) -> Any:
+    """What is left of the parts when function, of some of them, has taken all."""
     while len(parts) > 1:
-        parts = [function(parts[i : i + CHILDREN]) for i in range(0, len(parts), CHILDREN)]
+        parts = [function(*parts[i : i + CHILDREN]) for i in range(0, len(parts), CHILDREN)]
     return parts[0]
 
 
 def _assembled(parts: dict[At, Any], shape: tuple[int, ...], dtype: Any, first: Sequence[Range], second: Sequence[Range],
                axis: int) -> da.Array:  # fmt: skip
     """The dask array of parts in these ranges of its first axis, where there are several, and of ``axis``; 0 where none is."""
-    rows = []
+    rows, zeros = [], delayed(np.zeros)
     for i, (start, end) in enumerate(first):
         row = []
         for j, (from_, to) in enumerate(second):
             size = [*shape]
             size[0] = end - start if len(first) > 1 else size[0]
             size[axis] = to - from_
-            here = (i, j) in parts
-            row.append(da.from_delayed(parts[i, j], size, dtype) if here else da.zeros(size, dtype, chunks=-1))
+            part = parts[i, j] if (i, j) in parts else zeros(size, dtype)
+            row.append(da.from_delayed(part, size, dtype))
         rows.append(da.concatenate(row, axis=axis))
     return rows[0] if len(rows) == 1 else da.concatenate(rows)
 
@@ -364,7 +364,7 @@ def _none(shape: tuple[int, ...], dtype: Any) -> Any:
     return np.zeros(shape, dtype), np.full(shape[:-1], -math.inf, dtype)
 
 
-def _merge(parts: Any) -> Any:
+def _merge(*parts: Any) -> Any:
     return kvattn.merge_attention(*zip(*parts, strict=True), return_lse=True, backend="numpy")
 
 
@@ -384,8 +384,8 @@ def _part_grad(query: Any, key: Any, value: Any, grad_output: Any, whole: Any, c
     return by_hand.attention_grad(tab, query, key, value, share[..., None] * grad_output, wrt, call, known)
 
 
-def _total(parts: Any, dtype: Any = None) -> Any:
-    return _cast(reduce(np.add, parts), dtype)
+def _total(*parts: Any) -> Any:
+    return reduce(np.add, parts)
 
 
 def _cast(x: Any, dtype: Any) -> Any:
@@ -407,7 +407,7 @@ def _best(query: Any, key: Any, call: Call, k: int) -> Any:
     return [np.concatenate(x, axis=-2) for x in zip(*found, strict=True)]
 
 
-def _best_of(parts: Any, k: int) -> Any:
+def _best_of(*parts: Any, k: int) -> Any:
     positions, scores = (np.concatenate(x, axis=-1) for x in zip(*parts, strict=True))
     return _largest(positions, scores, k)
 
