@@ -298,7 +298,7 @@ def attention_grad(
     bindable |= {name for name, x in getattr(options["score"], "keywords", {}).items() if tab.is_array(x)}
     wrt = prepare.differentiable(wrt, bindable)
     try:
-        gradients = tab.attention_grad(query, key, value, grad_output, wrt=wrt, **options)
+        gradients = dispatch.offered(tab, "attention_grad")(query, key, value, grad_output, wrt=wrt, **options)
     except Exception:
         checks.own_functions(tab, options, query, key)
         raise
@@ -362,7 +362,7 @@ def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_l
     ):
         checks.same_shape(name, x, tuple(arrays[0].shape), "outputs[0]")
         checks.same_shape(lse_name, lse, tuple(x.shape)[:-1], f"{name} without its last axis")
-    return tab.merge_attention(arrays, lse_arrays, return_lse=checks.flag("return_lse", return_lse))
+    return dispatch.offered(tab, "merge_attention")(arrays, lse_arrays, return_lse=checks.flag("return_lse", return_lse))
 
 
 def nadaraya_watson(
@@ -442,7 +442,7 @@ def rotary(
     Source: Su et al. 2021, "RoFormer", section 3.2.2; each scaling's is in kvattn/rotation.py.
     """
     tab, x, positions, frequencies, how = prepare.rotary(backend, x, positions, base, interleaved, rotary_dim, scaling)
-    return tab.rotary(x, positions, frequencies, **how)
+    return dispatch.offered(tab, "rotary")(x, positions, frequencies, **how)
 
 
 def alibi_slopes(num_heads: int, *, dtype: str = "float32", backend: Any = None) -> Array:
@@ -548,8 +548,8 @@ def multi_head_attention(
         backend, query, key, value, params, num_heads, num_kv_heads, cache, options
     )
     if cache is None:
-        return tab.multi_head_attention(query, key, value, params, **heads, **options)
-    return tab.multi_head_attention(query, key, value, params, **heads, cache=cache, **options)
+        return dispatch.offered(tab, "multi_head_attention")(query, key, value, params, **heads, **options)
+    return dispatch.offered(tab, "multi_head_attention")(query, key, value, params, **heads, cache=cache, **options)
 
 
 def multi_head_attention_grad(
@@ -586,7 +586,9 @@ def multi_head_attention_grad(
     checks.same_shape("grad_output", grad_output, (*checks.joined(query, key, value)[:-1], width), "the output")
     bindable = {"query", "key", "value", *params}
     wrt = prepare.differentiable(wrt, bindable)
-    gradients = tab.multi_head_attention_grad(query, key, value, params, grad_output, wrt=wrt, **heads, **options)
+    gradients = dispatch.offered(tab, "multi_head_attention_grad")(
+        query, key, value, params, grad_output, wrt=wrt, **heads, **options
+    )
     return prepare.given_back(tab, given | dict(named), wrt, gradients)
 
 
@@ -614,7 +616,7 @@ def self_attention(x: Array, W_q: Array, W_k: Array, W_v: Array, *, backend: Any
     features = (params["W_q"].shape[-1], params["W_k"].shape[-1])
     checks.same_widths(features, prepare.is_dot_product(options.get("score")))
     options = prepare.options(tab, x, checks.joined(x, x, x), features, return_lse=back["return_lse"], **options)
-    return tab.self_attention(x, *params.values(), **options, **back)
+    return dispatch.offered(tab, "self_attention")(x, *params.values(), **options, **back)
 
 
 prepare.public |= {name: globals()[name] for name in __all__}

@@ -159,7 +159,7 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def _work(asked: dict[str, Any]) -> None:
-    tab = dispatch.load(asked["backend"])
+    tab: Any = dispatch.load(asked["backend"])
     try:
         device = dispatch.device(tab, asked["device"])
     except ValueError as error:

@@ -62,7 +62,8 @@ class KVCache(NamedTuple):
         for name, x, old in (("key", key, self.key), ("value", value, self.value)):
             checks.same_shape(name, x, (*tuple(old.shape)[:-2], key.shape[-2], old.shape[-1]), "the cache continues")
         length = self.length + _known(key.shape[-2])
-        return KVCache(tab.write(self.key, key, self.length), tab.write(self.value, value, self.length), length)
+        write = dispatch.offered(tab, "write")
+        return KVCache(write(self.key, key, self.length), write(self.value, value, self.length), length)
 
     def seen(self) -> tuple[Array, Array]:
         """The filled keys and values; where ``length`` is traced, all: ``causal`` with ``query_offset`` hides the rest."""

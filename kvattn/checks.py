@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Integral
 from typing import Any
 
-from kvattn import distances, rotation
+from kvattn import dispatch, distances, rotation
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -620,10 +620,10 @@ def bound(tab: Any, function: Any, name: str, own: Any, query: Any, features: tu
                 if tab.is_array(x):
                     given[parameter] = floating(parameter, x, ("query", query), tab)
             parameters(function.func.__name__, *features, given)
-        return partial(getattr(tab, function.func.__name__), *function.args, **given)
+        return partial(dispatch.offered(tab, function.func.__name__), *function.args, **given)
     if not callable(function):
         raise TypeError(f"{name} must be a function, not {function!r}: {', '.join(_meant(name, function))}, or your own")
-    return getattr(tab, function.__name__) if own(function) else function
+    return dispatch.offered(tab, function.__name__) if own(function) else function
 
 
 def own_functions(tab: Any, options: dict[str, Any], query: Any, key: Any) -> None:

@@ -18,7 +18,7 @@ from kvattn import __version__, dispatch
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvattn.conformance import Case, Report
+    from kvattn.conformance import Case, Report, Result
     from kvattn.conformance.processes import Judged
     from kvattn.lesson import Lesson
 
@@ -65,17 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvattn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser(
+    doctor = commands.add_parser(
         "doctor",
         help="say which backends work here, which one serves a call, and what to install for the rest",
         description="Import every backend that is installed; say what works, which one serves a call with NumPy arrays and "
         "why, and what to install for the rest. Exit status 1 if the backend that would serve the call is not usable.",
     )
+    doctor.add_argument("--backend", metavar="NAMES", help="plugins to import as well, separated by commas")
     conform = commands.add_parser(
         "conform",
         help="run the conformance suite on every installed backend and compare them with each other",
-        description="Run the conformance suite on every installed backend and on a text, and compare the backends pairwise. "
-        "Exit status 1 on any failure or disagreement, 2 if the command itself is wrong.",
+        description="Run the conformance suite on every installed backend and on a text, and compare the backends pairwise; "
+        "a plugin is asked where --backend names it. Exit status 1 on any failure or disagreement, 2 if the command itself is "
+        "wrong.",
     )
     names = ", ".join(dispatch._OURS)
     conform.add_argument("--backend", metavar="NAMES", help=f"only these, separated by commas: {names}, or a plugin's")
@@ -204,6 +206,8 @@ def conform(options: argparse.Namespace) -> int:
 
     console = _console()
     names = _having(names, _lacking(names, options.device), options.backend is None, console)
+    if options.backend is None and (others := dispatch.plugins()):
+        console.print(f"Not asked, since --backend does not name them: {_listed(others)}\n", soft_wrap=True)
     backends, pairs, found = _suite(names, words, options, console)
     document = report.document(
         kvattn=__version__,
@@ -228,10 +232,10 @@ def conform(options: argparse.Namespace) -> int:
 
 
 def _named(given: str | None) -> list[str]:
-    """The backends of ``--backend``, or all that are installed."""
+    """The backends of ``--backend``, or all of ours that are installed; plugins are loaded where they are named."""
     installed = dispatch.available_backends()
     if given is None:
-        return list(installed)
+        return [name for name in installed if name not in dispatch.plugins()]
     names = list(dict.fromkeys(dispatch.canonical(name) for name in given.split(",") if name.strip()))
     if not names:
         raise _Refused(f"--backend {given!r} names no backend; known: {', '.join(dispatch.known_backends())}")
@@ -275,6 +279,13 @@ def _cure(name: str) -> str:
     from kvattn import install
 
     return install.line(name)
+
+
+def _listed(plugins: dict[str, str]) -> str:
+    """Plugins by name, and what each would load."""
+    from kvattn.report import clean
+
+    return clean(", ".join(f"{name} (the plugin {value})" for name, value in plugins.items()))
 
 
 def _writable(path: str) -> None:
@@ -416,8 +427,21 @@ def _notes(result: Report) -> list[str]:
     """What a backend was not asked, and why."""
     notes = [f"known difference: {reason}" for reason in result.excused]
     if absent := {each.case for each in result.not_offered}:
-        notes.append(f"{len(absent)} cases use functions that it does not offer")
+        notes.append(f"{len(absent)} cases use functions that it does not offer: {_counted(result.not_offered, ', ')}")
+    if refused := {each.case for each in result.refused}:
+        notes.append(f"{len(refused)} cases it refuses: {_counted(result.refused)}")
     return notes
+
+
+def _counted(results: list[Result], between: str | None = None) -> str:
+    """What results say after their first word, or its parts, the commonest first, with the number of cases of each."""
+    cases: dict[str, set[str]] = {}
+    for each in results:
+        words = each.message.partition(": ")[2]
+        for part in words.split(between) if between else [words]:
+            cases.setdefault(part, set()).add(each.case)
+    said = sorted(cases.items(), key=lambda item: -len(item[1]))
+    return "; ".join(f"{words} ({len(found)})" for words, found in said)
 
 
 class _Progress:
@@ -591,7 +615,7 @@ def _tabs(given: Lesson, named: str | None) -> list[str]:
     """The tabs of a lesson to run: those that are named, or those that are installed."""
     has = given.tabs or dispatch.known_backends()
     if named is None:
-        names = [name for name in has if name in dispatch.available_backends()]
+        names = [name for name in has if name in (dispatch.available_backends() if given.tabs else _named(None))]
         if not names:
             raise _Refused(f"none of the tabs of {given.path} is installed: {', '.join(_cure(name) for name in has)}")
         return names
@@ -616,17 +640,20 @@ def doctor(options: argparse.Namespace) -> int:
     console = _console()
     console.print(f"kvattn {__version__}, Python {platform.python_version()}, {platform.platform()}\n", soft_wrap=True)
     table = Table(*("backend", "state", "version", "device"))
-    known, installed = dispatch.known_backends(), dispatch.available_backends()
+    known, installed, plugins = dispatch.known_backends(), dispatch.available_backends(), dispatch.plugins()
+    asked = {*(_named(options.backend) if options.backend else ()), dispatch.get_backend()}
     broken: dict[str, str] = {}
     for name in known:
         version = device = "-"
-        if name in installed:
+        unasked = name in plugins and name not in asked
+        if name in installed and not unasked:
             try:
                 with quiet():
                     version, device = _describe(dispatch.load(name))
             except (Exception, SystemExit) as error:  # frameworks fail at import with whatever they like
                 broken[name] = _say(error)
         state = "broken" if name in broken else "works" if name in installed else "not installed"
+        state = "a plugin, not loaded" if unasked else state
         style = {"works": "green", "broken": "bold red"}.get(state, "dim")
         table.add_row(name, Text(state, style), clean(version), clean(device))
     console.print(table)
@@ -640,7 +667,10 @@ def doctor(options: argparse.Namespace) -> int:
     elif not usable:
         console.print(f"  But it is {'broken' if name in broken else 'not installed'}: such a call fails.", soft_wrap=True)
     for each, why in broken.items():
-        console.print(f"\n{each} is broken: {clean(why)}\n  to install it anew: {_cure(each)}", soft_wrap=True)
+        cure = f"the plugin is {clean(plugins[each])}" if each in plugins else f"to install it anew: {_cure(each)}"
+        console.print(f"\n{clean(each)} is broken: {clean(why)}\n  {cure}", soft_wrap=True)
+    if others := {name: value for name, value in plugins.items() if name not in asked}:
+        console.print(f"\nPlugins that are loaded where --backend names them: {_listed(others)}", soft_wrap=True)
     if "mxnet" in installed and "mxnet" not in broken and old_numpy.lacking():
         cure = "'import kvattn.mxnet_compat' before it, or kvattn.mxnet, is the cure"
         console.print(f"\n'import mxnet' by itself fails on this NumPy: {cure}.", soft_wrap=True)

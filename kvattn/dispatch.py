@@ -10,7 +10,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from kvattn.backends import Backend
 
 ENVIRONMENT = "KVATTN_BACKEND"
-ENTRY_POINTS = "kvattn.backends"
+ENTRY_POINTS = "kvattn.backends"  # of plugins: by the backend's name, the module or object that it is
+NATIVE_PACKAGES = "kvattn.native_packages"  # by the same name, the package whose arrays are the backend's
 
 
 # Import statements rather than importlib: torch.compile can trace these.
@@ -66,11 +67,14 @@ _PACKAGES = {"torch": "torch", "tensorflow": "tensorflow", "jax": "jax", "jaxlib
 
 _loaded: dict[str, Backend] = {}
 _homes: dict[type, str | None] = {}  # a plain dict: torch.compile cannot trace lru_cache
-_installed: tuple[Any, dict[str, EntryPoint]] | None = None
+_installed: tuple[Any, dict[str, EntryPoint], dict[str, str]] | None = None
 _process: str | None = None
 _context: ContextVar[str | None] = ContextVar("kvattn_backend", default=None)
 
 REQUIRED = ("is_array", "asarray", "to_numpy", "attention")
+# The keywords that every call of a backend's attention may hold; later ones, like sink, are passed where they are given.
+ALWAYS = ("score", "normalize", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "positions", "scale",
+          "softcap", "dropout", "rng", "return_weights", "return_lse")  # fmt: skip
 
 
 def canonical(name: str) -> str:
@@ -87,15 +91,49 @@ def _written(folder: str) -> int | None:
         return None
 
 
-def _plugins() -> dict[str, EntryPoint]:
-    """The plugins that are installed now. Looking takes 20 ms: not at import, and again only if something was installed."""
+def _declared() -> tuple[dict[str, EntryPoint], dict[str, str]]:
+    """What plugins that are installed now declare: their backends, and whose arrays these take, each by the backend's name.
+
+    Nothing of theirs is imported. Looking takes 20 ms: not at import, and again only if something was installed.
+    """
     global _installed
     places = [(folder, _written(folder)) for folder in sys.path]
     if _installed is None or _installed[0] != places:
-        from importlib.metadata import entry_points
+        points = {point.name: point for point in reversed(_declarations(ENTRY_POINTS)) if point.name not in _OURS}
+        _installed = places, points, {point.name: point.value for point in reversed(_declarations(NATIVE_PACKAGES))}
+    return _installed[1], _installed[2]
 
-        _installed = places, {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in _OURS}
-    return _installed[1]
+
+def _declarations(group: str) -> list[EntryPoint]:
+    """The entry points of a group, those that come earlier on sys.path first."""
+    from importlib.metadata import distributions, entry_points
+
+    with suppress(Exception):
+        return [*entry_points(group=group)]
+    found = []
+    for each in distributions():  # one of them, of whatever package, has metadata that cannot be read
+        with suppress(Exception):
+            found += [point for point in each.entry_points if point.group == group]
+    return found
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    """The plugins that are installed now, by the names of their backends."""
+    return _declared()[0]
+
+
+def _natives() -> dict[str, str]:
+    """The package whose arrays are a plugin's, as its metadata declares it, by the name of its backend."""
+    return _declared()[1]
+
+
+def plugins() -> dict[str, str]:
+    """The plugins that are installed, and what each loads, "module" or "module:object". None of them is imported.
+
+    >>> "numpy" in plugins()
+    False
+    """
+    return {name: point.value for name, point in sorted(_plugins().items())}
 
 
 def known_backends() -> tuple[str, ...]:
@@ -153,8 +191,34 @@ def name_of(tab: Any) -> str:
 def verify(tab: Any, name: str) -> None:
     """Raises TypeError, naming what is missing, if ``tab`` is no backend."""
     missing = [part for part in REQUIRED if not callable(getattr(tab, part, None))]
+    if not missing and (lacks := [each for each in lacking(tab) if each in ALWAYS]):
+        missing = [f"attention's keywords {', '.join(lacks)}"]
     if missing:
         raise TypeError(f"backend {name!r} does not satisfy kvattn.backends.Backend; missing: {', '.join(missing)}")
+
+
+def lacking(tab: Any) -> list[str]:
+    """The keywords of `kvattn.attention` that the attention of ``tab`` does not take; none if it tells no signature."""
+    import inspect
+
+    from kvattn.call import Call
+
+    try:
+        takes = inspect.signature(tab.attention).parameters
+    except (TypeError, ValueError):
+        return []
+    if any(each.kind is each.VAR_KEYWORD for each in takes.values()):
+        return []
+    keywords = list(inspect.signature(Call.of).parameters)[2:]
+    return [each for each in keywords if each not in takes or takes[each].kind is takes[each].POSITIONAL_ONLY]
+
+
+def offered(tab: Any, name: str) -> Any:
+    """The function ``name`` of a backend. Raises NotImplementedError if it has none: all but REQUIRED are optional."""
+    found = getattr(tab, name, None)
+    if found is None:
+        raise NotImplementedError(f"backend {name_of(tab)!r} offers no {name}; what it may offer: see kvattn.backends")
+    return found
 
 
 def _home(x: Any) -> tuple[str | None, ...]:
@@ -171,10 +235,23 @@ def _home(x: Any) -> tuple[str | None, ...]:
 
 
 def _claims(x: Any) -> tuple[str, ...]:
-    """The plugins whose array ``x`` is. One is loaded only if it can own this class: from the package where it is at home."""
-    package = type(x).__module__.partition(".")[0]
-    near = [name for name, point in _plugins().items() if name in _loaded or package == point.value.partition(".")[0]]
-    return tuple(name for name in near if load(name).is_array(x))
+    """The plugins whose array ``x`` is. One is loaded only if it can own this class: if that, or what it is made from, is
+    of the native package that the plugin declares, or of the plugin's own. Raises what loading raises if no other claims it.
+    """
+    packages = {base.__module__.partition(".")[0] for base in type(x).__mro__}
+    points, natives = _plugins(), _natives()
+    found, failed = [], None
+    for name, point in points.items():
+        own = natives.get(name, ""), point.value.partition(":")[0].partition(".")[0]
+        if name in _loaded or packages.intersection(own):
+            try:
+                if load(name).is_array(x):
+                    found.append(name)
+            except Exception as error:  # a broken one is of no account where another takes the array
+                failed = error
+    if failed is not None and not found:
+        raise failed
+    return tuple(found)
 
 
 def home(x: Any, wanted: str | None = None) -> str | None:

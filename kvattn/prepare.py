@@ -194,7 +194,7 @@ def score(name: str, query: Any, key: Any, backend: Any, same: bool = True, **pa
             x = checks.array(tab, parameter, x, query)
             parameters[parameter] = checks.floating(parameter, x, ("query", query), tab)
     checks.parameters(name, query.shape[-1], key.shape[-1], parameters)
-    return getattr(tab, name)(query, key, **parameters)
+    return dispatch.offered(tab, name)(query, key, **parameters)
 
 
 def weights(name: str, scores: Any, where: Any, backend: Any, **extra: Any) -> Any:
@@ -207,7 +207,7 @@ def weights(name: str, scores: Any, where: Any, backend: Any, **extra: Any) -> A
     if extra.get("valid_lens") is not None:
         checks.shape("scores", scores, 2)
         extra["valid_lens"] = checks.lengths(tab, extra["valid_lens"], shape[:-2][:1], shape[-2], scores)
-    return getattr(tab, name)(scores, where=where, **extra)
+    return dispatch.offered(tab, name)(scores, where=where, **extra)
 
 
 def unwrapped(function: Any) -> Any:

@@ -381,3 +381,123 @@ def test_calls_that_were_checked_are_forgotten_before_they_fill_memory(backend, 
         x = tab.asarray(np.ones((n, 2), "float32"))
         kvattn.attention(x, x, x)
         assert 1 <= len(prepare._remembered) <= 3
+
+
+# ---- plugins
+
+
+class Installed:
+    """Packages that declare backends, in a folder of sys.path, as pip leaves them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def add(self, name, code, points, natives=(), raw=None):
+        (self.folder / f"{name}.py").write_text(code)
+        (info := self.folder / f"{name}-1.0.dist-info").mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        lines = ["[kvattn.backends]", *points, "[kvattn.native_packages]", *natives]
+        (info / "entry_points.txt").write_bytes(raw or "\n".join(lines).encode())
+
+
+BACKEND = """
+import theirs
+is_array = lambda x: isinstance(x, theirs.Own)
+asarray = to_numpy = lambda *a, **k: theirs.Own()
+def attention(query, key, value, **keywords): return theirs.Own()
+"""
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(dispatch, "_loaded", dict(dispatch._loaded))
+    monkeypatch.setattr(dispatch, "_homes", {})
+    monkeypatch.setattr(dispatch, "_installed", None)
+    (tmp_path / "theirs.py").write_text("class Own: shape, dtype = (), None\n")
+    before = set(sys.modules)
+    yield Installed(tmp_path)
+    for name in set(sys.modules) - before:  # each test writes modules of these names anew
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_an_array_finds_its_plugin_by_the_native_package_and_no_other_is_loaded(installed):
+    installed.add("aplugin", "raise OSError('a broken library')", ["abroken = aplugin"], ["abroken = elsewhere"])
+    installed.add("bplugin", BACKEND, ["bworks = bplugin"], ["bworks = theirs"])
+    import theirs
+
+    class Derived(theirs.Own):
+        pass
+
+    assert "bplugin" not in sys.modules
+    assert dispatch.home(np.eye(2)) is dispatch.home([1.0]) is dispatch.home(object()) is None
+    assert {"abroken": "aplugin", "bworks": "bplugin"}.items() <= dispatch.plugins().items()
+    assert "bplugin" not in sys.modules, "that it is listed and asked about other arrays loads nothing"
+    for own in (Derived(), theirs.Own()):
+        assert dispatch.choose(None, x=own) is sys.modules["bplugin"]
+    with pytest.raises(ImportError, match="the plugin aplugin fails to load: a broken library"):
+        dispatch.load("abroken")
+
+
+def test_a_broken_plugin_for_the_same_arrays_is_of_no_account_where_another_takes_them(installed):
+    installed.add("aplugin", "raise OSError('a broken library')", ["abroken = aplugin"], ["abroken = theirs"])
+    import theirs
+
+    with pytest.raises(ImportError, match="a broken library"):
+        dispatch.home(theirs.Own())
+    installed.add("bplugin", BACKEND, ["bworks = bplugin"], ["bworks = theirs"])
+    dispatch._installed = None
+    assert dispatch.home(theirs.Own()) == "bworks"
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xfe\x00", b"[kvattn.backends]\nno equals sign\n[[\n", b"= \n[kvattn.backends]\n=\n"])
+def test_metadata_that_cannot_be_read_hides_no_other_plugin(installed, raw):
+    installed.add("aplugin", "", [], raw=raw)
+    installed.add("bplugin", BACKEND, ["bworks = bplugin"])
+    assert dispatch.plugins()["bworks"] == "bplugin"
+    assert dispatch.load("bworks").attention
+    assert set(dispatch.known_backends()) >= {"numpy", "torch", "bworks"}
+
+
+def test_a_plugin_that_lacks_a_keyword_of_every_call_is_told_which(installed):
+    code = BACKEND.replace("**keywords", "*, mask=None, bias=None, score=None, normalize=None, valid_lens=None, causal=False")
+    installed.add("bplugin", code, ["bworks = bplugin"])
+    with pytest.raises(TypeError, match=r"missing: attention's keywords query_offset, window, .*, return_lse$"):
+        dispatch.load("bworks")
+
+
+@pytest.mark.parametrize(
+    ("lacks", "call"),
+    {
+        "merge_attention": lambda tab: kvattn.merge_attention([X], [X[0]], backend=tab),
+        "softmax": lambda tab: kvattn.softmax(X, backend=tab),
+        "dot_score": lambda tab: kvattn.attention(X, X, X, score=kvattn.dot_score, backend=tab),
+        "gaussian_kernel": lambda tab: kvattn.nadaraya_watson(X, X, X, backend=tab),
+        "rotary": lambda tab: kvattn.rotary(X, backend=tab),
+        "attention_grad": lambda tab: kvattn.attention_grad(X, X, X, X, backend=tab),
+        "self_attention": lambda tab: kvattn.self_attention(X, X, X, X, backend=tab),
+        "multi_head_attention": lambda tab: kvattn.multi_head_attention(
+            X, X, X, {"W_q": X, "W_k": X, "W_v": X}, num_heads=1, backend=tab
+        ),
+        "write": lambda tab: kvattn.KVCache(X, X, 2).extend(X, X, backend=tab),
+    }.items(),
+)
+def test_a_plugin_without_an_optional_function_says_so(lacks, call):
+    tab = dispatch.load("numpy")
+    bare = types.SimpleNamespace(**{name: getattr(tab, name) for name in dispatch.REQUIRED}, __name__="bare")
+    with pytest.raises(NotImplementedError, match=f"^backend 'bare' offers no {lacks}; what it may offer"):
+        call(bare)
+
+
+def test_keywords_that_come_later_may_be_lacking():
+    def attention(query, key, value, *, score=None, normalize=None, mask=None, bias=None, valid_lens=None, causal=False,
+                  query_offset=0, window=None, positions=None, scale=None, softcap=None, dropout=0.0, rng=None,
+                  return_weights=False, return_lse=False):  # fmt: skip
+        return query
+
+    lacks = dispatch.lacking(types.SimpleNamespace(attention=attention))
+    assert "sink" in lacks
+    assert not {*lacks} & {*dispatch.ALWAYS}
+    for tab in dispatch._loaded.values():
+        assert dispatch.lacking(tab) == []

@@ -15,13 +15,13 @@ import numpy as np
 import kvattn
 from kvattn import checks, dispatch, layers
 from kvattn.conformance import native, tolerance
-from kvattn.conformance.cases import NOT_FINITE, Case
+from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case
 from kvattn.conformance.known_differences import difference
 
 FUNCTIONS = ("score", "normalize", "kernel")  # keywords that name a function of kvattn
 HEADED = ("multi_head_attention", "self_attention", "decoding")
 ALONE = "output alone"  # the output where neither weights nor lse are asked for: a tab may take another path to it
-NOT_OFFERED = "not offered: "
+NOT_OFFERED, REFUSED = "not offered: ", "refused: "  # by a stranger's backend, with which keyword or why: no failure
 LACKS = "its asarray makes no {}: cases in that dtype are asked in float32"
 
 
@@ -67,8 +67,13 @@ class Report:
         return [r for r in self.results if r.message.startswith(NOT_OFFERED)]
 
     @property
+    def refused(self) -> list[Result]:
+        """What a stranger's backend answered with a NotImplementedError, whose words follow in the message."""
+        return [r for r in self.results if r.message.startswith(REFUSED)]
+
+    @property
     def failures(self) -> list[Result]:
-        return [r for r in self.results if not r.passed and not r.message.startswith(NOT_OFFERED)]
+        return [r for r in self.results if not r.passed and not r.message.startswith((NOT_OFFERED, REFUSED))]
 
     @property
     def failed(self) -> int:
@@ -112,7 +117,7 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
         from kvattn.conformance.suite import cases as all_cases
 
         cases = all_cases()
-    tab = dispatch.load(backend) if isinstance(backend, str) else backend
+    tab: Any = dispatch.load(backend) if isinstance(backend, str) else backend
     called = backend if isinstance(backend, str) else getattr(tab, "__name__", type(tab).__name__).rpartition(".")[2]
     name = dispatch.canonical(called)
     version = card = ""
@@ -133,7 +138,8 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
 def _run(tab: Any, name: str, cases: Sequence[Case], dtypes: Sequence[str] | None, progress: Callable[[str], None] | None,
          report: Report, like: Any, place: str, told: bool) -> None:  # fmt: skip
     """``place``: where arrays lie; ``told``: that they lie there was asked for, so that results have to."""
-    lacks = {} if _is_ours(tab) else {dtype: LACKS.format(dtype) for dtype in tolerance.HALF if not _makes(tab, dtype, like)}
+    dtypes_asked = () if _is_ours(tab) else (dtype for dtype in DTYPES if dtype != "float32")
+    lacks = {dtype: LACKS.format(dtype) for dtype in dtypes_asked if not _makes(tab, dtype, like)}
     for case in cases:
         if progress is not None:
             progress(case.name)
@@ -142,8 +148,8 @@ def _run(tab: Any, name: str, cases: Sequence[Case], dtypes: Sequence[str] | Non
         reasons = {row.reason for row in excuses.values()} | {lacks[dtype] for dtype in wanted if dtype in lacks}
         report.excused += sorted(reasons - {*report.excused})
         able = [dtype for dtype in wanted if dtype not in excuses and dtype not in lacks]
-        if not able and dtypes is None and difference(name, "float32", case.name, case.group, place) is None:
-            able = ["float32"]  # no case goes unasked for want of bfloat16
+        if not able and dtypes is None and "float32" in case.dtypes:  # no case goes unasked for want of bfloat16
+            able = [] if difference(name, "float32", case.name, case.group, place) else ["float32"]
         for dtype in able:
             _judge(tab, case, dtype, report, thorough=dtypes is not None, like=like, place=place if told else None)
 
@@ -184,7 +190,10 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, lik
     try:
         got = _call(tab, case, dtype, thorough, like)
     except Exception as error:
-        result("output", np.inf, 0.0, f"{case.name} {dtype}: {type(error).__name__}: {error}")
+        if isinstance(error, NotImplementedError) and not _is_ours(tab):
+            result("output", 0.0, 0.0, f"{REFUSED}{error}")
+        else:
+            result("output", np.inf, 0.0, f"{case.name} {dtype}: {type(error).__name__}: {error}")
         return
     answer, magnitude = dict(case.answer), dict(case.magnitude)
     if ALONE in got:
@@ -213,7 +222,7 @@ def _is_ours(tab: Any) -> bool:
 
 
 def _makes(tab: Any, dtype: str, like: Any) -> bool:
-    """Whether the backend has arrays of this dtype: a framework need not have both kinds of half precision."""
+    """Whether the backend has arrays of this dtype: a framework need have float32 alone."""
     try:
         tab.asarray(np.zeros(1), dtype=dtype, like=like)
     except Exception:
@@ -241,7 +250,9 @@ def _missing(tab: Any, case: Case) -> list[str]:
         needed = {"attention", "gaussian_kernel", "proportional"}
     needed |= {_named(case.keywords[what])[0] for what in FUNCTIONS if what in case.keywords}
     needed |= {"merge_attention"} if case.call == "split_attention" else set()
-    return sorted(name for name in needed if not callable(getattr(tab, name, None)))
+    given = {*case.arguments, *case.keywords} if "attention" in needed else set()
+    lacks = [f"attention({name}=)" for name in dispatch.lacking(tab) if name in given]
+    return sorted(name for name in needed if not callable(getattr(tab, name, None))) + lacks
 
 
 def _named(x: Any) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""``KVATTN_CONFORMANCE=torch,jax pytest --pyargs kvattn.conformance``; unset, every backend that is installed.
+"""``KVATTN_CONFORMANCE=torch,jax pytest --pyargs kvattn.conformance``; unset, each of ours that is installed, and no plugin.
 
 In a checkout also ``pytest kvattn/conformance --backends torch,jax``: pytest reads options before it looks up --pyargs.
 KVATTN_THOROUGH=1 runs each case in every dtype, both with and without weights and lse: minutes on JAX, for its compiler.
@@ -23,13 +23,15 @@ CASES = {case.name: case for case in conformance.cases()}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--backends", help=f"backends to judge, by commas (default: {VARIABLE}, else all that are installed)")
+    parser.addoption(
+        "--backends", help=f"backends to judge, by commas (default: {VARIABLE}, else all of ours that are installed)"
+    )
 
 
 def chosen(config: pytest.Config) -> list[str]:
     """The backends to judge, loaded; one that was named and is absent is an error, never a skip."""
     named = config.getoption("--backends", default=None) or os.environ.get(VARIABLE)
-    names = named.split(",") if named else available_backends()
+    names = named.split(",") if named else [name for name in available_backends() if name not in dispatch.plugins()]
     found = [dispatch.canonical(name) for name in names if name.strip()]
     for name in found:
         try:

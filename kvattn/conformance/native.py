@@ -28,7 +28,7 @@ def run(backend: Any, name: str, config: dict[str, Any], weights: dict[str, np.n
     >>> results[0].tolist()
     [[[1.0], [1.0]]]
     """
-    tab = dispatch.load(backend) if isinstance(backend, str) else backend
+    tab: Any = dispatch.load(backend) if isinstance(backend, str) else backend
     framework = tab.__name__.rpartition(".")[2]
     kv = importlib.import_module(f"kvattn.{framework}")
 
