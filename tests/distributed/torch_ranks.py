@@ -1,0 +1,236 @@
+"""One rank of a group of gloo processes: does what its tasks say, in step with the other ranks, and prints what was wrong.
+
+Run by test_torch.py: python torch_ranks.py RANK SIZE FILE TASK...
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from functools import partial
+from unittest.mock import patch
+
+import adapter
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import kvattn
+from kvattn.backends import torch as tab
+from kvattn.distributed.torch import local_positions, ring_attention, shard, unshard
+from kvattn.kernels.torch.ring import Ring
+
+TIMEOUT = 60.0
+PLAIN = {"score": tab.scaled_dot_score, "normalize": tab.softmax, "positions": None, "dropout": 0.0, "rng": None}
+REFUSES = {
+    "score": lambda case: (
+        case.call == "nadaraya_watson" or case.keywords.get("score", "scaled_dot_score") != "scaled_dot_score"
+    ),
+    "normalize": lambda case: case.keywords.get("normalize", "softmax") != "softmax",
+    "positions": lambda case: "positions" in case.arguments,
+}
+
+
+# ---- the suite
+
+
+class Form:
+    """ring_attention as a tab's attention of whole arrays: each rank cuts its own rows, and puts all together again."""
+
+    def __init__(self, group, zigzag):
+        self.group, self.zigzag, self.rank = group, zigzag, dist.get_rank(group)
+        self.parts = dist.get_world_size(group)
+
+    def own(self, x, dim=-2):
+        if self.zigzag:
+            return shard(x, dim=dim, group=self.group, zigzag=True)
+        return x.split(adapter.cut(x.shape[dim], self.parts), dim=dim)[self.rank]
+
+    def whole(self, x, dim=-2):
+        return unshard(x, dim=dim, group=self.group, zigzag=self.zigzag, timeout=TIMEOUT)
+
+    def cut(self, query, options):
+        """The options of this rank's queries."""
+        options = {name: x for name, x in options.items() if name not in PLAIN or x != PLAIN[name]}
+        for name in ("mask", "bias", "sink"):
+            x = options.get(name)
+            if x is not None and x.ndim > 1 and x.shape[-2] == query.shape[-2] and (name != "sink" or x.ndim == query.ndim):
+                options[name] = self.own(x)
+        lens = options.get("valid_lens")
+        if lens is not None and lens.ndim == (2 if query.ndim > 2 else 1):
+            options["valid_lens"] = self.own(lens, -1)
+        return options
+
+    def ring(self, query, key, value, options):
+        return ring_attention(query, key, value, **options, group=self.group, zigzag=self.zigzag, timeout=TIMEOUT)
+
+    def attention(self, query, key, value, *, return_weights=False, return_lse=False, **options):
+        options = self.cut(query, options) | {"return_lse": return_lse}
+        found = self.ring(self.own(query), self.own(key), self.own(value), options)
+        return (self.whole(found[0]), self.whole(found[1], -1)) if return_lse else self.whole(found)
+
+    def attention_grad(self, query, key, value, grad_output, *, wrt, **options):
+        shared = {name: options[name].detach().requires_grad_() for name in ("bias", "sink") if name in wrt}
+        options = self.cut(query, options | shared)
+        own = {"query": self.own(query), "key": self.own(key), "value": self.own(value)}
+        own = {name: x.detach().requires_grad_(name in wrt) for name, x in own.items()}
+        self.ring(*own.values(), options).backward(self.own(grad_output))
+        found = []
+        for name in wrt:
+            x = (own | shared)[name]
+            if name in own:
+                found.append(self.whole(x.grad))
+            else:
+                wide = x.grad.to(torch.promote_types(x.dtype, torch.float32))  # rounded for each rank
+                dist.all_reduce(wide, group=self.group)
+                found.append(wide.to(x.dtype))
+        return tuple(found)
+
+
+def suite(groups, parts, every, first, zigzag=False):
+    """Cases of the conformance suite, cut over so many parts."""
+    if (group := groups[parts]) is None:
+        return None
+    form = Form(group, zigzag)
+    judged = adapter.backend(tab, form.attention, form.attention_grad)
+    return adapter.judge(judged, REFUSES, ("query", "key", "value", "bias", "sink"), adapter.cases()[first::every])
+
+
+# ---- what the suite does not ask
+
+
+def drawn(*shapes, seed=0, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=draw, dtype=dtype) for shape in shapes]
+
+
+def over_an_axis_of_a_mesh(groups):
+    """Two rings side by side, each of other numbers."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "sequence"))
+    query, key, value = drawn((2, 2, 9, 4), (2, 2, 9, 4), (2, 2, 9, 3), seed=mesh.get_local_rank("batch"))
+    for axis in ("sequence", 1, -1):
+        where = {"group": mesh, "axis": axis}
+        own = [shard(x, **where) for x in (query, key, value)]
+        output, lse = ring_attention(*own, **where, causal=True, return_lse=True)
+        for x, y in zip(
+            (output, lse[..., None]), kvattn.attention(query, key, value, causal=True, return_lse=True), strict=True
+        ):
+            torch.testing.assert_close(unshard(x, **where), y.reshape(2, 2, 9, -1), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="2 axes, batch, sequence: say by axis="):
+        ring_attention(query, key, value, group=mesh)
+    with pytest.raises(ValueError, match="no axis 'heads'; it has 2 axes, batch, sequence"):
+        ring_attention(query, key, value, group=mesh, axis="heads")
+    with pytest.raises(ValueError, match="no axis 2"):
+        ring_attention(query, key, value, group=mesh, axis=2)
+
+
+def arguments_that_differ(groups):
+    """Every rank raises the same, and the group is as good as before."""
+    rank = dist.get_rank()
+    other = {"query": drawn((2, 4, 3, 8))[0], "key": drawn((2, 4, 3, 8))[0], "value": drawn((2, 4, 3, 8))[0]}
+    narrow = {name: x[:, :2] for name, x in other.items() if name != "query"}
+    asked = {
+        "number of key heads: 4 on rank 0, 2 on rank 2": narrow,
+        "dtype: torch.float64 on rank 0, torch.float32 on rank 2": {name: x.float() for name, x in other.items()},
+        "number of axes: 4 on rank 0, 3 on rank 2": {name: x[0] for name, x in other.items()},
+        "batch axes as on rank 2": {name: x[:1] for name, x in other.items()},
+        "options: .* as on rank 2": {"causal": True},
+        "need of gradients as on rank 2": {"query": other["query"].clone().requires_grad_()},
+        "mask or bias has 3 columns on rank 2; expected .* 12": {"mask": torch.ones(3, 3, dtype=torch.bool)},
+        "rank 2 holds 5 rows of 14; expected 4": {"query": drawn((2, 4, 5, 8))[0]},
+    }
+    every = {"mask or": {"mask": torch.ones(3, 12, dtype=torch.bool)}, "rank 2 holds": {"zigzag": True}}
+    for words, odd in asked.items():
+        extra = next((x for start, x in every.items() if words.startswith(start)), {})
+        with pytest.raises(ValueError, match=words):
+            ring_attention(**{**other, **extra, **(odd if rank == 2 else {})})
+    for odd, error in (({"scale": "large"}, TypeError), ({"valid_lens": torch.tensor([1])}, ValueError)):
+        with pytest.raises(error if rank == 2 else ValueError, match=next(iter(odd)) if rank == 2 else "rank 2 .* refuses its"):
+            ring_attention(**{**other, **(odd if rank == 2 else {})})
+    assert ring_attention(**other).shape == (2, 4, 3, 8)
+
+
+def messages(groups):
+    """Each rank sends the keys and values it holds P - 1 times, and as often again, with their gradients, and these home."""
+    sent, post = [], Ring.post
+
+    def counted(self, out, back):
+        sent.extend(x.numel() * x.element_size() for x, _ in out)
+        return post(self, out, back)
+
+    query, key, value = (x.requires_grad_() for x in drawn((2, 5, 8), (2, 5, 8), (2, 5, 6)))
+    with patch.object(Ring, "post", counted):
+        output = ring_attention(query, key, value)
+        sizes, part = sent[:3], 2 * 5 * (8 + 6) * 8
+        assert sizes[0] == sizes[1] == sizes[2] <= 128, sizes
+        assert sent[3:] == [part] * 3, sent
+        sent.clear()
+        output.sum().backward()
+    assert sent == [part] * 7, sent
+
+
+def shares_of_a_causal_call(groups):
+    """Pairs that a rank's queries may see, of a sequence of 64: query i sees i + 1 keys."""
+    pairs = [int((local_positions(64, zigzag=zigzag) + 1).sum()) for zigzag in (False, True)]
+    assert pairs == [(136, 392, 648, 904)[dist.get_rank()], 520]
+
+
+def second_derivatives(groups):
+    query, key, value = (x.requires_grad_() for x in drawn((2, 5, 8), (2, 5, 8), (2, 5, 6)))
+    output = ring_attention(query, key, value)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(output.sum(), query, create_graph=True)
+
+
+def a_rank_that_makes_no_call(groups):
+    """The other of two gives up after its timeout, and says why."""
+    if dist.get_rank() == 0:
+        start = time.monotonic()
+        with pytest.raises(ConnectionError, match="has sent nothing for 2 s"):
+            ring_attention(*drawn((3, 2), (3, 2), (3, 2)), group=groups[2], timeout=2)
+        assert 1.5 < time.monotonic() - start < 10
+
+
+def a_rank_that_is_killed(groups):
+    """While the others are on their way; each of them raises, one that is nobody's neighbour within the timeout."""
+    query, key, value = drawn((2, 64, 8), (2, 64, 8), (2, 64, 8))
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match="waits for another in vain"):  # noqa: PT012
+        for i in range(10**6):
+            if dist.get_rank() == 2 and i == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            ring_attention(query, key, value, timeout=10)
+    assert time.monotonic() - start < 20
+
+
+LAYOUTS = ((1, False), (2, False), (3, False), (4, False), (2, True), (4, True))
+TASKS = {  # each case in one layout
+    f"{parts} parts" + " in zigzag" * zigzag: partial(suite, parts=parts, every=len(LAYOUTS), first=i, zigzag=zigzag)
+    for i, (parts, zigzag) in enumerate(LAYOUTS)
+}
+OTHERS = (over_an_axis_of_a_mesh, arguments_that_differ, messages, shares_of_a_causal_call, second_derivatives)
+LOSSES = (a_rank_that_makes_no_call, a_rank_that_is_killed)
+TASKS |= {task.__name__: task for task in OTHERS + LOSSES}
+
+
+def main(rank, size, path, *tasks):
+    rank, size = int(rank), int(size)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
+    groups = {parts: dist.new_group(range(parts)) for parts in range(1, size)} | {size: dist.group.WORLD}
+    groups = {parts: group if rank < parts else None for parts, group in groups.items()}
+    for task in tasks:
+        wrong, found, begin = None, None, time.monotonic()
+        try:
+            found = TASKS[task](groups)
+        except BaseException:  # pytest's own too
+            wrong = traceback.format_exc()
+        print(json.dumps({"task": task, "s": time.monotonic() - begin, "found": found, "wrong": wrong}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
