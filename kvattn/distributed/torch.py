@@ -108,7 +108,8 @@ def ring_attention(
     if refused is not None:
         raise refused
     plan = _plan(tab, ring, everyone, options, zigzag)
-    output, lse = kernel.attention(*arrays, ring, plan)
+    query, key, value, bias, sink = arrays
+    output, lse = kernel.attention(query, key, value, bias, sink, ring, plan)
     return (output, lse) if return_lse else output
 
 

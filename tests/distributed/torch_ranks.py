@@ -1,6 +1,6 @@
-"""One rank of a group of gloo processes: does what its tasks say, in step with the other ranks, and prints what was wrong.
+"""Ranks of a group of gloo processes: each does what the tasks say, in step with the others, and writes down what was wrong.
 
-Run by test_torch.py: python torch_ranks.py RANK SIZE FILE TASK...
+Run by test_torch.py: python torch_ranks.py SIZE FOLDER TASK... All is imported and made once: ranks are forks.
 """
 
 import json
@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 import kvattn
 from kvattn.backends import torch as tab
@@ -24,6 +25,7 @@ from kvattn.distributed.torch import local_positions, ring_attention, shard, uns
 from kvattn.kernels.torch.ring import Ring
 
 TIMEOUT = 60.0
+NON_GROUP_MEMBER = dist.GroupMember.NON_GROUP_MEMBER  # what new_group gives those whom it leaves out
 PLAIN = {"score": tab.scaled_dot_score, "normalize": tab.softmax, "positions": None, "dropout": 0.0, "rng": None}
 REFUSES = {
     "score": lambda case: (
@@ -107,6 +109,38 @@ def drawn(*shapes, seed=0, dtype=torch.float64):
     return [torch.randn(shape, generator=draw, dtype=dtype) for shape in shapes]
 
 
+def a_group_of_one(groups):
+    if (group := groups[1]) is None:
+        return
+    inputs = [x.requires_grad_() for x in drawn((2, 7, 4), (2, 7, 4), (2, 7, 3))]
+    for zigzag in (False, True):
+        found = ring_attention(*inputs, group=group, causal=True, zigzag=zigzag)
+        expected = kvattn.attention(*inputs, causal=True)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        for x, y in zip(*(torch.autograd.grad(out.sum(), inputs) for out in (found, expected)), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def what_is_refused(groups):
+    (x,) = drawn((2, 3, 4))
+    for words, error, options in (
+        ("axis is 'sequence', but group is no DeviceMesh", ValueError, {"axis": "sequence"}),
+        ("group must be a ProcessGroup or a DeviceMesh, not int", TypeError, {"group": 1}),
+        ("timeout must be", ValueError, {"timeout": 0}),
+        ("zigzag must be", TypeError, {"zigzag": "yes"}),
+    ):
+        with pytest.raises(error, match=words):
+            ring_attention(x, x, x, **options)
+    if groups[2] is None:
+        with pytest.raises(ValueError, match="this process is not in the group"):
+            ring_attention(x, x, x, group=NON_GROUP_MEMBER)
+    sharded = DTensor.from_local(x, init_device_mesh("cpu", (4,)), [Shard(1)])
+    with pytest.raises(TypeError, match=r"key is a DTensor; expected the rows that this process holds: key.to_local\(\)"):
+        ring_attention(x, sharded, x)
+    with pytest.raises(ValueError, match="key has shape"):
+        ring_attention(x, x[..., :2], x)
+
+
 def over_an_axis_of_a_mesh(groups):
     """Two rings side by side, each of other numbers."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("batch", "sequence"))
@@ -178,6 +212,23 @@ def shares_of_a_causal_call(groups):
     assert pairs == [(136, 392, 648, 904)[dist.get_rank()], 520]
 
 
+def gradients_by_the_lse(groups):
+    """Of a loss that looks at the output and at the lse, and of one that looks at the lse alone; with a sink."""
+    lens, (by_output, by_lse) = torch.tensor([6, 0]), drawn((2, 4, 9, 3), (2, 4, 9), seed=1)
+    for looks in ((True, True), (False, True)):
+        inputs = [x.requires_grad_() for x in drawn((2, 4, 9, 4), (2, 2, 9, 4), (2, 2, 9, 3), (4,))]
+        whole = kvattn.attention(*inputs[:3], sink=inputs[3], valid_lens=lens, return_lse=True)
+        own = ring_attention(*map(shard, inputs[:3]), sink=inputs[3], valid_lens=lens, return_lse=True)
+        losses = [(x * g).sum() for x, g, look in zip(whole, (by_output, by_lse), looks, strict=True) if look]
+        expected = torch.autograd.grad(sum(losses), inputs)
+        parts = shard(by_output), shard(by_lse, dim=-1)
+        losses = [(x * g).sum() for x, g, look in zip(own, parts, looks, strict=True) if look]
+        found = torch.autograd.grad(sum(losses), inputs)
+        for x, y in zip(found, expected, strict=True):  # shard's backward leaves zeros where other ranks' rows are
+            dist.all_reduce(x)
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
 def second_derivatives(groups):
     query, key, value = (x.requires_grad_() for x in drawn((2, 5, 8), (2, 5, 8), (2, 5, 6)))
     output = ring_attention(query, key, value)
@@ -207,29 +258,51 @@ def a_rank_that_is_killed(groups):
 
 
 LAYOUTS = ((1, False), (2, False), (3, False), (4, False), (2, True), (4, True))
-TASKS = {  # each case in one layout
-    f"{parts} parts" + " in zigzag" * zigzag: partial(suite, parts=parts, every=len(LAYOUTS), first=i, zigzag=zigzag)
+TASKS = {  # each case in two layouts
+    f"{parts} parts" + " in zigzag" * zigzag: partial(suite, parts=parts, every=3, first=i % 3, zigzag=zigzag)
     for i, (parts, zigzag) in enumerate(LAYOUTS)
 }
-OTHERS = (over_an_axis_of_a_mesh, arguments_that_differ, messages, shares_of_a_causal_call, second_derivatives)
+OTHERS = (
+    a_group_of_one,
+    what_is_refused,
+    over_an_axis_of_a_mesh,
+    arguments_that_differ,
+    messages,
+    shares_of_a_causal_call,
+    second_derivatives,
+)
 LOSSES = (a_rank_that_makes_no_call, a_rank_that_is_killed)
 TASKS |= {task.__name__: task for task in OTHERS + LOSSES}
 
 
-def main(rank, size, path, *tasks):
-    rank, size = int(rank), int(size)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=size)
+def rank(rank, size, folder, tasks):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     groups = {parts: dist.new_group(range(parts)) for parts in range(1, size)} | {size: dist.group.WORLD}
     groups = {parts: group if rank < parts else None for parts, group in groups.items()}
-    for task in tasks:
-        wrong, found, begin = None, None, time.monotonic()
-        try:
-            found = TASKS[task](groups)
-        except BaseException:  # pytest's own too
-            wrong = traceback.format_exc()
-        print(json.dumps({"task": task, "s": time.monotonic() - begin, "found": found, "wrong": wrong}), flush=True)
+    with open(f"{folder}/{rank}", "w") as file:
+        for task in tasks:
+            wrong = found = None
+            start = time.monotonic()
+            try:
+                found = TASKS[task](groups)
+            except BaseException:  # pytest's own too
+                wrong = traceback.format_exc()
+            seconds = round(time.monotonic() - start, 2)
+            print(json.dumps({"task": task, "found": found, "wrong": wrong, "seconds": seconds}), file=file, flush=True)
     dist.destroy_process_group()
+
+
+def main(size, folder, *tasks):
+    torch.set_num_threads(1)
+    if set(tasks) - {task.__name__ for task in LOSSES}:
+        adapter.cases()
+    children = {}
+    for i in range(int(size)):
+        if (pid := os.fork()) == 0:
+            rank(i, int(size), folder, tasks)
+            os._exit(0)
+        children[i] = pid
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children.values()]))
 
 
 if __name__ == "__main__":
