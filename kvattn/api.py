@@ -137,12 +137,13 @@ def attention(
     *,
     score: Score | None = None,
     normalize: Normalizer | None = None,
-    mask: Array | None = None,
-    bias: Array | None = None,
+    mask: Array | Callable[[Array, Array], Array] | None = None,
+    bias: Array | Callable[[Array, Array], Array] | None = None,
     valid_lens: Array | None = None,
     causal: bool = False,
     query_offset: Any = 0,
     window: Any = None,
+    segments: Any = None,
     positions: Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -203,7 +204,7 @@ def attention(
     if unknown:  # another library's name of an argument
         raise checks.unknown(unknown, prepare.OPTIONS)
     known = prepare.remembered(query, key, value, backend)
-    plain = score is normalize is window is positions is scale is softcap is sink is None and not dropout
+    plain = score is normalize is window is segments is positions is scale is softcap is sink is None and not dropout
     plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool and type(query_offset) is int
     if plain and known is not None:
         bare = mask is bias is valid_lens is None
@@ -217,7 +218,7 @@ def attention(
             )  # fmt: skip
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, mask=mask, bias=bias, valid_lens=valid_lens,
-        query_offset=query_offset, positions=positions, sink=sink,
+        query_offset=query_offset, segments=segments, positions=positions, sink=sink,
     )  # fmt: skip
     if known is not None and known.tab is tab:
         scores = known.scores
@@ -227,7 +228,7 @@ def attention(
         known = prepare.remember(tab, *given, scores) if prepare.is_dot_product(score) else None
     options = prepare.options(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
-        window, positions, scale, softcap, sink, dropout, rng, return_lse,
+        window, positions, scale, softcap, sink, dropout, rng, return_lse, segments=segments,
     )  # fmt: skip
     if plain and known is not None:
         known.remember((mask, bias, valid_lens), (options["mask"], options["bias"], options["valid_lens"]))
@@ -250,12 +251,13 @@ def attention_grad(
     wrt: Sequence[str] = ("query", "key", "value"),
     score: Score | None = None,
     normalize: Normalizer | None = None,
-    mask: Array | None = None,
-    bias: Array | None = None,
+    mask: Array | Callable[[Array, Array], Array] | None = None,
+    bias: Array | Callable[[Array, Array], Array] | None = None,
     valid_lens: Array | None = None,
     causal: bool = False,
     query_offset: Any = 0,
     window: Any = None,
+    segments: Any = None,
     positions: Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -283,17 +285,18 @@ def attention_grad(
         raise checks.unknown(unknown, prepare.OPTIONS)
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, grad_output=grad_output, mask=mask, bias=bias, valid_lens=valid_lens,
-        query_offset=query_offset, positions=positions, sink=sink,
+        query_offset=query_offset, segments=segments, positions=positions, sink=sink,
     )  # fmt: skip
     given = {"query": query, "key": key, "value": value, "bias": bias, "sink": sink, **getattr(score, "keywords", {})}
     query, key, value, scores = prepare.inputs(tab, query, key, value, score)
     options = prepare.options(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
-        window, positions, scale, softcap, sink, dropout, rng,
+        window, positions, scale, softcap, sink, dropout, rng, segments=segments,
     )  # fmt: skip
     grad_output = checks.array(tab, "grad_output", grad_output, like=query)
     grad_output = checks.floating("grad_output", grad_output, ("query", query), tab)
     checks.same_shape("grad_output", grad_output, (*checks.pairs(query, key)[:-1], tuple(value.shape)[-1]), "the output")
+    checks.not_by_function(wrt, bias)
     bindable = {"query", "key", "value"} | {name for name, x in (("bias", bias), ("sink", sink)) if x is not None}
     bindable |= {name for name, x in getattr(options["score"], "keywords", {}).items() if tab.is_array(x)}
     wrt = prepare.differentiable(wrt, bindable)

@@ -107,7 +107,7 @@ def _integers(tab: Any, name: str, x: Any, like: Any) -> Any:
         raise TypeError(f"{name} has dtype {dtype}; expected an integer dtype")
     if not dtype.startswith("u"):
         return x
-    seen = _peek(tab, x)
+    seen = peek(tab, x)
     if seen is not None:
         return tab.asarray(_signed(seen), like=x)
     return tab.signed(x) if hasattr(tab, "signed") else tab.asarray(x, dtype="int32")
@@ -122,7 +122,7 @@ def _exact_integers(tab: Any, name: str, x: Any, like: Any) -> Any:
     """As `_integers`, where far away is no one place. Raises ValueError for what some framework's int32 would not hold."""
     seen, traced = None, hasattr(tab, "tracing") and tab.tracing()
     if tab.is_array(x):
-        seen = _peek(tab, x) if dtype_name(x).startswith("u") else None
+        seen = peek(tab, x) if dtype_name(x).startswith("u") else None
     elif not traced:
         with suppress(TypeError, ValueError):  # what is no array has its error below
             seen = distances.values(x)
@@ -139,7 +139,7 @@ def is_integer(x: Any) -> bool:
     return type(x) is int or (isinstance(x, Integral) and not isinstance(x, bool))
 
 
-def _peek(tab: Any, x: Any) -> Any:
+def peek(tab: Any, x: Any) -> Any:
     """The values of ``x`` as a NumPy array where they can be seen, else None; backends need not offer it."""
     return tab.peek(x) if hasattr(tab, "peek") else None
 
@@ -268,7 +268,7 @@ def positions(tab: Any, given: Any, scores: tuple[Any, ...], like: Any) -> Any:
     x = _integers(tab, "positions", given, like)
     found = shape("positions", x, 2)
     broadcastable("positions", found, (*scores[:-1], found[-1]), "(..., n, s)")
-    seen, m = _peek(tab, x), scores[-1]
+    seen, m = peek(tab, x), scores[-1]
     if seen is not None and seen.size and (seen.min() < -1 or (m is not None and seen.max() >= m)):
         raise ValueError(f"positions must lie in [-1, {m}), -1 for none; got {seen.min()} to {seen.max()}")
     return x
@@ -293,7 +293,7 @@ def rows(tab: Any, name: str, given: Any, full: tuple[Any, ...], like: Any) -> A
 
 def length(tab: Any, positions: Any, n: Any) -> int:
     """The largest position and one. Raises ValueError where it cannot be known now."""
-    first = positions if is_integer(positions) else _peek(tab, positions)
+    first = positions if is_integer(positions) else peek(tab, positions)
     if first is None or not is_integer(n):
         raise ValueError(
             'scaling "dynamic" depends on the largest position, which is not known here: give positions as numbers'
@@ -320,7 +320,7 @@ def float_name(name: str, dtype: Any) -> str:
 def known_integers(tab: Any, name: str, given: Any) -> tuple[Any, Any]:
     """``given`` as an array of ``tab``, and its values, as NumPy's int64. Raises TypeError where they cannot be read now."""
     x = _exact_integers(tab, name, given, None)
-    known = _peek(tab, x) if hasattr(tab, "peek") else tab.to_numpy(x)
+    known = peek(tab, x) if hasattr(tab, "peek") else tab.to_numpy(x)
     if known is None:
         raise TypeError(f"{name} must have values that can be read now, not in a trace or on another device: give NumPy's")
     return x, known.astype("int64")
@@ -491,7 +491,7 @@ def lengths(tab: Any, valid_lens: Any, batch: tuple[Any, ...], n: Any, like: Any
 
 def not_negative(tab: Any, valid_lens: Any) -> None:
     """Raises ValueError for a length below 0, where there are lengths and they can be seen."""
-    seen = None if valid_lens is None else _peek(tab, valid_lens)
+    seen = None if valid_lens is None else peek(tab, valid_lens)
     if seen is not None and seen.size and seen.min() < 0:
         raise ValueError(f"valid_lens must not be negative; the smallest is {seen.min()}")
 
@@ -503,7 +503,7 @@ def for_each_head(tab: Any, valid_lens: Any, num_heads: int, like: Any) -> Any:
     if len(shape) > 1:
         raise ValueError(f"valid_lens has shape {_show(shape)}; expected () or (n,), for inputs without a batch axis")
     nothing = [[0]] * num_heads if shape else [0] * num_heads
-    if (seen := _peek(tab, x)) is not None:  # MXNet adds nothing to an array of no axes
+    if (seen := peek(tab, x)) is not None:  # MXNet adds nothing to an array of no axes
         return tab.asarray(seen + nothing, dtype=dtype_name(x), like=x)
     return x + tab.asarray(nothing, dtype=dtype_name(x), like=x)
 
@@ -583,6 +583,71 @@ def masks(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any) -
         bias = floating("bias", bias, ("query", query), tab)
         broadcastable("bias", _shape(bias), scores, "the scores")
     return mask, bias
+
+
+def segments(tab: Any, given: Any, batch: tuple[Any, ...], n: Any, m: Any, like: Any) -> tuple[Any, Any]:
+    """Segments of the queries (batch or 1, n) and of the keys (batch or 1, m), of int32."""
+    pair = isinstance(given, (tuple, list)) and len(given) == 2 and all(hasattr(x, "shape") or _nested(x) for x in given)
+    found = []
+    for name, x, size in (("queries", given[0] if pair else given, n), ("keys", given[1] if pair else given, m)):
+        called = f"segments of the {name}" if pair else "segments"
+        x = _exact_integers(tab, called, x, like)
+        shape, expected = _shape(x), (*batch, size)
+        if len(shape) != len(expected) or any(map(_differ, shape, expected)):
+            cure = (
+                ""
+                if pair or not _differ(n, m)
+                else "; for queries and keys of different lengths give a pair, (of the queries, of the keys)"
+            )
+            raise ValueError(
+                f"{called} has shape {_show(shape)}; expected {_show(expected)}, an id for each of the {size} {name}{cure}"
+            )
+        x = tab.asarray(x, dtype="int32", like=like)
+        found.append(x if batch else x[None])
+    return found[0], found[1]
+
+
+def _nested(x: Any) -> bool:
+    return isinstance(x, (list, tuple)) and not all(map(is_integer, x))
+
+
+def not_by_function(wrt: Any, bias: Any) -> None:
+    """Raises ValueError for a gradient by a bias that is a function."""
+    if "bias" in wrt and callable(bias):
+        raise ValueError(
+            "wrt names 'bias', which is a function here: a gradient by the arrays that it is made of is the framework's own, "
+            "taken through attention; or give the bias as an array"
+        )
+
+
+def flags(tab: Any, made: Any, full: tuple[Any, ...]) -> Any:
+    """What a mask that is a function gives, which has to be bool and to broadcast to the pairs asked for, ``full``."""
+    _made(tab, "mask", made, "bool", full)
+    if (dtype := dtype_name(made)) not in ("bool", "bool_"):
+        hint = "a function that is added to the scores is bias=" if dtype in FLOATS else "compare what it gives: != 0"
+        raise TypeError(
+            f"mask, a function, gives an array of dtype {dtype}; expected bool, True where a query may attend ({hint})"
+        )
+    return made
+
+
+def added(tab: Any, made: Any, full: tuple[Any, ...]) -> Any:
+    """What a bias that is a function gives, which has to be floating point and to broadcast to the pairs asked for."""
+    _made(tab, "bias", made, "floating-point", full)
+    if (dtype := dtype_name(made)) not in FLOATS:
+        hint = "a function that tells who may attend is mask=" if dtype in ("bool", "bool_") else (
+            "positions are integers: convert what is computed from them")  # fmt: skip
+        raise TypeError(f"bias, a function, gives an array of dtype {dtype}; expected floating point ({hint})")
+    return made
+
+
+def _made(tab: Any, name: str, made: Any, kind: str, full: tuple[Any, ...]) -> None:
+    what = f"query positions (..., {full[-2]}, 1) and key positions (1, {full[-1]})"
+    if not tab.is_array(made):
+        raise TypeError(
+            f"{name}, a function, gives a {type(made).__name__} for {what}; expected a {kind} array of the same framework"
+        )
+    broadcastable(f"{name}, a function, gives an array that", _shape(made), full, f"the pairs of {what},")
 
 
 def sink(tab: Any, given: Any, scores: tuple[Any, ...], query: Any) -> Any:

@@ -117,7 +117,8 @@ def cut(
     if len(blocks) > SLICES:  # slices of slices: autodiff fills the whole of what a slice was cut from, for every slice
         size = -(-len(blocks) // SLICES)
         for group in (blocks[i : i + size] for i in range(0, len(blocks), size)):
-            i, k, j, l = group[0][0], group[0][2], group[-1][1], group[-1][3]
+            i, j = group[0][0], group[-1][1]
+            k, l = min(block[2] for block in group), max(block[3] for block in group)
             for outer, at in cut([(i, j, k, l)], query, key, value, mask, bias, valid_lens, query_offset, sink):
                 yield from cut([(a - i, b - i, c - k, d - k) for a, b, c, d in group], *outer, **at)
         return

@@ -12,14 +12,14 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvattn import checks, dispatch, rotation
+from kvattn import checks, dispatch, pairs, rotation
 
 if TYPE_CHECKING:
     from kvattn.backends import Backend
 
-ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "positions", "sink")  # the options that are arrays
-OPTIONS = ("score", "normalize", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "positions", "scale",
-           "softcap", "sink", "dropout", "rng", "return_weights", "return_lse")  # fmt: skip
+ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "segments", "positions", "sink")  # the options that are arrays
+OPTIONS = ("score", "normalize", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "segments",
+           "positions", "scale", "softcap", "sink", "dropout", "rng", "return_weights", "return_lse")  # fmt: skip
 DOT_PRODUCTS = ("dot_score", "scaled_dot_score", "cosine_score")  # for which query and key need as many features
 REMEMBERED = 4096  # calls: then it starts anew, since lengths that grow step by step would fill the memory
 
@@ -43,7 +43,7 @@ def options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, 
             mask: Any = None, bias: Any = None, valid_lens: Any = None, causal: Any = False, query_offset: Any = 0,
             window: Any = None, positions: Any = None, scale: Any = None, softcap: Any = None, sink: Any = None,
             dropout: Any = 0.0, rng: Any = None, return_lse: bool = False, batch: tuple[Any, ...] | None = None,
-            **unknown: Any) -> dict[str, Any]:  # fmt: skip
+            segments: Any = None, **unknown: Any) -> dict[str, Any]:  # fmt: skip
     """The checked keywords of attention, for scores of this shape between queries and keys of these features.
 
     ``batch``: the batch axis, (size,), or () where there is none; by default the first of the leading axes.
@@ -56,7 +56,11 @@ def options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, 
     if (return_lse or sink is not None) and normalize is not None and getattr(normalize, "func", normalize) not in softmax:
         name = "return_lse" if return_lse else "sink"
         raise ValueError(f"{name} needs normalize=softmax: other normalisers have no log-sum-exp")
-    mask, bias = checks.masks(tab, query, scores, mask, bias)
+    query_offset = checks.offset(tab, query_offset, batch, query)
+    if segments is None and not callable(mask) and not callable(bias):
+        mask, bias = checks.masks(tab, query, scores, mask, bias)
+    else:
+        mask, bias = _said_of_pairs(tab, query, scores, mask, bias, segments, batch, query_offset)
     given = {} if sink is None else {"sink": checks.sink(tab, sink, scores, query)}  # other backends may not know it
     return given | {
         "score": getattr(tab, "scaled_dot_score", None) if score is None else _own(tab, "score", score, query, features),
@@ -65,7 +69,7 @@ def options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, 
         "bias": bias,
         "valid_lens": None if valid_lens is None else checks.lengths(tab, valid_lens, batch, scores[-2], query),
         "causal": checks.flag("causal", causal),
-        "query_offset": checks.offset(tab, query_offset, batch, query),
+        "query_offset": query_offset,
         "window": None if window is None else checks.window(window),
         "positions": None if positions is None else checks.positions(tab, positions, scores, query),
         "scale": None if scale is None else checks.number("scale", scale),
@@ -73,6 +77,20 @@ def options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, 
         "dropout": checks.probability("dropout", dropout) if dropout else 0.0,
         "rng": rng,
     }
+
+
+def _said_of_pairs(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any, segments: Any, batch: tuple[Any, ...],
+                   query_offset: Any) -> tuple[Any, Any]:  # fmt: skip
+    """The mask and the bias where functions or segments are given: a tab's mask holds them, another backend is given arrays."""
+    functions = [x if callable(x) else None for x in (mask, bias)]
+    mask, bias = checks.masks(tab, query, scores, *(None if callable(x) else x for x in (mask, bias)))
+    if segments is not None:
+        segments = checks.segments(tab, segments, batch, *scores[-2:], query)
+    said = pairs.Pairs(tab, mask, *functions, segments)
+    if hasattr(tab, "places"):
+        return said, bias
+    mask, made = said.arrays(query, query, scores, query_offset, (0, scores[-2]), [(0, scores[-1])])
+    return mask, bias if made is None else made
 
 
 def returned(options: dict[str, Any]) -> dict[str, bool]:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn import planning, rotation
+from kvattn import pairs, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.jax import blocks, nonfinite, programs, tiles
 from kvattn.kernels.jax import gpu as jax_gpu
+from kvattn.pairs import Pairs
 
 HALF = ("float16", "bfloat16")
 
@@ -76,6 +77,10 @@ def tracing():
 
 def converts(x, y):
     return False
+
+
+def places(x, first=0, count=None):
+    return first + jnp.arange(x.shape[-2] if count is None else count)
 
 
 # ---- shapes and masks
@@ -167,6 +172,8 @@ def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
+    if type(call.mask) is Pairs:
+        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call)
     named = "mask", "bias", "valid_lens", "query_offset", "left", "right", "positions"  # the rest would make other programs
     return programs.one(_hidden, query, key, value, Call(None, None, **{name: getattr(call, name) for name in named}))
 
@@ -392,11 +399,13 @@ def attention(
         query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,
         dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
     )  # fmt: skip
-    return _attend(query, key, value, call)
+    return (_of_pairs if type(call.mask) is Pairs else _attend)(query, key, value, call)
 
 
 def choose(query, key, value, call):
     """The kernel that serves a call. It looks at the call, at shapes and at dtypes, so that a program knows it while traced."""
+    if type(call.mask) is Pairs:
+        return pairs.choice(query, key, value, call, _in_parts)
     tab = sys.modules[__name__]
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
@@ -502,11 +511,29 @@ def _dropout(weights, rate, rng):
 
 def _in_window_blocks(query, key, value, call, blocks):
     """One block of queries after another, each beside the keys in its window."""
-    cuts = call.cut(blocks, query, key, value)
-    if call.rng is not None:  # one key would drop the same in all
-        rngs = jax.random.split(call.rng, len(blocks))
-        cuts = ((*arrays, part._replace(rng=rng)) for (*arrays, part), rng in zip(cuts, rngs, strict=True))
+    cuts = _of_own_rng(call, call.cut(blocks, query, key, value), len(blocks))
     return call.joined([_attend(*cut) for cut in cuts], jnp.concatenate)
+
+
+@programs.exact
+def _of_pairs(query, key, value, call):
+    """A call whose functions of positions are run before its program is made, which would freeze what they read."""
+    plain, parts = pairs.resolved(query, key, value, call)
+    return _in_parts(query, key, value, plain, parts) if parts else _attend(query, key, value, plain)
+
+
+def _in_parts(query, key, value, call, parts):
+    """One part of the pairs after another, each a call of its own."""
+    cuts = _of_own_rng(call, pairs.cut(parts, query, key, value, call, jnp.concatenate), len(parts))
+    return pairs.joined(call, parts, [_attend(*cut) for cut in cuts], jnp.concatenate)
+
+
+def _of_own_rng(call, cuts, count):
+    """The calls of blocks, each with a key of its own: one would drop the same in all."""
+    if call.rng is None:
+        return cuts
+    rngs = jax.random.split(call.rng, count)
+    return ((*arrays, part._replace(rng=rng)) for (*arrays, part), rng in zip(cuts, rngs, strict=True))
 
 
 def _of_selected_keys(query, key, value, call, blocks):
@@ -560,12 +587,25 @@ def _repeated(index):
 
 
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
-    return _attend_grad(query, key, value, grad_output, Call.of(query, key, **options), wrt=wrt)
+    call = Call.of(query, key, **options)
+    return (_grad_of_pairs if type(call.mask) is Pairs else _attend_grad)(query, key, value, grad_output, call, wrt=wrt)
+
+
+@programs.exact
+def _grad_of_pairs(query, key, value, grad_output, call, *, wrt):
+    call, parts = pairs.resolved(query, key, value, call)
+    if not parts:
+        return _attend_grad(query, key, value, grad_output, call, wrt=wrt)
+    return _by_vjp(partial(_in_parts, parts=parts), query, key, value, grad_output, call, wrt)
 
 
 @programs.careful
 @programs.compiled(programs.of_gradients)
 def _attend_grad(query, key, value, grad_output, call, *, wrt):
+    return _by_vjp(_attend, query, key, value, grad_output, call, wrt)
+
+
+def _by_vjp(attend, query, key, value, grad_output, call, wrt):
     given, score = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink}, call.score
     sources = {**getattr(score, "keywords", {}), **given}
 
@@ -574,7 +614,7 @@ def _attend_grad(query, key, value, grad_output, call, *, wrt):
         bound = {name: named.pop(name) for name in wrt if name not in given}
         rebound = partial(score.func, *score.args, **{**score.keywords, **bound}) if bound else score
         query, key, value, bias, sink = {**given, **named}.values()
-        return _attend(query, key, value, call._replace(score=rebound, bias=bias, sink=sink))
+        return attend(query, key, value, call._replace(score=rebound, bias=bias, sink=sink))
 
     return jax.vjp(output, *(sources[name] for name in wrt))[1](grad_output)
 

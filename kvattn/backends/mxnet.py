@@ -18,10 +18,11 @@ from functools import partial, reduce
 
 import numpy
 
-from kvattn import planning, rotation
+from kvattn import pairs, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.mxnet import quirks, views
 from kvattn.old_numpy import old_names
+from kvattn.pairs import Pairs
 
 with old_names():
     import mxnet as mx
@@ -92,6 +93,10 @@ def tracing():
 
 def converts(x, y):
     return False  # its amp changes the operators of mx.nd alone
+
+
+def places(x, first=0, count=None):
+    return np.arange(first, first + (x.shape[-2] if count is None else count), dtype="int64", ctx=x.ctx)
 
 
 # ---- shapes and masks
@@ -182,6 +187,8 @@ def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
+    if type(call.mask) is Pairs:
+        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call)
     keys = np.arange(key.shape[-2], dtype="int64", ctx=key.ctx)
     if call.positions is not None:
         chosen = (call.positions.astype("int64")[..., None] == keys).any(axis=-2)
@@ -385,6 +392,8 @@ def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, m
 
 def choose(query, key, value, call):
     """The kernel that serves a call. It looks at shapes alone: each costs a microsecond, so it asks for them once."""
+    if type(call.mask) is Pairs:
+        return pairs.choice(query, key, value, call, _in_parts)
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
         why = f"{choice.why}; the sink takes its share of each row"
@@ -494,11 +503,21 @@ def _dropout(weights, rate, rng):
 @quirks.one_batch_axis
 def _in_blocks(query, key, value, call, blocks):
     """One block of queries after another."""
-    parts = []
-    for block in call.cut(blocks, query, key, value):
-        parts.append(_attend(*block))
-        (parts[-1][0] if isinstance(parts[-1], tuple) else parts[-1]).wait_to_read()  # else MXNet begins many at one time
-    return call.joined(parts, np.concatenate)
+    return call.joined(_one_by_one(call.cut(blocks, query, key, value)), np.concatenate)
+
+
+def _in_parts(query, key, value, call, parts):
+    """One part of the pairs after another, each a call of its own."""
+    cuts = pairs.cut(parts, query, key, value, call, np.concatenate)
+    return pairs.joined(call, parts, _one_by_one(cuts), np.concatenate)
+
+
+def _one_by_one(cuts):
+    results = []
+    for block in cuts:
+        results.append(_attend(*block))
+        (results[-1][0] if isinstance(results[-1], tuple) else results[-1]).wait_to_read()  # else MXNet begins many at one time
+    return results
 
 
 def _by_pairs(query, key, value, call):
@@ -590,13 +609,20 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
 
 
 def _attend_grad(query, key, value, grad_output, wrt, call):
+    bound = call.score.keywords if isinstance(call.score, partial) else {}
+    sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **bound}
+    if type(call.mask) is Pairs:
+        call, parts = pairs.resolved(query, key, value, call)
+        if parts:
+            zeros = lambda x: np.zeros(x.shape, dtype=_wide(x[..., :0]).dtype, ctx=x.ctx)  # noqa: E731
+            found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, _attend_grad)
+            return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
     choice = choose(query, key, value, call)
     if choice.run_grad:
         return choice.run_grad(query, key, value, grad_output, wrt, call)
     few = call.positions is not None or call.left is not None or call.right not in (None, 0)  # pairs, in a window
     if not few and (blocks := planning.memory_blocks(call.score, query.shape, key.shape, views.MOST // 4)):
         return _grad_in_blocks(query, key, value, grad_output, wrt, call, blocks)
-    bound = call.score.keywords if isinstance(call.score, partial) else {}
 
     def attend(query, key, value, bias, sink, **bound):
         score = call.score
@@ -604,7 +630,6 @@ def _attend_grad(query, key, value, grad_output, wrt, call):
             score = partial(score.func, *(x.detach() if is_array(x) else x for x in score.args), **bound)
         return _attend(query, key, value, call._replace(score=score, bias=bias, sink=sink))
 
-    sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **bound}
     return _grad_by_autograd(attend, sources, grad_output, wrt)
 
 

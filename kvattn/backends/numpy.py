@@ -9,9 +9,10 @@ from functools import partial, reduce
 
 import numpy as np
 
-from kvattn import planning, rotation
+from kvattn import pairs, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.numpy import gradients, memory, tiled, tiles
+from kvattn.pairs import Pairs
 
 HALF = ("float16", "bfloat16")
 SMALL = 2.0**-64  # a sum of exp(scores) above this has lost no term that float32 could add to it
@@ -59,6 +60,10 @@ def tracing():
 
 def converts(x, y):
     return False
+
+
+def places(x, first=0, count=None):
+    return np.arange(first, first + (x.shape[-2] if count is None else count))
 
 
 # ---- shapes and masks
@@ -149,6 +154,8 @@ def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
+    if type(call.mask) is Pairs:
+        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call)
     keys = np.arange(key.shape[-2])
     if call.positions is not None:
         selected = (call.positions[..., None] == keys).any(axis=-2)
@@ -332,6 +339,8 @@ def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, m
 
 def choose(query, key, value, call):
     """The kernel that serves a call: Choice(kernel, why, blocks, run). It looks at the call and the shapes of the arrays."""
+    if type(call.mask) is Pairs:
+        return pairs.choice(query, key, value, call, _in_parts)
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
         why = f"{choice.why}; the sink takes its share of each row"
@@ -412,6 +421,12 @@ def _scores(query, key, call):
 def _in_blocks(query, key, value, call, blocks):
     """One block of queries after another."""
     return call.joined([_attend(*block) for block in call.cut(blocks, query, key, value)], np.concatenate)
+
+
+def _in_parts(query, key, value, call, parts):
+    """One part of the pairs after another, each a call of its own."""
+    cuts = pairs.cut(parts, query, key, value, call, np.concatenate)
+    return pairs.joined(call, parts, [_attend(*cut) for cut in cuts], np.concatenate)
 
 
 def _of_selected_keys(choice, query, key, value, call, blocks):

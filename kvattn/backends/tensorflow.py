@@ -10,9 +10,10 @@ from functools import partial, reduce
 import numpy as np
 import tensorflow as tf
 
-from kvattn import planning, rotation
+from kvattn import pairs, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.tensorflow import blocks, nonfinite, quirks, tiles
+from kvattn.pairs import Pairs
 
 HALF = (tf.float16, tf.bfloat16)
 
@@ -65,6 +66,10 @@ def tracing():
 
 def converts(x, y):
     return False  # Keras converts what its layers are given
+
+
+def places(x, first=0, count=None):
+    return tf.cast(first, tf.int64) + tf.range(tf.cast(quirks.shape(x)[-2] if count is None else count, tf.int64))
 
 
 # ---- shapes and masks
@@ -173,6 +178,8 @@ def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
+    if type(call.mask) is Pairs:
+        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call)
     if call.positions is not None:
         selected = tf.reduce_any(tf.cast(call.positions, tf.int64)[..., None] == _keys(key), axis=-2)
         call = call._replace(mask=selected if call.mask is None else tf.logical_and(call.mask, selected))
@@ -404,6 +411,8 @@ def attention(
 
 def choose(query, key, value, call):
     """The kernel that serves a call: Choice(kernel, why, blocks, run)."""
+    if type(call.mask) is Pairs:
+        return pairs.choice(query, key, value, call, _in_parts)
     tab = sys.modules[__name__]
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
@@ -442,11 +451,21 @@ def _attend(query, key, value, call):
 
 def _in_the_window(query, key, value, call, plan):
     """Blocks of queries, each a call of its own with the keys in its window."""
-    parts = []
-    for i, (*arrays, part) in enumerate(call.cut(plan, query, key, value)):
+    return call.joined(_one_by_one(call, call.cut(plan, query, key, value)), tf.concat)
+
+
+def _in_parts(query, key, value, call, parts):
+    """One part of the pairs after another, each a call of its own."""
+    cuts = pairs.cut(parts, query, key, value, call, tf.concat)
+    return pairs.joined(call, parts, _one_by_one(call, cuts), tf.concat)
+
+
+def _one_by_one(call, cuts):
+    results = []
+    for i, (*arrays, part) in enumerate(cuts):
         rng = None if call.rng is None else (call.rng, i)  # one seed would drop the same pairs in every block
-        parts.append(_attend(*arrays, part._replace(rng=rng)))
-    return call.joined(parts, tf.concat)
+        results.append(_attend(*arrays, part._replace(rng=rng)))
+    return results
 
 
 def _by_formula(query, key, value, call, plan=()):

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from kvattn import planning, rotation
+from kvattn import pairs, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.torch import gpu, nonfinite, sdpa, sinks, traces
+from kvattn.pairs import Pairs
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -78,6 +79,10 @@ def converts(x, y):
     kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return on and torch.float64 not in (x.dtype, y.dtype)
+
+
+def places(x, first=0, count=None):
+    return torch.arange(first, first + (x.shape[-2] if count is None else count), device=x.device)
 
 
 # ---- shapes and masks
@@ -169,6 +174,8 @@ def _hide_unseen(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
+    if type(call.mask) is Pairs:
+        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call)
     keys = torch.arange(key.shape[-2], device=key.device)
     if call.positions is not None:
         selected = (call.positions[..., None] == keys).any(dim=-2)
@@ -379,6 +386,8 @@ def attention(
 
 def choose(query, key, value, call):
     """The kernel that serves a call."""
+    if type(call.mask) is Pairs:
+        return pairs.choice(query, key, value, call, _in_parts)
     if call.sink is not None:
         return _choose_with_sink(query, key, value, call)
     if call.positions is not None:
@@ -491,6 +500,12 @@ def _in_blocks(query, key, value, call, blocks, attend=None):
 def _in_blocks_computed_again(query, key, value, call, blocks):
     """Blocks that keep no scores for their gradients."""
     return _in_blocks(query, key, value, call, blocks, sdpa.recomputed(_attend, call.rng))
+
+
+def _in_parts(query, key, value, call, parts):
+    """One part of the pairs after another, each a call of its own."""
+    cuts = pairs.cut(parts, query, key, value, call, torch.cat)
+    return pairs.joined(call, parts, [_attend(*cut) for cut in cuts], torch.cat)
 
 
 def _of_selected_keys(run, query, key, value, call, blocks, *_):

@@ -13,9 +13,10 @@ from functools import partial
 
 import numpy as np
 
-from kvattn import planning
+from kvattn import pairs, planning
 from kvattn.call import Call
 from kvattn.kernels.numpy import memory, threads, tiled, tiled_grad, tiles
+from kvattn.pairs import Pairs
 
 
 def _t(x):
@@ -209,6 +210,12 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, known=tiled_g
     selected = () if call.positions is None else call.positions.shape
     if 0 in (*query.shape[:-1], *key.shape[:-1], *selected):  # no pair, so no gradient
         return tuple(np.zeros(sources[name].shape, sources[name].dtype) for name in wrt)
+    if type(call.mask) is Pairs:
+        call, parts = pairs.resolved(query, key, value, call)
+        if parts:
+            zeros, of_part = lambda x: np.zeros(x.shape, tab._wide(x).dtype), partial(attention_grad, tab)
+            found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, of_part)
+            return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
     choice = None if selected else tab._choose(query.shape, key.shape, call, wrt)
     if selected:
         found = _of_selected_keys(tab, query, key, value, grad_output, wrt, call)

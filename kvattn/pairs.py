@@ -1,0 +1,509 @@
+"""What is said of pairs by where they stand: masks and biases that are functions of positions, and segments.
+
+    attention(Q)[i : j] = attention(Q[i : j]) over the keys that one of these queries may attend to
+
+A call with them becomes one whose window says the same, or calls of blocks of queries, each beside the keys that it needs,
+with the mask and the bias of these pairs alone. Where values cannot be read, as in a trace, one call has all pairs.
+
+Source: He et al. 2024, "FlexAttention", of masks as functions, and of what is skipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from kvattn import checks, planning
+from kvattn.call import Call, Choice
+
+Run = tuple[int, int]  # keys: the first, and the one after the last
+Rows = tuple[int, "int | None"]  # queries: the first, and how many; None for all
+Shape = tuple[Any, ...]
+
+BLOCK = 256  # queries that share keys
+FEW = 2**16  # pairs: too few for a look at which of them may attend
+LOOK = 2**21  # pairs whose flags are looked at together
+WHOLE = 2**24  # pairs whose mask may be held, where blocks would save little
+SAVED = 0.25  # the share of all pairs that is worth blocks, and of a block's keys that is worth picking them
+GAP = 128  # keys: what is left out between two runs, to be worth a copy of both
+RUNS = 8  # of keys that a block puts side by side
+SHORT = 64  # queries: a segment of fewer is served beside its neighbour
+BIAS = 2**22  # numbers of a bias that exist at one time
+TRACED = 16  # blocks of a program that is recorded
+
+
+class Part(NamedTuple):
+    """A block of queries and the runs of keys beside it. ``looks``: some of these pairs may not attend, as the functions say.
+
+    ``entries``: of which entries of the batch it is, the first and the one after the last; None for all.
+    """
+
+    start: int
+    end: int
+    runs: tuple[Run, ...]
+    looks: bool = True
+    entries: Run | None = None
+
+
+class Pairs(NamedTuple):
+    """What a call says of pairs, in the place of its mask: an array, a function, a function for the bias, segments.
+
+    ``tab``: the backend whose arrays the functions take; ``segments``: of the queries (batch or 1, n), of the keys (..., m).
+    """
+
+    tab: Any
+    mask: Any = None
+    mask_function: Callable[[Any, Any], Any] | None = None
+    bias_function: Callable[[Any, Any], Any] | None = None
+    segments: tuple[Any, Any] | None = None
+
+    @property
+    def restricts(self) -> bool:
+        """Whether a function or segments forbid pairs."""
+        return self.mask_function is not None or self.segments is not None
+
+    def places(self, query: Any, key: Any, offset: Any, rows: Rows, runs: Sequence[Run] | None) -> tuple[Any, Any]:
+        """The positions of the queries of these rows, (n, 1) or (batch, 1, ..., n, 1), and of the keys, (1, m)."""
+        tab, (start, count) = self.tab, rows
+        if runs is None:
+            k = _places(tab, key, 0, None)
+        elif len(runs) == 1:
+            k = _places(tab, key, runs[0][0], runs[0][1] - runs[0][0])
+        else:
+            k = tab.asarray(_numbers(runs), dtype=checks.dtype_name(_places(tab, key, 0, 1)), like=key)
+        if type(offset) is int:
+            return _places(tab, query, offset + start, count)[:, None], k[None]
+        q = _places(tab, query, start, count)[:, None]
+        if len(getattr(offset, "shape", ())) == 0:
+            seen = checks.peek(tab, offset) if tab.is_array(offset) else None
+            return q + (offset if seen is None else int(seen)), k[None]
+        offset = tab.asarray(offset, dtype=checks.dtype_name(q))
+        return q + offset[(slice(None), *[None] * (len(query.shape) - 1))], k[None]
+
+    def flags(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None,
+              entries: Run | None = None) -> Any:  # fmt: skip
+        """Which of these pairs the function and the segments let attend: bool, broadcastable to ``full``, or None for all."""
+        found = None
+        if self.mask_function is not None:
+            found = checks.flags(self.tab, self.mask_function(*self.places(query, key, offset, rows, runs)), full)
+        if self.segments is not None:
+            of_queries, of_keys = (x if entries is None or x.shape[0] == 1 else x[slice(*entries)] for x in self.segments)
+            of_queries = of_queries[:, rows[0] : None if rows[1] is None else rows[0] + rows[1]]
+            if runs is not None and len(runs) == 1:
+                of_keys = of_keys[:, slice(*runs[0])]
+            elif runs is not None:
+                of_keys = self.tab.asarray(checks.peek(self.tab, of_keys)[:, _numbers(runs)], like=of_keys)
+            axes = [None] * (len(full) - 3)
+            if len(full) < 3:
+                same = of_queries[0][:, None] == of_keys[0][None]
+            else:
+                same = of_queries[(slice(None), *axes, slice(None), None)] == of_keys[(slice(None), *axes, None, slice(None))]
+            found = both(found, same)
+        return found
+
+    def bias(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None) -> Any:
+        """The bias of these pairs, in the query's dtype."""
+        assert self.bias_function is not None
+        made = self.bias_function(*self.places(query, key, offset, rows, runs))
+        return self.tab.asarray(checks.added(self.tab, made, full), dtype=checks.dtype_name(query))
+
+    def arrays(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows = (0, None),
+               runs: Sequence[Run] | None = None) -> tuple[Any, Any]:  # fmt: skip
+        """The mask and the bias of all pairs; no bias, where that is no function."""
+        mask = both(self.mask, self.flags(query, key, full, offset, rows, runs))
+        return mask, None if self.bias_function is None else self.bias(query, key, full, offset, rows, runs)
+
+    def whole(self, query: Any, key: Any, call: Call) -> Call:
+        """The same call, with arrays of all pairs in place of what this says."""
+        full = (*_lead(query.shape, key.shape), query.shape[-2], key.shape[-2])
+        mask, bias = self.arrays(query, key, full, call.query_offset)
+        return call._replace(mask=mask, bias=call.bias if bias is None else bias)
+
+
+def both(mask: Any, other: Any) -> Any:
+    """Where both of two masks, or None, allow; a product of bools, since MXNet has no other "and"."""
+    return other if mask is None else mask if other is None else mask * other
+
+
+def _numbers(runs: Sequence[Run]) -> Any:
+    """The positions of these keys, NumPy's."""
+    import numpy as np  # here, since importing kvattn loads nothing
+
+    return np.concatenate([np.arange(*run) for run in runs])
+
+
+def _places(tab: Any, x: Any, first: Any, count: Any) -> Any:
+    """The tab's `places`; of another's backend, which may have none, an array of NumPy's."""
+    return tab.places(x, first, count) if hasattr(tab, "places") else tab.asarray(_numbers([(first, first + count)]), like=x)
+
+
+def _lead(query: Any, key: Any) -> Shape:
+    """The leading axes of the scores, None where they are unknown."""
+    pairs = zip(query[:-3], key[:-3], strict=True)
+    return (*(None if None in pair else 0 if 0 in pair else max(pair) for pair in pairs), *query[:-2][-1:])
+
+
+# ---- what a call becomes
+
+
+def resolved(query: Any, key: Any, value: Any, call: Call) -> tuple[Call, Sequence[Part]]:
+    """The call without what its Pairs say, and (); or the call as it is and its parts, for `cut`."""
+    said: Pairs = call.mask
+    plain = call._replace(mask=said.mask)
+    n, m = query.shape[-2], key.shape[-2]
+    known = all(type(size) is int for x in (query, key, value) for size in x.shape)
+    if not known or 0 in (*query.shape[:-1], *key.shape[:-1]) or call.positions is not None or call.return_weights:
+        return said.whole(query, key, plain), ()
+    if n * m <= FEW and said.segments is None:
+        return said.whole(query, key, plain), ()
+    parts: Sequence[Part] | None = None
+    if said.segments is not None:
+        parts = _of_segments(query, key, value, call)
+    if parts is None and said.restricts:
+        left, right, parts = _looked_at(query, key, call)
+        if parts is None and (left is not None or right is not None):  # it is a window
+            plain = _in_window(plain, left, right, query, key)
+            said = said._replace(mask_function=None)
+            call = plain._replace(mask=said)
+    if said.bias_function is not None:
+        return call, _of_bias(query, key, call, parts)
+    if parts is None:
+        return (said.whole(query, key, plain) if said.restricts else plain), ()
+    if len(parts) == 1 and parts[0] == (0, n, ((0, m),), False, None):
+        return plain, ()
+    return call, parts
+
+
+def _in_window(call: Call, left: int | None, right: int | None, query: Any, key: Any) -> Call:
+    left = call.left if left is None else left if call.left is None else min(left, call.left)
+    right = call.right if right is None else right if call.right is None else min(right, call.right)
+    return call._replace(left=left, right=right)._of_a_block(query, key)
+
+
+def _of_bias(query: Any, key: Any, call: Call, parts: Sequence[Part] | None) -> Sequence[Part]:
+    """The parts in blocks of queries whose biases are held one at a time; of all pairs, where there are no parts."""
+    n, m = query.shape[-2], key.shape[-2]
+    if parts is None:
+        looks = call.mask.restricts
+        parts = [Part(0, n, ((0, m),), looks)]
+    heads = math.prod(planning.lead(query.shape, key.shape))
+    found = []
+    for part in parts:
+        width = sum(last - first for first, last in part.runs)
+        size = max(1, BIAS // max(1, width * heads))
+        size = max(size, -(-n // TRACED)) if checks.peek(call.mask.tab, query) is None else size
+        for start in range(part.start, part.end, size):
+            end = min(start + size, part.end)
+            runs = part.runs if len(part.runs) > 1 else (_in_reach(call, start, end, *part.runs[0]),)
+            found.append(part._replace(start=start, end=end, runs=runs))
+    return found
+
+
+def _in_reach(call: Call, start: int, end: int, first: int, last: int) -> Run:
+    """The keys from ``first`` to ``last`` that the window of the call leaves to queries of these rows."""
+    if type(call.query_offset) is not int:
+        return first, last
+    if call.left is not None:
+        first = min(max(first, call.query_offset + start - call.left), last)
+    if call.right is not None:
+        last = max(min(last, call.query_offset + end + call.right), first)
+    return first, last
+
+
+def _of_segments(query: Any, key: Any, value: Any, call: Call) -> list[Part] | None:
+    """Parts that hold one segment each, or several short ones; None where they cannot be read, or lie apart."""
+    of_queries, of_keys = (checks.peek(call.mask.tab, x) for x in call.mask.segments)
+    if of_queries is None or of_keys is None:
+        return None
+    count = max(len(of_queries), len(of_keys))
+    rows = [(of_queries[i % len(of_queries)], of_keys[i % len(of_keys)]) for i in range(count)]
+    groups = [[*same] for _, same in groupby(range(count), lambda i: tuple(x.tobytes() for x in rows[i]))]
+    alike = len(query.shape) > 3 or query.shape[0] == key.shape[0] == value.shape[0]
+    if len(groups) > 1 and (call.dropout or len(query.shape) < 3 or not alike):
+        return None
+    parts = []
+    for group in groups:
+        entries = (group[0], group[-1] + 1) if len(groups) > 1 else None
+        found = _runs_of_ids(*rows[group[0]])
+        if found is None:
+            return None
+        looks = call.mask.mask_function is not None
+        parts += [Part(start, end, (run,), several or looks, entries) for start, end, run, several in found]
+    return parts
+
+
+def _runs_of_ids(queries: Any, keys: Any) -> list[tuple[int, int, Run, bool]] | None:
+    """(first query, end, keys, whether several segments), for each segment, or neighbours that are short; None where one lies
+    in several places.
+
+    >>> import numpy as np
+    >>> _runs_of_ids(np.array([7, 7, 7, 2]), np.array([2, 7, 7]))
+    [(0, 4, (0, 3), True)]
+    """
+    import numpy as np
+
+    def runs(x: Any) -> dict[int, Run] | None:
+        ends = [*(np.flatnonzero(np.diff(x)) + 1).tolist(), len(x)]
+        starts = [0, *ends[:-1]]
+        found = dict(zip(x[starts].tolist(), zip(starts, ends, strict=True), strict=True))
+        return found if len(found) == len(ends) else None
+
+    of_queries, of_keys = runs(queries), runs(keys)
+    if of_queries is None or of_keys is None:
+        return None
+    found: list[tuple[int, int, Run, bool]] = []
+    for name, (start, end) in of_queries.items():
+        first, last = of_keys.get(name, (0, 0))
+        if found and found[-1][1] - found[-1][0] < SHORT and end - start < BLOCK:
+            before, _, (low, high), _ = found.pop()
+            runs_of_both = [run for run in ((low, high), (first, last)) if run[0] < run[1]] or [(0, 0)]
+            both_ends = min(run[0] for run in runs_of_both), max(run[1] for run in runs_of_both)
+            found.append((before, end, both_ends, True))
+        else:
+            found.append((start, end, (first, last), False))
+    return found
+
+
+# ---- what the functions let attend, as far as it can be read
+
+
+def _looked_at(query: Any, key: Any, call: Call) -> tuple[int | None, int | None, list[Part] | None]:
+    """(left, right, None) where the flags are those of a window, (None, None, parts), or (None, None, None): of all pairs."""
+    import numpy as np
+
+    n, m = query.shape[-2], key.shape[-2]
+    rows = max(BLOCK, LOOK // m // BLOCK * BLOCK)
+    starts = range(0, n, rows)
+    last_seen: tuple[int, Any] = (-1, None)
+
+    def look(start: int) -> Any:
+        nonlocal last_seen
+        if last_seen[0] != start:
+            end = min(start + rows, n)
+            full = (*_lead(query.shape, key.shape), end - start, m)
+            flags = call.mask.flags(query, key, full, call.query_offset, (start, end - start), [(0, m)])
+            flags = checks.peek(call.mask.tab, flags)
+            if flags is not None:
+                flags = np.broadcast_to(flags, (*flags.shape[:-2], end - start, m))
+            last_seen = start, flags
+        return last_seen[1]
+
+    if look(0) is None:
+        return None, None, None
+    if type(call.query_offset) is int and call.mask.segments is None:
+        bands = []
+        for start in starts:
+            flags = look(start)
+            flags = flags.reshape(flags.shape[-2:]) if flags.size == flags.shape[-1] * flags.shape[-2] else None
+            band = None if flags is None else _band(flags, call.query_offset + start)
+            if band is None:
+                break
+            bands.append((call.query_offset + start, call.query_offset + start + flags.shape[0] - 1, *band))
+        else:
+            if (window := _one_window(bands, m)) is not None:
+                return (*window, None) if window != (None, None) else (None, None, [Part(0, n, ((0, m),), False)])
+    parts = []
+    for start in starts:
+        flags = look(start)
+        for i in range(0, flags.shape[-2], BLOCK):
+            parts.append(_narrowed(flags[..., i : i + BLOCK, :], start + i, call))
+    pairs = sum((part.end - part.start) * sum(last - first for first, last in part.runs) for part in parts)
+    if pairs > (1 - SAVED) * n * m and n * m <= WHOLE and call.mask.bias_function is None:
+        return None, None, None
+    return None, None, parts
+
+
+def _narrowed(flags: Any, start: int, call: Call) -> Part:
+    """The part of these queries, from ``start`` on, beside the keys that some of them may attend to."""
+    import numpy as np
+
+    n, m = flags.shape[-2:]
+    first, last = _in_reach(call, start, start + n, 0, m)
+    some = np.zeros(m + 2, bool)
+    some[1 + first : 1 + last] = flags[..., first:last].any(axis=tuple(range(flags.ndim - 1)))
+    edges = np.flatnonzero(some[1:] != some[:-1]).tolist()
+    runs = [*zip(edges[::2], edges[1::2], strict=True)] or [(first, first)]
+    joined = [runs[0]]
+    for low, high in runs[1:]:
+        if low - joined[-1][1] < GAP:
+            joined[-1] = joined[-1][0], high
+        else:
+            joined.append((low, high))
+    width = joined[-1][1] - joined[0][0]
+    if len(joined) > RUNS or call.dropout or sum(high - low for low, high in joined) > (1 - SAVED) * width:
+        joined = [(joined[0][0], joined[-1][1])]
+    looks = not all(flags[..., low:high].all() for low, high in joined)
+    return Part(start, start + n, tuple(joined), looks)
+
+
+def _band(flags: Any, position: int) -> tuple[int | None, int | None] | None:
+    """(left, right) of the window that gives these flags to queries from ``position`` on, None for no limit; None for none.
+
+    >>> import numpy as np
+    >>> _band(np.tri(3, dtype=bool), 0)
+    (None, 0)
+    """
+    import numpy as np
+
+    n, m = flags.shape
+    end, first, last = position + n - 1, int(flags[-1].argmax()), m - 1 - int(flags[0, ::-1].argmax())
+    left, right = end - first if first else None, last - position if last < m - 1 else None
+    if not (flags[0, last] and flags[-1, first]) or (left or 0) < 0 or (right or 0) < 0:
+        return None
+    ahead = np.arange(-end, m - position)  # how far after a query a key may lie
+    within = np.ones(len(ahead), bool) if left is None else ahead >= -left
+    within = within if right is None else within & (ahead <= right)
+    moved = np.lib.stride_tricks.as_strided(within[n - 1 :], (n, m), (-within.itemsize, within.itemsize), writeable=False)
+    return (left, right) if np.array_equal(flags, moved) else None
+
+
+def _one_window(bands: list[tuple[int, int, int | None, int | None]], m: int) -> tuple[int | None, int | None] | None:
+    """The window that these bands, (first position, last, left, right), are parts of; None where there is none."""
+    lefts, rights = {left for *_, left, _ in bands} - {None}, {right for *_, right in bands} - {None}
+    if len(lefts) > 1 or len(rights) > 1:
+        return None
+    left, right = next(iter(lefts), None), next(iter(rights), None)
+    for first, last, here, there in bands:  # what limits nobody in one block may limit others
+        if here is None and left is not None and last - left > 0:
+            return None
+        if there is None and right is not None and first + right < m - 1:
+            return None
+    return left, right
+
+
+# ---- parts
+
+
+def cut(parts: Sequence[Part], query: Any, key: Any, value: Any, call: Call,
+        concatenate: Callable[[Any, int], Any]) -> Iterator[tuple[Any, Any, Any, Call]]:  # fmt: skip
+    """Each part's own query, key, value and call, as `Call.cut`; ``concatenate``: the framework's, (arrays, axis) -> array."""
+    said: Pairs = call.mask
+    for entries, same in groupby(parts, lambda part: part.entries):
+        of_these = [*same]
+        arrays = query, key, value, call._replace(mask=said.mask)
+        arrays = arrays if entries is None else _of_entries(*entries, *arrays)
+        offset, m = arrays[3].query_offset, key.shape[-2]
+        blocks = [(part.start, part.end, *(part.runs[0] if len(part.runs) == 1 else (0, m))) for part in of_these]
+        for part, (q, k, v, here) in zip(of_these, arrays[3].cut(blocks, *arrays[:3]), strict=True):
+            yield _with_flags(part, said, q, k, v, here, offset, concatenate)
+
+
+def _with_flags(part: Part, said: Pairs, query: Any, key: Any, value: Any, call: Call, offset: Any,
+                concatenate: Callable[[Any, int], Any]) -> tuple[Any, Any, Any, Call]:  # fmt: skip
+    """The part with the mask and the bias of its pairs; and where it has several runs of keys, these alone, side by side."""
+    tab, several = said.tab, len(part.runs) > 1
+    rows = part.start, part.end - part.start
+    mask, bias, m = call.mask, call.bias, key.shape[-2]
+    if several:
+
+        def picked(x: Any, axis: int) -> Any:
+            rest = [slice(None)] * (-1 - axis)
+            return concatenate([x[(..., slice(*run), *rest)] for run in part.runs], axis)
+
+        key, value = picked(key, -2), picked(value, -2)
+        mask, bias = (x if x is None or tuple(x.shape[-1:]) != (m,) else picked(x, -1) for x in (mask, bias))
+    full = (*_lead(query.shape, key.shape), query.shape[-2], key.shape[-2])
+    if part.looks:
+        mask = both(mask, said.flags(query, key, full, offset, rows, part.runs, part.entries))
+    if said.bias_function is not None:
+        bias = said.bias(query, key, full, offset, rows, part.runs)
+    if several:  # of which no window and no length tells
+        if call.windowed or call.valid_lens is not None:
+            places = tab.asarray(_numbers(part.runs), dtype=checks.dtype_name(tab.places(key, 0, 1)), like=key)
+            mask = tab._allowed(rows[1], places, len(query.shape), call._replace(mask=mask, bias=None))
+        call = call._replace(valid_lens=None, left=None, right=None, query_offset=0)
+    return query, key, value, call._replace(mask=mask, bias=bias)
+
+
+def _of_entries(first: int, last: int, query: Any, key: Any, value: Any, call: Call) -> tuple[Any, Any, Any, Call]:
+    """What some entries of the batch have of a call."""
+    axes = len(query.shape)
+
+    def entries(x: Any, full: int) -> Any:
+        return x[first:last] if x is not None and len(x.shape) == full and x.shape[0] != 1 else x
+
+    offset, sink = call.query_offset, call.sink
+    call = call._replace(
+        mask=entries(call.mask, axes),
+        bias=entries(call.bias, axes),
+        valid_lens=None if call.valid_lens is None else call.valid_lens[first:last],
+        query_offset=offset[first:last] if len(getattr(offset, "shape", ())) else offset,
+        sink=sink if sink is None else entries(sink, axes if len(sink.shape) == axes else axes - 2),
+    )
+    return entries(query, axes), entries(key, axes), entries(value, axes), call
+
+
+def joined(call: Call, parts: Sequence[Part], results: Sequence[Any], concatenate: Callable[[Any, int], Any]) -> Any:
+    """The results of all queries, of those of each part."""
+    found, at = [], 0
+    for _, same in groupby(parts, lambda part: part.entries):
+        count = len([*same])
+        found.append(call.joined(results[at : at + count], concatenate))
+        at += count
+    if len(found) == 1:
+        return found[0]
+    if not isinstance(found[0], tuple):
+        return concatenate(found, 0)
+    return tuple(concatenate(x, 0) for x in zip(*found, strict=True))
+
+
+def choice(query: Any, key: Any, value: Any, call: Call, in_parts: Callable[..., Any]) -> Choice:
+    """The kernel that serves a call with Pairs. ``in_parts``: the tab's, (query, key, value, call, parts) -> results."""
+    plain, parts = resolved(query, key, value, call)
+    if parts:
+        what = "each beside the keys that it may attend to"
+        why = f"{len(parts)} blocks of queries, {what}: each is a call of its own"
+        return Choice("blocks of pairs", why, parts, lambda q, k, v, _, blocks: in_parts(q, k, v, plain, blocks))
+    found = call.mask.tab.choose(query, key, value, plain)
+    run, run_grad = found.run, found.run_grad
+    why = (
+        f"{found.why}; functions of positions are {'a window' if plain.mask is None and plain.bias is None else 'arrays'} here"
+    )
+    return found._replace(
+        why=why,
+        run=lambda q, k, v, _, blocks: run(q, k, v, plain, blocks),
+        run_grad=run_grad and (lambda q, k, v, grad, wrt, _: run_grad(q, k, v, grad, wrt, plain)),
+    )
+
+
+def gradients(parts: Sequence[Part], sources: dict[str, Any], grad_output: Any, wrt: Sequence[str], call: Call, zeros: Any,
+              concatenate: Any, of_part: Callable[..., Any]) -> dict[str, Any]:  # fmt: skip
+    """The gradients by what ``wrt`` names, summed over the parts. ``of_part``: (query, key, value, grad_output, wrt, call) ->
+    those of one part; ``zeros``: an array -> zeros of its shape, in which they are summed."""
+    query, key, value = (sources[name] for name in ("query", "key", "value"))
+    found = {name: zeros(sources[name]) for name in wrt}
+    axes, n, m = len(query.shape), query.shape[-2], key.shape[-2]
+
+    def where(name: str, x: Any, part: Part, run: Run | None) -> tuple[slice, ...]:
+        """The place of a part's gradient in the whole one."""
+        shape, at = tuple(x.shape), [slice(None)] * len(x.shape)
+        cut_by_rows = name == "query" or (name in ("bias", "sink") and shape[-2:-1] == (n,))
+        if name == "sink" and len(shape) != axes:
+            cut_by_rows, of_entries = False, len(shape) == axes - 2
+        else:
+            of_entries = name in ("query", "key", "value", "bias", "sink") and len(shape) == axes
+        if part.entries is not None and of_entries and shape[0] != 1:
+            at[0] = slice(*part.entries)
+        if cut_by_rows:
+            at[-2] = slice(part.start, part.end)
+        if run is not None:
+            at[-1 if name == "bias" else -2] = slice(*run)
+        return tuple(at)
+
+    for part, (*arrays, here) in zip(parts, cut(parts, query, key, value, call, concatenate), strict=True):
+        grad = grad_output[slice(*part.entries)] if part.entries is not None else grad_output
+        grads = of_part(*arrays, grad[..., part.start : part.end, :], wrt, here)
+        for name, grad in zip(wrt, grads, strict=True):
+            total, begin = found[name], 0
+            if name in ("key", "value") or (name == "bias" and total.shape[-1] == m):
+                for run in part.runs:
+                    end = begin + run[1] - run[0]
+                    piece = grad[..., begin:end] if name == "bias" else grad[..., begin:end, :]
+                    at, begin = where(name, total, part, run), end
+                    total[at] = total[at] + piece
+            else:
+                at = where(name, total, part, None)
+                total[at] = total[at] + grad
+    return found
