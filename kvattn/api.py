@@ -164,13 +164,18 @@ def attention(
         score: a function (query, key) -> scores (..., n, m) that treats each pair on its own; default
             `scaled_dot_score`. Bind parameters with functools.partial.
         normalize: a function (scores, where=None) -> weights; default `softmax`.
-        mask: bool, broadcastable to (..., n, m): True where a query may attend.
-        bias: added to the scores; the query's dtype, broadcastable to (..., n, m). -inf forbids a pair, as the mask does.
+        mask: bool, broadcastable to (..., n, m): True where a query may attend. Or a function that gives this of positions,
+            integer arrays: of queries, (n, 1), or (batch, 1, ..., n, 1) where each entry has an offset, and of keys, (1, m).
+            It is asked for some queries and keys at a time, and more than once: what nobody may attend to is left out.
+        bias: added to the scores; the query's dtype, broadcastable to (..., n, m). -inf forbids a pair, as the mask does. Or a
+            function of positions, as the mask's, that gives floats of any dtype: there is no array (n, m) then.
         valid_lens: int (batch,) or (batch, n): keys from this position on are padding. () or (n,) without a batch axis.
         causal: query i sees keys up to its position, query_offset + i.
         query_offset: the position of the first query: an int, or (batch,), negative allowed. 0 aligns the first query
             with the first key; m - n (or the length of a cache) the last with the last.
         window: an int w, or (left, right), None for no limit: keys within that distance of the query's position.
+        segments: int (batch, n), or (n,) without a batch axis, where n is m, or a pair of the queries' and the keys', (batch, m):
+            a query attends only to keys of its own segment. Sorted ones cost the sum of their squares, where they can be read.
         positions: int, broadcastable to (..., n, s): the only keys each query may attend to, -1 for none; a position
             given twice counts once, where it stands first. Costs O(n s d); weights are (..., n, s).
         scale: replaces 1/sqrt(d) of `scaled_dot_score`; multiplies any other score.
@@ -188,7 +193,7 @@ def attention(
     Returns:
         The output (..., n, v) in the query's dtype; (output, weights), (output, lse) or (output, weights, lse) on request.
 
-    Mask, bias, valid_lens, causal, window and positions compose: a pair is allowed where all allow.
+    Mask, bias, valid_lens, causal, window, segments and positions compose: a pair is allowed where all allow.
 
     Raises:
         ValueError: shapes that do not fit, naming the argument, both shapes and the axis; numbers out of range.
@@ -197,6 +202,10 @@ def attention(
 
     >>> attention([[1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]], [[10.0], [20.0]], normalize=hardmax)
     array([[10.]])
+    >>> attention(*[[[0.0], [1.0], [5.0]]] * 3, normalize=average, mask=lambda query, key: key < query)
+    array([[0. ],
+           [0. ],
+           [0.5]])
 
     Source: Vaswani et al. 2017, "Attention is all you need", equation 1; grouped queries: Ainslie et al. 2023; windows:
     Beltagy et al. 2020; soft caps: Gemma 2, 2024.

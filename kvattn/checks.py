@@ -127,11 +127,17 @@ def _exact_integers(tab: Any, name: str, x: Any, like: Any) -> Any:
         with suppress(TypeError, ValueError):  # what is no array has its error below
             seen = distances.values(x)
     if seen is not None and seen.size and seen.dtype.kind in "iu":
+        _in_int32(name, seen)
+        x = seen.astype("int32") if seen.dtype.kind == "u" else x
+    return _integers(tab, name, x, like)
+
+
+def _in_int32(name: str, seen: Any) -> None:
+    """Raises ValueError for integers, NumPy's, that int32 does not hold."""
+    if seen.size and seen.dtype.itemsize >= 4:
         least, most = int(seen.min()), int(seen.max())
         if not -(2**31) <= least <= most < 2**31:
             raise ValueError(f"{name} reach from {least} to {most}; expected int32's, from -2^31 to 2^31 - 1")
-        x = seen.astype("int32") if seen.dtype.kind == "u" else x
-    return _integers(tab, name, x, like)
 
 
 def is_integer(x: Any) -> bool:
@@ -592,6 +598,8 @@ def segments(tab: Any, given: Any, batch: tuple[Any, ...], n: Any, m: Any, like:
     for name, x, size in (("queries", given[0] if pair else given, n), ("keys", given[1] if pair else given, m)):
         called = f"segments of the {name}" if pair else "segments"
         x = _exact_integers(tab, called, x, like)
+        if (seen := peek(tab, x)) is not None:
+            _in_int32(called, seen)
         shape, expected = _shape(x), (*batch, size)
         if len(shape) != len(expected) or any(map(_differ, shape, expected)):
             cure = (

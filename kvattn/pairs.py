@@ -296,11 +296,11 @@ def _looked_at(query: Any, key: Any, call: Call) -> tuple[int | None, int | None
         bands = []
         for start in starts:
             flags = look(start)
-            flags = flags.reshape(flags.shape[-2:]) if flags.size == flags.shape[-1] * flags.shape[-2] else None
-            band = None if flags is None else _band(flags, call.query_offset + start)
+            first, size = call.query_offset + start, flags.shape[-2]
+            band = _band(flags.reshape(size, m), first) if flags.size == size * m else None
             if band is None:
                 break
-            bands.append((call.query_offset + start, call.query_offset + start + flags.shape[0] - 1, *band))
+            bands.append((first, first + size - 1, *band))
         else:
             if (window := _one_window(bands, m)) is not None:
                 return (*window, None) if window != (None, None) else (None, None, [Part(0, n, ((0, m),), False)])
@@ -383,7 +383,8 @@ def cut(parts: Sequence[Part], query: Any, key: Any, value: Any, call: Call,
     for entries, same in groupby(parts, lambda part: part.entries):
         of_these = [*same]
         arrays = query, key, value, call._replace(mask=said.mask)
-        arrays = arrays if entries is None else _of_entries(*entries, *arrays)
+        if entries is not None:
+            arrays = _of_entries(entries, *arrays)
         offset, m = arrays[3].query_offset, key.shape[-2]
         blocks = [(part.start, part.end, *(part.runs[0] if len(part.runs) == 1 else (0, m))) for part in of_these]
         for part, (q, k, v, here) in zip(of_these, arrays[3].cut(blocks, *arrays[:3]), strict=True):
@@ -417,9 +418,9 @@ def _with_flags(part: Part, said: Pairs, query: Any, key: Any, value: Any, call:
     return query, key, value, call._replace(mask=mask, bias=bias)
 
 
-def _of_entries(first: int, last: int, query: Any, key: Any, value: Any, call: Call) -> tuple[Any, Any, Any, Call]:
+def _of_entries(which: Run, query: Any, key: Any, value: Any, call: Call) -> tuple[Any, Any, Any, Call]:
     """What some entries of the batch have of a call."""
-    axes = len(query.shape)
+    axes, (first, last) = len(query.shape), which
 
     def entries(x: Any, full: int) -> Any:
         return x[first:last] if x is not None and len(x.shape) == full and x.shape[0] != 1 else x
@@ -456,7 +457,7 @@ def choice(query: Any, key: Any, value: Any, call: Call, in_parts: Callable[...,
         what = "each beside the keys that it may attend to"
         why = f"{len(parts)} blocks of queries, {what}: each is a call of its own"
         return Choice("blocks of pairs", why, parts, lambda q, k, v, _, blocks: in_parts(q, k, v, plain, blocks))
-    found = call.mask.tab.choose(query, key, value, plain)
+    found: Choice = call.mask.tab.choose(query, key, value, plain)
     run, run_grad = found.run, found.run_grad
     why = (
         f"{found.why}; functions of positions are {'a window' if plain.mask is None and plain.bias is None else 'arrays'} here"

@@ -85,8 +85,8 @@ def _said_of_pairs(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bia
     functions = [x if callable(x) else None for x in (mask, bias)]
     mask, bias = checks.masks(tab, query, scores, *(None if callable(x) else x for x in (mask, bias)))
     if segments is not None:
-        segments = checks.segments(tab, segments, batch, *scores[-2:], query)
-    said = pairs.Pairs(tab, mask, *functions, segments)
+        segments = checks.segments(tab, segments, batch, scores[-2], scores[-1], query)
+    said = pairs.Pairs(tab, mask, functions[0], functions[1], segments)
     if hasattr(tab, "places"):
         return said, bias
     mask, made = said.arrays(query, query, scores, query_offset, (0, scores[-2]), [(0, scores[-1])])

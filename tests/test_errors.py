@@ -76,6 +76,25 @@ BAD = {
     "sink of a flag": ({"sink": True}, TypeError, ["sink", "bool", "floating point"]),
     "sink of another normaliser": ({"sink": 0.0, "normalize": kvattn.sparsemax}, ValueError, ["sink", "softmax"]),
     "gpt-oss's sink": ({"s_aux": zeros(4)}, TypeError, ["'s_aux'", "here it is sink"]),
+    "segments too short": ({"segments": zeros(2, 3, dtype=I)}, ValueError, ["segments", "(2, 3)", "(2, 6)", "give a pair"]),
+    "segments too long": (
+        {"segments": (zeros(2, 4, dtype=I), zeros(2, 6, dtype=I))}, ValueError, ["of the queries", "(2, 4)", "(2, 3)"]),
+    "segments of keys too short": (
+        {"segments": (zeros(2, 3, dtype=I), zeros(2, 5, dtype=I))}, ValueError, ["segments of the keys", "(2, 5)", "(2, 6)"]),
+    "segments without a batch": (
+        {"segments": (zeros(3, dtype=I), zeros(6, dtype=I))}, ValueError, ["segments of the queries", "(3,)", "(2, 3)"]),
+    "float segments": ({"segments": (zeros(2, 3), zeros(2, 6))}, TypeError, ["segments of the queries", "integer"]),
+    "segments beyond 32 bits": (
+        {"segments": (zeros(2, 3, dtype=I), zeros(2, 6, dtype=I) + 2**40)}, ValueError, ["segments of the keys", "2^31"]),
+    "a mask function of integers": ({"mask": lambda q, k: q - k}, TypeError, ["mask, a function", "expected bool", "!= 0"]),
+    "a mask function of one answer": (
+        {"mask": lambda q, k: True}, TypeError, ["mask, a function, gives a bool", "(..., 3, 1)", "(1, 6)", "bool array"]),
+    "a mask function of another shape": (
+        {"mask": lambda q, k: (q <= k)[:, :2]}, ValueError, ["mask, a function", "(3, 2)", "axis -1", "expected 1 or 6"]),
+    "a bias function of integers": (
+        {"bias": lambda q, k: q - k}, TypeError, ["bias, a function", "int", "expected floating point", "convert"]),
+    "a bias function of flags": ({"bias": lambda q, k: q <= k}, TypeError, ["bias, a function", "bool", "is mask="]),
+    "a bias function of one number": ({"bias": lambda q, k: 1.0}, TypeError, ["bias, a function, gives a float", "array"]),
     "dropout of one": ({"dropout": 1.0}, ValueError, ["dropout", "[0, 1)"]),
     "negative dropout": ({"dropout": -0.5}, ValueError, ["dropout", "[0, 1)", "-0.5"]),
     "causal of text": ({"causal": "yes"}, TypeError, ["causal", "True or False", "yes"]),
@@ -139,6 +158,21 @@ def test_an_error_of_an_own_function_itself_is_its_own(backend):
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         kvattn.attention(**GOOD, score=score, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_an_error_of_a_function_of_positions_is_its_own(backend, name):
+    def mine(q, k):
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine") as caught:
+        kvattn.attention(**GOOD, **{name: mine}, backend=backend)
+    assert caught.traceback[-1].name == "mine"
+
+
+def test_there_is_no_gradient_by_a_function(backend):
+    with pytest.raises(ValueError, match="wrt names 'bias', which is a function here"):
+        kvattn.attention_grad(**GOOD, bias=lambda q, k: q, grad_output=zeros(2, 4, 3, 7), wrt=("bias",), backend=backend)
 
 
 def test_names_of_other_libraries_are_answered_everywhere(backend, tab):

@@ -101,6 +101,14 @@ class Seen(Protocol):
         """Whether the framework itself converts floating arrays of these two dtypes here (torch.autocast)."""
         ...
 
+    def places(self, x: Any, /, first: Any = 0, count: Any = None) -> Any:
+        """Integers (count,) from ``first`` on, by default one for each row of ``x`` (..., n, c), on its device.
+
+        A backend that has it is given segments, and masks and biases that are functions of positions, as `kvattn.pairs.Pairs`
+        in the place of the mask; another is given arrays of all pairs.
+        """
+        ...
+
     def choose(self, query: Any, key: Any, value: Any, call: Call, /) -> tuple[Any, ...]:
         """(name, why, ...) of the kernel that serves a call: `kvattn.call.Choice`, or the two alone."""
         ...

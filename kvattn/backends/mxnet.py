@@ -609,14 +609,13 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
 
 
 def _attend_grad(query, key, value, grad_output, wrt, call):
+    call, parts = pairs.resolved(query, key, value, call) if type(call.mask) is Pairs else (call, ())
     bound = call.score.keywords if isinstance(call.score, partial) else {}
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **bound}
-    if type(call.mask) is Pairs:
-        call, parts = pairs.resolved(query, key, value, call)
-        if parts:
-            zeros = lambda x: np.zeros(x.shape, dtype=_wide(x[..., :0]).dtype, ctx=x.ctx)  # noqa: E731
-            found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, _attend_grad)
-            return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
+    if parts:
+        zeros = lambda x: np.zeros(x.shape, dtype=_wide(x[..., :0]).dtype, ctx=x.ctx)  # noqa: E731
+        found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, _attend_grad)
+        return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
     choice = choose(query, key, value, call)
     if choice.run_grad:
         return choice.run_grad(query, key, value, grad_output, wrt, call)

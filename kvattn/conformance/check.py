@@ -14,7 +14,7 @@ import numpy as np
 
 import kvattn
 from kvattn import checks, dispatch, layers
-from kvattn.conformance import native, tolerance
+from kvattn.conformance import functions, native, tolerance
 from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case
 from kvattn.conformance.known_differences import difference
 
@@ -292,6 +292,11 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[s
             function, parameters = _named(x)
             parameters = {n: convert(n, p) for n, p in parameters.items()}
             keywords[name] = partial(getattr(kvattn, function), **parameters) if parameters else getattr(kvattn, function)
+        elif name in ("mask", "bias"):  # functions of positions
+            function, parameters = _named(x)
+            keywords[name] = functions.function(tab, function, **{n: convert(n, p) for n, p in parameters.items()})
+        elif name == "segments":  # of the queries, and of the keys
+            keywords[name] = tuple(convert(name, part) for part in x)
         else:
             keywords[name] = x
     grad_output = arguments.pop("grad_output", None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn.conformance import multihead, notfinite, oracle, places, pooling
+from kvattn.conformance import multihead, notfinite, oracle, placed, places, pooling
 from kvattn.conformance.cases import LSE, WEIGHTS, Case, attend, flags, grid, merged, poisoned, qkv
 from kvattn.conformance.pooling import parametrised
 
@@ -32,6 +32,7 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
         places.cases,
         sinks,
         notfinite.sinks,
+        placed.cases,
     ):
         yield from family(rng)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvattn.conformance import tolerance
+from kvattn.conformance import functions, tolerance
 
 STEP = 1e-30
 
@@ -214,13 +214,15 @@ def flat_rows(x: Array, lead: tuple[int, ...]) -> Array:
     return np.broadcast_to(rows, (*lead, x.shape[-2]))
 
 
-def pairs(query: Array, key: Array, *, mask: Array | None = None, bias: Array | None = None, valid_lens: Any = None,
+def pairs(query: Array, key: Array, *, mask: Any = None, bias: Any = None, valid_lens: Any = None,
           causal: bool = False, query_offset: Any = 0, window: Any = None, positions: Array | None = None,
-          **_: Any) -> tuple[tuple[int, ...], int, int, list[tuple[Place, Place]]]:  # fmt: skip
+          segments: Any = None, **_: Any) -> tuple[tuple[int, ...], int, int, list[tuple[Place, Place]]]:  # fmt: skip
     """(lead, n, slots, found): the shape of the weights, and [((*at, i, slot), (*at, i, j))] for every pair that may attend."""
     lead, n, m = leading(query, key), query.shape[-2], key.shape[-2]
-    mask = None if mask is None else np.broadcast_to(mask, (*lead, n, m))
-    bias = None if bias is None else np.broadcast_to(bias, (*lead, n, m))
+    named = mask if isinstance(mask, str) else None  # a function of positions
+    mask = None if mask is None or named else np.broadcast_to(mask, (*lead, n, m))
+    bias = None if bias is None or isinstance(bias, tuple) else np.broadcast_to(bias, (*lead, n, m))
+    of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
     positions = None if positions is None else np.broadcast_to(positions, (*lead, n, positions.shape[-1]))
     left, right = window if isinstance(window, tuple) else (window, window)
     found = []
@@ -245,6 +247,12 @@ def pairs(query: Array, key: Array, *, mask: Array | None = None, bias: Array | 
                     continue
                 if mask is not None and not mask[(*at, i, j)]:
                     continue
+                if named is not None and not functions.allows(named, position, j):
+                    continue
+                if segments is not None:
+                    mine, yours = (x[at[0]] if x.ndim > 1 else x for x in (of_queries, of_keys))
+                    if mine[i] != yours[j]:
+                        continue
                 if bias is not None and bias[(*at, i, j)] == -np.inf:
                     continue
                 found.append(((*at, i, slot), (*at, i, j)))
@@ -269,7 +277,7 @@ def attention(query: Array, key: Array, value: Array, grad_output: Array | None 
 
 
 def _attention(query: Array, key: Array, value: Array, grad_output: Array | None, *, score: Any = "scaled_dot_score",
-               normalize: str = "softmax", bias: Array | None = None, scale: float | None = None, softcap: float | None = None,
+               normalize: str = "softmax", bias: Any = None, scale: float | None = None, softcap: float | None = None,
                sink: Array | float | None = None, absolute: Any = None,
                **which: Any) -> tuple[dict[str, Array], dict[str, Any], float]:  # fmt: skip
     """(values, magnitudes element by element or at once, the largest score).
@@ -280,6 +288,9 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
     if name == "scaled_dot_score" and scale is not None:
         name = "dot_score"
     lead, n, slots, found = pairs(query, key, bias=bias, **which)
+    by_function = isinstance(bias, tuple)
+    if by_function:
+        bias = functions.bias_of(bias, lead, n, key.shape[-2], which.get("query_offset", 0))
     at_slot = tuple(np.array([f[0] for f in found], dtype=int).reshape(-1, len(lead) + 2).T)
     at_pair = tuple(np.array([f[1] for f in found], dtype=int).reshape(-1, len(lead) + 2).T)
     at_query, at_key = at_pair[:-1], (*at_pair[:-2], at_pair[-1])
@@ -369,7 +380,7 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
         slopes = np.stack([np.zeros(len(s)), *(slope(by[what], x, (c,)) for c in range(x.shape[-1]))], axis=-1)[:, 1:]
         collect(what, grad_s[:, None] * slopes, grad_s_size[:, None] * bound[what] * factor)
     collect("value", grad_v, grad_v_size)
-    if bias is not None:
+    if bias is not None and not by_function:
         cells = np.broadcast_to(np.arange(bias.size).reshape(bias.shape), (*lead, n, key.shape[-2]))[at_pair]
         sources["bias"] = (bias.reshape(-1, 1), cells)
         collect("bias", grad_s[:, None], grad_s_size[:, None])

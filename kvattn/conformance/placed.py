@@ -1,0 +1,77 @@
+"""The cases of masks and biases that are functions of positions, and of segments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from kvattn.conformance import multihead
+from kvattn.conformance.cases import LSE, NOT_FINITE, WEIGHTS, Case, attend, grid, qkv
+from kvattn.conformance.functions import MASKS
+
+
+def cases(rng: np.random.Generator) -> Iterator[Case]:
+    make = partial(attend, group="functions of positions", rng=rng)
+    for name in MASKS:
+        asked = LSE if name in ("causal", "prefix") else () if name != "nothing" else WEIGHTS + LSE
+        yield make(f"mask function: {name}", *qkv(rng), mask=name, asked=asked)
+    slopes = np.array([0.5, 0.25])[:, None, None]
+    alibi: Any = ("alibi", {"slopes": slopes})
+    each: dict[str, Any] = {"query_offset": np.array([2, -1])}
+    yield make("mask function, offset", *qkv(rng), mask="first key and window", query_offset=-2)
+    yield make("mask function, offset per entry", *qkv(rng), mask="prefix", **each, asked=())
+    yield make("mask function, no batch", *qkv(rng, lead=()), mask="every other", asked=LSE)
+    yield make("mask function, causal, window", *qkv(rng), mask="every other", causal=True, window=(2, None), asked=())
+    yield make("mask function, padded, grouped", *qkv(rng, lead=(2, 4), kv=(2, 2)), mask="prefix", valid_lens=np.array([2, 4]))
+    yield make("mask function, bias, sink, capped", *qkv(rng), mask="causal", bias=grid(rng, 2, 1, 5), sink=grid(rng, 2),
+               softcap=2.0, scale=0.5, asked=LSE)  # fmt: skip
+    yield make("mask function, positions", *qkv(rng), mask="prefix", positions=rng.integers(-1, 5, (4, 3)), asked=())
+    yield make("mask function, averaged", *qkv(rng), mask="prefix", normalize="average", asked=WEIGHTS)
+    yield make("mask function, no keys", *qkv(rng, m=0), mask="prefix", asked=LSE, group="empty rows")
+    yield make("mask function, no queries", *qkv(rng, n=0), mask="prefix")
+    yield make("bias function", *qkv(rng), bias=alibi)
+    yield make("bias function, alone", *qkv(rng), bias=alibi, asked=())
+    yield make("bias function, causal, offset per entry", *qkv(rng), bias=alibi, causal=True, **each, asked=())
+    yield make("bias function, mask function", *qkv(rng), bias=alibi, mask="first key and window", query_offset=1, asked=LSE)
+    yield make("bias function, mask, sink", *qkv(rng), bias=alibi, mask=rng.random((4, 5)) < 0.6, sink=grid(rng, 2), asked=())
+    yield make("bias function, positions", *qkv(rng), bias=alibi, positions=rng.integers(-1, 5, (4, 3)))
+
+    make = partial(attend, group="segments", rng=rng)
+    sorted_, apart = np.array([[0, 0, 1, 1, 3], [5, 5, 5, 5, 9]]), np.array([[0, 1, 0, 1, 1], [2, 2, 7, 2, 7]])
+    of_queries = np.array([[0, 1, 1, 4], [5, 9, 9, 9]])
+    square: Any = {"n": 5, "m": 5}
+    yield make("segments", *qkv(rng, **square), segments=sorted_)
+    yield make("segments, alone", *qkv(rng, **square), segments=sorted_, asked=())
+    yield make("segments that lie apart", *qkv(rng, **square), segments=apart, asked=LSE)
+    yield make("segments, causal", *qkv(rng, **square), segments=sorted_[:1].repeat(2, 0), causal=True, asked=())
+    yield make("segments, int8", *qkv(rng, **square), segments=sorted_.astype("int8"), window=1, asked=LSE)
+    yield make("segments, no batch", *qkv(rng, lead=(), **square), segments=sorted_[0], causal=True, asked=())
+    yield make("segments of heads", *qkv(rng, lead=(2,), **square), segments=sorted_, asked=LSE)
+    yield make("segments of queries and keys", *qkv(rng), segments=(of_queries, sorted_), asked=LSE)
+    yield make("segments of queries and keys, alone", *qkv(rng), segments=(of_queries, sorted_), valid_lens=np.array([3, 5]),
+               asked=())  # fmt: skip
+    yield make("segments, mask function, bias, sink", *qkv(rng, **square), segments=sorted_, mask="every other",
+               bias=grid(rng, 2, 5, 5), sink=grid(rng, 2), asked=())  # fmt: skip
+    yield make("segments, bias function, offsets, grouped", *qkv(rng, lead=(2, 4), kv=(2, 2), **square), segments=sorted_,
+               bias=("alibi", {"slopes": np.array([0.5, 0.25, 0.125, 1.0])[:, None, None]}), causal=True,
+               query_offset=np.array([1, 0]), asked=())  # fmt: skip
+    yield make("segments, shared keys", *qkv(rng, lead=(2, 2), kv=(1, 2), **square), segments=sorted_, asked=LSE)
+    yield make("segments, lengths per query", *qkv(rng, **square), segments=apart, valid_lens=rng.integers(0, 6, (2, 5)))
+    yield make("segments, positions", *qkv(rng, **square), segments=sorted_, positions=rng.integers(-1, 5, (5, 3)), asked=())
+    query, key, value = qkv(rng, **square)
+    key[0, :, 2:, 0], value[0, :, 0], query[1, :, 4] = np.nan, np.inf, np.nan
+    yield make("segments: what is not finite stays in its own", query, key, value, segments=sorted_, asked=(), group=NOT_FINITE)
+    yield make("mask function: what is not finite stays with its pairs", query, key, value, mask="window", asked=(),
+               group=NOT_FINITE)  # fmt: skip
+
+    projected: Any = partial(multihead.multi_head, rng=rng)
+    x, keys, packed = grid(rng, 2, 3, 3), grid(rng, 2, 4, 3), np.array([[0, 0, 4], [1, 2, 2]])
+    params, grouped = multihead.params_of(rng, 3, 3, 3, 2, 2), multihead.params_of(rng, 3, 3, 3, 4, 2)
+    yield projected("heads: segments, causal", x, x, x, params, segments=packed, causal=True)
+    yield projected("heads: no batch, segments", x[0], x[0], x[0], params, segments=packed[0], asked=WEIGHTS + LSE)
+    many: Any = ("alibi", {"slopes": np.array([0.5, 0.25, 0.125, 1.0])[:, None, None]})
+    yield projected("heads: functions of positions", x, keys, keys, grouped, heads=4, kv_heads=2, mask="prefix", bias=many,
+                    query_offset=1)  # fmt: skip
