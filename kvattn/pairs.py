@@ -459,13 +459,12 @@ def choice(query: Any, key: Any, value: Any, call: Call, in_parts: Callable[...,
         return Choice("blocks of pairs", why, parts, lambda q, k, v, _, blocks: in_parts(q, k, v, plain, blocks))
     found: Choice = call.mask.tab.choose(query, key, value, plain)
     run, run_grad = found.run, found.run_grad
-    why = (
-        f"{found.why}; functions of positions are {'a window' if plain.mask is None and plain.bias is None else 'arrays'} here"
-    )
+    assert run is not None
+    said = "a window" if plain.windowed and not plain.masked else "arrays"
     return found._replace(
-        why=why,
+        why=f"{found.why}; functions of positions are {said} here",
         run=lambda q, k, v, _, blocks: run(q, k, v, plain, blocks),
-        run_grad=run_grad and (lambda q, k, v, grad, wrt, _: run_grad(q, k, v, grad, wrt, plain)),
+        run_grad=None if run_grad is None else lambda q, k, v, grad, wrt, _: run_grad(q, k, v, grad, wrt, plain),
     )
 
 
