@@ -1,0 +1,132 @@
+"""What is said of pairs by where they stand, in blocks: the same answers as of one mask and one bias, whatever is cut where."""
+
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+
+import kvattn
+from kvattn import pairs, planning
+from kvattn.conformance import check, placed
+from kvattn.pairs import Part
+
+SMALL = {"FEW": 0, "BLOCK": 2, "LOOK": 12, "WHOLE": 0, "GAP": 1, "SHORT": 2, "BIAS": 24}
+SLOW = ("jax", "tensorflow")  # which compile a program for each block's shape, or build operations one by one
+
+
+@contextmanager
+def in_blocks(**more):
+    with patch.multiple(pairs, **SMALL, **more):
+        yield
+
+
+def test_every_case_of_functions_and_segments_in_small_blocks(backend):
+    cases = [*placed.cases(np.random.default_rng(1))]
+    cases = cases[::4] if backend in SLOW else cases
+    with in_blocks():
+        report = check.run(backend, cases, dtypes=("float64",))
+    assert [x.message for x in report.failures] == []
+
+
+SAID = {  # a mask by positions, its array, and what is made of it
+    "causal": (lambda q, k: k <= q, "a window"),
+    "a window": (lambda q, k: (k <= q + 3) * (q - k < 40), "a window"),
+    "causal after a prefix": (lambda q, k: ~((k > q) * (k > 200)), "blocks"),
+    "a window, and a first key for all": (lambda q, k: (k <= q) * (k * (q - k) < 40 * k), "blocks"),
+    "later keys": (lambda q, k: k > q + 500, "blocks"),
+    "a block on the diagonal": (lambda q, k: (q < 300) * (k < 300), "blocks"),
+    "everything": (lambda q, k: k * q >= 0, "arrays"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_function_gives_what_its_array_gives(backend, tab, name):
+    mask, what = SAID[name]
+    rng = np.random.default_rng(0)
+    query, key, value = (tab.asarray(rng.standard_normal((1, 2, 600, 8))) for _ in range(3))
+    whole = tab.asarray(np.broadcast_to(mask(np.arange(600)[:, None], np.arange(600)), (600, 600)))
+    with patch.multiple(pairs, FEW=0):
+        found = kvattn.explain(query, key, value, mask=mask)
+        got = kvattn.attention(query, key, value, mask=mask)
+    assert what in f"{found.kernel}, {found.why}" or what == "arrays", found
+    want = kvattn.to_numpy(kvattn.attention(query, key, value, mask=whole))
+    np.testing.assert_allclose(kvattn.to_numpy(got), want, atol=1e-13)
+
+
+def resolved(n, m, **options):
+    """What a call of these options becomes: the call, and its parts."""
+    made, original = [], pairs.resolved
+
+    def resolve(*arguments):
+        made.append(original(*arguments))
+        return made[-1]
+
+    with patch.object(pairs, "resolved", resolve):
+        kvattn.explain(np.zeros((2, 2, n, 4)), np.zeros((2, 2, m, 4)), np.zeros((2, 2, m, 4)), backend="numpy", **options)
+    return made[0]
+
+
+def test_a_window_is_seen_and_joins_the_window_that_is_given():
+    call, parts = resolved(700, 700, mask=lambda q, k: k <= q)
+    assert (call.left, call.right, call.mask, [*parts]) == (None, 0, None, [])
+    call, parts = resolved(700, 900, mask=lambda q, k: (k <= q) * (q - k <= 30), window=(50, None), query_offset=100)
+    assert (call.left, call.right, call.mask) == (30, 0, None)
+    call, parts = resolved(700, 900, mask=lambda q, k: (k <= q) * ((k < 699) + (q < 700) > 0), query_offset=100)
+    assert call.left is call.right is None  # but for one key, of the last queries
+
+
+def test_what_nobody_may_attend_to_is_left_out_and_what_all_may_has_no_mask():
+    _, parts = resolved(1024, 1024, mask=lambda q, k: (q < 512) * (k < 256) + (q >= 768) * (k >= 700) > 0)
+    assert [*parts] == [
+        Part(0, 256, ((0, 256),), False), Part(256, 512, ((0, 256),), False), Part(512, 768, ((0, 0),), False),
+        Part(768, 1024, ((700, 1024),), False),
+    ]  # fmt: skip
+    _, parts = resolved(1024, 1024, mask=lambda q, k: (k < 100) + (k >= 900) > 0)
+    assert {part.runs for part in parts} == {((0, 100), (900, 1024))}
+
+
+def test_sorted_segments_cost_the_sum_of_their_squares():
+    ids = np.repeat([[3, 1, 2, 7]], [300, 100, 200, 424], axis=1).repeat(2, axis=0)
+    _, parts = resolved(1024, 1024, segments=ids)
+    runs = [(0, 300), (300, 400), (400, 600), (600, 1024)]
+    assert [*parts] == [Part(*run, (run,), False) for run in runs]
+    ids[1] = 5
+    _, parts = resolved(1024, 1024, segments=ids)
+    assert [part.entries for part in parts] == [(0, 1)] * 4 + [(1, 2)]
+    of_keys = np.repeat([[7, 3, 2]], [500, 24, 500], axis=1).repeat(2, axis=0)
+    ids[1] = ids[0]
+    _, parts = resolved(1024, 1024, segments=(ids, of_keys))
+    assert [part.runs for part in parts] == [((500, 524),), ((0, 0),), ((524, 1024),), ((0, 500),)]
+    short = np.arange(1024)[None].repeat(2, axis=0) // 10
+    _, parts = resolved(1024, 1024, segments=short)
+    assert all(part.looks for part in parts)
+    assert all(64 <= part.end - part.start < 80 for part in parts[:-1])
+
+
+def test_a_bias_by_positions_exists_a_block_at_a_time(backend, tab):
+    sizes = []
+
+    def bias(q, k):
+        sizes.append(q.shape[0] * k.shape[1])
+        return tab.asarray(-abs(q - k), dtype="float64") * 0.5
+
+    rng = np.random.default_rng(0)
+    query, key, value = (tab.asarray(rng.standard_normal((1, 2, 300, 4))) for _ in range(3))
+    places = np.arange(300)
+    whole = tab.asarray(-0.5 * abs(places[:, None] - places))
+    with patch.multiple(pairs, FEW=0, BIAS=50_000):
+        got = kvattn.attention(query, key, value, bias=bias, window=100)
+    assert max(sizes) <= 25_000
+    want = kvattn.to_numpy(kvattn.attention(query, key, value, bias=whole, window=100))
+    np.testing.assert_allclose(kvattn.to_numpy(got), want, atol=1e-13)
+
+
+def test_blocks_whose_keys_go_back_are_cut_where_they_lie():
+    blocks = [(i, i + 2, (9 - i) % 10, (9 - i) % 10 + 3) for i in range(0, 20, 2)]
+    x, keys = np.arange(20.0)[:, None], np.arange(13.0)[:, None]
+    where = dict.fromkeys(("mask", "bias", "valid_lens", "sink")) | {"query_offset": 0}
+    for (i, j, k, l), ((q, found, _), at) in zip(blocks, planning.cut(blocks, x, keys, keys, **where), strict=True):
+        np.testing.assert_array_equal(q, x[i:j])
+        np.testing.assert_array_equal(found, keys[k:l])
+        assert at["query_offset"] == i - k
