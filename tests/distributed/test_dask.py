@@ -260,15 +260,15 @@ def test_a_worker_that_is_killed_changes_nothing(tmp_path):
     da.to_npy_stack(stack, da.from_array(whole, chunks=(100, -1)))
     key = da.from_npy_stack(stack)
     with (
-        LocalCluster(2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, memory_limit="1GiB") as cluster,
+        LocalCluster(2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", memory_limit="1GiB") as cluster,
         Client(cluster) as client,
     ):
         future = client.compute(kd.attention(query, key, key, score=partial(slowly, folder=str(said))))
-        until = time.monotonic() + 60
+        until = time.monotonic() + 100
         while not (ready := [file for file in said.iterdir() if file.stat().st_size >= 3]) and time.monotonic() < until:
             time.sleep(0.01)
         os.kill(int(ready[0].name), signal.SIGKILL)
-        output = future.result(timeout=60)
+        output = future.result(timeout=100)
     assert sum(file.stat().st_size for file in said.iterdir()) > 40  # some chunks were computed twice
     assert close(output, kvattn.attention(query, whole, whole, scale=1.0))
 

@@ -1,0 +1,167 @@
+"""kvattn.distributed.dask over keys in files, beside NumPy's own kernel over the same files, mapped, in one process.
+
+    python benchmarks/dask_keys.py --folder /tmp/keys --keys 100000,1000000,10000000
+
+Keys and values of 64 float32 features are generated into the folder from a seed, once (5 GB for ten million), and stay there;
+they are attended to by 64 queries. A worker is a process of one thread with its memory limited, and so NumPy's kernel has one
+thread too. The calls take turns; a figure is the median of the rounds' ratios. The share of reading is the time of the same
+tasks that only touch each page of their chunk; the pages are in the system's cache, where its memory holds them, and with --cold
+they are dropped before each call. CPU is the time of all processes on a processor, the scheduler's too, over the kernel's: on a
+busy machine it tells more than the clock. ``apart`` is how far the outputs are from the kernel's at most.
+"""
+
+import argparse
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+FEATURES, QUERIES, CHUNK = 64, 64, 100_000
+
+
+def generate(folder, name, size):
+    """The file of so many rows, drawn chunk by chunk, so that a shorter one begins like a longer."""
+    path = Path(folder) / f"{name}-{size}.npy"
+    if not path.exists():
+        made = np.lib.format.open_memmap(part := path.with_suffix(".part"), "w+", np.float32, (size, FEATURES))
+        for start in range(0, size, CHUNK):
+            some = made[start : start + CHUNK]
+            rng = np.random.default_rng((start // CHUNK, name == "values"))
+            some[...] = rng.standard_normal((CHUNK, FEATURES), np.float32)[: len(some)]
+        made.flush()
+        part.rename(path)
+    return str(path)
+
+
+def read(path, block_info=None):
+    (start, end), _ = block_info[None]["array-location"]
+    return np.load(path, mmap_mode="r")[start:end]
+
+
+def chunked(path, size):
+    """The file as a dask array: workers map it by its name, and no rows travel."""
+    import dask.array as da
+
+    sizes = (CHUNK,) * (size // CHUNK) + ((size % CHUNK,) if size % CHUNK else ())
+    return da.map_blocks(read, path, chunks=(sizes, (FEATURES,)), dtype=np.float32, meta=np.empty((0, 0), np.float32))
+
+
+def touched(key, value):
+    return np.array([[key[:, ::1024].sum() + value[:, ::1024].sum()]])  # a number of each row, so of each page
+
+
+def drop(*paths):
+    """Take the files out of the system's cache."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def peak():
+    """The most memory that this process has had, in MiB; pages of mapped files count while they are mapped."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(asked, size, clients, limits):
+    """{what: figure} for so many keys."""
+    import dask.array as da
+    from distributed import progress
+
+    import kvattn
+    from kvattn import timing
+    from kvattn.distributed import dask as kd
+
+    paths = [generate(asked.folder, name, size) for name in ("keys", "values")]
+    query = np.random.default_rng(0).standard_normal((QUERIES, FEATURES), np.float32)
+    key, value = (chunked(path, size) for path in paths)
+    mapped = [np.load(path, mmap_mode="r") for path in paths]
+
+    def by(client, what):
+        future = client.compute(what)
+        if asked.progress:
+            progress(future, notebook=False)
+        return future.result()
+
+    def kernel(threads):
+        with limits(threads, user_api="blas"):
+            return kvattn.attention(query, *mapped)
+
+    touch = da.map_blocks(touched, key, value, dtype=np.float32, chunks=((1,) * key.numblocks[0], (1,))).sum()
+    calls = {"NumPy": partial(kernel, 1), "NumPy, its own threads": partial(kernel, None)}
+    for workers, client in clients.items():
+        calls[f"{workers} workers"] = partial(by, client, kd.attention(query, key, value))
+        calls[f"{workers} workers, reading"] = partial(by, client, touch)
+
+    def turn(call):
+        if asked.cold:
+            drop(*paths)
+        return timing.wall(call)
+
+    outputs = {name: call() for name, call in calls.items() if "reading" not in name}  # the first call is not timed
+    apart = max(float(np.abs(x - outputs["NumPy"]).max()) for x in outputs.values())
+    took = timing.rounds(calls, asked.rounds, turn)
+    row = {"keys": size, "apart": apart, "NumPy, s": min(took["NumPy"])}
+
+    def processor(call, client=None):
+        def spent():
+            return time.process_time() + (sum(client.run(time.process_time).values()) if client else 0)
+
+        before = spent()
+        call()
+        return spent() - before
+
+    alone = min(processor(calls["NumPy"]) for _ in range(asked.rounds))
+    row["NumPy, its own threads"] = timing.ratio(took["NumPy, its own threads"], took["NumPy"])["ratio"]
+    for workers, client in clients.items():
+        row[f"{workers} workers"] = timing.ratio(took[f"{workers} workers"], took["NumPy"])["ratio"]
+        row[f"{workers} workers, s"] = min(took[f"{workers} workers"])
+        spent = min(processor(calls[f"{workers} workers"], client) for _ in range(asked.rounds))
+        row[f"{workers} workers, CPU"] = spent / alone
+        row[f"{workers} workers, share of reading"] = timing.ratio(
+            took[f"{workers} workers, reading"], took[f"{workers} workers"]
+        )["ratio"]
+        row[f"{workers} workers, peak MiB"] = max(client.run(peak).values())
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, help="where the files are, or are to be written")
+    parser.add_argument("--keys", default="100000,1000000", help="how many (default: %(default)s)")
+    parser.add_argument("--workers", default="1,2", help="processes of one thread (default: %(default)s)")
+    parser.add_argument("--memory-limit", default="1GiB", help="of each worker (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each call (default: %(default)s)")
+    parser.add_argument("--cold", action="store_true", help="drop the files from the system's cache before each call")
+    parser.add_argument("--progress", action="store_true", help="show Dask's progress bar")
+    parser.add_argument("--json", help="write the figures to this file")
+    asked = parser.parse_args()
+
+    from contextlib import ExitStack
+
+    from distributed import Client, LocalCluster
+    from threadpoolctl import threadpool_limits
+
+    from kvattn import timing
+
+    Path(asked.folder).mkdir(parents=True, exist_ok=True)
+    rows = []
+    with ExitStack() as stack:
+        clients = {}
+        for workers in map(int, asked.workers.split(",")):
+            options = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
+            cluster = stack.enter_context(LocalCluster(workers, memory_limit=asked.memory_limit, **options))
+            clients[workers] = stack.enter_context(Client(cluster))
+        for size in map(int, asked.keys.split(",")):
+            rows.append(measure(asked, size, clients, threadpool_limits))
+            print(*(f"{name}: {x:.3g}" for name, x in rows[-1].items()), sep=", ", flush=True)
+    if asked.json:
+        timing.write(asked.json, timing.machine(), rows=rows)
+
+
+if __name__ == "__main__":
+    main()
