@@ -5,8 +5,8 @@
 Keys and values of 64 float32 features are generated into the folder from a seed, once (5 GB for ten million), and stay there;
 they are attended to by 64 queries. A worker is a process of one thread with its memory limited, and so NumPy's kernel has one
 thread too. The calls take turns; a figure is the median of the rounds' ratios. The share of reading is the time of the same
-tasks that only touch each page of their chunk; the pages are in the system's cache, where its memory holds them, and with --cold
-they are dropped before each call. CPU is the time of all processes on a processor, the scheduler's too, over the kernel's: on a
+tasks that only touch each page of their chunk: pages in the system's cache, if its memory holds them, or, with --cold, dropped
+from it before each call. CPU is the time of all processes on a processor, the scheduler's too, over the kernel's: on a
 busy machine it tells more than the clock. ``apart`` is how far the outputs are from the kernel's at most.
 """
 

@@ -18,6 +18,7 @@ from kvattn.backends import numpy
 
 ROOT = Path(__file__).parent.parent
 FILES = {"docs/howto/lessons.md": "lesson.md", "docs/howto/add-a-backend.md": "fakecupy.py"}  # what a page says to save
+ELSEWHERE = ("docs/howto/transformers.md", "docs/howto/search.md")  # tests/integrations and tests/distributed run these
 FRAMEWORKS = ("torch", "tensorflow", "jax", "mxnet")
 
 
@@ -42,7 +43,7 @@ def pages():
             for part in parts:
                 if asked(part[1]) <= {*chosen()}:
                     found.append(pytest.param(page, [part], id=f"index {' '.join(asked(part[1])) or 'numpy'}"))
-        elif page != "docs/howto/transformers.md" and {name for _, code in parts for name in asked(code)} <= {*chosen()}:
+        elif page not in ELSEWHERE and {name for _, code in parts for name in asked(code)} <= {*chosen()}:
             found.append(pytest.param(page, parts, id=Path(page).stem))
     return found
 

@@ -1,9 +1,12 @@
 """kvattn.distributed.dask: the suite, what is lazy, what is read, the schedulers, a worker that dies, and what is refused."""
 
+import doctest
 import os
+import re
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import adapter
 import dask
@@ -232,13 +235,17 @@ def test_threads_give_what_one_thread_gives(tmp_path):
     np.save(tmp_path / "keys.npy", drawn(5000, 16, dtype="float32"))
     mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
     key = da.from_array(mapped, chunks=(300, -1))
+    da.to_npy_stack(tmp_path / "stack", key)
+    stack = da.from_npy_stack(tmp_path / "stack")
     results = [
         dask.compute(
-            kd.attention(query, key, key, return_lse=True), kd.attention_grad(query, key, key, loss), kd.topk(query, key, 9),
+            kd.attention(query, keys, keys, return_lse=True),
+            kd.attention_grad(query, keys, keys, loss),
+            kd.topk(query, keys, 9),
             scheduler=scheduler,
         )
-        for scheduler in ("threads", "sync")
-    ]  # fmt: skip
+        for scheduler, keys in (("threads", key), ("sync", stack))
+    ]
     for x, y in zip(*(sum(map(tuple, result), ()) for result in results), strict=True):
         np.testing.assert_array_equal(x, y)
     np.testing.assert_array_less(np.abs(results[0][0][0] - kvattn.attention(query, mapped, mapped)), 1e-5)
@@ -260,7 +267,9 @@ def test_a_worker_that_is_killed_changes_nothing(tmp_path):
     da.to_npy_stack(stack, da.from_array(whole, chunks=(100, -1)))
     key = da.from_npy_stack(stack)
     with (
-        LocalCluster(2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", memory_limit="1GiB") as cluster,
+        LocalCluster(
+            2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", memory_limit="1GiB"
+        ) as cluster,
         Client(cluster) as client,
     ):
         future = client.compute(kd.attention(query, key, key, score=partial(slowly, folder=str(said))))
@@ -271,6 +280,27 @@ def test_a_worker_that_is_killed_changes_nothing(tmp_path):
         output = future.result(timeout=100)
     assert sum(file.stat().st_size for file in said.iterdir()) > 40  # some chunks were computed twice
     assert close(output, kvattn.attention(query, whole, whole, scale=1.0))
+
+
+def test_the_page_does_what_it_says(tmp_path, monkeypatch):
+    """Its code word for word, but for the sizes; the answers are those of all vectors in memory."""
+    page = Path(__file__).parents[2] / "docs" / "howto" / "search.md"
+    search, *others = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for code in others:
+        exec(code, {})
+    small = search.replace("10_000_000, 64, 100_000", "3_000, 8, 400")
+    assert small != search
+    exec(small, found := {"__name__": "search"})
+    query, positions, scores, pooled, nearest = found["main"]()
+    keys, values = (np.concatenate([np.load(f"{x}/{i}.npy") for i in range(8)]) for x in ("keys", "values"))
+    np.testing.assert_allclose(
+        pooled, kvattn.attention(*(x.astype("float64") for x in (query, keys, values))), rtol=0, atol=1e-5
+    )
+    np.testing.assert_array_equal(nearest, kvattn.attention(query, keys, values, normalize=kvattn.hardmax))
+    want = by_sorting(query @ keys.T / np.sqrt(8).astype("float32"), 10)
+    np.testing.assert_array_equal(positions, want[0])
+    np.testing.assert_allclose(scores, want[1], rtol=1e-5, atol=0)
 
 
 # ---- what is refused
@@ -326,6 +356,10 @@ def test_what_does_not_fit_is_refused_at_once(error, said, changed):
         del arguments["value"]
     with pytest.raises(error, match=said):
         call(**arguments)
+
+
+def test_the_example_of_the_module():
+    assert doctest.testmod(kd) == (0, 4)
 
 
 def test_arrays_of_another_framework_are_refused():
