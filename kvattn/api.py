@@ -152,6 +152,7 @@ def attention(
     rng: Any = None,
     return_weights: bool = False,
     return_lse: bool = False,
+    return_scores: str | None = None,
     backend: Any = None,
     **unknown: Never,
 ) -> Any:
@@ -188,10 +189,14 @@ def attention(
             TensorFlow; MXNet draws from its own global state.
         return_weights: also return the weights (..., n, m).
         return_lse: also return the log of the sum of exp(scores), (..., n), float32 for half precision: softmax only.
+        return_scores: also return the scores (..., n, m), float32 for half precision, at one of three stages: "raw", the score
+            times the scale; "capped", after the softcap; "biased", what the normaliser is given. -inf for a pair that may not
+            attend, at each of them. With ``positions`` they are (..., n, s). They are computed beside the output, which keeps
+            its kernel.
         backend: a name, or a backend itself.
 
     Returns:
-        The output (..., n, v) in the query's dtype; (output, weights), (output, lse) or (output, weights, lse) on request.
+        The output (..., n, v) in the query's dtype; weights, lse and scores follow it, each on request, in this order.
 
     Mask, bias, valid_lens, causal, window, segments and positions compose: a pair is allowed where all allow.
 
@@ -213,7 +218,8 @@ def attention(
     if unknown:  # another library's name of an argument
         raise checks.unknown(unknown, prepare.OPTIONS)
     known = prepare.remembered(query, key, value, backend)
-    plain = score is normalize is window is segments is positions is scale is softcap is sink is None and not dropout
+    plain = score is normalize is window is segments is positions is scale is softcap is sink is None
+    plain = plain and return_scores is None and not dropout
     plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool and type(query_offset) is int
     if plain and known is not None:
         bare = mask is bias is valid_lens is None
@@ -241,11 +247,12 @@ def attention(
     )  # fmt: skip
     if plain and known is not None:
         known.remember((mask, bias, valid_lens), (options["mask"], options["bias"], options["valid_lens"]))
-    return_weights, return_lse = checks.flag("return_weights", return_weights), checks.flag("return_lse", return_lse)
+    asked = {"return_weights": return_weights, "return_lse": return_lse, "return_scores": return_scores}
+    options |= prepare.returned(asked)
     if score is normalize is None:
-        return tab.attention(query, key, value, **options, return_weights=return_weights, return_lse=return_lse)
+        return tab.attention(query, key, value, **options)
     try:
-        return tab.attention(query, key, value, **options, return_weights=return_weights, return_lse=return_lse)
+        return tab.attention(query, key, value, **options)
     except Exception:
         checks.own_functions(tab, options, query, key)
         raise
@@ -542,9 +549,10 @@ def multi_head_attention(
             (..., num_heads, n, m).
 
     Returns:
-        The output (..., n, o) in the query's dtype; weights (..., num_heads, n, m), lse (..., num_heads, n) and the cache
-        follow it, each on request, in this order. Half precision is float32 between the input and the output; but in JAX on
-        a CUDA device bfloat16 without a cache is rounded after each projection, which is what cuDNN takes.
+        The output (..., n, o) in the query's dtype; weights (..., num_heads, n, m), lse (..., num_heads, n), scores
+        (..., num_heads, n, m) and the cache follow it, each on request, in this order. Half precision is float32 between the
+        input and the output; but in JAX on a CUDA device bfloat16 without a cache is rounded after each projection, which is
+        what cuDNN takes.
 
     Raises what `attention` raises, and ValueError for params that are missing, unknown or do not fit.
 
@@ -590,8 +598,8 @@ def multi_head_attention_grad(
     tab, query, key, value, params, heads, options = prepare.multi_head(
         backend, query, key, value, params, num_heads, num_kv_heads, None, options, grad_output
     )
-    if options.pop("return_weights") or options.pop("return_lse"):
-        raise ValueError("a gradient returns neither weights nor lse")
+    if any([options.pop("return_weights"), options.pop("return_lse"), options.pop("return_scores", None)]):
+        raise ValueError("a gradient returns neither weights nor lse nor scores")
     grad_output = checks.array(tab, "grad_output", grad_output, like=query)
     grad_output = checks.floating("grad_output", grad_output, ("query", query), tab)
     width = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] * num_heads // (num_kv_heads or num_heads)
@@ -612,7 +620,7 @@ def self_attention(x: Array, W_q: Array, W_k: Array, W_v: Array, *, backend: Any
         options: `attention`'s own. The scores are (..., n, n).
 
     Returns:
-        (..., n, v), with the weights (..., n, n) and lse (..., n) on request.
+        (..., n, v), with the weights (..., n, n), lse (..., n) and scores (..., n, n) on request.
 
     >>> self_attention([[1.0], [3.0]], [[0.0]], [[1.0]], [[1.0]])
     array([[2.],

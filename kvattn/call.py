@@ -12,7 +12,8 @@ class Call(NamedTuple):
     """What a call asks for beside query, key and value, checked by the frontend.
 
     A query that stands at position p = query_offset + its row may attend to the keys p - left ... p + right, where the mask,
-    a bias above -inf and the valid lengths let it. ``causal`` is right = 0; None is no limit.
+    a bias above -inf and the valid lengths let it. ``causal`` is right = 0; None is no limit. ``stage``: which scores, as
+    ``return_scores`` names them, the normaliser is given.
     """
 
     score: Any
@@ -31,6 +32,8 @@ class Call(NamedTuple):
     rng: Any = None
     return_weights: bool = False
     return_lse: bool = False
+    return_scores: str | None = None
+    stage: str | None = "biased"
     first_query: int = 0  # of a block: which of all queries its first one is, and which of all keys
     first_key: int = 0
 
@@ -38,7 +41,8 @@ class Call(NamedTuple):
     def of(cls, query: Any, key: Any, *, score: Any, normalize: Any, mask: Any = None, bias: Any = None, valid_lens: Any = None,
            causal: Any = False, query_offset: Any = 0, window: tuple[int | None, int | None] | None = None,
            positions: Any = None, scale: Any = None, softcap: Any = None, sink: Any = None, dropout: Any = 0.0,
-           rng: Any = None, return_weights: bool = False, return_lse: bool = False) -> Call:  # fmt: skip
+           rng: Any = None, return_weights: bool = False, return_lse: bool = False,
+           return_scores: str | None = None) -> Call:  # fmt: skip
         """The description of a tab's call with these keywords of `attention`.
 
         What causal and the window forbid to nobody, as in decoding, is left out: then there is no mask to build.
@@ -47,7 +51,7 @@ class Call(NamedTuple):
         right = 0 if causal else right
         call = cls(  # by place: by name it takes a microsecond more, in every call
             score, normalize, mask, bias, valid_lens, query_offset, left, right, positions, scale, softcap, sink, dropout,
-            rng, return_weights, return_lse,
+            rng, return_weights, return_lse, return_scores,
         )  # fmt: skip
         return call._of_a_block(query, key)
 
@@ -62,7 +66,7 @@ class Call(NamedTuple):
     def keywords(self) -> dict[str, Any]:
         """The keywords of `attention` that say the same."""
         options = self._asdict()
-        del options["first_query"], options["first_key"]
+        del options["first_query"], options["first_key"], options["stage"]
         left, right = options.pop("left"), options.pop("right")
         return options | {"causal": False, "window": None if left is right is None else (left, right)}
 
@@ -132,6 +136,21 @@ class Call(NamedTuple):
     def of_selected_keys(self, mask: Any, bias: Any) -> Call:
         """The call once each query lies beside the keys that ``positions`` selects; ``mask``: those it may attend to."""
         return self._replace(mask=mask, bias=bias, valid_lens=None, query_offset=0, left=None, right=None, positions=None)
+
+    def of_scores(self, normalize: Callable[..., Any]) -> Call:
+        """The call whose weights are the scores that are asked for; ``normalize``: it leaves them as they are.
+
+        A bias still says who may attend where it is not added, so that it is kept.
+        """
+        return self._replace(
+            normalize=normalize, softcap=None if self.return_scores == "raw" else self.softcap, sink=None, dropout=0.0,
+            rng=None, return_weights=True, return_lse=False, return_scores=None, stage=self.return_scores,
+        )  # fmt: skip
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the bias is added to the scores that the normaliser is given."""
+        return self.bias is not None and self.stage == "biased"
 
     # ---- what attention returned
 

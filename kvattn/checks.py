@@ -558,6 +558,17 @@ def flag(name: str, x: Any) -> bool:
     return True if x else False  # noqa: SIM210 (torch.compile leaves bool of a symbol a symbol)
 
 
+STAGES = ("raw", "capped", "biased")
+
+
+def stage(name: str, x: Any) -> str:
+    """``x``, one of the stages at which scores can be returned."""
+    if isinstance(x, str) and x in STAGES:
+        return str(x)
+    kind = ValueError if isinstance(x, str) else TypeError
+    raise kind(f"{name} must be 'raw', 'capped' or 'biased', or None for no scores; not {x!r}")
+
+
 OURS = {  # what other libraries call an argument, and what it is called here
     "is_causal": "causal", "use_causal_mask": "causal", "dropout_p": "dropout", "dropout_rate": "dropout", "attn_bias": "bias",
     "window_size": "window", "local_window_size": "window", "sliding_window": "window", "logits_soft_cap": "softcap",
@@ -573,6 +584,8 @@ OURS = {  # what other libraries call an argument, and what it is called here
 def unknown(names: Any, known: Any) -> TypeError:
     """The error for keywords that attention has not, which names ours."""
     name = next(iter(names))
+    if name in known:  # of a gradient
+        return TypeError(f"attention_grad has no argument {name!r}: it returns gradients alone")
     meant = OURS.get(name) or next((each for each in known if each.startswith(name) or name.startswith(each)), None)
     cure = f"here it is {meant}" if meant else f"it has {', '.join(known)}"
     return TypeError(f"attention has no argument {name!r}: {cure}")

@@ -154,7 +154,8 @@ def resolved(query: Any, key: Any, value: Any, call: Call) -> tuple[Call, Sequen
     plain = call._replace(mask=said.mask)
     n, m = query.shape[-2], key.shape[-2]
     known = all(type(size) is int for x in (query, key, value) for size in x.shape)
-    if not known or 0 in (*query.shape[:-1], *key.shape[:-1]) or call.positions is not None or call.return_weights:
+    of_all = call.positions is not None or call.return_weights or call.return_scores
+    if not known or 0 in (*query.shape[:-1], *key.shape[:-1]) or of_all:
         return said.whole(query, key, plain), ()
     if n * m <= FEW and said.segments is None:
         return said.whole(query, key, plain), ()

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "segments", "positions", "sink")  # the options that are arrays
 OPTIONS = ("score", "normalize", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "segments",
-           "positions", "scale", "softcap", "sink", "dropout", "rng", "return_weights", "return_lse")  # fmt: skip
+           "positions", "scale", "softcap", "sink", "dropout", "rng", "return_weights", "return_lse",
+           "return_scores")  # fmt: skip
 DOT_PRODUCTS = ("dot_score", "scaled_dot_score", "cosine_score")  # for which query and key need as many features
 REMEMBERED = 4096  # calls: then it starts anew, since lengths that grow step by step would fill the memory
 
@@ -93,9 +94,11 @@ def _said_of_pairs(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bia
     return mask, bias if made is None else made
 
 
-def returned(options: dict[str, Any]) -> dict[str, bool]:
-    """return_weights and return_lse, checked and taken out of the options."""
-    return {name: checks.flag(name, options.pop(name, False)) for name in ("return_weights", "return_lse")}
+def returned(options: dict[str, Any]) -> dict[str, Any]:
+    """return_weights, return_lse and, where it is given, return_scores: checked and taken out of the options."""
+    found: dict[str, Any] = {name: checks.flag(name, options.pop(name, False)) for name in ("return_weights", "return_lse")}
+    stage = options.pop("return_scores", None)  # other backends may not know it
+    return found if stage is None else found | {"return_scores": checks.stage("return_scores", stage)}
 
 
 def arrays(tab: Any, **arguments: Any) -> list[Any]:

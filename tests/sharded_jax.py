@@ -43,6 +43,7 @@ CALLS = {  # options, and arrays with the axes of batch and heads
     "sparsemax": ({"normalize": kvattn.sparsemax}, {"mask": draw.random((B, 1, N, M)) < 0.5}),
     "positions": ({"positions": draw.integers(-1, M, (N, 5))}, {}),
     "weights, lse": ({"causal": True, "return_weights": True, "return_lse": True}, {}),
+    "scores": ({"causal": True, "softcap": 2.0, "return_scores": "capped"}, {}),
 }
 LAYOUTS = ["manual batch", "manual heads", "manual batch, explicit heads", "explicit batch, heads", "explicit queries", "auto"]
 

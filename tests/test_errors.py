@@ -102,6 +102,8 @@ BAD = {
     "score of text": ({"score": "dot_score"}, TypeError, ["score", "function", "kvattn.dot_score"]),
     "normaliser of text": ({"normalize": "softmax"}, TypeError, ["normalize", "function", "kvattn.softmax"]),
     "lse of another normaliser": ({"normalize": kvattn.average, "return_lse": True}, ValueError, ["return_lse", "softmax"]),
+    "scores of a flag": ({"return_scores": True}, TypeError, ["return_scores", "'raw', 'capped' or 'biased'", "True"]),
+    "scores of another stage": ({"return_scores": "scaled"}, ValueError, ["return_scores", "'raw'", "'scaled'"]),
     "score parameters that do not fit": (
         {"score": partial(kvattn.multiplicative_score, W=zeros(5, 4))}, ValueError, ["W", "(5, 4)", "(5, 5)"]),
     "PyTorch's causal": ({"is_causal": True}, TypeError, ["'is_causal'", "here it is causal"]),
@@ -191,12 +193,18 @@ def test_the_good_arguments_are_good(backend):
     assert tuple(kvattn.attention(**GOOD, backend=backend).shape) == (2, 4, 3, 7)
 
 
-@pytest.mark.parametrize("what", [w for w in BAD if w not in ("lse of another normaliser",)])
+@pytest.mark.parametrize("what", [w for w in BAD if not any(name.startswith("return_") for name in BAD[w][0])])
 def test_attention_grad_says_the_same(backend, what):
     replaced, error, words = BAD[what]
     with pytest.raises(error) as caught:
         kvattn.attention_grad(**{**GOOD, **replaced}, grad_output=zeros(2, 4, 3, 7), backend=backend)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_gradient_returns_gradients_alone(backend):
+    for name, x in (("return_weights", True), ("return_lse", True), ("return_scores", "raw")):
+        with pytest.raises(TypeError, match=f"attention_grad has no argument '{name}': it returns gradients alone"):
+            kvattn.attention_grad(**GOOD, grad_output=zeros(2, 4, 3, 7), **{name: x}, backend=backend)
 
 
 @pytest.mark.parametrize("lead", [(2,), (2, 2)])

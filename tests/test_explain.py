@@ -50,6 +50,7 @@ OPTIONS = {
     "softcap": {"softcap": 3.0},
     "weights": {"return_weights": True},
     "lse": {"return_lse": True},
+    "scores": {"return_scores": "biased"},
     "dropout": {"dropout": 0.5},
 }
 

@@ -21,7 +21,10 @@ EVERYWHERE = [
     ("ignores the scale", "scores = call.scale * (dot_score", "scores = 1.0 * (dot_score", "scale"),
     ("ignores causal", "right = 0 if causal else right", "right = right", "causal"),
     ("is off by one in query_offset", "return query_offset + ", "return query_offset + 1 + ", "causal"),
-    ("drops the bias", "return scores if call.bias is None else scores + _wide(call.bias)", "return scores", "bias"),
+    ("drops the bias", "return scores + _wide(call.bias) if call.adds_bias else scores", "return scores", "bias"),
+    ("adds the bias to raw scores", "if call.adds_bias else", "if call.bias is not None else", "scores out"),
+    ("caps raw scores", 'None if self.return_scores == "raw" else self.softcap', "self.softcap", "scores out"),
+    ("returns scores of what may not attend", "call.of_scores(_scored)", "call.of_scores(identity)", "scores out"),
     ("inverts the mask", "[] if call.mask is None else [call.mask]", "[] if call.mask is None else [~call.mask]", "masks"),
     ("leaks NaN", HIDE, "pass", "padding"),
     ("lets key valid_lens in", "keys < _lengths(call.valid_lens, ndim)", "keys <= _lengths(call.valid_lens, ndim)", "lengths"),
@@ -61,8 +64,8 @@ NUMPY = [
     (
         "caps after the bias",
         "    if call.softcap is not None:\n        scores = call.softcap * np.tanh(scores / call.softcap)\n"
-        "    return scores if call.bias is None else scores + _wide(call.bias)",
-        "    scores = scores if call.bias is None else scores + _wide(call.bias)\n"
+        "    return scores + _wide(call.bias) if call.adds_bias else scores",
+        "    scores = scores + _wide(call.bias) if call.adds_bias else scores\n"
         "    return scores if call.softcap is None else call.softcap * np.tanh(scores / call.softcap)",
         "softcap",
     ),

@@ -319,7 +319,7 @@ class Torch(Differentiating):
         if passes and ("sink" in case.arguments or keywords.get("sink") is not None):
             # SDPA gives the lse that a sink asks for of these alone
             query, value, sink = case.arguments["query"], case.arguments["value"], np.asarray(case.arguments.get("sink", 0.0))
-            able &= query.ndim == 4 and query.shape[-1] == value.shape[-1] and set(case.results) <= {"output"}
+            able &= query.ndim == 4 and query.shape[-1] == value.shape[-1] and set(case.results) <= {"output", "scores"}
             able &= query.shape[0] > 0 and (sink.ndim < 2 or sink.ndim == 4 or len(sink) == 1)
         return {"SDPA"} if passes and able and (keywords["scale"] is None or keywords["scale"] > 0) else set()
 

@@ -386,8 +386,9 @@ def attention(
     rng=None,
     return_weights=False,
     return_lse=False,
+    return_scores=None,
 ):
-    limited = not mask is bias is valid_lens is window is positions is scale is softcap is sink is rng is None
+    limited = not mask is bias is valid_lens is window is positions is scale is softcap is sink is rng is return_scores is None
     usual = score is scaled_dot_score and normalize is softmax and not (limited or dropout)
     if usual and type(query_offset) is int and query_offset == 0 and programs.at_once(query):  # looking at more would cost more
         flags = {"causal": causal, "return_weights": return_weights, "return_lse": return_lse}
@@ -397,7 +398,7 @@ def attention(
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
         query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,
-        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
+        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse, return_scores=return_scores,
     )  # fmt: skip
     return (_of_pairs if type(call.mask) is Pairs else _attend)(query, key, value, call)
 
@@ -407,6 +408,9 @@ def choose(query, key, value, call):
     if type(call.mask) is Pairs:
         return pairs.choice(query, key, value, call, _in_parts)
     tab = sys.modules[__name__]
+    if call.return_scores:
+        choice = choose(query, key, value, call._replace(return_scores=None))
+        return choice._replace(why=f"{choice.why}; the scores beside it", run=partial(_with_scores, choice.run))
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
         why = f"{choice.why}; the sink takes its share of each row"
@@ -462,7 +466,8 @@ def _formula(query, key, value, call, blocks=()):
     # output = weights @ value: (..., h, n, v)
     output = _fold(_dropout(weights, call.dropout, call.rng), kv_heads) @ _wide(value)
     output = _unfold(output, heads, n).astype(dtype)
-    results = [output] + [identity(weights, allowed).astype(dtype)] * call.return_weights + [lse] * call.return_lse
+    weights = weights if call.normalize is _scored else identity(weights, allowed)
+    results = [output] + [weights.astype(dtype)] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
 
@@ -477,7 +482,20 @@ def _scores(query, key, call):
     scores = _unfold(scores, heads, n)
     if call.softcap is not None:
         scores = call.softcap * jnp.tanh(scores / call.softcap)
-    return scores if call.bias is None else scores + _wide(call.bias)
+    return scores + _wide(call.bias) if call.adds_bias else scores
+
+
+def _with_scores(run, query, key, value, call, blocks):
+    """What ``run`` gives, and the scores: the weights of a call that makes none of them."""
+    results = run(query, key, value, call._replace(return_scores=None), blocks)
+    nothing = _wide(value)[..., :0]
+    scores = _attend(_wide(query), _wide(key), nothing, call.of_scores(_scored))[1]
+    return (*(results if isinstance(results, tuple) else (results,)), scores)
+
+
+def _scored(scores, where=None):
+    """A normaliser that leaves the scores as they are, and says -inf of the pairs that may not attend."""
+    return scores if where is None else jnp.where(where, scores, -math.inf)
 
 
 def _with_sink(run, query, key, value, call, blocks):

@@ -399,18 +399,22 @@ def attention(
     rng=None,
     return_weights=False,
     return_lse=False,
+    return_scores=None,
 ):
     query, key, value = tf.convert_to_tensor(query), tf.convert_to_tensor(key), tf.convert_to_tensor(value)
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
         query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,
-        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
+        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse, return_scores=return_scores,
     )  # fmt: skip
     return _attend(query, key, value, call)
 
 
 def choose(query, key, value, call):
     """The kernel that serves a call: Choice(kernel, why, blocks, run)."""
+    if call.return_scores:
+        choice = choose(query, key, value, call._replace(return_scores=None))
+        return choice._replace(why=f"{choice.why}; the scores beside it", run=partial(_with_scores, choice.run))
     if type(call.mask) is Pairs:
         return pairs.choice(query, key, value, call, _in_parts)
     tab = sys.modules[__name__]
@@ -554,7 +558,20 @@ def _scores(query, key, call):
     scores = _unfold(scores, heads, n)
     if call.softcap is not None:
         scores = call.softcap * tf.tanh(scores / call.softcap)
-    return scores if call.bias is None else scores + _wide(call.bias)
+    return scores + _wide(call.bias) if call.adds_bias else scores
+
+
+def _with_scores(run, query, key, value, call, blocks):
+    """What ``run`` gives, and the scores: the weights of a call that makes none of them."""
+    results = run(query, key, value, call._replace(return_scores=None), blocks)
+    nothing = _wide(value)[..., :0]
+    scores = _attend(_wide(query), _wide(key), nothing, call.of_scores(_scored))[1]
+    return (*(results if isinstance(results, tuple) else (results,)), scores)
+
+
+def _scored(scores, where=None):
+    """A normaliser that leaves the scores as they are, and says -inf of the pairs that may not attend."""
+    return scores if where is None else tf.where(where, scores, -math.inf)
 
 
 def _with_sink(run, query, key, value, call, blocks):

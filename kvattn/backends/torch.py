@@ -365,9 +365,11 @@ def attention(
     rng=None,
     return_weights=False,
     return_lse=False,
+    return_scores=None,
 ):
     # first, what `choose` would give to SDPA too: calls so small that to describe them would take longer
-    bare = score is scaled_dot_score and normalize is softmax and not (dropout or softcap or return_weights or return_lse)
+    bare = score is scaled_dot_score and normalize is softmax and not (dropout or softcap)
+    bare = bare and not (return_weights or return_lse or return_scores)
     bare = (
         bare and mask is None and bias is None and valid_lens is None and window is None and positions is None and sink is None
     )
@@ -379,13 +381,16 @@ def attention(
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
         query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,
-        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
+        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse, return_scores=return_scores,
     )  # fmt: skip
     return _attend(query, key, value, call)
 
 
 def choose(query, key, value, call):
     """The kernel that serves a call."""
+    if call.return_scores:
+        choice = choose(query, key, value, call._replace(return_scores=None))
+        return choice._replace(why=f"{choice.why}; the scores beside it", run=partial(_with_scores, choice.run))
     if type(call.mask) is Pairs:
         return pairs.choice(query, key, value, call, _in_parts)
     if call.sink is not None:
@@ -455,7 +460,7 @@ def _formula(query, key, value, call, blocks=()):
     # output = weights @ value: (..., h, n, v)
     kept = _fold(_dropout(weights, call.dropout, call.rng), kv_heads)
     output = _unfold(nonfinite.product(kept, _wide(value), None if allowed is None else pairs), heads, n).to(dtype)
-    if call.return_weights and allowed is not None:
+    if call.return_weights and allowed is not None and call.normalize is not _scored:
         weights = nonfinite.cleared(weights, allowed)
     results = [output] + [weights.to(dtype)] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
@@ -472,7 +477,20 @@ def _scores(query, key, call):
     scores = _unfold(scores, heads, n)
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    return scores if call.bias is None else scores + _wide(call.bias)
+    return scores + _wide(call.bias) if call.adds_bias else scores
+
+
+def _with_scores(run, query, key, value, call, blocks):
+    """What ``run`` gives, and the scores: the weights of a call that makes none of them."""
+    results = run(query, key, value, call._replace(return_scores=None), blocks)
+    nothing = _wide(value)[..., :0]
+    scores = _attend(_wide(query), _wide(key), nothing, call.of_scores(_scored))[1]
+    return (*(results if isinstance(results, tuple) else (results,)), scores)
+
+
+def _scored(scores, where=None):
+    """A normaliser that leaves the scores as they are, and says -inf of the pairs that may not attend."""
+    return scores if where is None else torch.where(where, scores, -math.inf)
 
 
 def _mask(query, key, call):

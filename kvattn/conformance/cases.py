@@ -83,7 +83,7 @@ def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, 
            grad: bool = True, asked: tuple[str, ...] = WEIGHTS + LSE, dtypes: tuple[str, ...] = DTYPES,
            call: str = "attention", looked: np.ndarray | None = None, **options: Any) -> Case:  # fmt: skip
     """A case of attention, with its answer and, unless told otherwise, every gradient: of a loss that looks at these rows."""
-    results = ("output", *asked)
+    results = ("output", *asked, *(["scores"] if "return_scores" in options else []))
     how = {n: x for n, x in options.items() if n != "splits"}
     options |= {f"return_{what}": True for what in asked}
     grad_output = grid(rng, *oracle.leading(query, key), query.shape[-2], value.shape[-1]) if grad else None

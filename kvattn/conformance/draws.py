@@ -151,6 +151,8 @@ def draw(seed: int, number: int) -> Draw:
         options["not_finite"] = one("query", "key", "value", "bias" if "bias" in options else "key")
     if often(0.3) and not {"normalize", "score"} & {*options} and call not in layers.LAYERS:
         options["sink"] = () if call == "self_attention" else (often(0.7),) if headed else one("each", broadcast()[:-2])
+    if often(0.2) and call not in layers.LAYERS:
+        options["return_scores"] = one("raw", "capped", "biased")
     return replace(made, options=options)
 
 

@@ -33,6 +33,8 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
         sinks,
         notfinite.sinks,
         placed.cases,
+        scores_out,
+        notfinite.scores_out,
     ):
         yield from family(rng)
 
@@ -186,6 +188,44 @@ def sinks(rng: np.random.Generator) -> Iterator[Case]:
     looked[[0, 130, 299]] = True
     q, k, v = qkv(rng, n=300, m=600, d=2, lead=(2,), kv=(1,))
     yield make("sink, causal, many pairs", q, k, v, causal=True, sink=grid(rng, 2), asked=(), looked=looked)
+
+
+def scores_out(rng: np.random.Generator) -> Iterator[Case]:
+    """The scores beside the output, at each stage: -inf for a pair that may not attend."""
+    make = partial(attend, group="scores out", rng=rng)
+    bias = np.where(flags(rng, 4, 5), grid(rng, 2, 1, 4, 5), -INF)
+    for stage in ("raw", "capped", "biased"):
+        which: dict[str, Any] = {"softcap": 1.5, "scale": 0.75, "return_scores": stage}
+        yield make(f"{stage} scores", *qkv(rng), return_scores=stage, asked=(), grad=False)
+        yield make(f"{stage} scores, softcap, bias, mask", *qkv(rng), bias=bias, mask=flags(rng, 4, 5), **which)
+        chosen = np.array([[0, 3, 3], [3, -1, 1], [-1, -1, -1], [2, 4, 0]])
+        yield make(f"{stage} scores, positions", *qkv(rng), positions=chosen, causal=True, bias=bias, **which)
+        q, k, v = qkv(rng, lead=(2, 4), kv=(2, 2))
+        additive = next(parametrised(rng, 3, 3))
+        lens = np.array([[1, 2, 3, 0], [4, 5, 0, 1]])
+        yield make(f"{stage} scores, grouped heads, additive", q, k, v, score=additive, valid_lens=lens, return_scores=stage)
+        q, k, v = poisoned(rng, *qkv(rng, n=3, m=6), valid_lens=np.array([3, 0]))
+        yield make(f"{stage} scores, NaN behind lengths", q, k, v, valid_lens=np.array([3, 0]), return_scores=stage, asked=())
+    offsets: dict[str, Any] = {"window": (1, None), "causal": True, "query_offset": np.array([1, -2])}
+    yield make("scores beside a sink, a window, offsets", *qkv(rng), sink=grid(rng, 2), **offsets, return_scores="biased")
+    sparse: dict[str, Any] = {"normalize": "average", "score": "distance_score", "return_scores": "raw"}
+    yield make("scores of another normaliser", *qkv(rng), **sparse, mask=flags(rng, 4, 5), asked=WEIGHTS)
+    yield make("scores, 2 axes", *qkv(rng, lead=()), causal=True, return_scores="raw", asked=LSE)
+    many: dict[str, Any] = {"n": 2, "m": 3, "lead": (2, 1, 2, 1, 2), "kv": (1, 2, 1, 2, 1)}
+    seven: dict[str, Any] = {"bias": grid(rng, 1, 2, 2, 1, 2, 2, 3), "mask": flags(rng, 2, 1, 1, 2, 1, 1, 3)}
+    yield make("scores, 7 axes", *qkv(rng, **many), **seven, return_scores="capped", asked=())
+    yield make("scores, no keys", *qkv(rng, m=0), return_scores="raw", asked=(), group="empty rows")
+    yield make("scores, no keys, positions", *qkv(rng, m=0), positions=np.array([[-1, -1]]), return_scores="raw", asked=())
+    yield make("scores, no queries", *qkv(rng, n=0), return_scores="biased")
+    yield make("scores, no entries", *qkv(rng, lead=(0, 2)), return_scores="biased", asked=())
+    yield make("scores, no features", *qkv(rng, d=0), causal=True, return_scores="raw", asked=())
+    # long enough for tiles and for blocks
+    q, k, v = qkv(rng, n=264, m=560, d=2, v=1, lead=())
+    yield make("scores, blocks", q, k, v, window=3, return_scores="biased", asked=LSE, grad=False)
+    (query, key, value), lens = (grid(rng, 2, rows, 3) for rows in (3, 4, 4)), np.array([4, 2])
+    params = multihead.params_of(rng, 3, 3, 3, 4, 2)
+    how: dict[str, Any] = {"heads": 4, "kv_heads": 2, "valid_lens": lens, "softcap": 2.0, "return_scores": "capped"}
+    yield multihead.multi_head("heads: scores", query, key, value, params, rng, asked=WEIGHTS + LSE, group="scores out", **how)
 
 
 # ---- shapes

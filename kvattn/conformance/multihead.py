@@ -36,7 +36,7 @@ def multi_head(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray,
     o = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] // kv_heads * heads
     grad_output = grid(rng, *query.shape[:-1], o) if grad else None
     answer = oracle.multi_head_attention(query, key, value, params, heads, kv_heads, grad_output, **options)
-    results = ("output", *asked)
+    results = ("output", *asked, *(["scores"] if "return_scores" in options else []))
     kept = [what for what in answer.values if what in results or what.startswith("grad_")]
     arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
     arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output, **params, **arrays}
@@ -164,7 +164,7 @@ def as_self_attention(case: Case, x: np.ndarray) -> Case:
         values["grad_x"] = np.sum([values.pop(what) for what in three], axis=0)
         magnitude["grad_x"] = sum(magnitude.pop(what) for what in three)
     for what in case.results[1:]:  # one head: no axis for it
-        values[what] = values[what][..., 0, :, :] if what == "weights" else values[what][..., 0, :]
+        values[what] = values[what][..., 0, :] if what == "lse" else values[what][..., 0, :, :]
     arguments = {"x": x} | {n: y for n, y in case.arguments.items() if n not in ("query", "key", "value")}
     keywords = {n: y for n, y in case.keywords.items() if n != "num_heads"}
     return replace(case, group="self-attention", arguments=arguments, keywords=keywords, answer=values, magnitude=magnitude)

@@ -189,6 +189,16 @@ def sinks(rng: np.random.Generator) -> Iterator[Case]:
     yield make("a sink beside inf and NaN, causal", q, k, v, sink=grid(rng, 2), causal=True)
 
 
+def scores_out(rng: np.random.Generator) -> Iterator[Case]:
+    """A score that is not finite is its own pair's alone, and -inf stands for every pair that may not attend."""
+    make = partial(attend, group=NOT_FINITE, rng=rng, causal=True)
+    q, k, v = _signed(rng)
+    q[0, 0, 3, 0], k[0, 1, 2, 0], v[1, 0, 2, 0] = NAN, INF, NAN
+    yield make("NaN and inf beside scores, causal", q, k, v, return_scores="raw")
+    bias = np.where(np.arange(5) == 3, NAN, grid(rng, 5, 5))
+    yield make("a bias of NaN beside scores, causal", *_signed(rng), bias=bias, return_scores="biased", asked=())
+
+
 def parts(rng: np.random.Generator) -> Iterator[Case]:
     """Merged parts, and projected heads."""
     outputs, lses = grid(rng, 3, 2, 4, 2), grid(rng, 3, 2, 4)

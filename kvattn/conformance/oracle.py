@@ -278,7 +278,7 @@ def attention(query: Array, key: Array, value: Array, grad_output: Array | None 
 
 def _attention(query: Array, key: Array, value: Array, grad_output: Array | None, *, score: Any = "scaled_dot_score",
                normalize: str = "softmax", bias: Any = None, scale: float | None = None, softcap: float | None = None,
-               sink: Array | float | None = None, absolute: Any = None,
+               sink: Array | float | None = None, return_scores: str | None = None, absolute: Any = None,
                **which: Any) -> tuple[dict[str, Array], dict[str, Any], float]:  # fmt: skip
     """(values, magnitudes element by element or at once, the largest score).
 
@@ -305,17 +305,22 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
         q_size, k_size, v_size = (_flat(x)[r] for x, r in zip(inputs, rows, strict=True))
         k_size = -k_size  # a difference of such sums is rounded relative to the sum of their magnitudes
 
+    def raw_scores_of(q: Array, k: Array, parameters: dict[str, Any]) -> Array:
+        return globals()[name](q, k, **parameters) * (1 if scale is None else scale)
+
     def scores_of(q: Array, k: Array, parameters: dict[str, Any]) -> Array:
-        s = globals()[name](q, k, **parameters) * (1 if scale is None else scale)
+        s = raw_scores_of(q, k, parameters)
         return s if softcap is None else softcap * np.tanh(s / softcap)
 
     s = scores_of(q, k, parameters)
+    stages = {"raw": raw_scores_of(q, k, parameters), "capped": s}
     bound = bounds(name, q_size, k_size, **parameters)
     factor = 1 if scale is None else abs(scale)
     size = bound["size"] * factor
     if bias is not None:
         b = np.broadcast_to(bias, (*lead, n, key.shape[-2]))[at_pair]
         s, size = s + b, size + np.abs(b)
+    stages["biased"] = s
 
     # a row at a time: weights, and how they change with the scores
     output, log_sum = np.zeros((*lead, n, value.shape[-1])), np.full((*lead, n), -np.inf)
@@ -363,6 +368,10 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
     values = {"output": output, "weights": weights, "lse": log_sum}
     magnitude = {"output": v_size[np.isfinite(v_size)].max(initial=0) if convex else max(row_sizes)}
     magnitude |= {"weights": 1.0 if convex else max(weight_size), "lse": finite.max(initial=1)}
+    if return_scores is not None:
+        values["scores"] = np.full((*lead, n, slots), -np.inf)  # of no pair
+        values["scores"][at_slot] = stages[return_scores]
+        magnitude["scores"] = size[np.isfinite(size)].max(initial=0)
     size = np.append(size, np.abs(extra))
     largest = size[np.isfinite(size)].max(initial=0) if normalize in ("softmax", "sparsemax") else 0.0
     if grad_output is None:
@@ -442,7 +451,9 @@ def multi_head_attention(query: Array, key: Array, value: Array, params: dict[st
                 kind["grad_b_" + name[0]] = _flat(by).sum(axis=0)
                 kind["grad_" + name] = by @ params_of["W_" + name[0]].T
             kind["grad_W_o"], kind["grad_b_o"] = _flat(o).T @ _flat(g), _flat(g).sum(axis=0)
-    kept = {"output", "weights", "lse", *(f"grad_{name}" for name in (*inputs, *params))}
+    if "scores" in sizes:
+        sizes["scores"] = 3 * sizes["scores"]  # query, key, product: each rounds
+    kept = {"output", "weights", "lse", "scores", *(f"grad_{name}" for name in (*inputs, *params))}
     values = {name: x for name, x in values.items() if name in kept}
     sizes = _plain({name: sizes[name] for name in values})
     return Answer(_marked(values), sizes, 3 * largest)  # query, key, product: each rounds
@@ -614,9 +625,9 @@ def merge(outputs: Array, lses: Array) -> Answer:
 
 
 def _marked(values: dict[str, Array]) -> dict[str, Array]:
-    """inf for every lse and gradient that is not finite: which of them it is depends on the order of the operations."""
+    """inf for every lse, score and gradient that is not finite: which of them it is depends on the order of the operations."""
     for name, x in values.items():
-        x[~np.isfinite(x) & (name.startswith("grad_") | ((name == "lse") & (x != -np.inf)))] = np.inf
+        x[~np.isfinite(x) & (name.startswith("grad_") | ((name in ("lse", "scores")) & (x != -np.inf)))] = np.inf
     return values
 
 

@@ -59,6 +59,9 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
                bias=("alibi", {"slopes": np.array([0.5, 0.25, 0.125, 1.0])[:, None, None]}), causal=True,
                query_offset=np.array([1, 0]), asked=())  # fmt: skip
     yield make("segments, shared keys", *qkv(rng, lead=(2, 2), kv=(1, 2), **square), segments=sorted_, asked=LSE)
+    for stage in ("capped", "biased"):
+        both: dict[str, Any] = {"segments": sorted_, "mask": "every other", "bias": alibi, "softcap": 2.0}
+        yield make(f"segments and functions, {stage} scores", *qkv(rng, **square), **both, return_scores=stage, asked=())
     yield make("segments, lengths per query", *qkv(rng, **square), segments=apart, valid_lens=rng.integers(0, 6, (2, 5)))
     yield make("segments, positions", *qkv(rng, **square), segments=sorted_, positions=rng.integers(-1, 5, (5, 3)), asked=())
     query, key, value = qkv(rng, **square)

@@ -33,7 +33,7 @@ HALF = ("float16", "bfloat16")
 
 def result_dtype(call: str, what: str, dtype: str) -> str:
     """The dtype that api.py promises for a result: scores and lse of half precision come in float32."""
-    wide = dtype in HALF and (what == "lse" or call.endswith(("_score", "_kernel")))
+    wide = dtype in HALF and (what in ("lse", "scores") or call.endswith(("_score", "_kernel")))
     return "float32" if wide else dtype
 
 
@@ -44,5 +44,5 @@ def unit(dtype: str, magnitude: float) -> float:
 def allowed(what: str, dtype: str, largest_score: float, roundings: int = 1) -> float:
     """The error that a result of ``dtype`` may have, in units, if it was rounded to ``dtype`` so many times."""
     gradient = what.startswith("grad_")
-    steps = (CONSTANT + largest_score) * (2 if gradient else 1)
+    steps = (CONSTANT + (0 if what == "scores" else largest_score)) * (2 if gradient else 1)
     return ROUNDING * (roundings + gradient) + steps * EPS["float32"] / EPS[dtype] if dtype in HALF else steps

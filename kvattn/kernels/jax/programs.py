@@ -287,6 +287,7 @@ def of_results(query, key, value, call):
     results = [output]
     results += [_once(*rows, key[-2] if call.positions is None else None)] if call.return_weights else []
     results += [_once(*rows)] if call.return_lse else []
+    results += [_once(*rows, key[-2] if call.positions is None else None)] if call.return_scores else []
     return tuple(results) if len(results) > 1 else output
 
 

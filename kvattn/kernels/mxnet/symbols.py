@@ -88,7 +88,7 @@ class _Deferred:
         self.function(*[_ShapeAndDtype((None, None, None), "float32")] * 3, **options, **arrays, backend=_ChecksAlone())
 
     def outputs(self):
-        flags = (("weights", "return_weights"), ("lse", "return_lse"))
+        flags = (("weights", "return_weights"), ("lse", "return_lse"), ("scores", "return_scores"))
         return ["output", *(name for name, flag in flags if self.options.get(flag))]
 
     def text(self):
@@ -221,7 +221,7 @@ class AttentionShapes(mx.operator.CustomOpProp):
         rows = (*lead, *query[-2:-1])
         selected = self.call.options.get("positions")
         keys = numpy.shape(selected) if selected is not None else shapes.get("positions", key[:-1])
-        found = {"output": (*rows, *value[-1:]), "weights": (*rows, *keys[-1:]), "lse": rows}
+        found = {"output": (*rows, *value[-1:]), "weights": (*rows, *keys[-1:]), "lse": rows, "scores": (*rows, *keys[-1:])}
         d_q, d_k = query[-1], key[-1]
         sizes = {"W_q": (d_q,), "W_k": (d_k,), "W": (d_q, d_k), "w_g": (d_q + d_k,)}  # for gluon, which asks the graph
         known = [sizes.get(name, ()) for name in names[own:]]
@@ -230,7 +230,8 @@ class AttentionShapes(mx.operator.CustomOpProp):
 
     def infer_type(self, in_type):
         half = getattr(in_type[0], "__name__", "") == "float16"
-        return in_type, [numpy.float32 if half and name == "lse" else in_type[0] for name in self.list_outputs()], []
+        wide = ("lse", "scores") if half else ()
+        return in_type, [numpy.float32 if name in wide else in_type[0] for name in self.list_outputs()], []
 
     def create_operator(self, ctx, shapes, dtypes):
         arrays = [_ShapeAndDtype(tuple(shape), numpy.dtype(DTYPES[dtype])) for shape, dtype in zip(shapes, dtypes, strict=True)]
