@@ -360,17 +360,19 @@ def _softmax_lse(scores, where, sink=None):
 
 def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, mask=None, bias=None, valid_lens=None,
               causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, sink=None, dropout=0.0,
-              rng=None, return_weights=False, return_lse=False):  # fmt: skip
+              rng=None, return_weights=False, return_lse=False, return_scores=None):  # fmt: skip
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
         query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,
-        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse,
+        dropout=dropout, rng=rng, return_weights=return_weights, return_lse=return_lse, return_scores=return_scores,
     )  # fmt: skip
     return _attend(query, key, value, call)
 
 
 def choose(query, key, value, call):
     """What `kvattn.explain` says of a call: the kernel that serves it, and why."""
+    if call.return_scores:
+        return choose(query, key, value, call._replace(return_scores=None))._replace(run=_with_scores)
     if call.positions is not None:
         return Choice("the formula, of selected keys", "each query beside the keys that it selects", run=_of_selected_keys)
     if call.restricted and not _finite(query, key, value, call.bias, call.sink):
@@ -399,7 +401,8 @@ def _formula(query, key, value, call):
     if allowed is not None:  # and no gradient of NaN comes back from a row without keys
         some = mx.broadcast_to(allowed, weights.shape).any(axis=-1, keepdims=True)
         output = _keep(some, output)
-    results = [output] + [identity(weights, allowed).astype(dtype)] * call.return_weights + [lse] * call.return_lse
+    weights = weights if call.normalize is _scored else identity(weights, allowed)
+    results = [output] + [weights.astype(dtype)] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
 
@@ -414,7 +417,19 @@ def _scores(query, key, call):
     scores = _unfold(scores, heads, n)
     if call.softcap is not None:
         scores = call.softcap * mx.tanh(scores / call.softcap)
-    return scores if call.bias is None else scores + _wide(call.bias)
+    return scores + _wide(call.bias) if call.adds_bias else scores
+
+
+def _with_scores(query, key, value, call):
+    """The results without the scores, and these: the weights of a call that makes none of them."""
+    results = _attend(query, key, value, call._replace(return_scores=None))
+    scores = _attend(_wide(query), _wide(key), _wide(value)[..., :0], call.of_scores(_scored))[1]
+    return (*(results if isinstance(results, tuple) else (results,)), scores)
+
+
+def _scored(scores, where=None):
+    """A normaliser that leaves the scores as they are, and says -inf of the pairs that may not attend."""
+    return _forbidding(scores, where)
 
 
 def _sink(call, ndim):

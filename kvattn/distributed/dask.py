@@ -51,6 +51,7 @@ REFUSED = {
     "dropout": "it would depend on how the keys are chunked",
     "rng": "there is no dropout",
     "return_weights": "they are as many as the keys; topk gives the largest scores, return_lse what they are divided by",
+    "return_scores": "they are as many as the keys; topk gives the largest",
 }
 
 # what kvattn's checks ask of a backend, where an array may also be one of Dask, whose values cannot be seen yet

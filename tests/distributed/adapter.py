@@ -62,9 +62,9 @@ def cases():
 
 
 def without(case, wrt):
-    """The case without what no distributed form gives: weights, and gradients by other than ``wrt``."""
-    keywords = {name: x for name, x in case.keywords.items() if name != "return_weights"}
-    results = tuple(what for what in case.results if what != "weights")
+    """The case without what no distributed form gives: weights, scores, gradients by other than ``wrt``."""
+    keywords = {name: x for name, x in case.keywords.items() if name not in ("return_weights", "return_scores")}
+    results = tuple(what for what in case.results if what not in ("weights", "scores"))
     answer = {
         what: x for what, x in case.answer.items() if what in (*results, *(f"grad_{name}" for name in wrt))
     }  # fmt: skip

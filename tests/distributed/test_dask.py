@@ -331,6 +331,7 @@ REFUSED = {
     "parameters": (TypeError, "score binds W to a dask array", {"score": partial(kvattn.multiplicative_score, W=KEY[0, :4])}),
     "normalize": (NotImplementedError, "normalize is not to be had .*only softmax", {"normalize": kvattn.hardmax}),
     "weights": (NotImplementedError, "return_weights is not .*topk", {"return_weights": True}),
+    "scores": (NotImplementedError, "return_scores is not .*topk", {"return_scores": "raw"}),
     "positions": (NotImplementedError, "positions is not to be had", {"positions": np.zeros((3, 1), int)}),
     "dropout": (NotImplementedError, "dropout is not to be had", {"dropout": 0.1}),
     "another's name": (TypeError, "attention has no argument 'is_causal': here it is causal", {"is_causal": True}),
