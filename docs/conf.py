@@ -1,19 +1,14 @@
 """The site: `tox -e docs`, or `sphinx-build docs docs/_build/html`. Lessons are run on the backends of KVATTN_DOCS_BACKENDS."""
 
-import importlib.util
 import os
 import re
 import sys
 from pathlib import Path
 
 from docutils.parsers.rst import directives
-from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
-from sphinx.util.fileutil import copy_asset
-from sphinx.util.logging import getLogger
 
 import kvattn
-from kvattn import lesson
 
 sys.path.insert(0, str(Path(__file__).parent))
 import agreement
@@ -24,19 +19,9 @@ author = "the kvattn authors"
 copyright = "2026, the kvattn authors, Apache-2.0"
 version = release = kvattn.__version__
 
-extensions = [
-    "myst_parser",
-    "sphinx_design",
-    "sphinx_copybutton",
-    "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
-    "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
-]
-exclude_patterns = ["_build", "lessons"]
-myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+extensions = ["kvattn.lesson", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build"]
 myst_heading_anchors = 3
-numfig = True
 default_role = "py:obj"
 
 html_theme = "furo"
@@ -45,14 +30,9 @@ html_title = "kvattn"
 html_static_path = ["_static"]
 templates_path = ["_templates"]
 html_css_files = ["site.css"]
-html_js_files = ["site.js"]
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
-copybutton_selector = "div.highlight-python pre, div.highlight-sh pre, div.highlight-md pre, div.doctest pre"
-copybutton_prompt_text = r">>> |\.\.\. "
-copybutton_prompt_is_regexp = True
-mathjax_path = "mathjax/tex-chtml.js"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give shapes and dtypes, which say more
@@ -68,38 +48,7 @@ def _backends():
     return backends
 
 
-def lessons(app):
-    """docs/lessons, run on each backend, as pages of docs/_lessons."""
-    backends = _backends()
-    pages, source = Path(app.srcdir, "_lessons"), Path(app.srcdir, "lessons")
-    pages.mkdir(exist_ok=True)
-    texts = {}
-    for file in sorted(source.glob("*.md")):
-        getLogger("kvattn.docs").info("running %s on %s", file.name, ", ".join(backends))
-        offered = lesson.read(file).tabs
-        tabs = [name for name in backends if not offered or name in offered]
-        reads = ".read_text(" in file.read_text(encoding="utf-8")  # other files, which a cache would not see change
-        cache = None if reads else Path(app.doctreedir, "lessons")
-        try:
-            texts[file.name] = lesson.render(file, tabs, pages / "outputs", cache=cache)
-        except ValueError as error:  # a cell that fails, tabs that disagree: told without Sphinx's own traceback
-            raise ExtensionError(str(error)) from None
-    for page in pages.glob("*.md"):
-        if page.name not in texts:
-            page.unlink()
-    for name, text in texts.items():
-        page = pages / name
-        if not page.exists() or page.read_text(encoding="utf-8") != text:  # an unchanged page is not read again
-            page.write_text(text, encoding="utf-8")
-
-
-def mathjax(app, error):
-    """MathJax beside the pages: they need no network."""
-    if error is None:
-        folder = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
-        for part in ("tex-chtml.js", "a11y", "input/tex/extensions", "output/chtml/fonts/woff-v2"):
-            target = Path(app.outdir, "_static", "mathjax", part)
-            copy_asset(folder / part, target if (folder / part).is_dir() else target.parent)
+kvattn_backends = _backends()
 
 
 def literal_formulas(app, what, name, obj, options, lines):
@@ -139,6 +88,4 @@ class Measured(SphinxDirective):
 def setup(app):
     app.add_directive("agreement", Agreement)
     app.add_directive("measured", Measured)
-    app.connect("builder-inited", lessons)
-    app.connect("build-finished", mathjax)
     app.connect("autodoc-process-docstring", literal_formulas, priority=100)

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from kvattn.conformance import Case, Report, Result
     from kvattn.conformance.processes import Judged
-    from kvattn.lesson import Lesson
+    from kvattn.lesson import Lesson, Ran
+    from kvattn.lesson.runner import Tab
 
 
 CELLS = "a cell is fenced as ```{.python .input}, ```{code-cell} or ```python, or is a code cell of a notebook"
@@ -159,7 +160,35 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where to, in the format of its ending: .ipynb, .py, .md (default: beside the lesson, as LESSON.NAME.ipynb)",
     )
-    for action in (run, convert):
+    site = actions.add_parser(
+        "site",
+        help="make a site of a folder of lessons: tabs with what they showed, notebooks, search",
+        description="Run the lessons of a folder on their tabs, compare them, and make a site of them, which needs no network: "
+        "chapters in the order of the files' names, or as an index.md lists them. Nothing is written but in the site's folder, "
+        "where outputs are kept by content: what has not changed is not run again. Exit status 1 if a cell fails, the tabs "
+        "disagree or a reference leads nowhere, 2 if the command itself is wrong.",
+    )
+    site.add_argument("folder", metavar="FOLDER", help="of lessons: Markdown in the notation of d2l or MyST, or notebooks")
+    site.add_argument(
+        "--backend",
+        metavar="NAMES",
+        help="tabs, separated by commas, or 'all' that the lessons have (default: those of them that are installed)",
+    )
+    site.add_argument("-o", "--output", metavar="OUT", required=True, help="the folder of the site")
+    site.add_argument("--title", metavar="WORDS", help="of the site (default: that of index.md, or the folder's name)")
+    site.add_argument(
+        "--watch", action="store_true", help="serve the site to this machine, and make it again whenever a lesson changes"
+    )
+    site.add_argument("--port", metavar="N", type=int, default=8000, help="for --watch (default: 8000; 0: one that is free)")
+    site.add_argument("--timeout", metavar="SECONDS", type=int, default=600, help="for each cell (default: 600)")
+    for action in (convert, site):
+        action.add_argument(
+            "--install",
+            metavar="WHERE",
+            help="a notebook begins with a cell that installs kvattn, for Colab and JupyterLite: from 'kvattn', by its name in "
+            "the index, or from an address, as pip takes it",
+        )
+    for action in (run, convert, site):
         action.add_argument(
             "--no-references",
             dest="refers",
@@ -546,15 +575,18 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def lesson(options: argparse.Namespace) -> int:
-    """Run a lesson on its tabs, or make a notebook of one of them."""
+    """Run a lesson on its tabs, or make a notebook of one of them, or a site of a folder of lessons."""
     try:
+        if options.action == "site":
+            return _site(options)
         given = _lesson(options.file)
         return _run_lesson(given, options) if options.action == "run" else _convert_lesson(given, options)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in ("ipykernel", "jupytext", "jupyter_client", "nbclient", "nbformat"):
+        if package not in ("ipykernel", "jupytext", "jupyter_client", "nbclient", "nbformat", *SITE):
             raise
-        raise _Refused(f"it needs {package}, which is not installed: {_cure('lessons')}") from error
+        extra = "site" if options.action == "site" else "lessons"
+        raise _Refused(f"it needs {package}, which is not installed: {_cure(extra)}") from error
 
 
 def _lesson(file: str) -> Lesson:
@@ -572,7 +604,7 @@ def _run_lesson(given: Lesson, options: argparse.Namespace) -> int:
     from kvattn import lesson
 
     console = _console()
-    names = _tabs(given, options.backend)
+    names = _tabs(given.path, given.tabs, options.backend)
     if not any(given.on(name) for name in names):
         where = f"on {', '.join(names)}" if given.cells else "in it"
         raise _Refused(f"{options.file}: there is no code {where}, so nothing was run: {CELLS}")
@@ -604,25 +636,160 @@ def _convert_lesson(given: Lesson, options: argparse.Namespace) -> int:
     if options.refers and (lost := lesson.References(given).lost):
         raise _Refused("\n".join([*lost, "(--no-references converts it all the same)"]))
     try:
-        lesson.convert(given, name, output)
+        lesson.convert(given, name, output, options.install)
     except ValueError as error:
         raise _Refused(str(error)) from error
     _console().print(f"Written: {output}", soft_wrap=True)
     return 0
 
 
-def _tabs(given: Lesson, named: str | None) -> list[str]:
-    """The tabs of a lesson to run: those that are named, or those that are installed."""
-    has = given.tabs or dispatch.known_backends()
+def _tabs(what: Path, tabs: Sequence[str], named: str | None) -> list[str]:
+    """The tabs of a lesson, or of a folder of lessons, to run: those that are named, or those that are installed."""
+    has = tabs or dispatch.known_backends()
     if named is None:
         names = [name for name in has if name in (dispatch.available_backends() if given.tabs else _named(None))]
         if not names:
-            raise _Refused(f"none of the tabs of {given.path} is installed: {', '.join(_cure(name) for name in has)}")
+            raise _Refused(f"none of the tabs of {what} is installed: {', '.join(_cure(name) for name in has)}")
         return names
     names = _named(",".join(has) if named.strip().lower() == "all" else named)
     if strange := [name for name in names if name not in has]:
-        raise _Refused(f"{given.path} has no tab {strange[0]!r}; it has: {', '.join(has)}")
+        raise _Refused(f"{what} has no tab {strange[0]!r}; it has: {', '.join(has)}")
     return names
+
+
+# ---- a site of lessons
+
+
+SITE = ("sphinx", "myst_parser", "furo", "sphinx_design", "sphinx_copybutton", "sphinx-mathjax-offline")
+
+
+def _site(options: argparse.Namespace) -> int:
+    from kvattn.lesson import live
+
+    made = _Site(options)
+    if not options.watch:
+        return 0 if made.make() else 1
+    made.make()
+    try:
+        server = live.Server(made.out, options.port)
+    except OSError as error:
+        raise _Refused(f"cannot serve at port {options.port}: {error.strerror or error}; --port 0 takes a free one") from error
+    made.console.print(
+        f"Serving {server.address} until Ctrl-C; what is changed in {options.folder} is run again", soft_wrap=True
+    )
+    try:
+        for files in live.changes(made.folder):
+            made.console.print(f"\nChanged: {', '.join(str(path.relative_to(made.folder)) for path in files)}", soft_wrap=True)
+            try:
+                made.make()
+            except _Refused as error:  # a lesson that cannot be read, now
+                made.console.print(f"{error}", style="bold red", soft_wrap=True)
+            else:
+                server.reload()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        made.close()
+        server.close()
+    return 0
+
+
+class _Site:
+    """The site of a folder of lessons: made once, or again and again, with kernels that stay of the lesson run last."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        import importlib.util
+
+        from kvattn.lesson import site
+
+        for name in ("ipykernel", "jupytext", "nbclient", *SITE):
+            if importlib.util.find_spec(name) is None:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        self.options, self.console = options, _console()
+        self.folder, self.out = Path(options.folder).absolute(), Path(options.output).absolute()
+        if not self.folder.is_dir():
+            raise _Refused(f"{options.folder!r} is no folder; for one lesson: kvattn lesson run")
+        if self.folder.resolve().is_relative_to(self.out.resolve()):
+            raise _Refused(f"{options.output!r} has the lessons in it: --output names a folder of its own for the site")
+        if self.out.exists() and not (self.out / site.OWN).is_dir() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise _Refused(f"{options.output!r} holds something else than a site of lessons: --output names a new folder")
+        try:
+            (self.out / site.OWN).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _Refused(f"cannot write {options.output!r}: {error.strerror or error}") from error
+        self.source, self.cache = self.out / site.OWN / "source", self.out / site.OWN / "outputs"
+        self.warm: dict[tuple[str, str], Tab] = {}  # of --watch, by page and tab
+        self.ran = 0
+
+    def make(self) -> bool:
+        """Run what has changed and write the site; whether all is well."""
+        from kvattn.lesson import site
+
+        try:
+            book = site.find(self.folder)
+        except (ValueError, OSError) as error:
+            raise _Refused(str(error)) from error
+        names = _tabs(self.folder, book.tabs, self.options.backend)
+        if not any(lesson.on(name) for lesson in book.lessons.values() for name in names):
+            where = f"on {', '.join(names)}" if any(lesson.cells for lesson in book.lessons.values()) else "in it"
+            raise _Refused(f"{self.options.folder}: there is no code {where}, so nothing was run: {CELLS}")
+        if absent := [name for name in book.tabs if name not in names and self.options.backend is None]:
+            told = ", ".join(f"{name} ({_cure(name)})" for name in absent)
+            self.console.print(f"Not installed, so not run: {told}", soft_wrap=True)
+        self.ran, begun = 0, time.perf_counter()
+        title = self.options.title or site.title_of(book)
+        with _Progress(self.console) as self.progress:
+            problems = site.write(
+                book, self.source, names, run=self._run, cache=self.cache, refers=self.options.refers, numbered=True,
+                install=self.options.install, title=title,
+            )  # fmt: skip
+        for problem in problems:
+            self.console.print(problem, soft_wrap=True)
+        if problems:
+            self.console.print(f"\n{len(problems)} errors, so the site was not made", style="bold red", soft_wrap=True)
+            return False
+
+        def say(line: str) -> None:
+            self.console.print(line.replace(str(self.source), str(self.folder)), soft_wrap=True)
+
+        site.html(self.source, self.out, title, say)
+        lessons = f"{len(book.lessons)} lessons on {', '.join(names)}"
+        ran = f"{self.ran} cells run, the others as they were" if self.ran else "nothing had to be run"
+        words = f"{lessons}: {ran}, {time.perf_counter() - begun:.1f} s. Written: {self.out / 'index.html'}"
+        self.console.print(words, style="bold green", soft_wrap=True)
+        return True
+
+    def _run(self, given: Lesson, name: str) -> list[Ran]:
+        from kvattn import lesson
+        from kvattn.lesson import runner
+
+        page = given.path.relative_to(self.folder).as_posix()
+        if not (cells := given.on(name)):
+            return []
+        if (kept := runner.remembered(given, name, self.cache)) is not None:
+            return kept
+        counts = list[int]()
+
+        def move(count: int, doing: str) -> None:
+            if not counts:  # a kernel is at work
+                self.close(but=page)
+            counts.append(count)
+            self.progress.move(count, doing)
+
+        self.progress.start(f"{page} {name}", len(cells), "starting")
+        tab = self.warm.setdefault((page, name), runner.Tab(name, self.options.timeout, self.cache))
+        ran = tab.run(given, move)
+        if not self.options.watch:
+            tab.close()
+        self.progress.done("failed" if any(each.error for each in ran) else "done", lesson.outcome(ran))
+        self.ran += len(counts) - 1 if counts else 0
+        return ran
+
+    def close(self, but: str = "") -> None:
+        """End the kernels of other lessons: each holds a framework in memory."""
+        for (page, _), tab in self.warm.items():
+            if page != but:
+                tab.close()
 
 
 # ---- doctor

@@ -80,6 +80,7 @@ ELSEWHERE = {  # the file, and what stands there
     "pip install --no-deps mxnet==1.9.1": ("tox.ini", "python -m pip install --quiet --no-deps mxnet==1.9.1"),
     "kvattn conform": ("tox.ini", "kvattn conform --backend numpy,torch,tensorflow,jax,mxnet"),
     "kvattn conform --backend yours": ("tests/test_howto.py", "add-a-backend"),
+    "kvattn lesson site FOLDER -o OUT": ("tests/site/test_own_site.py", '"lesson", "site", "lessons", "-o", "out"'),
     "kvattn conform --text FILE": ("tests/test_cli.py", '"--text"'),
     "kvattn bench": ("tests/test_bench.py", '["bench", "--backend"'),
     "KVATTN_BACKEND=jax python script.py": ("tests/test_dispatch.py", 'setenv("KVATTN_BACKEND"'),

@@ -295,13 +295,13 @@ def test_a_page_shows_what_differs_in_tabs_and_what_does_not_once(world, monkeyp
     assert "tab-set" not in below(FIGURE) + below(WIDE)
     assert below("print('!', file=sys.stderr)\n```\n") == ""
 
-    monkeypatch.setattr(runner, "_execute", lambda *_: pytest.fail("it was not remembered"))
+    monkeypatch.setattr(runner, "_Kernel", lambda *_: pytest.fail("it was not remembered"))
     assert lesson.render(file, ["numpy", "twin"], world / "out", cache=world / "cache") == got
     file.write_text(text.replace("print(7)", "print(8)"))
     with pytest.raises(pytest.fail.Exception, match="not remembered"):
         lesson.render(file, ["numpy", "twin"], world / "out", cache=world / "cache")
     file.write_text(text)
-    monkeypatch.setattr(runner, "_version", lambda package: "another")
+    monkeypatch.setattr(runner, "_installed", lambda: ["another-2.0.dist-info"])
     with pytest.raises(pytest.fail.Exception, match="not remembered"):
         lesson.render(file, ["numpy", "twin"], world / "out", cache=world / "cache")
 

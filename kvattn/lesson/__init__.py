@@ -1,5 +1,7 @@
 """Lessons: one Markdown file, in the notation of d2l, for all frameworks. Run it, compare the tabs, convert it, render it."""
 
+from typing import Any
+
 from kvattn.lesson.page import render as render
 from kvattn.lesson.prose import to_myst as to_myst
 from kvattn.lesson.reader import Cell as Cell
@@ -18,3 +20,10 @@ from kvattn.lesson.show import show as show
 from kvattn.lesson.show import summary as summary
 from kvattn.lesson.writer import convert as convert
 from kvattn.lesson.writer import notebook as notebook
+
+
+def setup(app: Any) -> dict[str, Any]:
+    """What Sphinx calls for ``extensions = ["kvattn.lesson"]``."""
+    from kvattn.lesson import extension
+
+    return extension.setup(app)

@@ -21,6 +21,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpeg"}
 _MARK = re.compile(r"^#@differs[ \t]*\n", re.MULTILINE)  # for the runner, not for readers
 _WIDTH = re.compile(r'<svg [^>]*width="([\d.]+)pt"')
+_PICTURE = re.compile(r"^(`{3,}\{(?:figure|image)\} |[^\n`]*?!\[[^\]]*\]\()([^()\s]+)", re.MULTILINE)
 _WIDE = 700  # pixels: on a narrow screen such a figure cannot be read
 
 
@@ -49,18 +50,23 @@ def render(
     return myst(result, outputs)
 
 
-def myst(result: Result, outputs: str | Path) -> str:
-    """A lesson that was run, as ``render`` gives it."""
-    page = _Page(result, Path(outputs))
+def myst(result: Result, outputs: str | Path, page: str | Path | None = None, numbered: bool = False) -> str:
+    """A lesson that was run, as ``render`` gives it.
+
+    ``page``: the file that it goes to, whose pictures are then copied to ``outputs``; None: one in the lesson's own folder.
+    ``numbered``: as ``to_myst`` has it.
+    """
+    made = _Page(result, Path(outputs), Path(page or result.lesson.path))
     parts = [part for part in result.lesson.parts if not (isinstance(part, Cell) and part.setup)]
-    pieces, references = [], References(result.lesson)
+    pieces, references = [], References(result.lesson, result.files)
     for part, versions in _steps(parts):
         if isinstance(part, Prose):
-            pieces.append(to_myst(cited(part.text, references), list(result.tabs)))
+            text = to_myst(cited(part.text, references), list(result.tabs), numbered)
+            pieces.append(made.with_pictures(text) if page else text)
         elif part.tabs is None:
-            pieces.append(page.common(part))
+            pieces.append(made.common(part))
         else:
-            pieces.append(page.versions(versions))
+            pieces.append(made.versions(versions))
     pieces.append(references.bibliography())
     return "\n\n".join(piece.strip("\n") for piece in pieces if piece) + "\n"
 
@@ -80,10 +86,10 @@ def _steps(parts: Sequence[Prose | Cell]) -> list[tuple[Prose | Cell, list[Cell]
 
 
 class _Page:
-    def __init__(self, result: Result, folder: Path) -> None:
-        self.tabs, self.folder = list(result.tabs), folder
+    def __init__(self, result: Result, folder: Path, page: Path) -> None:
+        self.tabs, self.folder, self.beside = list(result.tabs), folder, result.lesson.path.absolute().parent
         self.ran = {(each.cell, name): each for name, cells in result.tabs.items() for each in cells}
-        self.prefix = os.path.relpath(folder.absolute(), result.lesson.path.absolute().parent).replace(os.sep, "/")
+        self.prefix = os.path.relpath(folder.absolute(), page.absolute().parent).replace(os.sep, "/")
 
     def versions(self, cells: list[Cell]) -> str:
         """A step that each framework takes in its own way: a tab for each, also for those that have nothing to do."""
@@ -123,15 +129,29 @@ class _Page:
                 pieces.append(_Shown(directive("code-block", "text", {"class": "output"}, text), None))
         return pieces
 
-    def _image(self, kind: str, data: str, alt: str) -> str:
-        content = data.encode() if kind == "image/svg+xml" else base64.b64decode(data)
-        name = f"{hashlib.sha256(content).hexdigest()[:16]}.{_IMAGES[kind]}"
+    def with_pictures(self, text: str) -> str:
+        """Prose whose pictures, files of the lesson's folder, are those of the page."""
+
+        def kept(found: re.Match[str]) -> str:
+            path = self.beside / found[2]
+            return f"{found[1]}{self._keep(path.read_bytes(), path.suffix)}" if path.is_file() else found[0]
+
+        return _PICTURE.sub(kept, text)
+
+    def _keep(self, content: bytes, suffix: str) -> str:
+        """Where the page finds this picture."""
+        name = f"{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / name).write_bytes(content)
+        if not (self.folder / name).exists():  # else Sphinx would read its page again
+            (self.folder / name).write_bytes(content)
+        return f"{self.prefix}/{name}"
+
+    def _image(self, kind: str, data: str, alt: str) -> str:
+        kept = self._keep(data.encode() if kind == "image/svg+xml" else base64.b64decode(data), f".{_IMAGES[kind]}")
         options = {"alt": quoted(alt), "class": "output"}
         if (found := _WIDTH.search(data)) and (width := round(float(found[1]) * 96 / 72)) > _WIDE:
             options["width"] = f"{width}px"  # which makes it a link to the figure alone
-        return directive("image", f"{self.prefix}/{name}", options, "")
+        return directive("image", kept, options, "")
 
 
 def _code(cell: Cell) -> str:

@@ -32,13 +32,14 @@ _ROLES = {"ref": "ref", "eqref": "eq", "cite": "cite:p", "citet": "cite:t"}
 _FLOATS = ("fig", "tab", "table", "img")  # d2l's labels of what has a number: fig_..., tab_...
 
 
-def to_myst(text: str, tabs: Sequence[str] | None = None) -> str:
+def to_myst(text: str, tabs: Sequence[str] | None = None, numbered: bool = False) -> str:
     """Prose in the notation of d2l as MyST, with the extensions dollarmath, amsmath and sphinx-design's tab-set.
 
     Labels of headings become targets, those of figures and tables names, of equations ``$$ (label)``; ``:numref:``,
     ``:ref:``, ``:eqref:`` and ``:cite:`` roles, ``:begin_tab:`` blocks a tab-set, or notes where not every tab has one.
     Fenced blocks stay as they are, but for ``toc`` and ``eval_rst``. ``tabs`` are those that the site shows; None: all.
-    Raises ValueError for an unknown tab.
+    ``numbered``: the site numbers its sections, and ``:numref:`` of one is its number; else it is the title. Raises
+    ValueError for an unknown tab.
 
     >>> print(to_myst("# Attention\\n:label:`sec_attention`\\n\\nSee :eqref:`eq_a`.\\n"))
     (sec_attention)=
@@ -51,13 +52,13 @@ def to_myst(text: str, tabs: Sequence[str] | None = None) -> str:
     while blocks:
         names, body = blocks.pop(0)
         if names is None:
-            out.append(_outside_fences(body, _myst, _fence))
+            out.append(_outside_fences(body, lambda words: _myst(words, numbered), _fence))
             continue
         group = [(names, body)]
         while len(blocks) > 1 and blocks[0][0] is None and not blocks[0][1].strip() and blocks[1][0] is not None:
             group.append((blocks[1][0], blocks[1][1]))
             del blocks[:2]
-        bodies = {name: to_myst(part) for given, part in group for name in given or ()}
+        bodies = {name: to_myst(part, numbered=numbered) for given, part in group for name in given or ()}
         shown = {name: bodies[name] for name in tabs or dispatch.known_backends() if name in bodies}
         if tabs is not None and len(tabs) == 1:
             out.append("".join(shown.values()))
@@ -158,22 +159,25 @@ def _unslide(text: str) -> str:
     return _SLIDE.sub(lambda mark: "" if mark[2] == "~~" else mark[3], text)
 
 
-def _myst(text: str) -> str:
+def _myst(text: str, numbered: bool) -> str:
+    def role(found: re.Match[str]) -> str:
+        return _role(found, numbered)
+
     text = HEADING.sub(r"(\2)=\n\1", _unslide(text))
-    text = FIGURE.sub(_figure, text)
+    text = FIGURE.sub(lambda found: _figure(found, role), text)
     text = TABLE.sub(_table, text)
     text = EQUATION.sub(lambda found: f"$$\n{found[1].strip()}\n$$ ({found[2]})", text)
     text = ALONE.sub(_alone, text)
-    return ROLE.sub(_role, text)
+    return ROLE.sub(role, text)
 
 
-def _figure(found: re.Match[str]) -> str:
+def _figure(found: re.Match[str], role: Callable[[re.Match[str]], str]) -> str:
     options = dict(ATTRIBUTE.findall(found[3]))
     if "label" in options:
         options["name"] = options.pop("label")
     caption = " ".join(found[1].split())
     options["alt"] = quoted(ROLE.sub(r"\2", caption))
-    return directive("figure", found[2], options, ROLE.sub(_role, caption)).rstrip()
+    return directive("figure", found[2], options, ROLE.sub(role, caption)).rstrip()
 
 
 def _table(found: re.Match[str]) -> str:
@@ -187,10 +191,10 @@ def _alone(found: re.Match[str]) -> str:
     return {"label": f"({value})=", "bibliography": directive("bibliography", value, {}, "")}.get(kind, "")
 
 
-def _role(found: re.Match[str]) -> str:
+def _role(found: re.Match[str], numbered: bool) -> str:
     kind, value = found[1], " ".join(found[2].split())
     if kind == "numref":
-        return f"{{numref}}`{value}`" if value.split("_")[0] in _FLOATS else f"{{ref}}`{value}`"
+        return f"{{numref}}`{value}`" if numbered or value.split("_")[0] in _FLOATS else f"{{ref}}`{value}`"
     return f"{{{_ROLES[kind]}}}`{value}`"
 
 

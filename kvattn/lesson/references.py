@@ -1,10 +1,12 @@
-"""Where a lesson's references lead: to the labels of all lessons of its folder, and to the entries of the .bib files there."""
+"""Where a lesson's references lead: to the labels of all lessons of a folder, and to the entries of the .bib files there."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 from kvattn.lesson import prose
@@ -24,11 +26,15 @@ class Target(NamedTuple):
 
 
 class References:
-    """The labels and citations that a lesson may refer to; other files are read when they are asked for."""
+    """The labels and citations that a lesson may refer to; other files are read when they are asked for.
 
-    def __init__(self, lesson: Lesson) -> None:
+    ``files`` are the lessons and the .bib files that it may refer to; None: those of its folder.
+    """
+
+    def __init__(self, lesson: Lesson, files: Sequence[Path] | None = None) -> None:
         self.lesson = lesson
         self.folder = lesson.path.absolute().parent
+        self.files = sorted(self.folder.glob("*") if files is None else files)
         self._texts = [part.text for part in lesson.parts if isinstance(part, Prose)]
 
     @cached_property
@@ -38,10 +44,11 @@ class References:
 
     @cached_property
     def others(self) -> dict[str, Target]:
-        """The labels of the Markdown files beside it."""
+        """The labels of the other Markdown files."""
         found: dict[str, Target] = {}
-        for path in sorted(self.folder.glob("*")):
-            if path.suffix.lower() in MARKDOWN and path.is_file() and path.name != self.lesson.path.name:
+        own = self.lesson.path.absolute()
+        for path in self.files:
+            if path.suffix.lower() in MARKDOWN and path.is_file() and path.absolute() != own:
                 labels = _labels(path.read_text(encoding="utf-8-sig", errors="replace"))
                 found = {label: Target(each.text, path.stem) for label, each in labels.items()} | found
         return found
@@ -51,7 +58,7 @@ class References:
         """The entries of the .bib files of the folder, and of those that :bibliography: names, by key."""
         alone = [found for text in self._texts for found in prose.ALONE.findall(text)]
         named = [self.folder / name for kind, name in alone if kind == "bibliography"]
-        paths = [path for path in [*sorted(self.folder.glob("*.bib")), *named] if path.is_file()]
+        paths = [path for path in [*(each for each in self.files if each.suffix == ".bib"), *named] if path.is_file()]
         texts = [path.read_text(encoding="utf-8-sig", errors="replace") for path in paths]
         return {key: fields for text in texts for key, fields in _entries(text).items()}
 

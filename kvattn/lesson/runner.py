@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -13,7 +12,8 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,6 @@ from kvattn.lesson.watch import MIME
 TIMEOUT = 600  # seconds for a cell
 Output = dict[str, Any]  # as nbformat has it
 
-# What decides the outputs besides the lesson and kvattn: the cache forgets them when one of these changes.
-_PACKAGES = (
-    "numpy",
-    "torch",
-    "tensorflow",
-    "tensorflow-cpu",
-    "keras",
-    "jax",
-    "jaxlib",
-    "flax",
-    "mxnet",
-    "matplotlib",
-    "ipython",
-)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -64,6 +50,7 @@ class Result:
     tabs: dict[str, list[Ran]]
     agreements: dict[Cell, Agreement]
     refers: bool = True  # whether its references are asked where they lead
+    files: Sequence[Path] | None = None  # the lessons and .bib files that it may refer to; None: those of its folder
 
     @property
     def errors(self) -> list[tuple[str, Ran]]:
@@ -78,7 +65,7 @@ class Result:
     @property
     def lost(self) -> list[str]:
         """The references and citations that lead nowhere."""
-        return References(self.lesson).lost if self.refers else []
+        return References(self.lesson, self.files).lost if self.refers else []
 
     @property
     def ok(self) -> bool:
@@ -128,37 +115,130 @@ def run_tab(
 ) -> list[Ran]:
     """Run the cells of one tab in a new kernel of this Python, in the lesson's folder, up to the first error.
 
-    ``cache`` is a folder that keeps the outputs of a tab that had no error, by content: the tab's code, kvattn's own, and
-    the versions of the frameworks; not the files that a lesson reads. ``timeout`` is for a cell, in seconds. ``progress`` is
-    called with the number of cells done and the first line of the next.
+    ``cache`` is a folder that keeps the outputs of a tab that had no error, by content: the tab's code, kvattn's own, what is
+    installed, and the files and folders that the cells read. ``timeout`` is for a cell, in seconds. ``progress`` is called with
+    the number of cells done and the first line of the next.
 
     Raises ModuleNotFoundError where ipykernel, nbclient or nbformat is not installed.
     """
+    if not lesson.on(name):
+        return []
+    if (ran := remembered(lesson, name, cache)) is not None:
+        return ran
+    with closing(Tab(name, timeout, cache)) as tab:
+        return tab.run(lesson, progress)
+
+
+def remembered(lesson: Lesson, name: str, cache: str | Path | None) -> list[Ran] | None:
+    """What the cache has of a tab; None: nothing, or something has changed since."""
     import nbformat
 
-    if not (cells := lesson.on(name)):
-        return []
+    cells = lesson.on(name)
     kept = Path(cache, f"{_key(name, cells)}.json") if cache else None
-    if kept and kept.is_file():
-        notebook = nbformat.read(kept, as_version=4)
-        return _results(lesson, cells, notebook)
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.code, id=f"line-{cell.line}") for cell in cells])
-    _execute(notebook, name, lesson.path.absolute().parent, timeout, lambda done: progress(done, _title(cells, done)))
-    ran = _results(lesson, cells, notebook)
-    if kept and not any(each.error for each in ran):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(notebook, kept)
-    return ran
+    if kept is None or not kept.is_file():
+        return None
+    done = nbformat.read(kept, as_version=4).cells
+    if not all(_fresh(each, lesson) for each in done):
+        return None
+    kept.touch()  # for those who throw away what is not used
+    return _results(lesson, cells, done)
 
 
-def _title(cells: list[Cell], index: int) -> str:
-    return cells[index].title if index < len(cells) else ""
+class Tab:
+    """A tab whose kernel stays: of a lesson that is run again, only the cells from the first that changed on."""
+
+    def __init__(self, name: str, timeout: int = TIMEOUT, cache: str | Path | None = None) -> None:
+        self.name, self.timeout, self.cache = name, timeout, cache
+        self.done: list[Any] = []  # the cells that were executed without an error, as nbformat has them
+        self.failed: Any = None  # the one after them
+        self.kernel: _Kernel | None = None
+        self.clean = True  # the kernel was given these cells and no others
+
+    def run(self, lesson: Lesson, progress: Callable[[int, str], None] = lambda done, doing: None) -> list[Ran]:
+        """As ``run_tab``."""
+        import nbformat
+
+        cells = lesson.on(self.name)
+        same = self._same(cells, lesson)
+        failed = self.failed is not None and same == len(self.done) < len(cells) and _same(self.failed, cells[same], lesson)
+        if failed:
+            executed = [*self.done, self.failed]
+        elif same == len(cells):
+            executed, self.failed = self.done[:same], None
+            self.done = executed
+        else:
+            self.clean = self.clean and same == len(self.done) and self.failed is None
+            if self.kernel is None:
+                self.kernel, same, self.clean = _Kernel(self.name, lesson.path.absolute().parent, self.timeout), 0, True
+            self.done, self.failed = self.done[:same], None
+            progress(same, cells[same].title)
+            for cell in cells[same:]:
+                made = nbformat.v4.new_code_cell(cell.code)
+                if self.kernel.run(made):
+                    for each in _read(made):
+                        made.metadata["kvattn"]["files"][os.path.relpath(each, lesson.path.absolute().parent)] = _digest(each)
+                    self.done.append(made)
+                    progress(len(self.done), cells[len(self.done)].title if len(self.done) < len(cells) else "")
+                else:
+                    self.failed = made
+                    if self.kernel.dead:
+                        self.close()
+                    break
+            executed = [*self.done, *([self.failed] if self.failed else [])]
+        for made, cell in zip(executed, cells, strict=False):
+            made["id"] = f"line-{cell.line}"
+        if self.cache and self.clean and len(self.done) == len(cells):
+            kept = Path(self.cache, f"{_key(self.name, cells)}.json")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(nbformat.v4.new_notebook(cells=executed), kept)
+        return _results(lesson, cells, executed)
+
+    def _same(self, cells: list[Cell], lesson: Lesson) -> int:
+        """How many cells, from the first on, are as they were when they were executed."""
+        pairs = zip(self.done, cells, strict=False)
+        return next(
+            (i for i, (made, cell) in enumerate(pairs) if not _same(made, cell, lesson)), min(len(self.done), len(cells))
+        )
+
+    def close(self) -> None:
+        """End the kernel; what it gave stays."""
+        if self.kernel is not None:
+            self.kernel.close()
+            self.kernel = None
+
+
+def _same(made: Any, cell: Cell, lesson: Lesson) -> bool:
+    return bool(made.source == cell.code and _fresh(made, lesson))
+
+
+def _fresh(made: Any, lesson: Lesson) -> bool:
+    """Whether the files that a cell read are as they were."""
+    folder = lesson.path.absolute().parent
+    return all(_digest(os.path.join(folder, name)) == digest for name, digest in made.metadata["kvattn"]["files"].items())
+
+
+def _read(made: Any) -> list[str]:
+    """The files and folders that a cell read."""
+    notes = [output["data"][MIME] for output in made.outputs if MIME in output.get("data", {})]
+    return [path for each in notes for path in each["files"]]
+
+
+def _digest(path: str) -> str:
+    """A name for a file's content, or for what a folder holds."""
+    try:
+        if os.path.isdir(path):
+            return hashlib.sha256(
+                "\0".join(sorted(name for name in os.listdir(path) if name[0] not in "._")).encode()
+            ).hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return "none"
 
 
 def _key(name: str, cells: list[Cell]) -> str:
     """A name for what decides the outputs of these cells on this tab."""
-    parts = [name, sys.version, platform.platform(), *(cell.code for cell in cells), *_sources()]
-    parts += [f"{each} {_version(each)}" for each in _PACKAGES]
+    parts = [name, sys.version, platform.platform(), *(cell.code for cell in cells), *_sources(), *_installed()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -168,37 +248,33 @@ def _sources() -> list[str]:
     return [path.read_text(encoding="utf-8") for path in sorted(Path(kvattn.__file__).parent.rglob("*.py"))]
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+def _installed() -> list[str]:
+    """Every package with its version: a lesson may import any."""
+    return sorted({path.name for folder in sys.path if folder for path in Path(folder).glob("*.dist-info")})
 
 
-def _execute(notebook: Any, name: str, folder: Path, timeout: int, progress: Callable[[int], None]) -> None:
-    """Execute the cells in place, up to the first error; what is not in their outputs goes into their metadata."""
-    import nbformat
-    from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+class _Kernel:
+    """A kernel of this Python with one tab selected."""
 
-    if importlib.util.find_spec("ipykernel") is None:
-        raise ModuleNotFoundError("No module named 'ipykernel'", name="ipykernel")
-    # kvattn as this process has it, wherever the kernel's folder is
-    start = (
-        f"import sys; sys.path.append({str(Path(kvattn.__file__).parents[1])!r})\n"
-        f"import kvattn.lesson.watch; kvattn.lesson.watch.start({name!r}); del sys, kvattn"
-    )
-    with tempfile.TemporaryDirectory(prefix="kvattn-", ignore_cleanup_errors=True) as scratch:
+    def __init__(self, name: str, folder: Path, timeout: int) -> None:
+        import nbformat
+        from jupyter_client.kernelspec import KernelSpecManager
+        from jupyter_client.manager import AsyncKernelManager
+        from nbclient import NotebookClient
+
+        if importlib.util.find_spec("ipykernel") is None:
+            raise ModuleNotFoundError("No module named 'ipykernel'", name="ipykernel")
+        self.timeout, self.dead = timeout, False
+        self.held = ExitStack()
+        scratch = self.held.enter_context(tempfile.TemporaryDirectory(prefix="kvattn-", ignore_cleanup_errors=True))
         manager = AsyncKernelManager(
             kernel_name="python3",
             kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this Python, whatever the user registered as python3
             connection_file=str(Path(scratch, "kernel.json")),
             **({"transport": "ipc", "ip": str(Path(scratch, "kernel"))} if os.name == "posix" else {}),
         )
-        client = NotebookClient(
-            nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(start), *notebook.cells]),
+        self.client = NotebookClient(
+            nbformat.v4.new_notebook(),
             km=manager,
             timeout=timeout,
             shutdown_kernel="immediate",
@@ -209,48 +285,70 @@ def _execute(notebook: Any, name: str, folder: Path, timeout: int, progress: Cal
             "KVATTN_BACKEND": name,
             "IPYTHONDIR": scratch,  # no profile of the user's has a say, and no history is written
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            "PYTHONDONTWRITEBYTECODE": "1",  # nothing is written beside a lesson that imports a module of its folder
         }
-        with (
-            Path(scratch, "stderr").open("w+", errors="replace") as words,
-            client.setup_kernel(env=environment, cwd=str(folder), stderr=words, cleanup_kc=True),
-        ):
-            for index, cell in enumerate(client.nb.cells):
-                begun = time.perf_counter()
-                error = None
-                try:
-                    client.execute_cell(cell, index)
-                except CellExecutionError as raised:
-                    error = f"{raised.ename}: {raised.evalue}"
-                except CellTimeoutError:
-                    error = f"took longer than {timeout} s (--timeout)"
-                except DeadKernelError:
-                    words.seek(0)
-                    error = "\n".join(["the kernel died", *words.read().splitlines()[-10:]])
-                if index or error:
-                    each = cell if index else notebook.cells[0]
-                    each.metadata["kvattn"] = {"seconds": time.perf_counter() - begun, "error": error, "starting": not index}
-                if error:
-                    return
-                progress(index)
+        self.words = self.held.enter_context(open(Path(scratch, "stderr"), "w+", errors="replace"))  # noqa: SIM115
+        try:
+            self.held.enter_context(
+                self.client.setup_kernel(env=environment, cwd=str(folder), stderr=self.words, cleanup_kc=True)
+            )
+            # kvattn as this process has it, wherever the kernel's folder is
+            start = (
+                f"import sys; sys.path.append({str(Path(kvattn.__file__).parents[1])!r})\n"
+                f"import kvattn.lesson.watch; kvattn.lesson.watch.start({name!r}); del sys, kvattn"
+            )
+            self.refused = self._execute(nbformat.v4.new_code_cell(start))
+        except BaseException:
+            self.held.close()
+            raise
+
+    def run(self, cell: Any) -> bool:
+        """Execute a cell in place; whether it had no error. What is not in its outputs goes into its metadata."""
+        begun = time.perf_counter()
+        error = self.refused or self._execute(cell)
+        self.dead = self.dead or self.refused is not None
+        seconds = time.perf_counter() - begun
+        cell.metadata["kvattn"] = {"seconds": seconds, "error": error, "starting": self.refused is not None, "files": {}}
+        return error is None
+
+    def _execute(self, cell: Any) -> str | None:
+        from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+        self.client.nb.cells = [cell]
+        try:
+            self.client.execute_cell(cell, 0)
+        except CellExecutionError as raised:
+            return f"{raised.ename}: {raised.evalue}"
+        except CellTimeoutError:
+            self.dead = True
+            return f"took longer than {self.timeout} s (--timeout)"
+        except DeadKernelError:
+            self.dead = True
+            self.words.seek(0)
+            return "\n".join(["the kernel died", *self.words.read().splitlines()[-10:]])
+        return None
+
+    def close(self) -> None:
+        self.held.close()
 
 
-def _results(lesson: Lesson, cells: list[Cell], notebook: Any) -> list[Ran]:
-    """What the cells did, from the notebook in which they were executed, up to the first error."""
-    lines = {each.execution_count: cell.line for each, cell in zip(notebook.cells, cells, strict=True)}
+def _results(lesson: Lesson, cells: list[Cell], executed_cells: list[Any]) -> list[Ran]:
+    """What the cells did, from those that were executed, up to the first error."""
+    lines = {each.execution_count: cell.line for each, cell in zip(executed_cells, cells, strict=False)}
     results = []
-    for cell, executed in zip(cells, notebook.cells, strict=True):
-        if about := executed.metadata.get("kvattn"):
-            notes: dict[str, Any] = {"seen": [], "trace": []}
-            for output in executed.outputs:
-                notes |= output.get("data", {}).get(MIME, {})
-            outputs = [output for output in executed.outputs if MIME not in output.get("data", {})]
-            error = about["error"]
-            if about["starting"]:
-                error = f"{lesson.path}: the tab does not start: {error}"
-            elif error:
-                trace = _trace(lesson, lines, notes["trace"]) or [f"{lesson.at(cell.line)}:"]
-                error = "\n".join([*trace, textwrap.indent(_ANSI.sub("", error), "  ")])
-            results.append(Ran(cell, about["seconds"], outputs, notes["seen"], error))
+    for cell, executed in zip(cells, executed_cells, strict=False):
+        about = executed.metadata["kvattn"]
+        notes: dict[str, Any] = {"seen": [], "trace": []}
+        for output in executed.outputs:
+            notes |= output.get("data", {}).get(MIME, {})
+        outputs = [output for output in executed.outputs if MIME not in output.get("data", {})]
+        error = about["error"]
+        if about["starting"]:
+            error = f"{lesson.path}: the tab does not start: {error}"
+        elif error:
+            trace = _trace(lesson, lines, notes["trace"]) or [f"{lesson.at(cell.line)}:"]
+            error = "\n".join([*trace, textwrap.indent(_ANSI.sub("", error), "  ")])
+        results.append(Ran(cell, about["seconds"], outputs, notes["seen"], error))
     return results
 
 

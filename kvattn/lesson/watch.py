@@ -2,16 +2,20 @@
 
 What a cell prints, displays or ends with is noted as it is shown; nothing of the author's code is changed. After each
 cell one message of the private type MIME carries the notes, JSON: {"seen": [entry, ...], "trace": [[file or In[n], line,
-function, source], ...]}. An entry is {"text": a printed string}, {"dtype", "shape", "values"} for numbers and arrays, or
-{"figure": [entry, ...], "alt": words} for what a Matplotlib figure draws.
+function, source], ...], "files": [a file or folder that the cell read, ...]}. An entry is {"text": a printed string},
+{"dtype", "shape", "values"} for numbers and arrays, or {"figure": [entry, ...], "alt": words} for what a Matplotlib figure
+draws.
 """
 
 from __future__ import annotations
 
 import builtins
 import importlib.util
+import inspect
 import math
+import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -43,7 +47,7 @@ class _Watch:
     def __init__(self, shell: Any) -> None:
         from IPython.core.formatters import JSONFormatter
 
-        self.shell, self.seen, self.print = shell, list[dict[str, Any]](), print
+        self.shell, self.seen, self.print, self.files = shell, list[dict[str, Any]](), print, Files()
         shell.config.InlineBackend.figure_formats = {"svg"}  # sharp on every screen; a lesson may choose otherwise
         builtins.print = self._print
         looker = JSONFormatter(parent=shell.display_formatter, format_type=MIME)
@@ -66,7 +70,7 @@ class _Watch:
 
     def _publish(self, result: Any) -> None:
         error = result.error_before_exec or result.error_in_exec
-        notes = {"seen": self.seen, "trace": self._trace(error) if error else []}
+        notes = {"seen": self.seen, "trace": self._trace(error) if error else [], "files": self.files.read()}
         self.shell.display_pub.publish({MIME: notes})
 
     def _trace(self, error: BaseException) -> list[list[Any]]:
@@ -80,6 +84,54 @@ class _Watch:
                 frame[0] = name[1]
         first = next((i for i, frame in enumerate(frames) if frame[0].startswith("In[")), 0)
         return frames[first:]
+
+
+def _caller() -> str:
+    """The file whose code raised an audit event, seen from its hook."""
+    here = inspect.currentframe()
+    caller = here.f_back.f_back if here and here.f_back else None
+    return caller.f_code.co_filename if caller else ""
+
+
+class Files:
+    """The files and folders that Python opens, as its audit events tell: not what a library reads without Python."""
+
+    def __init__(self) -> None:
+        self.opened, self.written = dict[str, None](), set[str]()
+        places = [sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), os.path.dirname(kvattn.__file__)]
+        places += [os.environ.get("IPYTHONDIR", ""), "/proc", "/sys", "/dev", "/etc"]
+        # what is installed, and the system's
+        self.others = tuple(f"{os.path.abspath(place)}{os.sep}" for place in places if place)
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, args: Any) -> None:
+        if event not in ("open", "os.listdir", "os.scandir"):
+            return
+        try:
+            path = os.path.abspath(os.fsdecode(args[0]))
+        except Exception:  # a number, of what was opened before
+            return
+        if event == "open":
+            mode, flags = args[1], args[2]
+            writes = set(mode) & set("wax+") if isinstance(mode, str) else (flags or 0) & (os.O_WRONLY | os.O_RDWR)
+            if writes:
+                self.written.add(path)
+                return
+        elif "importlib" in _caller():
+            return  # Python looks for a module, or for what is installed
+        self.opened[path] = None
+
+    def read(self) -> list[str]:
+        """Those since the last time that are the author's own: not what the lesson itself wrote, nor hidden files."""
+        opened = [importlib.util.source_from_cache(path) if path.endswith(".pyc") else path for path in self.opened]
+        self.opened.clear()
+        return [path for path in dict.fromkeys(opened) if self._own(path)]
+
+    def _own(self, path: str) -> bool:
+        parts = os.path.relpath(path).split(os.sep)
+        hidden = any(part[:1] == "." and part not in (".", "..") for part in parts)
+        installed = f"{path}{os.sep}".startswith(self.others) or "site-packages" in parts
+        return not hidden and not installed and path not in self.written and os.path.exists(path)
 
 
 def entries(x: Any) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,21 @@ from kvattn.lesson.reader import Cell, Lesson
 from kvattn.lesson.references import References
 
 
-def notebook(lesson: Lesson, name: str) -> Any:
+def notebook(lesson: Lesson, name: str, *, files: Sequence[Path] | None = None, install: str | None = None) -> Any:
     """The lesson as an nbformat notebook with the prose and the code of one tab, the code as the author wrote it.
+
+    ``files`` are the lessons and .bib files that it may refer to, None: those of its folder. ``install``: where kvattn is
+    to be had, "kvattn" for the index or an address; the notebook then begins with the cell that installs it, as Colab and
+    JupyterLite need it.
 
     The cells that select a tab become one that selects this tab; references bear titles and numbers, citations the names of
     authors, with what is cited as the last cell. Raises ModuleNotFoundError where nbformat is not installed.
     """
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-    cells, references = [], References(lesson)
+    cells, references = [], References(lesson, files)
+    if install:
+        cells.append(new_code_cell(f"%pip install -q {_wanted(name, install)}", id="install"))
     setup = next((part for part in lesson.parts if isinstance(part, Cell) and part.setup), None)
     for part in lesson.parts:
         about = {"id": f"line-{part.line}"}
@@ -35,7 +42,13 @@ def notebook(lesson: Lesson, name: str) -> Any:
     return new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
 
 
-def convert(lesson: Lesson, name: str, output: str | Path) -> None:
+def _wanted(name: str, install: str) -> str:
+    """kvattn with the tab's framework, quoted, as pip takes it: PEP 508 has names with `@` and an address."""
+    package = "kvattn" if name == "numpy" else f"kvattn[{name}]"
+    return f'"{package}"' if install == "kvattn" else f'"{package} @ {install}"'
+
+
+def convert(lesson: Lesson, name: str, output: str | Path, install: str | None = None) -> None:
     """Write the notebook of one tab: .ipynb, or any format that jupytext knows by its ending (.py, .md, .qmd).
 
     Raises ModuleNotFoundError where nbformat or jupytext is not installed, ValueError for an ending that is not known,
@@ -45,7 +58,7 @@ def convert(lesson: Lesson, name: str, output: str | Path) -> None:
 
     target = Path(output)
     try:
-        text = jupytext.writes(notebook(lesson, name), fmt=target.suffix.lstrip("."))
+        text = jupytext.writes(notebook(lesson, name, install=install), fmt=target.suffix.lstrip("."))
     except ModuleNotFoundError:
         raise
     except Exception as error:  # an ending that it does not know, a program that a format needs: QuartoError and the like

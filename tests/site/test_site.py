@@ -1,18 +1,13 @@
 """The built site in a real browser: Debian's Chromium, headless, with a local server as its only network."""
 
-import functools
-import http.server
 import json
 import os
 import re
-import shutil
-import tempfile
-import threading
 from pathlib import Path
 
 import pytest
 from axe_core_python.selenium import Axe
-from selenium import webdriver
+from browsing import SHOWN, choose, served, size, visit
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -28,72 +23,12 @@ PAGES = sorted(
 )
 LESSONS = [page for page in PAGES if page.startswith("_lessons/")]
 TABS = list(dict.fromkeys(re.findall(r'data-sync-id="(\w+)"', (SITE / LESSONS[0]).read_text(encoding="utf-8"))))
-# the tabs that are shown, of sets with more than one
-SHOWN = (
-    "return [...document.querySelectorAll('.sd-tab-set:has(> label ~ label) > input:checked + label')]"
-    ".map(each => each.dataset.syncId)"
-)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
 
 
 @pytest.fixture(scope="session")
 def address():
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=SITE))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
-    assert all(programs), "the site's tests need Debian's Chromium: apt-get install chromium chromium-driver"
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        options = webdriver.ChromeOptions()
-        options.binary_location = programs[0]
-        for flag in [*FLAGS.split(), f"--user-data-dir={profile}"]:
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
-        yield driver
-        driver.quit()
-
-
-@pytest.fixture
-def browser(chromium, address):
-    """A browser that has chosen nothing, on a desktop's screen."""
-    size(chromium, 1280, 900)
-    chromium.get(f"{address}/index.html")
-    chromium.execute_script("localStorage.clear()")
-    chromium.get_log("browser")
-    chromium.get_log("performance")
-    return chromium
-
-
-def size(browser, width, height):
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-
-def visit(browser, address, page):
-    """Open a page, and wait for its maths."""
-    browser.get(f"{address}/{page}")
-    ready = "return !document.querySelector('.math') || (window.MathJax?.startup?.promise ? 1 : 0)"
-    WebDriverWait(browser, 30).until(lambda driver: driver.execute_script(ready))
-    done = "const [done] = arguments; Promise.resolve(window.MathJax?.startup?.promise).then(() => done())"
-    browser.execute_async_script(done)
-
-
-def choose(browser, name):
-    browser.find_element(By.CSS_SELECTOR, f".sd-tab-set > label[data-sync-id={name}]").click()
+    with served(SITE) as found:
+        yield found
 
 
 def test_the_site_has_its_pages():
