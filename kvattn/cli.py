@@ -647,7 +647,7 @@ def _tabs(what: Path, tabs: Sequence[str], named: str | None) -> list[str]:
     """The tabs of a lesson, or of a folder of lessons, to run: those that are named, or those that are installed."""
     has = tabs or dispatch.known_backends()
     if named is None:
-        names = [name for name in has if name in (dispatch.available_backends() if given.tabs else _named(None))]
+        names = [name for name in has if name in (dispatch.available_backends() if tabs else _named(None))]
         if not names:
             raise _Refused(f"none of the tabs of {what} is installed: {', '.join(_cure(name) for name in has)}")
         return names
