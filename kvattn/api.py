@@ -439,19 +439,19 @@ def rotary(
             in GPT-NeoX and Llama.
         rotary_dim: turn this many features, the first ones, and leave the others as they are; it stands for d above.
         scaling: how a model stretches this to longer texts, as Hugging Face's ``rope_scaling`` has it: a dict with a
-            "rope_type", one of "default", "linear", "ntk", "dynamic", "yarn" and "llama3", and the numbers that this one
-            needs: "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", ... With
+            "rope_type", one of "default", "linear", "ntk", "dynamic", "yarn", "llama3" and "longrope", and what this one needs:
+            "factor", "original_max_position_embeddings", "low_freq_factor", "beta_fast", "short_factor" (a list), ... With
             "rope_theta" and "partial_rotary_factor" in it, a model's ``rope_parameters``, it sets base and rotary_dim too.
 
     Returns:
         An array of x's shape and dtype. Angles are worked out in float64, so that a position of 1e6 costs float32 no precision;
         half precision is turned in float32. The gradient by x turns back: ``rotary(grad, -positions)`` where positions are
-        given, and the scaling is not "dynamic", which goes by the largest.
+        given, and the scaling is not "dynamic" or "longrope", which go by the largest.
 
     Raises:
         ValueError: an odd number of features, a rotary_dim that is odd or larger than d, positions that do not broadcast, an
-            unknown rope_type, keys of the scaling that are missing or unknown; "dynamic" where the largest position is not
-            known, as in a trace or on a GPU; positions that no int32 holds.
+            unknown rope_type, keys of the scaling that are missing or unknown; "dynamic" and "longrope" where the largest
+            position is not known, as in a trace or on a GPU; positions that no int32 holds.
         TypeError: x of integers, positions that are no integers.
 
     >>> rotary([[1.0, 0.0], [1.0, 0.0]]).round(2)

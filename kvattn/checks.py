@@ -297,12 +297,12 @@ def rows(tab: Any, name: str, given: Any, full: tuple[Any, ...], like: Any) -> A
     return x
 
 
-def length(tab: Any, positions: Any, n: Any) -> int:
-    """The largest position and one. Raises ValueError where it cannot be known now."""
+def length(tab: Any, positions: Any, n: Any, kind: str) -> int:
+    """The largest position and one, for a scaling of this kind. Raises ValueError where it cannot be known now."""
     first = positions if is_integer(positions) else peek(tab, positions)
     if first is None or not is_integer(n):
         raise ValueError(
-            'scaling "dynamic" depends on the largest position, which is not known here: give positions as numbers'
+            f'scaling "{kind}" depends on the largest position, which is not known here: give positions as numbers'
         )
     return int(first.max(initial=0)) + 1 if getattr(first, "shape", ()) else int(first) + n
 
@@ -363,12 +363,28 @@ def scaling(base: Any, rotary_dim: Any, given: Any, d: Any) -> tuple[float, int,
         raise ValueError(f"scaling {kind!r} {lacks}; it has {', '.join((*needed, *optional)) or 'no numbers'}")
     if "truncate" in found:
         found["truncate"] = flag("truncate", found["truncate"])
-    scaled = {key: x if key == "truncate" else number(key, x, positive="mscale" not in key) for key, x in found.items()}
+    turned = _turned(rotary_dim, part, d)
+    scaled: dict[str, Any] = {key: _of_pairs(key, found.pop(key), turned // 2) for key in [*found] if key in PER_PAIR}
+    scaled |= {key: x if key == "truncate" else number(key, x, positive="mscale" not in key) for key, x in found.items()}
     if kind == "yarn" and base <= 1:
         raise ValueError(f'base must be above 1 for the scaling "yarn", not {base}')
     if kind == "llama3" and scaled["high_freq_factor"] <= scaled["low_freq_factor"]:
         raise ValueError(f"high_freq_factor is {scaled['high_freq_factor']}; expected above low_freq_factor")
-    return base, _turned(rotary_dim, part, d), {"rope_type": kind, **scaled}
+    if kind == "longrope" and scaled[rotation.TRAINED] <= 1:
+        raise ValueError(f"{rotation.TRAINED} must be above 1 for the scaling 'longrope', not {scaled[rotation.TRAINED]}")
+    return base, turned, {"rope_type": kind, **scaled}
+
+
+PER_PAIR = ("short_factor", "long_factor")  # of longrope: numbers, one for each pair
+
+
+def _of_pairs(name: str, given: Any, pairs: int) -> tuple[float, ...]:
+    """A number above 0 for each pair of features that turns."""
+    if isinstance(given, (str, Mapping)) or not hasattr(given, "__len__"):
+        raise TypeError(f"{name} must be a list of numbers, one for each pair of features that turns, not {given!r}")
+    if len(given) != pairs:
+        raise ValueError(f"{name} has {len(given)} numbers; expected {pairs}, one for each pair of features that turns")
+    return tuple(number(f"{name}[{i}]", x, positive=True) for i, x in enumerate(given))
 
 
 def _turned(rotary_dim: Any, part: Any, d: Any) -> int:

@@ -186,7 +186,7 @@ def rotary(backend: Any, x: Any, positions: Any, base: Any, interleaved: Any, ro
     *rows, d = checks.shape("x", x, 2)
     positions = checks.rows(tab, "positions", positions, tuple(rows), x)
     base, rotary_dim, scaling = checks.scaling(base, rotary_dim, scaling, d)
-    length = checks.length(tab, positions, rows[-1]) if scaling["rope_type"] == "dynamic" else 0
+    length = checks.length(tab, positions, rows[-1], scaling["rope_type"]) if rotation.by_length(scaling) else 0
     how = {"interleaved": checks.flag("interleaved", interleaved)}
     key = rotary_dim, base, length, *scaling.items()
     if hasattr(tab, "tracing") and tab.tracing():  # torch.compile would watch what is kept

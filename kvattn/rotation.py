@@ -17,7 +17,7 @@ TRAINED = "original_max_position_embeddings"
 def frequencies(width: int, base: float, scaling: dict[str, Any], length: int = 0) -> tuple[Numbers, float]:
     """(the frequency of each pair, what cosine and sine are multiplied by), for a scaling that `checks.scaling` has passed.
 
-    ``length``: of the longest text that the positions come from, by which "dynamic" scales.
+    ``length``: of the longest text that the positions come from, where the scaling goes `by_length`.
 
     >>> frequencies(4, 10000.0, {"rope_type": "linear", "factor": 2.0})
     ((0.5, 0.005), 1.0)
@@ -46,6 +46,20 @@ def _ntk(width: int, base: float, s: dict[str, Any], length: int) -> tuple[Numbe
 def _dynamic(width: int, base: float, s: dict[str, Any], length: int) -> tuple[Numbers, float]:
     """As "ntk", by a factor that is 1 up to the trained length and grows with the text: emozilla 2023."""
     return _ntk(width, base, as_ntk(s, length), length)
+
+
+def by_length(scaling: Mapping[str, Any]) -> bool:
+    """Whether a scaling depends on how long the text is: "dynamic" does, and "longrope" with factors that differ."""
+    kind = scaling.get("rope_type") or scaling.get("type")
+    return kind == "dynamic" or (kind == "longrope" and scaling["short_factor"] != scaling["long_factor"])
+
+
+def of_length(scaling: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """The scaling that one `by_length` is for a text of this length."""
+    if (scaling.get("rope_type") or scaling.get("type")) == "dynamic":
+        return as_ntk(scaling, length)
+    factors = scaling["long_factor" if length > scaling[TRAINED] else "short_factor"]
+    return {**scaling, "short_factor": factors, "long_factor": factors}
 
 
 def as_ntk(dynamic: Mapping[str, Any], length: int) -> dict[str, Any]:
@@ -96,6 +110,15 @@ def _llama3(width: int, base: float, s: dict[str, Any], length: int) -> tuple[Nu
     return tuple(map(scaled, _plain(width, base))), 1.0
 
 
+def _longrope(width: int, base: float, s: dict[str, Any], length: int) -> tuple[Numbers, float]:
+    """Each pair is divided by a factor of its own, another one beyond the trained length: Ding et al. 2024, "LongRoPE"."""
+    trained, factor = s[TRAINED], s.get("factor", 1.0)
+    divisors = s["long_factor" if length > trained else "short_factor"]
+    stretched = math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+    scaled = tuple(f / by for f, by in zip(_plain(width, base), divisors, strict=True))
+    return scaled, s.get("attention_factor", stretched)
+
+
 # by its rope_type: (the function, the keys that it needs, those that it may have)
 SCALINGS: dict[str, tuple[Callable[..., tuple[Numbers, float]], tuple[str, ...], tuple[str, ...]]] = {
     "default": (_default, (), ()),
@@ -106,6 +129,7 @@ SCALINGS: dict[str, tuple[Callable[..., tuple[Numbers, float]], tuple[str, ...],
         _yarn, ("factor", TRAINED), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
     "llama3": (_llama3, ("factor", TRAINED, "low_freq_factor", "high_freq_factor"), ()),
+    "longrope": (_longrope, ("short_factor", "long_factor", TRAINED), ("factor", "attention_factor")),
 }  # fmt: skip
 
 

@@ -118,6 +118,15 @@ BAD = {
     "llama3 without a span": (
         {"scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 4.0,
                      "high_freq_factor": 4.0}}, ValueError, ["high_freq_factor", "4.0", "above low_freq_factor"]),
+    "longrope, too few factors": (
+        {"scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4,
+                     "original_max_position_embeddings": 4}}, ValueError, ["short_factor", "1 numbers", "expected 4"]),
+    "longrope, no list": (
+        {"scaling": {"rope_type": "longrope", "short_factor": 2.0, "long_factor": [1.0] * 4,
+                     "original_max_position_embeddings": 4}}, TypeError, ["short_factor", "list of numbers", "2.0"]),
+    "longrope, a factor of 0": (
+        {"scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 0.0, 1.0, 1.0],
+                     "original_max_position_embeddings": 4}}, ValueError, ["long_factor[1]", "above 0"]),
     "two bases": (
         {"base": 500.0, "scaling": {"rope_type": "default", "rope_theta": 1e6}}, ValueError, ["base is 500.0", "rope_theta"]),
     "two widths": (
@@ -195,6 +204,8 @@ def test_a_program_takes_positions_that_come_later(framework, interleaved):
 
 @compiling
 def test_dynamic_needs_positions_that_are_known(framework):
-    scaling = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4}
-    with pytest.raises(Exception, match='scaling "dynamic" depends on the largest position'):
-        PROGRAMS[framework](X.astype("float32"), PLACES, scaling=scaling)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    for kind, more in (("dynamic", {"factor": 2.0}), ("longrope", factors)):
+        scaling = {"rope_type": kind, "original_max_position_embeddings": 4, **more}
+        with pytest.raises(Exception, match=f'scaling "{kind}" depends on the largest position'):
+            PROGRAMS[framework](X.astype("float32"), PLACES, scaling=scaling)

@@ -105,11 +105,12 @@ DIFFERENCES = (
         Difference(
             "torch",
             "*",
-            f"rotary: {kind}, dynamic",
+            f"rotary: {kind}, {scaling}",
             "on a GPU the largest position, by which it scales, would have to be waited for: an error asks for numbers",
             device="cuda",
         )
         for kind in ("halves", "interleaved")
+        for scaling in ("dynamic", "longrope")
     ),
 )
 

@@ -605,6 +605,9 @@ def _frequency(pair: int, width: int, base: float, scaling: dict[str, Any], leng
         low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), width - 1)
         share = min(max((pair - low) / (high - low), 0.0), 1.0)
         return plain * (share / s + 1 - share), scaling.get("attention_factor", 0.1 * math.log(s) + 1)
+    if kind == "longrope":
+        by = scaling["long_factor" if length > trained else "short_factor"][pair]
+        return plain / by, scaling.get("attention_factor", math.sqrt(1 + math.log(s) / math.log(trained)))
     return plain, 1.0
 
 

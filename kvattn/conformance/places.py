@@ -17,6 +17,12 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "ntk": {"factor": 4.0},
     "dynamic": {"factor": 2.0, TRAINED: 4},
     "yarn": {"factor": 8.0, TRAINED: 256},
+    "longrope": {
+        "factor": 4.0,
+        TRAINED: 32,
+        "short_factor": (1.0, 1.0, 1.25, 1.5, 2.0, 2.0, 3.0, 3.0),
+        "long_factor": (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 8.0, 16.0),
+    },
     "llama3": {"factor": 8.0, TRAINED: 128, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
 }
 
@@ -63,4 +69,6 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
         yield turned(f"{name}, no features", grid(rng, 2, 3, 0), **how)
     numbers = SCALINGS["yarn"] | {"attention_factor": 1.25, "beta_fast": 16.0, "beta_slow": 2.0}
     yield turned("yarn by numbers of its own", grid(rng, 2, 4, 16), 1000, scaling={"rope_type": "yarn", **numbers})
+    numbers = SCALINGS["longrope"] | {"attention_factor": 1.25}
+    yield turned("longrope, no longer than before", grid(rng, 2, 4, 16), 28, scaling={"rope_type": "longrope", **numbers})
     yield turned("dynamic, no longer than before", grid(rng, 2, 3, 16), scaling={"rope_type": "dynamic", **SCALINGS["dynamic"]})

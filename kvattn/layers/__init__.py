@@ -215,13 +215,13 @@ def turned(rotary: Mapping[str, Any] | None, queries: Any, keys: Any, first: Any
 
 
 def of_one_length(rotary: Mapping[str, Any], queries: Any, keys: Any, places: tuple[Any, Any]) -> Mapping[str, Any]:
-    """The keywords of rotary, by which queries and keys from these places on turn alike: "dynamic" scales by the longer."""
+    """The keywords of rotary, by which queries and keys from these places on turn alike: some scale by the longer."""
     scaling = rotary.get("scaling") or {}
-    if (scaling.get("rope_type") or scaling.get("type")) != "dynamic":
+    if not rotation.by_length(scaling):
         return rotary
-    tab = dispatch.choose(None, queries=queries)
-    length = max(checks.length(tab, place, x.shape[-2]) for x, place in zip((queries, keys), places, strict=True))
-    return {**rotary, "scaling": rotation.as_ntk(scaling, length)}
+    tab, kind = dispatch.choose(None, queries=queries), scaling.get("rope_type") or scaling["type"]
+    length = max(checks.length(tab, place, x.shape[-2], kind) for x, place in zip((queries, keys), places, strict=True))
+    return {**rotary, "scaling": rotation.of_length(scaling, length)}
 
 
 def with_sink(options: dict[str, Any], sink: Any) -> dict[str, Any]:

@@ -461,6 +461,7 @@ def test_a_model_that_computes_its_attention_itself_says_so():
 
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {"factor": 4.0, "short_factor": [1.0 + 0.25 * i for i in range(8)], "long_factor": [1.5**i for i in range(8)]}
 ROPES = {
     "default": {},
     "linear": {"factor": 4.0},
@@ -469,6 +470,8 @@ ROPES = {
     "yarn, untruncated": {"factor": 8.0, "original_max_position_embeddings": 64, "truncate": False, "beta_fast": 16.0},
     "yarn of DeepSeek": {"factor": 40.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 0.5},
     "llama3": {"factor": 8.0, **LLAMA3},
+    "longrope": {**LONGROPE, "original_max_position_embeddings": 16},
+    "longrope, short": {**LONGROPE, "original_max_position_embeddings": 64},
 }
 
 
