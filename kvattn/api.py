@@ -30,12 +30,13 @@ Where every backend must agree:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Never
+from typing import Any, Literal, Never, Unpack, overload
 
 from kvattn import checks, dispatch, distances, prepare
 from kvattn.cache import KVCache
 from kvattn.call import Call, Explanation
 from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
+from kvattn.signatures import A, Array, Normalizer, Options, Score
 
 # isort: off
 from kvattn.scores import (
@@ -86,9 +87,8 @@ __all__ = [
     "use_backend",
 ]  # fmt: skip
 
-Array = Any  # one framework's array, or neutral data
-Score = Callable[..., Array]
-Normalizer = Callable[..., Array]
+No = Literal[False]
+Yes = Literal[True]
 
 
 # ---- data
@@ -130,6 +130,41 @@ def convert(x: Array, backend: str) -> Array:
 # ---- attention
 
 
+@overload
+def attention(
+    query: A,
+    key: A,
+    value: A,
+    *,
+    return_weights: No = False,
+    return_lse: No = False,
+    backend: None = None,
+    **options: Unpack[Options],
+) -> A: ...
+@overload
+def attention(
+    query: A, key: A, value: A, *, return_weights: Yes, return_lse: No = False, backend: None = None, **options: Unpack[Options]
+) -> tuple[A, A]: ...
+@overload
+def attention(
+    query: A, key: A, value: A, *, return_weights: No = False, return_lse: Yes, backend: None = None, **options: Unpack[Options]
+) -> tuple[A, A]: ...
+@overload
+def attention(
+    query: A, key: A, value: A, *, return_weights: Yes, return_lse: Yes, backend: None = None, **options: Unpack[Options]
+) -> tuple[A, A, A]: ...
+@overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    return_weights: bool = ...,
+    return_lse: bool = ...,
+    return_scores: str | None = None,
+    backend: Any = None,
+    **options: Unpack[Options],
+) -> Any: ...
 def attention(
     query: Array,
     key: Array,
@@ -258,6 +293,15 @@ def attention(
         raise
 
 
+@overload
+def attention_grad(
+    query: A, key: A, value: A, grad_output: A, *, wrt: Sequence[str] = ..., backend: None = None, **options: Unpack[Options]
+) -> tuple[A, ...]: ...
+@overload
+def attention_grad(
+    query: Array, key: Array, value: Array, grad_output: Array, *, wrt: Sequence[str] = ..., backend: Any = None,
+    **options: Unpack[Options],
+) -> tuple[Array, ...]: ...  # fmt: skip
 def attention_grad(
     query: Array,
     key: Array,
@@ -353,6 +397,12 @@ def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **op
     return Explanation(dispatch.name_of(tab), checks.device_name(query), kernel, why)
 
 
+@overload
+def merge_attention(outputs: Sequence[A], lses: Sequence[A], *, return_lse: No = False, backend: None = None) -> A: ...
+@overload
+def merge_attention(outputs: Sequence[A], lses: Sequence[A], *, return_lse: Yes, backend: None = None) -> tuple[A, A]: ...
+@overload
+def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_lse: bool = ..., backend: Any = None) -> Any: ...
 def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_lse: bool = False, backend: Any = None) -> Any:
     """Attention over a set of keys from (output, lse) pairs over disjoint parts of it, exactly.
 
@@ -384,6 +434,12 @@ def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_l
     return dispatch.offered(tab, "merge_attention")(arrays, lse_arrays, return_lse=checks.flag("return_lse", return_lse))
 
 
+@overload
+def nadaraya_watson(x_train: A, y_train: A, x: A, kernel: Score | None = None, *, backend: None = None) -> tuple[A, A]: ...
+@overload
+def nadaraya_watson(
+    x_train: Array, y_train: Array, x: Array, kernel: Score | None = None, *, backend: Any = None
+) -> tuple[Array, Array]: ...
 def nadaraya_watson(
     x_train: Array, y_train: Array, x: Array, kernel: Score | None = None, *, backend: Any = None
 ) -> tuple[Array, Array]:
@@ -415,6 +471,16 @@ def nadaraya_watson(
 # ---- positions
 
 
+@overload
+def rotary(
+    x: A, positions: Any = None, *, base: float = ..., interleaved: bool = ..., rotary_dim: int | None = None,
+    scaling: Mapping[str, Any] | None = None, backend: None = None,
+) -> A: ...  # fmt: skip
+@overload
+def rotary(
+    x: Array, positions: Any = None, *, base: float = ..., interleaved: bool = ..., rotary_dim: int | None = None,
+    scaling: Mapping[str, Any] | None = None, backend: Any = None,
+) -> Array: ...  # fmt: skip
 def rotary(
     x: Array,
     positions: Any = None,
@@ -521,6 +587,97 @@ def relative_position_bucket(
 # ---- multi-head attention
 
 
+@overload
+def multi_head_attention(
+    query: A,
+    key: A,
+    value: A,
+    params: Mapping[str, Array],
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    cache: None = None,
+    return_weights: No = False,
+    return_lse: No = False,
+    backend: None = None,
+    **options: Unpack[Options],
+) -> A: ...
+@overload
+def multi_head_attention(
+    query: A,
+    key: A,
+    value: A,
+    params: Mapping[str, Array],
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    cache: None = None,
+    return_weights: Yes,
+    return_lse: No = False,
+    backend: None = None,
+    **options: Unpack[Options],
+) -> tuple[A, A]: ...
+@overload
+def multi_head_attention(
+    query: A,
+    key: A,
+    value: A,
+    params: Mapping[str, Array],
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    cache: None = None,
+    return_weights: No = False,
+    return_lse: Yes,
+    backend: None = None,
+    **options: Unpack[Options],
+) -> tuple[A, A]: ...
+@overload
+def multi_head_attention(
+    query: A,
+    key: A,
+    value: A,
+    params: Mapping[str, Array],
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    cache: None = None,
+    return_weights: Yes,
+    return_lse: Yes,
+    backend: None = None,
+    **options: Unpack[Options],
+) -> tuple[A, A, A]: ...
+@overload
+def multi_head_attention(
+    query: A,
+    key: A,
+    value: A,
+    params: Mapping[str, Array],
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    cache: KVCache,
+    return_weights: No = False,
+    return_lse: No = False,
+    backend: None = None,
+    **options: Unpack[Options],
+) -> tuple[A, KVCache]: ...
+@overload
+def multi_head_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    params: Mapping[str, Array],
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    cache: KVCache | None = None,
+    return_weights: bool = ...,
+    return_lse: bool = ...,
+    return_scores: str | None = None,
+    backend: Any = None,
+    **options: Unpack[Options],
+) -> Any: ...
 def multi_head_attention(
     query: Array,
     key: Array,
@@ -572,6 +729,16 @@ def multi_head_attention(
     return dispatch.offered(tab, "multi_head_attention")(query, key, value, params, **heads, cache=cache, **options)
 
 
+@overload
+def multi_head_attention_grad(
+    query: A, key: A, value: A, params: Mapping[str, Array], grad_output: A, *, num_heads: int,
+    num_kv_heads: int | None = None, wrt: Sequence[str] = ..., backend: None = None, **options: Unpack[Options],
+) -> tuple[A, ...]: ...  # fmt: skip
+@overload
+def multi_head_attention_grad(
+    query: Array, key: Array, value: Array, params: Mapping[str, Array], grad_output: Array, *, num_heads: int,
+    num_kv_heads: int | None = None, wrt: Sequence[str] = ..., backend: Any = None, **options: Unpack[Options],
+) -> tuple[Array, ...]: ...  # fmt: skip
 def multi_head_attention_grad(
     query: Array,
     key: Array,
@@ -612,6 +779,59 @@ def multi_head_attention_grad(
     return prepare.given_back(tab, given | dict(named), wrt, gradients)
 
 
+@overload
+def self_attention(
+    x: A,
+    W_q: A,
+    W_k: A,
+    W_v: A,
+    *,
+    return_weights: No = False,
+    return_lse: No = False,
+    backend: None = None,
+    **options: Unpack[Options],
+) -> A: ...
+@overload
+def self_attention(
+    x: A,
+    W_q: A,
+    W_k: A,
+    W_v: A,
+    *,
+    return_weights: Yes,
+    return_lse: No = False,
+    backend: None = None,
+    **options: Unpack[Options],
+) -> tuple[A, A]: ...
+@overload
+def self_attention(
+    x: A,
+    W_q: A,
+    W_k: A,
+    W_v: A,
+    *,
+    return_weights: No = False,
+    return_lse: Yes,
+    backend: None = None,
+    **options: Unpack[Options],
+) -> tuple[A, A]: ...
+@overload
+def self_attention(
+    x: A, W_q: A, W_k: A, W_v: A, *, return_weights: Yes, return_lse: Yes, backend: None = None, **options: Unpack[Options]
+) -> tuple[A, A, A]: ...
+@overload
+def self_attention(
+    x: Array,
+    W_q: Array,
+    W_k: Array,
+    W_v: Array,
+    *,
+    return_weights: bool = ...,
+    return_lse: bool = ...,
+    return_scores: str | None = None,
+    backend: Any = None,
+    **options: Unpack[Options],
+) -> Any: ...
 def self_attention(x: Array, W_q: Array, W_k: Array, W_v: Array, *, backend: Any = None, **options: Any) -> Any:
     """softmax((x W_q) (x W_k)^T / sqrt(d)) x W_v: every row of x is the query once, and a key and value of all.
 

@@ -2,6 +2,7 @@
 
 import random  # noqa: I001
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,10 @@ from jax.numpy import (  # noqa: F401
 from kvattn import namespace
 from kvattn.layers.jax import *  # noqa: F403
 from kvattn.namespace import check_shape  # noqa: F401
+
+if TYPE_CHECKING:  # a type checker cannot see what the next line adds
+    from kvattn.api import *  # noqa: F403
+    from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("jax"))
 __getattr__, __dir__ = namespace.drawing, namespace.listing(globals())

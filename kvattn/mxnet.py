@@ -5,12 +5,17 @@ The layers and the short names are MXNet's mx.np: call mxnet.npx.set_np() first,
 
 import functools
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from kvattn import api, namespace
 from kvattn.kernels.mxnet import symbols
 from kvattn.layers.mxnet import *  # noqa: F403
 from kvattn.layers.mxnet import mx, np, whole
 from kvattn.namespace import check_shape  # noqa: F401
+
+if TYPE_CHECKING:  # a type checker cannot see what the next line adds
+    from kvattn.api import *  # noqa: F403
+    from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("mxnet"))
 __getattr__, __dir__ = namespace.drawing, namespace.listing(globals())

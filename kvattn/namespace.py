@@ -9,8 +9,6 @@ from typing import Any
 
 from kvattn import api, weights
 
-WEIGHTS = (weights.export_weights, weights.import_weights, weights.save_weights, weights.load_weights)
-
 
 def functions(backend: str) -> dict[str, Any]:
     """Every public name of kvattn; what takes ``backend`` has this one by default.
@@ -18,7 +16,7 @@ def functions(backend: str) -> dict[str, Any]:
     >>> functions("numpy")["softmax"]([0.0, 0.0])
     array([0.5, 0.5])
     """
-    public = {name: getattr(api, name) for name in api.__all__} | {f.__name__: f for f in WEIGHTS}
+    public = {name: getattr(api, name) for name in api.__all__} | {name: getattr(weights, name) for name in weights.__all__}
     return {name: _bound(x, backend) if _takes_backend(x) else x for name, x in public.items()}
 
 
@@ -31,6 +29,9 @@ def _bound(function: Callable[..., Any], default: str) -> Callable[..., Any]:
     def bound(*args: Any, backend: Any = default, **options: Any) -> Any:
         return function(*args, backend=backend, **options)
 
+    takes = inspect.signature(function)  # help() and completion show it, with this default
+    here = [x.replace(default=default) if x.name == "backend" else x for x in takes.parameters.values()]
+    vars(bound)["__signature__"] = takes.replace(parameters=here)
     return bound
 
 

@@ -1,6 +1,7 @@
 """`from kvattn import numpy as kv`: kvattn on NumPy, its native layers, and the short names that d2l's lessons use."""
 
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,10 @@ from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm  
 from kvattn.layers.numpy import *  # noqa: F403
 from kvattn.layers.training import SGD, Adam, softmax_cross_entropy  # noqa: F401
 from kvattn.namespace import check_shape  # noqa: F401
+
+if TYPE_CHECKING:  # a type checker cannot see what the next line adds
+    from kvattn.api import *  # noqa: F403
+    from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("numpy"))
 __getattr__, __dir__ = namespace.drawing, namespace.listing(globals())

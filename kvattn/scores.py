@@ -5,16 +5,18 @@ weights = normalize(score(query, key))
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 from kvattn import checks, prepare
-
-Array = Any  # one framework's array, or neutral data
-
+from kvattn.signatures import A, Array
 
 # ---- scores: (query (..., n, d), key (..., m, d)) -> (..., n, m); parameters multiply from the right
 
 
+@overload
+def dot_score(query: A, key: A, *, backend: None = None) -> A: ...
+@overload
+def dot_score(query: Array, key: Array, *, backend: Any = None) -> Array: ...
 def dot_score(query: Array, key: Array, *, backend: Any = None) -> Array:
     """q . k
 
@@ -26,6 +28,10 @@ def dot_score(query: Array, key: Array, *, backend: Any = None) -> Array:
     return prepare.score("dot_score", query, key, backend)
 
 
+@overload
+def scaled_dot_score(query: A, key: A, *, backend: None = None) -> A: ...
+@overload
+def scaled_dot_score(query: Array, key: Array, *, backend: Any = None) -> Array: ...
 def scaled_dot_score(query: Array, key: Array, *, backend: Any = None) -> Array:
     """q . k / sqrt(d)
 
@@ -37,6 +43,14 @@ def scaled_dot_score(query: Array, key: Array, *, backend: Any = None) -> Array:
     return prepare.score("scaled_dot_score", query, key, backend)
 
 
+@overload
+def additive_score(
+    query: A, key: A, W_q: Array, W_k: Array, w_v: Array, b: Array | None = None, *, backend: None = None
+) -> A: ...
+@overload
+def additive_score(
+    query: Array, key: Array, W_q: Array, W_k: Array, w_v: Array, b: Array | None = None, *, backend: Any = None
+) -> Array: ...
 def additive_score(
     query: Array, key: Array, W_q: Array, W_k: Array, w_v: Array, b: Array | None = None, *, backend: Any = None
 ) -> Array:
@@ -52,6 +66,10 @@ def additive_score(
     return prepare.score("additive_score", query, key, backend, same=False, W_q=W_q, W_k=W_k, w_v=w_v, b=b)
 
 
+@overload
+def multiplicative_score(query: A, key: A, W: Array, *, backend: None = None) -> A: ...
+@overload
+def multiplicative_score(query: Array, key: Array, W: Array, *, backend: Any = None) -> Array: ...
 def multiplicative_score(query: Array, key: Array, W: Array, *, backend: Any = None) -> Array:
     """q W k
 
@@ -65,6 +83,10 @@ def multiplicative_score(query: Array, key: Array, W: Array, *, backend: Any = N
     return prepare.score("multiplicative_score", query, key, backend, same=False, W=W)
 
 
+@overload
+def gated_score(query: A, key: A, w_g: Array, *, backend: None = None) -> A: ...
+@overload
+def gated_score(query: Array, key: Array, w_g: Array, *, backend: Any = None) -> Array: ...
 def gated_score(query: Array, key: Array, w_g: Array, *, backend: Any = None) -> Array:
     """sigmoid(w_g . [q; k]) (q . k)
 
@@ -78,6 +100,10 @@ def gated_score(query: Array, key: Array, w_g: Array, *, backend: Any = None) ->
     return prepare.score("gated_score", query, key, backend, w_g=w_g)
 
 
+@overload
+def cosine_score(query: A, key: A, *, backend: None = None) -> A: ...
+@overload
+def cosine_score(query: Array, key: Array, *, backend: Any = None) -> Array: ...
 def cosine_score(query: Array, key: Array, *, backend: Any = None) -> Array:
     """q . k / (|q| |k|); a zero vector scores 0, with zero gradient.
 
@@ -89,6 +115,10 @@ def cosine_score(query: Array, key: Array, *, backend: Any = None) -> Array:
     return prepare.score("cosine_score", query, key, backend)
 
 
+@overload
+def distance_score(query: A, key: A, *, backend: None = None) -> A: ...
+@overload
+def distance_score(query: Array, key: Array, *, backend: Any = None) -> Array: ...
 def distance_score(query: Array, key: Array, *, backend: Any = None) -> Array:
     """-|q - k|^2 / 2, from the differences: near vectors of large norm do not cancel.
 
@@ -103,6 +133,10 @@ def distance_score(query: Array, key: Array, *, backend: Any = None) -> Array:
 # ---- kernels: similarities >= 0 of u = |q - k| / width, for Nadaraya-Watson
 
 
+@overload
+def gaussian_kernel(query: A, key: A, width: float = ..., *, backend: None = None) -> A: ...
+@overload
+def gaussian_kernel(query: Array, key: Array, width: float = ..., *, backend: Any = None) -> Array: ...
 def gaussian_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
     """exp(-u^2 / 2), u = |q - k| / width
 
@@ -112,6 +146,10 @@ def gaussian_kernel(query: Array, key: Array, width: float = 1.0, *, backend: An
     return prepare.score("gaussian_kernel", query, key, backend, width=checks.number("width", width, positive=True))
 
 
+@overload
+def boxcar_kernel(query: A, key: A, width: float = ..., *, backend: None = None) -> A: ...
+@overload
+def boxcar_kernel(query: Array, key: Array, width: float = ..., *, backend: Any = None) -> Array: ...
 def boxcar_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
     """1 if u < 1 else 0, u = |q - k| / width
 
@@ -121,6 +159,10 @@ def boxcar_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any 
     return prepare.score("boxcar_kernel", query, key, backend, width=checks.number("width", width, positive=True))
 
 
+@overload
+def triangular_kernel(query: A, key: A, width: float = ..., *, backend: None = None) -> A: ...
+@overload
+def triangular_kernel(query: Array, key: Array, width: float = ..., *, backend: Any = None) -> Array: ...
 def triangular_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
     """max(1 - u, 0), u = |q - k| / width; d2l calls it "Epanechikov".
 
@@ -130,6 +172,10 @@ def triangular_kernel(query: Array, key: Array, width: float = 1.0, *, backend: 
     return prepare.score("triangular_kernel", query, key, backend, width=checks.number("width", width, positive=True))
 
 
+@overload
+def epanechnikov_kernel(query: A, key: A, width: float = ..., *, backend: None = None) -> A: ...
+@overload
+def epanechnikov_kernel(query: Array, key: Array, width: float = ..., *, backend: Any = None) -> Array: ...
 def epanechnikov_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
     """max(1 - u^2, 0), u = |q - k| / width
 
@@ -141,6 +187,10 @@ def epanechnikov_kernel(query: Array, key: Array, width: float = 1.0, *, backend
     return prepare.score("epanechnikov_kernel", query, key, backend, width=checks.number("width", width, positive=True))
 
 
+@overload
+def constant_kernel(query: A, key: A, width: float = ..., *, backend: None = None) -> A: ...
+@overload
+def constant_kernel(query: Array, key: Array, width: float = ..., *, backend: Any = None) -> Array: ...
 def constant_kernel(query: Array, key: Array, width: float = 1.0, *, backend: Any = None) -> Array:
     """1: every key counts the same; the width is ignored.
 
@@ -153,6 +203,10 @@ def constant_kernel(query: Array, key: Array, width: float = 1.0, *, backend: An
 # ---- normalisers: (scores (..., n, m), where=None) -> weights (..., n, m) in the scores' dtype; a row with nothing gets zeros
 
 
+@overload
+def softmax(scores: A, where: Array | None = None, *, backend: None = None) -> A: ...
+@overload
+def softmax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array: ...
 def softmax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
     """exp(s_i) / sum_j exp(s_j) over the last axis, over the keys where ``where`` is True.
 
@@ -162,6 +216,12 @@ def softmax(scores: Array, where: Array | None = None, *, backend: Any = None) -
     return prepare.weights("softmax", scores, where, backend)
 
 
+@overload
+def masked_softmax(scores: A, valid_lens: Array | None = None, where: Array | None = None, *, backend: None = None) -> A: ...
+@overload
+def masked_softmax(
+    scores: Array, valid_lens: Array | None = None, where: Array | None = None, *, backend: Any = None
+) -> Array: ...
 def masked_softmax(scores: Array, valid_lens: Array | None = None, where: Array | None = None, *, backend: Any = None) -> Array:
     """Softmax over the first ``valid_lens`` keys: (batch,), or (batch, n); length 0 gives zeros.
 
@@ -173,6 +233,10 @@ def masked_softmax(scores: Array, valid_lens: Array | None = None, where: Array 
     return prepare.weights("masked_softmax", scores, where, backend, valid_lens=valid_lens)
 
 
+@overload
+def sparsemax(scores: A, where: Array | None = None, *, backend: None = None) -> A: ...
+@overload
+def sparsemax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array: ...
 def sparsemax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
     """The point of the simplex nearest to the scores: convex weights, many of them exactly 0.
 
@@ -184,6 +248,10 @@ def sparsemax(scores: Array, where: Array | None = None, *, backend: Any = None)
     return prepare.weights("sparsemax", scores, where, backend)
 
 
+@overload
+def hardmax(scores: A, where: Array | None = None, *, backend: None = None) -> A: ...
+@overload
+def hardmax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array: ...
 def hardmax(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
     """1 for the best key, the first of equals, and 0 for the rest: a look-up in a database. Its gradient is 0.
 
@@ -193,6 +261,10 @@ def hardmax(scores: Array, where: Array | None = None, *, backend: Any = None) -
     return prepare.weights("hardmax", scores, where, backend)
 
 
+@overload
+def proportional(scores: A, where: Array | None = None, *, backend: None = None) -> A: ...
+@overload
+def proportional(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array: ...
 def proportional(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
     """s_i / sum_j s_j; a row that sums to 0 gets zeros.
 
@@ -205,6 +277,10 @@ def proportional(scores: Array, where: Array | None = None, *, backend: Any = No
     return prepare.weights("proportional", scores, where, backend)
 
 
+@overload
+def average(scores: A, where: Array | None = None, *, backend: None = None) -> A: ...
+@overload
+def average(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array: ...
 def average(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
     """1 / m whatever the scores: average pooling.
 
@@ -214,6 +290,10 @@ def average(scores: Array, where: Array | None = None, *, backend: Any = None) -
     return prepare.weights("average", scores, where, backend)
 
 
+@overload
+def identity(scores: A, where: Array | None = None, *, backend: None = None) -> A: ...
+@overload
+def identity(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array: ...
 def identity(scores: Array, where: Array | None = None, *, backend: Any = None) -> Array:
     """The scores themselves: a general linear combination; with scores >= 0, a convex cone.
 

@@ -1,5 +1,7 @@
 """`from kvattn import tensorflow as kv`: kvattn on TensorFlow, its Keras layers, and the short names that d2l's lessons use."""
 
+from typing import TYPE_CHECKING
+
 import tensorflow as tf
 
 # isort: off
@@ -12,6 +14,10 @@ from tensorflow import (  # noqa: F401
 from kvattn import api, namespace
 from kvattn.layers.tensorflow import *  # noqa: F403
 from kvattn.namespace import check_shape  # noqa: F401
+
+if TYPE_CHECKING:  # a type checker cannot see what the next line adds
+    from kvattn.api import *  # noqa: F403
+    from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("tensorflow"))
 __getattr__, __dir__ = namespace.drawing, namespace.listing(globals())

@@ -1,6 +1,7 @@
 """`from kvattn import torch as kv`: kvattn on PyTorch, its native layers, and the short names that d2l's lessons use."""
 
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,10 @@ from torch import (  # noqa: F401
 from kvattn import namespace
 from kvattn.layers.torch import *  # noqa: F403
 from kvattn.namespace import check_shape  # noqa: F401
+
+if TYPE_CHECKING:  # a type checker cannot see what the next line adds
+    from kvattn.api import *  # noqa: F403
+    from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("torch"))
 __getattr__, __dir__ = namespace.drawing, namespace.listing(globals())

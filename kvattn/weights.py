@@ -12,6 +12,8 @@ import numpy as np
 from kvattn import dispatch, layouts
 from kvattn.checks import _show
 
+__all__ = ["export_weights", "import_weights", "load_weights", "save_weights"]
+
 
 def export_weights(layer: Any) -> dict[str, np.ndarray]:
     """Every weight of a layer, or of a model of the framework's own dense, norm and embedding layers around ours.

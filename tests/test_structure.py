@@ -1,13 +1,16 @@
 """The walls: tabs are parallel, modules import only what their folder allows, importing kvattn loads nothing."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
+import typing
 from functools import cache
 from pathlib import Path
 
 import kvattn
+from kvattn import namespace, signatures
 
 PACKAGE = Path(kvattn.__file__).parent
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "mxnet", "flax", "numpy"}
@@ -46,6 +49,36 @@ def test_every_function_of_the_spec_is_in_the_tabs():
         "use_backend",
     }
     assert spec <= {name for name, _ in functions("numpy")}
+
+
+def test_what_type_checkers_are_shown_is_what_the_functions_take():
+    told = {name: x.annotation for name, x in inspect.signature(kvattn.attention).parameters.items()}
+    options = {name: x.__forward_arg__ for name, x in signatures.Options.__annotations__.items()}
+    returned = {"return_weights", "return_lse", "return_scores"}
+    assert {n: x for n, x in told.items() if n not in {"query", "key", "value", "backend", "unknown"} | returned} == options
+    overloaded = 0
+    for name in kvattn.__all__:
+        function = getattr(kvattn, name)
+        takes = {*inspect.signature(function).parameters} - {"unknown"}
+        if "options" in takes:  # attention's
+            takes |= {*options} | (set() if name.endswith("_grad") else returned)
+        *those, last = typing.get_overloads(function) or [function]
+        for shown in (*those, last):
+            given = {*inspect.signature(shown).parameters} - {"unknown"}
+            given |= {*options} if "options" in given else set()
+            rare = set() if shown is last else {"return_scores"}  # only the last overload has it, whose result is any
+            assert given | {"options"} | rare & takes == takes | {"options"} or shown is function, name
+            overloaded += shown is not function
+    assert overloaded > 50
+
+
+def test_a_namespaces_functions_show_the_signature_that_they_have():
+    shown = namespace.functions("numpy")
+    assert {*kvattn.__all__, *kvattn.weights.__all__} == {*shown}
+    for name, function in shown.items():
+        real = inspect.signature(getattr(kvattn, name, None) or getattr(kvattn.weights, name))
+        told = str(real).replace("backend: 'Any' = None", "backend: 'Any' = 'numpy'")
+        assert str(inspect.signature(function)) == told.replace("backend: 'str')", "backend: 'str' = 'numpy')"), name
 
 
 def imports(path):

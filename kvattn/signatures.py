@@ -1,0 +1,41 @@
+"""The types of kvattn's functions, for type checkers: an array of a framework in, one of the same out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypedDict, TypeVar
+
+
+class Own(Protocol):
+    """An array of some framework, NumPy's too; lists and numbers are none."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+
+
+A = TypeVar("A", bound=Own)
+Array = Any  # one framework's array, or neutral data
+Score = Callable[..., Array]
+Normalizer = Callable[..., Array]
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `kvattn.attention`, but for backend and for those that say what is returned."""
+
+    score: Score | None
+    normalize: Normalizer | None
+    mask: Array | Callable[[Array, Array], Array] | None
+    bias: Array | Callable[[Array, Array], Array] | None
+    valid_lens: Array | None
+    causal: bool
+    query_offset: Any
+    window: Any
+    positions: Array | None
+    scale: float | None
+    softcap: float | None
+    sink: Array | None
+    segments: Any
+    dropout: float
+    rng: Any
