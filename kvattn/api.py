@@ -220,8 +220,11 @@ def attention(
             number (0 is softmax-off-by-one), or of the query's dtype: (heads,), or broadcastable to the batch and head axes
             (..., h), or to (..., h, n, 1), one for each query. -inf is none. It is in the lse: merging parts, give it to one.
         dropout: the rate at which weights are dropped; the weights returned are those before.
-        rng: the source of dropout: numpy.random.Generator, torch.Generator, a jax key (required there), an int seed for
-            TensorFlow; MXNet draws from its own global state.
+        rng: the source of dropout. An int, 0 <= seed < 2^64, draws one pattern: the same pairs in every backend, whatever the
+            dtype, the blocks and the sizes; `kvattn.patterns` defines it. Inside a compiled function (jax.jit, tf.function) an
+            int would be the same in every step: there give an array () of an integer dtype, an argument of that function. Or
+            the framework's own: numpy.random.Generator, torch.Generator, a jax key, TensorFlow's stateless seed, a pair of
+            ints. None draws from the framework's hidden state; JAX has none.
         return_weights: also return the weights (..., n, m).
         return_lse: also return the log of the sum of exp(scores), (..., n), float32 for half precision: softmax only.
         return_scores: also return the scores (..., n, m), float32 for half precision, at one of three stages: "raw", the score

@@ -133,9 +133,10 @@ class Call(NamedTuple):
             at |= {"first_query": self.first_query + start, "first_key": self.first_key + first}
             yield *arrays, self._replace(**at)._of_a_block(*arrays[:2])
 
-    def of_selected_keys(self, mask: Any, bias: Any) -> Call:
+    def of_selected_keys(self, mask: Any, bias: Any, rng: Any = None) -> Call:
         """The call once each query lies beside the keys that ``positions`` selects; ``mask``: those it may attend to."""
-        return self._replace(mask=mask, bias=bias, valid_lens=None, query_offset=0, left=None, right=None, positions=None)
+        everywhere = self._replace(valid_lens=None, query_offset=0, left=None, right=None, positions=None)
+        return everywhere._replace(mask=mask, bias=bias, rng=rng)
 
     def of_scores(self, normalize: Callable[..., Any]) -> Call:
         """The call whose weights are the scores that are asked for; ``normalize``: it leaves them as they are.

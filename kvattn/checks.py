@@ -145,6 +145,21 @@ def is_integer(x: Any) -> bool:
     return type(x) is int or (isinstance(x, Integral) and not isinstance(x, bool))
 
 
+def seed(tab: Any, rng: Any) -> Any:
+    """``rng``, a seed as a Python int or, where it is known later, as an array of ``tab``; generators as they are."""
+    if isinstance(rng, (bool, float, str)):
+        raise TypeError(f"rng must be an int, the seed of a pattern, or the framework's generator, not {type(rng).__name__}")
+    if hasattr(rng, "dtype") and tuple(getattr(rng, "shape", (1,))) == ():
+        if (dtype := dtype_name(rng)) in FLOATS or dtype.startswith("bool"):
+            raise TypeError(f"rng has dtype {dtype}; expected an integer dtype, or an int")
+        rng = rng if dtype not in INTEGERS or tab.is_array(rng) else int(rng)
+    if not is_integer(rng):
+        return rng
+    if not 0 <= rng < 2**64:
+        raise ValueError(f"rng is {rng}; expected a seed of 64 bits, from 0 to 2^64 - 1")
+    return rng if type(rng) is int else int(rng)
+
+
 def peek(tab: Any, x: Any) -> Any:
     """The values of ``x`` as a NumPy array where they can be seen, else None; backends need not offer it."""
     return tab.peek(x) if hasattr(tab, "peek") else None

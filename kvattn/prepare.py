@@ -76,7 +76,7 @@ def options(tab: Any, query: Any, scores: tuple[Any, ...], features: tuple[Any, 
         "scale": None if scale is None else checks.number("scale", scale),
         "softcap": None if softcap is None else checks.number("softcap", softcap, positive=True),
         "dropout": checks.probability("dropout", dropout) if dropout else 0.0,
-        "rng": rng,
+        "rng": None if rng is None else checks.seed(tab, rng),
     }
 
 

@@ -35,7 +35,7 @@ def test_a_backend_gives_the_answers_of_every_layer(backend):
 def test_draws_reach_every_option_and_every_edge():
     drawn = [draws.draw(0, number) for number in range(2000)]
     options = {name for each in drawn for name in each.options}
-    signature = set(kvattn.attention.__kwdefaults__) - {"dropout", "rng", "backend", "return_weights", "return_lse"}
+    signature = set(kvattn.attention.__kwdefaults__) - {"rng", "backend", "return_weights", "return_lse"}
     assert signature <= options
     assert {each.call for each in drawn} == {"attention", "split_attention", *check.HEADED, *layers.LAYERS}
     stepped = {each.call for each in drawn if "steps" in each.options}

@@ -34,6 +34,9 @@ EVERYWHERE = [
     ("turns the other way", "[-sin, sin]", "[sin, -sin]", "rotary"),
     ("takes features beside each other for halves", "    if interleaved:\n", "    if not interleaved:\n", "rotary"),
     ("lets a sink take nothing", "return left[..., None], ", "return 1.0, ", "sink"),
+    ("drops and makes up for nothing", "weights / (1 - rate)", "weights", "dropout"),
+    ("drops the same in every block of queries", '"first_query": self.first_query + start', '"first_query": 0', "dropout"),
+    ("drops the same in every block of keys", '"first_key": self.first_key + first', '"first_key": 0', "dropout"),
     ("forgets where a cached query stands", "cache.length - query.shape[-2]", "0", "decoding"),
 ]
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn import pairs, planning, rotation
+from kvattn import pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.jax import blocks, nonfinite, programs, tiles
+from kvattn.kernels.jax import blocks, dropout, nonfinite, programs, tiles
 from kvattn.kernels.jax import gpu as jax_gpu
 from kvattn.pairs import Pairs
 
@@ -464,7 +464,7 @@ def _formula(query, key, value, call, blocks=()):
         weights, lse = call.normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    output = _fold(_dropout(weights, call.dropout, call.rng), kv_heads) @ _wide(value)
+    output = _fold(_dropout(weights, call), kv_heads) @ _wide(value)
     output = _unfold(output, heads, n).astype(dtype)
     weights = weights if call.normalize is _scored else identity(weights, allowed)
     results = [output] + [weights.astype(dtype)] * call.return_weights + [lse] * call.return_lse
@@ -518,12 +518,18 @@ def _left(lse, sink, ndim, with_lse=True):
     return left[..., None], lse
 
 
-def _dropout(weights, rate, rng):
+def _dropout(weights, call):
+    """The weights, some of them dropped, by what rng draws, and the others divided by the share that is kept."""
+    rate, rng = call.dropout, call.rng
     if not rate:
         return weights
-    if rng is None:
-        raise ValueError("dropout needs rng, a key: JAX has no hidden state to draw from; pass rng=jax.random.key(0), say")
-    kept = jax.random.uniform(rng, weights.shape, jnp.float32) >= rate  # float32: the same draws for every dtype
+    if dropout.drawn(rng):
+        kept, rate = dropout.kept(weights, call), patterns.exact(rate)
+    else:
+        if rng is None:
+            cure = "pass rng=jax.random.key(0), say, or an int"
+            raise ValueError(f"dropout needs rng, a key: JAX has no hidden state to draw from; {cure}")
+        kept = jax.random.uniform(rng, weights.shape, jnp.float32) >= rate  # float32: the same draws for every dtype
     return jnp.where(kept, weights / (1 - rate), 0)
 
 
@@ -548,9 +554,8 @@ def _in_parts(query, key, value, call, parts):
 
 def _of_own_rng(call, cuts, count):
     """The calls of blocks, each with a key of its own: one would drop the same in all."""
-    if call.rng is None:
+    if (rngs := dropout.of_blocks(call.rng, count)) is None:
         return cuts
-    rngs = jax.random.split(call.rng, count)
     return ((*arrays, part._replace(rng=rng)) for (*arrays, part), rng in zip(cuts, rngs, strict=True))
 
 
@@ -584,7 +589,8 @@ def _select(query, key, value, call):
     bias = None if call.bias is None else gather(call.bias)
     allowed = _allowed(n, index, query.ndim, call._replace(mask=mask, bias=bias))
     key, value = (jnp.take_along_axis(_spread(x, lead)[..., None, :, :], index[..., None], axis=-2) for x in (key, value))
-    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :])
+    rng = dropout.of_selected(call, index)
+    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :], rng)
     return jnp.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :], key, value, call
 
 

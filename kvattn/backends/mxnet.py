@@ -18,9 +18,9 @@ from functools import partial, reduce
 
 import numpy
 
-from kvattn import pairs, planning, rotation
+from kvattn import pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.mxnet import quirks, views
+from kvattn.kernels.mxnet import dropout, quirks, views
 from kvattn.old_numpy import old_names
 from kvattn.pairs import Pairs
 
@@ -443,7 +443,7 @@ def _formula(query, key, value, call, blocks=()):
         weights, lse = call.normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    output = quirks.matmul(_fold(_wide(_dropout(weights, call.dropout, call.rng)), kv_heads), _wide(value))
+    output = quirks.matmul(_fold(_wide(_dropout(weights, call)), kv_heads), _wide(value))
     if allowed is not None and not views.finite(output):
         if query.shape[:-1] != (*key.shape[:-2], 1):  # queries share keys: products hold 0 * NaN for pairs that may not attend
             return _by_pairs(query, key, value, call)
@@ -507,12 +507,17 @@ def _left(lse, sink, ndim, with_lse=True):
     return left[..., None], lse
 
 
-def _dropout(weights, rate, rng):
+def _dropout(weights, call):
+    """The weights, some of them dropped, by what rng draws, and the others divided by the share that is kept."""
+    rate, rng = call.dropout, call.rng
     if not rate:
         return weights
-    if rng is not None:
-        raise TypeError(f"rng must be None, not {type(rng).__name__}: MXNet draws from its own state, seeded by mx.random.seed")
-    kept = np.random.uniform(size=weights.shape, ctx=weights.ctx) >= rate
+    if patterns.drawn(rng):
+        kept, rate = dropout.kept(weights, call), patterns.exact(rate)
+    else:
+        if rng is not None:
+            raise TypeError(f"rng must be an int, or None for MXNet's own state (mx.random.seed), not {type(rng).__name__}")
+        kept = np.random.uniform(size=weights.shape, ctx=weights.ctx) >= rate
     return quirks.where(kept, weights / (1 - rate), 0)
 
 
@@ -592,7 +597,7 @@ def _select(query, key, value, call):
         found = np.take(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), first + index, axis=0)
         return found.reshape(math.prod(found.shape[:-2]), *found.shape[-2:])
 
-    call = call.of_selected_keys(rows(allowed), None if bias is None else rows(bias))
+    call = call.of_selected_keys(rows(allowed), None if bias is None else rows(bias), dropout.of_selected(call, index))
     return rows(np.broadcast_to(query, (*lead, *query.shape[-2:]))), selected(key), selected(value), call
 
 

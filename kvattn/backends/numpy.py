@@ -9,9 +9,9 @@ from functools import partial, reduce
 
 import numpy as np
 
-from kvattn import pairs, planning, rotation
+from kvattn import pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.numpy import gradients, memory, tiled, tiles
+from kvattn.kernels.numpy import dropout, gradients, memory, tiled, tiles
 from kvattn.pairs import Pairs
 
 HALF = ("float16", "bfloat16")
@@ -397,7 +397,7 @@ def _weighted(query, key, value, allowed, call):
         weights, lse = call.normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    dropped = _fold(_dropout(weights, call.dropout, call.rng), kv_heads)
+    dropped = _fold(_dropout(weights, call), kv_heads)
     output = dropped @ _wide(value)
     if allowed is not None and not np.isfinite(output).all():  # 0 * NaN is NaN: only pairs that may attend
         weights = identity(weights, allowed)
@@ -468,10 +468,15 @@ def _left(lse, sink, ndim, with_lse=True):
     return left[..., None], both
 
 
-def _dropout(weights, rate, rng):
+def _dropout(weights, call):
+    """The weights, some of them dropped, by what rng draws, and the others divided by the share that is kept."""
+    rate, rng = call.dropout, call.rng
     if not rate:
         return weights
-    kept = (rng or np.random.default_rng()).random(weights.shape) >= rate
+    if patterns.drawn(rng):
+        kept, rate = dropout.kept(weights, call), patterns.exact(rate)
+    else:
+        kept = (rng or np.random.default_rng()).random(weights.shape) >= rate
     return np.where(kept, weights / (1 - rate), 0).astype(weights.dtype)
 
 
@@ -492,7 +497,8 @@ def _select(query, key, value, call):
     bias = None if call.bias is None else gather(call.bias)
     allowed = _allowed(n, index, query.ndim, call._replace(mask=mask, bias=bias))
     key, value = (np.take_along_axis(_spread(x, lead)[..., None, :, :], index[..., None], axis=-2) for x in (key, value))
-    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :])
+    rng = dropout.of_selected(call, index)
+    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :], rng)
     return np.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :], key, value, call
 
 

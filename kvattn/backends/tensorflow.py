@@ -10,9 +10,9 @@ from functools import partial, reduce
 import numpy as np
 import tensorflow as tf
 
-from kvattn import pairs, planning, rotation
+from kvattn import pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.tensorflow import blocks, nonfinite, quirks, tiles
+from kvattn.kernels.tensorflow import blocks, dropout, nonfinite, quirks, tiles
 from kvattn.pairs import Pairs
 
 HALF = (tf.float16, tf.bfloat16)
@@ -455,20 +455,19 @@ def _attend(query, key, value, call):
 
 def _in_the_window(query, key, value, call, plan):
     """Blocks of queries, each a call of its own with the keys in its window."""
-    return call.joined(_one_by_one(call, call.cut(plan, query, key, value)), tf.concat)
+    return call.joined(_one_by_one(call, call.cut(plan, query, key, value), len(plan)), tf.concat)
 
 
 def _in_parts(query, key, value, call, parts):
     """One part of the pairs after another, each a call of its own."""
     cuts = pairs.cut(parts, query, key, value, call, tf.concat)
-    return pairs.joined(call, parts, _one_by_one(call, cuts), tf.concat)
+    return pairs.joined(call, parts, _one_by_one(call, cuts, len(parts)), tf.concat)
 
 
-def _one_by_one(call, cuts):
+def _one_by_one(call, cuts, count):
     results = []
     for i, (*arrays, part) in enumerate(cuts):
-        rng = None if call.rng is None else (call.rng, i)  # one seed would drop the same pairs in every block
-        results.append(_attend(*arrays, part._replace(rng=rng)))
+        results.append(_attend(*arrays, part._replace(rng=dropout.of_block(call.rng, i, count))))
     return results
 
 
@@ -537,7 +536,7 @@ def _formula(query, key, value, call, careful=False):
             weights = tf.where(allowed, weights, 0)  # whatever a row of NaN has there, and its gradient
 
     # output = weights @ value: (..., h, n, v)
-    output = product(_fold(_dropout(weights, call.dropout, call.rng), kv_heads), _wide(value))
+    output = product(_fold(_dropout(weights, call), kv_heads), _wide(value))
     output = _unfold(output, heads, n)
     output = tf.cast(_zero_where(empty, output), dtype)
     if few and call.return_weights:
@@ -594,12 +593,17 @@ def _left(lse, sink, ndim, with_lse=True):
     return left[..., None], lse
 
 
-def _dropout(weights, rate, rng):
+def _dropout(weights, call):
+    """The weights, some of them dropped, by what rng draws, and the others divided by the share that is kept."""
+    rate, rng = call.dropout, call.rng
     if not rate:
         return weights
-    seed = rng if rng is None or isinstance(rng, tuple) else (rng, 0)
-    draw = tf.random.uniform if seed is None else partial(tf.random.stateless_uniform, seed=seed)
-    return tf.where(draw(quirks.shape(weights)) >= rate, weights / (1 - rate), 0)
+    if patterns.drawn(rng):
+        kept, rate = dropout.kept(weights, call), patterns.exact(rate)
+    else:
+        draw = tf.random.uniform if rng is None else partial(tf.random.stateless_uniform, seed=rng)
+        kept = draw(quirks.shape(weights)) >= rate
+    return tf.where(kept, weights / (1 - rate), 0)
 
 
 def _select(query, key, value, call):
@@ -625,7 +629,8 @@ def _select(query, key, value, call):
         else tf.zeros((*quirks.shape(index), 0), x.dtype)
         for x in (key, value)
     )
-    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :])
+    rng = dropout.of_selected(call, index)
+    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :], rng)
     return tf.broadcast_to(query, (*lead, n, quirks.shape(query)[-1]))[..., None, :], key, value, call
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from kvattn import pairs, planning, rotation
+from kvattn import pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.torch import gpu, nonfinite, sdpa, sinks, traces
+from kvattn.kernels.torch import dropout, gpu, nonfinite, sdpa, sinks, traces
 from kvattn.pairs import Pairs
 
 HALF = (torch.float16, torch.bfloat16)
@@ -458,7 +458,7 @@ def _formula(query, key, value, call, blocks=()):
         weights, lse = call.normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    kept = _fold(_dropout(weights, call.dropout, call.rng), kv_heads)
+    kept = _fold(_dropout(weights, call), kv_heads)
     output = _unfold(nonfinite.product(kept, _wide(value), None if allowed is None else pairs), heads, n).to(dtype)
     if call.return_weights and allowed is not None and call.normalize is not _scored:
         weights = nonfinite.cleared(weights, allowed)
@@ -551,10 +551,15 @@ def _left(lse, sink, ndim, with_lse=True):
     return left[..., None], lse
 
 
-def _dropout(weights, rate, rng):
+def _dropout(weights, call):
+    """The weights, some of them dropped, by what rng draws, and the others divided by the share that is kept."""
+    rate, rng = call.dropout, call.rng
     if not rate:
         return weights
-    kept = torch.rand(weights.shape, generator=rng, dtype=weights.dtype, device=weights.device) >= rate
+    if patterns.drawn(rng):
+        kept, rate = dropout.kept(weights, call), patterns.exact(rate)
+    else:
+        kept = torch.rand(weights.shape, generator=rng, dtype=weights.dtype, device=weights.device) >= rate
     return torch.where(kept, weights / (1 - rate), 0)
 
 
@@ -577,7 +582,8 @@ def _select(query, key, value, call):
     rows = index.flatten(-2)[..., None]  # one gather from (..., m, c): the gradient is not (..., n, m, c)
     key, value = (_spread(x, lead).gather(-2, rows.expand(*rows.shape[:-1], x.shape[-1])) for x in (key, value))
     key, value = (x.unflatten(-2, index.shape[-2:]) for x in (key, value))
-    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :])
+    rng = dropout.of_selected(call, index)
+    call = call.of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :], rng)
     return query.expand(*lead, n, query.shape[-1])[..., None, :], key, value, call
 
 

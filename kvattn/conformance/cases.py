@@ -81,8 +81,13 @@ def flags(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, group: str, rng: np.random.Generator,
            grad: bool = True, asked: tuple[str, ...] = WEIGHTS + LSE, dtypes: tuple[str, ...] = DTYPES,
-           call: str = "attention", looked: np.ndarray | None = None, **options: Any) -> Case:  # fmt: skip
-    """A case of attention, with its answer and, unless told otherwise, every gradient: of a loss that looks at these rows."""
+           call: str = "attention", looked: np.ndarray | None = None, seed: int | None = None,
+           **options: Any) -> Case:  # fmt: skip
+    """A case of attention, with its answer and, unless told otherwise, every gradient: of a loss that looks at these rows.
+
+    ``seed``: attention's own ``rng``.
+    """
+    options |= {} if seed is None else {"rng": seed}
     results = ("output", *asked, *(["scores"] if "return_scores" in options else []))
     how = {n: x for n, x in options.items() if n != "splits"}
     options |= {f"return_{what}": True for what in asked}

@@ -153,6 +153,8 @@ def draw(seed: int, number: int) -> Draw:
         options["sink"] = () if call == "self_attention" else (often(0.7),) if headed else one("each", broadcast()[:-2])
     if often(0.2) and call not in layers.LAYERS:
         options["return_scores"] = one("raw", "capped", "biased")
+    if often(0.2) and call not in layers.LAYERS and "not_finite" not in options:
+        options |= {"dropout": one(0.1, 0.5, 0.9), "seed": one(0, 1, 2**64 - 1)}
     return replace(made, options=options)
 
 

@@ -35,6 +35,8 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
         placed.cases,
         scores_out,
         notfinite.scores_out,
+        dropout,
+        multihead.dropout,
     ):
         yield from family(rng)
 
@@ -135,6 +137,39 @@ def windows(rng: np.random.Generator) -> Iterator[Case]:
     yield make("window and causal", *qkv(rng), window=2, causal=True)
     yield make("window (1, None) and causal", *qkv(rng), window=(1, None), causal=True, query_offset=1)
     yield make("window, offset per batch", *qkv(rng), window=1, query_offset=np.array([0, 3]))
+
+
+def dropout(rng: np.random.Generator) -> Iterator[Case]:
+    """Weights that are dropped by the pattern of an int rng, whatever else the call asks for."""
+    make = partial(attend, group="dropout", rng=rng)
+    yield make("dropout", *qkv(rng), dropout=0.5, seed=7)
+    yield make("dropout of 0.1, the largest seed", *qkv(rng, n=3, m=9), dropout=0.1, seed=2**64 - 1, asked=())
+    yield make("dropout of 0.3, a seed beyond 63 bits", *qkv(rng, n=3, m=6), dropout=0.3, seed=2**63 + 5, asked=LSE)
+    yield make("dropout, no batch", *qkv(rng, lead=(), m=7), dropout=0.25, seed=0, asked=())
+    yield make("dropout, 3 axes", *qkv(rng, lead=(3,)), dropout=0.5, seed=1)
+    yield make("dropout, 6 axes", *qkv(rng, lead=(2, 1, 3, 2), kv=(1, 2, 1, 2), n=2, m=3), dropout=0.5, seed=2, asked=())
+    yield make("dropout, grouped heads", *qkv(rng, lead=(2, 4), kv=(2, 2)), dropout=0.5, seed=3, causal=True)
+    yield make("dropout of nearly all", *qkv(rng), dropout=1 - 2.0**-30, seed=4, asked=())
+    yield make("dropout of less than 2^-17, none", *qkv(rng), dropout=2.0**-18, seed=5, asked=(), grad=False)
+    for nothing, sizes in (("queries", {"n": 0}), ("keys", {"m": 0}), ("entries", {"lead": (0, 2)})):
+        yield make(f"dropout, no {nothing}", *qkv(rng, **sizes), dropout=0.5, seed=6, asked=(), group="empty rows")
+    forms: dict[str, dict[str, Any]] = {
+        "a mask with empty rows": {"mask": flags(rng, 2, 2, 4, 5) & np.array([[True], [False], [True], [True]])},
+        "a bias": {"bias": np.where(flags(rng, 4, 5), grid(rng, 2, 1, 4, 5), -INF)},
+        "lengths and offsets": {"valid_lens": np.array([0, 4]), "causal": True, "query_offset": np.array([1, 3])},
+        "positions": {"positions": np.array([[0, 3], [3, -1], [-1, -1], [2, 2]]), "bias": grid(rng, 2, 1, 4, 5)},
+        "a sink": {"sink": grid(rng, 2)},
+        "softcap, a score with parameters": {"softcap": 1.0, "score": next(parametrised(rng, 3, 3))},
+        "average": {"normalize": "average", "asked": WEIGHTS},
+        "sparsemax of distances": {"normalize": "sparsemax", "score": "distance_score", "asked": (), "grad": False},
+    }
+    for name, which in forms.items():
+        yield make(f"dropout, {name}", *qkv(rng), dropout=0.4, seed=11, **which)
+    n, m = 264, 560  # in blocks, which begin in the midst of the bits of four pairs
+    q, k, v = qkv(rng, n=n, m=m, d=2, v=1, lead=())
+    each: dict[str, Any] = {"dropout": 0.5, "seed": 12, "asked": ()}
+    yield make("dropout in blocks", q, k, v, window=3, query_offset=2, **each)
+    yield make("dropout in blocks of another score", q, k, v, score="distance_score", window=(2, 5), query_offset=297, **each)
 
 
 def caps(rng: np.random.Generator) -> Iterator[Case]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ def params_of(rng: np.random.Generator, d_q: int, d_k: int, d_v: int, heads: int
 
 def multi_head(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, params: Params, rng: np.random.Generator, *,
                call: str = "multi_head_attention", heads: int = 2, kv_heads: int | None = None, grad: bool = True,
-               asked: tuple[str, ...] = (), group: str = "multi-head", **options: Any) -> Case:  # fmt: skip
+               asked: tuple[str, ...] = (), group: str = "multi-head", seed: int | None = None,
+               **options: Any) -> Case:  # fmt: skip
+    options |= {} if seed is None else {"rng": seed}
     kv_heads = heads if kv_heads is None else kv_heads
     o = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] // kv_heads * heads
     grad_output = grid(rng, *query.shape[:-1], o) if grad else None
@@ -91,6 +94,20 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     yield from self_attention(rng)
     yield from padded(rng)
     yield from decoding(rng)
+
+
+def dropout(rng: np.random.Generator) -> Iterator[Case]:
+    """Weights that are dropped by the pattern of an int rng, in heads."""
+    make = partial(multi_head, group="dropout", dropout=0.4, seed=21)
+    query, key, value = grid(rng, 2, 3, 3), grid(rng, 2, 4, 3), grid(rng, 2, 4, 3)
+    yield make("heads: dropout", query, key, value, params_of(rng, 3, 3, 3, 2, 2), rng, asked=("weights", "lse"))
+    params = params_of(rng, 3, 3, 3, 4, 2) | {"sink": grid(rng, 4)}
+    name, options = "heads: dropout, grouped, no batch", {"heads": 4, "kv_heads": 2, "causal": True}
+    yield make(name, query[0], key[0], value[0], params, rng, **options)
+    x, params = grid(rng, 2, 4, 3), params_of(rng, 3, 3, 3, 1, 1, d=3, v=2, biases=())
+    params.pop("W_o")
+    case = make("self-attention, dropout", x, x, x, params, rng, call="self_attention", heads=1, asked=("lse",))
+    yield as_self_attention(case, x)
 
 
 def self_attention(rng: np.random.Generator) -> Iterator[Case]:

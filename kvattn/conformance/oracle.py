@@ -198,6 +198,33 @@ def slope(function: Callable[[Array], Array], x: Array, at: tuple[int, ...]) -> 
     return np.imag(function(x)) / STEP
 
 
+# ---- dropout, of a seed
+
+
+def splitmix64(seed: int, number: int) -> int:
+    """Output ``number``, from 0, of SplitMix64 seeded with ``seed``, in Python's integers.
+
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators"; Vigna's splitmix64.c.
+    """
+    z = (seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def survivors(pairs: list[tuple[Place, Place]], lead: tuple[int, ...], rate: float, seed: int) -> Array:
+    """What the weights of these pairs are multiplied by: 0 for those that dropout drops, the same number for the others."""
+    dropped, factors = min(round(2**16 * rate), 2**16 - 1), []
+    for _, (*at, i, j) in pairs:
+        head, word = 0, seed  # its number among all heads of all batch entries
+        for place, size in zip(at, lead, strict=True):
+            head = head * size + place
+        for number in (head, i, j // 4):
+            word = splitmix64(word, number)
+        factors.append(0.0 if (word >> 16 * (j % 4)) % 2**16 < dropped else 1 / (1 - dropped / 2**16))
+    return np.array(factors)
+
+
 # ---- attention
 
 
@@ -278,7 +305,8 @@ def attention(query: Array, key: Array, value: Array, grad_output: Array | None 
 
 def _attention(query: Array, key: Array, value: Array, grad_output: Array | None, *, score: Any = "scaled_dot_score",
                normalize: str = "softmax", bias: Any = None, scale: float | None = None, softcap: float | None = None,
-               sink: Array | float | None = None, return_scores: str | None = None, absolute: Any = None,
+               sink: Array | float | None = None, dropout: float = 0.0, rng: int = 0, return_scores: str | None = None,
+               absolute: Any = None,
                **which: Any) -> tuple[dict[str, Array], dict[str, Any], float]:  # fmt: skip
     """(values, magnitudes element by element or at once, the largest score).
 
@@ -297,12 +325,15 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
     sources = {"query": (query, flat_rows(query, lead)[at_query]), "key": (key, flat_rows(key, lead)[at_key])}
     sources["value"] = (value, flat_rows(value, lead)[at_key])
     q, k, v = (_flat(x)[rows] for x, rows in sources.values())
-    q_size, k_size, v_size = q, k, np.abs(v)
+    share = survivors(found, lead, dropout, rng) if dropout else np.ones(len(v))
+    v, v_size = v * share[:, None], np.abs(v) * share[:, None]  # what multiplies a weight may as well multiply its value
+    q_size, k_size = q, k
     g_size: Any = None if grad_output is None else np.abs(grad_output)
     if absolute is not None:
         *inputs, g_size = absolute
         rows = [rows for _, rows in sources.values()]
         q_size, k_size, v_size = (_flat(x)[r] for x, r in zip(inputs, rows, strict=True))
+        v_size = v_size * share[:, None]
         k_size = -k_size  # a difference of such sums is rounded relative to the sum of their magnitudes
 
     def raw_scores_of(q: Array, k: Array, parameters: dict[str, Any]) -> Array:
@@ -361,7 +392,8 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
                 grad_s_size[of[j]] = grad_w_size @ jacobian_size[:, j]
             else:
                 grad_sink[at], grad_sink_size[at] = grad_w @ change, grad_w_size @ jacobian_size[:, j]
-        grad_v[of], grad_v_size[of] = w[:, None] * g, w_size[:, None] * g_size[at]
+        kept = share[of][:, None]
+        grad_v[of], grad_v_size[of] = kept * w[:, None] * g, kept * w_size[:, None] * g_size[at]
 
     convex = normalize not in ("identity", "proportional")
     finite = np.abs(log_sum[np.isfinite(log_sum)])

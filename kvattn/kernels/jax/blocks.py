@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kvattn import planning
+from kvattn.kernels.jax import dropout
 
 PAIRS = 2**22  # numbers that are held at one time: scores, and their features
 PAIRS_GPU = 2**26  # where smaller blocks would not keep the device busy
@@ -39,11 +40,12 @@ def attention(attend, query, key, value, call, steps):
         x = getattr(call, name)
         if getattr(x, "ndim", 0) > 1 and x.shape[-2] == n:
             each[name] = (x, -2)
-    rngs = None if call.rng is None else jax.random.split(call.rng, len(steps))  # one key would drop the same in all
+    rngs = dropout.of_blocks(call.rng, len(steps))
 
     def block(i, own, rng):
         query, own = own["query"], {name: x for name, x in own.items() if name != "query"}
-        here = call._replace(query_offset=call.query_offset + i * size, rng=rng, **own)
+        places = {"query_offset": call.query_offset + i * size, "first_query": call.first_query + i * size}
+        here = call._replace(**places, rng=call.rng if rng is None else rng, **own)
         results = attend(query, key, value, here)
         return results if isinstance(results, tuple) else (results,)
 

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
 from kvattn import planning
+from kvattn.kernels.jax import dropout, nonfinite
 from kvattn.kernels.jax import gpu as jax_gpu
-from kvattn.kernels.jax import nonfinite
 
 if hasattr(jax, "enable_x64"):
     x64 = jax.enable_x64
@@ -142,9 +142,13 @@ def _split(call, n):
     """(what of a call of n queries is part of its program, what is an argument of that)."""
     given = {name: x for name in _TRACED if (x := getattr(call, name)) is not None}
     given |= {name: x for name in ("score", "normalize") if type(x := getattr(call, name)) is Partial}
+    if call.rng is not None:
+        given["rng"] = dropout.seed(call.rng)
     if call.scale is not None and not (isinstance(call.scale, float) and jax_gpu.device()):  # cuDNN's is part of its program
         given["scale"] = call.scale
-    if not call.dropout:
+    if call.dropout and dropout.drawn(call.rng):
+        given |= {"first_query": call.first_query, "first_key": call.first_key}
+    else:
         call = call._replace(first_query=0, first_key=0)  # nobody asks: blocks that lie alike share a program
     if not call.windowed:
         call = call._replace(query_offset=0)  # nor where the queries stand

@@ -315,7 +315,7 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse):
         weights, lse = tab._softmax_lse(scores, allowed)
         left, lse = tab._left(lse, call.sink, query.ndim)
         weights = np.where(weights == 0, 0, left * weights).astype(weights.dtype)
-    kept = tab._dropout(np.ones_like(weights), call.dropout, call.rng) if call.dropout else 1
+    kept = tab._dropout(np.ones_like(weights), call) if call.dropout else 1
 
     # and back
     grad_output, folded = tab._fold(grad_output, kv_heads), tab._fold(query, kv_heads)

@@ -16,6 +16,7 @@ from functools import partial
 import tensorflow as tf
 
 from kvattn import planning
+from kvattn.kernels.tensorflow import dropout
 
 MOST = 2**24  # numbers that a block holds at one time: scores, and their features
 
@@ -53,8 +54,7 @@ def attention(tab, serve, query, key, value, call, plan):
     """
     n, m, size = query.shape[-2], key.shape[-2], plan[0][1]
     count = n // size  # whole blocks; what is left is a smaller one
-    rng = tf.random.uniform((), maxval=2**31 - 1, dtype=tf.int32) if call.dropout and call.rng is None else call.rng
-    seed, first = rng if isinstance(rng, tuple) else (rng, 0)
+    rng = (tf.random.uniform((), maxval=2**31 - 1, dtype=tf.int32), 0) if call.dropout and call.rng is None else call.rng
     keywords = getattr(call.score, "keywords", {})
     parameters = {name: f"the score's {name}" for name, x in keywords.items() if tab.is_array(x)}
     arrays = {"query": query, "key": key, "value": value, "mask": call.mask, "bias": call.bias, "valid_lens": call.valid_lens}
@@ -72,10 +72,11 @@ def attention(tab, serve, query, key, value, call, plan):
         if parameters:
             score = partial(score.func, *score.args, **keywords | {name: here[label] for name, label in parameters.items()})
         at = tf.cast(call.query_offset, tf.int64) + size * tf.cast(i, tf.int64)
-        draws = None if rng is None else (seed, first * len(plan) + i)  # one seed would drop the same pairs in every block
+        first = tf.cast(call.first_query, tf.int64) + size * tf.cast(i, tf.int64)
         block_call = call._replace(
-            score=score, mask=here["mask"], bias=here["bias"], valid_lens=here["valid_lens"], query_offset=at, rng=draws
-        )
+            score=score, mask=here["mask"], bias=here["bias"], valid_lens=here["valid_lens"], query_offset=at,
+            rng=dropout.of_block(rng, i, len(plan)), first_query=first,
+        )  # fmt: skip
         results = serve(here["query"], here["key"], here["value"], block_call)
         return results if isinstance(results, tuple) else (results,)
 

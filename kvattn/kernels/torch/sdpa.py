@@ -217,7 +217,7 @@ def recomputed(attend, rng):
             rng.set_state(now)
 
     def contexts():
-        return nullcontext(), nullcontext() if rng is None else rewound(rng.get_state())
+        return nullcontext(), rewound(rng.get_state()) if isinstance(rng, torch.Generator) else nullcontext()
 
     return partial(checkpoint, attend, use_reentrant=False, context_fn=contexts)
 
