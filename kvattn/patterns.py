@@ -35,7 +35,7 @@ from kvattn import checks
 STEP = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # (shift, factor), and at last
 LAST = 31  # a shift alone
-BITS, PER_WORD = 16, 4  # bits of a pair, pairs of a word
+BITS, VALUES, PER_WORD = 16, 65536, 4  # bits of a pair, and values of these, pairs of a word
 WORDS = 2**13  # that are made at one time, and lie in the cache
 
 Array = np.ndarray
@@ -57,7 +57,7 @@ def threshold(rate: float) -> int:
     >>> threshold(0.1), threshold(0.5)
     (6554, 32768)
     """
-    return min(round(rate * 2**BITS), 2**BITS - 1)
+    return min(round(rate * VALUES), VALUES - 1)
 
 
 def exact(rate: float) -> float:
@@ -66,7 +66,7 @@ def exact(rate: float) -> float:
     >>> exact(0.5)
     0.5
     """
-    return threshold(rate) / 2**BITS
+    return threshold(rate) / VALUES
 
 
 def kept(shape: tuple[int, ...], call: Any) -> Array:
@@ -92,7 +92,7 @@ def kept_of_selected(index: Array, call: Any) -> Array:
     *lead, n, _ = index.shape
     rows, keys = _rows(call, lead, n).reshape(*lead, n, 1), (index + call.first_key).astype(np.uint64)
     words = _output(rows, keys // np.uint64(PER_WORD))
-    bits = words >> keys % np.uint64(PER_WORD) * np.uint64(BITS) & np.uint64(2**BITS - 1)
+    bits = words >> keys % np.uint64(PER_WORD) * np.uint64(BITS) & np.uint64(VALUES - 1)
     return np.asarray(bits >= threshold(call.dropout))
 
 
@@ -104,7 +104,7 @@ def _rows(call: Any, lead: list[int], n: int) -> Array:
 
 
 def _output(states: Array, number: Array) -> Array:
-    z = states + (number + np.uint64(1)) * np.uint64(STEP)
+    z: Array = states + (number + np.uint64(1)) * np.uint64(STEP)
     return _mix(z, np.empty_like(z))
 
 
@@ -113,4 +113,5 @@ def _mix(z: Array, shifted: Array) -> Array:
     for shift, factor in MIX:
         np.bitwise_xor(z, np.right_shift(z, np.uint64(shift), out=shifted), out=z)
         np.multiply(z, np.uint64(factor), out=z)
-    return np.bitwise_xor(z, np.right_shift(z, np.uint64(LAST), out=shifted), out=z)
+    np.bitwise_xor(z, np.right_shift(z, np.uint64(LAST), out=shifted), out=z)
+    return z

@@ -102,8 +102,8 @@ def dropout(rng: np.random.Generator) -> Iterator[Case]:
     query, key, value = grid(rng, 2, 3, 3), grid(rng, 2, 4, 3), grid(rng, 2, 4, 3)
     yield make("heads: dropout", query, key, value, params_of(rng, 3, 3, 3, 2, 2), rng, asked=("weights", "lse"))
     params = params_of(rng, 3, 3, 3, 4, 2) | {"sink": grid(rng, 4)}
-    name, options = "heads: dropout, grouped, no batch", {"heads": 4, "kv_heads": 2, "causal": True}
-    yield make(name, query[0], key[0], value[0], params, rng, **options)
+    alone, make_grouped = (query[0], key[0], value[0], params, rng), partial(make, heads=4, kv_heads=2, causal=True)
+    yield make_grouped("heads: dropout, grouped, no batch", *alone)
     x, params = grid(rng, 2, 4, 3), params_of(rng, 3, 3, 3, 1, 1, d=3, v=2, biases=())
     params.pop("W_o")
     case = make("self-attention, dropout", x, x, x, params, rng, call="self_attention", heads=1, asked=("lse",))

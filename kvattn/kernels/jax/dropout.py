@@ -65,7 +65,7 @@ def _kept(rows, keys, rate):
     """Each pair computes the word that it shares with three others: XLA makes one loop of that, and no array of words."""
     word, at = _number(keys // patterns.PER_WORD), keys % patterns.PER_WORD
     high, low = _output(Wide(*(x[..., None] for x in rows)), word)
-    bits = jnp.where(at < 2, low, high) >> (at % 2 * patterns.BITS).astype(jnp.uint32) & _uint32(2**patterns.BITS - 1)
+    bits = jnp.where(at < 2, low, high) >> (at % 2 * patterns.BITS).astype(jnp.uint32) & _uint32(patterns.VALUES - 1)
     return bits >= _uint32(patterns.threshold(rate))
 
 

@@ -29,7 +29,7 @@ def of_selected(call, index):
     keys, rows = index + tf.cast(call.first_key, index.dtype), tf.reshape(_rows(call, lead, n), (*lead, n, 1))
     words = _output(rows, tf.cast(keys // patterns.PER_WORD, tf.uint64))
     bits = tf.bitwise.right_shift(words, tf.cast(keys % patterns.PER_WORD * patterns.BITS, tf.uint64))
-    bits = tf.bitwise.bitwise_and(bits, tf.constant(2**patterns.BITS - 1, tf.uint64))
+    bits = tf.bitwise.bitwise_and(bits, tf.constant(patterns.VALUES - 1, tf.uint64))
     return tf.expand_dims(bits >= tf.constant(patterns.threshold(call.dropout), tf.uint64), -2)
 
 

@@ -21,7 +21,7 @@ def kept(weights, call):
     first, skip = divmod(call.first_key, patterns.PER_WORD)
     words = torch.arange(first, -(-(call.first_key + m) // patterns.PER_WORD), device=weights.device)
     words = _output(_rows(call, lead, n, weights.device)[..., None], words)
-    bits = torch.stack([words >> patterns.BITS * i & 2**patterns.BITS - 1 for i in range(patterns.PER_WORD)], dim=-1)
+    bits = torch.stack([words >> patterns.BITS * i & patterns.VALUES - 1 for i in range(patterns.PER_WORD)], dim=-1)
     bits = bits.flatten(-2)[..., skip : skip + m]
     return (bits >= patterns.threshold(call.dropout)).reshape(weights.shape)
 
@@ -35,7 +35,7 @@ def of_selected(call, index):
     *lead, n, _ = index.shape
     rows, keys = _rows(call, lead, n, index.device).reshape(*lead, n, 1), index + call.first_key
     words = _output(rows, keys // patterns.PER_WORD)
-    bits = words >> patterns.BITS * (keys % patterns.PER_WORD) & 2**patterns.BITS - 1
+    bits = words >> patterns.BITS * (keys % patterns.PER_WORD) & patterns.VALUES - 1
     return (bits >= patterns.threshold(call.dropout))[..., None, :]
 
 
