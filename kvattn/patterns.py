@@ -26,7 +26,7 @@ splitmix64.c, after Stafford's variant 13.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,9 +41,18 @@ WORDS = 2**13  # that are made at one time, and lie in the cache
 Array = np.ndarray
 
 
+class Wide(NamedTuple):
+    """A seed, or another number of 64 bits, where a framework has 32: high * 2^32 + low."""
+
+    high: Any
+    low: Any
+
+
 def is_seed(rng: Any) -> bool:
     """Whether ``rng`` is a seed: an int, or an array () of an integer dtype."""
-    return type(rng) is int or (hasattr(rng, "dtype") and tuple(rng.shape) == () and checks.dtype_name(rng) in checks.INTEGERS)
+    if type(rng) in (int, Wide):
+        return True
+    return hasattr(rng, "dtype") and tuple(rng.shape) == () and checks.dtype_name(rng) in checks.INTEGERS
 
 
 def drawn(rng: Any) -> bool:
@@ -67,6 +76,15 @@ def exact(rate: float) -> float:
     0.5
     """
     return threshold(rate) / VALUES
+
+
+def derived(seed: Any, number: int) -> int:
+    """The seed of part ``number`` of what has this seed: output(seed, number).
+
+    >>> derived(0, 0) == 0xE220A8397B1DCDAF
+    True
+    """
+    return int(_output(np.array([int(seed) % 2**64], np.uint64), np.array([number], np.uint64))[0])
 
 
 def kept(shape: tuple[int, ...], call: Any) -> Array:

@@ -1,9 +1,12 @@
 """The pattern of dropout that an int rng draws, beyond what the conformance suite asks: vectors, statistics, compiled steps."""
 
+import importlib
+
 import numpy as np
 import pytest
 
 import kvattn
+from kvattn import layers
 from kvattn.conformance import oracle
 
 # published: SplitMix64 of the seed 1234567 at Rosetta Code, and of 0 as seeds of xoshiro generators
@@ -135,3 +138,49 @@ def test_a_compiled_step_draws_by_the_seed_that_it_is_given(backend):
     step = compiled(backend)
     for seed in (3, 4, 2**31 - 1):
         assert ((step(seed) > 0) == pattern(backend, seed, n=4, m=6)).all()
+
+
+def test_multi_head_attention_drops_by_the_seed_of_its_call(backend):
+    adapter = importlib.import_module(f"adapters.{backend}")
+    inputs = [RNG.normal(size=(2, size, 8)).astype("float32") for size in (3, 5, 5)]
+    layer = adapter.layer("MultiHeadAttention", num_hiddens=8, num_heads=2, dropout=0.5, seed=1)
+    plain, drops = adapter.call(layer, *inputs), {"training": True, "rng": 7}
+    params = {name: x.astype("float64") for name, x in adapter.weights(layer).items()}
+    wide = [x.astype("float64") for x in inputs]
+    expected = kvattn.multi_head_attention(*wide, params, num_heads=2, dropout=0.5, rng=7)
+    np.testing.assert_allclose(adapter.call(layer, *inputs, **drops), expected, atol=1e-5)
+    np.testing.assert_array_equal(adapter.call(layer, *inputs, rng=7), plain)
+
+
+@pytest.mark.parametrize("name", ["PositionalEncoding", "AddNorm"])
+def test_a_layer_drops_features_by_the_seed_of_its_call(backend, name):
+    adapter = importlib.import_module(f"adapters.{backend}")
+    X, Y = (RNG.normal(size=(2, 3, 8)).astype("float32") for _ in range(2))
+    kept = np.where(by_hand(9, 0.25, 2, 3, 8), 4 / 3, 0)
+    if name == "AddNorm":
+        layer, inputs = adapter.layer("AddNorm", norm_shape=8, dropout=0.25), (X, Y)
+        adapter.call(layer, *inputs)
+        summed = X + kept * Y
+        expected = summed - summed.mean(axis=-1, keepdims=True)
+        expected /= np.sqrt((expected**2).mean(axis=-1, keepdims=True) + layers.EPSILON)
+    else:
+        layer, inputs = adapter.layer("PositionalEncoding", num_hiddens=8, dropout=0.25), (X,)
+        expected = kept * (X + layers.encoding(3, 8))
+    np.testing.assert_allclose(adapter.call(layer, *inputs, training=True, rng=9), expected, atol=1e-4)
+
+
+def test_the_parts_of_an_encoder_have_seeds_of_their_own(backend):
+    """Two blocks with the same weights, of which the second is given what the first gave, drop other pairs."""
+    adapter = importlib.import_module(f"adapters.{backend}")
+    tab = kvattn.dispatch.load(backend)
+    seeds = [int(np.asarray(layers.seed_of(tab, 5, part))) for part in range(4)]
+    assert len({5, *seeds}) == 5
+    assert seeds == [oracle.splitmix64(5, part) for part in range(4)]
+    assert layers.seed_of(tab, None, 0) is None
+    X = RNG.normal(size=(2, 3, 8)).astype("float32")
+    sizes = {"num_hiddens": 8, "ffn_num_hiddens": 8, "num_heads": 2, "dropout": 0.5}
+    block = adapter.layer("TransformerEncoderBlock", **sizes, seed=1)
+    plain, first = adapter.call(block, X), adapter.call(block, X, training=True, rng=1)
+    np.testing.assert_array_equal(adapter.call(block, X, training=True, rng=1), first)
+    np.testing.assert_array_equal(adapter.call(block, X, rng=1), plain)
+    assert np.abs(adapter.call(block, X, training=True, rng=2) - first).max() > 0.05

@@ -256,3 +256,24 @@ def test_a_graph_refuses_what_it_cannot_hold():
     attention.hybridize()
     with pytest.raises(ValueError, match="key has shape"):
         attention(Q, OTHER, V)
+
+
+def test_a_graph_refuses_a_seed_which_it_would_hold():
+    class Net(nn.HybridBlock):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def hybrid_forward(self, F, X):
+            if self.inner is None:
+                return kv.attention(X, X, X, dropout=0.5, rng=3)
+            return self.inner(X, X, rng=3) if isinstance(self.inner, kv.AddNorm) else self.inner(X, X, X, rng=3)
+
+    X = np.array(RNG.normal(size=(2, 3, 8)), dtype="float32")
+    for inner in (None, kv.DotProductAttention(0.5), kv.AddNorm(0.5)):
+        net = Net(inner)
+        net.initialize()
+        net(X)  # at once it is served
+        net.hybridize()
+        with pytest.raises(ValueError, match="rng in a graph"):
+            net(X)

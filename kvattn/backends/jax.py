@@ -523,7 +523,7 @@ def _dropout(weights, call):
     rate, rng = call.dropout, call.rng
     if not rate:
         return weights
-    if dropout.drawn(rng):
+    if patterns.drawn(rng):
         kept, rate = dropout.kept(weights, call), patterns.exact(rate)
     else:
         if rng is None:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import api, checks, dispatch, prepare, rotation
+from kvattn import api, checks, dispatch, patterns, prepare, rotation
 from kvattn.cache import KVCache
 from kvattn.call import Call
 
@@ -71,6 +71,7 @@ CALLS = {
     "values": "(batch, m, v).",
     "valid_lens": "(batch,) or (batch, n): keys from this position on are padding.",
     "cache": "a kvattn.KVCache (of an encoder, one for each block), which a call extends and returns.",
+    "rng": "an int, by which all that dropout drops here is the same in every framework; give each step another.",
     "options": "kvattn.attention's own: causal, mask, bias, window, positions, scale, return_weights, ...",
     "offset": "the position of the first of them.",
     "Y": "what is added to X, of its shape.",
@@ -233,6 +234,20 @@ def with_sink(options: dict[str, Any], sink: Any) -> dict[str, Any]:
     return {**options, "sink": sink}
 
 
+def seed_of(tab: Any, rng: Any, part: int, attends: bool = True) -> Any:
+    """The seed of a part of a layer whose call was given ``rng``; what is no seed serves the parts that attend, as it is."""
+    if rng is None or not patterns.is_seed(rng := checks.seed(tab, rng)):
+        return rng if attends else None
+    return tab.dropout.derived(rng, part)
+
+
+def dropped(tab: Any, X: Any, rate: float, rng: Any) -> Any:
+    """X (..., n, features) with entries dropped as weights are, a feature in the place of a key."""
+    if not patterns.is_seed(rng := checks.seed(tab, rng)):
+        raise TypeError(f"rng must be an int here, the seed of a pattern, not {type(rng).__name__}")
+    return tab._dropout(X, Call(score=None, normalize=None, dropout=rate, rng=rng))
+
+
 def lengths(tab: Any, valid_lens: Any, queries: Any) -> Any:
     """valid_lens for queries (batch, heads, n, d), or (heads, n, d): then () and (n,) become the lengths of each head."""
     if valid_lens is None or len(queries.shape) != 3:
@@ -246,7 +261,7 @@ LIMITS = ("mask", "bias", "causal", "query_offset", "window", "positions")  # th
 def hide_unseen(tab: Any, queries: Any, keys: Any, values: Any, num_heads: int, valid_lens: Any = None, **options: Any) -> Any:
     """queries, keys and values (..., n, features) with zeros in rows that meet nobody in any head, where NaN may be: it would
     reach the gradients of the matrices that project them. Raises what attention would."""
-    free = valid_lens is None and not options and 0 not in (*queries.shape[:-1], *keys.shape[:-1])
+    free = valid_lens is None and not options.keys() - {"rng"} and 0 not in (*queries.shape[:-1], *keys.shape[:-1])
     if free or not tab._may_leak(queries, keys, values):
         return queries, keys, values
     limits = {name: options[name] for name in LIMITS if name in options} | {"valid_lens": valid_lens}

@@ -253,15 +253,19 @@ class Dropout(Layer):
     def __init__(self, rate=0.0, *, rng=None):
         self.rate, self.rng = checks.probability("dropout", rate), np.random.default_rng(rng)
 
-    def forward(self, X):
-        kept = self.rng.random(X.shape) >= self.rate if self.training and self.rate else None
-        self.keep(kept)
-        return self._drop(X, kept)
+    def forward(self, X, *, rng=None):
+        drops = self.training and self.rate
+        kept = self.rng.random(X.shape) >= self.rate if drops and rng is None else None
+        seed = rng if drops else None
+        self.keep(kept, seed)
+        return self._drop(X, kept, seed)
 
-    def vjp(self, grad, kept):
-        return self._drop(grad, kept)
+    def vjp(self, grad, kept, seed):
+        return self._drop(grad, kept, seed)
 
-    def _drop(self, X, kept):
+    def _drop(self, X, kept, seed):
+        if seed is not None:
+            return layers.dropped(tab, X, self.rate, seed)
         return X if kept is None else np.where(kept, X / (1 - self.rate), 0).astype(X.dtype)
 
 

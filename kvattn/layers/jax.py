@@ -255,7 +255,7 @@ class PositionalEncoding(_Layer):
         return jnp.asarray(_encoding(self.max_len, self.num_hiddens)[None], jnp.float32)
 
     @_exact
-    def __call__(self, X, training=False, *, offset=0):
+    def __call__(self, X, training=False, *, offset=0, rng=None):
         layers.check_length(self.max_len, X.shape[1], offset)
         (X,) = prepare.arrays(tab, X=X)
         if self.is_mutable_collection("intermediates"):
@@ -265,7 +265,14 @@ class PositionalEncoding(_Layer):
             P = P[offset : offset + X.shape[1]]  # in NumPy: a compiled program keeps these rows only
         else:
             P = jax.lax.dynamic_slice_in_dim(P, offset, X.shape[1])
-        return self.drop(X + P, deterministic=not training)
+        return _dropped(self.drop, X + P, training, rng)
+
+
+def _dropped(drop, X, training, rng):
+    """What an nn.Dropout makes of X; given a seed, by its pattern."""
+    if rng is None or not (training and drop.rate):
+        return drop(X, deterministic=not training)
+    return layers.dropped(tab, X, drop.rate, rng)
 
 
 @functools.lru_cache(maxsize=4)
@@ -292,11 +299,11 @@ class AddNorm(_Layer):
         )
 
     @_exact
-    def __call__(self, X, Y, training=False):
+    def __call__(self, X, Y, training=False, *, rng=None):
         X, Y = prepare.arrays(tab, X=X, Y=Y)
         if (shape := self.ln.shape) is not None:
             checks.same_shape("X", X, (*X.shape[: -len(shape)], *shape), "norm_shape says")
-        return self.ln(self.drop(Y, deterministic=not training) + X).astype(X.dtype)
+        return self.ln(_dropped(self.drop, Y, training, rng) + X).astype(X.dtype)
 
 
 class PositionWiseFFN(_Layer):
@@ -342,10 +349,12 @@ class TransformerEncoderBlock(_Layer):
         self.addnorm2 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
 
     @_exact
-    def __call__(self, X, valid_lens=None, training=False, *, cache=None, **options):
+    def __call__(self, X, valid_lens=None, training=False, *, cache=None, rng=None, **options):
+        rng, *seeds = (layers.seed_of(tab, rng, part, attends=part == 0) for part in range(3))
+        options |= {} if rng is None else {"rng": rng}
         Y, *rest = _several(self.attention(X, X, X, valid_lens, training, cache=cache, **options))
-        Y = self.addnorm1(X, Y, training)
-        Y = self.addnorm2(Y, self.ffn(Y), training)
+        Y = self.addnorm1(X, Y, training, rng=seeds[0])
+        Y = self.addnorm2(Y, self.ffn(Y), training, rng=seeds[1])
         return (Y, *rest) if rest else Y
 
 
@@ -381,15 +390,17 @@ class TransformerEncoder(_Layer):
         ]  # fmt: skip
 
     @_exact
-    def __call__(self, X, valid_lens=None, training=False, *, cache=None, return_weights=None, **options):
+    def __call__(self, X, valid_lens=None, training=False, *, cache=None, return_weights=None, rng=None, **options):
         caches = None if cache is None else layers.caches(cache, self.num_blks)
         offset = caches[0].length if caches else 0
-        X = self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), training, offset=offset)
+        X, seed = self.embedding(X) * math.sqrt(self.num_hiddens), layers.seed_of(tab, rng, 0, attends=False)
+        X = self.pos_encoding(X, training, offset=offset, rng=seed)
         sown = return_weights is None and cache is None
         options["return_weights"] = False if sown and not self.is_mutable_collection("intermediates") else return_weights
         rests = []
         for i, block in enumerate(self.blks):
-            X, *rest = _several(block(X, valid_lens, training, cache=caches and caches[i], **options))
+            seed = layers.seed_of(tab, rng, 1 + i)
+            X, *rest = _several(block(X, valid_lens, training, cache=caches and caches[i], rng=seed, **options))
             if caches:
                 caches[i] = rest.pop()
             rests.append(rest)

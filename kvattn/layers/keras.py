@@ -16,7 +16,7 @@ from kvattn.backends import tensorflow as tab
 if keras.backend.backend() != "tensorflow":
     raise ImportError(f"kvattn's TensorFlow layers need Keras on TensorFlow, not {keras.backend.backend()}: see KERAS_BACKEND")
 
-ARRAYS = ("mask", "bias", "positions", "query_offset", "sink")  # the options of attention that may be tensors
+ARRAYS = ("mask", "bias", "positions", "query_offset", "sink", "rng")  # the options of attention that may be tensors
 
 registered = keras.saving.register_keras_serializable("kvattn")
 
@@ -121,6 +121,18 @@ def check_given(layer, **sizes):
             f"{type(layer).__name__} needs {' and '.join(missing)}: give sizes by name, or in d2l's order for TensorFlow, "
             "in which key_size, query_size and value_size come first"
         )
+
+
+def seed_among(arrays, rng):
+    """The seed, which is among the ``arrays`` where it is a tensor, and the others."""
+    return (arrays or {}).get("rng", rng), {name: x for name, x in (arrays or {}).items() if name != "rng"} or None
+
+
+def dropped(dropout, X, training, rng):
+    """What a keras.layers.Dropout makes of X; given a seed, by its pattern."""
+    if rng is None or not (training and dropout.rate):
+        return dropout(X, training=training)
+    return layers.dropped(tab, X, dropout.rate, rng)
 
 
 # ---- Keras's masks: (batch, n), True where a position is no padding

@@ -366,7 +366,7 @@ class PositionalEncoding(_Layer):
         self.dropout = nn.Dropout(dropout)
         self.P = np.array(_table(max_len, num_hiddens), dtype="float32")  # no parameter: it is computed, so not saved
 
-    def hybrid_forward(self, F, X, offset=0):
+    def hybrid_forward(self, F, X, offset=0, *, rng=None):
         _, max_len, h = self.P.shape
         if symbols.deferred(X):
             X = F.Custom(X.as_nd_ndarray(), op_type=POSITIONS, max_len=max_len, h=h, offset=offset).as_np_ndarray()
@@ -374,7 +374,16 @@ class PositionalEncoding(_Layer):
             layers.check_length(max_len, X.shape[1], offset)
             P = np.array(_table(max_len, h), dtype="float64") if X.dtype == numpy.float64 else self.P
             X = X + P[:, offset : offset + X.shape[1]].as_in_ctx(X.ctx).astype(X.dtype)
-        return self.dropout(X)
+        return _dropped(self.dropout, X, rng)
+
+
+def _dropped(dropout, X, rng):
+    """What an nn.Dropout makes of X; given a seed, by its pattern."""
+    if symbols.deferred(X):
+        symbols.refuse_seed(rng)
+    if rng is None or not (autograd.is_training() and dropout._rate):
+        return dropout(X)
+    return layers.dropped(tab, X, dropout._rate, rng)
 
 
 @cache
@@ -426,8 +435,8 @@ class AddNorm(_Layer):
             raise ValueError(f"norm_shape is {norm_shape}; MXNet's layer norm is over one axis, the last: give its size")
         self.ln = _LayerNorm(epsilon=layers.EPSILON, in_channels=int(size[0]))
 
-    def hybrid_forward(self, F, X, Y):
-        return self.ln(self.dropout(Y) + X)
+    def hybrid_forward(self, F, X, Y, *, rng=None):
+        return self.ln(_dropped(self.dropout, Y, rng) + X)
 
 
 class PositionWiseFFN(_Layer):
@@ -462,11 +471,13 @@ class TransformerEncoderBlock(_Layer):
         self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
         self.addnorm2 = AddNorm(dropout, num_hiddens)
 
-    def hybrid_forward(self, F, X, valid_lens=None, *, cache=None, **options):
-        Y = self.attention(X, X, X, valid_lens, **options, **({} if cache is None else {"cache": cache}))
+    def hybrid_forward(self, F, X, valid_lens=None, *, cache=None, rng=None, **options):
+        seeds = [layers.seed_of(tab, rng, part, attends=part == 0) for part in range(3)]
+        seeds = [{} if seed is None else {"rng": seed} for seed in seeds]
+        Y = self.attention(X, X, X, valid_lens, **options, **seeds[0], **({} if cache is None else {"cache": cache}))
         Y, cache = Y if cache is not None else (Y, None)
-        Y = self.addnorm1(X, Y)
-        Y = self.addnorm2(Y, self.ffn(Y))
+        Y = self.addnorm1(X, Y, **seeds[1])
+        Y = self.addnorm2(Y, self.ffn(Y), **seeds[2])
         return Y if cache is None else (Y, cache)
 
 
@@ -496,15 +507,17 @@ class TransformerEncoder(_Layer):
             self.initialize(ctx=X.ctx)
         return super().forward(X, *args)
 
-    def hybrid_forward(self, F, X, valid_lens=None, *, cache=None, **options):
+    def hybrid_forward(self, F, X, valid_lens=None, *, cache=None, rng=None, **options):
         caches = None if cache is None else layers.caches(cache, len(self.blks))
         X = self.embedding(X) * math.sqrt(self.num_hiddens)
-        X = self.pos_encoding(X, **({"offset": caches[0].length} if caches else {}))
+        seeds = [layers.seed_of(tab, rng, part, attends=part > 0) for part in range(1 + len(self.blks))]
+        seeds = [{} if seed is None else {"rng": seed} for seed in seeds]
+        X = self.pos_encoding(X, **({"offset": caches[0].length} if caches else {}), **seeds[0])
         for i, block in enumerate(self.blks):
             if caches is None:
-                X = block(X, valid_lens, **options)
+                X = block(X, valid_lens, **options, **seeds[1 + i])
             else:
-                X, caches[i] = block(X, valid_lens, cache=caches[i], **options)
+                X, caches[i] = block(X, valid_lens, cache=caches[i], **options, **seeds[1 + i])
         return X if caches is None else (X, caches)
 
     @property

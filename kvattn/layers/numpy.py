@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from kvattn import api, checks, layers
+from kvattn import api, checks, layers, patterns
 from kvattn.backends import numpy as tab
 from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, slots, source
 
@@ -35,10 +35,13 @@ class _Attention(Layer):
         computing = {name: x for name, x in options.items() if not name.startswith("return_")}
         self._last = (queries, keys, {**computing, "score": _copied(score)})
         rate, seed = self.dropout.rate if self.training else 0.0, None
+        pattern = patterns.is_seed(rng := checks.seed(tab, rng))
         if rate:  # vjp draws the same again
-            seed = (self.dropout.rng if rng is None else np.random.default_rng(rng)).integers(2**63)
+            own = self.dropout.rng if rng is None or pattern else np.random.default_rng(rng)
+            seed = rng if pattern else np.random.SeedSequence(int(own.integers(2**63)))
         self.keep(queries, keys, values, score, computing, rate, seed)
-        apart = rate and options.pop("return_weights", False)  # weights in one piece would draw in another order than vjp
+        # weights in one piece would draw in another order than vjp
+        apart = rate and not pattern and options.pop("return_weights", False)
         results = api.attention(queries, keys, values, score=score, **options, **_drawn(rate, seed))
         if not apart:
             return results
@@ -67,7 +70,7 @@ class _Attention(Layer):
 
 
 def _drawn(rate, seed):
-    return {"dropout": rate, "rng": np.random.default_rng(seed) if rate else None}
+    return {"dropout": rate, "rng": np.random.default_rng(seed) if isinstance(seed, np.random.SeedSequence) else seed}
 
 
 def _weights(queries, keys, options):
@@ -192,10 +195,10 @@ class PositionalEncoding(Layer):
         self.dropout = Dropout(dropout, rng=rng)
         self.P = layers.encoding(max_len, num_hiddens)[None]  # float64: rounded to each call's dtype
 
-    def forward(self, X, offset=0):
+    def forward(self, X, offset=0, *, rng=None):
         checks.floating("X", X)
         layers.check_length(self.P.shape[1], X.shape[1], offset)
-        return self.dropout(X + self.P[:, offset : offset + X.shape[1]].astype(X.dtype))
+        return self.dropout(X + self.P[:, offset : offset + X.shape[1]].astype(X.dtype), rng=rng)
 
     def vjp(self, grad):
         return self.dropout.backward(grad)
@@ -208,9 +211,9 @@ class AddNorm(Layer):
         self.dropout = Dropout(dropout, rng=rng)
         self.ln = LayerNorm(norm_shape)
 
-    def forward(self, X, Y):
+    def forward(self, X, Y, *, rng=None):
         checks.same_shape("Y", Y, X.shape, "X")
-        return self.ln(self.dropout(Y) + X)
+        return self.ln(self.dropout(Y, rng=rng) + X)
 
     def vjp(self, grad):
         grad = self.ln.backward(grad)
@@ -264,11 +267,13 @@ class TransformerEncoderBlock(Layer):
         )  # fmt: skip
         self.addnorm2 = AddNorm(num_hiddens, dropout, rng=rng)
 
-    def forward(self, X, valid_lens=None, *, cache=None, **options):
+    def forward(self, X, valid_lens=None, *, cache=None, rng=None, **options):
+        rng, *seeds = (layers.seed_of(tab, rng, part, attends=part == 0) for part in range(3))
+        options |= {} if rng is None else {"rng": rng}
         Y = self.attention(X, X, X, valid_lens, cache=cache, **options)
         Y, cache = Y if cache is not None else (Y, None)
-        Y = self.addnorm1(X, Y)
-        Y = self.addnorm2(Y, self.ffn(Y))
+        Y = self.addnorm1(X, Y, rng=seeds[0])
+        Y = self.addnorm2(Y, self.ffn(Y), rng=seeds[1])
         return Y if cache is None else (Y, cache)
 
     def vjp(self, grad):
@@ -298,14 +303,16 @@ class TransformerEncoder(Layer):
             for i in range(num_blks)
         ]  # fmt: skip
 
-    def forward(self, X, valid_lens=None, *, cache=None, **options):
+    def forward(self, X, valid_lens=None, *, cache=None, rng=None, **options):
         caches = None if cache is None else layers.caches(cache, len(self.blks))
-        X = self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), caches[0].length if caches else 0)
+        first, X = caches[0].length if caches else 0, self.embedding(X) * math.sqrt(self.num_hiddens)
+        X = self.pos_encoding(X, first, rng=layers.seed_of(tab, rng, 0, attends=False))
         for i, block in enumerate(self.blks):
+            seed = layers.seed_of(tab, rng, 1 + i)
             if caches is None:
-                X = block(X, valid_lens, **options)
+                X = block(X, valid_lens, rng=seed, **options)
             else:
-                X, caches[i] = block(X, valid_lens, cache=caches[i], **options)
+                X, caches[i] = block(X, valid_lens, cache=caches[i], rng=seed, **options)
         return X if caches is None else (X, caches)
 
     def vjp(self, grad):

@@ -17,11 +17,13 @@ from kvattn.layers.keras import (  # noqa: F401
     check_cache_sees_no_padding,
     check_given,
     dense,
+    dropped,
     export,
     first,
     hide_padding,
     padding_of,
     registered,
+    seed_among,
     shapes,
 )  # fmt: skip
 
@@ -235,14 +237,14 @@ class PositionalEncoding(Layer):
         self.dropout = keras.layers.Dropout(dropout, autocast=False)
         self.P = layers.encoding(max_len, num_hiddens)[None]
 
-    def call(self, X, offset=0, training=None):
+    def call(self, X, offset=0, arrays=None, training=None, rng=None):
         n = keras.ops.shape(X)[1]
         layers.check_length(self.P.shape[1], n, offset)
         if checks.is_integer(n) and checks.is_integer(offset):
             P = tf.convert_to_tensor(self.P[:, offset : offset + n])
         else:
             P = tf.slice(self.P, (0, offset, 0), (1, n, self.P.shape[2]))
-        return self.dropout(X + tf.cast(P, X.dtype), training=training)
+        return dropped(self.dropout, X + tf.cast(P, X.dtype), training, (arrays or {}).get("rng", rng))
 
 
 @registered
@@ -269,8 +271,8 @@ class AddNorm(Layer):
             )
         build_once(self.ln, X_shape)
 
-    def call(self, X, Y, training=None):
-        return self.ln(self.dropout(Y, training=training) + X)
+    def call(self, X, Y, arrays=None, training=None, rng=None):
+        return self.ln(dropped(self.dropout, Y, training, (arrays or {}).get("rng", rng)) + X)
 
 
 @registered
@@ -319,12 +321,14 @@ class TransformerEncoderBlock(Layer):
         for part in (self.addnorm1, self.ffn, self.addnorm2):
             build_once(part, X_shape)
 
-    def call(self, X, valid_lens=None, arrays=None, cache=None, training=None, **options):
-        cache = None if cache is None else cache.cache
+    def call(self, X, valid_lens=None, arrays=None, cache=None, training=None, rng=None, **options):
+        cache, rng, arrays = None if cache is None else cache.cache, *seed_among(arrays, rng)
+        rng, *seeds = (layers.seed_of(tab, rng, part, attends=part == 0) for part in range(3))
+        options |= {} if rng is None else {"rng": rng}
         Y = self.attention(X, X, X, valid_lens, arrays=arrays, cache=cache, training=training, **options)
         Y, cache = Y if cache is not None else (Y, None)
-        Y = self.addnorm1(X, Y, training=training)
-        Y = self.addnorm2(Y, self.ffn(Y, training=training), training=training)
+        Y = self.addnorm1(X, Y, training=training, rng=seeds[0])
+        Y = self.addnorm2(Y, self.ffn(Y, training=training), training=training, rng=seeds[1])
         return Y if cache is None else (Y, cache)
 
 
@@ -364,16 +368,20 @@ class TransformerEncoder(Layer):
         for block in self.blks:
             build_once(block, (*X_shape, self.num_hiddens))
 
-    def call(self, X, valid_lens=None, arrays=None, cache=None, training=None, **options):
+    def call(self, X, valid_lens=None, arrays=None, cache=None, training=None, rng=None, **options):
+        rng, arrays = seed_among(arrays, rng)
         caches = None if cache is None else layers.caches(cache.cache, len(self.blks))
         options |= {} if (padding := padding_of(X)) is None else {"queries_mask": padding, "keys_mask": padding}
         X = self.embedding(X) * math.sqrt(self.num_hiddens)
-        X = self.pos_encoding(X, offset=caches[0].length if caches else 0, training=training)
+        seed = layers.seed_of(tab, rng, 0, attends=False)
+        X = self.pos_encoding(X, offset=caches[0].length if caches else 0, training=training, rng=seed)
         for i, block in enumerate(self.blks):
+            seed = layers.seed_of(tab, rng, 1 + i)
+            how = {"arrays": arrays, "training": training, **options} | ({} if seed is None else {"rng": seed})
             if caches is None:
-                X = block(X, valid_lens, arrays=arrays, training=training, **options)
+                X = block(X, valid_lens, **how)
             else:
-                X, caches[i] = block(X, valid_lens, arrays=arrays, cache=caches[i], training=training, **options)
+                X, caches[i] = block(X, valid_lens, cache=caches[i], **how)
         return X if caches is None else (X, caches)
 
     @property

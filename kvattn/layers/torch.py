@@ -231,12 +231,19 @@ class PositionalEncoding(nn.Module):
         P = torch.from_numpy(layers.encoding(max_len, num_hiddens)).float()
         self.register_buffer("P", P[None], persistent=False)  # computed, so not saved
 
-    def forward(self, X, offset=0):
+    def forward(self, X, offset=0, *, rng=None):
         layers.check_length(self.P.shape[1], X.shape[1], offset)
         P = self.P
         if X.dtype == torch.float64:  # a buffer of float64 could not go to every device
             P = torch.from_numpy(layers.encoding(*self._sizes))[None].to(X.device)
-        return self.dropout(X + P[:, offset : offset + X.shape[1]].to(X.dtype))
+        return _dropped(self.dropout, X + P[:, offset : offset + X.shape[1]].to(X.dtype), rng)
+
+
+def _dropped(dropout, X, rng):
+    """What an nn.Dropout makes of X; given a seed, by its pattern."""
+    if rng is None or not dropout.training:
+        return dropout(X)
+    return layers.dropped(tab, X, dropout.p, rng)
 
 
 class AddNorm(nn.Module):
@@ -247,8 +254,8 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.ln = nn.LayerNorm(norm_shape, eps=layers.EPSILON)
 
-    def forward(self, X, Y):
-        return self.ln(self.dropout(Y) + X)
+    def forward(self, X, Y, *, rng=None):
+        return self.ln(_dropped(self.dropout, Y, rng) + X)
 
 
 class PositionWiseFFN(nn.Module):
@@ -279,11 +286,13 @@ class TransformerEncoderBlock(nn.Module):
         self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
         self.addnorm2 = AddNorm(num_hiddens, dropout)
 
-    def forward(self, X, valid_lens=None, *, cache=None, **options):
+    def forward(self, X, valid_lens=None, *, cache=None, rng=None, **options):
+        rng, *seeds = (layers.seed_of(tab, rng, part, attends=part == 0) for part in range(3))
+        options |= {} if rng is None else {"rng": rng}
         Y = self.attention(X, X, X, valid_lens, cache=cache, **options)
         Y, cache = Y if cache is not None else (Y, None)
-        Y = self.addnorm1(X, Y)
-        Y = self.addnorm2(Y, self.ffn(Y))
+        Y = self.addnorm1(X, Y, rng=seeds[0])
+        Y = self.addnorm2(Y, self.ffn(Y), rng=seeds[1])
         return Y if cache is None else (Y, cache)
 
 
@@ -309,14 +318,16 @@ class TransformerEncoder(nn.Module):
             )  # fmt: skip
             self.blks.add_module(f"block{i}", block)
 
-    def forward(self, X, valid_lens=None, *, cache=None, **options):
+    def forward(self, X, valid_lens=None, *, cache=None, rng=None, **options):
         caches = None if cache is None else layers.caches(cache, len(self.blks))
-        X = self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), caches[0].length if caches else 0)
+        first, X = caches[0].length if caches else 0, self.embedding(X) * math.sqrt(self.num_hiddens)
+        X = self.pos_encoding(X, first, rng=layers.seed_of(tab, rng, 0, attends=False))
         for i, block in enumerate(self.blks):
+            seed = layers.seed_of(tab, rng, 1 + i)
             if caches is None:
-                X = block(X, valid_lens, **options)
+                X = block(X, valid_lens, rng=seed, **options)
             else:
-                X, caches[i] = block(X, valid_lens, cache=caches[i], **options)
+                X, caches[i] = block(X, valid_lens, cache=caches[i], rng=seed, **options)
         return X if caches is None else (X, caches)
 
     @property

@@ -103,8 +103,8 @@ class _Classifier(nn.Module):
         self.encoder = kv.TransformerEncoder(**self.config)
         self.head = nn.Dense(self.classes)
 
-    def __call__(self, tokens, training=False):
-        return self.head(self.encoder(tokens, training=training))
+    def __call__(self, tokens, training=False, rng=None):
+        return self.head(self.encoder(tokens, training=training, rng=rng))
 
 
 def classifier(classes, config, tokens):
@@ -114,14 +114,18 @@ def classifier(classes, config, tokens):
     return model
 
 
-def train(model, batches, optimizer, lr):
-    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model."""
+def train(model, batches, optimizer, lr, seeded=False):
+    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model.
+
+    ``seeded``: each step draws its dropout from its own number.
+    """
     optimizer = {"sgd": optax.sgd, "adam": optax.adam}[optimizer](lr)
 
     @jax.jit
-    def step(params, state, key, tokens, labels):
+    def step(params, state, key, seed, tokens, labels):
         def loss(params):
-            logits = model.module.apply({"params": params}, tokens, training=True, rngs={"dropout": key})
+            drops = {"rng": seed} if seeded else {"rngs": {"dropout": key}}
+            logits = model.module.apply({"params": params}, tokens, training=True, **drops)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         value, gradient = jax.value_and_grad(loss)(params)
@@ -130,7 +134,7 @@ def train(model, batches, optimizer, lr):
 
     params = model.variables["params"]
     state, losses = optimizer.init(params), []
-    for tokens, labels in batches:
-        loss, params, state = step(params, state, kv.get_key(), tokens, labels)
+    for i, (tokens, labels) in enumerate(batches):
+        loss, params, state = step(params, state, kv.get_key(), i, tokens, labels)
         losses.append(float(loss))
     return losses, Layer(model.module, {"params": params})

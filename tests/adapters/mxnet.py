@@ -58,8 +58,8 @@ class _Classifier(mx.gluon.Block):
         self.encoder = kv.TransformerEncoder(**config)
         self.head = mx.gluon.nn.Dense(classes, flatten=False)
 
-    def forward(self, tokens):
-        return self.head(self.encoder(tokens))
+    def forward(self, tokens, rng=None):
+        return self.head(self.encoder(tokens, **({} if rng is None else {"rng": rng})))
 
 
 @mx.util.use_np
@@ -72,14 +72,17 @@ def classifier(classes, config, tokens):
 
 
 @mx.util.use_np
-def train(model, batches, optimizer, lr):
-    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model."""
+def train(model, batches, optimizer, lr, seeded=False):
+    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model.
+
+    ``seeded``: each step draws its dropout from its own number.
+    """
     trainer = mx.gluon.Trainer(model.collect_params(), optimizer, {"learning_rate": lr})
     loss_of = mx.gluon.loss.SoftmaxCrossEntropyLoss()
     losses = []
-    for tokens, labels in batches:
+    for i, (tokens, labels) in enumerate(batches):
         with mx.autograd.record():
-            loss = loss_of(model(_tensor(tokens)), _tensor(labels)).mean()
+            loss = loss_of(model(_tensor(tokens), i if seeded else None), _tensor(labels)).mean()
         loss.backward()
         trainer.step(1)
         losses.append(loss.item())

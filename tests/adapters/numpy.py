@@ -28,8 +28,8 @@ class _Classifier(kv.Layer):
         self.encoder = kv.TransformerEncoder(**config)
         self.head = kv.Dense(classes)
 
-    def forward(self, tokens):
-        return self.head(self.encoder(tokens))
+    def forward(self, tokens, *, rng=None):
+        return self.head(self.encoder(tokens, rng=rng))
 
     def vjp(self, grad):
         return self.encoder.backward(self.head.backward(grad))
@@ -42,12 +42,16 @@ def classifier(classes, config, tokens):
     return model
 
 
-def train(model, batches, optimizer, lr):
-    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model."""
+def train(model, batches, optimizer, lr, seeded=False):
+    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model.
+
+    ``seeded``: each step draws its dropout from its own number.
+    """
     step = {"sgd": kv.SGD, "adam": kv.Adam}[optimizer](model, lr)
     losses = []
-    for tokens, labels in batches:
-        loss, grad = kv.softmax_cross_entropy(model(tokens, training=True), labels)
+    for i, (tokens, labels) in enumerate(batches):
+        logits = model(tokens, training=True, rng=i if seeded else None)
+        loss, grad = kv.softmax_cross_entropy(logits, labels)
         model.backward(grad)
         step.step()
         losses.append(loss)

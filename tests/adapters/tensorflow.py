@@ -53,17 +53,23 @@ def classifier(classes, config, tokens):
     return keras.Model(inputs, keras.layers.Dense(classes, name="head")(encoder(inputs)))
 
 
-def train(model, batches, optimizer, lr):
-    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model."""
+def train(model, batches, optimizer, lr, seeded=False):
+    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model.
+
+    ``seeded``: each step draws its dropout from its own number.
+    """
     step = {"sgd": keras.optimizers.SGD(lr), "adam": keras.optimizers.Adam(lr, epsilon=1e-8)}[optimizer]
     step.build(model.trainable_variables)
 
     @tf.function
-    def update(tokens, labels):
+    def update(tokens, labels, seed):
         with tf.GradientTape() as tape:
-            logits = model(tokens, training=True)
+            if seeded:
+                logits = model.get_layer("head")(model.get_layer("encoder")(tokens, training=True, rng=seed))
+            else:
+                logits = model(tokens, training=True)
             loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
         step.apply(tape.gradient(loss, [x.value for x in model.trainable_variables]))
         return loss
 
-    return [float(update(*map(tf.constant, batch))) for batch in batches], model
+    return [float(update(*map(tf.constant, batch), tf.constant(i))) for i, batch in enumerate(batches)], model

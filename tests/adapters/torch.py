@@ -56,8 +56,8 @@ class _Classifier(torch.nn.Module):
         self.encoder = kv.TransformerEncoder(**config)
         self.head = torch.nn.LazyLinear(classes)
 
-    def forward(self, tokens):
-        return self.head(self.encoder(tokens))
+    def forward(self, tokens, rng=None):
+        return self.head(self.encoder(tokens, rng=rng))
 
 
 def classifier(classes, config, tokens):
@@ -67,14 +67,17 @@ def classifier(classes, config, tokens):
     return model
 
 
-def train(model, batches, optimizer, lr):
-    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model."""
+def train(model, batches, optimizer, lr, seeded=False):
+    """Minimise the mean cross-entropy over the (tokens, labels) of each batch in turn; returns the losses and the model.
+
+    ``seeded``: each step draws its dropout from its own number.
+    """
     step = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer](model.parameters(), lr=lr)
     model.train()
     losses = []
-    for tokens, labels in batches:
+    for i, (tokens, labels) in enumerate(batches):
         loss = torch.nn.functional.cross_entropy(
-            model(torch.from_numpy(tokens)).flatten(0, 1), torch.from_numpy(labels).flatten()
+            model(torch.from_numpy(tokens), i if seeded else None).flatten(0, 1), torch.from_numpy(labels).flatten()
         )
         step.zero_grad()
         loss.backward()

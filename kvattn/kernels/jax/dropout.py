@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kvattn import patterns
-
-
-class Wide(NamedTuple):
-    """An integer of 64 bits: high * 2^32 + low, uint32 both."""
-
-    high: jnp.ndarray
-    low: jnp.ndarray
-
-
-def is_seed(rng):
-    return isinstance(rng, Wide) or patterns.is_seed(rng)
-
-
-def drawn(rng):
-    """Whether the pattern is a seed's, as `patterns.drawn`."""
-    return isinstance(rng, Wide) or patterns.drawn(rng)
+from kvattn.patterns import Wide, drawn, is_seed
 
 
 def seed(rng):
     """A seed as a program takes it; whatever else as it is."""
-    if not patterns.is_seed(rng):
+    if isinstance(rng, Wide) or not is_seed(rng):
         return rng
     if isinstance(rng, int):
         return Wide(np.uint32(rng >> 32), np.uint32(rng & 0xFFFFFFFF))
@@ -112,3 +96,8 @@ def _xor_shifted(z, by):
 
 def _uint32(x):
     return np.uint32(x)
+
+
+def derived(rng, number):
+    """The seed of part ``number`` of a layer."""
+    return patterns.derived(rng, number) if type(rng) is int else _output(seed(rng), _number(jnp.asarray(number)))

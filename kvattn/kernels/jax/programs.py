@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, auto_axes, get_abstract_mesh
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
-from kvattn import planning
+from kvattn import patterns, planning
 from kvattn.kernels.jax import dropout, nonfinite
 from kvattn.kernels.jax import gpu as jax_gpu
 
@@ -146,7 +146,7 @@ def _split(call, n):
         given["rng"] = dropout.seed(call.rng)
     if call.scale is not None and not (isinstance(call.scale, float) and jax_gpu.device()):  # cuDNN's is part of its program
         given["scale"] = call.scale
-    if call.dropout and dropout.drawn(call.rng):
+    if call.dropout and patterns.drawn(call.rng):
         given |= {"first_query": call.first_query, "first_key": call.first_key}
     else:
         call = call._replace(first_query=0, first_key=0)  # nobody asks: blocks that lie alike share a program

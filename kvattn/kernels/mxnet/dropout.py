@@ -21,3 +21,8 @@ def of_selected(call, index):
     if not (call.dropout and patterns.is_seed(call.rng)):
         return call.rng
     return mx.np.array(patterns.kept_of_selected(index.asnumpy().astype("int64"), call), dtype="bool", ctx=index.ctx)
+
+
+def derived(rng, number):
+    """The seed of part ``number`` of a layer."""
+    return patterns.derived(rng, number)

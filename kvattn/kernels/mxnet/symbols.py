@@ -43,6 +43,7 @@ def defer(function, query, key, value, **options):
 
     Raises at once what the call itself would raise whatever the Symbols' shapes and dtypes are.
     """
+    refuse_seed(options.get("rng"))
     score, keywords = options.get("score"), {}
     if isinstance(score, partial):
         options["score"], keywords = score.func, score.keywords
@@ -61,6 +62,12 @@ def defer(function, query, key, value, **options):
     node = mx.sym.Custom(op_type=OPERATOR, call=call.text(), **symbols)
     outputs = [node[i].as_np_ndarray() if isinstance(query, NumpySymbol) else node[i] for i in range(len(call.outputs()))]
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def refuse_seed(rng):
+    """Raises ValueError for what a graph would draw from."""
+    if rng is not None:
+        raise ValueError("rng in a graph would drop the same at every run: give it to a call that runs at once, not hybridized")
 
 
 class _Deferred:

@@ -59,3 +59,8 @@ def _output(states, number):
 
 def _xor_shifted(z, by):
     return tf.bitwise.bitwise_xor(z, tf.bitwise.right_shift(z, tf.constant(by, tf.uint64)))
+
+
+def derived(rng, number):
+    """The seed of part ``number`` of a layer."""
+    return patterns.derived(rng, number) if type(rng) is int else _output(tf.cast(rng, tf.uint64), number)

@@ -65,3 +65,8 @@ def _shifted(z, by):
 
 def _signed(x):
     return x - 2**64
+
+
+def derived(rng, number):
+    """The seed of part ``number`` of a layer."""
+    return patterns.derived(rng, number) if type(rng) is int else _output(rng.to(torch.int64), number)
