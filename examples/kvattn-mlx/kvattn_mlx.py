@@ -10,7 +10,7 @@ from functools import partial, reduce
 import mlx.core as mx
 import numpy as np
 
-from kvattn import planning
+from kvattn import patterns, planning
 from kvattn.call import Call, Choice
 
 HALF = (mx.float16, mx.bfloat16)
@@ -397,7 +397,7 @@ def _formula(query, key, value, call):
         weights, lse = call.normalize(scores, where=allowed), None
 
     # output = weights @ value: (..., h, n, v)
-    output = _unfold(_fold(_dropout(weights, call.dropout, call.rng), kv_heads) @ _wide(value), heads, n).astype(dtype)
+    output = _unfold(_fold(_dropout(weights, call), kv_heads) @ _wide(value), heads, n).astype(dtype)
     if allowed is not None:  # and no gradient of NaN comes back from a row without keys
         some = mx.broadcast_to(allowed, weights.shape).any(axis=-1, keepdims=True)
         output = _keep(some, output)
@@ -437,10 +437,15 @@ def _sink(call, ndim):
     return None if call.sink is None else _wide(call.sink if call.sink.ndim == ndim else call.sink[..., None, None])
 
 
-def _dropout(weights, rate, rng):
+def _dropout(weights, call):
+    rate, rng = call.dropout, call.rng
     if not rate:
         return weights
-    kept = mx.random.uniform(shape=weights.shape, key=rng) >= rate
+    if patterns.drawn(rng):  # by NumPy, or of selected keys, already
+        kept = mx.array(patterns.kept(weights.shape, call)) if patterns.is_seed(rng) else rng
+        rate = patterns.exact(rate)
+    else:
+        kept = mx.random.uniform(shape=weights.shape, key=rng) >= rate
     return _keep(kept, weights / (1 - rate))
 
 
@@ -476,7 +481,11 @@ def _select(query, key, value, call):
     allowed = mx.broadcast_to(_allowed(n, index, query.ndim, call._replace(mask=mask, bias=bias)), index.shape)
     key, value = (mx.take_along_axis(_spread(x, lead)[..., None, :, :], index[..., None], axis=-2) for x in (key, value))
     sink = None if call.sink is None else mx.broadcast_to(_sink(call, query.ndim), (*lead, n, 1))[..., None]
-    call = call._replace(sink=sink).of_selected_keys(allowed[..., None, :], None if bias is None else bias[..., None, :])
+    rng = call.rng
+    if call.dropout and patterns.is_seed(rng):
+        rng = mx.array(patterns.kept_of_selected(np.asarray(index), call))[..., None, :]
+    bias = None if bias is None else bias[..., None, :]
+    call = call._replace(sink=sink).of_selected_keys(allowed[..., None, :], bias, rng)
     return mx.broadcast_to(query, (*lead, n, query.shape[-1]))[..., None, :], key, value, call
 
 
