@@ -160,6 +160,8 @@ def dropout(rng: np.random.Generator) -> Iterator[Case]:
         "positions": {"positions": np.array([[0, 3], [3, -1], [-1, -1], [2, 2]]), "bias": grid(rng, 2, 1, 4, 5)},
         "a sink": {"sink": grid(rng, 2)},
         "softcap, a score with parameters": {"softcap": 1.0, "score": next(parametrised(rng, 3, 3))},
+        "functions of positions": {"mask": "prefix", "bias": ("alibi", {"slopes": np.array([0.5, 0.25])[:, None, None]})},
+        "segments": {"segments": (np.array([[0, 0, 1, 1], [2, 3, 3, 3]]), np.array([[0, 0, 1, 1, 4], [2, 2, 2, 3, 3]]))},
         "average": {"normalize": "average", "asked": WEIGHTS},
         "sparsemax of distances": {"normalize": "sparsemax", "score": "distance_score", "asked": (), "grad": False},
     }
@@ -169,6 +171,8 @@ def dropout(rng: np.random.Generator) -> Iterator[Case]:
     q, k, v = qkv(rng, n=n, m=m, d=2, v=1, lead=())
     each: dict[str, Any] = {"dropout": 0.5, "seed": 12, "asked": ()}
     yield make("dropout in blocks", q, k, v, window=3, query_offset=2, **each)
+    apart = np.repeat([0, 1, 2], [70, 90, 104]), np.repeat([0, 1, 2], [190, 181, 189])
+    yield make("dropout in blocks of segments", q, k, v, segments=apart, causal=True, query_offset=200, **each)
     yield make("dropout in blocks of another score", q, k, v, score="distance_score", window=(2, 5), query_offset=297, **each)
 
 
