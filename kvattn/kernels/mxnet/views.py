@@ -34,8 +34,8 @@ _numbers = count()
 
 def obstacle(tab, ctx, shapes, call):
     """Why NumPy does not serve a call of ``tab`` on arrays of these shapes that lie on ``ctx``; "" where it does."""
-    if call.return_weights or call.dropout:
-        return "the weights are asked for" if call.return_weights else "dropout is asked for"
+    if call.return_weights or (call.dropout and type(call.rng) is not int):
+        return "the weights are asked for" if call.return_weights else "dropout draws from MXNet's own state"
     if call.positions is not None:
         return "each query has keys of its own"
     if _of_numpy(tab, call.score) is None:
