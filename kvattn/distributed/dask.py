@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import math
 import types
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, reduce
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import dask
 import dask.array as da
 import numpy as np
 from dask import delayed
+from dask.core import flatten
 from dask.graph_manipulation import bind
 
 import kvattn
@@ -33,6 +35,7 @@ from kvattn import checks, dispatch, planning, prepare
 from kvattn.backends import numpy
 from kvattn.call import Call
 from kvattn.kernels.numpy import gradients, memory, tiled_grad
+from kvattn.pairs import Pairs
 
 __all__ = ["attention", "attention_grad", "topk"]
 
@@ -44,7 +47,7 @@ by_hand: Any = gradients
 by_blocks: Any = memory
 
 CHILDREN = 8  # results that one task of a tree takes
-OPTIONS = ("score", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "scale", "softcap", "sink")
+OPTIONS = ("score", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "segments", "scale", "softcap", "sink")
 REFUSED = {
     "normalize": "only softmax can be merged from chunks; the key that hardmax looks up is topk's, with k = 1",
     "positions": "select the keys and values instead: key[positions]",
@@ -67,15 +70,15 @@ def attention(query: Array, key: da.Array, value: da.Array, *, return_lse: bool 
         query: (..., n, d), an array or a dask array, of which each chunk of rows is served by itself.
         key, value: (..., m, d) and (..., m, v), dask arrays in the same chunks, of axis -2 and of the first leading axis.
         return_lse: also return the lse, (..., n).
-        options: `kvattn.attention`'s score, mask, bias, valid_lens, causal, query_offset, window, scale, softcap and sink.
-            Arrays among them may be dask arrays, as a mask of millions of keys should be. Positions count from the first of
-            all keys.
+        options: `kvattn.attention`'s score, mask, bias, valid_lens, causal, query_offset, window, segments, scale, softcap and
+            sink. Arrays among them may be dask arrays, as a mask of millions of keys should be. Positions count from the
+            first of all keys.
 
     Returns:
         The output (..., n, v) in the query's dtype, or (output, lse): dask arrays, in chunks of the query's rows. Beside what
         reads keys and values, the graph has a task for each chunk of keys, a merge for every seven of them, and at most ten
         more for each chunk of the output. A chunk of keys is neither read nor computed where lengths and window together, or a
-        mask, or a bias, leave no query a key in it; but what dask arrays say is not known in time.
+        mask, a bias or segments, leave no query a key in it; what dask arrays and functions say is not known in time.
 
     Half precision is float32 until all is merged.
 
@@ -84,7 +87,8 @@ def attention(query: Array, key: da.Array, value: da.Array, *, return_lse: bool 
         NotImplementedError: an option that attention over chunks has not, saying why.
     """
     call, cut, query, key, value = _checked(query, key, value, return_lse, options)
-    whole, shape, narrow = _merged(call, cut, query, key, value), cut.shape(value.shape[-1]), delayed(_cast)
+    shape, narrow = cut.shape(value.shape[-1]), delayed(_cast)
+    whole = _merged(call, cut, query, _pairs(key, value), value.shape[-1])
     output = {at: narrow(x[0], query.dtype) for at, x in whole.items()}
     output = _assembled(output, shape, query.dtype, cut.batches, cut.rows, -2)
     if not call.return_lse:
@@ -111,9 +115,10 @@ def attention_grad(query: Array, key: da.Array, value: da.Array, grad_output: Ar
     loss = cut.in_rows(_fitting("grad_output", grad_output, query.dtype, shape), -2)
     if (output is None) != (lse is None):
         raise ValueError("output and lse go together: give both or none")
+    pairs = _pairs(key, value)
     if output is None:
-        whole = _merged(call, cut, query, key, value)
-        key, value = bind((key, value), [*whole.values()])  # read anew once these are there, not kept in memory until then
+        whole = _merged(call, cut, query, pairs, shape[-1])
+        pairs = bind(pairs, [*whole.values()])  # read anew once these are there, not kept in memory until then
     else:
         outputs = cut.in_rows(_fitting("output", output, query.dtype, shape), -2)
         lses = cut.in_rows(_fitting("lse", lse, _wide(query.dtype), shape[:-1]), -1)
@@ -122,7 +127,7 @@ def attention_grad(query: Array, key: da.Array, value: da.Array, grad_output: Ar
     of = {"query": query, "key": key, "value": value}
     grads: dict[str, dict[At, list[Any]]] = {name: defaultdict(list) for name in wrt}
     part_grad, total, narrow = delayed(_part_grad, nout=len(wrt)), delayed(_total), delayed(_cast)
-    for (batch, row), _, blocks in _blocks(call, cut, query, key, value):
+    for (batch, row), _, blocks in _blocks(call, cut, query, pairs):
         for column, arrays, block in blocks:
             made = part_grad(*arrays, loss[batch, row], whole[batch, row], block, wrt)
             for name, grad in zip(wrt, made, strict=True):
@@ -156,8 +161,8 @@ def topk(query: Array, key: da.Array, k: int, **options: Any) -> tuple[da.Array,
     call, cut, query, key, _ = _checked(query, key, key, False, options)
     shape, dtype, best, best_of, none = cut.shape(k), _wide(query.dtype), delayed(_best), delayed(_best_of), delayed(_no_best)
     positions, scores = {}, {}
-    for at, _, blocks in _blocks(call, cut, query, key, key):
-        parts = [best(*arrays[:2], block, k) for _, arrays, block in blocks]
+    for at, _, blocks in _blocks(call, cut, query, _pairs(key, key)):
+        parts = [best(*arrays, block, k) for _, arrays, block in blocks]
         whole = _tree(partial(best_of, k=k), [none(cut.shape(k, at), dtype), *parts])
         positions[at], scores[at] = whole[0], whole[1]
     return (
@@ -171,7 +176,7 @@ def topk(query: Array, key: da.Array, k: int, **options: Any) -> tuple[da.Array,
 
 def _checked(query: Array, key: Array, value: Array, return_lse: bool, options: dict[str, Any]) -> tuple[Any, ...]:
     """The call, how it is cut, query, key and value. Raises for what does not fit, before anything is computed."""
-    for name in options.keys() & REFUSED.keys():
+    for name in [name for name in REFUSED if name in options]:
         given = options.pop(name)
         nothing = isinstance(given, (int, float)) and not given
         if not (nothing or any(given is x for x in (None, kvattn.softmax, tab.softmax))):
@@ -186,6 +191,8 @@ def _checked(query: Array, key: Array, value: Array, return_lse: bool, options: 
         if isinstance(x, da.Array) and any(math.isnan(size) for size in x.shape):
             raise ValueError(f"{name} has chunks of unknown sizes; find them first: {name}.compute_chunk_sizes()")
     query, key, value, scores = prepare.inputs(_lazy, query, key, value, options.get("score"))
+    if 0 in key.shape[:-1]:  # Dask joins chunks of no keys where there are no others
+        key, value = (da.zeros(x.shape, dtype=x.dtype, chunks=-1) for x in (key, value))
     cut = _Cut.of(query, key, value)
     for name, x in getattr(options.get("score"), "keywords", {}).items():
         if isinstance(x, da.Array):
@@ -272,6 +279,8 @@ class _Cut(NamedTuple):
     def calls(self, call: Call, ndim: int) -> Iterator[tuple[At, list[Call]]]:
         """For each part of the queries the calls of its blocks, which know lengths, offset, mask, ... of their own."""
         axes = {"mask": (ndim,), "bias": (ndim,), "valid_lens": (1, 2), "query_offset": (1,), "sink": (ndim, ndim - 2)}
+        said = call.mask if type(call.mask) is Pairs else None
+        call = call if said is None else call._replace(mask=said.mask)
         query, key = (np.broadcast_to(np.float32(0), (*[1] * (ndim - 2), x[-1][1], 1)) for x in (self.rows, self.columns))
         for batch in range(len(self.batches)):
             given = {name: getattr(call, name) for name in axes}
@@ -279,23 +288,51 @@ class _Cut(NamedTuple):
             part = call._replace(**{name: self.first(x, batch) for name, x in given.items()})
             for row, (i, j) in enumerate(self.rows):
                 blocks = [(i, j, k, l) for k, l in self.columns]
-                yield (batch, row), [block for *_, block in part.cut(blocks, query, key, key)]
+                found = [block for *_, block in part.cut(blocks, query, key, key)]
+                if said is not None:
+                    masks = [self.said(said, batch, at, x.mask) for at, x in zip(blocks, found, strict=True)]
+                    found = [x._replace(mask=mask) for x, mask in zip(found, masks, strict=True)]
+                yield (batch, row), found
+
+    def said(self, said: Pairs, batch: int, at: tuple[int, ...], mask: Any) -> Pairs:
+        """What is said of the pairs of a block, whose positions are counted from its first key."""
+        start, end, first, last = at
+        functions = [None if x is None else partial(_from, first, x) for x in (said.mask_function, said.bias_function)]
+        segments = said.segments
+        if segments is not None:
+            segments = self.first(segments[0], batch)[:, start:end], self.first(segments[1], batch)[:, first:last]
+        return Pairs(tab, mask, functions[0], functions[1], segments)
 
 
 def _ranges(sizes: Sequence[int]) -> list[Range]:
     return [*pairwise(accumulate(sizes, initial=0))]
 
 
-def _blocks(call: Call, cut: _Cut, query: Array, key: da.Array, value: da.Array) -> Iterator[tuple[Any, ...]]:
-    """For each part of the queries: which it is, its sink, and (column, (query, key, value), call) where pairs may attend."""
-    chunks = [x.to_delayed().reshape(-1, len(cut.columns)) for x in (key, value)]
-    rows = cut.in_rows(query, -2)
+def _pairs(key: da.Array, value: da.Array) -> da.Array:
+    """The chunks of keys, each with its values, a pair in the place of each block of the array.
+
+    One task reads both, or of two workers each would read one and send it to the other. Dask's own optimization is to see to
+    that (`dask.blockwise.fuse_roots`), but in Dask 2026.8 it does nothing to tasks of the class Task, which all are now.
+    """
+    *axes, d, v = range(key.ndim + 1)
+    meta = np.empty((0,) * len(axes), object)
+    (pairs,) = dask.optimize(da.blockwise(_pair, axes, key, (*axes, d), value, (*axes, v), dtype=object, meta=meta))
+    graph = dict(pairs.dask)
+    users = Counter(name for task in graph.values() for name in task.dependencies)
+    for at in flatten(pairs.__dask_keys__()):
+        own = [name for name in graph[at].dependencies if users[name] == 1 and name in graph]
+        graph[at] = graph[at].fuse(graph[at], *map(graph.pop, own))
+    return da.Array(graph, pairs.name, pairs.chunks, dtype=object)
+
+
+def _blocks(call: Call, cut: _Cut, query: Array, pairs: da.Array) -> Iterator[tuple[Any, ...]]:
+    """For each part of the queries: which it is, its sink, and (column, (query, pair), call) where any may attend."""
+    chunks, rows = pairs.to_delayed(optimize_graph=False).reshape(-1, len(cut.columns)), cut.in_rows(query, -2)
     for (batch, row), calls in cut.calls(call, query.ndim):
         (i, j), blocks = cut.rows[row], []
         for column, ((k, l), block) in enumerate(zip(cut.columns, calls, strict=True)):
             if _attends(j - i, l - k, query.ndim, block):
-                some = (x[batch if len(x) > 1 else 0, column] for x in chunks)
-                blocks.append((column, (rows[batch, row], *some), block._replace(sink=None)))
+                blocks.append((column, (rows[batch, row], chunks[batch, column]), block._replace(sink=None)))
         yield (batch, row), calls[0].sink, blocks
 
 
@@ -303,8 +340,14 @@ def _attends(n: int, m: int, ndim: int, call: Call) -> bool:
     """Whether some query may attend to some key, as far as can be told before anything is computed."""
     if not (n and m):
         return False
-    for x, none in ((call.mask, False), (call.bias, -math.inf)):
+    said = call.mask if type(call.mask) is Pairs else Pairs(tab, call.mask)
+    for x, none in ((said.mask, False), (call.bias, -math.inf)):
         if isinstance(x, (np.ndarray, np.generic)) and not (x != none).any():
+            return False
+    if said.segments is not None and all(map(tab.is_array, said.segments)):
+        count = max(map(len, said.segments))
+        both = zip(*(np.broadcast_to(x, (count, x.shape[-1])) for x in said.segments), strict=True)
+        if not any(np.isin(*ids).any() for ids in both):
             return False
     first, end = 0, m  # of each query's keys
     if tab.is_array(call.valid_lens):
@@ -319,12 +362,12 @@ def _attends(n: int, m: int, ndim: int, call: Call) -> bool:
 # ---- the graph
 
 
-def _merged(call: Call, cut: _Cut, query: Array, key: da.Array, value: da.Array) -> dict[At, Any]:
+def _merged(call: Call, cut: _Cut, query: Array, pairs: da.Array, width: int) -> dict[At, Any]:
     """The output and the lse of each part of the queries, wide."""
     part, none, merge, with_sink, whole = delayed(_part), delayed(_none), delayed(_merge), delayed(_with_sink), {}
-    for at, sink, blocks in _blocks(call, cut, query, key, value):
+    for at, sink, blocks in _blocks(call, cut, query, pairs):
         parts = [part(*arrays, block) for _, arrays, block in blocks]
-        parts = parts or [none(cut.shape(value.shape[-1], at), _wide(query.dtype))]
+        parts = parts or [none(cut.shape(width, at), _wide(query.dtype))]
         whole[at] = _tree(merge, parts) if sink is None else with_sink(_tree(merge, parts), sink)
     return whole
 
@@ -355,14 +398,30 @@ def _assembled(parts: dict[At, Any], shape: tuple[int, ...], dtype: Any, first: 
 # ---- tasks
 
 
-def _part(query: Any, key: Any, value: Any, call: Call) -> Any:
+def _pair(*chunks: Any) -> Any:
+    """A chunk of keys and its values, out of the lists in which they come along the one chunk of their features."""
+    key, value = (x[0] if isinstance(x, list) else x for x in chunks)
+    return key, value
+
+
+def _part(query: Any, pair: Any, call: Call) -> Any:
     """The output and the lse over one chunk of the keys."""
-    return tab._attend(*map(tab._wide, (query, key, value)), call._replace(return_lse=True))
+    return tab._attend(*map(tab._wide, (query, *pair)), call._replace(return_lse=True))
 
 
 def _none(shape: tuple[int, ...], dtype: Any) -> Any:
     """The output and the lse over no key."""
     return np.zeros(shape, dtype), np.full(shape[:-1], -math.inf, dtype)
+
+
+def _from(first: int, function: Any, query: Any, key: Any) -> Any:
+    """A function of positions, of those that are counted from the key ``first``."""
+    return function(query + first, key + first)
+
+
+def _whole(query: Any, key: Any, call: Call) -> Call:
+    """The call with arrays in place of functions and segments."""
+    return call.mask.whole(query, key, call._replace(mask=call.mask.mask)) if type(call.mask) is Pairs else call
 
 
 def _merge(*parts: Any) -> Any:
@@ -375,10 +434,11 @@ def _with_sink(whole: Any, sink: Any) -> Any:
     return left * output, lse
 
 
-def _part_grad(query: Any, key: Any, value: Any, grad_output: Any, whole: Any, call: Call, wrt: tuple[str, ...]) -> Any:
+def _part_grad(query: Any, pair: Any, grad_output: Any, whole: Any, call: Call, wrt: tuple[str, ...]) -> Any:
     """What one chunk of the keys adds to the gradients; ``whole``: the output and the lse over all keys."""
-    query, key, value, grad_output, output, lse = (tab._wide(x) for x in (query, key, value, grad_output, *whole))
-    own, own_lse = _part(query, key, value, call)
+    query, key, value, grad_output, output, lse = (tab._wide(x) for x in (query, *pair, grad_output, *whole))
+    call = _whole(query, key, call)  # its gradients in parts know nothing of the lse
+    own, own_lse = _part(query, (key, value), call)
     share = np.exp(own_lse - np.where(lse == -math.inf, 0, lse))
     by_lse = share * ((grad_output * own).sum(axis=-1) - (grad_output * output).sum(axis=-1))
     known = tiled_grad.Known(own, own_lse, by_lse)
@@ -393,9 +453,10 @@ def _cast(x: Any, dtype: Any) -> Any:
     return x.astype(dtype, copy=False)
 
 
-def _best(query: Any, key: Any, call: Call, k: int) -> Any:
+def _best(query: Any, pair: Any, call: Call, k: int) -> Any:
     """The positions and scores of the k best in one chunk of the keys."""
-    query, key = tab._wide(query), tab._wide(key)
+    query, key = tab._wide(query), tab._wide(pair[0])
+    call = _whole(query, key, call)
     n, m = query.shape[-2], key.shape[-2]
     found = []
     blocks = by_blocks.query_blocks(call.score, query.shape, key.shape) or [(0, n, 0, m)]

@@ -33,11 +33,12 @@ def cut(size, parts):
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def backend(base, attention, attention_grad):
+def backend(base, attention, attention_grad, functions=False):
     """The backend ``base``, by whose name known differences go, with these two functions in place of its own.
 
     They are called as a tab's are, see docs/howto/add-a-backend.md, with whole arrays of ``base``: each cuts them, gives the
-    parts to the distributed form, and joins what comes back.
+    parts to the distributed form, and joins what comes back. Unless it takes ``functions``, and segments, as a
+    `kvattn.pairs.Pairs`, it is given masks and biases that are arrays in their place.
     """
     raised = []
 
@@ -52,7 +53,7 @@ def backend(base, attention, attention_grad):
         return call
 
     forms = {"attention": noted(attention), "attention_grad": noted(attention_grad), "raised": raised}
-    return types.SimpleNamespace(**vars(base) | forms)
+    return types.SimpleNamespace(**{name: x for name, x in vars(base).items() if functions or name != "places"} | forms)
 
 
 @cache

@@ -19,6 +19,7 @@ from distributed import Client, LocalCluster
 import kvattn
 from kvattn.backends import numpy as tab
 from kvattn.distributed import dask as kd
+from kvattn.pairs import Pairs
 
 REFUSES = {
     "normalize": lambda case: case.keywords.get("normalize", "softmax") != "softmax" or case.call == "nadaraya_watson",
@@ -38,6 +39,10 @@ def cut(parts, batches, lazy):
     """NumPy's backend with its keys in chunks, by one thread; ``lazy``: what is a dask array beside them."""
 
     def arguments(query, key, value, options):
+        if isinstance(said := options.get("mask"), Pairs):
+            segments = said.segments if said.segments is None or query.ndim > 2 else [x[0] for x in said.segments]
+            given = {"mask": said.mask_function or said.mask, "bias": said.bias_function or options["bias"]}
+            options |= given | {"segments": segments}
         options = {name: da.from_array(x) if name in lazy and np.ndim(x) else x for name, x in options.items()}
         query = chunked(query, parts, batches) if "query" in lazy else query
         return query, chunked(key, parts, batches), chunked(value, parts, batches), options
@@ -50,15 +55,20 @@ def cut(parts, batches, lazy):
         *arrays, options = arguments(query, key, value, options)
         return dask.compute(kd.attention_grad(*arrays, grad_output, **options), scheduler="sync")[0]
 
-    return adapter.backend(tab, attention, attention_grad)
+    return adapter.backend(tab, attention, attention_grad, functions=True)
 
 
-@pytest.mark.parametrize(("parts", "batches", "lazy"), [(1, 1, ()), (2, 2, ARRAYS), (3, 1, ("query",)), (4, 3, ())])
+@pytest.mark.parametrize(("parts", "batches", "lazy"), [(1, 1, ()), (2, 2, ()), (3, 1, ("query",)), (4, 3, ())])
 def test_the_suite(parts, batches, lazy):
     counts = adapter.judge(cut(parts, batches, lazy), REFUSES)
     assert set(counts) == {adapter.JUDGED, *REFUSES}
     assert sum(counts.values()) == len(adapter.cases())
-    assert counts[adapter.JUDGED] > 330
+    assert counts[adapter.JUDGED] > 380
+
+
+def test_the_suite_where_options_are_dask_arrays():
+    some = [case for case in adapter.cases() if {*ARRAYS[1:]} & {*case.arguments}]
+    assert adapter.judge(cut(3, 2, ARRAYS), REFUSES, asked=some[::4])[adapter.JUDGED] > 80
 
 
 def drawn(*shape, dtype="float64", seed=0):
@@ -111,6 +121,10 @@ SEEN = {  # options beside 3 queries and 10 chunks of 10 keys, and the chunks in
     ),
     "mask": ({"mask": np.arange(100) // 10 == 7}, [7]),
     "bias": ({"bias": np.where(np.arange(100) == 99, 0.0, -np.inf)}, [9]),
+    "segments": (
+        {"segments": (np.array([[3, 3, 5]] * 2), np.repeat([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]], 10).reshape(1, 100).repeat(2, 0))},
+        [3, 5],
+    ),
     "nothing": ({"valid_lens": np.array([0, 0])}, []),
 }
 
