@@ -64,7 +64,13 @@ def pytest_ignore_collect(collection_path, config):
         path in (collection_path, *collection_path.parents[:1]) for path in named if path.name != "tests"
     ):
         return None
-    quick = collection_path.name not in {"integrations", "site", "distributed", *(f"test_{name}.py" for name in SLOW)}
+    quick = collection_path.name not in {
+        "integrations",
+        "package",
+        "site",
+        "distributed",
+        *(f"test_{name}.py" for name in SLOW),
+    }
     return None if quick else True
 
 
