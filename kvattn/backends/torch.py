@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from kvattn import pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.torch import dropout, gpu, nonfinite, sdpa, sinks, traces
+from kvattn.kernels.torch import dropout, gpu, nonfinite, sdpa, sharded, sinks, traces
 from kvattn.pairs import Pairs
 
 HALF = (torch.float16, torch.bfloat16)
@@ -375,6 +375,7 @@ def attention(
     )
     if causal:
         bare = bare and traces.known(query.shape[-2] == key.shape[-2]) and type(query_offset) is int and query_offset == 0
+    bare = bare and (type(query) is torch.Tensor or not sharded.spread(query))
     if bare and not sdpa.obstacle(query, key, value, None, scale):
         output = sdpa.fused(query, key, value, None, causal, scale)
         return output if output.dtype == query.dtype else output.to(query.dtype)  # autocast's is another
@@ -388,6 +389,8 @@ def attention(
 
 def choose(query, key, value, call):
     """The kernel that serves a call."""
+    if type(query) is not torch.Tensor and sharded.spread(query):
+        return sharded.choose(query, _attend)
     if call.return_scores:
         choice = choose(query, key, value, call._replace(return_scores=None))
         return choice._replace(why=f"{choice.why}; the scores beside it", run=partial(_with_scores, choice.run))

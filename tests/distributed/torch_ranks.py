@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from functools import partial
+from itertools import product
 from unittest.mock import patch
 
 import adapter
@@ -17,9 +18,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import kvattn
+from kvattn import torch as kv
 from kvattn.backends import torch as tab
 from kvattn.distributed.torch import local_positions, ring_attention, shard, unshard
 from kvattn.kernels.torch.ring import Ring
@@ -229,6 +233,108 @@ def gradients_by_the_lse(groups):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
+def all_results(arrays, call, additive, by_output, as_given):
+    """What attention returns, and the gradients by all that may have one; the options stay plain tensors."""
+    inputs = [as_given(x).requires_grad_() for x in arrays]
+    rest = {name: call[name].clone().requires_grad_() for name in ("bias", "sink") if name in call}
+    options = call | rest
+    if "score" in call:
+        rest = {name: x.clone().requires_grad_() for name, x in additive.items()}
+        options["score"] = partial(kvattn.additive_score, **rest)
+    results = kvattn.attention(*inputs, **options)
+    results = results if isinstance(results, tuple) else (results,)
+    return *results, *torch.autograd.grad(results[0], [*inputs, *rest.values()], as_given(by_output))
+
+
+def dtensors(groups):
+    """What is shared over batch and heads, in every way, gives the answers and the gradients of what is whole."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    query, key, value, by_output, bias, sink = drawn((3, 4, 5, 4), (3, 2, 6, 4), (3, 2, 6, 3), (3, 4, 5, 3), (4, 1, 6), (4,))
+    additive = dict(zip(("W_q", "W_k", "w_v"), drawn((4, 2), (4, 2), (2,)), strict=True))
+    lens, each = torch.tensor([6, 0, 4]), torch.arange(15).reshape(3, 5) % 7
+    calls = (
+        {}, {"causal": True, "return_lse": True}, {"valid_lens": lens, "causal": True, "query_offset": lens - 3},
+        {"valid_lens": each, "bias": bias}, {"sink": sink, "window": (2, 1)}, {"mask": each[:, None, :, None] != lens.max()},
+        {"positions": each[:1, :, None] % 6, "return_weights": True}, {"score": additive, "normalize": kvattn.sparsemax},
+    )  # fmt: skip
+    ways = ([Shard(0), Shard(1)], [Shard(1), Replicate()], [Shard(0), Shard(0)], [Shard(1), Shard(1)], [Replicate(), Shard(0)])
+    for (turn, call), places in product(enumerate(calls), ways):
+
+        def share(x, places=places):
+            return distribute_tensor(x, mesh, places if 1 not in x.shape[:2] else [Replicate()] * 2)
+
+        keys = (key[:1], value[:1]) if turn == 1 else (key[:, :1], value[:, :1]) if turn == 2 else (key, value)
+        whole, spread = (all_results((query, *keys), call, additive, by_output, how) for how in (torch.clone, share))
+        for x, y in zip(spread, whole, strict=True):
+            x = x.full_tensor() if isinstance(x, DTensor) else x
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12, msg=f"{call}, {places}, {keys[0].shape}")
+    arrays = query, key, value, by_output
+    spread = [distribute_tensor(x, mesh, ways[0]) for x in arrays]
+    (found,), (expected,) = (kvattn.attention_grad(*x, wrt=["key"]) for x in (spread, arrays))
+    torch.testing.assert_close(found.full_tensor(), expected, rtol=1e-12, atol=1e-12)
+    assert kvattn.explain(*spread[:3]).kernel == "each device's own part"
+    one = [distribute_tensor(x[:1], mesh, ways[0]) for x in arrays[:3]]  # a batch of 1, over two
+    torch.testing.assert_close(kvattn.attention(*one).full_tensor(), kvattn.attention(query[:1], key[:1], value[:1]))
+    with pytest.raises(ValueError, match="devices share over its sequence, axis 2; expected its batch or heads"):
+        kvattn.attention(*(distribute_tensor(x, mesh, [Shard(0), Shard(2)]) for x in arrays[:3]))
+
+
+LAYERS = {
+    "MultiHeadAttention": (lambda: kv.MultiHeadAttention(8, 2, bias=True, num_kv_heads=1, sink=True, seed=1), 3),
+    "AdditiveAttention": (lambda: kv.AdditiveAttention(6, seed=1), 3),
+    "GatedAttention": (lambda: kv.GatedAttention(seed=1), 3),
+    "TransformerEncoder": (lambda: kv.TransformerEncoder(20, 8, 16, 2, 2, seed=1), 1),
+}
+
+
+def layers_learn(wrap):
+    """Layers that four ranks train, each on its quarter of the batch, have the losses and weights of one process."""
+    (X, target), tokens, lens = (
+        drawn((8, 5, 8), (8, 5, 8)),
+        torch.arange(40).reshape(8, 5) % 20,
+        torch.tensor([5, 4, 3, 2, 1, 5, 0, 3]),
+    )
+    own = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+
+    def losses(model, rows):
+        optimiser, found = torch.optim.Adam(model.parameters(), 0.01), []
+        for _ in range(4):
+            optimiser.zero_grad()
+            loss = ((model(*(x[rows] for x in inputs), lens[rows]) - target[rows]) ** 2).mean()
+            loss.backward()
+            optimiser.step()
+            found.append(loss.detach())
+        return torch.stack(found)
+
+    for make, count in LAYERS.values():
+        inputs = [tokens if count == 1 else X] * count
+        one, many = make().double(), make().double()
+        for model in (one, many):
+            model(*(x[:2] for x in inputs), lens[:2])  # some weights take their sizes from a call
+            model.double()
+        many.load_state_dict(one.state_dict())
+        expected, found = losses(one, slice(None)), losses(wrap(many), own)
+        dist.all_reduce(found)
+        torch.testing.assert_close(found / dist.get_world_size(), expected, rtol=1e-10, atol=1e-12)
+        for x, y in zip(many.parameters(), one.parameters(), strict=True):
+            torch.testing.assert_close(x.full_tensor() if isinstance(x, DTensor) else x, y, rtol=1e-8, atol=1e-9)
+
+
+def layers_under_ddp(groups):
+    layers_learn(DistributedDataParallel)
+
+
+def layers_under_fsdp2(groups):
+    def wrap(model):
+        mesh = init_device_mesh("cpu", (4,))
+        for part in reversed([*model.modules()]):  # from the inside
+            if isinstance(part, (torch.nn.Linear, kv.TransformerEncoderBlock)):
+                fully_shard(part, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    layers_learn(wrap)
+
+
 def second_derivatives(groups):
     query, key, value = (x.requires_grad_() for x in drawn((2, 5, 8), (2, 5, 8), (2, 5, 6)))
     output = ring_attention(query, key, value)
@@ -262,15 +368,8 @@ TASKS = {  # each case in one layout
     f"{parts} parts" + " in zigzag" * zigzag: partial(suite, parts=parts, every=len(LAYOUTS), first=i, zigzag=zigzag)
     for i, (parts, zigzag) in enumerate(LAYOUTS)
 }
-OTHERS = (
-    a_group_of_one,
-    what_is_refused,
-    over_an_axis_of_a_mesh,
-    arguments_that_differ,
-    messages,
-    shares_of_a_causal_call,
-    second_derivatives,
-)
+OTHERS = (a_group_of_one, what_is_refused, over_an_axis_of_a_mesh, arguments_that_differ, messages, shares_of_a_causal_call,
+          gradients_by_the_lse, second_derivatives, dtensors, layers_under_ddp, layers_under_fsdp2)  # fmt: skip
 LOSSES = (a_rank_that_makes_no_call, a_rank_that_is_killed)
 TASKS |= {task.__name__: task for task in OTHERS + LOSSES}
 
