@@ -64,7 +64,8 @@ def ring_attention(
         axis: the axis of the mesh over which the sequence lies, its name or number; needed where the mesh has several.
         zigzag: of P processes, process r holds the parts r and 2 P - 1 - r of 2 P, as `shard` gives them, so that each has as
             much to do where the call is causal. Else rows lie in the order of the processes.
-        mask, bias: of this process's queries and the keys of all, (..., n, m of all), in the sequence's order.
+        mask, bias: of this process's queries and the keys of all, (..., n, m of all), in the sequence's order; or
+            functions of positions in it.
         valid_lens: (batch,), counted over the whole sequence; or (batch, n), of this process's queries.
         causal, window, query_offset: by positions in the whole sequence, of which query_offset is the first query's.
         scale, softcap, return_lse: as `attention`'s.
@@ -235,7 +236,8 @@ def _checked(tab: Any, given: dict[str, Any], options: dict[str, Any], zigzag: b
             raise TypeError(f"{name} is a DTensor; expected the rows that this process holds: {name}.to_local()")
     query, key, value, scores = prepare.inputs(tab, given["query"], given["key"], given["value"], None)
     rest = {name: x for name, x in given.items() if name not in ("query", "key", "value") and x is not None}
-    pairs = [checks.array(tab, name, rest[name], query) for name in ("mask", "bias") if name in rest]
+    pairs = [rest[name] for name in ("mask", "bias") if name in rest and not callable(rest[name])]
+    pairs = [checks.array(tab, "mask or bias", x, query) for x in pairs]
     columns = max((x.shape[-1] for x in pairs if x.ndim), default=1)
     features, shape = (query.shape[-1], key.shape[-1]), (*scores[:-1], columns)
     options = prepare.options(tab, query, shape, features, return_lse=True, **rest, **options)

@@ -27,6 +27,7 @@ from kvattn import torch as kv
 from kvattn.backends import torch as tab
 from kvattn.distributed.torch import local_positions, ring_attention, shard, unshard
 from kvattn.kernels.torch.ring import Ring
+from kvattn.pairs import Pairs
 
 TIMEOUT = 60.0
 NON_GROUP_MEMBER = dist.GroupMember.NON_GROUP_MEMBER  # what new_group gives those whom it leaves out
@@ -37,6 +38,7 @@ REFUSES = {
     ),
     "normalize": lambda case: case.keywords.get("normalize", "softmax") != "softmax",
     "positions": lambda case: "positions" in case.arguments,
+    "segments": lambda case: "segments" in {*case.arguments, *case.keywords},
 }
 
 
@@ -61,9 +63,18 @@ class Form:
     def cut(self, query, options):
         """The options of this rank's queries."""
         options = {name: x for name, x in options.items() if name not in PLAIN or x != PLAIN[name]}
+        said = options.get("mask")
+        if type(said) is Pairs:
+            options |= {"mask": said.mask_function or said.mask, "bias": said.bias_function or options.get("bias")}
+            options |= {} if said.segments is None else {"segments": said.segments}
         for name in ("mask", "bias", "sink"):
             x = options.get(name)
-            if x is not None and x.ndim > 1 and x.shape[-2] == query.shape[-2] and (name != "sink" or x.ndim == query.ndim):
+            if (
+                isinstance(x, torch.Tensor)
+                and x.ndim > 1
+                and x.shape[-2] == query.shape[-2]
+                and (name != "sink" or x.ndim == query.ndim)
+            ):
                 options[name] = self.own(x)
         lens = options.get("valid_lens")
         if lens is not None and lens.ndim == (2 if query.ndim > 2 else 1):

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from kvattn.pairs import Pairs
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -181,6 +183,18 @@ def _of_pairs(x, piece):
     return x[..., piece.rows, :] if x.ndim > 1 and x.shape[-2] > 1 else x
 
 
+def _mask(mask, piece):
+    """The mask of a piece; functions of positions are asked for those in the whole sequence."""
+    if type(mask) is not Pairs:
+        return _of_pairs(mask, piece)
+    moved = {name: _moved(getattr(mask, name), piece.places.start) for name in ("mask_function", "bias_function")}
+    return mask._replace(mask=_of_pairs(mask.mask, piece), **moved)
+
+
+def _moved(function, start):
+    return function and (lambda queries, keys: function(queries + start, keys + start))
+
+
 def _wide(x):
     """Half precision in float32, so that results are rounded once; on a GPU as it is, which its kernels take."""
     return x.float() if x.dtype in HALF and not x.is_cuda else x
@@ -194,7 +208,7 @@ def _attend(plan, piece, part, bias):
     """(output, lse) of a piece by the tab."""
     with torch.autocast(part[0].device.type, enabled=False):
         bias = None if bias is None else _wide(bias)
-        return plan.attend(*part, bias=bias, mask=_of_pairs(plan.mask, piece), **plan.options(piece))
+        return plan.attend(*part, bias=bias, mask=_mask(plan.mask, piece), **plan.options(piece))
 
 
 def _derived(plan, piece, part, bias, by_bias, grad, delta, lse):
