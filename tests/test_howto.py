@@ -18,7 +18,9 @@ from kvattn.backends import numpy
 
 ROOT = Path(__file__).parent.parent
 FILES = {"docs/howto/lessons.md": "lesson.md", "docs/howto/add-a-backend.md": "fakecupy.py"}  # what a page says to save
-ELSEWHERE = ("docs/howto/transformers.md", "docs/howto/search.md")  # tests/integrations and tests/distributed run these
+ELSEWHERE = tuple(
+    f"docs/howto/{page}.md" for page in ("transformers", "search", "processes")
+)  # tests/integrations and tests/distributed run these
 FRAMEWORKS = ("torch", "tensorflow", "jax", "mxnet")
 
 

@@ -19,7 +19,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,7 @@ def ring_attention(
     sink: Any = None,
     return_lse: bool = False,
     timeout: float = TIMEOUT,
+    **unknown: Never,
 ) -> Any:
     """`kvattn.attention` of a sequence that the processes of a group hold together; every one of them makes this call.
 
@@ -84,6 +85,7 @@ def ring_attention(
         ConnectionError: a process is lost, or sends nothing for ``timeout`` seconds. The group is of no use then.
         ValueError, TypeError: as `attention`'s; an axis that is not there. On all processes: sizes, dtypes or options that
             differ from one to another, and what one of them refuses.
+        NotImplementedError: an option of `attention` that is not above, as a score.
 
     It is proved on CPUs, with gloo. On GPUs, with NCCL, it makes the same calls, which has not been tried.
 
@@ -101,6 +103,8 @@ def ring_attention(
     arrays: tuple[Any, ...] = ()
     refused, told = None, [0] * len(TOLD)
     try:
+        if unknown:
+            raise _not_had(unknown)
         zigzag, return_lse = checks.flag("zigzag", zigzag), checks.flag("return_lse", return_lse)
         arrays, options, told = _checked(tab, given, options, zigzag)
     except Exception as error:  # whatever it is, the others are told
@@ -222,6 +226,8 @@ def _exchange(ring: kernel.Ring, numbers: Sequence[int]) -> list[list[int]]:
 
 # ---- what processes tell each other
 
+HAD = ("mask", "bias", "valid_lens", "causal", "query_offset", "window", "scale", "softcap", "sink", "return_lse")
+
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COUNTS = ("axes", "query heads", "key heads", "features of the query", "features of the value")
 SAME = ("dtype", *(f"number of {x}" for x in COUNTS), "batch axes", "options: causal, query_offset, window, scale, softcap and "
@@ -249,6 +255,14 @@ def _checked(tab: Any, given: dict[str, Any], options: dict[str, Any], zigzag: b
     offset = options["query_offset"] if type(options["query_offset"]) is int else "an array"
     told += [_crc(*(options[name] for name in ("causal", "window", "scale", "softcap")), offset, zigzag, *rest), int(learns)]
     return made, options | {"scores": shape}, [*told, query.shape[-2], key.shape[-2], columns, 1]
+
+
+def _not_had(unknown: dict[str, Any]) -> Exception:
+    for name in unknown:
+        if name in prepare.OPTIONS:
+            had = ", ".join(HAD)
+            return NotImplementedError(f"{name} is not to be had of a sequence that processes share: there are {had}")
+    return checks.unknown(unknown, HAD)
 
 
 def _crc(*values: Any) -> int:

@@ -4,6 +4,8 @@ Run by test_tensorflow.py in a process of its own, since TensorFlow counts its d
 """
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -69,4 +71,6 @@ if __name__ == "__main__":
     one, two = tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     found = {name: [losses(strategy, *layer) for strategy in (one, two)] for name, layer in LAYERS.items()}
     found["Keras's fit"] = [fitted(strategy) for strategy in (one, two)]
+    page = Path(__file__).parents[2] / "docs" / "howto" / "processes.md"
+    exec(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1], {})
     print(json.dumps({"replicas": two.num_replicas_in_sync, "losses": found}))

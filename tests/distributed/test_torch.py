@@ -17,6 +17,7 @@ from kvattn.distributed.torch import ring_attention
 RANKS = Path(__file__).with_name("torch_ranks.py")
 SUITE = ("1 parts", "2 parts", "3 parts", "4 parts", "2 parts in zigzag", "4 parts in zigzag")
 REST = (
+    "the_page_of_the_docs",
     "a_group_of_one",
     "what_is_refused",
     "over_an_axis_of_a_mesh",

@@ -5,12 +5,14 @@ Run by test_torch.py: python torch_ranks.py SIZE FOLDER TASK... All is imported 
 
 import json
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 from functools import partial
 from itertools import product
+from pathlib import Path
 from unittest.mock import patch
 
 import adapter
@@ -143,6 +145,8 @@ def what_is_refused(groups):
         ("group must be a ProcessGroup or a DeviceMesh, not int", TypeError, {"group": 1}),
         ("timeout must be", ValueError, {"timeout": 0}),
         ("zigzag must be", TypeError, {"zigzag": "yes"}),
+        ("score is not to be had .* there are mask, bias", NotImplementedError, {"score": kvattn.dot_score}),
+        ("has no argument 'is_causal': here it is causal", TypeError, {"is_causal": True}),
     ):
         with pytest.raises(error, match=words):
             ring_attention(x, x, x, **options)
@@ -346,6 +350,14 @@ def layers_under_fsdp2(groups):
     layers_learn(wrap)
 
 
+def the_page_of_the_docs(groups):
+    """Its code, in a group that is there already."""
+    page = Path(__file__).parents[2] / "docs" / "howto" / "processes.md"
+    code = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    with patch.object(dist, "init_process_group"), patch.object(dist, "destroy_process_group"):
+        exec(code, {})
+
+
 def second_derivatives(groups):
     query, key, value = (x.requires_grad_() for x in drawn((2, 5, 8), (2, 5, 8), (2, 5, 6)))
     output = ring_attention(query, key, value)
@@ -379,8 +391,9 @@ TASKS = {  # each case in one layout
     f"{parts} parts" + " in zigzag" * zigzag: partial(suite, parts=parts, every=len(LAYOUTS), first=i, zigzag=zigzag)
     for i, (parts, zigzag) in enumerate(LAYOUTS)
 }
-OTHERS = (a_group_of_one, what_is_refused, over_an_axis_of_a_mesh, arguments_that_differ, messages, shares_of_a_causal_call,
-          gradients_by_the_lse, second_derivatives, dtensors, layers_under_ddp, layers_under_fsdp2)  # fmt: skip
+OTHERS = (the_page_of_the_docs, a_group_of_one, what_is_refused, over_an_axis_of_a_mesh, arguments_that_differ, messages,
+          shares_of_a_causal_call, gradients_by_the_lse, second_derivatives, dtensors, layers_under_ddp,
+          layers_under_fsdp2)  # fmt: skip
 LOSSES = (a_rank_that_makes_no_call, a_rank_that_is_killed)
 TASKS |= {task.__name__: task for task in OTHERS + LOSSES}
 
