@@ -6,6 +6,7 @@ Run by test_tensorflow.py in a process of its own, since TensorFlow counts its d
 import json
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import tensorflow as tf
@@ -72,5 +73,6 @@ if __name__ == "__main__":
     found = {name: [losses(strategy, *layer) for strategy in (one, two)] for name, layer in LAYERS.items()}
     found["Keras's fit"] = [fitted(strategy) for strategy in (one, two)]
     page = Path(__file__).parents[2] / "docs" / "howto" / "processes.md"
-    exec(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1], {})
+    with patch.object(tf.distribute, "MirroredStrategy", lambda: two):  # one for each process
+        exec(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1], {})
     print(json.dumps({"replicas": two.num_replicas_in_sync, "losses": found}))

@@ -40,6 +40,7 @@ REFUSES = {
     ),
     "normalize": lambda case: case.keywords.get("normalize", "softmax") != "softmax",
     "positions": lambda case: "positions" in case.arguments,
+    "dropout": lambda case: case.keywords.get("dropout", 0) > 0,
     "segments": lambda case: "segments" in {*case.arguments, *case.keywords},
 }
 
@@ -114,7 +115,7 @@ def suite(groups, parts, every, first, zigzag=False):
     if (group := groups[parts]) is None:
         return None
     form = Form(group, zigzag)
-    judged = adapter.backend(tab, form.attention, form.attention_grad)
+    judged = adapter.backend(tab, form.attention, form.attention_grad, functions=True)
     return adapter.judge(judged, REFUSES, ("query", "key", "value", "bias", "sink"), adapter.cases()[first::every])
 
 
@@ -290,6 +291,13 @@ def dtensors(groups):
     assert kvattn.explain(*spread[:3]).kernel == "each device's own part"
     one = [distribute_tensor(x[:1], mesh, ways[0]) for x in arrays[:3]]  # a batch of 1, over two
     torch.testing.assert_close(kvattn.attention(*one).full_tensor(), kvattn.attention(query[:1], key[:1], value[:1]))
+    for options in (
+        {"mask": lambda q, k: q >= k},
+        {"segments": (torch.zeros(3, 5).int(), torch.zeros(3, 6).int())},
+        {"dropout": 0.5, "rng": 1},
+    ):
+        with pytest.raises((TypeError, ValueError), match="not for DTensors"):
+            kvattn.attention(*spread[:3], **options)
     with pytest.raises(ValueError, match="devices share over its sequence, axis 2; expected its batch or heads"):
         kvattn.attention(*(distribute_tensor(x, mesh, [Shard(0), Shard(2)]) for x in arrays[:3]))
 

@@ -35,6 +35,8 @@ def _attention(attend, query, key, value, call, blocks=()):
 
     if type(call.mask) is Pairs:  # a function may tell heads apart, by where they stand among all
         raise ValueError("masks and biases as functions, and segments, are not for DTensors; expected arrays")
+    if call.dropout and isinstance(call.rng, int):  # what it drops goes by where a weight stands among all
+        raise ValueError("dropout by a seed is not for DTensors; expected a torch.Generator of each device, or none")
     mesh, ndim = query.device_mesh, query.ndim
     axes = _axes(query, key)
 
