@@ -24,13 +24,14 @@ Shape = tuple[Any, ...]
 
 BLOCK = 256  # queries that share keys
 FEW = 2**16  # pairs: too few for a look at which of them may attend
-LOOK = 2**21  # pairs whose flags are looked at together
+LOOK = 2**18  # pairs whose flags are looked at together: numbers of theirs that a cache holds
 WHOLE = 2**24  # pairs whose mask may be held, where blocks would save little
 SAVED = 0.25  # the share of all pairs that is worth blocks, and of a block's keys that is worth picking them
 GAP = 128  # keys: what is left out between two runs, to be worth a copy of both
 RUNS = 8  # of keys that a block puts side by side
 SHORT = 64  # queries: a segment of fewer is served beside its neighbour
-BIAS = 2**22  # numbers of a bias that exist at one time
+BIAS = 2**21  # numbers of a bias that exist at one time
+SQUARE = 46341  # the first number whose square int32 does not hold
 TRACED = 16  # blocks of a program that is recorded
 
 
@@ -120,6 +121,11 @@ class Pairs(NamedTuple):
         full = (*_lead(query.shape, key.shape), query.shape[-2], key.shape[-2])
         mask, bias = self.arrays(query, key, full, call.query_offset)
         return call._replace(mask=mask, bias=call.bias if bias is None else bias)
+
+
+def short(first: Any, end: Any) -> bool:
+    """Whether int32 holds the product of any two of these positions: half as many bytes to go through as int64's."""
+    return type(first) is type(end) is int and -SQUARE < first <= end < SQUARE
 
 
 def both(mask: Any, other: Any) -> Any:
@@ -274,42 +280,31 @@ def _looked_at(query: Any, key: Any, call: Call) -> tuple[int | None, int | None
     """(left, right, None) where the flags are those of a window, (None, None, parts), or (None, None, None): of all pairs."""
     import numpy as np
 
-    n, m = query.shape[-2], key.shape[-2]
-    rows = max(BLOCK, LOOK // m // BLOCK * BLOCK)
-    starts = range(0, n, rows)
-    last_seen: tuple[int, Any] = (-1, None)
+    n, m, offset = query.shape[-2], key.shape[-2], call.query_offset
 
-    def look(start: int) -> Any:
-        nonlocal last_seen
-        if last_seen[0] != start:
-            end = min(start + rows, n)
-            full = (*_lead(query.shape, key.shape), end - start, m)
-            flags = call.mask.flags(query, key, full, call.query_offset, (start, end - start), [(0, m)])
-            flags = checks.peek(call.mask.tab, flags)
-            if flags is not None:
-                flags = np.broadcast_to(flags, (*flags.shape[:-2], end - start, m))
-            last_seen = start, flags
-        return last_seen[1]
+    def look(start: int, count: int) -> Any:
+        rows = start, min(count, n - start)
+        full = (*_lead(query.shape, key.shape), rows[1], m)
+        flags = checks.peek(call.mask.tab, call.mask.flags(query, key, full, offset, rows, [(0, m)]))
+        return None if flags is None else np.broadcast_to(flags, (*flags.shape[:-2], rows[1], m))
 
-    if look(0) is None:
+    size = max(1, LOOK // m)
+    flags = look(0, size)
+    if flags is None:
         return None, None, None
-    if type(call.query_offset) is int and call.mask.segments is None:
-        bands = []
-        for start in starts:
-            flags = look(start)
-            first, size = call.query_offset + start, flags.shape[-2]
-            band = _band(flags.reshape(size, m), first) if flags.size == size * m else None
+    if type(offset) is int and call.mask.segments is None:
+        bands: list[tuple[int, int, int | None, int | None]] = []
+        for start in range(0, n, size):
+            flags = look(start, size) if start else flags
+            rows = flags.shape[-2]
+            band = _band(flags.reshape(rows, m), offset + start) if flags.size == rows * m else None
             if band is None:
                 break
-            bands.append((first, first + size - 1, *band))
+            bands.append((offset + start, offset + start + rows - 1, *band))
         else:
             if (window := _one_window(bands, m)) is not None:
                 return (*window, None) if window != (None, None) else (None, None, [Part(0, n, ((0, m),), False)])
-    parts = []
-    for start in starts:
-        flags = look(start)
-        for i in range(0, flags.shape[-2], BLOCK):
-            parts.append(_narrowed(flags[..., i : i + BLOCK, :], start + i, call))
+    parts = [_narrowed(look(start, BLOCK), start, call) for start in range(0, n, BLOCK)]
     pairs = sum((part.end - part.start) * sum(last - first for first, last in part.runs) for part in parts)
     if pairs > (1 - SAVED) * n * m and n * m <= WHOLE and call.mask.bias_function is None:
         return None, None, None
@@ -454,11 +449,14 @@ def joined(call: Call, parts: Sequence[Part], results: Sequence[Any], concatenat
 def choice(query: Any, key: Any, value: Any, call: Call, in_parts: Callable[..., Any]) -> Choice:
     """The kernel that serves a call with Pairs. ``in_parts``: the tab's, (query, key, value, call, parts) -> results."""
     plain, parts = resolved(query, key, value, call)
+    found: Choice
     if parts:
-        what = "each beside the keys that it may attend to"
-        why = f"{len(parts)} blocks of queries, {what}: each is a call of its own"
-        return Choice("blocks of pairs", why, parts, lambda q, k, v, _, blocks: in_parts(q, k, v, plain, blocks))
-    found: Choice = call.mask.tab.choose(query, key, value, plain)
+        largest = max(parts, key=lambda part: (part.end - part.start) * (part.runs[-1][1] - part.runs[0][0]))
+        found = call.mask.tab.choose(*_like(largest, query, key, value, plain))
+        why = f"{found.why}; {len(parts)} blocks of queries, each beside the keys that it may attend to"
+        run = lambda q, k, v, _, blocks: in_parts(q, k, v, plain, blocks)  # noqa: E731
+        return Choice(f"{found.kernel}, in blocks of pairs", why, parts, run)
+    found = call.mask.tab.choose(query, key, value, plain)
     run, run_grad = found.run, found.run_grad
     assert run is not None
     said = "a window" if plain.windowed and not plain.masked else "arrays"
@@ -467,6 +465,19 @@ def choice(query: Any, key: Any, value: Any, call: Call, in_parts: Callable[...,
         run=lambda q, k, v, _, blocks: run(q, k, v, plain, blocks),
         run_grad=None if run_grad is None else lambda q, k, v, grad, wrt, _: run_grad(q, k, v, grad, wrt, plain),
     )
+
+
+def _like(part: Part, query: Any, key: Any, value: Any, call: Call) -> tuple[Any, Any, Any, Call]:
+    """A call like that of the part, for which no function is run: a kernel is chosen by shapes."""
+    import numpy as np
+
+    said: Pairs = call.mask
+    if said.mask_function is not None:
+        said = said._replace(mask_function=lambda q, k: k == k)
+    if said.bias_function is not None:
+        said = said._replace(bias_function=lambda q, k: said.tab.asarray(np.zeros((1, 1), np.float32), like=query))
+    outer = part._replace(runs=((part.runs[0][0], part.runs[-1][1]),))
+    return next(cut([outer], query, key, value, call._replace(mask=said), lambda arrays, axis: arrays[0]))
 
 
 def gradients(parts: Sequence[Part], sources: dict[str, Any], grad_output: Any, wrt: Sequence[str], call: Call, zeros: Any,

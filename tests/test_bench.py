@@ -290,3 +290,11 @@ def test_rotary_is_measured_beside_the_formula(tmp_path):
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["what"] for row in rows] == ["halves, at once", "interleaved, at once"]
     assert all(row["ratio"] > 0 and row["ms"] > 0 for row in rows)
+
+
+def test_functions_of_positions_are_measured_beside_the_calls_they_stand_for(tmp_path):
+    said = script("pairs.py", "--backend", "numpy", "--rounds", "1", "--small", "--json", tmp_path / "p.json")
+    assert "of the whole call" in said
+    rows = json.loads((tmp_path / "p.json").read_text())["rows"]
+    assert {row["beside"] for row in rows} == {"the whole call", "causal=", "window=", "the plain call", "its array"}
+    assert all(row["ratio"] > 0 and row["ms"] > 0 for row in rows)

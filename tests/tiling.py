@@ -56,6 +56,9 @@ RESTRICTIONS = {
     "mask of blocks": lambda n, m: {"mask": (np.arange(n)[:, None] // 4 + np.arange(m) // 3) % 2 == 0},
     "bias": lambda n, m: {"bias": _grid(-2, 2, n, m)},
     "bias -inf": lambda n, m: {"bias": np.where(np.arange(n * m).reshape(n, m) % 4 == 1, -INF, 0.5)},
+    "bias far below 0, and -inf": lambda n, m: {
+        "bias": np.array([-1024, -INF, -1280, -2048])[np.arange(n * m).reshape(n, m) % 4],
+    },
     "window, with holes": lambda n, m: {
         "window": (1, 2), "query_offset": 2, "valid_lens": np.tile(np.where(np.arange(n) // 3 % 3 == 1, 0, m - 1), (2, 1)),
     },
@@ -244,7 +247,7 @@ class Subject:
     def merged(self, arrays, options):
         """The output merged with that of a key of zeros, whose value is zeros, and gradients: by hand, as NumPy takes both."""
         output, lse = kvattn.attention(*arrays[:3], **options, return_lse=True)
-        share = 1 / (1 + np.exp(-lse))
+        share = np.exp(-np.logaddexp(0, -lse))
         by_lse = share * (1 - share) * (arrays[3] * output).sum(axis=-1)
         share = share[..., None]
         usual = {"score": self.tab.scaled_dot_score, "normalize": self.tab.softmax, "causal": False, "window": None}

@@ -63,7 +63,8 @@ def converts(x, y):
 
 
 def places(x, first=0, count=None):
-    return np.arange(first, first + (x.shape[-2] if count is None else count))
+    end = first + (x.shape[-2] if count is None else count)
+    return np.arange(first, end, dtype=np.int32 if pairs.short(first, end) else np.int64)
 
 
 # ---- shapes and masks

@@ -82,7 +82,8 @@ def converts(x, y):
 
 
 def places(x, first=0, count=None):
-    return torch.arange(first, first + (x.shape[-2] if count is None else count), device=x.device)
+    end = first + (x.shape[-2] if count is None else count)
+    return torch.arange(first, end, dtype=torch.int32 if pairs.short(first, end) else torch.int64, device=x.device)
 
 
 # ---- shapes and masks

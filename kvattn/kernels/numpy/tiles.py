@@ -241,9 +241,8 @@ def blocks(tiling, tile, query, buffers):
                 bias, tiling.dtype.type(UNIT), out=take(buffers, "bias", bias.shape, tiling.dtype), dtype=tiling.dtype
             )
             scores += bias
-            if not (allowed := bias != -math.inf).all():
-                limits.append((slice(None), _ones(allowed, "allowed", tiling.bits, buffers)))
-                np.maximum(scores, tiling.lowest, out=scores)
+            if not bias.min(initial=0) > -math.inf:
+                limits.append((slice(None), _ones(bias != -math.inf, "allowed", tiling.bits, buffers)))
         yield Block(part, columns, scores, limits, keys, values)
 
 
