@@ -449,26 +449,27 @@ def joined(call: Call, parts: Sequence[Part], results: Sequence[Any], concatenat
 def choice(query: Any, key: Any, value: Any, call: Call, in_parts: Callable[..., Any]) -> Choice:
     """The kernel that serves a call with Pairs. ``in_parts``: the tab's, (query, key, value, call, parts) -> results."""
     plain, parts = resolved(query, key, value, call)
-    found: Choice
+    found: Choice = call.mask.tab.choose(*(_like(query, key, value, plain, parts) if parts else (query, key, value, plain)))
+    run, run_grad = in_parts if parts else found.run, found.run_grad
+
+    def serve(query: Any, key: Any, value: Any, _: Call, blocks: Sequence[Any]) -> Any:
+        assert run is not None
+        return run(query, key, value, plain, blocks)
+
+    def derive(query: Any, key: Any, value: Any, grad_output: Any, wrt: Sequence[str], _: Call) -> Any:
+        assert run_grad is not None
+        return run_grad(query, key, value, grad_output, wrt, plain)
+
     if parts:
-        largest = max(parts, key=lambda part: (part.end - part.start) * (part.runs[-1][1] - part.runs[0][0]))
-        found = call.mask.tab.choose(*_like(largest, query, key, value, plain))
         why = f"{found.why}; {len(parts)} blocks of queries, each beside the keys that it may attend to"
-        run = lambda q, k, v, _, blocks: in_parts(q, k, v, plain, blocks)  # noqa: E731
-        return Choice(f"{found.kernel}, in blocks of pairs", why, parts, run)
-    found = call.mask.tab.choose(query, key, value, plain)
-    run, run_grad = found.run, found.run_grad
-    assert run is not None
+        return Choice(f"{found.kernel}, in blocks of pairs", why, parts, serve)
     said = "a window" if plain.windowed and not plain.masked else "arrays"
-    return found._replace(
-        why=f"{found.why}; functions of positions are {said} here",
-        run=lambda q, k, v, _, blocks: run(q, k, v, plain, blocks),
-        run_grad=None if run_grad is None else lambda q, k, v, grad, wrt, _: run_grad(q, k, v, grad, wrt, plain),
-    )
+    why = f"{found.why}; functions of positions are {said} here"
+    return found._replace(why=why, run=serve, run_grad=None if run_grad is None else derive)
 
 
-def _like(part: Part, query: Any, key: Any, value: Any, call: Call) -> tuple[Any, Any, Any, Call]:
-    """A call like that of the part, for which no function is run: a kernel is chosen by shapes."""
+def _like(query: Any, key: Any, value: Any, call: Call, parts: Sequence[Part]) -> tuple[Any, Any, Any, Call]:
+    """A call like that of the largest part, for which no function is run: a kernel is chosen by shapes."""
     import numpy as np
 
     said: Pairs = call.mask
@@ -476,8 +477,9 @@ def _like(part: Part, query: Any, key: Any, value: Any, call: Call) -> tuple[Any
         said = said._replace(mask_function=lambda q, k: k == k)
     if said.bias_function is not None:
         said = said._replace(bias_function=lambda q, k: said.tab.asarray(np.zeros((1, 1), np.float32), like=query))
-    outer = part._replace(runs=((part.runs[0][0], part.runs[-1][1]),))
-    return next(cut([outer], query, key, value, call._replace(mask=said), lambda arrays, axis: arrays[0]))
+    part = max(parts, key=lambda part: (part.end - part.start) * (part.runs[-1][1] - part.runs[0][0]))
+    part = part._replace(runs=((part.runs[0][0], part.runs[-1][1]),))
+    return next(cut([part], query, key, value, call._replace(mask=said), lambda arrays, axis: arrays[0]))
 
 
 def gradients(parts: Sequence[Part], sources: dict[str, Any], grad_output: Any, wrt: Sequence[str], call: Call, zeros: Any,

@@ -358,7 +358,7 @@ class TensorFlow(Differentiating):
             yield served
 
     def passes(self, case):
-        return {"_forward", "_backward"} if super().passes(case) and "bias" not in case.arguments else set()
+        return {"_forward", "_backward"} if super().passes(case) and "bias" not in case.arguments | case.keywords else set()
 
     def vjp(self, function, inputs, grad_output):
         with self.tab.tf.GradientTape() as tape:
