@@ -78,6 +78,7 @@ __all__ = [
     "relative_position_bucket",
     "rotary",
     "scaled_dot_score",
+    "segments_from_cu_seqlens",
     "self_attention",
     "set_backend",
     "softmax",
@@ -536,15 +537,8 @@ def rotary(
 def alibi_slopes(num_heads: int, *, dtype: str = "float32", backend: Any = None) -> Array:
     """The slope (num_heads,) by which ALiBi lowers a head's scores for each position between query and key.
 
-    As a bias (num_heads, n, m) of the scores it is ``-slopes[:, None, None] * abs(i - j)``, of positions i (n, 1) of the
-    queries and j (m,) of the keys. No bias is built where queries and keys bring their positions as features, for a score of
-    your own, which is worked through in blocks::
-
-        def alibi(query, key):  # queries end in their slope and their position, keys in their position
-            near = query[..., -2:-1] * abs(query[..., -1:] - key[..., None, :, -1])
-            return scaled_dot_score(query[..., :-2], key[..., :-1]) - near
-
-    Half precision holds such positions up to 2048 (bfloat16: 256); further out give float32.
+    As a bias it is ``lambda query, key: -slopes[:, None, None] * abs(query - key)``, a function of positions, for which no
+    array (num_heads, n, m) is built; MXNet and TensorFlow need ``asarray(abs(query - key), dtype="float32")`` there.
 
     Raises TypeError unless num_heads is an int and dtype the name of a floating-point one, ValueError unless num_heads is
     above 0.
@@ -585,6 +579,29 @@ def relative_position_bucket(
     bidirectional = checks.flag("bidirectional", bidirectional)
     side = checks.buckets(num_buckets, max_distance, bidirectional)
     return tab.asarray(distances.bucketed(known, side, max_distance, bidirectional), dtype="int32", like=x)
+
+
+def segments_from_cu_seqlens(cu_seqlens: Array, length: int | None = None, *, backend: Any = None) -> Array:
+    """The ``segments`` of sequences that lie one after another, of where they begin, as FlashAttention is told of them.
+
+    Args:
+        cu_seqlens: integers (sequences + 1,) whose values can be read: 0, where the second sequence begins, ..., where all end.
+        length: of the row; what is beyond the last sequence, padding, is a segment of its own. By default there is nothing.
+
+    Returns:
+        An id for each place, int32 (length,): for one row of a batch ``segments[None]``.
+
+    Raises ValueError unless cu_seqlens begin with 0, never decrease and end within the length, TypeError for no integers.
+
+    >>> segments_from_cu_seqlens([0, 2, 5], length=6)
+    array([0, 0, 1, 1, 1, 2], dtype=int32)
+
+    Source: Dao et al. 2022, "FlashAttention": its code's variable-length calls.
+    """
+    tab = dispatch.choose(backend, cu_seqlens=cu_seqlens)
+    x, known = checks.known_integers(tab, "cu_seqlens", cu_seqlens)
+    length = checks.ends(known, length)
+    return tab.asarray(distances.segments(known, length), dtype="int32", like=x)
 
 
 # ---- multi-head attention

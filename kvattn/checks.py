@@ -347,6 +347,16 @@ def known_integers(tab: Any, name: str, given: Any) -> tuple[Any, Any]:
     return x, known.astype("int64")
 
 
+def ends(cu_seqlens: Any, length: Any) -> int:
+    """The length of a row of sequences that begin and end so. Raises ValueError for numbers that are no such places."""
+    if cu_seqlens.ndim != 1 or not cu_seqlens.size:
+        raise ValueError(f"cu_seqlens has shape {_show(cu_seqlens.shape)}; expected (sequences + 1,)")
+    if cu_seqlens[0] != 0 or (cu_seqlens[1:] < cu_seqlens[:-1]).any():
+        raise ValueError(f"cu_seqlens must begin with 0 and never decrease, not {cu_seqlens.tolist()}")
+    last = int(cu_seqlens[-1])
+    return last if length is None else count("length", length, last)
+
+
 def buckets(num_buckets: Any, max_distance: Any, bidirectional: bool) -> int:
     """The buckets of one side. Raises ValueError unless some hold one distance each and others share the rest."""
     side = count("num_buckets", num_buckets, 4 if bidirectional else 2) // (2 if bidirectional else 1)

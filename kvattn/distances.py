@@ -1,4 +1,4 @@
-"""What scores are given by how far apart a query and a key stand: ALiBi's slopes and T5's buckets; plain numbers."""
+"""What scores are given by how far apart a query and a key stand, ALiBi's slopes and T5's buckets; segments. Plain numbers."""
 
 from __future__ import annotations
 
@@ -55,3 +55,10 @@ def bucketed(relative_position: Any, of_one_side: int, max_distance: int, bidire
     relative_position = relative_position.clip(-max_distance, max_distance)  # first, since int64's least has no absolute value
     found = table[abs(relative_position) if bidirectional else (-relative_position).clip(0)]
     return found + np.where(relative_position > 0, of_one_side, 0) if bidirectional else found
+
+
+def segments(ends: Any, length: int) -> Any:
+    """An id for each place, of where the sequences that lie there begin and end; NumPy's integers."""
+    import numpy as np  # here too
+
+    return np.repeat(np.arange(len(ends), dtype=np.int32), np.diff(ends, append=length))

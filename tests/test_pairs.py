@@ -1,6 +1,8 @@
 """What is said of pairs by where they stand, in blocks: the same answers as of one mask and one bias, whatever is cut where."""
 
+import doctest
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -27,6 +29,54 @@ def test_every_case_of_functions_and_segments_in_small_blocks(backend):
     with in_blocks():
         report = check.run(backend, cases, dtypes=("float64",))
     assert [x.message for x in report.failures] == []
+
+
+def _of_the_first_rows(self, query, key, offset, rows, runs, _of=pairs.Pairs.places):
+    return _of(self, query, key, offset, (0, rows[1]), runs)
+
+
+def _of_the_first_keys(self, query, key, offset, rows, runs, _of=pairs.Pairs.places):
+    return _of(self, query, key, offset, rows, runs and [(0, sum(last - first for first, last in runs))])
+
+
+def _one_less(flags, start, call, _of=pairs._narrowed):
+    part = _of(flags, start, call)
+    return part._replace(runs=tuple((first, max(first, last - 1)) for first, last in part.runs))
+
+
+def _one_more(bands, m, _of=pairs._one_window):
+    window = _of(bands, m)
+    return window and (window[0], window[1] and window[1] + 1)
+
+
+def _without_looks(parts, *arguments, _of=pairs.cut):
+    return _of([part._replace(looks=False) for part in parts], *arguments)
+
+
+def _of_the_first_entry(which, *arrays, _of=pairs._of_entries):
+    first = _of((0, which[1] - which[0]), *arrays)
+    return (*arrays[:3], arrays[3]) if arrays[0].shape[0] == 1 else first
+
+
+BROKEN = {  # what a block may get wrong
+    "each block stands where the first does": ("Pairs.places", _of_the_first_rows),
+    "the keys of each block begin at 0": ("Pairs.places", _of_the_first_keys),
+    "a function is forgotten beside a mask": ("both", lambda mask, other: other if mask is None else mask),
+    "a key too few": ("_narrowed", _one_less),
+    "a window that is wider": ("_one_window", _one_more),
+    "what looks is not looked at": ("cut", _without_looks),
+    "each entry is the first": ("_of_entries", _of_the_first_entry),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_the_cases_tell_of_a_fault(what):
+    """Of what all tabs share: run once."""
+    name, fault = BROKEN[what]
+    where, _, name = name.rpartition(".")
+    cases = [*placed.cases(np.random.default_rng(1))]
+    with in_blocks(), patch.object(getattr(pairs, where) if where else pairs, name, fault):
+        assert check.run("numpy", cases, dtypes=("float64",)).failures
 
 
 SAID = {  # a mask by positions, its array, and what is made of it
@@ -130,6 +180,26 @@ def test_blocks_whose_keys_go_back_are_cut_where_they_lie():
         np.testing.assert_array_equal(q, x[i:j])
         np.testing.assert_array_equal(found, keys[k:l])
         assert at["query_offset"] == i - k
+
+
+def test_the_examples_of_the_page():
+    page = Path(__file__).parent.parent / "docs" / "reference" / "semantics.md"
+    found = doctest.testfile(str(page), module_relative=False)
+    assert found.attempted > 10
+    assert not found.failed
+
+
+def test_segments_of_where_sequences_begin(backend, tab):
+    ends = tab.asarray(np.array([0, 2, 2, 5], "int32"))
+    found = kvattn.segments_from_cu_seqlens(ends, 7)
+    assert tab.is_array(found)
+    assert kvattn.to_numpy(found).tolist() == [0, 0, 2, 2, 2, 3, 3]
+    assert kvattn.to_numpy(kvattn.segments_from_cu_seqlens([0], 2, backend=backend)).tolist() == [0, 0]
+    for wrong, words in (([1, 2], "begin with 0"), ([0, 3, 2], "never decrease"), ([[0, 1]], "sequences"), ([], "shape")):
+        with pytest.raises((ValueError, TypeError), match=words):
+            kvattn.segments_from_cu_seqlens(np.array(wrong, int), backend=backend)
+    with pytest.raises(ValueError, match="length must be at least 5"):
+        kvattn.segments_from_cu_seqlens([0, 5], 4, backend=backend)
 
 
 def test_positions_are_wide_where_a_product_of_two_would_not_fit():

@@ -45,6 +45,7 @@ def test_every_function_of_the_spec_is_in_the_tabs():
         "get_backend",
         "nadaraya_watson",
         "relative_position_bucket",
+        "segments_from_cu_seqlens",
         "set_backend",
         "use_backend",
     }

@@ -126,8 +126,8 @@ def poisoned(rng: np.random.Generator, query: np.ndarray, key: np.ndarray, value
 
     for x, of in ((query, at[:-1]), (key, (*at[:-2], at[-1])), (value, (*at[:-2], at[-1]))):
         yield poison(x, oracle.flat_rows(x, lead)[of], np.zeros(x.shape[:-1], bool), [np.nan, np.inf, -np.inf])
-    if which.get("bias") is not None:
-        bias = which["bias"]
+    bias = which.get("bias")
+    if isinstance(bias, np.ndarray):
         cells = np.broadcast_to(np.arange(bias.size).reshape(bias.shape), (*lead, n, key.shape[-2]))
         yield poison(bias, cells[at], bias == -np.inf, [np.nan, np.inf])  # -inf says what is forbidden: it stays
 

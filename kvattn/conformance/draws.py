@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvattn import checks, layers
-from kvattn.conformance import check, multihead, oracle, pooling
+from kvattn.conformance import check, functions, multihead, oracle, pooling
 from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case, attend, grid, kink_free, poisoned
 
 SIZES = (1, 1, 2, 3, 4, 5, 7)
@@ -155,6 +155,13 @@ def draw(seed: int, number: int) -> Draw:
         options["return_scores"] = one("raw", "capped", "biased")
     if often(0.2) and call not in layers.LAYERS and "not_finite" not in options:
         options |= {"dropout": one(0.1, 0.5, 0.9), "seed": one(0, 1, 2**64 - 1)}
+    if call not in layers.LAYERS and not large:
+        if "mask" not in options and often(0.15):
+            options["mask"] = one(*functions.MASKS)
+        if "bias" not in options and often(0.1):
+            options["bias"] = one(*functions.BIASES)
+        if often(0.15):
+            options["segments"] = one("sorted", "apart")
     return replace(made, options=options)
 
 
@@ -228,10 +235,16 @@ def _options(drawn: Draw) -> dict[str, Any]:
             size if whole else 1 for size, whole in zip(of[max(0, len(of) - len(axes)) :], axes[-len(of) :], strict=True)
         )
 
-    if "mask" in options:
+    if "segments" in options:
+        kind, made = options["segments"], [drawn.rng(f"segments of {x}").integers(0, 3, (*batch, x)) for x in (n, m)]
+        of_queries, of_keys = (np.sort(x) if kind == "sorted" else x for x in made)
+        options["segments"] = of_queries if n == m else (of_queries, of_keys)
+    if "mask" in options and not isinstance(options["mask"], str):
         rng = drawn.rng("mask")
         options["mask"] = np.asarray(rng.random(shape(options["mask"])) < rng.choice([0.3, 0.7, 1.0]))
-    if "bias" in options:
+    if isinstance(options.get("bias"), str):
+        options["bias"] = options["bias"], {"slopes": grid(drawn.rng("slopes"), *lead[-1:], 1, 1)}
+    elif "bias" in options:
         rng, of = drawn.rng("bias"), shape(options["bias"])
         options["bias"] = np.where(rng.random(of) < rng.choice([0.0, 0.2]), -np.inf, grid(rng, *of))
     if "valid_lens" in options:
@@ -286,7 +299,9 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     params |= {} if alone or "sink" not in options else {"sink": options.pop("sink")}
     options |= {"causal": True} if steps or drawn.call == "decoding" else {}
     # The gradients of self-attention are asked of multi-head attention, whose masks have an axis of heads.
-    over_heads = {n: x[..., None, :, :] for n, x in options.items() if n in ("mask", "bias") and x.ndim > 2 and alone}
+    over_heads = {
+        n: x[..., None, :, :] for n, x in options.items() if alone and getattr(x, "ndim", 0) > 2 and n in ("mask", "bias")
+    }
     inputs = (query, key, value, params, heads, kv_heads)
     if "normalize" in options and not _clear(*inputs, options=options | over_heads, of=oracle.multi_head_attention):
         options.pop("normalize")
@@ -444,6 +459,8 @@ def code(made: Case, failure: check.Result, backend: str, device: str | None = N
     lines += [f"def array(x):\n    return {made_by}", ""]
 
     def literal(x: Any) -> str:
+        if isinstance(x, tuple) and any(isinstance(part, np.ndarray) for part in x):
+            return f"({', '.join(map(literal, x))})"
         if not isinstance(x, np.ndarray):
             return repr(x)
         text = repr(x.tolist()) if x.size else f"np.zeros({x.shape})"
@@ -456,11 +473,18 @@ def code(made: Case, failure: check.Result, backend: str, device: str | None = N
         bound = "".join(f", {n}={literal(p)}" for n, p in parameters.items())
         return f"partial(kvattn.{name}{bound})" if bound else f"kvattn.{name}"
 
+    def of_positions(x: Any) -> str:
+        lines.insert(1, "from kvattn.conformance import functions")
+        name, parameters = check._named(x)
+        bound = "".join(f", {n}={literal(p)}" for n, p in parameters.items())
+        return f"functions.function(kvattn.dispatch.load({backend!r}), {name!r}{bound})"
+
     given = dict(made.arguments)
     grad_output = given.pop("grad_output", None)
     wrong = failure.what.removeprefix("grad_") if failure.what.startswith("grad_") else None
     lines += [f"{name} = {literal(x)}" for name, x in given.items()]
-    keywords = {n: function(x) if n in check.FUNCTIONS else literal(x) for n, x in made.keywords.items()}
+    told = dict.fromkeys(check.FUNCTIONS, function) | dict.fromkeys(("mask", "bias"), of_positions)
+    keywords = {n: told.get(n, literal)(x) for n, x in made.keywords.items()}
     params = [name for name in checks.PARAMS if name in given and made.call in check.HEADED]
     params = [name for name in params if name != "sink" or made.call != "self_attention"]
     inputs: list[str] = [name for name in ("query", "key", "value", "x") if name in given]

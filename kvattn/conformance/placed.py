@@ -32,6 +32,12 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     yield make("mask function, averaged", *qkv(rng), mask="prefix", normalize="average", asked=WEIGHTS)
     yield make("mask function, no keys", *qkv(rng, m=0), mask="prefix", asked=LSE, group="empty rows")
     yield make("mask function, no queries", *qkv(rng, n=0), mask="prefix")
+    many: Any = {"n": 12, "m": 13, "d": 2, "lead": (2,)}  # blocks that begin anywhere
+    yield make("mask function, in a window", *qkv(rng, **many), mask="every other", window=(2, 1), asked=())
+    yield make("mask function, first key and window, many", *qkv(rng, **many), mask="first key and window", asked=LSE,
+               valid_lens=np.array([11, 13]))  # fmt: skip
+    yield make("bias function, in a window", *qkv(rng, **many), bias=("alibi", {"slopes": np.array([[[0.5]]])}),
+               window=(2, 1), query_offset=1, asked=())  # fmt: skip
     yield make("bias function", *qkv(rng), bias=alibi)
     yield make("bias function, alone", *qkv(rng), bias=alibi, asked=())
     yield make("bias function, causal, offset per entry", *qkv(rng), bias=alibi, causal=True, **each, asked=())
@@ -58,6 +64,9 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     yield make("segments, bias function, offsets, grouped", *qkv(rng, lead=(2, 4), kv=(2, 2), **square), segments=sorted_,
                bias=("alibi", {"slopes": np.array([0.5, 0.25, 0.125, 1.0])[:, None, None]}), causal=True,
                query_offset=np.array([1, 0]), asked=())  # fmt: skip
+    yield make("segments that lie apart, mask function", *qkv(rng, **square), segments=apart, mask="every other", asked=())
+    yield make("segments that lie apart, mask", *qkv(rng, **square), segments=apart, mask=rng.random((2, 2, 5, 5)) < 0.6)
+    yield make("segments, mask", *qkv(rng, **square), segments=sorted_, mask=rng.random((2, 1, 5, 5)) < 0.6, asked=LSE)
     yield make("segments, shared keys", *qkv(rng, lead=(2, 2), kv=(1, 2), **square), segments=sorted_, asked=LSE)
     for stage in ("capped", "biased"):
         both: dict[str, Any] = {"segments": sorted_, "mask": "every other", "bias": alibi, "softcap": 2.0}
@@ -75,6 +84,6 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     params, grouped = multihead.params_of(rng, 3, 3, 3, 2, 2), multihead.params_of(rng, 3, 3, 3, 4, 2)
     yield projected("heads: segments, causal", x, x, x, params, segments=packed, causal=True)
     yield projected("heads: no batch, segments", x[0], x[0], x[0], params, segments=packed[0], asked=WEIGHTS + LSE)
-    many: Any = ("alibi", {"slopes": np.array([0.5, 0.25, 0.125, 1.0])[:, None, None]})
-    yield projected("heads: functions of positions", x, keys, keys, grouped, heads=4, kv_heads=2, mask="prefix", bias=many,
+    of_heads: Any = ("alibi", {"slopes": np.array([0.5, 0.25, 0.125, 1.0])[:, None, None]})
+    yield projected("heads: functions of positions", x, keys, keys, grouped, heads=4, kv_heads=2, mask="prefix", bias=of_heads,
                     query_offset=1)  # fmt: skip
