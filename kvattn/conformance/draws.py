@@ -242,8 +242,9 @@ def _options(drawn: Draw) -> dict[str, Any]:
     if "mask" in options and not isinstance(options["mask"], str):
         rng = drawn.rng("mask")
         options["mask"] = np.asarray(rng.random(shape(options["mask"])) < rng.choice([0.3, 0.7, 1.0]))
+    heads = () if drawn.call == "self_attention" else lead[-1:]
     if isinstance(options.get("bias"), str):
-        options["bias"] = options["bias"], {"slopes": grid(drawn.rng("slopes"), *lead[-1:], 1, 1)}
+        options["bias"] = options["bias"], {"slopes": grid(drawn.rng("slopes"), *heads, 1, 1)}
     elif "bias" in options:
         rng, of = drawn.rng("bias"), shape(options["bias"])
         options["bias"] = np.where(rng.random(of) < rng.choice([0.0, 0.2]), -np.inf, grid(rng, *of))
