@@ -511,7 +511,7 @@ def gradients(parts: Sequence[Part], sources: dict[str, Any], grad_output: Any, 
         grads = of_part(*arrays, grad[..., part.start : part.end, :], wrt, here)
         for name, grad in zip(wrt, grads, strict=True):
             total, begin = found[name], 0
-            if name in ("key", "value") or (name == "bias" and total.shape[-1] == m):
+            if name in ("key", "value") or (name == "bias" and tuple(total.shape[-1:]) == (m,)):
                 for run in part.runs:
                     end = begin + run[1] - run[0]
                     piece = grad[..., begin:end] if name == "bias" else grad[..., begin:end, :]
