@@ -90,19 +90,26 @@ class Pairs(NamedTuple):
         if self.mask_function is not None:
             found = checks.flags(self.tab, self.mask_function(*self.places(query, key, offset, rows, runs)), full)
         if self.segments is not None:
-            of_queries, of_keys = (x if entries is None or x.shape[0] == 1 else x[slice(*entries)] for x in self.segments)
-            of_queries = of_queries[:, rows[0] : None if rows[1] is None else rows[0] + rows[1]]
-            if runs is not None and len(runs) == 1:
-                of_keys = of_keys[:, slice(*runs[0])]
-            elif runs is not None:
-                of_keys = self.tab.asarray(checks.peek(self.tab, of_keys)[:, _numbers(runs)], like=of_keys)
-            axes = [None] * (len(full) - 3)
-            if len(full) < 3:
-                same = of_queries[0][:, None] == of_keys[0][None]
-            else:
-                same = of_queries[(slice(None), *axes, slice(None), None)] == of_keys[(slice(None), *axes, None, slice(None))]
-            found = both(found, same)
+            found = both(found, self._same_segment(query, full, rows, runs, entries))
         return found
+
+    def _same_segment(self, query: Any, full: Shape, rows: Rows, runs: Sequence[Run] | None, entries: Run | None) -> Any:
+        assert self.segments is not None
+        seen = checks.peek(self.tab, self.segments[0]), checks.peek(self.tab, self.segments[1])
+        known = seen[0] is not None and seen[1] is not None  # then NumPy compares: MXNet does not for more than five axes
+        of_queries, of_keys = seen if known else self.segments
+        of_queries, of_keys = (x if entries is None or x.shape[0] == 1 else x[slice(*entries)] for x in (of_queries, of_keys))
+        of_queries = of_queries[:, rows[0] : None if rows[1] is None else rows[0] + rows[1]]
+        if runs is not None and len(runs) == 1:
+            of_keys = of_keys[:, slice(*runs[0])]
+        elif runs is not None:
+            of_keys = of_keys[:, _numbers(runs)]
+        if len(full) < 3:
+            same = of_queries[0][:, None] == of_keys[0][None]
+        else:
+            axes = [None] * (len(full) - 3)
+            same = of_queries[(slice(None), *axes, slice(None), None)] == of_keys[(slice(None), *axes, None, slice(None))]
+        return self.tab.asarray(same, like=query) if known else same
 
     def bias(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None) -> Any:
         """The bias of these pairs, in the query's dtype."""
@@ -160,7 +167,8 @@ def resolved(query: Any, key: Any, value: Any, call: Call) -> tuple[Call, Sequen
     plain = call._replace(mask=said.mask)
     n, m = query.shape[-2], key.shape[-2]
     known = all(type(size) is int for x in (query, key, value) for size in x.shape)
-    of_all = call.positions is not None or call.return_weights or call.return_scores
+    of_all = call.positions is not None or call.return_weights or call.return_scores is not None
+    of_all = of_all or len(query.shape) > getattr(said.tab, "MOST_AXES", len(query.shape))  # of arrays that can be cut
     if not known or 0 in (*query.shape[:-1], *key.shape[:-1]) or of_all:
         return said.whole(query, key, plain), ()
     if n * m <= FEW and said.segments is None:

@@ -29,6 +29,7 @@ with old_names():
     from mxnet import autograd, np, npx
 
 HALF = ("float16",)
+MOST_AXES = 5  # of an array that is cut
 DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool")
 WIDER = {"int16": "int32", "uint16": "int32", "uint32": "int64", "uint64": "int64"}
 
@@ -636,7 +637,7 @@ def _attend_grad(query, key, value, grad_output, wrt, call):
     bound = call.score.keywords if isinstance(call.score, partial) else {}
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **bound}
     if parts:
-        zeros = lambda x: np.zeros(x.shape, dtype=_wide(x[..., :0]).dtype, ctx=x.ctx)  # noqa: E731
+        zeros = lambda x: np.zeros(x.shape, dtype=_wide(x).dtype, ctx=x.ctx)  # noqa: E731
         found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, _attend_grad)
         return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
     choice = choose(query, key, value, call)
