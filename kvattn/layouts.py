@@ -18,10 +18,11 @@ class Layout(NamedTuple):
     parts: dict[str, str]
     transposed: bool  # a torch.nn.Linear keeps (features out, in), GPT-2's Conv1D (in, out) as we do
     beside: tuple[str, ...] = ()  # what lies in the block too and is no projection
+    norms: tuple[str, ...] = ()  # vectors that some of these models have, by our names
 
 
 LAYOUTS = {
-    "llama": Layout({c: f"{c}_proj" for c in "qkvo"}, True, ("rotary_emb.inv_freq",)),
+    "llama": Layout({c: f"{c}_proj" for c in "qkvo"}, True, ("rotary_emb.inv_freq",), ("q_norm", "k_norm")),
     "gpt2": Layout({"qkv": "c_attn", "o": "c_proj"}, False, ("bias", "masked_bias")),  # older files hold causal masks
     "bert": Layout(
         {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}, True,
@@ -44,11 +45,11 @@ def translated(state: Mapping[str, Any], layout: str, prefix: str = "") -> dict[
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, not {layout!r}")
-    parts, transposed, beside = LAYOUTS[layout]
+    parts, transposed, beside, norms = LAYOUTS[layout]
     start = f"{prefix.rstrip('.')}." if prefix else ""
     own = {name.removeprefix(start): x for name, x in state.items() if name.startswith(start)}
     needed = [f"{part}.weight" for part in parts.values()]
-    biases = {f"{part}.bias" for part in parts.values()}
+    biases = {f"{part}.bias" for part in parts.values()} | {f"{name}.weight" for name in norms}
     missing, left = [name for name in needed if name not in own], sorted(set(own) - {*needed, *biases, *beside})
     if missing or left:
         wrong = [f"missing: {start}{name}" for name in missing] + [f"left over: {start}{name}" for name in left[:TOLD]]
@@ -56,7 +57,7 @@ def translated(state: Mapping[str, Any], layout: str, prefix: str = "") -> dict[
         blocks = sorted(name.removesuffix(needed[0]).rstrip(".") for name in state if name.endswith(f".{needed[0]}"))
         hint = f"\ngive prefix=, the name of one block: {', '.join(map(repr, blocks[:TOLD]))}" if missing and blocks else ""
         raise ValueError(f"this is no {layout} attention block, and nothing was loaded:\n  " + "\n  ".join(wrong) + hint)
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, np.ndarray] = {name: _plain(own[f"{name}.weight"]) for name in norms if f"{name}.weight" in own}
     for letters, part in parts.items():
         for kind, name in (("W", f"{part}.weight"), ("b", f"{part}.bias")):
             if name in own:

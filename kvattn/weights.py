@@ -40,9 +40,10 @@ def import_weights(layer: Any, weights: Mapping[str, Any], layout: str | None = 
             model's attention block, or of the whole model, a dict of arrays or tensors by the model's names.
         prefix: with a layout, the block's name in the state: "model.layers.0.self_attn".
 
-    A Llama block is a layer with ``rotary=`` and without biases, called with ``causal=True``; GPT-2's has biases and is
-    called with ``causal=True``; BERT's has biases; T5's has none and is called with ``scale=1.0`` and, in the first block of
-    a stack, with ``bias=``, made of its relative_attention_bias.
+    A Llama block is a layer with ``rotary=`` and without biases, called with ``causal=True``; Qwen3's has ``qk_norm=`` too,
+    its rms_norm_eps (Gemma 3 keeps these norms less 1: add it); GPT-2's has biases and is called with ``causal=True``; BERT's
+    has biases; T5's has none and is called with ``scale=1.0`` and, in the first block of a stack, with ``bias=``, made of its
+    relative_attention_bias.
 
     Raises TypeError for weights that are no dict, and ValueError, listing every name that is missing or unknown and every
     shape that differs: then nothing is changed.

@@ -57,6 +57,10 @@ CASES |= {
             w, *x, num_heads=4, num_kv_heads=2, turned=lambda y: reference.turned(y, 50.0, interleaved=True)
         )[0],
     ),
+    "norms, then rotary": (
+        "MultiHeadAttention", {**HEADS, "num_heads": 2, "qk_norm": True, "rotary": True}, (X, X, X, LENS),
+        lambda w, *x: reference.multi_head(w, *x, num_heads=2, turned=reference.turned)[0],
+    ),
     "a sink": (
         "MultiHeadAttention", {**HEADS, "num_kv_heads": 2, "sink": True}, (X, X, X, LENS),
         lambda w, *x: reference.multi_head(w, *x, num_heads=4, num_kv_heads=2)[0],
@@ -614,3 +618,27 @@ def test_help_tells_every_argument_of_a_layer_and_completion_what_draws(backend)
     assert "- options: kvattn.attention's own" in text
     assert {"show_heatmaps", "show_attention", "plot", "attention", "MultiHeadAttention"} <= {*dir(kv)}
     assert all(hasattr(kv, name) for name in dir(kv))
+
+
+OF_HEADS = {"rotary": {"base": 100.0}, "qk_norm": 1e-3, "sink": True}
+
+
+@pytest.mark.parametrize("name", ["TransformerEncoderBlock", "TransformerEncoder"])
+def test_blocks_and_encoders_turn_and_norm_queries_and_keys_and_have_sinks(adapter, name):
+    """As NumPy's do, whose block is made of its own parts."""
+    sizes = {"num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4, "num_kv_heads": 2, **OF_HEADS}
+    sizes |= {"vocab_size": 11, "num_blks": 2} if name == "TransformerEncoder" else {}
+    x = TOKENS if name == "TransformerEncoder" else X
+    layer, w = made(adapter, name, sizes, (x,))
+    assert {"q_norm", "k_norm", "sink"} <= {each.rpartition(".")[2] for each in w}
+    w = shaken(w)
+    import kvattn.numpy as kv
+
+    native = kv.import_weights(getattr(kv, name)(**sizes), w)
+    assert_near(adapter.call(adapter.load(layer, w), x, LENS), native(x, LENS), name)
+    if name == "TransformerEncoderBlock":
+        attention = kv.MultiHeadAttention(8, 4, num_kv_heads=2, **OF_HEADS)
+        own = {each.removeprefix("attention."): y for each, y in w.items() if each.startswith("attention.")}
+        attended = kv.import_weights(attention, own)(X, X, X, LENS)
+        Y = native.addnorm1(X, attended)
+        assert_near(native(X, LENS), native.addnorm2(Y, native.ffn(Y)), "its parts")

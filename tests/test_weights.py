@@ -136,7 +136,8 @@ def test_one_matrix_of_three_is_split():
 WRONG_STATES = {
     "a name that is missing": (
         {n: x for n, x in _state().items() if n[0] != "k"}, {}, ["no llama attention block", "missing: k_proj.weight"]),
-    "a name that is left over": (_state(**{"q_norm.weight": np.ones(2)}), {}, ["left over: q_norm.weight", "nothing"]),
+    "a name that is left over": (_state(**{"g_proj.weight": np.ones(2)}), {}, ["left over: g_proj.weight", "nothing"]),
+    "norms that the layer has not": (_state(**{"q_norm.weight": np.ones(2)}), {}, ["unknown: q_norm (2,)"]),
     "a model without a prefix": (
         _state("h.0.attn."), {}, ["missing: q_proj.weight", "left over: h.0.attn.q_proj.weight", "prefix=", "'h.0.attn'"]),
     "another block's prefix": (_state("h.0.attn."), {"prefix": "h.1.attn"}, ["missing: h.1.attn.q_proj.weight", "'h.0.attn'"]),

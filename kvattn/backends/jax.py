@@ -754,6 +754,13 @@ def _affine(x, W=None, b=None):
     return x if b is None else x + b
 
 
+def _normed(x, weight, epsilon):
+    """RMSNorm: x (..., d) over the root of its mean square, times the weight (d,)."""
+    wide = _wide(x)
+    wide = wide * jax.lax.rsqrt((wide * wide).mean(axis=-1, keepdims=True) + epsilon) * _wide(weight)
+    return wide.astype(x.dtype)
+
+
 @partial(jax.jit, static_argnames="heads")
 def _split(x, heads):
     """(..., n, heads * c) -> (..., heads, n, c)."""

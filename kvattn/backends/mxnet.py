@@ -786,6 +786,15 @@ def _project(x, params, name):
     return x if b is None else x + _wide(b)
 
 
+def _normed(x, weight, epsilon):
+    """RMSNorm: x (..., d) over the root of its mean square, times the weight (d,)."""
+    if not x.size:
+        return x
+    wide = _wide(x)
+    wide = wide / np.sqrt((wide * wide).mean(axis=-1, keepdims=True) + epsilon) * _wide(weight)
+    return wide.astype(x.dtype, copy=False)
+
+
 def _split(x, heads):
     """(..., n, heads * c) -> (..., heads, n, c)."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)

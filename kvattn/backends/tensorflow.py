@@ -756,6 +756,13 @@ def _project(x, params, name):
     return x if b is None else x + _wide(b)
 
 
+def _normed(x, weight, epsilon):
+    """RMSNorm: x (..., d) over the root of its mean square, times the weight (d,)."""
+    wide = _wide(x)
+    wide = wide * tf.math.rsqrt(tf.reduce_mean(wide * wide, axis=-1, keepdims=True) + epsilon) * _wide(weight)
+    return tf.cast(wide, x.dtype)
+
+
 def _split(x, heads):
     """(..., n, heads * c) -> (..., heads, n, c)."""
     return _swap(tf.reshape(x, [*quirks.shape(x)[:-1], heads, x.shape[-1] // heads]))

@@ -733,6 +733,13 @@ def _project(x, params, name):
     return x if b is None else x + _wide(b)
 
 
+def _normed(x, weight, epsilon):
+    """RMSNorm: x (..., d) over the root of its mean square, times the weight (d,)."""
+    wide = _wide(x)
+    wide = wide * torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + epsilon) * _wide(weight)
+    return wide.to(x.dtype)
+
+
 def _split(x, heads):
     """(..., n, heads * c) -> (..., heads, n, c)."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-2, -3)

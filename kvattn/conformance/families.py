@@ -34,6 +34,7 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
         notfinite.sinks,
         placed.cases,
         scores_out,
+        places.layered,
         notfinite.scores_out,
         dropout,
         multihead.dropout,

@@ -442,7 +442,8 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
 
 
 def multi_head_attention(query: Array, key: Array, value: Array, params: dict[str, Array], num_heads: int, num_kv_heads: int,
-                         grad_output: Array | None = None, **how: Any) -> Answer:  # fmt: skip
+                         grad_output: Array | None = None, rotary: dict[str, Any] | None = None, qk_norm: float | None = None,
+                         **how: Any) -> Answer:  # fmt: skip
     """Heads by `attention`; projections and their gradients are sums written out, over values and over absolute values."""
 
     def split(x: Array, heads: int) -> Array:
@@ -460,6 +461,14 @@ def multi_head_attention(query: Array, key: Array, value: Array, params: dict[st
     inputs, heads = {"query": query, "key": key, "value": value}, (num_heads, num_kv_heads, num_kv_heads)
     q, k, v = (split(project(x, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True))
     absolute = [split(project(np.abs(x), n[0], size), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
+    steps: list[Any] = []  # what becomes of queries and keys, to go back by
+    for at, (x, first) in enumerate(((q, how.get("query_offset", 0)), (k, 0))):
+        norm = _RowNorm(params["qk"[at] + "_norm"], x, absolute[at], qk_norm) if qk_norm is not None else None
+        x, absolute[at] = (x, absolute[at]) if norm is None else norm.forward()
+        turn = None if rotary is None else _Turn(x.shape, int(first), **rotary)
+        x, absolute[at] = (x, absolute[at]) if turn is None else (turn.values(x), turn.sizes(absolute[at]))
+        steps.append((x, norm, turn))
+    q, k = steps[0][0], steps[1][0]
     grads: list[Array] | list[None] = [None, None]
     if grad_output is not None:
         back = [grad_output, np.abs(grad_output)]
@@ -473,6 +482,14 @@ def multi_head_attention(query: Array, key: Array, value: Array, params: dict[st
     joined, top = join(values["output"]), np.max(sizes["output"])
     values["output"], sizes["output"] = project(joined, "o"), project(np.full(joined.shape, top), "o", size)
     if grad_output is not None:
+        for name, (_, norm, turn) in zip(("query", "key"), steps, strict=True):
+            by, by_size = values["grad_" + name], sizes["grad_" + name]
+            if turn is not None:
+                by, by_size = turn.values(by, back=True), turn.sizes(by_size)
+            if norm is not None:
+                weight = f"grad_{name[0]}_norm"
+                by, by_size, values[weight], sizes[weight] = norm.backward(by, by_size)
+            values["grad_" + name], sizes["grad_" + name] = by, by_size
         for kind, params_of, g, o in (
             (values, params, grad_output, joined),
             (sizes, size, np.abs(grad_output), joined * 0 + top),
@@ -488,7 +505,56 @@ def multi_head_attention(query: Array, key: Array, value: Array, params: dict[st
     kept = {"output", "weights", "lse", "scores", *(f"grad_{name}" for name in (*inputs, *params))}
     values = {name: x for name, x in values.items() if name in kept}
     sizes = _plain({name: sizes[name] for name in values})
-    return Answer(_marked(values), sizes, 3 * largest)  # query, key, product: each rounds
+    roundings = 3 + 3 * (qk_norm is not None) + (rotary is not None)  # query, key, product: each rounds
+    return Answer(_marked(values), sizes, roundings * largest)
+
+
+class _RowNorm:
+    """RMSNorm of rows, x / sqrt(mean(x^2) + epsilon) * weight, and the way back; ``size``: the magnitude of x."""
+
+    def __init__(self, weight: Array, x: Array, size: Array, epsilon: float) -> None:
+        self.weight, self.x, self.size = weight, x, size
+        self.scale = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon)
+
+    def forward(self) -> Pair:
+        spread = np.abs(self.x) * self.scale**2 * (np.abs(self.x) * self.size).mean(axis=-1, keepdims=True)
+        return self.x * self.scale * self.weight, (self.size + spread) * self.scale * np.abs(self.weight)
+
+    def backward(self, by: Array, by_size: Array) -> tuple[Array, Array, Array, Array]:
+        """The gradients by x and by the weight, each with its magnitude."""
+        d = self.x.shape[-1]
+        inner, inner_size = by * self.weight, by_size * np.abs(self.weight)
+        along = (inner * self.x).mean(axis=-1, keepdims=True)
+        along_size = (inner_size * self.size).mean(axis=-1, keepdims=True)
+        by_x = self.scale * (inner - self.x * self.scale**2 * along)
+        by_x_size = self.scale * (inner_size + self.size * self.scale**2 * along_size) * (1 + self.size * self.scale).max()
+        by_weight = (by * self.x * self.scale).reshape(-1, d).sum(axis=0)
+        by_weight_size = (by_size * self.size * self.scale).reshape(-1, d).sum(axis=0)
+        return by_x, by_x_size, by_weight, by_weight_size
+
+
+class _Turn:
+    """Rotary embedding of rows (..., n, d) from a position on, as cosines and sines written out; back by the same angles."""
+
+    def __init__(self, shape: tuple[int, ...], first: int, base: float = 10000.0, interleaved: bool = False,
+                 rotary_dim: int | None = None, scaling: dict[str, Any] | None = None) -> None:  # fmt: skip
+        n, d = shape[-2:]
+        width = d if rotary_dim is None else rotary_dim
+        self.map = np.zeros((n, d, d)) + np.eye(d)  # row i becomes map[i] @ row
+        for i in range(n):
+            for pair in range(width // 2):
+                a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + width // 2)
+                frequency, factor = _frequency(pair, width, base, scaling or {}, first + n)
+                angle = (first + i) * frequency
+                cos, sin = factor * math.cos(angle), factor * math.sin(angle)
+                self.map[i, a, a], self.map[i, a, b], self.map[i, b, a], self.map[i, b, b] = cos, -sin, sin, cos
+
+    def values(self, x: Array, back: bool = False) -> Array:
+        return np.einsum("nij,...ni->...nj" if back else "nij,...nj->...ni", self.map, x)
+
+    def sizes(self, x: Array) -> Array:
+        both = np.maximum(np.abs(self.map), np.abs(self.map).swapaxes(-1, -2))
+        return np.einsum("nij,...nj->...ni", both, x)
 
 
 # ---- the other layers of a transformer, on pairs (value, magnitude)

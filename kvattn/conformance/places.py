@@ -1,4 +1,4 @@
-"""The cases of positions: rotary embeddings in both conventions, by every scaling."""
+"""The cases of positions: rotary embeddings in both conventions, by every scaling, and in layers, with their gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn.conformance import oracle
+from kvattn.conformance import multihead, oracle
 from kvattn.conformance.cases import DTYPES, Case, grid
 
 TRAINED = "original_max_position_embeddings"
@@ -72,3 +72,36 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     numbers = SCALINGS["longrope"] | {"attention_factor": 1.25}
     yield turned("longrope, no longer than before", grid(rng, 2, 4, 16), 28, scaling={"rope_type": "longrope", **numbers})
     yield turned("dynamic, no longer than before", grid(rng, 2, 3, 16), scaling={"rope_type": "dynamic", **SCALINGS["dynamic"]})
+
+
+def layered(rng: np.random.Generator) -> Iterator[Case]:
+    """Layers that turn and norm queries and keys: by inputs and by weights, gradients pass both."""
+    stretched = {"rope_type": "yarn", "factor": 4.0, TRAINED: 256}
+    forms: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "rotary": ({"rotary": True}, {"causal": True}),
+        "rotary, interleaved, some features": ({"rotary": {"interleaved": True, "rotary_dim": 2, "base": 50.0}}, {}),
+        "rotary, yarn, offset": ({"rotary": {"scaling": stretched}}, {"causal": True, "query_offset": 2}),
+        "qk_norm": ({"qk_norm": True}, {"valid_lens": np.array([3, 1])}),
+        "qk_norm, rotary, sink": ({"qk_norm": 0.0625, "rotary": True, "sink": True}, {"window": 1}),
+    }
+    for name, (config, options) in forms.items():
+        query, key, value = (grid(rng, 2, rows, 3) for rows in (3, 4, 4))
+        weights = multihead.params_of(rng, 3, 3, 3, 4, 2, d=4, v=4, o=16, biases=("b_q", "b_k", "b_v", "b_o"))
+        weights |= {"sink": grid(rng, 4)} if "sink" in config else {}
+        norms = {"q_norm": 1 + grid(rng, 4, top=0.5), "k_norm": 1 + grid(rng, 4, top=0.5)}
+        weights |= norms if "qk_norm" in config else {}
+        how: dict[str, Any] = {"rotary": {} if config.get("rotary") is True else config.get("rotary")}
+        how["qk_norm"] = 1e-6 if config.get("qk_norm") is True else config.get("qk_norm")
+        grad_output = grid(rng, 2, 3, 16)
+        answer = oracle.multi_head_attention(query, key, value, weights, 4, 2, grad_output, **how, **options)
+        kept = [what for what in answer.values if what == "output" or what.startswith("grad_")]
+        arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
+        keywords = {n: x for n, x in options.items() if n not in arrays}
+        keywords |= {"inputs": ("query", "key", "value"), "weights": weights}
+        keywords["config"] = {"num_hiddens": 16, "num_heads": 4, "num_kv_heads": 2, "bias": True, **config}
+        arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output, **arrays}
+        yield Case(
+            f"a layer: {name}", "layers", "MultiHeadAttention", arguments, keywords,
+            {what: answer.values[what] for what in kept}, {what: answer.magnitude[what] for what in kept},
+            answer.largest_score, DTYPES[:2], usual=DTYPES[:2],
+        )  # fmt: skip

@@ -6,7 +6,8 @@ A weight has one name, one shape and one first distribution in every framework. 
     AdditiveAttention         W_q (d_q, h)   W_k (d_k, h)   w_v (h,)
     MultiplicativeAttention   W (d_q, d_k)
     GatedAttention            w_g (2 d,)
-    MultiHeadAttention        W_q  W_k  W_v  W_o  b_q  b_k  b_v  b_o  sink (heads,): the params of kvattn.multi_head_attention
+    MultiHeadAttention        W_q  W_k  W_v  W_o  b_q  b_k  b_v  b_o  sink (heads,): the params of kvattn.multi_head_attention;
+                              q_norm (d,)   k_norm (d,): of each head's d features
     AddNorm                   gamma (h,)   beta (h,)
     PositionWiseFFN           W_1 (h, f)   b_1 (f,)   W_2 (f, h)   b_2 (h,)
     TransformerEncoderBlock   attention.*   addnorm1.*   ffn.*   addnorm2.*
@@ -15,8 +16,8 @@ A weight has one name, one shape and one first distribution in every framework. 
 Around them, a framework's own dense layer called ``x`` gives x.W and x.b, its layer norm x.gamma and x.beta, its embedding x.
 
 First values: matrices and w_v, w_g are uniform within sqrt(6 / (in + out)) of 0 (Glorot and Bengio 2010), the embedding
-is normal with variance 1 / h, gamma is 1, biases, beta and sink are 0. ``seed=`` draws them here, the same in every framework;
-without it each framework draws from its own generator.
+is normal with variance 1 / h, gamma, q_norm and k_norm are 1, biases, beta and sink are 0. ``seed=`` draws them here, the
+same in every framework; without it each framework draws from its own generator.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ ARGUMENTS = {
     "use_bias": "whether the projections have biases: b_q, b_k, b_v, b_o.",
     "rotary": "True, or a dict of kvattn.rotary's keywords (base, interleaved, rotary_dim, scaling), where queries and keys of "
     "each head are turned by their positions, which a cache counts on.",
+    "qk_norm": "True, or the epsilon (1e-6): whether queries and keys of each head are divided by the root of their mean "
+    "square, before they are turned, and multiplied by the learned q_norm and k_norm, as in Qwen3.",
     "sink": "whether each head learns a sink of kvattn.attention: a logit, 0 at first, that takes its share of every row.",
     "ffn_num_hiddens": "hidden units of the feed-forward network.",
     "ffn_num_outputs": "features of its output.",
@@ -107,7 +110,7 @@ def initial(seed: Seed | np.random.Generator, name: str, shape: tuple[int, ...])
     """
     if re.match("b_|b$|beta|sink$", name):
         return np.zeros(shape, np.float32)
-    if name == "gamma":
+    if name in ("gamma", "q_norm", "k_norm"):
         return np.ones(shape, np.float32)
     draw = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(child(seed, name))
     if name == "embedding":
@@ -196,6 +199,20 @@ def check_rotary(rotary: Any, width: int) -> dict[str, Any] | None:
     checks.scaling(given.get("base", 10000.0), given.get("rotary_dim"), given.get("scaling"), width)
     checks.flag("interleaved", given.get("interleaved", False))
     return dict(given)
+
+
+def check_qk_norm(given: Any) -> float | None:
+    """The epsilon of the norms of queries and keys, None where there are none."""
+    if given is None or given is False:
+        return None
+    return 1e-6 if given is True else checks.number("qk_norm", given, positive=True)
+
+
+def normed(tab: Any, epsilon: float | None, queries: Any, keys: Any, q_norm: Any, k_norm: Any) -> tuple[Any, Any]:
+    """queries and keys (..., heads, n, d), each row normed by the weight of its own, where there are norms."""
+    if epsilon is None:
+        return queries, keys
+    return tab._normed(queries, q_norm, epsilon), tab._normed(keys, k_norm, epsilon)
 
 
 def turned(rotary: Mapping[str, Any] | None, queries: Any, keys: Any, first: Any, cache: KVCache | None = None) -> Any:

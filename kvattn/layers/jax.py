@@ -89,6 +89,7 @@ class _Layer(nn.Module):
         if "num_heads" in fields:
             width = layers.head_width(self.num_hiddens, self.num_heads, self.num_kv_heads)
             layers.check_rotary(fields.get("rotary"), width)
+            layers.check_qk_norm(fields.get("qk_norm", False))
             checks.flag("sink", fields.get("sink", False))
         if "activation" in fields:
             layers.check_activation(self.activation)
@@ -182,6 +183,9 @@ class GatedAttention(_Attention):
         return self._attend(score, queries, keys, values, valid_lens, training, **options)
 
 
+NORMS = ("q_norm", "k_norm")
+
+
 class MultiHeadAttention(_Layer):
     """Multi-head attention with ``num_hiddens`` features in all heads together; (output, weights (batch * heads, n, m)).
 
@@ -197,12 +201,16 @@ class MultiHeadAttention(_Layer):
     seed: layers.Seed = _keyword(default=None)
     use_bias: bool | None = _keyword(default=None)
     rotary: Any = _keyword(default=None)
+    qk_norm: bool | float = _keyword(default=False)
     sink: bool = _keyword(default=False)
 
     def setup(self):
         bias = self.bias if self.use_bias is None else self.use_bias
         width = self.num_hiddens // self.num_heads
         self._turns, shared = layers.check_rotary(self.rotary, width), self._kv_heads * width
+        self._epsilon = layers.check_qk_norm(self.qk_norm)
+        normed = self._epsilon is not None
+        self._norms = [self.param(name, nn.initializers.ones, (width,)) if normed else None for name in NORMS]
         self._sink = self.param("sink", nn.initializers.zeros, (self.num_heads,)) if self.sink else None
         self.attention = DotProductAttention(self.dropout)
         self.W_q = _dense("W_q", self.num_hiddens, bias, self.seed)
@@ -221,6 +229,7 @@ class MultiHeadAttention(_Layer):
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self._kv_heads), tab._split(self.W_v(values), self._kv_heads)
+        queries, keys = layers.normed(tab, self._epsilon, queries, keys, *self._norms)
         queries, keys = layers.turned(self._turns, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
             cache = cache.extend(keys, values)
@@ -335,12 +344,15 @@ class TransformerEncoderBlock(_Layer):
     use_bias: bool = False
     num_kv_heads: int | None = _keyword(default=None)
     activation: str = _keyword(default="relu")
+    rotary: Any = _keyword(default=None)
+    qk_norm: bool | float = _keyword(default=False)
+    sink: bool = _keyword(default=False)
     seed: layers.Seed = _keyword(default=None)
 
     def setup(self):
         self.attention = MultiHeadAttention(
             self.num_hiddens, self.num_heads, self.dropout, self.use_bias, num_kv_heads=self.num_kv_heads,
-            seed=layers.child(self.seed, "attention"),
+            rotary=self.rotary, qk_norm=self.qk_norm, sink=self.sink, seed=layers.child(self.seed, "attention"),
         )  # fmt: skip
         self.addnorm1 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
         self.ffn = PositionWiseFFN(
@@ -376,6 +388,9 @@ class TransformerEncoder(_Layer):
     num_kv_heads: int | None = _keyword(default=None)
     activation: str = _keyword(default="relu")
     max_len: int = _keyword(default=1000)
+    rotary: Any = _keyword(default=None)
+    qk_norm: bool | float = _keyword(default=False)
+    sink: bool = _keyword(default=False)
     seed: layers.Seed = _keyword(default=None)
 
     def setup(self):
@@ -384,7 +399,8 @@ class TransformerEncoder(_Layer):
         self.blks = [
             TransformerEncoderBlock(
                 self.num_hiddens, self.ffn_num_hiddens, self.num_heads, self.dropout, self.use_bias,
-                num_kv_heads=self.num_kv_heads, activation=self.activation, seed=layers.child(self.seed, f"blocks.{i}"),
+                num_kv_heads=self.num_kv_heads, activation=self.activation, rotary=self.rotary, qk_norm=self.qk_norm,
+                sink=self.sink, seed=layers.child(self.seed, f"blocks.{i}"),
             )
             for i in range(self.num_blks)
         ]  # fmt: skip
@@ -447,7 +463,9 @@ def _sizes(part, path=()):
             f"{kind.__name__} makes its weights in its first call (it is nn.compact): give variables, module.init(...)'s result"
         )
     own = {(*path, "sink"): (part.num_heads,)} if isinstance(part, MultiHeadAttention) and part.sink else {}
-    part = part if path else part.bind({})
+    if isinstance(part, MultiHeadAttention) and layers.check_qk_norm(part.qk_norm) is not None:
+        own |= {(*path, name): (part.num_hiddens // part.num_heads,) for name in NORMS}
+    part = part if path else part.bind({}, rngs={"params": jax.random.key(0)}, mutable=["params"])  # for weights of its own
     hasattr(part, "anything")  # runs its setup
     inside = jax.tree.leaves(vars(part), is_leaf=lambda x: isinstance(x, nn.Module))
     children = [x for x in inside if isinstance(x, nn.Module) and x.parent is part]
@@ -472,7 +490,7 @@ def _slots(x):
             kind, parents = "dense", [*parents[:-1], _HEADS[parents[-1]]]
         elif leaf in _KINDS and not kernel:
             kind = _KINDS[leaf]
-        elif leaf in ("W", "w_g", "sink"):
+        elif leaf in ("W", "w_g", "sink", *NORMS):
             kind, parents = "embedding", path  # that kind's only weight has its name
         else:
             raise TypeError(f"{'.'.join(path)} {size} is no dense, norm or embedding layer's: it has no name outside JAX")

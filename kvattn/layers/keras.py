@@ -246,7 +246,8 @@ def _own(path, part):
     elif isinstance(part, Embedding):
         kind, has = "embedding", {"weight": ("embeddings", (part.input_dim, part.output_dim))}
     else:
-        return {".".join((*path, name)): (name, _known(part, name, shape)) for name, shape in getattr(part, "OWN", ())}
+        places = {name: (name, _known(part, name, shape)) for name, shape in getattr(part, "OWN", ())}
+        return {layers.names((*path, name), "embedding")["weight"]: place for name, place in places.items()}
     names = layers.names(path, kind)
     has = {names[which]: place for which, place in has.items() if place}
     return {name: (x, layers.own_shape(name, _known(part, x, shape))) for name, (x, shape) in has.items()}

@@ -208,10 +208,11 @@ class _Attention(_Layer):
 _traced = WeakValueDictionary()  # layers by the name that their graphs, which are text, have for them
 
 
-def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=None, rotary=None, backend="mxnet",
-            **options):  # fmt: skip
+def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=None, rotary=None, qk_norm=None, q_norm=None,
+            k_norm=None, backend="mxnet", **options):  # fmt: skip
     """kvattn.attention with dropout in training alone, noted as the layer's last call: at once, or when a graph runs."""
     if tab.is_array(query):
+        query, key = layers.normed(tab, qk_norm, query, key, q_norm, k_norm)
         query, key = layers.turned(rotary, query, key, options.get("query_offset", 0))
     options |= {"score": score, "valid_lens": whole(valid_lens, backend)}
     layer = _traced.get(layer) if isinstance(layer, str) else layer
@@ -302,12 +303,15 @@ class MultiHeadAttention(_Layer):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None, seed=None, bias=None,
-                 rotary=None, sink=False, **kwargs):  # fmt: skip
+                 rotary=None, qk_norm=False, sink=False, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         bias = use_bias if bias is None else bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.width = width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
+        self.qk_norm = layers.check_qk_norm(qk_norm)
+        if self.qk_norm is not None:
+            self.q_norm, self.k_norm = (self.params.get(x, shape=(width,), init="ones") for x in ("q_norm", "k_norm"))
         self.sink = self.params.get("sink", shape=(num_heads,), init="zeros") if checks.flag("sink", sink) else None
         self.attention = DotProductAttention(dropout)
         self.W_q = _Dense("W_q", num_hiddens, bias, seed)
@@ -320,7 +324,8 @@ class MultiHeadAttention(_Layer):
             layers.with_sink(args[-1], self.sink)
         return super().forward(*args)
 
-    def hybrid_forward(self, F, queries, keys, values, valid_lens=None, *, cache=None, sink=None, **options):
+    def hybrid_forward(self, F, queries, keys, values, valid_lens=None, *, cache=None, sink=None, q_norm=None, k_norm=None,
+                       **options):  # fmt: skip
         if cache is None and tab.is_array(queries):  # a later call may look at what is nobody's now; a Symbol has no values
             valid_lens = whole(valid_lens)
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
@@ -328,7 +333,9 @@ class MultiHeadAttention(_Layer):
         keys, values = (_split(x, self.num_kv_heads, self.width) for x in (self.W_k(keys), self.W_v(values)))
         if symbols.deferred(queries):  # which have no positions yet: when the graph runs
             options |= {} if self.rotary is None else {"rotary": self.rotary}
+            options |= {} if self.qk_norm is None else {"qk_norm": self.qk_norm, "q_norm": q_norm, "k_norm": k_norm}
         else:
+            queries, keys = layers.normed(tab, self.qk_norm, queries, keys, q_norm, k_norm)
             queries, keys = layers.turned(self.rotary, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
             cache = cache.extend(keys, values)
@@ -462,11 +469,12 @@ class TransformerEncoderBlock(_Layer):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", seed=None, **kwargs):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm=False, sink=False, seed=None, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         self.attention = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, seed=layers.child(seed, "attention")
-        )
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, sink=sink,
+            seed=layers.child(seed, "attention"),
+        )  # fmt: skip
         self.addnorm1 = AddNorm(dropout, num_hiddens)
         self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
         self.addnorm2 = AddNorm(dropout, num_hiddens)
@@ -489,7 +497,8 @@ class TransformerEncoder(_Layer):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, seed=None, **kwargs):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, sink=False, seed=None,
+                 **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         self.num_hiddens = num_hiddens
         self.embedding = nn.Embedding(vocab_size, num_hiddens, weight_initializer=_First("embedding", seed))
@@ -498,7 +507,7 @@ class TransformerEncoder(_Layer):
         for i in range(num_blks):
             block = TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                seed=layers.child(seed, f"blocks.{i}"),
+                rotary=rotary, qk_norm=qk_norm, sink=sink, seed=layers.child(seed, f"blocks.{i}"),
             )  # fmt: skip
             self.blks.add(block)
 
@@ -549,7 +558,7 @@ def _slots(block, path=()):
     elif own and not isinstance(block, (_Attention, MultiHeadAttention)):
         raise TypeError(f"{'.'.join(path)} is a {type(block).__name__}, whose weights have no name outside MXNet")
     else:
-        own = {".".join((*path, name)): x for name, x in own.items()}
+        own = {layers.names((*path, name), "embedding")["weight"]: x for name, x in own.items()}
     for name, parameter in own.items():
         transposed = isinstance(block, nn.Dense) and len(parameter.shape) == 2
         shape = tuple(None if n < 1 else n for n in parameter.shape)

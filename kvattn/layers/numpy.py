@@ -136,11 +136,14 @@ class MultiHeadAttention(Layer):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
-                 rotary=None, sink=False, rng=None):  # fmt: skip
+                 rotary=None, qk_norm=False, sink=False, rng=None):  # fmt: skip
         bias, rng = bias if use_bias is None else use_bias, np.random.default_rng(rng)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
+        self.qk_norm, self.width = layers.check_qk_norm(qk_norm), width
+        for name in () if self.qk_norm is None else NORMS:
+            self.parameter(name, (width,))
         if checks.flag("sink", sink):
             self.parameter("sink", (num_heads,))
         self.attention = DotProductAttention(dropout, rng=rng)
@@ -154,9 +157,13 @@ class MultiHeadAttention(Layer):
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self.num_kv_heads), tab._split(self.W_v(values), self.num_kv_heads)
-        first = options.get("query_offset", 0)
+        first, projected = options.get("query_offset", 0), (queries, keys)
+        norms = [None, None]
+        if self.qk_norm is not None:  # copies, since an optimiser writes into them
+            norms = [self.weight(name, (self.width,), queries.dtype).copy() for name in NORMS]
+        queries, keys = layers.normed(tab, self.qk_norm, queries, keys, *norms)
         queries, keys = layers.turned(self.rotary, queries, keys, first, cache)
-        self.keep(cache, first)
+        self.keep(cache, first, projected, norms)
         if cache is not None:
             cache = cache.extend(keys, values, backend="numpy")
             keys, values = cache.seen()
@@ -170,7 +177,7 @@ class MultiHeadAttention(Layer):
         rest = rest if cache is None else [*rest, cache]
         return (output, *rest) if rest else output
 
-    def vjp(self, grad, cache, first):
+    def vjp(self, grad, cache, first, projected, norms):
         if cache is not None:
             raise RuntimeError("a call with a cache has no backward: its keys and values are of earlier calls too")
         grad = tab._split(self.W_o.backward(grad), self.num_heads)
@@ -181,8 +188,24 @@ class MultiHeadAttention(Layer):
             how = layers.of_one_length(self.rotary, queries, keys, (first, 0))
             places = -(first + np.arange(queries.shape[-2])), -np.arange(keys.shape[-2])
             queries, keys = (api.rotary(x, at, **how) for x, at in zip((queries, keys), places, strict=True))
+        if self.qk_norm is not None:
+            by = [_by_norm(*each, self.qk_norm) for each in zip((queries, keys), projected, norms, strict=True)]
+            (queries, keys), by_norms = zip(*by, strict=True)
+            for name, by_norm in zip(NORMS, by_norms, strict=True):
+                self.gradient(name, by_norm)
         queries, keys, values = map(tab._join, (queries, keys, values))
         return self.W_q.backward(queries), self.W_k.backward(keys), self.W_v.backward(values)
+
+
+NORMS = ("q_norm", "k_norm")
+
+
+def _by_norm(grad, x, weight, epsilon):
+    """The gradients of an RMSNorm of x (..., d) by x and by the weight."""
+    scale = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon)
+    by = grad * weight
+    by_x = scale * (by - x * scale * scale * (by * x).mean(axis=-1, keepdims=True))
+    return by_x.astype(x.dtype), (grad * x * scale).reshape(-1, x.shape[-1]).sum(axis=0)
 
 
 # ---- the other parts of a transformer
@@ -256,11 +279,12 @@ class TransformerEncoderBlock(Layer):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", seed=None, rng=None):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm=False, sink=False, seed=None, rng=None):  # fmt: skip
         rng = np.random.default_rng(rng)
         self.attention = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, seed=layers.child(seed, "attention"), rng=rng
-        )
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, sink=sink,
+            seed=layers.child(seed, "attention"), rng=rng,
+        )  # fmt: skip
         self.addnorm1 = AddNorm(num_hiddens, dropout, rng=rng)
         self.ffn = PositionWiseFFN(
             ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"), rng=rng
@@ -290,7 +314,8 @@ class TransformerEncoder(Layer):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, seed=None, rng=None):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, sink=False, seed=None,
+                 rng=None):  # fmt: skip
         rng = np.random.default_rng(rng)
         self.num_hiddens = num_hiddens
         self.embedding = Embedding(vocab_size, num_hiddens, seed=seed, rng=rng)
@@ -298,7 +323,7 @@ class TransformerEncoder(Layer):
         self.blks = [
             TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                seed=layers.child(seed, f"blocks.{i}"), rng=rng,
+                rotary=rotary, qk_norm=qk_norm, sink=sink, seed=layers.child(seed, f"blocks.{i}"), rng=rng,
             )
             for i in range(num_blks)
         ]  # fmt: skip

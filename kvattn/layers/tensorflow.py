@@ -163,15 +163,18 @@ class MultiHeadAttention(Layer):
     """
 
     def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, num_heads=None, dropout=0.0,
-                 bias=False, *, num_kv_heads=None, seed=None, use_bias=None, rotary=None, sink=False,
-                 **kwargs):  # fmt: skip
+                 bias=False, *, num_kv_heads=None, seed=None, use_bias=None, rotary=None, qk_norm=False,
+                 sink=False, **kwargs):  # fmt: skip
         super().__init__(locals(), **kwargs)
         check_given(self, num_hiddens=num_hiddens, num_heads=num_heads)
         bias = bias if use_bias is None else use_bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
-        self.sink, self._sinks = None, checks.flag("sink", sink)
+        self.qk_norm = layers.check_qk_norm(qk_norm)
+        self.OWN = () if self.qk_norm is None else (("q_norm", (width,)), ("k_norm", (width,)))
+        self.OWN += (("sink", (num_heads,)),) if checks.flag("sink", sink) else ()
+        self.q_norm = self.k_norm = self.sink = None
         self.attention = DotProductAttention(dropout, dtype=self.dtype_policy)
         self.W_q = dense(self, "W_q", num_hiddens, bias, seed)
         self.W_k = dense(self, "W_k", self.num_kv_heads * width, bias, seed)
@@ -182,15 +185,14 @@ class MultiHeadAttention(Layer):
         for part, shape in ((self.W_q, queries_shape), (self.W_k, keys_shape), (self.W_v, values_shape)):
             build_once(part, shape)
         build_once(self.W_o, (None, self.W_q.units))
-        if self._sinks and self.sink is None:
-            self.make((self.num_heads,))
+        self.make()
 
-    @property
-    def OWN(self):
-        return (("sink", (self.num_heads,)),) if self._sinks else ()
-
-    def make(self, shape):
-        self.sink = self.add_weight(name="sink", shape=shape, initializer="zeros")
+    def make(self, shape=None):
+        """All of its own weights, whose shapes are known."""
+        for name, size in self.OWN:
+            if getattr(self, name) is None:
+                kind = "zeros" if name == "sink" else "ones"
+                setattr(self, name, self.add_weight(name=name, shape=size, initializer=kind))
 
     def call(self, queries, keys, values, valid_lens=None, arrays=None, cache=None, training=None, queries_mask=None,
              keys_mask=None, values_mask=None, **options):  # fmt: skip
@@ -206,6 +208,8 @@ class MultiHeadAttention(Layer):
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self.num_kv_heads), tab._split(self.W_v(values), self.num_kv_heads)
         cache = None if cache is None else cache.cache
+        norms = (None if x is None else tf.convert_to_tensor(x) for x in (self.q_norm, self.k_norm))
+        queries, keys = layers.normed(tab, self.qk_norm, queries, keys, *norms)
         queries, keys = layers.turned(self.rotary, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
             check_cache_sees_no_padding(options)
@@ -302,13 +306,14 @@ class TransformerEncoderBlock(Layer):
 
     def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
                  ffn_num_hiddens=None, num_heads=None, dropout=0.0, bias=False, *, use_bias=None, num_kv_heads=None,
-                 activation="relu", seed=None, **kwargs):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm=False, sink=False, seed=None, **kwargs):  # fmt: skip
         super().__init__(locals(), **kwargs)
         check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads)
         dtype = self.dtype_policy
         self.attention = MultiHeadAttention(
             key_size, query_size, value_size, num_hiddens, num_heads, dropout, bias, use_bias=use_bias,
-            num_kv_heads=num_kv_heads, seed=layers.child(seed, "attention"), dtype=dtype,
+            num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, sink=sink, seed=layers.child(seed, "attention"),
+            dtype=dtype,
         )  # fmt: skip
         self.addnorm1 = AddNorm(norm_shape, dropout, dtype=dtype)
         self.ffn = PositionWiseFFN(
@@ -342,7 +347,8 @@ class TransformerEncoder(Layer):
 
     def __init__(self, vocab_size, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
                  ffn_num_hiddens=None, num_heads=None, num_blks=None, dropout=0.0, bias=False, *, use_bias=None,
-                 num_kv_heads=None, activation="relu", max_len=1000, seed=None, **kwargs):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, sink=False, seed=None,
+                 **kwargs):  # fmt: skip
         super().__init__(locals(), **kwargs)
         self.autocast = False  # d2l's tokens may be floats: half precision would round them
         check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads, num_blks=num_blks)
@@ -355,7 +361,7 @@ class TransformerEncoder(Layer):
             TransformerEncoderBlock(
                 key_size, query_size, value_size, num_hiddens, norm_shape, ffn_num_hiddens, num_heads, dropout, bias,
                 use_bias=use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                seed=layers.child(seed, f"blocks.{i}"), dtype=dtype,
+                rotary=rotary, qk_norm=qk_norm, sink=sink, seed=layers.child(seed, f"blocks.{i}"), dtype=dtype,
             )
             for i in range(num_blks)
         ]  # fmt: skip

@@ -186,12 +186,14 @@ class MultiHeadAttention(nn.Module):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
-                 rotary=None, sink=False):  # fmt: skip
+                 rotary=None, qk_norm=False, sink=False):  # fmt: skip
         super().__init__()
         bias = bias if use_bias is None else use_bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
+        self.qk_norm = layers.check_qk_norm(qk_norm)
+        self.q_norm, self.k_norm = (None if self.qk_norm is None else nn.Parameter(torch.ones(width)) for _ in "qk")
         self.sink = nn.Parameter(torch.zeros(num_heads)) if checks.flag("sink", sink) else None
         self.attention = DotProductAttention(dropout)
         self.W_q = _Linear("W_q", num_hiddens, bias, seed)
@@ -205,6 +207,7 @@ class MultiHeadAttention(nn.Module):
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self.num_kv_heads), tab._split(self.W_v(values), self.num_kv_heads)
+        queries, keys = layers.normed(tab, self.qk_norm, queries, keys, self.q_norm, self.k_norm)
         queries, keys = layers.turned(self.rotary, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
             cache = cache.extend(keys, values)
@@ -277,11 +280,12 @@ class TransformerEncoderBlock(nn.Module):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", seed=None):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm=False, sink=False, seed=None):  # fmt: skip
         super().__init__()
         self.attention = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, seed=layers.child(seed, "attention")
-        )
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, sink=sink,
+            seed=layers.child(seed, "attention"),
+        )  # fmt: skip
         self.addnorm1 = AddNorm(num_hiddens, dropout)
         self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
         self.addnorm2 = AddNorm(num_hiddens, dropout)
@@ -304,7 +308,8 @@ class TransformerEncoder(nn.Module):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, seed=None):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, sink=False,
+                 seed=None):  # fmt: skip
         super().__init__()
         self.num_hiddens = num_hiddens
         self.embedding = nn.Embedding(vocab_size, num_hiddens)
@@ -314,7 +319,7 @@ class TransformerEncoder(nn.Module):
         for i in range(num_blks):
             block = TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                seed=layers.child(seed, f"blocks.{i}"),
+                rotary=rotary, qk_norm=qk_norm, sink=sink, seed=layers.child(seed, f"blocks.{i}"),
             )  # fmt: skip
             self.blks.add_module(f"block{i}", block)
 

@@ -61,6 +61,9 @@ def multi_head(w, queries, keys, values, valid_lens=None, *, num_heads, num_kv_h
             return x[..., of * size : (of + 1) * size]
 
         query, key = part(q, head, num_heads), part(k, group, kv_heads)
+        if "q_norm" in w:
+            query, key = (x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) for x in (query, key))
+            query, key = query * w["q_norm"], key * w["k_norm"]
         if turned is not None:
             query, key = turned(query), turned(key)
         output, weights = attention(

@@ -521,6 +521,15 @@ def _llama():
     return block, layer, {}, lambda x: block(x, position_embeddings=places(x, torch.arange(7)[None]))[0]
 
 
+def _qwen3():
+    """Grouped heads, queries and keys normed in each head, then rotary."""
+    modeling = transformers.models.qwen3.modeling_qwen3
+    config = transformers.Qwen3Config(**GROUPED, rms_norm_eps=1e-3, attn_implementation="eager")
+    block, places = modeling.Qwen3Attention(config, 0), modeling.Qwen3RotaryEmbedding(config)
+    layer = {"num_kv_heads": 2, "qk_norm": 1e-3, "rotary": {"scaling": config.rope_parameters}}
+    return block, layer, {}, lambda x: block(x, position_embeddings=places(x, torch.arange(7)[None]), attention_mask=None)[0]
+
+
 def _gpt2():
     """One matrix for queries, keys and values, as (in, out), with biases."""
     block = transformers.models.gpt2.modeling_gpt2.GPT2Attention(transformers.GPT2Config(**GPT2, attn_implementation="eager"))
@@ -541,10 +550,10 @@ def _t5():
     return block, {}, {"scale": 1.0, "bias": block.compute_bias(7, 7).detach()}, lambda x: block(x)[0]
 
 
-@pytest.mark.parametrize("layout", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("layout", ["llama", "qwen3", "gpt2", "bert", "t5"])
 def test_a_block_whose_weights_are_imported_gives_what_the_models_own_gives(layout, backend):
     torch.manual_seed(1)
-    block, config, options, own = {"llama": _llama, "gpt2": _gpt2, "bert": _bert, "t5": _t5}[layout]()
+    block, config, options, own = {"llama": _llama, "qwen3": _qwen3, "gpt2": _gpt2, "bert": _bert, "t5": _t5}[layout]()
     block.eval()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
@@ -552,7 +561,7 @@ def test_a_block_whose_weights_are_imported_gives_what_the_models_own_gives(layo
         options["bias"] = block.compute_bias(7, 7).detach()
     x = torch.randn(2, 7, 16)
     expected = own(x).detach().numpy()
-    weights = layouts.translated(block.state_dict(), layout)
+    weights = layouts.translated(block.state_dict(), "llama" if layout == "qwen3" else layout)
     options = {name: y.numpy() if isinstance(y, torch.Tensor) else y for name, y in options.items()}
     config = {"num_hiddens": 16, "num_heads": 4, **config}
     results, *_ = native.run(backend, "MultiHeadAttention", config, weights, [x.numpy()] * 3, **options)
