@@ -518,6 +518,26 @@ def test_a_hybridized_layer_turns_what_its_graph_is_given():
     assert numpy.abs(plain(x, x, x).asnumpy() - expected).max() > 1e-3
 
 
+@pytest.mark.parametrize("how", [{}, {"rotary": True, "sink": True}], ids=["alone", "rotary, sink"])
+def test_a_hybridized_layer_learns_its_norms(how):
+    layer = kv.MultiHeadAttention(8, 2, num_kv_heads=1, qk_norm=True, seed=3, **how)
+    layer.initialize()
+    x = array(2, 4, 8)
+
+    def step():
+        with autograd.record():
+            output = layer(x, x, x)
+            loss = (output * output).sum()
+        loss.backward()
+        return [output.asnumpy(), *(y.grad().asnumpy().copy() for y in (layer.q_norm, layer.k_norm, layer.W_k.weight))]
+
+    expected = step()
+    assert all(numpy.abs(y).max() > 1e-4 for y in expected)
+    layer.hybridize()
+    for y, found in zip(expected, step(), strict=True):
+        numpy.testing.assert_allclose(found, y, atol=1e-4)
+
+
 def test_a_hybridized_layer_learns_its_sink():
     layer = kv.MultiHeadAttention(8, 2, sink=True, seed=3)
     layer.initialize()
