@@ -3,4 +3,4 @@
 from kvattn.api import *  # noqa: F403
 from kvattn.api import __all__ as __all__
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -237,9 +237,10 @@ def conform(options: argparse.Namespace) -> int:
     names = _having(names, _lacking(names, options.device), options.backend is None, console)
     if options.backend is None and (others := dispatch.plugins()):
         console.print(f"Not asked, since --backend does not name them: {_listed(others)}\n", soft_wrap=True)
-    backends, pairs, found = _suite(names, words, options, console)
+    judged, backends, pairs, found = _suite(names, words, options, console)
     document = report.document(
         kvattn=__version__,
+        suite=next((each.report.suite for each in judged if each.report is not None), ""),
         python=platform.python_version(),
         platform=platform.platform(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -366,8 +367,8 @@ def _smallest(document: dict[str, Any], seed: int, console: Console, device: str
 
 def _suite(
     names: list[str], words: str, options: argparse.Namespace, console: Console
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """The cases on each backend: the report's rows, its pairs, and what those that import make of the text."""
+) -> tuple[list[Judged], list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """The cases on each backend: what became of each, the report's rows and pairs, and what is made of the text."""
     from kvattn import conformance
 
     in_processes = options.jobs > 1 and not (options.draws or options.device)
@@ -399,7 +400,12 @@ def _suite(
         for (a, b), each in conformance.pairwise(reports).items()
         if each.compared
     ]
-    return [row for _, row in inorder], pairs, {each.name: each.text for each, _ in inorder if each.text is not None}
+    return (
+        [each for each, _ in inorder],
+        [row for _, row in inorder],
+        pairs,
+        {each.name: each.text for each, _ in inorder if each.text is not None},
+    )
 
 
 def _in_turn(
@@ -435,6 +441,7 @@ def _row(judged: Judged) -> dict[str, Any]:
     """A backend's row of the report."""
     row: dict[str, Any] = {
         "backend": judged.name, "version": None, "device": None, "cases": 0, "passed": 0, "failed": 0, "worst_value": None,
+        "refused": 0, "not_offered": 0,
         "worst_gradient": None, "worst_share": None, "error": judged.error, "notes": [], "failures": [], "results": [],
     }  # fmt: skip
     if (result := judged.report) is not None:
@@ -442,6 +449,8 @@ def _row(judged: Judged) -> dict[str, Any]:
         row |= {key: getattr(result, key) for key in ("worst_value", "worst_gradient")}
         row["worst_share"] = max((each.error / each.allowed for each in result.results if each.allowed), default=None)
         row["cases"] = result.passed + result.failed
+        row["refused"] = len({each.case for each in result.refused})
+        row["not_offered"] = len({each.case for each in result.not_offered})
         row["notes"] = _notes(result) + ([] if judged.quick is None else [f"compiled quickly: XLA_FLAGS={judged.quick!r}"])
         if not row["cases"]:
             row["error"] = "no case ran: it offers none of the functions"

@@ -31,9 +31,12 @@ Document = dict[str, Any]
 # ---- the document
 
 
+SCHEMA = 1  # of the JSON: docs/reference/report.schema.json
+
+
 def document(*, backends: list[Document], pairs: list[Document], text: Document, **about: str) -> Document:
     """Everything the report says; ``about`` is who ran it where. Errors are in eps units, times in seconds."""
-    whole: Document = {**about, "backends": backends, "pairs": pairs, "text": text}
+    whole: Document = {"schema": SCHEMA, **about, "backends": backends, "pairs": pairs, "text": text}
     apart = sum(not pair["passed"] for pair in (*pairs, *text["pairs"]))
     whole["passed"] = sum(row["passed"] for row in backends)
     whole["failed"] = sum(row["failed"] + (row["error"] is not None) for row in backends) + apart + len(text["errors"])
@@ -127,6 +130,8 @@ def show(whole: Document, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if suite := whole.get("suite"):
+        console.print(f"\nThe suite of kvattn {clean(whole['kvattn'])}, its cases {clean(suite)}")
     console.print("\nConformance: how much of what is allowed the errors use, at most", style="bold")
     table = Table()
     for title in ("backend", "version", "device"):
@@ -315,7 +320,8 @@ def to_html(whole: Document) -> str:
 <p>{_html(_judgement(text["pairs"]))}.</p>
 {f"<h2>Failures</h2>{chr(10)}<ul>{chr(10)}{listed}</ul>" if failures else ""}
 </main>
-<footer>kvattn {_html(whole["kvattn"])}, Python {_html(whole["python"])}, {_html(whole["platform"])}, {_html(whole["created"])}.
+<footer>Cases {_html(whole.get("suite") or "-")} of
+kvattn {_html(whole["kvattn"])}, Python {_html(whole["python"])}, {_html(whole["platform"])}, {_html(whole["created"])}.
 An eps unit is eps(dtype) &times; the magnitude of the result, the largest |value| for outputs; allowed are 4 + the largest
 |score| of them, twice that for gradients and between two backends.</footer>
 </body>

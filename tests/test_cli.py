@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
+import jsonschema
 import numpy as np
 import pytest
 from rich.console import Console
@@ -17,6 +19,7 @@ from kvattn import cli, conformance, dispatch, install, report, text
 from kvattn.backends import numpy as tab
 from kvattn.conformance import Agreement, Report, Result
 
+ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>alert('&')</script>\x1b[31m[red]"
 
 
@@ -274,10 +277,12 @@ def test_json_says_what_the_terminal_says(capsys, world, tmp_path):
     world.failing["twin"] = [(float("inf"), 4.0, False, "case 0 float32: OSError: no")]
     assert run(capsys, "conform", "--backend", "numpy,twin", "--json", str(path))[0] == 1
     got = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda x: pytest.fail(f"{x} is not JSON"))
-    assert (got["ok"], got["passed"], got["failed"]) == (False, 2, 2)
+    jsonschema.validate(got, json.loads((ROOT / "docs/reference/report.schema.json").read_text()))
+    assert (got["schema"], got["ok"], got["passed"], got["failed"]) == (report.SCHEMA, False, 2, 2)
     first, second = got["backends"]
     assert first | {"seconds": 0} == {
         "backend": "numpy", "version": np.__version__, "device": "cpu", "cases": 2, "passed": 2, "failed": 0, "error": None,
+        "refused": 0, "not_offered": 0,
         "worst_value": 0.25, "worst_gradient": 0.75, "worst_share": 0.09375, "notes": [], "failures": [], "seconds": 0,
         "results": first["results"],
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """The judge of the conformance suite: how far off a result may be, in numbers that are written down here."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,3 +71,13 @@ def test_what_is_promised_beside_the_numbers(changed, words):
     failures = judged("with weights", "float64", changed)
     assert failures
     assert words in failures[0].message
+
+
+def test_a_report_says_which_cases_were_asked():
+    few = conformance.cases()[:6]
+    version = conformance.version(few)
+    assert version.startswith("6-")
+    assert conformance.run("numpy", few).suite == version == conformance.version([*few])
+    other = replace(few[3], arguments={**few[3].arguments, "query": few[3].arguments["query"] + 0.5})
+    for changed in (few[:5], few[::-1], [*few[:3], other, *few[4:]], [*few[:5], replace(few[5], name="another")]):
+        assert conformance.version(changed) != version

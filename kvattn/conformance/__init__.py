@@ -8,6 +8,6 @@
 
 from kvattn.conformance.cases import Case
 from kvattn.conformance.check import Agreement, Report, Result, pairwise, run
-from kvattn.conformance.suite import cases
+from kvattn.conformance.suite import cases, version
 
-__all__ = ["Agreement", "Case", "Report", "Result", "cases", "pairwise", "run"]
+__all__ = ["Agreement", "Case", "Report", "Result", "cases", "pairwise", "run", "version"]

@@ -61,6 +61,7 @@ class Report:
     outputs: dict[tuple[str, str, str], np.ndarray] = field(default_factory=dict)
     tolerances: dict[tuple[str, str, str], tuple[float, float]] = field(default_factory=dict)  # (unit, allowed)
     excused: list[str] = field(default_factory=list)  # the rows of known_differences.py that applied
+    suite: str = ""  # the version of the cases: two results with the same one were asked the same
 
     @property
     def not_offered(self) -> list[Result]:
@@ -113,10 +114,9 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
     >>> run("numpy", dtypes=["float64"]).ok
     True
     """
-    if cases is None:
-        from kvattn.conformance.suite import cases as all_cases
+    from kvattn.conformance import suite
 
-        cases = all_cases()
+    cases = suite.cases() if cases is None else cases
     tab: Any = dispatch.load(backend) if isinstance(backend, str) else backend
     called = backend if isinstance(backend, str) else getattr(tab, "__name__", type(tab).__name__).rpartition(".")[2]
     name = dispatch.canonical(called)
@@ -126,7 +126,7 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
     if device is not None:
         device = dispatch.device(tab, device)
         card = tab.devices()[device]
-    report = Report(name, str(version), str(card))
+    report = Report(name, str(version), str(card), suite=suite.version(cases))
     with dispatch.on(tab, device) as like:
         place = ""
         with suppress(Exception):  # of a stranger's asarray each case will say what is wrong

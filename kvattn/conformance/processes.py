@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from kvattn.conformance.check import Report, Result, run
-from kvattn.conformance.suite import cases
+from kvattn.conformance.suite import cases, version
 from kvattn.quiet import quiet
 
 LAST = {"tensorflow": 1, "jax": 2}  # the slowest last, so that the first rows are soon there
@@ -133,7 +133,7 @@ def _joined(name: str, parts: list[dict[str, Any]]) -> Judged:
     judged.seconds = time.perf_counter() - min(part["start"] for part in parts)
     judged.error = next((part["error"] for part in parts if "error" in part), None)
     if judged.error is None:
-        judged.report = report = Report(name, first["version"], first["device"])
+        judged.report = report = Report(name, first["version"], first["device"], suite=first["suite"])
         for part in parts:
             report.results += [Result(*each) for each in part["results"]]
             report.excused += [reason for reason in part["excused"] if reason not in report.excused]
@@ -182,5 +182,5 @@ def _found(asked: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]
     outputs = [
         (at, x.shape, base64.b64encode(x.tobytes()).decode("ascii"), report.tolerances[at]) for at, x in report.outputs.items()
     ]
-    about = {"version": report.version, "device": report.device, "excused": report.excused}
+    about = {"suite": version(every), "version": report.version, "device": report.device, "excused": report.excused}
     return found | about | {"results": [astuple(each) for each in report.results], "outputs": outputs}

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -76,6 +77,7 @@ def test_the_metadata_is_what_an_index_takes(built):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         said = Parser().parsestr(archive.read(name).decode())
+    assert said["Version"] == re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
     assert (said["Name"], said["License-Expression"], said["Requires-Python"]) == ("kvattn", "Apache-2.0", ">=3.11")
     assert "kvattn conform" in said.get_payload()
     for command in (["twine", "check", "--strict", str(wheel), str(sdist)], ["check_wheel_contents", str(wheel)]):
