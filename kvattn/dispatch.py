@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from functools import partial
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from kvattn.backends import Backend
 
+NEUTRAL = (list, tuple, float, int, bool, FunctionType, MethodType, partial)  # functions: of positions
 ENVIRONMENT = "KVATTN_BACKEND"
 ENTRY_POINTS = "kvattn.backends"  # of plugins: by the backend's name, the module or object that it is
 NATIVE_PACKAGES = "kvattn.native_packages"  # by the same name, the package whose arrays are the backend's
@@ -229,7 +232,7 @@ def _home(x: Any) -> tuple[str | None, ...]:
         package = base.__module__.partition(".")[0]
         if package in _PACKAGES:
             return (_PACKAGES[package],)
-        if package == "numpy" or base in (list, tuple, float, int, bool):
+        if package == "numpy" or base in NEUTRAL:
             return (None,)
     return ()
 

@@ -380,12 +380,23 @@ def _one_window(bands: list[tuple[int, int, int | None, int | None]], m: int) ->
 # ---- parts
 
 
+def _by_entries(parts: Sequence[Part]) -> list[list[Part]]:
+    """The parts of the same entries of the batch, which are neighbours; torch.compile knows no groupby by a function."""
+    found: list[list[Part]] = []
+    for part in parts:
+        if found and found[-1][-1].entries == part.entries:
+            found[-1].append(part)
+        else:
+            found.append([part])
+    return found
+
+
 def cut(parts: Sequence[Part], query: Any, key: Any, value: Any, call: Call,
         concatenate: Callable[[Any, int], Any]) -> Iterator[tuple[Any, Any, Any, Call]]:  # fmt: skip
     """Each part's own query, key, value and call, as `Call.cut`; ``concatenate``: the framework's, (arrays, axis) -> array."""
     said: Pairs = call.mask
-    for entries, same in groupby(parts, lambda part: part.entries):
-        of_these = [*same]
+    for of_these in _by_entries(parts):
+        entries = of_these[0].entries
         arrays = query, key, value, call._replace(mask=said.mask)
         if entries is not None:
             arrays = _of_entries(entries, *arrays)
@@ -443,10 +454,9 @@ def _of_entries(which: Run, query: Any, key: Any, value: Any, call: Call) -> tup
 def joined(call: Call, parts: Sequence[Part], results: Sequence[Any], concatenate: Callable[[Any, int], Any]) -> Any:
     """The results of all queries, of those of each part."""
     found, at = [], 0
-    for _, same in groupby(parts, lambda part: part.entries):
-        count = len([*same])
-        found.append(call.joined(results[at : at + count], concatenate))
-        at += count
+    for of_these in _by_entries(parts):
+        found.append(call.joined(results[at : at + len(of_these)], concatenate))
+        at += len(of_these)
     if len(found) == 1:
         return found[0]
     if not isinstance(found[0], tuple):
