@@ -84,7 +84,8 @@ def measure(asked, size, clients, limits):
     def by(client, what):
         future = client.compute(what)
         if asked.progress:
-            progress(future, notebook=False)
+            with client.as_current():  # of several, the one whose scheduler knows of it
+                progress(future, notebook=False)
         return future.result()
 
     def kernel(threads):
