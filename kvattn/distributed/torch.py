@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from kvattn import checks, dispatch, prepare
+from kvattn import checks, dispatch, planning, prepare
 from kvattn.kernels.torch import ring as kernel
 
 __all__ = ["local_positions", "ring_attention", "shard", "unshard"]
@@ -305,6 +305,17 @@ class Plan(NamedTuple):
                 sees = type(offset) is not int or (offset + n - 1 + right >= 0 and offset - left < m)
                 if n and m and sees:
                     yield Piece(rows, cols, slice(start, start + m), offset)
+
+    def fused(self, piece: Piece) -> bool | None:
+        """Whether SDPA's kernel serves a piece as it is, if no bias is given: of all pairs, False; causal, True; else None."""
+        n, m, scale = piece.rows.stop - piece.rows.start, piece.cols.stop - piece.cols.start, self.given["scale"]
+        if not (self.mask is self.lens is self.given["softcap"] is None) or (scale is not None and scale <= 0):
+            return None
+        left, right = self.given["window"] or (None, None)
+        right = 0 if self.given["causal"] else right
+        if planning.allows_all(n, m, piece.offset, left, right):
+            return False
+        return True if left is None and right == 0 and type(piece.offset) is int and piece.offset == 0 and n == m else None
 
     def options(self, piece: Piece) -> dict[str, Any]:
         """The options of the tab, for these queries and keys alone."""

@@ -4,6 +4,7 @@ Run by test_torch.py: python torch_ranks.py SIZE FOLDER TASK... All is imported 
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -28,6 +29,7 @@ import kvattn
 from kvattn import torch as kv
 from kvattn.backends import torch as tab
 from kvattn.distributed.torch import local_positions, ring_attention, shard, unshard
+from kvattn.kernels.torch import sinks
 from kvattn.kernels.torch.ring import Ring
 from kvattn.pairs import Pairs
 
@@ -240,10 +242,10 @@ def gradients_by_the_lse(groups):
         whole = kvattn.attention(*inputs[:3], sink=inputs[3], valid_lens=lens, return_lse=True)
         own = ring_attention(*map(shard, inputs[:3]), sink=inputs[3], valid_lens=lens, return_lse=True)
         losses = [(x * g).sum() for x, g, look in zip(whole, (by_output, by_lse), looks, strict=True) if look]
-        expected = torch.autograd.grad(sum(losses), inputs)
+        expected = torch.autograd.grad(sum(losses), inputs, materialize_grads=True)
         parts = shard(by_output), shard(by_lse, dim=-1)
         losses = [(x * g).sum() for x, g, look in zip(own, parts, looks, strict=True) if look]
-        found = torch.autograd.grad(sum(losses), inputs)
+        found = torch.autograd.grad(sum(losses), inputs, materialize_grads=True)
         for x, y in zip(found, expected, strict=True):  # shard's backward leaves zeros where other ranks' rows are
             dist.all_reduce(x)
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
@@ -366,6 +368,34 @@ def the_page_of_the_docs(groups):
         exec(code, {})
 
 
+def the_fused_kernel(groups):
+    """It serves what is plain or causal, forward and backward, with the same answers; and nothing that is not finite."""
+    calls, attend, derive = [], sinks.ATTEND, sinks.DERIVE
+    count = {"ATTEND": lambda *x, **y: calls.append("forward") or attend(*x, **y)}
+    count["DERIVE"] = lambda *x, **y: calls.append("backward") or derive(*x, **y)
+    for dtype, zigzag, options in product(
+        (torch.float64, torch.bfloat16), (False, True), ({}, {"causal": True}, {"causal": True, "window": 4, "scale": 0.5})
+    ):
+        *arrays, by_output = drawn((2, 4, 13, 8), (2, 2, 13, 8), (2, 2, 13, 8), (2, 4, 13, 8))
+        for nan in (False, True):
+            if nan:
+                arrays[1] = arrays[1].clone()
+                arrays[1][0, 0, 6] = math.nan
+            whole = [x.to(dtype).requires_grad_() for x in arrays]
+            expected = kvattn.attention(*(x.double() for x in whole), **options)
+            expected = [expected, *torch.autograd.grad(expected, whole, by_output)]
+            own = [shard(x.detach(), zigzag=zigzag).requires_grad_() for x in whole]
+            calls.clear()
+            with patch.multiple(sinks, **count):
+                output = ring_attention(*own, zigzag=zigzag, **options)
+                grads = torch.autograd.grad(output, own, shard(by_output, zigzag=zigzag).to(dtype))
+            assert nan or "window" in options or {*calls} == {"forward", "backward"}, calls
+            near = 1e-12 if dtype == torch.float64 else 0.03
+            for x, y in zip((output, *grads), expected, strict=True):
+                whole_of_it = unshard(x.detach(), zigzag=zigzag).double()
+                torch.testing.assert_close(whole_of_it, y.double(), rtol=near, atol=near, equal_nan=True)
+
+
 def second_derivatives(groups):
     query, key, value = (x.requires_grad_() for x in drawn((2, 5, 8), (2, 5, 8), (2, 5, 6)))
     output = ring_attention(query, key, value)
@@ -399,9 +429,9 @@ TASKS = {  # each case in one layout
     f"{parts} parts" + " in zigzag" * zigzag: partial(suite, parts=parts, every=len(LAYOUTS), first=i, zigzag=zigzag)
     for i, (parts, zigzag) in enumerate(LAYOUTS)
 }
-OTHERS = (the_page_of_the_docs, a_group_of_one, what_is_refused, over_an_axis_of_a_mesh, arguments_that_differ, messages,
-          shares_of_a_causal_call, gradients_by_the_lse, second_derivatives, dtensors, layers_under_ddp,
-          layers_under_fsdp2)  # fmt: skip
+OTHERS = (the_page_of_the_docs, the_fused_kernel, a_group_of_one, what_is_refused, over_an_axis_of_a_mesh,
+          arguments_that_differ, messages, shares_of_a_causal_call, gradients_by_the_lse, second_derivatives, dtensors,
+          layers_under_ddp, layers_under_fsdp2)  # fmt: skip
 LOSSES = (a_rank_that_makes_no_call, a_rank_that_is_killed)
 TASKS |= {task.__name__: task for task in OTHERS + LOSSES}
 
