@@ -90,10 +90,20 @@ def derived(seed: Any, number: int) -> int:
 def kept(shape: tuple[int, ...], call: Any) -> Array:
     """Which weights of (..., n, m) are kept, bool: those of a block, whose call says where it begins."""
     *lead, n, m = shape
-    rows = _rows(call, lead, n).reshape(-1, 1)
-    start, end = call.first_key // PER_WORD, -(-(call.first_key + m) // PER_WORD)
-    steps, skip = np.arange(start + 1, end + 1, dtype=np.uint64) * np.uint64(STEP), call.first_key % PER_WORD
-    found, least = np.empty((len(rows), m), bool), threshold(call.dropout)
+    return kept_of_rows(_rows(call, lead, n), call.first_key, m, call.dropout).reshape(shape)
+
+
+def rows(call: Any, lead: tuple[int, ...], n: int) -> Array:
+    """The states of the rows (*lead, n), for `kept_of_rows`."""
+    return _rows(call, [*lead], n).reshape(*lead, n)
+
+
+def kept_of_rows(states: Array, first_key: int, m: int, rate: float) -> Array:
+    """Which weights (..., m) of these rows (...) are kept, from a key on."""
+    rows, shape = states.reshape(-1, 1), (*states.shape, m)
+    start, end = first_key // PER_WORD, -(-(first_key + m) // PER_WORD)
+    steps, skip = np.arange(start + 1, end + 1, dtype=np.uint64) * np.uint64(STEP), first_key % PER_WORD
+    found, least = np.empty((len(rows), m), bool), threshold(rate)
     size = max(1, WORDS // max(len(steps), 1))
     words, shifted = np.empty((2, min(size, len(rows)), len(steps)), np.uint64)
     for i in range(0, len(rows), size):

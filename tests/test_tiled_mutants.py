@@ -36,6 +36,12 @@ MUTANTS = [
     ("tiled_grad", "scales no gradient by the key", "by_key *= tiling.dtype.type(1 / UNIT)", "pass"),
     ("tiled_grad", "scales no gradient by the query", "tiling.dtype.type(tiling.scale)", "tiling.dtype.type(1)"),
     ("tiled_grad", "adds over no group", "tile.at[-3].start), []).append(tile)", "tile.at[-3].start), [tile])"),
+    ("tiles", "drops the same in every block of keys", "tiling.first_key + start", "tiling.first_key"),
+    ("tiled", "drops in first blocks alone", "weights.dtype)\n    tiles.drop(block, weights)\n", "weights.dtype)\n"),
+    ("tiled", "drops and makes up for nothing", "sums *= tiling.dtype.type(tiling.share)", "pass"),
+    ("tiled_grad", "drops no gradient by the weights", "tiles.drop(block, grad)", "pass"),
+    ("tiled_grad", "drops no weight", "        tiles.drop(block, weights)\n", ""),
+    ("tiled_grad", "makes up for nothing", "grad_output = grad_output / tiling.dtype.type(tiling.share)", "pass"),
     ("tiled_grad", "lets NaN through", "leave_out = bool(block.limits) and not (", "leave_out = False and not ("),
 ]
 MODULES = {"tiles": tiles, "tiled": tiled, "tiled_grad": tiled_grad}
@@ -67,7 +73,7 @@ CASES = {
     case.name: case
     for case in conformance.cases()
     if case.group in ("plain", "scale", "masks", "bias", "lengths", "causal", "window", "softcap", "large scores", "padding",
-                      "grouped heads", "shapes", "empty rows", "merging", "not finite")
+                      "grouped heads", "shapes", "empty rows", "merging", "not finite", "dropout")
 }  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 With s_ij = scale q_i . k_j (through the soft cap, plus the bias) and any t_i, over the keys j that query i may attend to:
 output_i = sum_j exp(s_ij - t_i) v_j / sum_j exp(s_ij - t_i), and lse_i = t_i + log sum_j exp(s_ij - t_i).
 
+With dropout the terms of the first sum are those of the keys that it keeps, divided by the share of these.
+
 A tile of queries meets the keys block by block: the scores, exp and weights @ value of one block lie in buffers that stay
 in the cache. While the sums of exp(scores) stay in range no maximum is taken off the scores; a tile where they do not is
 done again with a running maximum.
@@ -17,7 +19,7 @@ import math
 
 import numpy as np
 
-from kvattn import planning
+from kvattn import patterns, planning
 from kvattn.kernels.numpy import threads, tiles
 from kvattn.kernels.numpy.tiles import EXP, LOG, UNIT, blocks, fold, product, take
 
@@ -39,8 +41,8 @@ def obstacle(tab, query, key, call, wrt=()):
         return FEW
     if not query_size or not key_size:
         return "there is nothing to compute"
-    if call.dropout or call.return_weights:
-        return "dropout" if call.dropout else "the weights are asked for"
+    if call.return_weights or (call.dropout and not patterns.is_seed(call.rng)):
+        return "the weights are asked for" if call.return_weights else "dropout that draws one number after another"
     if wrt and (call.softcap is not None or not {*wrt} <= {"query", "key", "value", "sink"}):
         return "gradients through a softcap, by the bias or a score's parameters"
     if call.score not in (tab.scaled_dot_score, tab.dot_score):
@@ -88,6 +90,8 @@ def _attend_tile(tiling, tile, output, lse, buffers):
         lse[tile.at] = (top + LOG(sums)) / tiling.dtype.type(UNIT)
     if not sums.all():
         sums[sums == 0] = 1
+    if tiling.rate:
+        sums *= tiling.dtype.type(tiling.share)
     total = np.divide(total, sums[..., None], out=output if output.dtype == tiling.dtype else total)
     if total is not output:
         output[...] = total
@@ -128,12 +132,14 @@ def _add(block, sums, total, started, buffers):
         allowed = None if np.isfinite(values).all() else tiles.allowed_pairs(block)
     if not started and weights.shape[2] == total.shape[2]:
         _row_sums(weights, sums, buffers)
+        tiles.drop(block, weights)
         _product(fold(weights), values, allowed, fold(total))
         return
     if not started:
         sums[...] = total[...] = 0
     sums[:, :, rows] += _row_sums(weights, take(buffers, "sum", weights.shape[:3], weights.dtype), buffers)
     part = take(buffers, "part", (*weights.shape[:3], total.shape[-1]), weights.dtype)
+    tiles.drop(block, weights)
     _product(fold(weights), values, allowed, fold(part))
     total[:, :, rows] += part
 

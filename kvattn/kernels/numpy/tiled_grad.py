@@ -76,6 +76,8 @@ def _add(tiling, tile, known, grad_output, grads, buffers):
     query, lse = tiles.scaled_query(tiling, tile, buffers), known.lse[tile.at] * tiling.dtype.type(UNIT)
     grad_output = tiles.for_blas(grad_output[tile.at], "grad_output", tiling.dtype, buffers)
     delta = (grad_output * known.output[tile.at]).sum(axis=-1)
+    if tiling.rate:
+        grad_output = grad_output / tiling.dtype.type(tiling.share)
     if known.grad_lse is not None:
         delta -= known.grad_lse[tile.at]
     if (empty := lse == -math.inf).any():  # nothing of these rows may reach a key: 0 * NaN is NaN
@@ -96,8 +98,10 @@ def _add(tiling, tile, known, grad_output, grads, buffers):
         some_queries, some_grads = fold(query[:, :, rows]), fold(grad_output[:, :, rows])
         grad = take(buffers, "grad", weights.shape, tiling.dtype)  # by the weights, then by the scores
         np.matmul(some_grads, values.swapaxes(-1, -2), out=fold(grad))
+        tiles.drop(block, grad)
         grad -= delta[:, :, rows, None]
         grad *= weights
+        tiles.drop(block, weights)
         here = (*at, heads, 0, block.columns)
         part = take(buffers, "part", (*weights.shape[:3], query.shape[-1]), tiling.dtype)
         if leave_out:  # the pairs that may not attend: their weights are 0, and 0 * NaN would be NaN

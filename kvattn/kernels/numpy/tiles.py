@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvattn import planning
+from kvattn import patterns, planning
 
 ROWS, COLUMNS = 2048, 256  # queries of a tile, keys of a block: fewer queries meet more keys, or more heads
 LONGEST = 8192  # keys of a block
@@ -63,6 +63,8 @@ class Tiling:
         self.lowest = (np.finfo(self.dtype).minexp + 4) * math.log(2) * UNIT  # below this exp is slow, and as good as 0
         self.ceiling = float(np.finfo(self.dtype).max) ** 0.75
         self.scale, self.softcap = scale_of(call, query.shape[-1]), call.softcap
+        self.rate, self.first_key = call.dropout, call.first_key
+        self.share = 1 - patterns.exact(call.dropout) if call.dropout else 1  # of the weights, that is kept
 
         # a query at position p sees the keys p - left <= j <= p + right below the length, each None where there is no limit
         self.left, self.right = call.left, call.right
@@ -80,6 +82,7 @@ class Tiling:
             self.heads = shared = (*self.heads, 1, 1)
         self.batch = (*self.lead[:-1], *self.heads[:-2])
         self.query = self.split(_broadcast(query, self.lead))
+        self.states = self.split(patterns.rows(call, self.lead, self.n), 1) if self.rate else None  # what rows are dropped by
         self.key, self.value = (
             _broadcast(x.reshape(*x.shape[:-2], *[1] * (len(shared) - 1), *x.shape[-2:]), (*self.lead[:-1], *shared))
             for x in (key, value)
@@ -209,6 +212,7 @@ class Block(NamedTuple):
     limits: list  # of (rows, bits (..., rows, keys)): ones where these rows may attend and zeros where they may not
     keys: np.ndarray  # (key heads, keys, d)
     values: np.ndarray  # (key heads, keys, v)
+    kept: np.ndarray | None = None  # bits, ones where dropout keeps the weight and zeros where it drops it
 
 
 def blocks(tiling, tile, query, buffers):
@@ -243,7 +247,11 @@ def blocks(tiling, tile, query, buffers):
             scores += bias
             if not bias.min(initial=0) > -math.inf:
                 limits.append((slice(None), _ones(bias != -math.inf, "allowed", tiling.bits, buffers)))
-        yield Block(part, columns, scores, limits, keys, values)
+        kept = None
+        if tiling.rate:
+            kept = patterns.kept_of_rows(tiling.states[index[:-1]], tiling.first_key + start, end - start, tiling.rate)
+            kept = _ones(kept, "kept", tiling.bits, buffers)
+        yield Block(part, columns, scores, limits, keys, values, kept)
 
 
 def _ranges_of_keys(tile, width, cut_width):
@@ -317,6 +325,12 @@ def clear_forbidden(block):
     bits = block.scores.view(block.limits[0][1].dtype)
     for rows, keep in block.limits:
         bits[..., rows, :] &= keep
+
+
+def drop(block, weights):
+    """Zeros where dropout drops one of the weights, or their gradients."""
+    if block.kept is not None:
+        weights.view(block.kept.dtype)[...] &= block.kept
 
 
 def allowed_pairs(block):
