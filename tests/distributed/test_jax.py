@@ -1,0 +1,245 @@
+"""Ring attention over virtual devices is kvattn's attention: its answers, its gradients, its errors; and what it costs."""
+
+import math
+import re
+from collections import Counter
+from functools import partial
+
+import adapter
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import kvattn
+from kvattn.backends import jax as tab
+from kvattn.distributed.jax import ring_attention
+from kvattn.kernels.jax import programs
+
+REFUSES = {
+    "has no normalize": lambda case: case.keywords.get("normalize", "softmax") != "softmax" or case.call == "nadaraya_watson",
+    "has no positions": lambda case: "positions" in case.arguments,
+}
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def mesh(shape=(8,), names=("x",), kind="auto"):
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, names, axis_types=(KINDS[kind],) * len(shape), devices=devices)
+
+
+# ---- the conformance suite
+
+
+def form(parts, kind):
+    """The tab, whose attention is a ring of so many devices."""
+    devices = mesh((parts,), kind=kind)
+    default = {"normalize": tab.softmax, "positions": None, "rng": None, "return_weights": False}
+
+    def attention(query, key, value, **options):
+        assert not options.pop("dropout", 0)  # of which there are no cases
+        options = {name: x for name, x in options.items() if name not in default or x is not default[name]}
+        return ring_attention(query, key, value, mesh=devices, axis="x", **options)
+
+    def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), score=tab.scaled_dot_score, **options):
+        given = {"query": query, "key": key, "value": value, **getattr(score, "keywords", {})}
+        given |= {name: options.pop(name) for name in ("bias", "sink") if options.get(name) is not None}
+
+        def output(*arrays):
+            named = given | dict(zip(wrt, arrays, strict=True))
+            bound = {name: named.pop(name) for name in getattr(score, "keywords", {})}
+            return attention(**named, score=partial(score.func, **bound) if bound else score, **options)
+
+        return jax.vjp(output, *(given[name] for name in wrt))[1](grad_output)
+
+    return adapter.backend(tab, programs.exact(attention), programs.exact(attention_grad))
+
+
+@pytest.mark.parametrize("parts", adapter.PARTS)
+def test_the_suite_judges_a_ring(parts):
+    """Each ring some of the cases, others than the next. The last chunks are uneven, and empty where there are few keys."""
+    asked = adapter.cases()[5 * parts :: 24]
+    wrt = {what.removeprefix("grad_") for case in asked for what in case.answer if what.startswith("grad_")}
+    counts = adapter.judge(form(parts, "explicit" if parts == 3 else "auto"), REFUSES, tuple(wrt), asked)
+    assert counts[adapter.JUDGED] > 10
+
+
+# ---- beside NumPy, where tiles serve the chunks
+
+
+def normal(*shape):
+    return np.random.default_rng(sum(shape)).standard_normal(shape)
+
+
+LENS = np.array([1500, 300])
+LARGE = {
+    "causal, lengths": {"causal": True, "valid_lens": LENS},
+    "window on both sides": {"window": (200, 100)},
+    "causal, window": {"causal": True, "window": 300, "softcap": 3.0},
+}
+
+
+@pytest.mark.parametrize("options", LARGE.values(), ids=LARGE)
+def test_long_sequences(options):
+    """Of a length that the devices do not divide, in float64, where nothing but a fault tells two answers apart."""
+    arrays = [normal(2, 4, 1523, 8), normal(2, 2, 1523, 8), normal(2, 2, 1523, 5)]
+    grad = normal(2, 4, 1523, 5)
+    with programs.x64(True):
+        ring = jax.jit(lambda *x: ring_attention(*x, mesh=mesh(), axis="x", return_lse=True, **options))
+        (output, lse), back = jax.vjp(ring, *arrays)
+        found = output, lse, *back((grad, jnp.zeros_like(lse)))
+    expected = *kvattn.attention(*arrays, return_lse=True, **options), *kvattn.attention_grad(*arrays, grad, **options)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11)
+
+
+# ---- meshes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_and_heads_lie_along_other_axes(kind):
+    """Explicit axes name themselves. Results lie as the query does, and no program gathers."""
+    devices = mesh((2, 2, 2), ("b", "h", "x"), kind)
+    lies = NamedSharding(devices, P("b", "h", "x", None))
+    arrays = [normal(2, 4, 16, 8), normal(2, 2, 24, 8), normal(2, 2, 24, 5)]
+    given = [jax.device_put(x.astype(np.float32), lies) for x in arrays]
+    named = {} if kind == "explicit" else {"batch_axis": "b", "head_axis": "h"}
+    options = {"valid_lens": np.array([20, 3]), "bias": normal(4, 16, 24).astype(np.float32), "sink": np.float32([0, 1, 2, 3])}
+    attend = partial(ring_attention, mesh=devices, axis="x", causal=True, query_offset=np.array([8, -2]), **named)
+    program = jax.jit(jax.value_and_grad(lambda *x: (attend(*x, **options) ** 2).sum(), argnums=(0, 1, 2)))
+    if kind == "auto":
+        gathers = collectives(program.lower(*given).compile().as_text()).keys() - {"collective-permute", "all-reduce"}
+        assert not gathers
+    output = attend(*given, **options)
+    assert output.sharding.is_equivalent_to(lies, 4)
+    options |= {"causal": True, "query_offset": np.array([8, -2])}
+    expected = kvattn.attention(*arrays, **options | {"bias": normal(4, 16, 24), "sink": np.arange(4.0)})
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+    grads = kvattn.attention_grad(*arrays, 2 * expected, **options | {"bias": normal(4, 16, 24), "sink": np.arange(4.0)})
+    for x, y in zip(program(*given)[1], grads, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+X = np.ones((2, 4, 16, 8), np.float32)
+THREE = dict.fromkeys(("query", "key", "value"), np.ones((3, 4, 16, 8), np.float32))
+HEADS = dict.fromkeys(("query", "key", "value"), np.ones((2, 3, 16, 8), np.float32))
+NO_BATCH = dict.fromkeys(("query", "key", "value"), np.ones((16, 8), np.float32))
+WRONG = [
+    (TypeError, "mesh must be a jax.sharding.Mesh, not int", {"mesh": 8}),
+    (ValueError, "axis is 'y', but the mesh has the axes 'b', 'x'", {"axis": "y"}),
+    (ValueError, "axis is None, but the mesh has the axes 'b', 'x'", {"axis": None}),
+    (ValueError, "must be different axes of the mesh, not 'x', 'x'", {"batch_axis": "x"}),
+    (ValueError, "axis 0 (batch) is 3, no multiple of the 2 devices of batch_axis 'b'", THREE | {"batch_axis": "b"}),
+    (ValueError, "axis -3 (heads) is 3, no multiple of the 2 devices", HEADS | {"head_axis": "b"}),
+    (ValueError, "query has shape (16, 8); expected (batch, ...)", NO_BATCH | {"batch_axis": "b"}),
+    (TypeError, "ring_attention has no dropout", {"dropout": 0.5}),
+    (TypeError, "ring_attention has no return_weights: no device holds", {"return_weights": True}),
+    (TypeError, "attention has no argument 'is_causal': here it is causal", {"is_causal": True}),
+    (ValueError, "value has shape (2, 4, 15, 8) but key has (2, 4, 16, 8)", {"value": X[:, :, :15]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "message", "given"), WRONG, ids=[message for _, message, _ in WRONG])
+def test_what_is_wrong_is_said_with_its_cure(kind, message, given):
+    given = {"query": X, "key": X, "value": X, "mesh": mesh((2, 4), ("b", "x")), "axis": "x"} | given
+    with pytest.raises(kind, match=re.escape(message)):
+        ring_attention(given.pop("query"), given.pop("key"), given.pop("value"), **given)
+
+
+def test_what_is_cut_already_is_refused():
+    lies = P(None, None, "x")
+    inside = jax.shard_map(lambda x: ring_attention(x, x, x, mesh=mesh(), axis="x"), mesh=mesh(), in_specs=lies, out_specs=lies)
+    with pytest.raises(ValueError, match=r"along which jax.shard_map has cut these arrays: call ring_attention outside"):
+        jax.jit(inside)(X)
+
+
+# ---- what it costs
+
+
+COLLECTIVE = re.compile(
+    r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute|collective-broadcast|ragged-all-to-all)(?:-start)?\("
+)
+SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8}
+
+
+def collectives(text):
+    """The bytes that each kind of collective of a compiled program moves from a device, as often as it runs."""
+    found, bodies, name = Counter(), {}, None
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            name = head[1]
+            bodies[name] = []
+        elif name is not None:
+            bodies[name].append(line)
+
+    def walk(name, times):
+        for line in bodies[name]:
+            if kind := COLLECTIVE.search(line):
+                for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", line[: kind.start()]):
+                    found[kind[1]] += times * SIZES[dtype] * math.prod(int(size) for size in shape.split(",") if size)
+            trips = re.search(r"known_trip_count[^\d]*(\d+)", line)
+            for called in re.findall(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)", line):
+                walk(called, times * int(trips[1]) if trips and "body=" in line else times)
+            for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                for called in group.replace("%", "").split(", "):
+                    walk(called, times)
+
+    walk(re.search(r"^ENTRY %?([\w.-]+)", text, re.M)[1], 1)
+    return dict(found)
+
+
+def compiled(devices, n, gradients, dtype="float32", **options):
+    """The program of a call of one batch entry, 2 heads that share a key head, and 16 features, or of its gradients."""
+    lies = NamedSharding(mesh((devices,)), P(None, None, "x", None))
+    attend = partial(ring_attention, mesh=mesh((devices,)), axis="x", **options)
+    program = (lambda *x: jax.vjp(attend, *x[:3])[1](x[3])) if gradients else attend
+    heads = (2, 1, 1, 2)[: 4 if gradients else 3]
+    given = [jax.ShapeDtypeStruct((1, h, n, 16), dtype, sharding=lies) for h in heads]
+    return jax.jit(program, out_shardings=lies).lower(*given).compile()
+
+
+# bytes of what a device holds of 128 rows, in float32: of the query and of the output; of the key and value, K; and how often
+# K is sent, and the gradients by key and value, which P - 1 hops and one home bring back. Zig-zag order: all there and back.
+ROWS, K = 128 // 8 * 2 * 16 * 4, 128 // 8 * (16 + 16) * 4
+SENT = {
+    "plain": ({}, 7 * K, 7 * K + 7 * K + 8 * K),
+    "causal": ({"causal": True}, 7 * K + ROWS + K + ROWS, 7 * K + 7 * K + 8 * K + 2 * (ROWS + K) + ROWS),
+    "a window of 3 hops": ({"causal": True, "window": 40}, 3 * K, 3 * K + 3 * K + 4 * K),
+}
+
+
+@pytest.mark.parametrize(("options", "forwards", "backwards"), SENT.values(), ids=SENT)
+def test_what_is_sent_is_what_is_stated(options, forwards, backwards):
+    """From the compiled program: so much from each device by collective-permute, and nothing by any other collective."""
+    assert collectives(compiled(8, 128, False, **options).as_text()) == {"collective-permute": forwards}
+    assert collectives(compiled(8, 128, True, **options).as_text()) == {"collective-permute": backwards}
+
+
+def test_a_window_on_both_sides_sends_both_ways_and_no_further():
+    assert collectives(compiled(8, 128, False, window=(40, 10)).as_text()) == {"collective-permute": 4 * K}
+
+
+def test_a_device_needs_memory_for_its_share():
+    """Gradients and all: as much where four times the devices share four times the sequence, and four times for one so long."""
+    few, many, long = (
+        compiled(devices, n, True, causal=True).memory_analysis().temp_size_in_bytes
+        for devices, n in ((2, 1024), (8, 4096), (8, 16384))
+    )
+    assert few * 0.99 < many < few * 1.01
+    assert long < many * 4.2
+
+
+def test_causal_work_is_balanced():
+    """Each of P devices works through 2 P + 1 pairs of chunks, of (2 P)^2 that there are: none that nobody needs."""
+    worked = Counter()
+
+    def score(query, key):
+        jax.debug.callback(lambda device: worked.update([int(device)]), jax.lax.axis_index("x"))
+        return kvattn.scaled_dot_score(query, key)
+
+    x = np.ones((1, 1, 64, 4), np.float32)
+    jax.block_until_ready(ring_attention(x, x, x, mesh=mesh(), axis="x", causal=True, score=score))
+    jax.effects_barrier()
+    assert worked == dict.fromkeys(range(8), 17)
