@@ -30,7 +30,7 @@ def ring_attention(
     value: Array,
     *,
     mesh: Mesh | AbstractMesh,
-    axis: str,
+    axis: str | None,
     batch_axis: str | None = None,
     head_axis: str | None = None,
     score: Any = None,
@@ -51,17 +51,18 @@ def ring_attention(
     Args:
         query, key, value: whole arrays, (..., n, d), (..., m, d) and (..., m, v), as `kvattn.attention` takes them, grouped
             heads too; under jit or not. No device needs to hold more than its share: best they lie as the results do.
-        mesh: a jax.sharding.Mesh; the sequence is spread over its axis ``axis``. Where the devices (causal: twice as many) do
-            not divide n or m, the sequence is filled up to a size that they do, which costs a copy.
+        mesh: a jax.sharding.Mesh; the sequence is spread over its axis ``axis``, or over none, if that is None. Where the
+            devices (causal: twice as many) do not divide n or m, it is filled up to a size that they do, which costs a copy.
         batch_axis, head_axis: other axes of the mesh, over which the first axis and the heads (axis -3, after a batch axis)
-            are spread. Over axes that are not named everything is repeated, or left to XLA inside a program.
+            are spread, at no cost: their devices send each other nothing. Explicit axes of the query's type name themselves.
+            Over axes that are not named everything is repeated, or left to XLA inside a program.
         mask, bias: each device holds the rows of its own queries, beside all keys: n m / P numbers.
 
     The other arguments are `kvattn.attention`'s, with its answers. The whole sequence is in its usual order: causal, devices
     exchange half of what they hold, before and after, so that their work is balanced.
 
     Returns:
-        The output (..., n, v), or (output, lse), spread like the query: PartitionSpec(batch_axis, head_axis, axis, None).
+        The output (..., n, v), or (output, lse), spread as PartitionSpec(batch_axis, head_axis, axis, None) says.
 
     Of P devices each holds 1 / P of the arrays, of a gradient also, and works on one pair of chunks at a time. With K the
     bytes of the keys and values of one device, it sends (P - 1) K, and for the gradients (P - 1) K and P times as much as
@@ -120,7 +121,7 @@ def _devices(mesh: Any, axis: Any, batch_axis: Any, head_axis: Any) -> int:
     if not isinstance(mesh, (Mesh, AbstractMesh)):
         raise TypeError(f"mesh must be a jax.sharding.Mesh, not {type(mesh).__name__}: jax.make_mesh((8,), ('x',)), say")
     named = {"axis": axis, "batch_axis": batch_axis, "head_axis": head_axis}
-    named = {name: x for name, x in named.items() if x is not None or name == "axis"}
+    named = {name: x for name, x in named.items() if x is not None}
     for name, x in named.items():
         if x not in mesh.axis_names:
             raise ValueError(f"{name} is {x!r}, but the mesh has the axes {', '.join(map(repr, mesh.axis_names)) or 'none'}")
@@ -130,7 +131,7 @@ def _devices(mesh: Any, axis: Any, batch_axis: Any, head_axis: Any) -> int:
             )
     if len({*named.values()}) < len(named):
         raise ValueError(f"{', '.join(named)} must be different axes of the mesh, not {', '.join(map(repr, named.values()))}")
-    return int(mesh.shape[axis])
+    return 1 if axis is None else int(mesh.shape[axis])
 
 
 def _divides(mesh: Any, name: str, axis: str, arrays: dict[str, Any], at: int) -> None:

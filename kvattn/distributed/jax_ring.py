@@ -37,15 +37,15 @@ from kvattn.kernels.jax import programs, tiles
 class Ring(NamedTuple):
     """What becomes part of a program: the axis of the mesh and its devices, and who meets what."""
 
-    axis: str
-    size: int
+    axis: str | None
+    size: int  # 1 also where the sequence is spread over no axis
     parts: int  # chunks of the sequence that each device holds: 2 in zig-zag order
     runs: tuple[tuple[int, int, int], ...]  # (first hop, step, stops): keys are of the device so many hops behind
     closed: bool  # whether the last device sends to the first
     call: Call  # without its arrays
 
 
-def plan(axis: str, size: int, call: Call, n: int, m: int) -> Ring:
+def plan(axis: str | None, size: int, call: Call, n: int, m: int) -> Ring:
     """Which device meets whose keys."""
     near = {name: _near(x) for name in ("query_offset", "left", "right") if type(x := getattr(call, name)) is int}
     call = call._replace(**near)
@@ -218,7 +218,7 @@ def _around(ring, meet, own, keys, left):
 def _pairs(ring, limits, keys, rows, hop, work, state):
     """``state`` after ``work(state, i, j, row, column)`` of each part i of the queries and j of the keys that some of its
     queries may attend to; row and column are where both begin."""
-    device = lax.axis_index(ring.axis)
+    device = lax.axis_index(ring.axis) if ring.size > 1 else jnp.int32(0)
     behind = device - hop
     source = behind % ring.size if ring.closed else behind
     n, m = rows["query"].shape[-2], keys["key"].shape[-2]

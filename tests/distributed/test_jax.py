@@ -133,7 +133,6 @@ NO_BATCH = dict.fromkeys(("query", "key", "value"), np.ones((16, 8), np.float32)
 WRONG = [
     (TypeError, "mesh must be a jax.sharding.Mesh, not int", {"mesh": 8}),
     (ValueError, "axis is 'y', but the mesh has the axes 'b', 'x'", {"axis": "y"}),
-    (ValueError, "axis is None, but the mesh has the axes 'b', 'x'", {"axis": None}),
     (ValueError, "must be different axes of the mesh, not 'x', 'x'", {"batch_axis": "x"}),
     (ValueError, "axis 0 (batch) is 3, no multiple of the 2 devices of batch_axis 'b'", THREE | {"batch_axis": "b"}),
     (ValueError, "axis -3 (heads) is 3, no multiple of the 2 devices", HEADS | {"head_axis": "b"}),
@@ -202,6 +201,48 @@ def compiled(devices, n, gradients, dtype="float32", **options):
     heads = (2, 1, 1, 2)[: 4 if gradients else 3]
     given = [jax.ShapeDtypeStruct((1, h, n, 16), dtype, sharding=lies) for h in heads]
     return jax.jit(program, out_shardings=lies).lower(*given).compile()
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "lengths": {"valid_lens": P("b")},
+    "mask": {"mask": P("b")},
+    "window": {"window": (5, 3)},
+}
+
+
+def spread_over_batch_and_heads(attend, devices, n, call, gradients):
+    """The collectives of the program of a call, or of its gradients, whose arrays lie along the batch and the heads."""
+    options = dict(call)
+    shapes = {"valid_lens": ((4,), jnp.int32), "mask": ((4, 1, n, n), bool)}
+    named = [name for name in shapes if name in options]
+    given = [((4, heads, n, 16), jnp.float32, P("b", "h")) for heads in (4, 2, 2, 4)]
+    given += [(*shapes[name], options.pop(name)) for name in named]
+    given = [jax.ShapeDtypeStruct(*x, sharding=NamedSharding(devices, lies)) for *x, lies in given]
+
+    def program(query, key, value, grad, *rest):
+        bound = partial(attend, **options, **dict(zip(named, rest, strict=True)))
+        return jax.vjp(bound, query, key, value)[1](grad) if gradients else bound(query, key, value)
+
+    return collectives(jax.jit(program).lower(*given).compile().as_text())
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("call", OPTIONS.values(), ids=OPTIONS)
+def test_the_formula_sends_nothing_where_batch_and_heads_are_spread(call, gradients):
+    """`kvattn.attention` of few queries, to which XLA is left."""
+    for kind in KINDS:
+        assert spread_over_batch_and_heads(kvattn.attention, mesh((4, 2), ("b", "h"), kind), 16, call, gradients) == {}
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("call", OPTIONS.values(), ids=OPTIONS)
+def test_tiles_send_nothing_where_batch_and_heads_are_named(call, gradients):
+    """`kvattn.attention` would gather them, as XLA cuts no loop over batch and heads in pieces."""
+    devices = mesh((4, 2), ("b", "h"))
+    attend = partial(ring_attention, mesh=devices, axis=None, batch_axis="b", head_axis="h")
+    assert spread_over_batch_and_heads(attend, devices, 144, call, gradients) == {}
 
 
 # bytes of what a device holds of 128 rows, in float32: of the query and of the output; of the key and value, K; and how often
