@@ -17,6 +17,8 @@ Array = Any
 
 LACKS = {
     "normalize": "it has softmax alone: other normalisers have no log-sum-exp by which parts are merged",
+    "segments": "give them as a mask: query_segments[..., :, None] == key_segments[..., None, :]",
+    "return_scores": "no device holds a whole row of them",
     "positions": "selected keys may lie on any device; kvattn.attention gathers them, under jit with sharded arrays too",
     "dropout": "a device would draw what another one draws",
     "rng": "it has no dropout",
@@ -56,7 +58,7 @@ def ring_attention(
         batch_axis, head_axis: other axes of the mesh, over which the first axis and the heads (axis -3, after a batch axis)
             are spread, at no cost: their devices send each other nothing. Explicit axes of the query's type name themselves.
             Over axes that are not named everything is repeated, or left to XLA inside a program.
-        mask, bias: each device holds the rows of its own queries, beside all keys: n m / P numbers.
+        mask, bias: arrays; each device holds the rows of its own queries, beside all keys: n m / P numbers.
 
     The other arguments are `kvattn.attention`'s, with its answers. The whole sequence is in its usual order: causal, devices
     exchange half of what they hold, before and after, so that their work is balanced.
@@ -84,6 +86,11 @@ def ring_attention(
         if name in LACKS:
             raise TypeError(f"ring_attention has no {name}: {LACKS[name]}")
         raise checks.unknown(unknown, [*prepare.OPTIONS])
+    for name, x in (("mask", mask), ("bias", bias)):
+        if callable(x):
+            raise TypeError(
+                f"ring_attention takes {name} as an array, not as a function of positions: call it, with all of them"
+            )
     size = _devices(mesh, axis, batch_axis, head_axis)
     arrays = {"query": query, "key": key, "value": value, "mask": mask, "bias": bias, "valid_lens": valid_lens}
     tab = dispatch.choose("jax", **arrays, query_offset=query_offset, sink=sink)

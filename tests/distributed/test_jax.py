@@ -139,6 +139,8 @@ WRONG = [
     (ValueError, "query has shape (16, 8); expected (batch, ...)", NO_BATCH | {"batch_axis": "b"}),
     (TypeError, "ring_attention has no dropout", {"dropout": 0.5}),
     (TypeError, "ring_attention has no return_weights: no device holds", {"return_weights": True}),
+    (TypeError, "ring_attention has no segments: give them as a mask", {"segments": X[:, 0, :, 0]}),
+    (TypeError, "ring_attention takes mask as an array, not as a function", {"mask": lambda query, key: query >= key}),
     (TypeError, "attention has no argument 'is_causal': here it is causal", {"is_causal": True}),
     (ValueError, "value has shape (2, 4, 15, 8) but key has (2, 4, 16, 8)", {"value": X[:, :, :15]}),
 ]  # fmt: skip
