@@ -1,5 +1,6 @@
 """ring_attention over processes that talk by gloo on the loopback interface; what each of them does is in torch_ranks.py."""
 
+import doctest
 import json
 import os
 import signal
@@ -72,6 +73,10 @@ def test_a_lost_rank_is_an_error_in_time(tmp_path):
     all_well(said, tasks[0])
     all_well([said[rank] for rank in (0, 1, 3)], tasks[1])
     assert codes == [0, 0, -9, 0]
+
+
+def test_the_examples_of_the_module():
+    assert doctest.testmod(sys.modules["kvattn.distributed.torch"]) == (0, 2)
 
 
 def test_no_process_group():
