@@ -182,6 +182,8 @@ def resolved(query: Any, key: Any, value: Any, call: Call) -> tuple[Call, Sequen
             plain = _in_window(plain, left, right, query, key)
             said = said._replace(mask_function=None)
             call = plain._replace(mask=said)
+    if parts is not None and len({_form(part) for part in parts}) > getattr(said.tab, "MOST_SHAPES", len(parts)):
+        parts = None
     if said.bias_function is not None:
         return call, _of_bias(query, key, call, parts)
     if parts is None:
@@ -189,6 +191,11 @@ def resolved(query: Any, key: Any, value: Any, call: Call) -> tuple[Call, Sequen
     if len(parts) == 1 and parts[0] == (0, n, ((0, m),), False, None):
         return plain, ()
     return call, parts
+
+
+def _form(part: Part) -> tuple[Any, ...]:
+    """What tells the shapes of a part from another's."""
+    return part.end - part.start, sum(last - first for first, last in part.runs), part.looks
 
 
 def _in_window(call: Call, left: int | None, right: int | None, query: Any, key: Any) -> Call:
@@ -208,10 +215,12 @@ def _of_bias(query: Any, key: Any, call: Call, parts: Sequence[Part] | None) -> 
     for part in parts:
         width = sum(last - first for first, last in part.runs)
         size = max(1, BIAS // max(1, width * heads))
-        size = max(size, -(-n // TRACED)) if checks.peek(call.mask.tab, query) is None else size
+        recorded = checks.peek(call.mask.tab, query) is None
+        size = max(size, -(-n // TRACED)) if recorded else size
+        alike = len(part.runs) > 1 or (hasattr(call.mask.tab, "MOST_SHAPES") and not recorded)
         for start in range(part.start, part.end, size):
             end = min(start + size, part.end)
-            runs = part.runs if len(part.runs) > 1 else (_in_reach(call, start, end, *part.runs[0]),)
+            runs = part.runs if alike else (_in_reach(call, start, end, *part.runs[0]),)
             found.append(part._replace(start=start, end=end, runs=runs))
     return found
 

@@ -54,3 +54,12 @@ def test_what_a_bias_function_reads_has_its_gradient(most, wrapped):
     with looked_at(BIAS=most):
         got = wrapped(jax.grad(loss))(jnp.asarray(SLOPES))
     np.testing.assert_allclose(got, answers()["by the slopes"], rtol=1e-4)
+
+
+def test_parts_of_many_shapes_would_be_many_programs():
+    x = jnp.zeros((1, 1, 600, 4))
+    alike, ragged = np.repeat([0, 1, 2], 200)[None], np.repeat(np.arange(6), [90, 110, 70, 130, 85, 115])[None]
+    with looked_at():
+        assert "3 blocks" in kvattn.explain(x, x, x, segments=alike).why
+        assert "arrays" in kvattn.explain(x, x, x, segments=ragged).why
+        assert "arrays" in kvattn.explain(x, x, x, segments=ragged, backend="jax", causal=True).why

@@ -20,6 +20,7 @@ from kvattn.kernels.jax import gpu as jax_gpu
 from kvattn.pairs import Pairs
 
 HALF = ("float16", "bfloat16")
+MOST_SHAPES = 4  # of the parts of a call that runs at once: each is a program of its own
 
 
 # ---- data
