@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from kvattn import api, weights
+from kvattn import api, maps, weights
 
 
 def functions(backend: str) -> dict[str, Any]:
@@ -17,6 +17,7 @@ def functions(backend: str) -> dict[str, Any]:
     array([0.5, 0.5])
     """
     public = {name: getattr(api, name) for name in api.__all__} | {name: getattr(weights, name) for name in weights.__all__}
+    public["attention_maps"] = maps.attention_maps
     return {name: _bound(x, backend) if _takes_backend(x) else x for name, x in public.items()}
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["kernel_shapes", "plot", "set_figsize", "show_attention", "show_heatmaps", "use_svg_display"]
 
 KERNELS = (api.gaussian_kernel, api.boxcar_kernel, api.triangular_kernel, api.epanechnikov_kernel, api.constant_kernel)
+SMALL = 8  # points of a token in a grid of heat maps
 LONGEST = 16  # letters shown of a token
 ANNOTATED = 10  # rows and columns, at most, of a map with its values written in
 WIDEST, BAR, GAP = 12.0, 0.9, 0.15  # inches: a figure of several heads, the room of its colour bar, between two heads
@@ -42,6 +44,9 @@ def show_heatmaps(
     titles: Sequence[str] | None = None,
     figsize: tuple[float, float] = (2.5, 2.5),
     cmap: Any = "Reds",
+    *,
+    queries: Sequence[Any] | None = None,
+    keys: Sequence[Any] | None = None,
 ) -> Figure:
     """Matrices as a grid of heat maps that share one colour scale, from the least to the greatest value.
 
@@ -50,9 +55,11 @@ def show_heatmaps(
         xlabel: what the columns of a matrix are, under the lowest row. ylabel: what its rows are.
         titles: one a column of the grid, repeated in each row.
         figsize: width and height of the whole figure, in inches.
+        queries, keys: n and m tokens that label rows and columns, as in `show_attention`; where they would overlap, every
+            second of them, or fewer.
 
     Raises:
-        ValueError: another number of axes, an axis of 0, or as many titles as there are not columns.
+        ValueError: another number of axes, an axis of 0, titles or tokens that do not fit them.
         TypeError: what is no array of numbers.
         ImportError: without matplotlib, saying how to install it.
 
@@ -71,6 +78,11 @@ def show_heatmaps(
     rows, cols = images.shape[:2]
     if titles is not None:
         _count("titles", titles, cols, "one a column of the grid")
+    n, m = images.shape[2:]
+    named = (
+        None if keys is None else _tokens("keys", keys, m, f"the columns of matrices (..., {n}, {m})"),
+        None if queries is None else _tokens("queries", queries, n, f"the rows of matrices (..., {n}, {m})"),
+    )
     figure, grid = pyplot.subplots(rows, cols, figsize=figsize, sharex=True, sharey=True, squeeze=False, layout="compressed")
     limits = _limits(images)
     for i, j in np.ndindex(rows, cols):
@@ -81,8 +93,16 @@ def show_heatmaps(
             grid[i, j].set_ylabel(ylabel)
         if titles is not None:
             grid[i, j].set_title(titles[j])
-    for axis in (grid[0, 0].xaxis, grid[0, 0].yaxis):  # all the maps share their ticks
-        axis.get_major_locator().set_params(integer=True)
+    for which, tokens, inches, count in zip("xy", named, figsize, (cols, rows), strict=True):
+        for axes in grid.flat:
+            axis = axes.xaxis if which == "x" else axes.yaxis
+            if tokens is None:
+                axis.get_major_locator().set_params(integer=True)
+                continue
+            every = math.ceil(1.3 * SMALL / 72 * len(tokens) * count / (0.7 * inches))  # 0.7: without what labels take
+            _label(axis, tokens, every, axis.get_label_text(), rotation=90 if which == "x" else 0)
+            axes.tick_params(axis=which, which="both", length=0, labelsize=SMALL)
+            axes.grid(axis=which, which="minor", color="0.85", linewidth=0.5)
     flat = _flat(cols * images.shape[3], rows * images.shape[2])
     figure.colorbar(image, ax=grid, shrink=0.6, location="bottom" if flat else "right")
     return _once(figure)
@@ -96,18 +116,25 @@ def show_attention(
     titles: Sequence[str] | None = None,
     cmap: Any = "Blues",
     vmax: float | None = None,
-) -> Figure:
+    pages: bool | None = None,
+) -> Any:
     """Attention weights between tokens, one heat map a head, side by side and wrapped into rows; made for 6 to 40 tokens.
+
+    The weights of several layers, {name: weights} as `attention_maps` gives them, are pages to choose from in a notebook that
+    has ipywidgets, a layer and a head at a time on one colour scale; elsewhere they are maps of one figure.
 
     Each row of a map is a query, each column a key it attends to. Up to 10 by 10, the weights stand in their cells. The
     figure is as large as its labels need to be read; past 47 tokens only every second token, or fewer, is labelled.
 
     Args:
-        weights: (n, m), (heads, n, m) or (1, heads, n, m), any framework's array; NaN is drawn grey.
+        weights: (n, m), (heads, n, m) or (1, heads, n, m), any framework's array; NaN is drawn grey. Or {name: such}.
         queries: n tokens. keys: m tokens. Shown as they are, the first 16 letters of each.
         titles: one a head; default "head 1", "head 2", ...
         vmax: the weight at the top of the colour scale that the heads share; default the greatest. 1.0 makes figures
             comparable. The scale starts at 0, or at the least weight below.
+        pages: True or False, with or without widgets for several layers; default: as said above.
+
+    Returns the figure; of pages, the widget.
 
     Raises:
         ValueError: weights of another shape, tokens or titles that do not fit them.
@@ -119,6 +146,20 @@ def show_attention(
     ['the', 'dog']
     """
     pyplot = _pyplot()
+    if isinstance(weights, Mapping):
+        layers = {str(name): _heads(each, f"weights[{name!r}]") for name, each in weights.items()}
+        if not layers:
+            raise ValueError("weights is empty; expected at least one layer's")
+        if titles is not None:
+            raise ValueError("titles are for one layer's heads; weights of several have their names")
+        highest = max(_limits(maps)[1] for maps in layers.values()) if vmax is None else vmax
+        if pages if pages is not None else _has_widgets():
+            return _pages(layers, queries, keys, cmap, highest)
+        first, *others = layers
+        for name in others:
+            checks.same_shape(f"a map of weights[{name!r}]", layers[name][0], layers[first].shape[1:], f"weights[{first!r}]")
+        titles = [f"{name}, head {i}" for name, maps in layers.items() for i in range(1, len(maps) + 1)]
+        weights, vmax = np.concatenate([*layers.values()]), highest
     maps = _heads(weights)
     heads, n, m = maps.shape
     rows_named = _tokens("queries", queries, n, f"the queries of weights (..., {n}, {m})")
@@ -304,14 +345,14 @@ def _nested(x: Any) -> bool:
     return isinstance(x, (list, tuple)) and any(isinstance(each, (list, tuple)) or hasattr(each, "shape") for each in x)
 
 
-def _heads(weights: Any) -> Any:
+def _heads(weights: Any, name: str = "weights") -> Any:
     """The weights as (heads, n, m)."""
-    given = _array("weights", weights)
+    given = _array(name, weights)
     maps = given[0] if given.ndim == 4 and len(given) == 1 else given[None] if given.ndim == 2 else given
     if maps.ndim != 3 or not maps.size:
-        cure = "; pick one of the batch: weights[0]" if maps.ndim == 4 else ""
+        cure = f"; pick one of the batch: {name}[0]" if maps.ndim == 4 else ""
         raise ValueError(
-            f"weights has shape {given.shape}; expected (n, m), (heads, n, m) or (1, heads, n, m), none of them 0{cure}"
+            f"{name} has shape {given.shape}; expected (n, m), (heads, n, m) or (1, heads, n, m), none of them 0{cure}"
         )
     return maps
 
@@ -432,6 +473,36 @@ def _shell() -> Any:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell if getattr(shell, "kernel", None) is not None else None
+
+
+def _has_widgets() -> bool:
+    """Whether widgets can be used: in a notebook, and not in a lesson that is run for a page."""
+    return _shell() is not None and "kvattn.lesson.watch" not in sys.modules and find_spec("ipywidgets") is not None
+
+
+def _pages(layers: dict[str, Any], queries: Sequence[Any], keys: Sequence[Any], cmap: Any, vmax: float) -> Any:
+    """A widget that shows one layer's heads, or one of them."""
+    import ipywidgets
+    from IPython.display import display
+
+    def heads(name: str) -> list[Any]:
+        return ["all", *range(1, len(layers[name]) + 1)]
+
+    layer = ipywidgets.Dropdown(options=[*layers], description="layer")
+    head = ipywidgets.Dropdown(options=heads(layer.value), description="head")
+
+    def show(layer: str, head: Any) -> None:
+        maps = layers[layer]
+        if head is None or (head != "all" and head > len(maps)):  # the other choice is about to follow
+            return
+        chosen, titles = (maps, None) if head == "all" else (maps[head - 1], [f"head {head}"])
+        figure = show_attention(chosen, queries, keys, titles=titles, cmap=cmap, vmax=vmax)
+        display(figure)
+        _pyplot().close(figure)
+
+    layer.observe(lambda change: head.set_trait("options", heads(change["new"])), "value")
+    shown = ipywidgets.interactive_output(show, {"layer": layer, "head": head})
+    return ipywidgets.VBox([ipywidgets.HBox([layer, head]), shown])
 
 
 def _once(figure: Any) -> Figure:

@@ -172,7 +172,8 @@ def test_every_namespace_draws(backend):
 
 
 def test_show_heatmaps_has_d2ls_signature():
-    given = {name: parameter.default for name, parameter in inspect.signature(plot.show_heatmaps).parameters.items()}
+    found = inspect.signature(plot.show_heatmaps).parameters
+    given = {name: parameter.default for name, parameter in found.items() if parameter.kind != parameter.KEYWORD_ONLY}
     empty = inspect.Parameter.empty
     assert given == {
         "matrices": empty, "xlabel": empty, "ylabel": empty, "titles": None, "figsize": (2.5, 2.5), "cmap": "Reds",
@@ -341,6 +342,57 @@ def test_the_scale_starts_at_0_and_is_stated(weights, vmax, scale):
     assert "attention weight" in (bar.get_xlabel(), bar.get_ylabel())
 
 
+def test_heat_maps_have_tokens_as_labels_where_they_are_given():
+    tokens = ["the", "$x$", "_^{"]
+    figure = plot.show_heatmaps(np.ones((2, 2, 3, 3)), "Keys", "Queries", figsize=(6, 6), keys=tokens, queries=tokens[::-1])
+    figure.draw_without_rendering()
+    for i, axes in enumerate(figure.axes[:4]):
+        columns, rows = axes.get_xticklabels(), axes.get_yticklabels()
+        assert [each.get_text() for each in columns] == (tokens if i > 1 else [])  # of the lowest row of maps
+        assert [each.get_text() for each in rows] == (tokens[::-1] if i % 2 == 0 else [])
+        assert not any(each.get_parse_math() for each in (*columns, *rows))
+        assert axes.get_xlabel() == ("Keys" if i > 1 else "")
+        assert axes.get_ylabel() == ("Queries" if i % 2 == 0 else "")
+    many = plot.show_heatmaps(np.ones((1, 1, 40, 40)), "x", "y", keys=range(40))
+    many.draw_without_rendering()
+    boxes = [each.get_window_extent() for each in many.axes[0].get_xticklabels()]
+    assert 3 < len(boxes) < 20
+    assert not any(one.overlaps(two) for one, two in pairwise(boxes))
+    assert many.axes[0].get_yticklabels()[0].get_text() != ""
+
+
+# ---- layers as pages
+
+
+LAYERS = {"first": np.stack([np.eye(3), np.ones((3, 3)) / 4]), "second": np.full((1, 1, 3, 3), 0.5)}
+
+
+def test_layers_are_maps_of_one_figure_on_one_scale_where_there_are_no_widgets():
+    figure = plot.show_attention(LAYERS, ["a", "b", "c"], list("xyz"))
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["first, head 1", "first, head 2", "second, head 1"]
+    assert {axes.images[0].get_clim() for axes in figure.axes[:3]} == {(0, 1)}
+    np.testing.assert_array_equal(figure.axes[2].images[0].get_array(), np.full((3, 3), 0.5))
+
+
+def test_layers_are_pages_of_a_widget(monkeypatch):
+    ipywidgets = pytest.importorskip("ipywidgets")
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    widget = plot.show_attention(LAYERS, list("abc"), list("xyz"), pages=True)
+    assert isinstance(widget, ipywidgets.Widget)
+    layer, head = widget.children[0].children
+    assert (layer.options, head.options) == (("first", "second"), ("all", 1, 2))
+    head.value = 2
+    layer.value = "second"
+    assert head.options == ("all", 1)
+    titles = [[axes.get_title() for axes in figure.axes[:-1]] for figure in shown]
+    assert titles[0] == ["head 1", "head 2"]
+    assert ["head 2"] in titles
+    assert titles[-1] == [""]
+    assert {axes.images[0].get_clim() for figure in shown for axes in figure.axes[:-1]} == {(0, 1)}
+    assert not plt.get_fignums()
+
+
 # ---- kernels and curves
 
 
@@ -410,6 +462,14 @@ REFUSED = [
     (ValueError, "keys has 0 entries; expected 1, the keys of", lambda: plot.show_attention([[1.0]], ["a"], [])),
     (TypeError, r"queries must be a list of tokens.*queries\.split\(\)", lambda: plot.show_attention([[1.0]], "a", ["b"])),
     (ValueError, "titles has 1 entries; expected 2", lambda: attention(titles=["a"])),
+    (ValueError, "weights is empty", lambda: plot.show_attention({}, "a", "b")),
+    (ValueError, r"weights\['b'\] has shape \(2, 2, 3, 3\); .*weights\['b'\]\[0\]",
+     lambda: plot.show_attention({"b": np.ones((2, 2, 3, 3))}, [1, 2, 3], [1, 2, 3])),
+    (ValueError, r"a map of weights\['c'\] has shape \(3, 4\)",
+     lambda: plot.show_attention({"b": np.ones((3, 3)), "c": np.ones((3, 4))}, [1, 2, 3], [1, 2, 3])),
+    (ValueError, "titles are for one layer's heads", lambda: plot.show_attention(LAYERS, [1] * 3, [1] * 3, titles=["x"])),
+    (ValueError, "keys has 2 entries; expected 3, the columns of", lambda: plot.show_heatmaps(GRID, "x", "y", keys=[1, 2])),
+    (TypeError, r"queries must be a list of tokens", lambda: plot.show_heatmaps(GRID, "x", "y", queries="abcd")),
     (ValueError, "vmax must be above 0.0", lambda: attention(vmax=-1.0)),
     (TypeError, "vmax must be a number", lambda: attention(vmax="1")),
     (ValueError, "width must be finite and above 0", lambda: plot.kernel_shapes(width=0)),

@@ -221,3 +221,15 @@ def _back(x: Any, like: torch.Tensor) -> torch.Tensor:
         except (BufferError, RuntimeError, TypeError):  # read-only, or a dtype that this framework does not lend
             pass
     return torch.from_numpy(kvattn.to_numpy(x).copy()).to(like.device, like.dtype)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def maps(model: Any, inputs: Any, options: Any) -> dict[str, torch.Tensor]:
+    """The attentions that a model gives, by layer, for kvattn.maps."""
+    output = model(*inputs, **options | {"output_attentions": True, "return_dict": True})
+    found = {}
+    for kind in ("attentions", "encoder_attentions", "decoder_attentions", "cross_attentions"):
+        for i, weights in enumerate(output.get(kind) or ()):
+            if weights is not None:
+                found[f"{kind.rpartition('_')[0] or 'layers'}.{i}"] = weights
+    return found

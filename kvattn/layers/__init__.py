@@ -26,7 +26,7 @@ import inspect
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -333,3 +333,28 @@ def describe(module: dict[str, Any]) -> None:
         call = "\n".join(f"- {name}: {told}" for name, told in asked.items())
         parts = [inspect.cleandoc(layer.__doc__ or ""), f"Args:\n{arguments}", f"A call of the layer takes\n\n{call}"]
         layer.__doc__ = "\n\n".join(parts) + "\n"
+
+
+def maps(found: Iterable[tuple[str, Any]], run: Callable[[], Any], reshape: Callable[..., Any]) -> dict[str, Any]:
+    """What `run` leaves in these attention layers, by name: their weights, with the leading axes of their queries.
+
+    A layer that does no more than to attend for another, which calls it "attention", goes by the other's name.
+    """
+    layers = list(found)
+    for _, layer in layers:
+        vars(layer)["_last"] = None
+    run()
+    made = {}
+    for name, layer in layers:
+        if layer._last is not None:
+            weights = layer.attention_weights
+            made[map_name(name)] = reshape(weights, (*layer._last[0].shape[:-2], *weights.shape[-2:]))
+    return made
+
+
+def map_name(path: str) -> str:
+    """
+    >>> map_name("blks.0.attention.attention"), map_name("")
+    ('blks.0.attention', 'attention')
+    """
+    return path.removesuffix(".attention") or "attention"

@@ -427,6 +427,27 @@ class TransformerEncoder(_Layer):
         return results if len(results) > 1 else X
 
 
+# ---- weights of a forward pass, for kvattn/maps.py
+
+
+def maps(model, inputs, options):
+    """kvattn.maps' part."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a module, then its variables and inputs, not {type(model).__name__}")
+
+    def attends(module, method):
+        return isinstance(module, _Attention) and method == "__call__"
+
+    sown = model.apply(*inputs, **options, capture_intermediates=attends, mutable=["intermediates"])[1]
+    found = {}
+    for path, (*_, results) in flatten_dict(sown.get("intermediates", {}), sep=".").items():
+        if path.split(".")[-1] == "__call__" and isinstance(results, tuple):  # else a call that leaves the weights out
+            output, weights, *_ = results
+            name = layers.map_name(path.removesuffix("__call__").removesuffix("."))
+            found[name] = weights.reshape(*output.shape[:-2], *weights.shape[-2:])
+    return found
+
+
 # ---- weights by kvattn's names, for kvattn/weights.py: of variables {"params": tree}, or of a module that has none yet
 
 

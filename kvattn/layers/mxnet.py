@@ -539,6 +539,20 @@ def _initialized(parameter):
     return parameter._data is not None or bool(parameter._deferred_init)
 
 
+# ---- weights of a forward pass, for kvattn/maps.py
+
+
+@mx.util.use_np
+def maps(model, inputs, options):
+    """kvattn.maps' part."""
+    return layers.maps(_attending(model), lambda: model(*inputs, **options), mx.np.reshape)
+
+
+def _attending(block, path=""):
+    found = [(path, block)] if isinstance(block, _Attention) else []
+    return found + [each for name, child in block._children.items() for each in _attending(child, f"{path}.{name}".lstrip("."))]
+
+
 # ---- weights by kvattn's names, for kvattn/weights.py
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvattn import api, checks, layers, patterns
 from kvattn.backends import numpy as tab
-from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, slots, source
+from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, parts, slots, source
 
 __all__ = [*layers.LAYERS]
 
@@ -348,6 +348,15 @@ class TransformerEncoder(Layer):
     @property
     def attention_weights(self):
         return [block.attention.attention.attention_weights for block in self.blks]
+
+
+# ---- weights of a forward pass, for kvattn/maps.py
+
+
+def maps(model, inputs, options):
+    """kvattn.maps' part."""
+    found = [(".".join(path), part) for path, part in parts(model) if isinstance(part, _Attention)]
+    return layers.maps(found, lambda: model(*inputs, **options), np.reshape)
 
 
 # ---- weights by kvattn's names, for kvattn/weights.py

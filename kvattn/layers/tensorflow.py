@@ -22,6 +22,7 @@ from kvattn.layers.keras import (  # noqa: F401
     first,
     hide_padding,
     padding_of,
+    parts,
     registered,
     seed_among,
     shapes,
@@ -396,3 +397,12 @@ class TransformerEncoder(Layer):
 
 
 layers.describe(globals())
+
+
+# ---- weights of a forward pass, for kvattn/maps.py
+
+
+def maps(model, inputs, options):
+    """kvattn.maps' part."""
+    found = [(".".join(path), part) for path, part in parts(model) if isinstance(part, _Attention)]
+    return layers.maps(found, lambda: model(*inputs, **options), tf.reshape)

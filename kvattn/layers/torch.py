@@ -340,6 +340,16 @@ class TransformerEncoder(nn.Module):
         return [block.attention.attention.attention_weights for block in self.blks]
 
 
+# ---- weights of a forward pass, for kvattn/maps.py
+
+
+@torch.no_grad()
+def maps(model, inputs, options):
+    """kvattn.maps' part."""
+    found = [(name, part) for name, part in model.named_modules() if isinstance(part, _Attention)]
+    return layers.maps(found, lambda: model(*inputs, **options), torch.reshape)
+
+
 # ---- weights by kvattn's names, for kvattn/weights.py
 
 

@@ -16,6 +16,7 @@ import kvattn
 from kvattn import layouts, rotation
 from kvattn.conformance import native
 from kvattn.integrations import transformers as integration
+from kvattn.maps import attention_maps
 
 integration.register()
 torch.set_num_threads(1)  # of models as small as these a second thread only waits
@@ -603,3 +604,24 @@ def test_a_layer_may_give_each_query_a_sink_of_its_own(backend):
     (expected_by_sinks,) = torch.autograd.grad(expected.square().sum(), sinks)
     for found, wanted in ((output, expected), (given, weights), (by_sinks, expected_by_sinks)):
         assert (found - wanted).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("bert", ["layers"]), ("t5", ["encoder", "decoder", "cross"])],
+)
+def test_the_weights_of_every_layer_are_given_by_name(name, names):
+    made, configuration, options = MODELS[name]
+    model = made(configuration(**options)).eval()
+    given = {"input_ids": TOKENS} | ({"decoder_input_ids": TOKENS[:, :3]} if name == "t5" else {})
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(**given, output_attentions=True)
+    model.set_attn_implementation("kvattn")
+    found = attention_maps(model, **given)
+    assert list(found) == [f"{each}.{i}" for each in names for i in range(2)]
+    for each in names:
+        wanted = expected["attentions" if each == "layers" else f"{each}_attentions"]
+        for i, weights in enumerate(wanted):
+            torch.testing.assert_close(found[f"{each}.{i}"], weights, rtol=0, atol=64 * torch.finfo(weights.dtype).eps)
+            assert not found[f"{each}.{i}"].requires_grad
