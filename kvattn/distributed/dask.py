@@ -51,7 +51,7 @@ OPTIONS = ("score", "mask", "bias", "valid_lens", "causal", "query_offset", "win
 REFUSED = {
     "normalize": "only softmax can be merged from chunks; the key that hardmax looks up is topk's, with k = 1",
     "positions": "select the keys and values instead: key[positions]",
-    "dropout": "it would depend on how the keys are chunked",
+    "dropout": "what is dropped of a batch in chunks would not be what is dropped of the whole",
     "rng": "there is no dropout",
     "return_weights": "they are as many as the keys; topk gives the largest scores, return_lse what they are divided by",
     "return_scores": "they are as many as the keys; topk gives the largest",

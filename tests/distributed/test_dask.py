@@ -24,6 +24,7 @@ from kvattn.pairs import Pairs
 REFUSES = {
     "normalize": lambda case: case.keywords.get("normalize", "softmax") != "softmax" or case.call == "nadaraya_watson",
     "positions": lambda case: "positions" in case.arguments,
+    "dropout": lambda case: "dropout" in case.keywords,
 }
 ARRAYS = ("query", "mask", "bias", "valid_lens", "query_offset", "sink")
 
