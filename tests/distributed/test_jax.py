@@ -2,8 +2,10 @@
 
 import math
 import re
+import runpy
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import adapter
 import jax
@@ -262,6 +264,15 @@ def test_what_is_sent_is_what_is_stated(options, forwards, backwards):
     """From the compiled program: so much from each device by collective-permute, and nothing by any other collective."""
     assert collectives(compiled(8, 128, False, **options).as_text()) == {"collective-permute": forwards}
     assert collectives(compiled(8, 128, True, **options).as_text()) == {"collective-permute": backwards}
+
+
+def test_the_page_of_costs_is_its_scripts():
+    """docs/reference/rings.md shows the table that benchmarks/rings.py works out, by the bytes that programs send."""
+    root = Path(__file__).parents[2]
+    script = runpy.run_path(str(root / "benchmarks" / "rings.py"))
+    assert script["table"]() in (root / "docs" / "reference" / "rings.md").read_text()
+    for gradients, expected in enumerate(SENT["causal"][1:]):
+        assert script["sent"](128, 8, heads=2, key_heads=1, d=16, size=4, gradients=bool(gradients)) == expected
 
 
 def test_a_window_on_both_sides_sends_both_ways_and_no_further():
