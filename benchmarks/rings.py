@@ -71,10 +71,9 @@ def measure():
 
     from kvattn.distributed.jax import ring_attention
 
-    print(
-        "| n | devices | heads | bytes of the program | formula | program / formula | gradients: bytes | formula | program / formula |\n|"
-        + " ---: |" * 9
-    )
+    cells = ["n", "devices", "heads", "bytes of the program", "formula", "program / formula"]
+    cells += ["gradients: bytes", "formula", "program / formula"]
+    print(f"| {' | '.join(cells)} |\n|{' ---: |' * 9}")
     cases = [(n, devices, 2, 1) for n in (1024, 4096, 16384, 32768) for devices in (2, 8)] + [(8192, 8, 8, 1), (8192, 8, 4, 4)]
     for n, devices, heads, key_heads in cases:
         mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
