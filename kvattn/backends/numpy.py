@@ -453,10 +453,11 @@ def _of_selected_keys(choice, query, key, value, call, blocks):
 
 def _with_sink(run, query, key, value, call, blocks):
     """What ``run`` gives without the sink, less the sink's share of every row: a key of this score whose value is 0."""
-    output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
+    wide = (_wide(x) for x in (query, key, value))  # so that half precision is rounded once
+    output, *weights, lse = run(*wide, call._replace(sink=None, return_lse=True), blocks)
     left, lse = _left(lse, call.sink, query.ndim, call.return_lse)
-    output = (left * _wide(output)).astype(output.dtype)
-    weights = [np.where(x == 0, 0, left * _wide(x)).astype(x.dtype) for x in weights]  # 0 too where the sink is NaN
+    output = (left * output).astype(query.dtype, copy=False)
+    weights = [np.where(x == 0, 0, left * x).astype(query.dtype) for x in weights]  # 0 too where the sink is NaN
     results = [output, *weights] + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
