@@ -230,7 +230,7 @@ def conform(options: argparse.Namespace) -> int:
         words = text.read(options.text) if options.text else text.SENTENCE
     except ValueError as error:
         raise _Refused(str(error)) from error
-    for path in filter(None, (options.json, options.html)):
+    for path in (options.json, options.html):
         _writable(path)
 
     console = _console()
@@ -318,8 +318,12 @@ def _listed(plugins: dict[str, str]) -> str:
     return clean(", ".join(f"{name} (the plugin {value})" for name, value in plugins.items()))
 
 
-def _writable(path: str) -> None:
-    """Refuse before the suite runs, not after, and without touching the file."""
+def _writable(path: str | None) -> None:
+    """Refuse before the suite runs, not after, and without touching the file; None is no file that was asked for."""
+    if path is None:
+        return
+    if not path or "\0" in path:
+        raise _Refused(f"cannot write {path!r}: it is no name of a file")
     target = Path(path)
     if target.is_dir():
         raise _Refused(f"cannot write {path!r}: it is a directory")
@@ -542,7 +546,7 @@ def bench(options: argparse.Namespace) -> int:
         raise _Refused(f"unknown shape {unknown[0]!r}; known: {', '.join(bench.SHAPES)}")
     if options.rounds < 1:
         raise _Refused(f"--rounds must be at least 1, not {options.rounds}")
-    for path in filter(None, (options.json, options.plot)):
+    for path in (options.json, options.plot):
         _writable(path)
     kinds = [kind for kind, flags in bench.KINDS.items() if all(getattr(options, flag) for flag in flags)]
     if options.layers:

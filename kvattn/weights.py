@@ -80,8 +80,19 @@ def save_weights(layer: Any, path: str | Path) -> None:
 
 
 def load_weights(path: str | Path, layer: Any = None, layout: str | None = None, *, prefix: str = "") -> Any:
-    """The arrays of a .safetensors file by name, or, given a layer, what `import_weights` returns for them."""
-    arrays = _safetensors().load_file(path)
+    """The arrays of a .safetensors file by name, or, given a layer, what `import_weights` returns for them.
+
+    Raises ValueError, naming the file, for one that is damaged, and for dtypes that NumPy has not.
+    """
+    read = _safetensors()
+    with open(path, "rb"):  # that it is there, and a file, Python says better
+        pass
+    try:
+        arrays = read.load_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # its own class of error, which names no file; and NumPy's, of dtypes that it has not
+        raise ValueError(f"{path} is no .safetensors file that can be read: {error}") from None
     return arrays if layer is None else import_weights(layer, arrays, layout, prefix=prefix)
 
 

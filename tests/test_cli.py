@@ -362,6 +362,14 @@ def test_reports_survive_infinities_and_nan(capsys, world, tmp_path, monkeypatch
     assert json.loads((tmp_path / "r.json").read_text())["pairs"][0]["error"] == "nan"
 
 
+@pytest.mark.parametrize("name", ["", "a\0b"])
+@pytest.mark.parametrize("given", [("conform", "--json"), ("conform", "--html"), ("bench", "--json"), ("bench", "--plot")])
+def test_what_is_no_name_of_a_file_exits_2(capsys, world, given, name):
+    status, out, err = run(capsys, *given, name, "--backend", "numpy")
+    assert (status, out) == (2, "")
+    assert "it is no name of a file" in err
+
+
 @pytest.mark.parametrize("option", ["--json", "--html"])
 def test_a_report_that_cannot_be_written_is_refused_before_the_suite_runs(capsys, world, tmp_path, option):
     for path, said in ((tmp_path, "is a directory"), (tmp_path / "none" / "r", "there is no directory")):

@@ -18,6 +18,12 @@ from kvattn.lesson import agree, watch
 
 # ---- reading
 
+# a cell whose source is a number
+NUMBER = (
+    '{"cells": [{"cell_type": "code", "source": 5, "metadata": {}, "outputs": [], "execution_count": null}], '
+    '"metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
+)
+
 
 def test_a_lesson_is_prose_and_cells_with_their_tabs_and_lines():
     text = f"# Title\n\n{setup('numpy', 'jax')}\nprose\n{cell('x = 1', 'PyTorch, tf')}```python\nno cell\n```\n"
@@ -142,7 +148,7 @@ def test_nothing_run_is_no_success(command, world, capsys):
     got = command(TWINS + cell("1", "twin"), "run", "--backend", "numpy")
     assert got.status == 2
     assert "there is no code on numpy" in got.err
-    for name, content in (("a.ipynb", "[]"), ("b.ipynb", "{"), ("c.rst", "Title"), ("d.ipynb", "")):
+    for name, content in (("a.ipynb", "[]"), ("b.ipynb", "{"), ("c.rst", "Title"), ("d.ipynb", ""), ("e.ipynb", NUMBER)):
         (world / name).write_text(content)
         assert cli.main(["lesson", "run", str(world / name)]) == 2
         assert f"{name} is no Markdown, and no notebook that can be read" in capsys.readouterr().err

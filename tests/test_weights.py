@@ -1,6 +1,7 @@
 """Weights of the frameworks' own attention layers come into kvattn's, and reproduce the original's output."""
 
 import importlib
+import json
 
 import numpy as np
 import pytest
@@ -178,3 +179,40 @@ def test_a_state_of_numbers_is_told_by_their_shapes(layout):
     names = layouts.LAYOUTS[layout].parts.values()
     with pytest.raises(ValueError, match=r"has shape \(\)"):
         kv.import_weights(kv.MultiHeadAttention(8, 4), {f"{name}.weight": np.array(1.0) for name in names}, layout)
+
+
+def damaged(header, body=bytes(48)):
+    """A file with this header."""
+    header = header if isinstance(header, bytes) else json.dumps({"W": {"dtype": "F32", "shape": [3, 4], **header}}).encode()
+    return len(header).to_bytes(8, "little") + header + body
+
+
+WHOLE = damaged({"data_offsets": [0, 48]})
+DAMAGED = {
+    **{f"cut after {size}": WHOLE[:size] for size in (0, 7, 8, 30, len(WHOLE) - 1)},
+    "a header that is longer than all": b"\xff" * 8 + b"{}",
+    "a header that is a list": damaged(b"[]"),
+    "a header of braces": damaged(b"{" * 5000),
+    "a negative shape": damaged({"shape": [-3, -4], "data_offsets": [0, 48]}),
+    "a shape that overflows": damaged({"shape": [2**62, 2**62], "data_offsets": [0, 48]}),
+    "a shape of fractions": damaged({"shape": [1.5, 8], "data_offsets": [0, 48]}),
+    "a dtype that is none": damaged({"dtype": "Q9", "data_offsets": [0, 48]}),
+    "offsets beyond the end": damaged({"shape": [3, 400], "data_offsets": [0, 4800]}),
+    "bytes after the last": WHOLE + b"more",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_a_value_error_that_names_it(tmp_path, content):
+    (path := tmp_path / "w.safetensors").write_bytes(WHOLE)
+    assert weights.load_weights(path)["W"].shape == (3, 4)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"w\.safetensors is no \.safetensors file that can be read: "):
+        weights.load_weights(path)
+
+
+def test_a_file_that_is_not_there_or_a_folder_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none"):
+        weights.load_weights(tmp_path / "none.safetensors")
+    with pytest.raises(IsADirectoryError):
+        weights.load_weights(tmp_path)

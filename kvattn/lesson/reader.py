@@ -136,6 +136,8 @@ def _notebook(path: Path) -> Lesson:
 
     try:
         cells = jupytext.read(path).cells
+        if not all(isinstance(each.source, str) for each in cells):
+            raise ValueError("a cell holds something other than text")
     except OSError:
         raise
     except Exception as error:  # an ending that jupytext does not know, and whatever it meets in a file that is no notebook
