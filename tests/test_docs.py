@@ -125,7 +125,7 @@ def test_bare_pytest_takes_the_quick_tests_and_leaves_what_takes_long(monkeypatc
     monkeypatch.delenv("KVATTN_CONFORMANCE", raising=False)
     tests = ROOT / "tests"
     left = {path.name for path in tests.iterdir() if pytest_ignore_collect(path, SimpleNamespace(args=[str(tests)]))}
-    assert left == {"integrations", "site", *(f"test_{name}.py" for name in SLOW)}
+    assert left == {"distributed", "integrations", "package", "site", *(f"test_{name}.py" for name in SLOW)}
     slow = tests / "test_mutants.py"
     assert pytest_ignore_collect(slow, SimpleNamespace(args=[str(slow)])) is None  # which was named
     monkeypatch.setenv("KVATTN_CONFORMANCE", "numpy")
