@@ -19,6 +19,7 @@ import numpy
 
 from kvattn import dispatch, planning, prepare
 from kvattn.old_numpy import old_names
+from kvattn.pairs import Pairs
 
 with old_names():
     import mxnet as mx
@@ -85,7 +86,7 @@ class _Deferred:
 
     def check(self):
         """Raises what the call raises whatever the shapes and dtypes of the arrays to come are."""
-        options = {name: x for name, x in self.options.items() if name not in ("bias", *ARRAYS)}
+        options = {name: x for name, x in self.options.items() if name not in ("bias", "segments", *ARRAYS)}
         if hasattr(options.get("sink"), "shape"):  # what it broadcasts to are axes to come
             options.pop("sink")
         arrays = {name: self.options[name] for name in ARRAYS if hasattr(self.options.get(name), "dtype")}
@@ -137,11 +138,11 @@ class _ShapeAndDtype:
     """What is known of an array: its shape, with None for a size to come, and its dtype."""
 
     def __init__(self, shape, dtype):
-        self.shape, self.dtype = shape, dtype
+        self.shape, self.dtype, self.ctx = shape, dtype, mx.cpu()
 
 
 class _ChecksAlone:
-    """The tab as a backend whose attention computes nothing: the specification's checks alone."""
+    """The tab as a backend whose attention computes nothing: the specification's checks alone, also of functions of positions."""
 
     def __init__(self):
         self._tab = dispatch.load("mxnet")
@@ -158,8 +159,10 @@ class _ChecksAlone:
     def peek(self, x):
         return None if isinstance(x, _ShapeAndDtype) else self._tab.peek(x)
 
-    def attention(self, *_, **__):
-        return None
+    def attention(self, query, key, value, mask=None, query_offset=0, **_):
+        if type(mask) is Pairs and type(query_offset) is int and query.shape[-2] is not None:
+            full = (*planning.lead(query.shape, key.shape), query.shape[-2], key.shape[-2])
+            mask._replace(mask=None, segments=None).arrays(query, key, full, query_offset)
 
 
 class Attention(mx.operator.CustomOp):
