@@ -378,7 +378,8 @@ TRACED = {
     "mxnet": lambda f, *arrays: mxnet_block(**f.keywords)(*arrays),
 }
 UNTRACED = {"query of text", "ragged query"}  # no arrays to trace
-UNSEEN = {"negative length", "position out of reach", "position below none", "segments beyond 32 bits"}  # values, which these compilers do not show
+# values, which these compilers do not show
+UNSEEN = {"negative length", "position out of reach", "position below none", "segments beyond 32 bits"}
 NARROWED = {"mixed dtypes", "integer query"}  # jax.jit makes 32 bits of 64, before anybody sees them
 
 

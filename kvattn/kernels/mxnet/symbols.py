@@ -142,7 +142,7 @@ class _ShapeAndDtype:
 
 
 class _ChecksAlone:
-    """The tab as a backend whose attention computes nothing: the specification's checks alone, also of functions of positions."""
+    """The tab as a backend whose attention computes nothing: the checks alone, of what functions of positions give too."""
 
     def __init__(self):
         self._tab = dispatch.load("mxnet")
