@@ -501,10 +501,12 @@ def _scored(scores, where=None):
 
 def _with_sink(run, query, key, value, call, blocks):
     """What ``run`` gives without the sink, less the sink's share of every row: a key of this score whose value is 0."""
-    output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
+    # wide, so that half precision is rounded once; but for a GPU's kernels, which take it
+    arrays = (query, key, value) if jax_gpu.device() else map(_wide, (query, key, value))
+    output, *weights, lse = run(*arrays, call._replace(sink=None, return_lse=True), blocks)
     left, lse = _left(lse, call.sink, query.ndim, call.return_lse)
-    output = (left * _wide(output)).astype(output.dtype)
-    weights = [jnp.where(x == 0, 0, left * _wide(x)).astype(x.dtype) for x in weights]  # 0 too where the sink is NaN
+    output = (left * _wide(output)).astype(query.dtype)
+    weights = [jnp.where(x == 0, 0, left * _wide(x)).astype(query.dtype) for x in weights]  # 0 too where the sink is NaN
     results = [output, *weights] + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 

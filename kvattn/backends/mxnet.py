@@ -485,16 +485,14 @@ def _scored(scores, where=None):
 @quirks.one_batch_axis
 def _with_sink(query, key, value, call, blocks):
     """What is attended to without the sink, less the sink's share of every row: a key of this score whose value is 0."""
-    output, *weights, lse = _attend(query, key, value, call._replace(sink=None, return_lse=True))
+    wide = (_wide(x) for x in (query, key, value))  # so that half precision is rounded once
+    output, *weights, lse = _attend(*wide, call._replace(sink=None, return_lse=True))
     if lse.size:  # MXNet broadcasts nothing to what has no elements
         left, lse = _left(lse, call.sink, query.ndim, call.return_lse)
-    if output.size:
-        output = (left * _wide(output)).astype(output.dtype, copy=False)
-    for x in weights:
-        if x.size:  # 0 too where the sink is NaN
-            weights = [quirks.where(x.detach() != 0, left * _wide(x), 0).astype(x.dtype, copy=False)]
-    results = [output, *weights] + [lse] * call.return_lse
-    return tuple(results) if len(results) > 1 else output
+    output = left * output if output.size else output
+    weights = [quirks.where(x.detach() != 0, left * x, 0) if x.size else x for x in weights]  # 0 too where the sink is NaN
+    results = [x.astype(query.dtype, copy=False) for x in (output, *weights)] + [lse] * call.return_lse
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def _left(lse, sink, ndim, with_lse=True):

@@ -537,10 +537,12 @@ def _of_selected_keys(run, query, key, value, call, blocks, *_):
 
 def _with_sink(run, query, key, value, call, blocks):
     """What ``run`` gives without the sink, less the sink's share of every row: a key of this score whose value is 0."""
-    output, *weights, lse = run(query, key, value, call._replace(sink=None, return_lse=True), blocks)
+    # wide, so that half precision is rounded once; but for a GPU's kernels, which take it
+    arrays = (x if x.is_cuda else _wide(x) for x in (query, key, value))
+    output, *weights, lse = run(*arrays, call._replace(sink=None, return_lse=True), blocks)
     left, lse = _left(lse, call.sink, query.ndim, call.return_lse)
-    output = (left * _wide(output)).to(output.dtype)
-    weights = [torch.where(x == 0, 0, left * _wide(x)).to(x.dtype) for x in weights]  # 0 too where the sink is NaN
+    output = (left * _wide(output)).to(query.dtype)
+    weights = [torch.where(x == 0, 0, left * _wide(x)).to(query.dtype) for x in weights]  # 0 too where the sink is NaN
     results = [output, *weights] + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
