@@ -578,8 +578,9 @@ def _with_sink(run, query, key, value, call, blocks):
     wide = (_wide(x) for x in (query, key, value))  # so that half precision is rounded once
     output, *weights, lse = run(*wide, call._replace(sink=None, return_lse=True), blocks)
     left, lse = _left(lse, call.sink, len(query.shape), call.return_lse)
-    output = tf.cast(left * output, query.dtype)
-    weights = [tf.cast(tf.where(tf.equal(x, 0), 0, left * x), query.dtype) for x in weights]  # 0 too where the sink is NaN
+    output = tf.cast(left * _wide(output), query.dtype)
+    # 0 too where the sink is NaN
+    weights = [tf.cast(tf.where(tf.equal(x, 0), 0, left * _wide(x)), query.dtype) for x in weights]
     results = [output, *weights] + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 
