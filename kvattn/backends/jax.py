@@ -515,6 +515,7 @@ def _left(lse, sink, ndim, with_lse=True):
     """What the sink leaves to the keys of each row's weight, (..., n, 1), and the lse of both; -inf is none, inf makes NaN."""
     sink = _wide(sink[..., 0] if sink.ndim == ndim else sink[..., None])
     sink = sink + jnp.where(sink == math.inf, math.nan, jnp.zeros_like(sink))
+    sink = jnp.where(sink == -math.inf, -math.inf, sink)  # which has no gradient, whatever is NaN
     ahead = jnp.where(lse == -math.inf, -math.inf, lse - sink)
     left = jnp.exp(-jax.nn.softplus(-ahead))  # its gradient is exact where a sigmoid's, left (1 - left), is rounded to 0
     lse = jnp.where(ahead > 0, lse + jax.nn.softplus(-ahead), sink + jax.nn.softplus(ahead)) if with_lse else None

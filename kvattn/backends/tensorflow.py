@@ -589,6 +589,7 @@ def _left(lse, sink, ndim, with_lse=True):
     """What the sink leaves to the keys of each row's weight, (..., n, 1), and the lse of both; -inf is none, inf makes NaN."""
     sink = _wide(sink[..., 0] if len(sink.shape) == ndim else sink[..., None])
     sink += tf.where(tf.not_equal(sink, math.inf), tf.zeros_like(sink), math.nan)
+    sink = tf.where(tf.not_equal(sink, -math.inf), sink, -math.inf)  # which has no gradient, whatever is NaN
     ahead = tf.where(tf.not_equal(lse, -math.inf), lse - sink, -math.inf)
     left = tf.exp(-tf.nn.softplus(-ahead))  # its gradient is exact where a sigmoid's, left (1 - left), is rounded to 0
     lse = tf.where(ahead > 0, lse + tf.nn.softplus(-ahead), sink + tf.nn.softplus(ahead)) if with_lse else None

@@ -551,6 +551,7 @@ def _left(lse, sink, ndim, with_lse=True):
     """What the sink leaves to the keys of each row's weight, (..., n, 1), and the lse of both; -inf is none, inf makes NaN."""
     sink = _wide(sink[..., 0] if sink.ndim == ndim else sink[..., None])
     sink = sink + torch.where(sink == math.inf, math.nan, torch.zeros_like(sink))
+    sink = torch.where(sink == -math.inf, -math.inf, sink)  # which has no gradient, whatever is NaN
     ahead = torch.where(lse == -math.inf, -math.inf, lse - sink)
     left = torch.exp(logsigmoid(ahead))  # its gradient is exact where a sigmoid's, left (1 - left), is rounded to 0
     lse = torch.where(ahead > 0, lse - logsigmoid(ahead), sink - logsigmoid(-ahead)) if with_lse else None

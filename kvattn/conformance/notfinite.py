@@ -187,6 +187,11 @@ def sinks(rng: np.random.Generator) -> Iterator[Case]:
     q, k, v = _signed(rng)
     q[0, 0, 3, 0], k[0, 1, 2, 0], v[1, 0, 2, 0], v[1, 1, 1, 1] = INF, INF, NAN, INF
     yield make("a sink beside inf and NaN, causal", q, k, v, sink=grid(rng, 2), causal=True)
+    q, k, v = qkv(rng)
+    q[1, 0, 3, 0], v[0, 0, 2, 1] = NAN, NAN
+    none = np.array([-INF, 0.5])  # no score, and so of no gradient whatever a row became
+    yield make("a sink of -inf beside NaN", q, k, v, sink=none, asked=())
+    yield make("a sink of -inf beside NaN, a softcap", q, k, v, sink=none, softcap=2.0, valid_lens=np.array([4, 5]), asked=())
 
 
 def scores_out(rng: np.random.Generator) -> Iterator[Case]:

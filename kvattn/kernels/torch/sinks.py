@@ -61,7 +61,8 @@ class _Fused(torch.autograd.Function):
         by_sink = None
         if ctx.needs_input_grad[3]:
             sums = torch.linalg.vecdot(grad_output.to(lse.dtype), output.to(lse.dtype))
-            by_sink = -sums * torch.exp(_rows(sink, lse) - lse)
+            rows = _rows(sink, lse)
+            by_sink = torch.where(rows == -math.inf, 0, -sums * torch.exp(rows - lse))  # -inf is none, whatever is NaN
             by_sink = by_sink[..., None] if sink.ndim == 4 else by_sink.sum(dim=-1)
             by_sink = by_sink.sum_to_size(sink.shape).to(sink.dtype)
         if not any(ctx.needs_input_grad[:3]):
