@@ -33,10 +33,12 @@ def obstacle(query, key, value):
 
 
 def fused(query, key, value, mask, causal, scale, sink):
-    """The output of scaled_dot_product_attention with the sink: of each head, or each query."""
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, -math.inf).to(query.dtype)
-    return _Fused.apply(query, key, value, sink, mask, causal, scale)
+    """The output of scaled_dot_product_attention with the sink: of each head, or each query; half precision rounded once."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if mask is not None:
+        mask = (torch.where(mask, 0.0, -math.inf) if mask.dtype == torch.bool else mask).to(dtype)
+    wide = (x.to(dtype) for x in (query, key, value))
+    return _Fused.apply(*wide, sink, mask, causal, scale).to(query.dtype)
 
 
 class _Fused(torch.autograd.Function):
@@ -46,7 +48,7 @@ class _Fused(torch.autograd.Function):
         rows = _rows(sink, lse)
         both = torch.logaddexp(lse, rows)
         left = torch.exp(lse - both)[..., None]
-        output = output.mul_(left) if output.dtype == left.dtype else (output * left).to(output.dtype)
+        output = output.mul_(left)
         ctx.save_for_backward(query, key, value, sink, mask, output, both)
         ctx.how = causal, scale
         ctx.set_materialize_grads(False)
