@@ -87,6 +87,23 @@ def test_a_recorded_program_takes_a_sink(framework):
     np.testing.assert_allclose(kvattn.to_numpy(made[1]), by_expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("framework", [name for name in ("mxnet",) if name in chosen()])
+def test_a_sink_that_is_none_has_no_gradient_beside_nan_where_autograd_records(framework):
+    """attention_grad is asked of it in the suite; MXNet has another way there."""
+    query, key, value, grad, sink = (kvattn.asarray(x, backend=framework) for x in (QUERY, KEY, VALUE, GRAD, SINK))
+    from mxnet import autograd
+
+    value[0, 3, 2, 1] = np.nan
+    sink.attach_grad()
+    with autograd.record():
+        output = kvattn.attention(query, key, value, sink=sink)
+    output.backward(grad)
+    by_sink = kvattn.to_numpy(sink.grad)
+    assert by_sink[3] == 0
+    expected = kvattn.to_numpy(kvattn.attention_grad(query, key, value, grad, sink=sink, wrt=("sink",))[0])
+    np.testing.assert_allclose(by_sink, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_sink_among_the_params_and_the_options_is_refused(backend):
     x = kvattn.asarray(QUERY[0, :2], backend=backend)
     square, sink = kvattn.asarray(np.eye(6, dtype="float32"), backend=backend), kvattn.asarray(SINK[:2], backend=backend)

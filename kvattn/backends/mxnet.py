@@ -499,6 +499,7 @@ def _left(lse, sink, ndim, with_lse=True):
     """What the sink leaves to the keys of each row's weight, (..., n, 1), and the lse of both; -inf is none, inf makes NaN."""
     sink = _wide(sink[..., 0] if sink.ndim == ndim else sink.reshape(*sink.shape, 1))
     sink = sink + quirks.where(sink.detach() != math.inf, np.zeros_like(sink.detach()), math.nan)
+    sink = quirks.where(sink.detach() != -math.inf, sink, -math.inf)  # which has no gradient, whatever is NaN
     softplus = partial(npx.activation, act_type="softrelu")
     ahead = quirks.where(lse.detach() != -math.inf, lse - sink, -math.inf)
     left = np.exp(-softplus(-ahead))  # its gradient is exact where a sigmoid's, left (1 - left), is rounded to 0
