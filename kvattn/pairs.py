@@ -85,10 +85,14 @@ class Pairs(NamedTuple):
 
     def flags(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None,
               entries: Run | None = None) -> Any:  # fmt: skip
-        """Which of these pairs the function and the segments let attend: bool, broadcastable to ``full``, or None for all."""
+        """Which of these pairs the function and the segments let attend: bool, broadcastable to ``full``, or None for all.
+
+        ``entries``: those of the batch that are asked for; ``full`` and ``offset`` are of all, since a function may know them.
+        """
         found = None
         if self.mask_function is not None:
-            found = checks.flags(self.tab, self.mask_function(*self.places(query, key, offset, rows, runs)), full)
+            made = self.mask_function(*self.places(query, key, offset, rows, runs))
+            found = _entries(checks.flags(self.tab, made, full), entries, len(full))
         if self.segments is not None:
             found = both(found, self._same_segment(query, full, rows, runs, entries))
         return found
@@ -111,11 +115,13 @@ class Pairs(NamedTuple):
             same = of_queries[(slice(None), *axes, slice(None), None)] == of_keys[(slice(None), *axes, None, slice(None))]
         return self.tab.asarray(same, like=query) if known else same
 
-    def bias(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None) -> Any:
-        """The bias of these pairs, in the query's dtype."""
+    def bias(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None,
+             entries: Run | None = None) -> Any:  # fmt: skip
+        """The bias of these pairs, in the query's dtype; ``entries`` as in `flags`."""
         assert self.bias_function is not None
         made = self.bias_function(*self.places(query, key, offset, rows, runs))
-        return self.tab.asarray(checks.added(self.tab, made, full), dtype=checks.dtype_name(query))
+        made = _entries(checks.added(self.tab, made, full), entries, len(full))
+        return self.tab.asarray(made, dtype=checks.dtype_name(query))
 
     def arrays(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows = (0, None),
                runs: Sequence[Run] | None = None) -> tuple[Any, Any]:  # fmt: skip
@@ -123,9 +129,13 @@ class Pairs(NamedTuple):
         mask = both(self.mask, self.flags(query, key, full, offset, rows, runs))
         return mask, None if self.bias_function is None else self.bias(query, key, full, offset, rows, runs)
 
-    def whole(self, query: Any, key: Any, call: Call) -> Call:
-        """The same call, with arrays of all pairs in place of what this says."""
-        full = (*_lead(query.shape, key.shape), query.shape[-2], key.shape[-2])
+    def whole(self, query: Any, key: Any, call: Call, heads: bool = True) -> Call:
+        """The same call, with arrays of all pairs in place of what this says.
+
+        ``heads``: whether query and key have theirs; else they are (..., 1, n, c), before how many there are is known.
+        """
+        lead = _lead(query.shape, key.shape)
+        full = (*(lead if heads else (*lead[:-1], None)), query.shape[-2], key.shape[-2])
         mask, bias = self.arrays(query, key, full, call.query_offset)
         return call._replace(mask=mask, bias=call.bias if bias is None else bias)
 
@@ -409,15 +419,18 @@ def cut(parts: Sequence[Part], query: Any, key: Any, value: Any, call: Call,
         arrays = query, key, value, call._replace(mask=said.mask)
         if entries is not None:
             arrays = _of_entries(entries, *arrays)
-        offset, m = arrays[3].query_offset, key.shape[-2]
+        lead, m = _lead(query.shape, key.shape), key.shape[-2]
         blocks = [(part.start, part.end, *(part.runs[0] if len(part.runs) == 1 else (0, m))) for part in of_these]
         for part, (q, k, v, here) in zip(of_these, arrays[3].cut(blocks, *arrays[:3]), strict=True):
-            yield _with_flags(part, said, q, k, v, here, offset, concatenate)
+            yield _with_flags(part, said, q, k, v, here, call.query_offset, lead, concatenate)
 
 
-def _with_flags(part: Part, said: Pairs, query: Any, key: Any, value: Any, call: Call, offset: Any,
+def _with_flags(part: Part, said: Pairs, query: Any, key: Any, value: Any, call: Call, offset: Any, lead: Shape,
                 concatenate: Callable[[Any, int], Any]) -> tuple[Any, Any, Any, Call]:  # fmt: skip
-    """The part with the mask and the bias of its pairs; and where it has several runs of keys, these alone, side by side."""
+    """The part with the mask and the bias of its pairs; and where it has several runs of keys, these alone, side by side.
+
+    ``offset`` and ``lead``, the leading axes of the scores, are those of all entries of the batch.
+    """
     tab, several = said.tab, len(part.runs) > 1
     rows = part.start, part.end - part.start
     mask, bias, m = call.mask, call.bias, key.shape[-2]
@@ -429,11 +442,11 @@ def _with_flags(part: Part, said: Pairs, query: Any, key: Any, value: Any, call:
 
         key, value = picked(key, -2), picked(value, -2)
         mask, bias = (x if x is None or tuple(x.shape[-1:]) != (m,) else picked(x, -1) for x in (mask, bias))
-    full = (*_lead(query.shape, key.shape), query.shape[-2], key.shape[-2])
+    full = (*lead, query.shape[-2], key.shape[-2])
     if part.looks:
         mask = both(mask, said.flags(query, key, full, offset, rows, part.runs, part.entries))
     if said.bias_function is not None:
-        bias = said.bias(query, key, full, offset, rows, part.runs)
+        bias = said.bias(query, key, full, offset, rows, part.runs, part.entries)
     if several:  # of which no window and no length tells
         if call.windowed or call.valid_lens is not None:
             places = tab.asarray(_numbers(part.runs), dtype=checks.dtype_name(tab.places(key, 0, 1)), like=key)
@@ -447,7 +460,7 @@ def _of_entries(which: Run, query: Any, key: Any, value: Any, call: Call) -> tup
     axes, (first, last) = len(query.shape), which
 
     def entries(x: Any, full: int) -> Any:
-        return x[first:last] if x is not None and len(x.shape) == full and x.shape[0] != 1 else x
+        return _entries(x, which, full)
 
     offset, sink = call.query_offset, call.sink
     call = call._replace(
@@ -458,6 +471,11 @@ def _of_entries(which: Run, query: Any, key: Any, value: Any, call: Call) -> tup
         sink=sink if sink is None else entries(sink, axes if len(sink.shape) == axes else axes - 2),
     )
     return entries(query, axes), entries(key, axes), entries(value, axes), call
+
+
+def _entries(x: Any, which: Run | None, axes: int) -> Any:
+    """``x`` of these entries of the batch, where it has the first of so many axes, and an entry of each."""
+    return x if which is None or x is None or len(x.shape) != axes or x.shape[0] == 1 else x[slice(*which)]
 
 
 def joined(call: Call, parts: Sequence[Part], results: Sequence[Any], concatenate: Callable[[Any, int], Any]) -> Any:

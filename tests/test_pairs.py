@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import kvattn
-from kvattn import pairs, planning
-from kvattn.conformance import check, placed
+from kvattn import checks, pairs, planning
+from kvattn.conformance import check, native, placed
 from kvattn.pairs import Part
 
 SMALL = {"FEW": 0, "BLOCK": 2, "LOOK": 12, "WHOLE": 0, "GAP": 1, "SHORT": 2, "BIAS": 24}
@@ -180,6 +180,49 @@ def test_blocks_whose_keys_go_back_are_cut_where_they_lie():
         np.testing.assert_array_equal(q, x[i:j])
         np.testing.assert_array_equal(found, keys[k:l])
         assert at["query_offset"] == i - k
+
+
+def test_a_function_may_know_the_entries_of_the_batch_beside_segments_that_differ(backend, tab):
+    rng = np.random.default_rng(0)
+    query, key, value = (tab.asarray(rng.standard_normal((3, 2, 5, 4))) for _ in range(3))
+    ids, ends = np.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 2], [0, 0, 0, 0, 2]]), np.array([3, 2, 4])[:, None, None, None]
+    own, offset = tab.asarray(ends, dtype=checks.dtype_name(tab.places(query))), np.array([0, 1, 2])
+    got = kvattn.attention(query, key, value, mask=lambda q, k: k - q < own, segments=ids, query_offset=offset)
+    ahead = np.arange(5) - (np.arange(5)[:, None] + offset[:, None, None, None])
+    whole = (ids[:, None, :, None] == ids[:, None, None]) & (ahead < ends)
+    want = kvattn.to_numpy(kvattn.attention(query, key, value, mask=tab.asarray(whole)))
+    np.testing.assert_allclose(kvattn.to_numpy(got), want, atol=1e-13)
+
+
+def test_functions_of_heads_beside_projections_where_something_is_not_finite(backend, tab):
+    """Rows that meet nobody are hidden before they are projected, when there are no heads yet."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 4, 6))
+    x[0, 3, 1] = np.nan
+    x, lens = tab.asarray(x), np.array([3, 4])
+    params = {f"W_{name}": tab.asarray(rng.standard_normal((6, 6))) for name in "qkvo"}
+    slopes, ahead = np.array([0.5, 0.25])[:, None, None], abs(np.arange(4)[:, None] - np.arange(4))
+    own = tab.asarray(slopes)
+    said = {"bias": lambda q, k: -own * tab.asarray(abs(q - k), dtype="float64"), "num_heads": 2, "valid_lens": lens}
+    whole = {**said, "bias": tab.asarray(-slopes * ahead)}
+    got, want = (kvattn.to_numpy(kvattn.multi_head_attention(x, x, x, params, **how)) for how in (said, whole))
+    np.testing.assert_allclose(got, want, atol=1e-12)
+    assert np.isfinite(want[1]).all()
+
+
+def test_what_segments_and_functions_hide_reaches_no_weight_of_a_layer(backend, tab):
+    rng = np.random.default_rng(0)
+    query, key, grad = (rng.standard_normal((2, 4, 6)) for _ in range(3))
+    key[1, 3, 2] = np.nan
+    weights = {f"W_{name}": rng.standard_normal((6, 6)) for name in "qkvo"}
+    slopes = kvattn.asarray(np.array([0.5, 0.25])[:, None, None], dtype="float32", backend=tab)
+    bias = lambda q, k: -slopes * kvattn.asarray(abs(q - k), dtype="float32", backend=tab)  # noqa: E731
+    segments = np.zeros((2, 4), int), np.array([[0, 0, 1, 1], [0, 0, 0, 9]])
+    config = {"num_hiddens": 6, "num_heads": 2, "num_kv_heads": 2, "bias": False}
+    inputs = [query, key, key]
+    for how in ({"segments": segments}, {"mask": lambda q, k: k < 3, "bias": bias}):
+        found = native.run(tab, "MultiHeadAttention", config, weights, inputs, dtype="float32", grad_output=grad, **how)
+        assert all(np.isfinite(kvattn.to_numpy(x)).all() for x in (*found[0], *found[1], *found[2].values()))
 
 
 def test_the_examples_of_the_page():

@@ -174,7 +174,7 @@ def _hide_unseen(query, key, value, call):
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
     if type(call.mask) is Pairs:
-        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call)
+        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call, heads=False)
     named = "mask", "bias", "valid_lens", "query_offset", "left", "right", "positions"  # the rest would make other programs
     return programs.one(_hidden, query, key, value, Call(None, None, **{name: getattr(call, name) for name in named}))
 

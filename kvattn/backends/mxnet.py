@@ -189,7 +189,7 @@ def _hide_unseen(query, key, value, call):
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
     if type(call.mask) is Pairs:
-        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call)
+        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call, heads=False)
     keys = np.arange(key.shape[-2], dtype="int64", ctx=key.ctx)
     if call.positions is not None:
         chosen = (call.positions.astype("int64")[..., None] == keys).any(axis=-2)

@@ -156,7 +156,7 @@ def _hide_unseen(query, key, value, call):
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
     if type(call.mask) is Pairs:
-        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call)
+        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call, heads=False)
     keys = np.arange(key.shape[-2])
     if call.positions is not None:
         selected = (call.positions[..., None] == keys).any(axis=-2)

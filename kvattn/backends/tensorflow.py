@@ -179,7 +179,7 @@ def _hide_unseen(query, key, value, call):
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
     if type(call.mask) is Pairs:
-        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call)
+        call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call, heads=False)
     if call.positions is not None:
         selected = tf.reduce_any(tf.cast(call.positions, tf.int64)[..., None] == _keys(key), axis=-2)
         call = call._replace(mask=selected if call.mask is None else tf.logical_and(call.mask, selected))

@@ -203,9 +203,9 @@ def check_rotary(rotary: Any, width: int) -> dict[str, Any] | None:
 
 def check_qk_norm(given: Any) -> float | None:
     """The epsilon of the norms of queries and keys, None where there are none."""
-    if given is None or given is False:
+    if given is None or (isinstance(given, (bool, np.bool_)) and not given):
         return None
-    return 1e-6 if given is True else checks.number("qk_norm", given, positive=True)
+    return 1e-6 if isinstance(given, (bool, np.bool_)) else checks.number("qk_norm", given, positive=True)
 
 
 def normed(tab: Any, epsilon: float | None, queries: Any, keys: Any, q_norm: Any, k_norm: Any) -> tuple[Any, Any]:
@@ -272,7 +272,8 @@ def lengths(tab: Any, valid_lens: Any, queries: Any) -> Any:
     return checks.for_each_head(tab, valid_lens, queries.shape[0], queries)
 
 
-LIMITS = ("mask", "bias", "causal", "query_offset", "window", "positions")  # the options that forbid pairs, but for lengths
+# the options that forbid pairs, but for lengths
+LIMITS = ("mask", "bias", "causal", "query_offset", "window", "segments", "positions")
 
 
 def hide_unseen(tab: Any, queries: Any, keys: Any, values: Any, num_heads: int, valid_lens: Any = None, **options: Any) -> Any:
@@ -284,7 +285,7 @@ def hide_unseen(tab: Any, queries: Any, keys: Any, values: Any, num_heads: int, 
     limits = {name: options[name] for name in LIMITS if name in options} | {"valid_lens": valid_lens}
     lead = tuple(queries.shape)[:-2]
     *batch, _, n, m = checks.pairs(*(x[..., None, :, :] for x in (queries, keys, values)))
-    scores, bias = (*batch, num_heads, n, m), limits.pop("bias", None)
+    scores, bias = (*batch, num_heads, n, m), None if callable(limits.get("bias")) else limits.pop("bias", None)
     limits = prepare.options(tab, queries, scores, (None, None), **limits, batch=tuple(batch[:1]))
     if not lead and valid_lens is not None:
         limits["valid_lens"] = checks.for_each_head(tab, limits["valid_lens"], num_heads, queries)
