@@ -156,7 +156,11 @@ def multi_head(backend: Any, query: Any, key: Any, value: Any, params: Any, num_
     back = returned(given)
     scores = (*batch, num_heads, n, m)
     given |= {"sink": params["sink"]} if "sink" in params else {}
+    if cache is not None and not hasattr(tab, "places"):  # functions are asked now, of where the step will stand
+        given |= {"query_offset": cache.length}
     checked = options(tab, query, scores, features, return_lse=back["return_lse"], batch=tuple(batch[:1]), **given)
+    if cache is not None:
+        checked["query_offset"] = 0
     if "sink" in params:
         checked.pop("sink")
     if not batch and checked["valid_lens"] is not None:

@@ -3,6 +3,7 @@
 import doctest
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -223,6 +224,19 @@ def test_what_segments_and_functions_hide_reaches_no_weight_of_a_layer(backend, 
     for how in ({"segments": segments}, {"mask": lambda q, k: k < 3, "bias": bias}):
         found = native.run(tab, "MultiHeadAttention", config, weights, inputs, dtype="float32", grad_output=grad, **how)
         assert all(np.isfinite(kvattn.to_numpy(x)).all() for x in (*found[0], *found[1], *found[2].values()))
+
+
+def test_a_backend_without_places_is_given_the_positions_that_a_cache_tells():
+    tab = kvattn.dispatch.load("numpy")
+    other = SimpleNamespace(**{name: x for name, x in vars(tab).items() if name != "places"})
+    rng = np.random.default_rng(0)
+    x, params = rng.standard_normal((2, 4, 6)), {f"W_{name}": rng.standard_normal((6, 6)) for name in "qkvo"}
+    how = {"num_heads": 2, "mask": lambda q, k: (k <= q) * (q - k < 2), "bias": lambda q, k: abs(q - k) * -0.5}
+    want, cache, got = kvattn.multi_head_attention(x, x, x, params, **how), kvattn.KVCache(), []
+    for i in range(4):
+        output, cache = kvattn.multi_head_attention(*[x[:, i : i + 1]] * 3, params, cache=cache, backend=other, **how)
+        got.append(output)
+    np.testing.assert_allclose(np.concatenate(got, axis=1), want, atol=1e-12)
 
 
 def test_the_examples_of_the_page():
