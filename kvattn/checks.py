@@ -647,7 +647,7 @@ def masks(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bias: Any) -
 
 def segments(tab: Any, given: Any, batch: tuple[Any, ...], n: Any, m: Any, like: Any) -> tuple[Any, Any]:
     """Segments of the queries (batch or 1, n) and of the keys (batch or 1, m), of int32."""
-    pair = isinstance(given, (tuple, list)) and len(given) == 2 and all(hasattr(x, "shape") or _nested(x) for x in given)
+    pair = isinstance(given, (tuple, list)) and len(given) == 2 and all(hasattr(x, "shape") or _nested(x, batch) for x in given)
     found = []
     for name, x, size in (("queries", given[0] if pair else given, n), ("keys", given[1] if pair else given, m)):
         called = f"segments of the {name}" if pair else "segments"
@@ -669,8 +669,8 @@ def segments(tab: Any, given: Any, batch: tuple[Any, ...], n: Any, m: Any, like:
     return found[0], found[1]
 
 
-def _nested(x: Any) -> bool:
-    return isinstance(x, (list, tuple)) and not all(map(is_integer, x))
+def _nested(x: Any, batch: tuple[Any, ...]) -> bool:
+    return isinstance(x, (list, tuple)) and not (batch and all(map(is_integer, x)))
 
 
 def not_by_function(wrt: Any, bias: Any) -> None:

@@ -643,3 +643,7 @@ def test_the_namespace_loads_no_other_framework():
         "import sys; from kvattn import numpy; print(*{'torch', 'tensorflow', 'jax', 'mxnet', 'matplotlib'} & {*sys.modules})"
     )
     assert not subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_numpys_bools_say_whether_queries_and_keys_are_normed():
+    assert [layers.check_qk_norm(x) for x in (np.True_, np.False_, True, False)] == [1e-6, None, 1e-6, None]

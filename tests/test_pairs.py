@@ -259,6 +259,15 @@ def test_segments_of_where_sequences_begin(backend, tab):
         kvattn.segments_from_cu_seqlens([0, 5], 4, backend=backend)
 
 
+def test_segments_of_queries_and_keys_may_be_lists_without_a_batch():
+    query, key = np.ones((4, 3)), np.arange(15.0).reshape(5, 3)
+    ids = [0, 0, 1, 1], [0, 1, 1, 1, 0]
+    want = kvattn.attention(query, key, key, segments=tuple(map(np.array, ids)))
+    assert (kvattn.attention(query, key, key, segments=ids) == want).all()
+    want = kvattn.attention(query, query, query, segments=np.array(ids[0]))
+    assert (kvattn.attention(query, query, query, segments=[ids[0], ids[0]]) == want).all()
+
+
 def test_positions_are_wide_where_a_product_of_two_would_not_fit():
     seen = []
     x = np.zeros((1, 8))
