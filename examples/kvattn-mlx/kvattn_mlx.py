@@ -434,7 +434,10 @@ def _scored(scores, where=None):
 
 def _sink(call, ndim):
     """The sink as (..., n, 1) of the scores, or None."""
-    return None if call.sink is None else _wide(call.sink if call.sink.ndim == ndim else call.sink[..., None, None])
+    if call.sink is None:
+        return None
+    sink = _wide(call.sink if call.sink.ndim == ndim else call.sink[..., None, None])
+    return _keep(sink != -math.inf, sink, -math.inf)  # which has no gradient, whatever is NaN
 
 
 def _dropout(weights, call):
