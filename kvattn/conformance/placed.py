@@ -64,9 +64,6 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     yield make("segments, bias function, offsets, grouped", *qkv(rng, lead=(2, 4), kv=(2, 2), **square), segments=sorted_,
                bias=("alibi", {"slopes": np.array([0.5, 0.25, 0.125, 1.0])[:, None, None]}), causal=True,
                query_offset=np.array([1, 0]), asked=())  # fmt: skip
-    of_entries: Any = ("alibi", {"slopes": np.array([0.5, 0.25])[:, None, None, None]})
-    yield make("segments, bias function of each entry", *qkv(rng, **square), segments=sorted_, bias=of_entries, asked=(),
-               **each)  # fmt: skip
     yield make("segments that lie apart, mask function", *qkv(rng, **square), segments=apart, mask="every other", asked=())
     yield make("segments that lie apart, mask", *qkv(rng, **square), segments=apart, mask=rng.random((2, 2, 5, 5)) < 0.6)
     yield make("segments, mask", *qkv(rng, **square), segments=sorted_, mask=rng.random((2, 1, 5, 5)) < 0.6, asked=LSE)
