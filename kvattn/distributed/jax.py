@@ -1,4 +1,4 @@
-"""Attention over a sequence that JAX's devices share; what each of them does is in jax_ring.py."""
+"""Attention over a sequence that JAX's devices share; what each of them does is in kernels/jax/ring.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 from kvattn import checks, dispatch, prepare
 from kvattn.call import Call
-from kvattn.distributed import jax_ring as ring
+from kvattn.kernels.jax import ring
 
 Array = Any
 

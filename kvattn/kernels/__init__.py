@@ -1,1 +1,1 @@
-"""What is fast or long, one folder a framework, reached only from its tab and its layers."""
+"""What is fast or long, one folder a framework, reached only from its tab, its layers and its part of kvattn/distributed."""
