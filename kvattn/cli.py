@@ -13,25 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvattn import __version__, dispatch
+from kvattn import __version__, dispatch, install
+from kvattn.terminal import Progress, Refused, named_backends, new_console, writable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from kvattn.conformance import Case, Report, Result
     from kvattn.conformance.processes import Judged
-    from kvattn.lesson import Lesson, Ran
-    from kvattn.lesson.runner import Tab
-
-
-CELLS = "a cell is fenced as ```{.python .input}, ```{code-cell} or ```python, or is a code cell of a notebook"
-
-
-SILENT = 20  # seconds: for longer nothing is left unsaid where there is no bar
-
-
-class _Refused(Exception):
-    """The command cannot be carried out as it was given: its message, exit status 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "bench": bench, "conform": conform, "doctor": doctor, "lesson": lesson,
         }  # fmt: skip
         return commands[options.command](options)
-    except _Refused as error:
+    except Refused as error:
         print(f"kvattn {options.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -203,12 +192,6 @@ def _jobs() -> int:
     return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(markup=False, highlight=False, emoji=False, soft_wrap=False)
-
-
 def _say(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
@@ -220,20 +203,20 @@ def conform(options: argparse.Namespace) -> int:
     """Run the suite and the text on the backends asked for; print the report and write it where asked."""
     from kvattn import report, text
 
-    names = _named(options.backend)
+    names = named_backends(options.backend)
     if options.draws is not None and (options.draws < 1 or options.seed < 0 or options.text):
-        raise _Refused("--draws takes at least 1 call and no --text, --seed a number that is not negative")
+        raise Refused("--draws takes at least 1 call and no --text, --seed a number that is not negative")
     if options.jobs < 1:
-        raise _Refused(f"--jobs must be at least 1, not {options.jobs}")
+        raise Refused(f"--jobs must be at least 1, not {options.jobs}")
     try:
         source = options.text or "the built-in sentence"
         words = text.read(options.text) if options.text else text.SENTENCE
     except ValueError as error:
-        raise _Refused(str(error)) from error
+        raise Refused(str(error)) from error
     for path in (options.json, options.html):
-        _writable(path)
+        writable(path)
 
-    console = _console()
+    console = new_console()
     names = _having(names, _lacking(names, options.device), options.backend is None, console)
     if options.backend is None and (others := dispatch.plugins()):
         console.print(f"Not asked, since --backend does not name them: {_listed(others)}\n", soft_wrap=True)
@@ -261,23 +244,6 @@ def conform(options: argparse.Namespace) -> int:
     return 0 if document["ok"] else 1
 
 
-def _named(given: str | None) -> list[str]:
-    """The backends of ``--backend``, or all of ours that are installed; plugins are loaded where they are named."""
-    installed = dispatch.available_backends()
-    if given is None:
-        return [name for name in installed if name not in dispatch.plugins()]
-    names = list(dict.fromkeys(dispatch.canonical(name) for name in given.split(",") if name.strip()))
-    if not names:
-        raise _Refused(f"--backend {given!r} names no backend; known: {', '.join(dispatch.known_backends())}")
-    for name in names:
-        if name not in dispatch.known_backends():
-            known = ", ".join(dispatch.known_backends())
-            raise _Refused(f"unknown backend {name!r}; known: {known} (pytorch = torch, tf = tensorflow)")
-        if name not in installed:
-            raise _Refused(f"backend {name!r} is not installed: {_cure(name)}")
-    return names
-
-
 def _lacking(names: list[str], device: str | None) -> dict[str, str]:
     """What each backend that has no such device says; one that does not import is a row of the report, later."""
     from kvattn.quiet import quiet
@@ -299,16 +265,10 @@ def _lacking(names: list[str], device: str | None) -> dict[str, str]:
 def _having(names: list[str], lacking: dict[str, str], any_will_do: bool, console: Console) -> list[str]:
     """The backends that have the device; refused where one that was asked for has it not, or none has it."""
     if lacking and not (any_will_do and len(lacking) < len(names)):
-        raise _Refused("; ".join(lacking.values()))
+        raise Refused("; ".join(lacking.values()))
     for why in lacking.values():
         console.print(f"Not asked: {why}", soft_wrap=True)
     return [name for name in names if name not in lacking]
-
-
-def _cure(name: str) -> str:
-    from kvattn import install
-
-    return install.line(name)
 
 
 def _listed(plugins: dict[str, str]) -> str:
@@ -318,26 +278,11 @@ def _listed(plugins: dict[str, str]) -> str:
     return clean(", ".join(f"{name} (the plugin {value})" for name, value in plugins.items()))
 
 
-def _writable(path: str | None) -> None:
-    """Refuse before the suite runs, not after, and without touching the file; None is no file that was asked for."""
-    if path is None:
-        return
-    if not path or "\0" in path:
-        raise _Refused(f"cannot write {path!r}: it is no name of a file")
-    target = Path(path)
-    if target.is_dir():
-        raise _Refused(f"cannot write {path!r}: it is a directory")
-    if not target.absolute().parent.is_dir():
-        raise _Refused(f"cannot write {path!r}: there is no directory {str(target.absolute().parent)!r}")
-    if not os.access(target if target.exists() else target.absolute().parent, os.W_OK):
-        raise _Refused(f"cannot write {path!r}: permission denied")
-
-
 def _write(path: str, content: str) -> None:
     try:
         Path(path).write_text(content, encoding="utf-8")
     except OSError as error:
-        raise _Refused(f"cannot write {path!r}: {error.strerror or error}") from error
+        raise Refused(f"cannot write {path!r}: {error.strerror or error}") from error
 
 
 def _cases(options: argparse.Namespace, console: Console) -> list[Case]:
@@ -348,7 +293,7 @@ def _cases(options: argparse.Namespace, console: Console) -> list[Case]:
     if options.draws is None:
         return conformance.cases()
     made = []
-    with _Progress(console) as progress:
+    with Progress(console) as progress:
         progress.start("drawing", options.draws, "")
         for case in draws.cases(options.draws, options.seed):
             made.append(case)
@@ -377,7 +322,7 @@ def _suite(
 
     in_processes = options.jobs > 1 and not (options.draws or options.device)
     every = [] if in_processes else _cases(options, console)
-    with _Progress(console) as progress:
+    with Progress(console) as progress:
         seen: dict[str, set[str]] = {}  # a case comes once for each of its dtypes
 
         def begun(name: str, case: str) -> None:
@@ -418,7 +363,7 @@ def _in_turn(
     words: str,
     device: str | None,
     begun: Callable[[str, str], None],
-    progress: _Progress,
+    progress: Progress,
 ) -> Iterator[Judged]:
     """Each backend, one after another, in this process."""
     from kvattn import conformance, text
@@ -486,50 +431,6 @@ def _counted(results: list[Result], between: str | None = None) -> str:
     return "; ".join(f"{words} ({len(found)})" for words, found in said)
 
 
-class _Progress:
-    """A bar per backend on a terminal; elsewhere a line per backend when it is done, and now and then one that it goes on."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        self.console, self.tasks = console, dict[str, Any]()
-        self.said: dict[str, float] = {}  # when it was last said how far a backend is
-        columns = (
-            TextColumn("{task.description:<10}"),
-            BarColumn(30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[doing]}", markup=False),  # a line of code may look like markup
-        )
-        self.bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-    def __enter__(self) -> _Progress:
-        self.bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-
-    def start(self, name: str, total: int | None, doing: str) -> None:
-        self.name = name
-        self.said[name] = time.perf_counter()
-        self.tasks[name] = self.bars.add_task(name, total=total, doing=doing)
-
-    def move(self, completed: int, doing: str, name: str | None = None) -> None:
-        """So many are done, and this one begins: of what started last, or of what is named."""
-        from kvattn.report import clean
-
-        doing = clean(doing)[: max(0, self.console.width - 60)]
-        self.bars.update(self.tasks[name or self.name], completed=completed, doing=doing)
-        if not self.console.is_terminal and time.perf_counter() - self.said[name or self.name] > SILENT:
-            self.said[name or self.name] = time.perf_counter()
-            self.console.print(f"{name or self.name}: {completed} so far", soft_wrap=True)
-
-    def done(self, state: str, outcome: str, name: str | None = None) -> None:
-        self.bars.update(self.tasks[name or self.name], total=1, completed=1, doing=state)
-        if not self.console.is_terminal:
-            self.console.print(f"{name or self.name}: {outcome}", soft_wrap=True)
-
-
 # ---- bench
 
 
@@ -537,28 +438,28 @@ def bench(options: argparse.Namespace) -> int:
     """Time the backends, print the table of ratios, and write it where asked."""
     from kvattn import bench, peers, timing
 
-    names = _named(options.backend)
+    names = named_backends(options.backend)
     if options.backend is not None and (strange := [name for name in names if name not in peers.ATTENTION]):
-        raise _Refused(f"backend {strange[0]!r} is not timed; those that are: {', '.join(peers.ATTENTION)}")
+        raise Refused(f"backend {strange[0]!r} is not timed; those that are: {', '.join(peers.ATTENTION)}")
     names = [name for name in names if name in peers.ATTENTION]
     shapes = list(dict.fromkeys(name.strip() for name in options.shapes.split(",")))
     if unknown := [name for name in shapes if name not in bench.SHAPES]:
-        raise _Refused(f"unknown shape {unknown[0]!r}; known: {', '.join(bench.SHAPES)}")
+        raise Refused(f"unknown shape {unknown[0]!r}; known: {', '.join(bench.SHAPES)}")
     if options.rounds < 1:
-        raise _Refused(f"--rounds must be at least 1, not {options.rounds}")
+        raise Refused(f"--rounds must be at least 1, not {options.rounds}")
     for path in (options.json, options.plot):
-        _writable(path)
+        writable(path)
     kinds = [kind for kind, flags in bench.KINDS.items() if all(getattr(options, flag) for flag in flags)]
     if options.layers:
         if unknown := [kind for kind in kinds if kind not in bench.OF_LAYERS]:
-            raise _Refused(f"--layers goes with --causal and --valid, not --{bench.KINDS[unknown[0]][0].replace('_', '-')}")
+            raise Refused(f"--layers goes with --causal and --valid, not --{bench.KINDS[unknown[0]][0].replace('_', '-')}")
         if not bench.count(names, shapes, kinds, True):
-            raise _Refused(f"--layers is self-attention, and has no shape {options.shapes}")
-    console = _console()
+            raise Refused(f"--layers is self-attention, and has no shape {options.shapes}")
+    console = new_console()
     names = _having(names, bench.lacking(names, options.device), options.backend is None, console)
     if "torch" not in dispatch.available_backends():
-        console.print(f"PyTorch is not installed, so there are times but no ratios: {_cure('torch')}")
-    with _Progress(console) as progress:
+        console.print(f"PyTorch is not installed, so there are times but no ratios: {install.line('torch')}")
+    with Progress(console) as progress:
         progress.start("bench", bench.count(names, shapes, kinds, options.layers), "starting")
         done: set[tuple[str, ...]] = set()
 
@@ -584,225 +485,11 @@ def bench(options: argparse.Namespace) -> int:
     return 0 if rows and all(row.get("right") for row in rows) else 1
 
 
-# ---- lesson
-
-
 def lesson(options: argparse.Namespace) -> int:
     """Run a lesson on its tabs, or make a notebook of one of them, or a site of a folder of lessons."""
-    try:
-        if options.action == "site":
-            return _site(options)
-        given = _lesson(options.file)
-        return _run_lesson(given, options) if options.action == "run" else _convert_lesson(given, options)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("ipykernel", "jupytext", "jupyter_client", "nbclient", "nbformat", *SITE):
-            raise
-        extra = "site" if options.action == "site" else "lessons"
-        raise _Refused(f"it needs {package}, which is not installed: {_cure(extra)}") from error
+    from kvattn.lesson import commands
 
-
-def _lesson(file: str) -> Lesson:
-    from kvattn import lesson
-
-    try:
-        return lesson.read(file)
-    except OSError as error:
-        raise _Refused(f"cannot read {file!r}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise _Refused(str(error)) from error
-
-
-def _run_lesson(given: Lesson, options: argparse.Namespace) -> int:
-    from kvattn import lesson
-
-    console = _console()
-    names = _tabs(given.path, given.tabs, options.backend)
-    if not any(given.on(name) for name in names):
-        where = f"on {', '.join(names)}" if given.cells else "in it"
-        raise _Refused(f"{options.file}: there is no code {where}, so nothing was run: {CELLS}")
-    if absent := [name for name in given.tabs if name not in names and options.backend is None]:
-        console.print(f"Not installed, so not run: {', '.join(f'{name} ({_cure(name)})' for name in absent)}", soft_wrap=True)
-    ran = {}
-    with _Progress(console) as progress:
-        for name in names:
-            progress.start(name, len(given.on(name)), "starting")
-            ran[name] = lesson.run_tab(given, name, timeout=options.timeout, progress=progress.move)
-            stopped = any(each.error for each in ran[name])
-            progress.done("failed" if stopped else "done", lesson.outcome(ran[name]))
-    result = lesson.Result(given, ran, lesson.compare(given, ran, options.figures) if options.compare else {}, options.refers)
-    lesson.show(result, console)
-    console.print(f"\n{lesson.summary(result)}", style="bold green" if result.ok else "bold red", soft_wrap=True)
-    return 0 if result.ok else 1
-
-
-def _convert_lesson(given: Lesson, options: argparse.Namespace) -> int:
-    from kvattn import lesson
-
-    name = dispatch.canonical(options.backend)
-    if name not in (has := given.tabs or dispatch.known_backends()):
-        raise _Refused(f"{options.file} has no tab {options.backend!r}; it has: {', '.join(has)}")
-    output = options.output or str(given.path.with_suffix(f".{name}.ipynb"))
-    if options.output is None and Path(output).exists():
-        raise _Refused(f"{output!r} exists; --output names the file to write over")
-    _writable(output)
-    if options.refers and (lost := lesson.References(given).lost):
-        raise _Refused("\n".join([*lost, "(--no-references converts it all the same)"]))
-    try:
-        lesson.convert(given, name, output, options.install)
-    except ValueError as error:
-        raise _Refused(str(error)) from error
-    _console().print(f"Written: {output}", soft_wrap=True)
-    return 0
-
-
-def _tabs(what: Path, tabs: Sequence[str], named: str | None) -> list[str]:
-    """The tabs of a lesson, or of a folder of lessons, to run: those that are named, or those that are installed."""
-    has = tabs or dispatch.known_backends()
-    if named is None:
-        names = [name for name in has if name in (dispatch.available_backends() if tabs else _named(None))]
-        if not names:
-            raise _Refused(f"none of the tabs of {what} is installed: {', '.join(_cure(name) for name in has)}")
-        return names
-    names = _named(",".join(has) if named.strip().lower() == "all" else named)
-    if strange := [name for name in names if name not in has]:
-        raise _Refused(f"{what} has no tab {strange[0]!r}; it has: {', '.join(has)}")
-    return names
-
-
-# ---- a site of lessons
-
-
-SITE = ("sphinx", "myst_parser", "furo", "sphinx_design", "sphinx_copybutton", "sphinx-mathjax-offline")
-
-
-def _site(options: argparse.Namespace) -> int:
-    from kvattn.lesson import live
-
-    made = _Site(options)
-    if not options.watch:
-        return 0 if made.make() else 1
-    made.make()
-    try:
-        server = live.Server(made.out, options.port)
-    except OSError as error:
-        raise _Refused(f"cannot serve at port {options.port}: {error.strerror or error}; --port 0 takes a free one") from error
-    made.console.print(
-        f"Serving {server.address} until Ctrl-C; what is changed in {options.folder} is run again", soft_wrap=True
-    )
-    try:
-        for files in live.changes(made.folder):
-            made.console.print(f"\nChanged: {', '.join(str(path.relative_to(made.folder)) for path in files)}", soft_wrap=True)
-            try:
-                made.make()
-            except _Refused as error:  # a lesson that cannot be read, now
-                made.console.print(f"{error}", style="bold red", soft_wrap=True)
-            else:
-                server.reload()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        made.close()
-        server.close()
-    return 0
-
-
-class _Site:
-    """The site of a folder of lessons: made once, or again and again, with kernels that stay of the lesson run last."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        import importlib.util
-
-        from kvattn.lesson import site
-
-        for name in ("ipykernel", "jupytext", "nbclient", *SITE):
-            if importlib.util.find_spec(name) is None:
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        self.options, self.console = options, _console()
-        self.folder, self.out = Path(options.folder).absolute(), Path(options.output).absolute()
-        if not self.folder.is_dir():
-            raise _Refused(f"{options.folder!r} is no folder; for one lesson: kvattn lesson run")
-        if self.folder.resolve().is_relative_to(self.out.resolve()):
-            raise _Refused(f"{options.output!r} has the lessons in it: --output names a folder of its own for the site")
-        if self.out.exists() and not (self.out / site.OWN).is_dir() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise _Refused(f"{options.output!r} holds something else than a site of lessons: --output names a new folder")
-        try:
-            (self.out / site.OWN).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _Refused(f"cannot write {options.output!r}: {error.strerror or error}") from error
-        self.source, self.cache = self.out / site.OWN / "source", self.out / site.OWN / "outputs"
-        self.warm: dict[tuple[str, str], Tab] = {}  # of --watch, by page and tab
-        self.ran = 0
-
-    def make(self) -> bool:
-        """Run what has changed and write the site; whether all is well."""
-        from kvattn.lesson import site
-
-        try:
-            book = site.find(self.folder)
-        except (ValueError, OSError) as error:
-            raise _Refused(str(error)) from error
-        names = _tabs(self.folder, book.tabs, self.options.backend)
-        if not any(lesson.on(name) for lesson in book.lessons.values() for name in names):
-            where = f"on {', '.join(names)}" if any(lesson.cells for lesson in book.lessons.values()) else "in it"
-            raise _Refused(f"{self.options.folder}: there is no code {where}, so nothing was run: {CELLS}")
-        if absent := [name for name in book.tabs if name not in names and self.options.backend is None]:
-            told = ", ".join(f"{name} ({_cure(name)})" for name in absent)
-            self.console.print(f"Not installed, so not run: {told}", soft_wrap=True)
-        self.ran, begun = 0, time.perf_counter()
-        title = self.options.title or site.title_of(book)
-        with _Progress(self.console) as self.progress:
-            problems = site.write(
-                book, self.source, names, run=self._run, cache=self.cache, refers=self.options.refers, numbered=True,
-                install=self.options.install, title=title,
-            )  # fmt: skip
-        for problem in problems:
-            self.console.print(problem, soft_wrap=True)
-        if problems:
-            self.console.print(f"\n{len(problems)} errors, so the site was not made", style="bold red", soft_wrap=True)
-            return False
-
-        def say(line: str) -> None:
-            self.console.print(line.replace(str(self.source), str(self.folder)), soft_wrap=True)
-
-        site.html(self.source, self.out, title, say)
-        lessons = f"{len(book.lessons)} lessons on {', '.join(names)}"
-        ran = f"{self.ran} cells run, the others as they were" if self.ran else "nothing had to be run"
-        words = f"{lessons}: {ran}, {time.perf_counter() - begun:.1f} s. Written: {self.out / 'index.html'}"
-        self.console.print(words, style="bold green", soft_wrap=True)
-        return True
-
-    def _run(self, given: Lesson, name: str) -> list[Ran]:
-        from kvattn import lesson
-        from kvattn.lesson import runner
-
-        page = given.path.relative_to(self.folder).as_posix()
-        if not (cells := given.on(name)):
-            return []
-        if (kept := runner.remembered(given, name, self.cache)) is not None:
-            return kept
-        counts = list[int]()
-
-        def move(count: int, doing: str) -> None:
-            if not counts:  # a kernel is at work
-                self.close(but=page)
-            counts.append(count)
-            self.progress.move(count, doing)
-
-        self.progress.start(f"{page} {name}", len(cells), "starting")
-        tab = self.warm.setdefault((page, name), runner.Tab(name, self.options.timeout, self.cache))
-        ran = tab.run(given, move)
-        if not self.options.watch:
-            tab.close()
-        self.progress.done("failed" if any(each.error for each in ran) else "done", lesson.outcome(ran))
-        self.ran += len(counts) - 1 if counts else 0
-        return ran
-
-    def close(self, but: str = "") -> None:
-        """End the kernels of other lessons: each holds a framework in memory."""
-        for (page, _), tab in self.warm.items():
-            if page != but:
-                tab.close()
+    return commands.command(options)
 
 
 # ---- doctor
@@ -817,11 +504,11 @@ def doctor(options: argparse.Namespace) -> int:
     from kvattn.quiet import quiet
     from kvattn.report import clean
 
-    console = _console()
+    console = new_console()
     console.print(f"kvattn {__version__}, Python {platform.python_version()}, {platform.platform()}\n", soft_wrap=True)
     table = Table(*("backend", "state", "version", "device"))
     known, installed, plugins = dispatch.known_backends(), dispatch.available_backends(), dispatch.plugins()
-    asked = {*(_named(options.backend) if options.backend else ()), dispatch.get_backend()}
+    asked = {*(named_backends(options.backend) if options.backend else ()), dispatch.get_backend()}
     broken: dict[str, str] = {}
     for name in known:
         version = device = "-"
@@ -847,7 +534,7 @@ def doctor(options: argparse.Namespace) -> int:
     elif not usable:
         console.print(f"  But it is {'broken' if name in broken else 'not installed'}: such a call fails.", soft_wrap=True)
     for each, why in broken.items():
-        cure = f"the plugin is {clean(plugins[each])}" if each in plugins else f"to install it anew: {_cure(each)}"
+        cure = f"the plugin is {clean(plugins[each])}" if each in plugins else f"to install it anew: {install.line(each)}"
         console.print(f"\n{clean(each)} is broken: {clean(why)}\n  {cure}", soft_wrap=True)
     if others := {name: value for name, value in plugins.items() if name not in asked}:
         console.print(f"\nPlugins that are loaded where --backend names them: {_listed(others)}", soft_wrap=True)
@@ -857,7 +544,7 @@ def doctor(options: argparse.Namespace) -> int:
     if missing := [each for each in known if each not in installed]:
         console.print("\nTo add what is not installed:", soft_wrap=True)
         for each in missing:
-            console.print(f"  {_cure(each)}", soft_wrap=True)
+            console.print(f"  {install.line(each)}", soft_wrap=True)
     return 0 if usable else 1
 
 

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import kvattn
-from kvattn import cli, conformance, dispatch, install, report, text
+from kvattn import cli, conformance, dispatch, install, report, terminal, text
 from kvattn.backends import numpy as tab
 from kvattn.conformance import Agreement, Report, Result
 
@@ -124,11 +124,11 @@ def test_a_failing_case_exits_1_and_is_listed(capsys, world):
 
 
 def test_a_long_piped_run_says_that_it_goes_on(capsys, world, monkeypatch):
-    monkeypatch.setattr(cli, "SILENT", -1)
+    monkeypatch.setattr(terminal, "SILENT", -1)
     status, out, _ = run(capsys, "conform", "--backend", "numpy,twin")
     assert status == 0
     assert out.splitlines()[:3] == ["numpy: 1 so far", "numpy: 2 so far", out.splitlines()[2]]
-    monkeypatch.setattr(cli, "SILENT", 20)
+    monkeypatch.setattr(terminal, "SILENT", 20)
     assert "so far" not in run(capsys, "conform", "--backend", "numpy,twin")[1]
 
 
@@ -264,9 +264,9 @@ def test_a_backend_of_the_environment_that_is_none_has_no_say_where_another_is_n
 
 
 def test_aliases_name_backends(world):
-    assert cli._named(" NumPy ,numpy") == ["numpy"]
-    with pytest.raises(cli._Refused, match="'torch'"):
-        cli._named("pytorch")
+    assert terminal.named_backends(" NumPy ,numpy") == ["numpy"]
+    with pytest.raises(terminal.Refused, match="'torch'"):
+        terminal.named_backends("pytorch")
 
 
 # ---- the reports

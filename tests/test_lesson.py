@@ -13,7 +13,7 @@ from lessons import FIGURE, TWINS, cell, fixture_command, fixture_world, setup  
 from rich.console import Console
 
 import kvattn
-from kvattn import cli, install, lesson
+from kvattn import cli, install, lesson, terminal
 from kvattn.lesson import agree, watch
 
 # ---- reading
@@ -187,7 +187,7 @@ def test_errors_of_syntax_of_libraries_and_of_kernels_are_told(command):
 
 def test_the_progress_bar_shows_code_as_it_is():
     shown = io.StringIO()
-    with cli._Progress(Console(file=shown, width=120, force_terminal=True)) as progress:
+    with terminal.Progress(Console(file=shown, width=120, force_terminal=True)) as progress:
         progress.start("numpy", 2, "starting")
         progress.move(1, "x[/b] = y[bold]\x1b[31m")
         progress.bars.refresh()

@@ -11,7 +11,7 @@ import pytest
 from lessons import TWINS, cell, fixture_command, fixture_world  # noqa: F401
 
 from kvattn import cli, install, lesson
-from kvattn.lesson import live, runner, site
+from kvattn.lesson import commands, live, runner, site
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_a_folder_without_code_is_no_success(refused, world):
     assert "unknown backend 'nonesuch'" in refused(world / "book", "-o", world / "out", "--backend", "nonesuch")
 
 
-@pytest.mark.parametrize("package", cli.SITE)
+@pytest.mark.parametrize("package", commands.SITE)
 def test_what_a_site_needs_and_is_absent_is_named_with_its_extra(world, capsys, monkeypatch, package):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else object())
     assert cli.main(["lesson", "site", str(world), "-o", str(world / "out")]) == 2
