@@ -133,15 +133,9 @@ def convert(x: Array, backend: str) -> Array:
 
 @overload
 def attention(
-    query: A,
-    key: A,
-    value: A,
-    *,
-    return_weights: No = False,
-    return_lse: No = False,
-    backend: None = None,
+    query: A, key: A, value: A, *, return_weights: No = False, return_lse: No = False, backend: None = None,
     **options: Unpack[Options],
-) -> A: ...
+) -> A: ...  # fmt: skip
 @overload
 def attention(
     query: A, key: A, value: A, *, return_weights: Yes, return_lse: No = False, backend: None = None, **options: Unpack[Options]
@@ -156,16 +150,9 @@ def attention(
 ) -> tuple[A, A, A]: ...
 @overload
 def attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    return_weights: bool = ...,
-    return_lse: bool = ...,
-    return_scores: str | None = None,
-    backend: Any = None,
-    **options: Unpack[Options],
-) -> Any: ...
+    query: Array, key: Array, value: Array, *, return_weights: bool = ..., return_lse: bool = ...,
+    return_scores: str | None = None, backend: Any = None, **options: Unpack[Options],
+) -> Any: ...  # fmt: skip
 def attention(
     query: Array,
     key: Array,
@@ -609,95 +596,35 @@ def segments_from_cu_seqlens(cu_seqlens: Array, length: int | None = None, *, ba
 
 @overload
 def multi_head_attention(
-    query: A,
-    key: A,
-    value: A,
-    params: Mapping[str, Array],
-    *,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    cache: None = None,
-    return_weights: No = False,
-    return_lse: No = False,
-    backend: None = None,
-    **options: Unpack[Options],
-) -> A: ...
+    query: A, key: A, value: A, params: Mapping[str, Array], *, num_heads: int, num_kv_heads: int | None = None,
+    cache: None = None, return_weights: No = False, return_lse: No = False, backend: None = None, **options: Unpack[Options],
+) -> A: ...  # fmt: skip
 @overload
 def multi_head_attention(
-    query: A,
-    key: A,
-    value: A,
-    params: Mapping[str, Array],
-    *,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    cache: None = None,
-    return_weights: Yes,
-    return_lse: No = False,
-    backend: None = None,
-    **options: Unpack[Options],
-) -> tuple[A, A]: ...
+    query: A, key: A, value: A, params: Mapping[str, Array], *, num_heads: int, num_kv_heads: int | None = None,
+    cache: None = None, return_weights: Yes, return_lse: No = False, backend: None = None, **options: Unpack[Options],
+) -> tuple[A, A]: ...  # fmt: skip
 @overload
 def multi_head_attention(
-    query: A,
-    key: A,
-    value: A,
-    params: Mapping[str, Array],
-    *,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    cache: None = None,
-    return_weights: No = False,
-    return_lse: Yes,
-    backend: None = None,
-    **options: Unpack[Options],
-) -> tuple[A, A]: ...
+    query: A, key: A, value: A, params: Mapping[str, Array], *, num_heads: int, num_kv_heads: int | None = None,
+    cache: None = None, return_weights: No = False, return_lse: Yes, backend: None = None, **options: Unpack[Options],
+) -> tuple[A, A]: ...  # fmt: skip
 @overload
 def multi_head_attention(
-    query: A,
-    key: A,
-    value: A,
-    params: Mapping[str, Array],
-    *,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    cache: None = None,
-    return_weights: Yes,
-    return_lse: Yes,
-    backend: None = None,
-    **options: Unpack[Options],
-) -> tuple[A, A, A]: ...
+    query: A, key: A, value: A, params: Mapping[str, Array], *, num_heads: int, num_kv_heads: int | None = None,
+    cache: None = None, return_weights: Yes, return_lse: Yes, backend: None = None, **options: Unpack[Options],
+) -> tuple[A, A, A]: ...  # fmt: skip
 @overload
 def multi_head_attention(
-    query: A,
-    key: A,
-    value: A,
-    params: Mapping[str, Array],
-    *,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    cache: KVCache,
-    return_weights: No = False,
-    return_lse: No = False,
-    backend: None = None,
-    **options: Unpack[Options],
-) -> tuple[A, KVCache]: ...
+    query: A, key: A, value: A, params: Mapping[str, Array], *, num_heads: int, num_kv_heads: int | None = None, cache: KVCache,
+    return_weights: No = False, return_lse: No = False, backend: None = None, **options: Unpack[Options],
+) -> tuple[A, KVCache]: ...  # fmt: skip
 @overload
 def multi_head_attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    params: Mapping[str, Array],
-    *,
-    num_heads: int,
-    num_kv_heads: int | None = None,
-    cache: KVCache | None = None,
-    return_weights: bool = ...,
-    return_lse: bool = ...,
-    return_scores: str | None = None,
-    backend: Any = None,
-    **options: Unpack[Options],
-) -> Any: ...
+    query: Array, key: Array, value: Array, params: Mapping[str, Array], *, num_heads: int, num_kv_heads: int | None = None,
+    cache: KVCache | None = None, return_weights: bool = ..., return_lse: bool = ..., return_scores: str | None = None,
+    backend: Any = None, **options: Unpack[Options],
+) -> Any: ...  # fmt: skip
 def multi_head_attention(
     query: Array,
     key: Array,
@@ -801,57 +728,28 @@ def multi_head_attention_grad(
 
 @overload
 def self_attention(
-    x: A,
-    W_q: A,
-    W_k: A,
-    W_v: A,
-    *,
-    return_weights: No = False,
-    return_lse: No = False,
-    backend: None = None,
+    x: A, W_q: A, W_k: A, W_v: A, *, return_weights: No = False, return_lse: No = False, backend: None = None,
     **options: Unpack[Options],
-) -> A: ...
+) -> A: ...  # fmt: skip
 @overload
 def self_attention(
-    x: A,
-    W_q: A,
-    W_k: A,
-    W_v: A,
-    *,
-    return_weights: Yes,
-    return_lse: No = False,
-    backend: None = None,
+    x: A, W_q: A, W_k: A, W_v: A, *, return_weights: Yes, return_lse: No = False, backend: None = None,
     **options: Unpack[Options],
-) -> tuple[A, A]: ...
+) -> tuple[A, A]: ...  # fmt: skip
 @overload
 def self_attention(
-    x: A,
-    W_q: A,
-    W_k: A,
-    W_v: A,
-    *,
-    return_weights: No = False,
-    return_lse: Yes,
-    backend: None = None,
+    x: A, W_q: A, W_k: A, W_v: A, *, return_weights: No = False, return_lse: Yes, backend: None = None,
     **options: Unpack[Options],
-) -> tuple[A, A]: ...
+) -> tuple[A, A]: ...  # fmt: skip
 @overload
 def self_attention(
     x: A, W_q: A, W_k: A, W_v: A, *, return_weights: Yes, return_lse: Yes, backend: None = None, **options: Unpack[Options]
 ) -> tuple[A, A, A]: ...
 @overload
 def self_attention(
-    x: Array,
-    W_q: Array,
-    W_k: Array,
-    W_v: Array,
-    *,
-    return_weights: bool = ...,
-    return_lse: bool = ...,
-    return_scores: str | None = None,
-    backend: Any = None,
-    **options: Unpack[Options],
-) -> Any: ...
+    x: Array, W_q: Array, W_k: Array, W_v: Array, *, return_weights: bool = ..., return_lse: bool = ...,
+    return_scores: str | None = None, backend: Any = None, **options: Unpack[Options],
+) -> Any: ...  # fmt: skip
 def self_attention(x: Array, W_q: Array, W_k: Array, W_v: Array, *, backend: Any = None, **options: Any) -> Any:
     """softmax((x W_q) (x W_k)^T / sqrt(d)) x W_v: every row of x is the query once, and a key and value of all.
 
