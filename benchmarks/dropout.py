@@ -8,7 +8,6 @@ framework's dropout of it, times v, and of kvattn's own call that draws from the
 gradients it is forward and backward by query, key and value; by hand NumPy has none.
 """
 
-import argparse
 import math
 
 SHAPE, RATE, SEED = (4, 8, 512, 64), 0.1, 7
@@ -140,29 +139,7 @@ def measure(backend, rounds):
     ]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="numpy,torch,tensorflow,jax,mxnet", help="which ones (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each call (default: %(default)s)")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    from kvattn import timing
-
-    if asked.here:
-        for row in measure(asked.backend, asked.rounds):
-            timing.tell(row | {"backend": asked.backend})
-        return
-    rows = []
-    for backend in asked.backend.split(","):
-        for row in timing.in_a_process([__file__, "--here", "--backend", backend, "--rounds", str(asked.rounds)]):
-            if "failed" in row:
-                raise SystemExit(f"{backend}: {row['words']}")
-            rows.append(row)
-            print(f"{row['backend']:<11} {row['what']:<10} {row['ratio']:5.2f} of {row['beside']}, {row['ms']:7.1f} ms")
-    if asked.json:
-        timing.write(asked.json, timing.machine(), rows=rows)
-
-
 if __name__ == "__main__":
-    main()
+    import each_backend
+
+    each_backend.main(measure, "{backend:<11} {what:<10} {ratio:5.2f} of {beside}, {ms:7.1f} ms", rounds=7)

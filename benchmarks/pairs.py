@@ -8,8 +8,6 @@ or a window of 256 keys, over ``causal=`` and ``window=``; ALiBi by a function o
 for each head.
 """
 
-import argparse
-
 SIZES = {"documents": 8, "document": 1024, "heads": 4, "window": 256, "lengths": (1024, 4096)}
 SMALL = {"documents": 3, "document": 64, "heads": 2, "window": 16, "lengths": (300,)}  # that it runs, for a test
 
@@ -50,44 +48,20 @@ def calls_of(kvattn, backend, sizes):
     return found
 
 
-def measure(backend, rounds, sizes):
+def measure(backend, rounds, small):
     """[{what, beside, ratio, spread, ms}], in this process."""
     import kvattn
     from kvattn import timing
 
     rows = []
-    for (what, beside), (ours, theirs) in calls_of(kvattn, backend, sizes).items():
+    for (what, beside), (ours, theirs) in calls_of(kvattn, backend, SMALL if small else SIZES).items():
         took = timing.rounds({"ours": ours, "theirs": theirs}, rounds)
         ms = 1e3 * min(took["ours"])
         rows.append({"what": what, "beside": beside, **timing.ratio(took["ours"], took["theirs"]), "ms": ms})
     return rows
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="numpy,torch,tensorflow,jax,mxnet", help="which ones (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each call (default: %(default)s)")
-    parser.add_argument("--small", action="store_true", help="small arrays, to see that it runs")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    from kvattn import timing
-
-    if asked.here:
-        for row in measure(asked.backend, asked.rounds, SMALL if asked.small else SIZES):
-            timing.tell(row | {"backend": asked.backend})
-        return
-    rows = []
-    for backend in asked.backend.split(","):
-        command = [__file__, "--here", "--backend", backend, "--rounds", str(asked.rounds), *["--small"] * asked.small]
-        for row in timing.in_a_process(command):
-            if "failed" in row:
-                raise SystemExit(f"{backend}: {row['words']}")
-            rows.append(row)
-            print(f"{row['backend']:<11} {row['what']:<26} {row['ratio']:5.2f} of {row['beside']:<15} {row['ms']:8.2f} ms")
-    if asked.json:
-        timing.write(asked.json, timing.machine(), rows=rows)
-
-
 if __name__ == "__main__":
-    main()
+    import each_backend
+
+    each_backend.main(measure, "{backend:<11} {what:<26} {ratio:5.2f} of {beside:<15} {ms:8.2f} ms", rounds=5, small=True)

@@ -6,8 +6,6 @@ Each backend runs in a fresh process; the calls take turns. One query of (8, 8, 
 and where the framework compiles, as a program. A figure is kvattn's time over the formula's, the median of the rounds.
 """
 
-import argparse
-
 SHAPE = (8, 8, 512, 64)
 
 
@@ -81,29 +79,7 @@ def measure(backend, rounds):
     ]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="numpy,torch,tensorflow,jax,mxnet", help="which ones (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each call (default: %(default)s)")
-    parser.add_argument("--json", help="write the figures to this file")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    from kvattn import timing
-
-    if asked.here:
-        for row in measure(asked.backend, asked.rounds):
-            timing.tell(row | {"backend": asked.backend})
-        return
-    rows = []
-    for backend in asked.backend.split(","):
-        for row in timing.in_a_process([__file__, "--here", "--backend", backend, "--rounds", str(asked.rounds)]):
-            if "failed" in row:
-                raise SystemExit(f"{backend}: {row['words']}")
-            rows.append(row)
-            print(f"{row['backend']:<11} {row['what']:<22} {row['ratio']:5.2f} of the formula, {row['ms']:7.2f} ms")
-    if asked.json:
-        timing.write(asked.json, timing.machine(), rows=rows)
-
-
 if __name__ == "__main__":
-    main()
+    import each_backend
+
+    each_backend.main(measure, "{backend:<11} {what:<22} {ratio:5.2f} of the formula, {ms:7.2f} ms", rounds=7)
