@@ -82,9 +82,9 @@ NUMPY = [
     ),
     ("lets rows far below the largest lose digits", "SMALL = 2.0**-64", "SMALL = 0", "large scores"),
     ("forgets the maximum in lse", "np.log(total) + top", "np.log(total)", "plain"),
-    ("leaks NaN from keys", "np.where(_any_for(has_query, key.shape), key, 0)", "key", "padding"),
-    ("leaks NaN from values", "np.where(_any_for(has_query, value.shape), value, 0)", "value", "padding"),
-    ("leaks NaN from queries", "np.where(_any_for(has_key, query.shape), query, 0)", "query", "padding"),
+    ("leaks NaN from keys", "np.where(_flags_of_rows(has_query, key.shape), key, 0)", "key", "padding"),
+    ("leaks NaN from values", "np.where(_flags_of_rows(has_query, value.shape), value, 0)", "value", "padding"),
+    ("leaks NaN from queries", "np.where(_flags_of_rows(has_key, query.shape), query, 0)", "query", "padding"),
     (
         "hides one key too many",
         "has_query, has_key = allowed.any(axis=-2), allowed.any(axis=-1)",

@@ -154,7 +154,7 @@ def _allowed(n, keys, ndim, call):
     return reduce(mx.logical_and, allowed) if allowed else None
 
 
-def _any_for(flags, shape):
+def _flags_of_rows(flags, shape):
     """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
     if flags.ndim >= 2 and len(shape) >= 3 and flags.shape[-2] > shape[-3] > 0:
         flags = flags.reshape(*flags.shape[:-2], shape[-3], flags.shape[-2] // shape[-3], flags.shape[-1]).any(axis=-2)
@@ -174,9 +174,9 @@ def _hide_padding(allowed, query, key, value):
         allowed = allowed[None] if allowed.ndim else allowed[None, None]
     has_query, has_key = allowed.any(axis=-2), allowed.any(axis=-1)
     return (
-        _keep(_any_for(has_key, query.shape), query),
-        _keep(_any_for(has_query, key.shape), key),
-        _keep(_any_for(has_query, value.shape), value),
+        _keep(_flags_of_rows(has_key, query.shape), query),
+        _keep(_flags_of_rows(has_query, key.shape), key),
+        _keep(_flags_of_rows(has_query, value.shape), value),
     )
 
 
@@ -190,7 +190,7 @@ def _finite(*arrays):
         return True
 
 
-def _hide_unseen(query, key, value, call):
+def _hide_unused_rows(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or _finite(query, key, value):
         return _hide_padding(None, query, key, value)
@@ -570,7 +570,7 @@ def _swapped(x, interleaved):
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options = query.dtype, _widened(options, params.get("sink"))
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
+        query, key, value = _hide_unused_rows(query, key, value, Call.of(query, key, **options))
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -625,7 +625,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options = x.dtype, _widened(options)
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and x.ndim == 2 else lens  # of the one head there is
-    query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
+    query, key, value = _hide_unused_rows(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
     results = attention(_wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k), _wide(value) @ _wide(W_v), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):

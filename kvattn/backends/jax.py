@@ -137,7 +137,7 @@ def _allowed(n, keys, ndim, call):
     return reduce(jnp.logical_and, allowed) if allowed else None
 
 
-def _any_for(flags, shape):
+def _flags_of_rows(flags, shape):
     """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
     if flags.ndim >= 2 and len(shape) >= 3 and flags.shape[-2] > shape[-3] > 0:
         flags = flags.reshape(*flags.shape[:-2], shape[-3], flags.shape[-2] // shape[-3], flags.shape[-1]).any(axis=-2)
@@ -157,9 +157,9 @@ def _hide_padding(allowed, query, key, value):
         allowed = allowed[None] if allowed.ndim else allowed[None, None]
     has_query, has_key = allowed.any(axis=-2), allowed.any(axis=-1)
     return (
-        jnp.where(_any_for(has_key, query.shape), query, 0),
-        jnp.where(_any_for(has_query, key.shape), key, 0),
-        jnp.where(_any_for(has_query, value.shape), value, 0),
+        jnp.where(_flags_of_rows(has_key, query.shape), query, 0),
+        jnp.where(_flags_of_rows(has_query, key.shape), key, 0),
+        jnp.where(_flags_of_rows(has_query, value.shape), value, 0),
     )
 
 
@@ -169,7 +169,7 @@ def _may_leak(*inputs):
 
 
 @programs.exact
-def _hide_unseen(query, key, value, call):
+def _hide_unused_rows(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
@@ -720,7 +720,7 @@ def _swapped(x, interleaved):
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options = query.dtype, _widened(options, params.get("sink"))
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
+        query, key, value = _hide_unused_rows(query, key, value, Call.of(query, key, **options))
     else:  # whose keys and values are float32
         query, key, value = _wide(query), _wide(key), _wide(value)
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
@@ -794,7 +794,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options = x.dtype, _widened(options)
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and x.ndim == 2 else lens  # of the one head there is
-    query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
+    query, key, value = _hide_unused_rows(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
     results = attention(_affine(query, W_q), _affine(key, W_k), _affine(value, W_v), **options)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if options.get("return_weights"):

@@ -155,7 +155,7 @@ def _allowed(n, keys, ndim, call):
         return reduce(np.multiply, allowed) if allowed else None  # of bools: MXNet has no logical_and
 
 
-def _any_for(flags, shape):
+def _flags_of_rows(flags, shape):
     """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
     if flags.ndim >= 2 and len(shape) >= 3 and flags.shape[-2] > shape[-3] > 0:
         flags = flags.reshape(*flags.shape[:-2], shape[-3], -1, flags.shape[-1]).any(axis=-2)
@@ -175,7 +175,7 @@ def _hide_padding(allowed, query, key, value):
         allowed = allowed[None] if allowed.ndim else allowed.reshape(1, 1)
     with autograd.pause():
         has_query, has_key = allowed.any(axis=-2), allowed.any(axis=-1)
-        rows = [_any_for(flags, x.shape) for flags, x in ((has_key, query), (has_query, key), (has_query, value))]
+        rows = [_flags_of_rows(flags, x.shape) for flags, x in ((has_key, query), (has_query, key), (has_query, value))]
     return tuple(quirks.where(row, x, 0) for row, x in zip(rows, (query, key, value), strict=True))
 
 
@@ -184,7 +184,7 @@ def _may_leak(*inputs):
     return autograd.is_recording() and not all(map(views.finite, {id(x): x for x in inputs}.values()))
 
 
-def _hide_unseen(query, key, value, call):
+def _hide_unused_rows(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
@@ -748,7 +748,7 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
     dtype, options = query.dtype, _widened(options, params.get("sink"))
     call = Call.of(query, key, **options)
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, call)
+        query, key, value = _hide_unused_rows(query, key, value, call)
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -819,7 +819,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     call = of_heads = Call.of(x, x, **options)
     if call.valid_lens is not None and x.ndim == 2:  # of the one head there is
         of_heads = call._replace(valid_lens=call.valid_lens.reshape((1, *call.valid_lens.shape)))
-    inputs = zip(_hide_unseen(x, x, x, of_heads), (W_q, W_k, W_v), strict=True)
+    inputs = zip(_hide_unused_rows(x, x, x, of_heads), (W_q, W_k, W_v), strict=True)
     results = _attend(*(_project(x, {"W_x": W}, "x") for x, W in inputs), call)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if call.return_weights:

@@ -120,7 +120,7 @@ def _allowed(n, keys, ndim, call):
     return reduce(np.logical_and, allowed) if allowed else None
 
 
-def _any_for(flags, shape):
+def _flags_of_rows(flags, shape):
     """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
     if flags.ndim >= 2 and len(shape) >= 3 and flags.shape[-2] > shape[-3] > 0:
         flags = flags.reshape(*flags.shape[:-2], shape[-3], flags.shape[-2] // shape[-3], flags.shape[-1]).any(axis=-2)
@@ -140,9 +140,9 @@ def _hide_padding(allowed, query, key, value):
         allowed = allowed[None] if allowed.ndim else allowed[None, None]
     has_query, has_key = allowed.any(axis=-2), allowed.any(axis=-1)
     return (
-        np.where(_any_for(has_key, query.shape), query, 0).astype(query.dtype),
-        np.where(_any_for(has_query, key.shape), key, 0).astype(key.dtype),
-        np.where(_any_for(has_query, value.shape), value, 0).astype(value.dtype),
+        np.where(_flags_of_rows(has_key, query.shape), query, 0).astype(query.dtype),
+        np.where(_flags_of_rows(has_query, key.shape), key, 0).astype(key.dtype),
+        np.where(_flags_of_rows(has_query, value.shape), value, 0).astype(value.dtype),
     )
 
 
@@ -151,7 +151,7 @@ def _may_leak(*inputs):
     return not all(np.isfinite(x).all() for x in {id(x): x for x in inputs}.values())
 
 
-def _hide_unseen(query, key, value, call):
+def _hide_unused_rows(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
@@ -582,7 +582,7 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
     dtype, options = query.dtype, _widened(options, params.get("sink"))
     call = Call.of(query, key, **options)
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, call)
+        query, key, value = _hide_unused_rows(query, key, value, call)
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -639,7 +639,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options = x.dtype, _widened(options)
     call = Call.of(x, x, **options)
     of_heads = call._replace(valid_lens=call.valid_lens[None]) if call.valid_lens is not None and x.ndim == 2 else call
-    query, key, value = _hide_unseen(x, x, x, of_heads)
+    query, key, value = _hide_unused_rows(x, x, x, of_heads)
     results = _attend(_wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k), _wide(value) @ _wide(W_v), call)
     output, *rest = results if isinstance(results, tuple) else (results,)
     if call.return_weights:

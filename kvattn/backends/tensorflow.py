@@ -141,7 +141,7 @@ def _allowed(n, keys, ndim, call):
     return tf.convert_to_tensor(reduce(tf.logical_and, allowed)) if allowed else None
 
 
-def _any_for(flags, shape):
+def _flags_of_rows(flags, shape):
     """Whether any flag holds for each row of an array of ``shape``: (..., h, r) -> (..., rows), heads and batch folded."""
     if len(flags.shape) >= 2 and len(shape) >= 3 and shape[-3] and flags.shape[-2] not in (1, shape[-3]):
         *lead, h, r = quirks.shape(flags)
@@ -163,9 +163,9 @@ def _hide_padding(allowed, query, key, value):
         allowed = allowed[None] if len(allowed.shape) else allowed[None, None]
     has_key, has_query = tf.reduce_any(allowed, axis=-1), tf.reduce_any(allowed, axis=-2)
     return (
-        tf.where(_any_for(has_key, query.shape), query, 0),
-        tf.where(_any_for(has_query, key.shape), key, 0),
-        tf.where(_any_for(has_query, value.shape), value, 0),
+        tf.where(_flags_of_rows(has_key, query.shape), query, 0),
+        tf.where(_flags_of_rows(has_query, key.shape), key, 0),
+        tf.where(_flags_of_rows(has_query, value.shape), value, 0),
     )
 
 
@@ -174,7 +174,7 @@ def _may_leak(*inputs):
     return any((values := peek(x)) is None or not np.isfinite(values).all() for x in {id(x): x for x in inputs}.values())
 
 
-def _hide_unseen(query, key, value, call):
+def _hide_unused_rows(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
     if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
         return _hide_padding(None, query, key, value)
@@ -729,7 +729,7 @@ def _swapped(x, interleaved):
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
     dtype, options = query.dtype, _widened(options, params.get("sink"))
     if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unseen(query, key, value, Call.of(query, key, **options))
+        query, key, value = _hide_unused_rows(query, key, value, Call.of(query, key, **options))
     query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
     key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
     value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
@@ -797,7 +797,7 @@ def self_attention(x, W_q, W_k, W_v, **options):
     dtype, options = x.dtype, _widened(options)
     lens = options["valid_lens"]
     lens = lens[None] if lens is not None and len(x.shape) == 2 else lens  # of the one head there is
-    query, key, value = _hide_unseen(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
+    query, key, value = _hide_unused_rows(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
     projected = (quirks.matmul(_wide(x), _wide(W)) for x, W in ((query, W_q), (key, W_k), (value, W_v)))
     results = attention(*projected, **options)
     output, *rest = results if isinstance(results, tuple) else (results,)

@@ -292,7 +292,7 @@ def hide_unseen(tab: Any, queries: Any, keys: Any, values: Any, num_heads: int, 
     if bias is not None:  # of the dtype of what is projected, which autocast may choose
         limits["bias"] = checks.array(tab, "bias", bias, like=queries)
         checks.broadcastable("bias", tuple(limits["bias"].shape), scores, "the scores")
-    return tab._hide_unseen(queries, keys, values, Call.of(queries, keys, **limits))
+    return tab._hide_unused_rows(queries, keys, values, Call.of(queries, keys, **limits))
 
 
 def check_activation(activation: str) -> None:

@@ -112,13 +112,14 @@ def _lengths(query, key, call):
 def attention(tab, query, key, value, call, blocks=()):
     """softmax(scale * query @ key.T) @ value over the keys allowed, where there is no `obstacle`: (batch, h, n, d)."""
     n, m, scale = query.shape[-2], key.shape[-2], 1 / math.sqrt(query.shape[-1]) if call.scale is None else call.scale
-    program, added, lens, sees, seen = {"causal": False, "left": None, "scale": scale}, None, None, None, None
+    program, added, lens, has_key, has_query = {"causal": False, "left": None, "scale": scale}, None, None, None, None
     if call.mask is not None or call.bias is not None:
         allowed, bias = tab._allowed(n, jnp.arange(m), query.ndim, call), call.bias
         allowed = allowed.reshape(*[1] * (query.ndim - allowed.ndim), *allowed.shape)
         added = jnp.where(allowed, jnp.zeros((), query.dtype) if bias is None else bias.astype(query.dtype), FORBIDDEN)
         added = jnp.broadcast_to(added, (*added.shape[:-2], n, m))
-        sees, seen = (tab._any_for(allowed.any(axis=-1), query.shape), tab._any_for(allowed.any(axis=-2), key.shape))
+        has_key = tab._flags_of_rows(allowed.any(axis=-1), query.shape)
+        has_query = tab._flags_of_rows(allowed.any(axis=-2), key.shape)
     else:
         if call.right == 0 and call.from_the_first:
             program |= {"causal": True, "left": call.left}
@@ -126,13 +127,13 @@ def attention(tab, query, key, value, call, blocks=()):
             key, value = key[..., :n, :], value[..., :n, :]
         lens = _lengths(query, key, call)
         if lens is not None:
-            seen = (jnp.arange(key.shape[-2]) < lens[:, None])[:, None, :, None]
+            has_query = (jnp.arange(key.shape[-2]) < lens[:, None])[:, None, :, None]
             if device()[1] < EMPTY and not decoding.serves(query, key):
-                sees, lens = (lens > 0)[:, None, None, None], jnp.maximum(lens, 1)
+                has_key, lens = (lens > 0)[:, None, None, None], jnp.maximum(lens, 1)
     plain = partial(formula, **program)
 
-    def whole(query, key, value, added, lens, sees, seen):
-        return _only(sees, plain(_only(sees, query), _only(seen, key), _only(seen, value), added, lens))
+    def whole(query, key, value, added, lens, has_key, has_query):
+        return _only(has_key, plain(_only(has_key, query), _only(has_query, key), _only(has_query, value), added, lens))
 
     if added is None and decoding.serves(query, key):
         lens = jnp.full(query.shape[:1], key.shape[-2], jnp.int32) if lens is None else lens
@@ -141,7 +142,7 @@ def attention(tab, query, key, value, call, blocks=()):
         fast = _differentiable(partial(cudnn, **program), plain)
     # recomputed in backward: both ways' intermediate results are kept, and this one's would be the scores
     ways = {PLATFORM: fast, "default": jax.checkpoint(whole)}
-    return jax.lax.platform_dependent(query, key, value, added, lens, sees, seen, **ways)
+    return jax.lax.platform_dependent(query, key, value, added, lens, has_key, has_query, **ways)
 
 
 def _only(flags, x):
@@ -219,19 +220,19 @@ def _differentiable(kernel, plain):
         return backward(*primals), jax.jvp(formula, primals[2:], tangents[2:])[1]
 
     @jax.custom_vjp
-    def attend(query, key, value, added, lens, sees, seen):
-        key = key if added is None else _only(seen, key)  # a score beyond the lengths is left out; NaN + -2^41 is NaN
-        return _only(sees, kernel(query, key, _only(seen, value), added, lens))
+    def attend(query, key, value, added, lens, has_key, has_query):
+        key = key if added is None else _only(has_query, key)  # a score beyond the lengths is left out; NaN + -2^41 is NaN
+        return _only(has_key, kernel(query, key, _only(has_query, value), added, lens))
 
-    def run(query, key, value, added, lens, sees, seen):
-        arrays = _only(sees, query), _only(seen, key), _only(seen, value), added
+    def run(query, key, value, added, lens, has_key, has_query):
+        arrays = _only(has_key, query), _only(has_query, key), _only(has_query, value), added
         output, kept = forward(*arrays, lens)
-        return _only(sees, output), (kept, arrays, lens, sees, seen)
+        return _only(has_key, output), (kept, arrays, lens, has_key, has_query)
 
     def pull(residuals, grad):
         kept, arrays, *rest = residuals
-        lens, sees, _ = rest
-        return *backward(kept, lens, *arrays, _only(sees, grad)), *(None if x is None else _none(x) for x in rest)
+        lens, has_key, _ = rest
+        return *backward(kept, lens, *arrays, _only(has_key, grad)), *(None if x is None else _none(x) for x in rest)
 
     attend.defvjp(run, pull)
     return attend

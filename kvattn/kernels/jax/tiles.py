@@ -117,7 +117,7 @@ def _dot(x, y):
     return jnp.matmul(x, y, precision="highest")
 
 
-def _edge(step, carry, rows, keys, pairs, limits, low, high, start, at, holes):
+def _masked_step(step, carry, rows, keys, pairs, limits, low, high, start, at, holes):
     """``step`` with the keys from ``start`` on, of which those before ``at`` are left out."""
     position = start + jnp.arange(keys["key"].shape[-2], dtype=jnp.int32)
     low = jnp.maximum(low, at)
@@ -268,7 +268,9 @@ def _forward(plan, inputs, limits):
         def edge(carry, at):
             start = jnp.minimum(at, plan.m - plan.cut_block)
             here = {name: part(name, (head, 1), (first, plan.tile), (start, plan.cut_block))[:, 0] for name in pairs}
-            return _edge(_absorb, carry, rows, keys(start, plan.cut_block), here, limits, low, high, start, at, plan.gaps)
+            return _masked_step(
+                _absorb, carry, rows, keys(start, plan.cut_block), here, limits, low, high, start, at, plan.gaps
+            )
 
         def walk(carry, at, count, size, step):  # as far as the data say: no derivative goes through here
             count = jnp.maximum(0, count)
@@ -385,7 +387,7 @@ def _tile(plan, rows, keys, pairs, limits):
 
         def edge():
             here = {name: _cut(x, 1, start, plan.cut_block) for name, x in pairs.items()}
-            return _edge(_along, carry, rows, keys, here, limits, low, high, start, start, plan.gaps)
+            return _masked_step(_along, carry, rows, keys, here, limits, low, high, start, start, plan.gaps)
 
         if not limited:
             return (edge() if pairs else inside()), None

@@ -386,7 +386,7 @@ def multi_head_attention_grad(tab, inputs, params, grad_output, wrt, *, num_head
     """The gradients named by ``wrt``, among query, key, value and params, of sum(grad_output * multi_head_attention(...))."""
     options = tab._widened(options, params.get("sink"))
     call = Call.of(inputs["query"], inputs["key"], **options)
-    inputs = dict(zip(inputs, tab._hide_unseen(*inputs.values(), call), strict=True))
+    inputs = dict(zip(inputs, tab._hide_unused_rows(*inputs.values(), call), strict=True))
     heads = {"query": num_heads, "key": num_kv_heads, "value": num_kv_heads}
     split = {name: tab._split(tab._project(x, params, name[0]), heads[name]) for name, x in inputs.items()}
     grads, grad = {}, tab._wide(grad_output)
