@@ -28,6 +28,7 @@ CASES = {
     for name in SCORED
 }  # fmt: skip
 HEADS = {"num_hiddens": 8, "num_heads": 4}
+SLOPES = (2**-2, 2**-4, 2**-6, 2**-8)
 ENCODER = {"vocab_size": 11, "num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4, "num_blks": 2}
 CASES |= {
     "MultiHeadAttention": ("MultiHeadAttention", HEADS, (X, X, X, LENS), 
@@ -64,6 +65,14 @@ CASES |= {
     "a sink": (
         "MultiHeadAttention", {**HEADS, "num_kv_heads": 2, "sink": True}, (X, X, X, LENS),
         lambda w, *x: reference.multi_head(w, *x, num_heads=4, num_kv_heads=2)[0],
+    ),
+    "alibi": (
+        "MultiHeadAttention", {**HEADS, "num_kv_heads": 2, "alibi": True}, (X, X, X, LENS),
+        lambda w, *x: reference.multi_head(w, *x, num_heads=4, num_kv_heads=2, slopes=SLOPES)[0],
+    ),
+    "alibi, slopes of one's own, more keys than queries": (
+        "MultiHeadAttention", {**HEADS, "num_heads": 2, "alibi": [1.5, -0.5]}, (QUERIES, KEYS, VALUES, LENS),
+        lambda w, *x: reference.multi_head(w, *x, num_heads=2, slopes=(1.5, -0.5))[0],
     ),
     "AddNorm": ("AddNorm", {"norm_shape": 8}, (X, X[::-1].copy()), lambda w, x, y: reference.norm(w, x + y)),
     "PositionWiseFFN": ("PositionWiseFFN", {"ffn_num_hiddens": 5, "ffn_num_outputs": 8}, (X,), reference.ffn),
@@ -140,7 +149,7 @@ def test_a_layer_gives_the_gradients_of_the_reference(adapter, case):
     layer, w = made(adapter, name, config, inputs)
     w = shaken(w)
     layer = adapter.load(layer, w)
-    grad_output = GRAD["QKV" if name in SCORED else "X"] if case != "with biases" else GRAD["X"][:, :3]
+    grad_output = GRAD["QKV" if name in SCORED else "X"] if name in SCORED or inputs[0] is not QUERIES else GRAD["X"][:, :3]
     grad_output = grad_output[0] if inputs[0].ndim == 2 and name == "MultiHeadAttention" else grad_output
     by_inputs, by_weights = adapter.gradients(layer, inputs, grad_output)
     floats = [i for i, x in enumerate(inputs) if x.dtype.kind == "f"]
@@ -592,6 +601,55 @@ def test_a_sink_beside_a_layers_own_is_refused_and_serves_a_layer_without(adapte
         adapter.layer("MultiHeadAttention", **HEADS, sink=0.5)
 
 
+def test_alibi_counts_on_from_the_cache_and_from_a_query_offset(adapter):
+    layer, w = made(adapter, "MultiHeadAttention", {**HEADS, "alibi": True, "rotary": True}, (X, X, X))
+    expected, weights = reference.multi_head(w, X, X, X, num_heads=4, causal=True, slopes=SLOPES, turned=reference.turned)
+    _, *rest = adapter.call(layer, X, X, X, causal=True, return_weights=True)
+    np.testing.assert_allclose(rest[0].reshape(weights.shape), weights, atol=1e-5)
+    steps, cache = [], kvattn.KVCache()
+    for start, end in ((0, 2), (2, 3), (3, 4)):
+        step, *_, cache = adapter.call(layer, *[X[:, start:end]] * 3, causal=True, cache=cache)
+        steps.append(step)
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), expected, atol=1e-5)
+    last = _first(adapter.call(layer, X[:, 2:], X, X, causal=True, query_offset=2))
+    np.testing.assert_allclose(last, expected[:, 2:], atol=1e-5)
+
+
+def test_alibi_is_the_bias_that_one_would_write_in_blocks_too(adapter, backend):
+    """Of as many pairs that it is built a block at a time: no array (heads, n, m) is held."""
+    x = np.random.default_rng(8).normal(size=(1, 600, 8)).astype("float32")
+    layer, _ = made(adapter, "MultiHeadAttention", {**HEADS, "alibi": True}, (X, X, X))
+    plain, _ = made(adapter, "MultiHeadAttention", HEADS, (X, X, X))
+    far = np.abs(np.arange(600)[:, None] - np.arange(600)).astype("float32")
+    bias = -np.array(SLOPES, "float32")[:, None, None] * far
+    for options in ({}, {"causal": True}, {"valid_lens": np.array([450])}):
+        ours = _first(adapter.call(layer, x, x, x, **options))
+        np.testing.assert_allclose(ours, _first(adapter.call(plain, x, x, x, bias=bias, **options)), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("alibi", "error", "words"),
+    [
+        ([0.5, 0.25], ValueError, "expected True, or a finite slope for each of the 4 heads"),
+        ([0.5, 0.25, float("nan"), 1.0], ValueError, "a finite slope for each"),
+        (0.5, ValueError, "a finite slope for each of the 4 heads"),
+        ("steep", TypeError, "alibi must be True or 4 slopes, not str"),
+    ],
+)
+def test_an_alibi_that_cannot_be_is_refused_when_the_layer_is_made(adapter, alibi, error, words):
+    with pytest.raises(error, match=words):
+        adapter.layer("MultiHeadAttention", **HEADS, alibi=alibi)
+
+
+def test_a_bias_beside_alibi_is_refused_and_none_is_no_alibi(adapter):
+    layer, w = made(adapter, "MultiHeadAttention", {**HEADS, "alibi": True}, (X, X, X))
+    with pytest.raises(ValueError, match="bias is given beside the layer's own"):
+        adapter.call(layer, X, X, X, bias=np.zeros((4, 4), "float32"))
+    for alibi in (None, False):
+        plain, _ = made(adapter, "MultiHeadAttention", {**HEADS, "alibi": alibi}, (X, X, X))
+        assert_near(_first(adapter.call(plain, X, X, X)), reference.multi_head(w, X, X, X, num_heads=4)[0])
+
+
 def test_a_causal_encoder_never_sees_the_future_out_of_training(adapter):
     layer, _ = made(adapter, "TransformerEncoder", ENCODER, (TOKENS,))
     changed = TOKENS.copy()
@@ -620,7 +678,7 @@ def test_help_tells_every_argument_of_a_layer_and_completion_what_draws(backend)
     assert all(hasattr(kv, name) for name in dir(kv))
 
 
-OF_HEADS = {"rotary": {"base": 100.0}, "qk_norm": 1e-3, "sink": True}
+OF_HEADS = {"rotary": {"base": 100.0}, "qk_norm": 1e-3, "alibi": True, "sink": True}
 
 
 @pytest.mark.parametrize("name", ["TransformerEncoderBlock", "TransformerEncoder"])

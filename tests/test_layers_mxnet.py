@@ -505,8 +505,9 @@ def test_a_layer_keeps_a_learned_bias_as_it_was_and_is_copied(hybrid):
     same(copy.deepcopy(layer)(X, X, X), layer(X, X, X))
 
 
-def test_a_hybridized_layer_turns_what_its_graph_is_given():
-    layer = kv.MultiHeadAttention(8, 2, rotary={"interleaved": True}, seed=3)
+@pytest.mark.parametrize("how", [{"rotary": {"interleaved": True}}, {"alibi": True}], ids=["rotary", "alibi"])
+def test_a_hybridized_layer_places_what_its_graph_is_given(how):
+    layer = kv.MultiHeadAttention(8, 2, **how, seed=3)
     layer.initialize()
     x = array(2, 4, 8)
     expected = layer(x, x, x).asnumpy()

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 RNG = np.random.default_rng(0)
 X = tf.constant(RNG.normal(size=(2, 4, 8)).astype("float32"))
 LENS = tf.constant([3, 2])
+SEGMENTS = np.array([[0, 0, 1, 1], [2, 2, 2, 1]])
 TOKENS = tf.constant(RNG.integers(0, 11, (2, 6)))
 HEADS = {"num_hiddens": 8, "num_heads": 2}
 ENCODER = {"vocab_size": 11, **HEADS, "ffn_num_hiddens": 12, "num_blks": 2}
@@ -523,6 +524,15 @@ def test_every_option_of_attention_passes_through_keras():
         assert type(found) is type(expected)
         for x, y in zip(found, expected, strict=True):
             assert_near(x, y)
+
+
+@pytest.mark.parametrize("segments", [SEGMENTS, SEGMENTS.tolist(), tf.constant(SEGMENTS), (SEGMENTS, tf.constant(SEGMENTS))])
+def test_a_function_passes_through_keras_beside_segments(segments):
+    same = (SEGMENTS[:, :, None] == SEGMENTS[:, None]) & np.tri(4, dtype=bool)
+    layer = kv.DotProductAttention()
+    expected = kvattn.attention(X, X, X, mask=same, valid_lens=LENS)
+    assert_near(layer(X, X, X, LENS, segments=segments, mask=lambda query, key: key <= query), expected)
+    assert_near(layer(X, X, X, LENS, segments=segments, causal=True), expected)
 
 
 def test_a_learned_bias_and_a_layer_as_normaliser():

@@ -38,6 +38,7 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
         notfinite.scores_out,
         dropout,
         multihead.dropout,
+        places.falling,
     ):
         yield from family(rng)
 

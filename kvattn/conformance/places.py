@@ -84,24 +84,37 @@ def layered(rng: np.random.Generator) -> Iterator[Case]:
         "qk_norm": ({"qk_norm": True}, {"valid_lens": np.array([3, 1])}),
         "qk_norm, rotary, sink": ({"qk_norm": 0.0625, "rotary": True, "sink": True}, {"window": 1}),
     }
-    for name, (config, options) in forms.items():
-        query, key, value = (grid(rng, 2, rows, 3) for rows in (3, 4, 4))
-        weights = multihead.params_of(rng, 3, 3, 3, 4, 2, d=4, v=4, o=16, biases=("b_q", "b_k", "b_v", "b_o"))
-        weights |= {"sink": grid(rng, 4)} if "sink" in config else {}
-        norms = {"q_norm": 1 + grid(rng, 4, top=0.5), "k_norm": 1 + grid(rng, 4, top=0.5)}
-        weights |= norms if "qk_norm" in config else {}
-        how: dict[str, Any] = {"rotary": {} if config.get("rotary") is True else config.get("rotary")}
-        how["qk_norm"] = 1e-6 if config.get("qk_norm") is True else config.get("qk_norm")
-        grad_output = grid(rng, 2, 3, 16)
-        answer = oracle.multi_head_attention(query, key, value, weights, 4, 2, grad_output, **how, **options)
-        kept = [what for what in answer.values if what == "output" or what.startswith("grad_")]
-        arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
-        keywords = {n: x for n, x in options.items() if n not in arrays}
-        keywords |= {"inputs": ("query", "key", "value"), "weights": weights}
-        keywords["config"] = {"num_hiddens": 16, "num_heads": 4, "num_kv_heads": 2, "bias": True, **config}
-        arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output, **arrays}
-        yield Case(
-            f"a layer: {name}", "layers", "MultiHeadAttention", arguments, keywords,
-            {what: answer.values[what] for what in kept}, {what: answer.magnitude[what] for what in kept},
-            answer.largest_score, DTYPES[:2], usual=DTYPES[:2],
-        )  # fmt: skip
+    for name, form in forms.items():
+        yield _layer(rng, name, *form)
+
+
+def falling(rng: np.random.Generator) -> Iterator[Case]:
+    """Layers whose scores fall with distance."""
+    yield _layer(rng, "alibi", {"alibi": True}, {"valid_lens": np.array([3, 1])})
+    yield _layer(rng, "alibi, offset", {"alibi": (0.5, 0.25, 1.0, -0.5)}, {"causal": True, "query_offset": 2})
+
+
+def _layer(rng: np.random.Generator, name: str, config: dict[str, Any], options: dict[str, Any]) -> Case:
+    query, key, value = (grid(rng, 2, rows, 3) for rows in (3, 4, 4))
+    weights = multihead.params_of(rng, 3, 3, 3, 4, 2, d=4, v=4, o=16, biases=("b_q", "b_k", "b_v", "b_o"))
+    weights |= {"sink": grid(rng, 4)} if "sink" in config else {}
+    norms = {"q_norm": 1 + grid(rng, 4, top=0.5), "k_norm": 1 + grid(rng, 4, top=0.5)}
+    weights |= norms if "qk_norm" in config else {}
+    how: dict[str, Any] = {"rotary": {} if config.get("rotary") is True else config.get("rotary")}
+    how["qk_norm"] = 1e-6 if config.get("qk_norm") is True else config.get("qk_norm")
+    if "alibi" in config:
+        slopes = np.array(config["alibi"] if config["alibi"] is not True else [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])
+        how["bias"] = -slopes[:, None, None] * np.abs(np.arange(3)[:, None] + options.get("query_offset", 0) - np.arange(4))
+    grad_output = grid(rng, 2, 3, 16)
+    answer = oracle.multi_head_attention(query, key, value, weights, 4, 2, grad_output, **how, **options)
+    kept = [what for what in answer.values if what == "output" or what.startswith("grad_")]
+    arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
+    keywords = {n: x for n, x in options.items() if n not in arrays}
+    keywords |= {"inputs": ("query", "key", "value"), "weights": weights}
+    keywords["config"] = {"num_hiddens": 16, "num_heads": 4, "num_kv_heads": 2, "bias": True, **config}
+    arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output, **arrays}
+    return Case(
+        f"a layer: {name}", "layers", "MultiHeadAttention", arguments, keywords,
+        {what: answer.values[what] for what in kept}, {what: answer.magnitude[what] for what in kept},
+        answer.largest_score, DTYPES[:2], usual=DTYPES[:2],
+    )  # fmt: skip

@@ -27,11 +27,12 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from kvattn import api, checks, dispatch, patterns, prepare, rotation
+from kvattn import api, checks, dispatch, distances, patterns, prepare, rotation
 from kvattn.cache import KVCache
 from kvattn.call import Call
 
@@ -52,6 +53,8 @@ ARGUMENTS = {
     "each head are turned by their positions, which a cache counts on.",
     "qk_norm": "True, or the epsilon (1e-6): whether queries and keys of each head are divided by the root of their mean "
     "square, before they are turned, and multiplied by the learned q_norm and k_norm, as in Qwen3.",
+    "alibi": "True, or a slope for each head (kvattn.alibi_slopes by default), by which its scores fall for each position "
+    "between a query and a key: they stand as for `causal`, from query_offset and from 0 on, and a cache counts on.",
     "sink": "whether each head learns a sink of kvattn.attention: a logit, 0 at first, that takes its share of every row.",
     "ffn_num_hiddens": "hidden units of the feed-forward network.",
     "ffn_num_outputs": "features of its output.",
@@ -240,6 +243,41 @@ def of_one_length(rotary: Mapping[str, Any], queries: Any, keys: Any, places: tu
     tab, kind = dispatch.choose(None, queries=queries), scaling.get("rope_type") or scaling["type"]
     length = max(checks.length(tab, place, x.shape[-2], kind) for x, place in zip((queries, keys), places, strict=True))
     return {**rotary, "scaling": rotation.of_length(scaling, length)}
+
+
+def check_alibi(alibi: Any, num_heads: int) -> tuple[float, ...] | None:
+    """The slope of each head, None where distance costs nothing."""
+    if alibi is None or (isinstance(alibi, (bool, np.bool_)) and not alibi):
+        return None
+    if isinstance(alibi, (bool, np.bool_)):
+        return tuple(distances.slopes(num_heads))
+    try:
+        slopes = np.asarray(alibi, np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"alibi must be True or {num_heads} slopes, not {type(alibi).__name__}: {error}") from error
+    if slopes.shape != (num_heads,) or not np.isfinite(slopes).all():
+        raise ValueError(f"alibi is {alibi!r}; expected True, or a finite slope for each of the {num_heads} heads")
+    return tuple(slopes.tolist())
+
+
+def with_alibi(options: dict[str, Any], slopes: tuple[float, ...] | None, queries: Any) -> dict[str, Any]:
+    """attention's options with the layer's own bias by distance, a function of positions; None where it has none.
+
+    Raises ValueError where the call gives a bias too.
+    """
+    if slopes is None:
+        return options
+    if options.get("bias") is not None:
+        raise ValueError("bias is given beside the layer's own, which alibi= made: leave one of them out")
+    dtype = "float64" if checks.dtype_name(queries) == "float64" else "float32"
+    return {**options, "bias": partial(_falling, slopes, dtype)}
+
+
+def _falling(slopes: tuple[float, ...], dtype: str, query: Any, key: Any) -> Any:
+    """ALiBi's bias of pairs by their positions; a function of the module, since a layer that keeps its last call is pickled."""
+    tab = dispatch.choose(None, query=query)
+    by_head = tab.asarray([-slope for slope in slopes], dtype=dtype, like=query)[:, None, None]
+    return by_head * tab.asarray(abs(query - key), dtype=dtype)
 
 
 def with_sink(options: dict[str, Any], sink: Any) -> dict[str, Any]:

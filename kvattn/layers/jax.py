@@ -90,6 +90,7 @@ class _Layer(nn.Module):
             width = layers.head_width(self.num_hiddens, self.num_heads, self.num_kv_heads)
             layers.check_rotary(fields.get("rotary"), width)
             layers.check_qk_norm(fields.get("qk_norm", False))
+            layers.check_alibi(fields.get("alibi"), self.num_heads)
             checks.flag("sink", fields.get("sink", False))
         if "activation" in fields:
             layers.check_activation(self.activation)
@@ -202,13 +203,14 @@ class MultiHeadAttention(_Layer):
     use_bias: bool | None = _keyword(default=None)
     rotary: Any = _keyword(default=None)
     qk_norm: bool | float = _keyword(default=False)
+    alibi: Any = _keyword(default=None)
     sink: bool = _keyword(default=False)
 
     def setup(self):
         bias = self.bias if self.use_bias is None else self.use_bias
         width = self.num_hiddens // self.num_heads
         self._turns, shared = layers.check_rotary(self.rotary, width), self._kv_heads * width
-        self._epsilon = layers.check_qk_norm(self.qk_norm)
+        self._epsilon, self._slopes = layers.check_qk_norm(self.qk_norm), layers.check_alibi(self.alibi, self.num_heads)
         normed = self._epsilon is not None
         self._norms = [self.param(name, nn.initializers.ones, (width,)) if normed else None for name in NORMS]
         self._sink = self.param("sink", nn.initializers.zeros, (self.num_heads,)) if self.sink else None
@@ -236,6 +238,7 @@ class MultiHeadAttention(_Layer):
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
         valid_lens = layers.lengths(tab, valid_lens, queries)
+        options = layers.with_alibi(options, self._slopes, queries)
         options = layers.with_sink(options, None if self._sink is None else self._sink.astype(queries.dtype))
         output, *rest = _several(self.attention(queries, keys, values, valid_lens, training, **options))
         output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
@@ -346,13 +349,15 @@ class TransformerEncoderBlock(_Layer):
     activation: str = _keyword(default="relu")
     rotary: Any = _keyword(default=None)
     qk_norm: bool | float = _keyword(default=False)
+    alibi: Any = _keyword(default=None)
     sink: bool = _keyword(default=False)
     seed: layers.Seed = _keyword(default=None)
 
     def setup(self):
         self.attention = MultiHeadAttention(
             self.num_hiddens, self.num_heads, self.dropout, self.use_bias, num_kv_heads=self.num_kv_heads,
-            rotary=self.rotary, qk_norm=self.qk_norm, sink=self.sink, seed=layers.child(self.seed, "attention"),
+            rotary=self.rotary, qk_norm=self.qk_norm, alibi=self.alibi, sink=self.sink,
+            seed=layers.child(self.seed, "attention"),
         )  # fmt: skip
         self.addnorm1 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
         self.ffn = PositionWiseFFN(
@@ -390,6 +395,7 @@ class TransformerEncoder(_Layer):
     max_len: int = _keyword(default=1000)
     rotary: Any = _keyword(default=None)
     qk_norm: bool | float = _keyword(default=False)
+    alibi: Any = _keyword(default=None)
     sink: bool = _keyword(default=False)
     seed: layers.Seed = _keyword(default=None)
 
@@ -400,7 +406,7 @@ class TransformerEncoder(_Layer):
             TransformerEncoderBlock(
                 self.num_hiddens, self.ffn_num_hiddens, self.num_heads, self.dropout, self.use_bias,
                 num_kv_heads=self.num_kv_heads, activation=self.activation, rotary=self.rotary, qk_norm=self.qk_norm,
-                sink=self.sink, seed=layers.child(self.seed, f"blocks.{i}"),
+                alibi=self.alibi, sink=self.sink, seed=layers.child(self.seed, f"blocks.{i}"),
             )
             for i in range(self.num_blks)
         ]  # fmt: skip

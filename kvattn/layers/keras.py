@@ -16,7 +16,7 @@ from kvattn.backends import tensorflow as tab
 if keras.backend.backend() != "tensorflow":
     raise ImportError(f"kvattn's TensorFlow layers need Keras on TensorFlow, not {keras.backend.backend()}: see KERAS_BACKEND")
 
-ARRAYS = ("mask", "bias", "positions", "query_offset", "sink", "rng")  # the options of attention that may be tensors
+ARRAYS = ("mask", "bias", "segments", "positions", "query_offset", "sink", "rng")  # the options that may be tensors
 
 registered = keras.saving.register_keras_serializable("kvattn")
 
@@ -39,7 +39,7 @@ class Layer(keras.layers.Layer):
         # Keras has a meaning of its own for ``mask``, and refuses an argument in which tensors and other things mix.
         if isinstance(options.get("mask"), (list, tuple)):
             options["mask"] = np.asarray(options["mask"])
-        if found := {name: options.pop(name) for name in ARRAYS if hasattr(options.get(name), "dtype")} | (arrays or {}):
+        if found := {name: options.pop(name) for name in ARRAYS if _of_arrays(options.get(name))} | (arrays or {}):
             options["arrays"] = found
         if cache is not None:
             options["cache"] = Held(cache)
@@ -70,6 +70,16 @@ class Layer(keras.layers.Layer):
 
     def __dir__(self):
         return [name for name in super().__dir__() if name != "attention_weights"]  # saving reads every attribute
+
+
+def _of_arrays(x):
+    """Whether an option is an array, or, as segments may be, a pair of them."""
+    return hasattr(x, "dtype") or (isinstance(x, tuple) and all(hasattr(y, "dtype") for y in x))
+
+
+def tensors(arrays):
+    """These options as tensors: of a variable, the value now."""
+    return {name: tf.nest.map_structure(tf.convert_to_tensor, x) for name, x in (arrays or {}).items()}
 
 
 class Held:

@@ -209,11 +209,12 @@ _traced = WeakValueDictionary()  # layers by the name that their graphs, which a
 
 
 def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=None, rotary=None, qk_norm=None, q_norm=None,
-            k_norm=None, backend="mxnet", **options):  # fmt: skip
+            k_norm=None, alibi=None, backend="mxnet", **options):  # fmt: skip
     """kvattn.attention with dropout in training alone, noted as the layer's last call: at once, or when a graph runs."""
     if tab.is_array(query):
         query, key = layers.normed(tab, qk_norm, query, key, q_norm, k_norm)
         query, key = layers.turned(rotary, query, key, options.get("query_offset", 0))
+        options = layers.with_alibi(options, alibi, query)
     options |= {"score": score, "valid_lens": whole(valid_lens, backend)}
     layer = _traced.get(layer) if isinstance(layer, str) else layer
     if layer is not None and tab.is_array(query):
@@ -303,13 +304,13 @@ class MultiHeadAttention(_Layer):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None, seed=None, bias=None,
-                 rotary=None, qk_norm=False, sink=False, **kwargs):  # fmt: skip
+                 rotary=None, qk_norm=False, alibi=None, sink=False, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         bias = use_bias if bias is None else bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.width = width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
-        self.qk_norm = layers.check_qk_norm(qk_norm)
+        self.qk_norm, self.alibi = layers.check_qk_norm(qk_norm), layers.check_alibi(alibi, num_heads)
         if self.qk_norm is not None:
             self.q_norm, self.k_norm = (self.params.get(x, shape=(width,), init="ones") for x in ("q_norm", "k_norm"))
         self.sink = self.params.get("sink", shape=(num_heads,), init="zeros") if checks.flag("sink", sink) else None
@@ -333,6 +334,7 @@ class MultiHeadAttention(_Layer):
         keys, values = (_split(x, self.num_kv_heads, self.width) for x in (self.W_k(keys), self.W_v(values)))
         if symbols.deferred(queries):  # which have no positions yet: when the graph runs
             options |= {} if self.rotary is None else {"rotary": self.rotary}
+            options |= {} if self.alibi is None else {"alibi": self.alibi}
             options |= {} if self.qk_norm is None else {"qk_norm": self.qk_norm, "q_norm": q_norm, "k_norm": k_norm}
         else:
             queries, keys = layers.normed(tab, self.qk_norm, queries, keys, q_norm, k_norm)
@@ -343,6 +345,7 @@ class MultiHeadAttention(_Layer):
             options["query_offset"] = cache.length - queries.shape[-2]
         if not symbols.deferred(queries):
             valid_lens = layers.lengths(tab, whole(valid_lens), queries)
+            options = layers.with_alibi(options, self.alibi, queries)
         results = self.attention(queries, keys, values, valid_lens, **layers.with_sink(options, sink))
         output, *rest = results if isinstance(results, (tuple, list)) else (results,)
         output = self.W_o(_join(output, self.num_heads * self.width))  # (batch, n, num_hiddens)
@@ -469,11 +472,11 @@ class TransformerEncoderBlock(_Layer):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, sink=False, seed=None, **kwargs):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         self.attention = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, sink=sink,
-            seed=layers.child(seed, "attention"),
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
+            sink=sink, seed=layers.child(seed, "attention"),
         )  # fmt: skip
         self.addnorm1 = AddNorm(dropout, num_hiddens)
         self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
@@ -497,8 +500,8 @@ class TransformerEncoder(_Layer):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, sink=False, seed=None,
-                 **kwargs):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
+                 seed=None, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         self.num_hiddens = num_hiddens
         self.embedding = nn.Embedding(vocab_size, num_hiddens, weight_initializer=_First("embedding", seed))
@@ -507,7 +510,7 @@ class TransformerEncoder(_Layer):
         for i in range(num_blks):
             block = TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, sink=sink, seed=layers.child(seed, f"blocks.{i}"),
+                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=layers.child(seed, f"blocks.{i}"),
             )  # fmt: skip
             self.blks.add(block)
 

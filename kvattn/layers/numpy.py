@@ -136,12 +136,13 @@ class MultiHeadAttention(Layer):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
-                 rotary=None, qk_norm=False, sink=False, rng=None):  # fmt: skip
+                 rotary=None, qk_norm=False, alibi=None, sink=False, rng=None):  # fmt: skip
         bias, rng = bias if use_bias is None else use_bias, np.random.default_rng(rng)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
         self.qk_norm, self.width = layers.check_qk_norm(qk_norm), width
+        self.alibi = layers.check_alibi(alibi, num_heads)
         for name in () if self.qk_norm is None else NORMS:
             self.parameter(name, (width,))
         if checks.flag("sink", sink):
@@ -169,6 +170,7 @@ class MultiHeadAttention(Layer):
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
         valid_lens = layers.lengths(tab, valid_lens, queries)
+        options = layers.with_alibi(options, self.alibi, queries)
         if "sink" in self._state.declared:  # a copy, since an optimiser writes into it
             options = layers.with_sink(options, self.weight("sink", (self.num_heads,), queries.dtype).copy())
         results = self.attention(queries, keys, values, valid_lens, **options)
@@ -279,11 +281,11 @@ class TransformerEncoderBlock(Layer):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, sink=False, seed=None, rng=None):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, rng=None):  # fmt: skip
         rng = np.random.default_rng(rng)
         self.attention = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, sink=sink,
-            seed=layers.child(seed, "attention"), rng=rng,
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
+            sink=sink, seed=layers.child(seed, "attention"), rng=rng,
         )  # fmt: skip
         self.addnorm1 = AddNorm(num_hiddens, dropout, rng=rng)
         self.ffn = PositionWiseFFN(
@@ -314,8 +316,8 @@ class TransformerEncoder(Layer):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, sink=False, seed=None,
-                 rng=None):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
+                 seed=None, rng=None):  # fmt: skip
         rng = np.random.default_rng(rng)
         self.num_hiddens = num_hiddens
         self.embedding = Embedding(vocab_size, num_hiddens, seed=seed, rng=rng)
@@ -323,7 +325,7 @@ class TransformerEncoder(Layer):
         self.blks = [
             TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, sink=sink, seed=layers.child(seed, f"blocks.{i}"), rng=rng,
+                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=layers.child(seed, f"blocks.{i}"), rng=rng,
             )
             for i in range(num_blks)
         ]  # fmt: skip

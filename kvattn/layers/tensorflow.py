@@ -26,6 +26,7 @@ from kvattn.layers.keras import (  # noqa: F401
     registered,
     seed_among,
     shapes,
+    tensors,
 )  # fmt: skip
 
 __all__ = [*layers.LAYERS]
@@ -54,7 +55,7 @@ class _Attention(Layer):
 
     def call(self, queries, keys, values, valid_lens=None, arrays=None, training=None, queries_mask=None, keys_mask=None,
              values_mask=None, **options):  # fmt: skip
-        options |= {name: tf.convert_to_tensor(x) for name, x in (arrays or {}).items()}  # of a variable, the value now
+        options |= tensors(arrays)
         options |= {"score": self._score(queries, keys), "valid_lens": valid_lens}
         hide_padding(options, queries, keys, (*queries.shape[:-1], keys.shape[-2]), queries_mask, keys_mask, values_mask)
         last = (queries, keys, options) if tf.executing_eagerly() else IN_GRAPH
@@ -165,14 +166,14 @@ class MultiHeadAttention(Layer):
 
     def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, num_heads=None, dropout=0.0,
                  bias=False, *, num_kv_heads=None, seed=None, use_bias=None, rotary=None, qk_norm=False,
-                 sink=False, **kwargs):  # fmt: skip
+                 alibi=None, sink=False, **kwargs):  # fmt: skip
         super().__init__(locals(), **kwargs)
         check_given(self, num_hiddens=num_hiddens, num_heads=num_heads)
         bias = bias if use_bias is None else use_bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
-        self.qk_norm = layers.check_qk_norm(qk_norm)
+        self.qk_norm, self.alibi = layers.check_qk_norm(qk_norm), layers.check_alibi(alibi, num_heads)
         self.OWN = () if self.qk_norm is None else (("q_norm", (width,)), ("k_norm", (width,)))
         self.OWN += (("sink", (num_heads,)),) if checks.flag("sink", sink) else ()
         self.q_norm = self.k_norm = self.sink = None
@@ -197,7 +198,7 @@ class MultiHeadAttention(Layer):
 
     def call(self, queries, keys, values, valid_lens=None, arrays=None, cache=None, training=None, queries_mask=None,
              keys_mask=None, values_mask=None, **options):  # fmt: skip
-        options |= {name: tf.convert_to_tensor(x) for name, x in (arrays or {}).items()}  # of a variable, the value now
+        options |= tensors(arrays)
         if cache is None:
             options["valid_lens"] = valid_lens
             scores = (*queries.shape[:-2], self.num_heads, queries.shape[-2], keys.shape[-2])
@@ -218,6 +219,7 @@ class MultiHeadAttention(Layer):
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
         valid_lens = layers.lengths(tab, valid_lens, queries)
+        options = layers.with_alibi(options, self.alibi, queries)
         options = layers.with_sink(options, None if self.sink is None else tf.cast(self.sink, queries.dtype))
         results = self.attention(queries, keys, values, valid_lens, training=training, **options)
         output, *rest = results if isinstance(results, tuple) else (results,)
@@ -307,14 +309,14 @@ class TransformerEncoderBlock(Layer):
 
     def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
                  ffn_num_hiddens=None, num_heads=None, dropout=0.0, bias=False, *, use_bias=None, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, sink=False, seed=None, **kwargs):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, **kwargs):  # fmt: skip
         super().__init__(locals(), **kwargs)
         check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads)
         dtype = self.dtype_policy
         self.attention = MultiHeadAttention(
             key_size, query_size, value_size, num_hiddens, num_heads, dropout, bias, use_bias=use_bias,
-            num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, sink=sink, seed=layers.child(seed, "attention"),
-            dtype=dtype,
+            num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink,
+            seed=layers.child(seed, "attention"), dtype=dtype,
         )  # fmt: skip
         self.addnorm1 = AddNorm(norm_shape, dropout, dtype=dtype)
         self.ffn = PositionWiseFFN(
@@ -348,8 +350,8 @@ class TransformerEncoder(Layer):
 
     def __init__(self, vocab_size, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
                  ffn_num_hiddens=None, num_heads=None, num_blks=None, dropout=0.0, bias=False, *, use_bias=None,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, sink=False, seed=None,
-                 **kwargs):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
+                 seed=None, **kwargs):  # fmt: skip
         super().__init__(locals(), **kwargs)
         self.autocast = False  # d2l's tokens may be floats: half precision would round them
         check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads, num_blks=num_blks)
@@ -362,7 +364,7 @@ class TransformerEncoder(Layer):
             TransformerEncoderBlock(
                 key_size, query_size, value_size, num_hiddens, norm_shape, ffn_num_hiddens, num_heads, dropout, bias,
                 use_bias=use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, sink=sink, seed=layers.child(seed, f"blocks.{i}"), dtype=dtype,
+                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=layers.child(seed, f"blocks.{i}"), dtype=dtype,
             )
             for i in range(num_blks)
         ]  # fmt: skip

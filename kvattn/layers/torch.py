@@ -186,13 +186,13 @@ class MultiHeadAttention(nn.Module):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
-                 rotary=None, qk_norm=False, sink=False):  # fmt: skip
+                 rotary=None, qk_norm=False, alibi=None, sink=False):  # fmt: skip
         super().__init__()
         bias = bias if use_bias is None else use_bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
-        self.qk_norm = layers.check_qk_norm(qk_norm)
+        self.qk_norm, self.alibi = layers.check_qk_norm(qk_norm), layers.check_alibi(alibi, num_heads)
         self.q_norm, self.k_norm = (None if self.qk_norm is None else nn.Parameter(torch.ones(width)) for _ in "qk")
         self.sink = nn.Parameter(torch.zeros(num_heads)) if checks.flag("sink", sink) else None
         self.attention = DotProductAttention(dropout)
@@ -214,6 +214,7 @@ class MultiHeadAttention(nn.Module):
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
         valid_lens = layers.lengths(tab, valid_lens, queries)
+        options = layers.with_alibi(options, self.alibi, queries)
         options = layers.with_sink(options, None if self.sink is None else self.sink.to(queries.dtype))
         results = self.attention(queries, keys, values, valid_lens, **options)
         output, *rest = results if isinstance(results, tuple) else (results,)
@@ -280,11 +281,11 @@ class TransformerEncoderBlock(nn.Module):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, sink=False, seed=None):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None):  # fmt: skip
         super().__init__()
         self.attention = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, sink=sink,
-            seed=layers.child(seed, "attention"),
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
+            sink=sink, seed=layers.child(seed, "attention"),
         )  # fmt: skip
         self.addnorm1 = AddNorm(num_hiddens, dropout)
         self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
@@ -308,7 +309,7 @@ class TransformerEncoder(nn.Module):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, sink=False,
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
                  seed=None):  # fmt: skip
         super().__init__()
         self.num_hiddens = num_hiddens
@@ -319,7 +320,7 @@ class TransformerEncoder(nn.Module):
         for i in range(num_blks):
             block = TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, sink=sink, seed=layers.child(seed, f"blocks.{i}"),
+                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=layers.child(seed, f"blocks.{i}"),
             )  # fmt: skip
             self.blks.add_module(f"block{i}", block)
 

@@ -38,9 +38,13 @@ def weights_of(name, w, queries, keys):
     return queries @ keys.swapaxes(-1, -2) / (1 + np.exp(-gate))
 
 
-def attention(name, w, queries, keys, values, valid_lens=None, causal=False, sink=None):
-    """(output, weights) of an attention layer. ``sink``: the score of one more key, for all, whose value is 0."""
-    scores, may = weights_of(name, w, queries, keys), allowed(queries.shape[1], keys.shape[1], valid_lens, causal)
+def attention(name, w, queries, keys, values, valid_lens=None, causal=False, sink=None, slope=0.0):
+    """(output, weights) of an attention layer. ``sink``: the score of one more key, for all, whose value is 0.
+
+    ``slope``: by which scores fall for each position between query and key.
+    """
+    far = np.abs(np.arange(queries.shape[1])[:, None] - np.arange(keys.shape[1]))
+    scores, may = weights_of(name, w, queries, keys) - slope * far, allowed(queries.shape[1], keys.shape[1], valid_lens, causal)
     if sink is not None:
         scores = np.concatenate([scores, np.full_like(scores[..., :1], sink, np.result_type(scores, sink))], axis=-1)
         may = np.concatenate([may, np.ones_like(may[..., :1])], axis=-1)
@@ -48,8 +52,13 @@ def attention(name, w, queries, keys, values, valid_lens=None, causal=False, sin
     return weights @ values, weights
 
 
-def multi_head(w, queries, keys, values, valid_lens=None, *, num_heads, num_kv_heads=None, causal=False, turned=None):
-    """(output, weights (batch * heads, n, m)). ``turned``: what is done to a head's queries and keys (batch, n, d)."""
+def multi_head(
+    w, queries, keys, values, valid_lens=None, *, num_heads, num_kv_heads=None, causal=False, turned=None, slopes=None
+):
+    """(output, weights (batch * heads, n, m)). ``turned``: what is done to a head's queries and keys (batch, n, d).
+
+    ``slopes``: by which the scores of each head fall with distance.
+    """
     kv_heads = num_kv_heads or num_heads
     q, k, v = (x @ w[f"W_{c}"] + w.get(f"b_{c}", 0) for c, x in zip("qkv", (queries, keys, values), strict=True))
     outputs, every = [], []
@@ -75,6 +84,7 @@ def multi_head(w, queries, keys, values, valid_lens=None, *, num_heads, num_kv_h
             valid_lens,
             causal,
             w["sink"][head] if "sink" in w else None,
+            0.0 if slopes is None else slopes[head],
         )
         outputs.append(output)
         every.append(weights)
