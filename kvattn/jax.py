@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a type checker cannot see what the next line adds
     from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("jax"))
-__getattr__, __dir__ = namespace.drawing, namespace.listing(globals())
+__getattr__, __dir__ = namespace.lazily("jax"), namespace.listing(globals())
 
 batch_matmul = jax.lax.batch_matmul
 concat = jnp.concatenate  # jnp.concat takes its axis by name only

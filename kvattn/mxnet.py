@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a type checker cannot see what the next line adds
     from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("mxnet"))
-__getattr__, __dir__ = namespace.drawing, namespace.listing(globals())
+__getattr__, __dir__ = namespace.lazily("mxnet"), namespace.listing(globals())
 
 abs, arange, cos, cosh, exp, expand_dims, eye = np.abs, np.arange, np.cos, np.cosh, np.exp, np.expand_dims, np.eye
 float32, int32, int64, linspace, log, meshgrid = np.float32, np.int32, np.int64, np.linspace, np.log, np.meshgrid

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from kvattn import api, maps, weights
+from kvattn import api, maps, scaffold, weights
 
 
 def functions(backend: str) -> dict[str, Any]:
@@ -40,21 +41,27 @@ DRAWING = ("plot", "show_heatmaps", "show_attention", "kernel_shapes", "use_svg_
 
 
 def listing(module: dict[str, Any]) -> Callable[[], list[str]]:
-    """A module's ``__dir__``: what it holds, and what `drawing` finds."""
-    return lambda: sorted({*module, *DRAWING})
+    """A module's ``__dir__``: what it holds, and what `lazily` finds."""
+    return lambda: sorted({*module, *DRAWING, *scaffold.NAMES})
 
 
-def drawing(name: str) -> Any:
-    """A module's ``__getattr__``: what draws loads matplotlib when it is asked for."""
-    if name == "plt":
-        import matplotlib.pyplot as plt
+def lazily(framework: str) -> Callable[[str], Any]:
+    """A module's ``__getattr__``: what draws loads matplotlib when it is asked for, this framework's scaffold too."""
 
-        return plt
-    if name in DRAWING:
-        from kvattn import plot
+    def found(name: str) -> Any:
+        if name == "plt":
+            import matplotlib.pyplot as plt
 
-        return getattr(plot, name)
-    raise AttributeError(f"kvattn's namespaces have no {name!r}")
+            return plt
+        if name in DRAWING:
+            from kvattn import plot
+
+            return getattr(plot, name)
+        if name in scaffold.NAMES:
+            return getattr(importlib.import_module(f"kvattn.scaffold.{framework}"), name)
+        raise AttributeError(f"kvattn's namespaces have no {name!r}")
+
+    return found
 
 
 def method(name: str) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # a type checker cannot see what the next line adds
     from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("numpy"))
-__getattr__, __dir__ = namespace.drawing, namespace.listing(globals())
+__getattr__, __dir__ = namespace.lazily("numpy"), namespace.listing(globals())
 
 tensor, concat, batch_matmul = np.asarray, np.concatenate, np.matmul
 normal, rand, randn = np.random.normal, np.random.rand, np.random.randn  # of the global generator: np.random.seed

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a type checker cannot see what the next line adds
     from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("tensorflow"))
-__getattr__, __dir__ = namespace.drawing, namespace.listing(globals())
+__getattr__, __dir__ = namespace.lazily("tensorflow"), namespace.listing(globals())
 
 arange, astype, batch_matmul, tensor = tf.range, tf.cast, tf.matmul, tf.constant
 log, normal, rand = tf.math.log, tf.random.normal, tf.random.uniform

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a type checker cannot see what the next line adds
     from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("torch"))
-__getattr__, __dir__ = namespace.drawing, namespace.listing(globals())
+__getattr__, __dir__ = namespace.lazily("torch"), namespace.listing(globals())
 
 batch_matmul = torch.bmm
 

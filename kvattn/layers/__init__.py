@@ -142,6 +142,7 @@ def names(path: tuple[str, ...], kind: str) -> dict[str, str]:
     {'weight': 'blocks.0.attention.W_q', 'bias': 'blocks.0.attention.b_q'}
     """
     text = re.sub(r"(^|\.)blks[._](?:block)?(\d+)", r"\1blocks.\2", ".".join(path))
+    text = re.sub(r"(^|\.)cells_(\d+)", r"\1cells.\2", text)  # flax's name of what stands in a list
     *parents, last = text.split(".")
     if kind == "embedding":
         found = {"weight": last}

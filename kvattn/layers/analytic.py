@@ -66,6 +66,7 @@ class Layer:
     """
 
     _inputs, _takes_training = [], False  # forward's positional inputs, and whether it takes ``training``
+    _results = 1  # that forward returns in the dtype of its inputs
     kind = None  # by which layers.names calls its weights: dense, norm, embedding, or None: as their keys
 
     def __new__(cls, *args, **options):
@@ -106,7 +107,7 @@ class Layer:
         finally:
             _mode.reset(token)
         if half is not None:
-            results = _halved(results, half, 1 + bool(options.get("return_weights")))
+            results = _halved(results, half, self._results + bool(options.get("return_weights")))
         if mode.record:
             output = results[0] if type(results) is tuple else results
             state.calls.append((state.kept, floats, np.broadcast_to(np.zeros((), output.dtype), output.shape)))

@@ -34,7 +34,8 @@ class Layer:
         sown = sown.get("intermediates", {})
         if "enc_attention_weights" in sown:
             (self.shown,) = sown["enc_attention_weights"]
-        if isinstance(results, tuple) and "return_weights" not in options:
+        shows = isinstance(results, tuple) and not isinstance(self.module, kv.GRU)  # whose second result is its state
+        if shows and "return_weights" not in options:
             output, self.shown, *rest = results
             results = (output, *rest) if rest else output
         return results

@@ -31,7 +31,7 @@ def gradients(layer, inputs, grad_output, **options):
         leaf.attach_grad()
     with mx.autograd.record(train_mode=False):
         output = layer(*tensors, **{name: _tensor(x) for name, x in options.items()})
-    output.backward(_tensor(grad_output), train_mode=False)
+    (output[0] if isinstance(output, tuple) else output).backward(_tensor(grad_output), train_mode=False)
     values = weights(layer)
     for parameter in layer.collect_params().values():  # a weight's gradient is read as a weight is: put it there, export
         parameter.set_data(parameter.grad())

@@ -27,6 +27,7 @@ def gradients(layer, inputs, grad_output, **options):
     with tf.GradientTape() as tape:
         tape.watch(leaves)
         output = layer(*tensors, **{name: _tensor(x) for name, x in options.items()}, training=False)
+        output = output[0] if isinstance(output, tuple) else output
     by_inputs, by_variables = tape.gradient(output, [leaves, [x.value for x in variables]], _tensor(grad_output))
     values = weights(layer)
     for variable, gradient in zip(variables, by_variables, strict=True):

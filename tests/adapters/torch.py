@@ -26,7 +26,8 @@ def gradients(layer, inputs, grad_output, **options):
     tensors = [_tensor(x) for x in inputs]
     leaves = [x.requires_grad_() for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point()]
     layer.zero_grad()
-    layer(*tensors, **{name: _tensor(x) for name, x in options.items()}).backward(_tensor(grad_output))
+    output = layer(*tensors, **{name: _tensor(x) for name, x in options.items()})
+    (output[0] if isinstance(output, tuple) else output).backward(_tensor(grad_output))
     values = weights(layer)
     with torch.no_grad():  # a weight's gradient is read as a weight is: put it there, export, put the values back
         for parameter in layer.parameters():

@@ -1,0 +1,199 @@
+"""What lessons stand on: a GRU, one for the five frameworks, text to translate, and d2l's names for it."""
+
+import importlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from adapters import reference
+from near import assert_near
+
+import kvattn
+from kvattn import layers
+from kvattn.scaffold import data as text
+
+RNG = np.random.default_rng(4)
+X, H = RNG.normal(size=(4, 3, 5)).astype("float32"), RNG.normal(size=(2, 3, 6)).astype("float32")
+GRAD = RNG.normal(size=(4, 3, 6)).astype("float32")
+CONFIG = {"num_hiddens": 6, "num_layers": 2}
+
+
+@pytest.fixture
+def adapter(backend):
+    return importlib.import_module(f"adapters.{backend}")
+
+
+@pytest.fixture
+def kv(backend):
+    return importlib.import_module(f"kvattn.{backend}")
+
+
+def gru(w, X, H, num_layers=2):
+    """(outputs, state) by the formula, a number after another."""
+    state = []
+    for i in range(num_layers):
+        W_x, b_x, W_h, b_h = (w[f"cells.{i}.{name}"] for name in ("W_x", "b_x", "W_h", "b_h"))
+        h, outputs, n = H[i], [], len(W_h)
+        for x in X:
+            a, b = x @ W_x + b_x, h @ W_h + b_h
+            r, z = (1 / (1 + np.exp(-(a[:, j : j + n] + b[:, j : j + n]))) for j in (0, n))
+            h = (1 - z) * np.tanh(a[:, 2 * n :] + r * b[:, 2 * n :]) + z * h
+            outputs.append(h)
+        X = np.stack(outputs)
+        state.append(h)
+    return X, np.stack(state)
+
+
+def made(adapter, seed=7, **config):
+    layer = adapter.layer("GRU", **CONFIG, seed=seed, **config)
+    adapter.call(layer, X)
+    return layer
+
+
+def shaken(w):
+    rng = np.random.default_rng(5)
+    return {name: (x + rng.normal(size=x.shape) / 4).astype("float32") for name, x in sorted(w.items())}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_gru_gives_the_numbers_and_the_gradients_of_the_formula(adapter, given):
+    layer = made(adapter)
+    w = shaken(adapter.weights(layer))
+    layer, inputs = adapter.load(layer, w), (X, H) if given else (X,)
+    output, state = adapter.call(layer, *inputs)
+    expected = gru(w, X, H if given else np.zeros_like(H))
+    assert_near(output, expected[0])
+    assert_near(np.stack(state), expected[1])
+
+    by_inputs, by_weights = adapter.gradients(layer, inputs, GRAD)
+    arrays = {name: x.astype(float) for name, x in [*w.items(), ("X", X), ("H", H if given else 0 * H)]}
+    expected = reference.gradients(lambda at: gru(at, at["X"], at["H"])[0], arrays, GRAD)
+    for found, name in zip(by_inputs, ("X", "H"), strict=False):
+        assert_near(found, expected[name], name)
+    assert set(by_weights) == set(w)
+    for name, found in by_weights.items():
+        assert_near(found, expected[name], name)
+
+
+def test_a_seed_gives_a_gru_the_same_weights_everywhere(adapter):
+    w = adapter.weights(made(adapter, seed=11))
+    shapes = {"W_x": (None, 18), "b_x": (18,), "W_h": (6, 18), "b_h": (18,)}
+    assert set(w) == {f"cells.{i}.{name}" for i in range(2) for name in shapes}
+    for i, features in enumerate((5, 6)):
+        for name, shape in shapes.items():
+            expected = layers.initial(layers.child(11, f"cells.{i}"), name, tuple(n or features for n in shape))
+            np.testing.assert_array_equal(w[f"cells.{i}.{name}"], expected)
+
+
+def test_dropout_between_cells_is_the_same_everywhere_by_a_seed(adapter, backend):
+    one = importlib.import_module("adapters.numpy")
+    expected = one.call(made(one, dropout=0.5), X, training=True, rng=3)[0]
+    layer = made(adapter, dropout=0.5)
+    assert_near(adapter.call(layer, X, training=True, rng=3)[0], expected)
+    assert_near(adapter.call(layer, X)[0], one.call(made(one), X)[0])
+    assert np.abs(expected - one.call(made(one), X)[0]).max() > 0.01
+
+
+def test_what_a_gru_refuses(adapter, kv):
+    for config, error, words in (
+        ({"num_layers": 2}, TypeError, "num_hiddens"),
+        ({"num_hiddens": 2.5}, TypeError, "num_hiddens"),
+        ({"num_hiddens": 4, "num_layers": 0}, ValueError, "num_layers must be at least 1"),
+        ({"num_hiddens": 4, "dropout": 2.0}, ValueError, "dropout"),
+    ):
+        with pytest.raises(error, match=words):
+            adapter.layer("GRU", **config)
+    layer = made(adapter)
+    for inputs, words in (((X[0],), "steps, batch, features"), ((X[:0],), "at least one step"), ((X, H[:1]), "H has shape")):
+        with pytest.raises(ValueError, match=words):
+            adapter.call(layer, *inputs)
+
+
+def test_numpys_gru_takes_the_gradient_of_its_state_too():
+    from kvattn import numpy as kv
+
+    layer, grad_state = kv.GRU(None, 6, 2, seed=7), RNG.normal(size=H.shape)
+    x, h = X.astype(float), H.astype(float)
+    layer(x, h, record=True)
+    by_X, by_H = layer.backward(GRAD.astype(float), grad_state)
+    arrays = {**{name: w.astype(float) for name, w in layer.weights().items()}, "X": x, "H": h}
+
+    def total(at):
+        output, state = gru(at, at["X"], at["H"])
+        return (GRAD * output).sum() + (grad_state * state).sum()
+
+    expected = reference.gradients(total, arrays, 1.0)
+    assert_near(by_X, expected["X"])
+    assert_near(by_H, expected["H"])
+    for name, found in layer.grads.items():
+        assert_near(found, expected[name], name)
+    halves = layer(X.astype("float16"), H.astype("float16"))
+    assert [x.dtype for x in halves] == ["float16", "float16"]
+
+
+def test_batches_are_the_frameworks_arrays_in_one_order(kv, backend):
+    data = kv.MTFraEng(batch_size=100, num_train=250, num_val=30)
+    assert len(data.train_dataloader()) == 3
+    assert len(data.val_dataloader()) == 1
+    loader = data.train_dataloader()
+    src, tgt, lens, label = map(kvattn.to_numpy, next(iter(loader)))
+    first = [" ".join(data.src_vocab.to_tokens(x)) for x in src[:2]]
+    assert first == FIRST
+    np.testing.assert_array_equal(tgt[:, 1:], label[:, :-1])
+    assert (tgt[:, 0] == data.tgt_vocab["<bos>"]).all()
+    np.testing.assert_array_equal(lens, (src != data.src_vocab["<pad>"]).sum(1))
+    np.testing.assert_array_equal(src[np.arange(100), lens - 1], data.src_vocab["<eos>"])
+    assert (kvattn.to_numpy(next(iter(loader))[0]) != src).any()  # the next time in another order
+    assert {kvattn.dispatch.name_of(kvattn.dispatch.choose(None, x=x)) for x in next(iter(loader))} == {backend}
+
+    src, tgt, lens, label = data.build(["go .", "i quack ."], ["va !", "je suis ."])
+    said = [data.src_vocab.to_tokens(x) for x in src]
+    assert said[0] == ["go", ".", "<eos>"] + ["<pad>"] * 6
+    assert said[1][:3] == ["i", "<unk>", "."]
+    assert data.tgt_vocab.to_tokens(label[0])[:3] == ["va", "!", "<eos>"]
+    assert list(kvattn.to_numpy(lens)) == [3, 4]
+    with pytest.raises(ValueError, match="there are 704"):
+        kv.MTFraEng(8, num_train=1000)
+
+
+FIRST = [
+    "i'm strong . <eos> <pad> <pad> <pad> <pad> <pad>",
+    "they slept . <eos> <pad> <pad> <pad> <pad> <pad>",
+]  # the same whichever framework
+
+
+def test_the_corpus_is_french():
+    pairs = dict(text.corpus())
+    assert len(pairs) == 704
+    assert pairs["i lost ."] == "j'ai perdu ."
+    assert pairs["he's calm ."] == "il est calme ."
+    assert pairs["she's not old ."] == "elle n'est pas vieille ."
+    assert pairs["are they late ?"] == "sont-ils en retard ?"
+    assert pairs["we waited again ."] == "nous avons encore attendu ."
+
+
+@pytest.mark.parametrize(
+    ("pred", "label", "expected"),
+    [
+        ("a b c", "a b c", 1.0),
+        ("a b", "a b c d", np.exp(-1)),
+        ("a a a", "a b c", (1 / 3) ** 0.5 * 0),
+        ("a b d", "a b c", (2 / 3) ** 0.5 * 0.5**0.25),
+        ("x", "a b", 0.0),
+        ("", "a", 0.0),
+    ],
+)
+def test_bleu(pred, label, expected):
+    from kvattn.scaffold.data import bleu
+
+    assert bleu(pred, label, k=2) == pytest.approx(expected)
+
+
+def test_the_scaffold_is_loaded_when_it_is_asked_for():
+    code = (
+        "import sys; from kvattn import numpy as kv; before = 'kvattn.scaffold.numpy' in sys.modules; kv.GRU; "
+        "print(before, 'kvattn.scaffold.numpy' in sys.modules, 'GRU' in dir(kv), hasattr(kv, 'nothing'))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told == "False True True False\n"
