@@ -124,6 +124,21 @@ def layer(layout):
     np.testing.assert_allclose(found, plain, rtol=2e-5, atol=1e-7)
 
 
+def stays(options, arrays):
+    """What lies along batch and heads is sent nowhere, forward or backward, under jit; and comes back as it lay."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    call = lambda q, k, v, *rest: kvattn.attention(q, k, v, **options, **dict(zip(arrays, rest, strict=True)))  # noqa: E731
+    lies = NamedSharding(mesh, P("x", "y"))
+    given = [jax.device_put(x, lies) for x in (QUERY, KEY, VALUE, GRAD)]
+    given += [jax.device_put(x, NamedSharding(mesh, P("x"))) for x in arrays.values()]
+    program = jax.jit(lambda *given: results(call, given)).lower(*given).compile().as_text()
+    for word in ("all-gather", "all-to-all", "all-reduce", "collective-permute", "collective-broadcast"):
+        assert word not in program, word
+    at_once = call(*given[:3], *given[4:])
+    assert at_once.sharding.is_equivalent_to(lies, 4), at_once.sharding
+    np.testing.assert_allclose(at_once, kvattn.attention(QUERY, KEY, VALUE, **options, **arrays, backend="numpy"), atol=2e-5)
+
+
 def main():
     chosen = [(name, ("explicit batch, heads", "manual batch")[i % 2]) for i, name in enumerate(CALLS)]
     chosen += itertools.product(["causal, lengths"], LAYOUTS)
@@ -131,6 +146,9 @@ def main():
         chosen.remove(("causal, lengths", "manual batch, explicit heads"))
     tasks = {f"{name}: {layout}": partial(compare, name, layout) for name, layout in dict.fromkeys(chosen)}
     tasks |= {f"the layer: {layout}": partial(layer, layout) for layout in ("manual", "explicit", "auto")}
+    tasks |= {
+        f"nothing is sent: {name}": partial(stays, *CALLS[name]) for name in ("plain", "causal, lengths", "window", "mask")
+    }
     for what, task in tasks.items():
         try:
             with patch.object(jax_blocks, "PAIRS", 2**16 if "blocks" in what else jax_blocks.PAIRS):

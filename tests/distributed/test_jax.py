@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kvattn
+from kvattn import jax as kv
 from kvattn.backends import jax as tab
 from kvattn.conformance.cases import NOT_FINITE
 from kvattn.distributed.jax import ring_attention
@@ -211,43 +212,115 @@ def compiled(devices, n, gradients, dtype="float32", **options):
     return jax.jit(program, out_shardings=lies).lower(*given).compile()
 
 
+ADDITIVE = {"W_q": np.ones((16, 4), "float32"), "W_k": np.ones((16, 4), "float32"), "w_v": np.ones(4, "float32")}
+NAMED = {  # options that are arrays, of so many queries and keys, and how they lie
+    "valid_lens": lambda n: ((4,), jnp.int32, P("b")),
+    "each": lambda n: ((4, n), jnp.int32, P("b")),
+    "query_offset": lambda n: ((4,), jnp.int32, P("b")),
+    "mask": lambda n: ((4, 1, n, n), bool, P("b")),
+    "bias": lambda n: ((4, 4, n, n), jnp.float32, P("b", "h")),
+    "sink": lambda n: ((4,), jnp.float32, P("h")),
+    "positions": lambda n: ((4, 1, n, 5), jnp.int32, P("b")),
+    "segments": lambda n: ((4, n), jnp.int32, P("b")),
+}
 OPTIONS = {
     "plain": {},
     "causal": {"causal": True},
-    "lengths": {"valid_lens": P("b")},
-    "mask": {"mask": P("b")},
+    "lengths": {"valid_lens": "valid_lens"},
+    "mask": {"mask": "mask"},
     "window": {"window": (5, 3)},
+}
+MORE = {
+    "a length for each query, a bias": {"valid_lens": "each", "bias": "bias"},
+    "offsets, softcap": {"causal": True, "query_offset": "query_offset", "softcap": 2.0},
+    "a sink": {"sink": "sink", "window": (9, None)},
+    "positions": {"positions": "positions"},
+    "scores": {"return_scores": "capped", "softcap": 2.0, "causal": True, "return_lse": True},
+    "additive, sparsemax": {"score": partial(kvattn.additive_score, **ADDITIVE), "normalize": kvattn.sparsemax},
+    "a function": {"mask": lambda query, key: (query >= key) | (key < 7)},
+    "segments, dropout": {"segments": ("segments", "segments"), "dropout": 0.5, "rng": 3},
 }
 
 
 def spread_over_batch_and_heads(attend, devices, n, call, gradients):
     """The collectives of the program of a call, or of its gradients, whose arrays lie along the batch and the heads."""
-    options = dict(call)
-    shapes = {"valid_lens": ((4,), jnp.int32), "mask": ((4, 1, n, n), bool)}
-    named = [name for name in shapes if name in options]
-    given = [((4, heads, n, 16), jnp.float32, P("b", "h")) for heads in (4, 2, 2, 4)]
-    given += [(*shapes[name], options.pop(name)) for name in named]
+    flat, tree = jax.tree.flatten(dict(call))
+    named = [i for i, x in enumerate(flat) if isinstance(x, str) and x in NAMED]
+    given = [((4, heads, n, 16), jnp.float32, P("b", "h")) for heads in (4, 2, 2, 4)] + [NAMED[flat[i]](n) for i in named]
     given = [jax.ShapeDtypeStruct(*x, sharding=NamedSharding(devices, lies)) for *x, lies in given]
 
     def program(query, key, value, grad, *rest):
-        bound = partial(attend, **options, **dict(zip(named, rest, strict=True)))
-        return jax.vjp(bound, query, key, value)[1](grad) if gradients else bound(query, key, value)
+        options = jax.tree.unflatten(
+            tree, [*map({**dict(enumerate(flat)), **dict(zip(named, rest, strict=True))}.get, range(len(flat)))]
+        )
+
+        def output(*arrays):
+            found = attend(*arrays, **options)
+            return found[0] if isinstance(found, tuple) else found
+
+        return jax.vjp(output, query, key, value)[1](grad) if gradients else attend(query, key, value, **options)
 
     return collectives(jax.jit(program).lower(*given).compile().as_text())
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
-@pytest.mark.parametrize("call", OPTIONS.values(), ids=OPTIONS)
-def test_the_formula_sends_nothing_where_batch_and_heads_are_spread(call, gradients):
-    """`kvattn.attention` of few queries, to which XLA is left."""
-    for kind in KINDS:
-        assert spread_over_batch_and_heads(kvattn.attention, mesh((4, 2), ("b", "h"), kind), 16, call, gradients) == {}
+@pytest.mark.parametrize("call", (OPTIONS | MORE).values(), ids=OPTIONS | MORE)
+def test_nothing_is_sent_where_batch_and_heads_are_spread(call, gradients):
+    """By `kvattn.attention`, whose arrays may lie anywhere: of more queries than one device would leave to the formula."""
+    for kind in KINDS if call in OPTIONS.values() else ("auto",):
+        assert spread_over_batch_and_heads(kvattn.attention, mesh((4, 2), ("b", "h"), kind), 144, call, gradients) == {}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"valid_lens": np.int32([144, 7, 0, 60])}], ids=["plain", "causal", "lengths"]
+)
+def test_a_call_that_runs_at_once_sends_nothing(options):
+    """Of arrays that lie along batch and heads; where one device has all, tiles serve as ever."""
+    lies, sent = NamedSharding(mesh((4, 2), ("b", "h")), P("b", "h")), []
+    arrays = [normal(4, heads, 144, 16).astype(np.float32) for heads in (4, 2, 2, 4)]
+    run = programs._run
+
+    def seen(*args):
+        sent.append(collectives(run.lower(*args).compile().as_text()))
+        return run(*args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(programs, "_run", seen)
+        given = [jax.device_put(x, lies) for x in arrays]
+        output, grads = kvattn.attention(*given[:3], **options), kvattn.attention_grad(*given, **options)
+    assert len(sent) >= 2
+    assert not any(sent)
+    assert all(x.sharding.is_equivalent_to(lies, 4) for x in (output, *grads))
+    for x, y in zip(
+        (output, *grads), (kvattn.attention(*arrays[:3], **options), *kvattn.attention_grad(*arrays, **options)), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    assert kvattn.explain(*given[:3], **options).kernel == "the formula"
+    assert kvattn.explain(*map(jnp.asarray, arrays[:3]), **options).kernel == "tiles"
+
+
+def test_a_layer_sends_gradients_of_its_weights_alone():
+    """Data lies along the batch; what is summed over it is the weights' gradient, of which every device has all."""
+    devices, layer = mesh(names=("b",)), kv.MultiHeadAttention(16, 4, num_kv_heads=2)
+    X = normal(8, 144, 16).astype(np.float32)
+    variables = layer.init(jax.random.key(0), X[:1], X[:1], X[:1])
+
+    def loss(variables, X):
+        return (layer.apply(variables, X, X, X, causal=True)[0] ** 2).sum()
+
+    kept = NamedSharding(devices, P())
+    given = jax.tree.map(lambda x: jax.device_put(x, kept), variables), jax.device_put(X, NamedSharding(devices, P("b")))
+    program = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=(kept, NamedSharding(devices, P("b"))))
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables))
+    assert collectives(program.lower(*given).compile().as_text()) == {"all-reduce": weights}
+    for x, y in zip(*map(jax.tree.leaves, (program(*given), jax.grad(loss, argnums=(0, 1))(variables, X))), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
 @pytest.mark.parametrize("call", OPTIONS.values(), ids=OPTIONS)
 def test_tiles_send_nothing_where_batch_and_heads_are_named(call, gradients):
-    """`kvattn.attention` would gather them, as XLA cuts no loop over batch and heads in pieces."""
+    """Each device then works by its tiles, which XLA would not cut by itself."""
     devices = mesh((4, 2), ("b", "h"))
     attend = partial(ring_attention, mesh=devices, axis=None, batch_axis="b", head_axis="h")
     assert spread_over_batch_and_heads(attend, devices, 144, call, gradients) == {}

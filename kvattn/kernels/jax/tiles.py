@@ -23,15 +23,21 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from kvattn.kernels.jax import plans
+from kvattn import planning
+from kvattn.kernels.jax import plans, programs
 
 FARTHEST = 2**29  # no array is as long: positions stay within 32 bits
 
 
 def obstacle(tab, query, key, value, call):
     """Why tiles do not serve a call of ``tab``; "" if they do."""
-    reason = plans.obstacle(tab, query.shape, key.shape, value.shape, call)
-    return reason or ("" if jax.default_backend() == "cpu" else "tiles are for the CPU")
+    if reason := plans.obstacle(tab, query.shape, key.shape, value.shape, call):
+        return reason
+    if jax.default_backend() != "cpu":
+        return "tiles are for the CPU"
+    if math.prod(planning.lead(query.shape, key.shape)) > 1 and programs.shared((query, key, value)):
+        return "several devices may share the arrays, and a loop over batch and heads would gather them"
+    return ""
 
 
 def attention(tab, query, key, value, call, blocks=()):
