@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,15 @@ TURNS = ("float64", "float32", "float16", "float32", "float64", "bfloat16")
 
 def cases(seed: int = 0) -> list[Case]:
     """Every case: the golden ones, whose answers are stored, and those generated here from ``seed``."""
+    return [*_made(seed)]
+
+
+@cache  # seconds of the oracle's; cases are not written to
+def _made(seed: int) -> tuple[Case, ...]:
     made = _shared_out([*golden.stored(), *families.every(np.random.default_rng(seed))])
     names = [case.name for case in made]
     assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)
-    return made
+    return tuple(made)
 
 
 def _shared_out(made: list[Case]) -> list[Case]:
