@@ -15,6 +15,8 @@ from kvattn.peers import naive
 
 NAMES = {"numpy": "NumPy", "torch": "PyTorch", "tensorflow": "TensorFlow", "jax": "JAX", "mxnet": "MXNet"}
 
+HEIGHT = 3.9  # inches
+
 ALT = "Outputs of one call as coloured matrices: alike by kvattn on each framework; with NaN, or other numbers, without it"
 
 
@@ -86,7 +88,7 @@ def draw(backends, path):
     pairs = [outputs(backend) for backend in backends]
     largest = max(np.abs(ours).max() for ours, _ in pairs)
     spread = np.ptp([ours for ours, _ in pairs], axis=0).max() / np.finfo("float32").eps / largest
-    figure = Figure(figsize=(1.85 * len(backends) + 0.5, 3.9), layout="constrained")
+    figure = Figure(figsize=(_inches(backends), HEIGHT), layout="constrained")
     axes = figure.subplots(2, len(backends), squeeze=False)
     for column, (backend, pair) in enumerate(zip(backends, pairs, strict=True)):
         titles = (NAMES[backend], CALLS[backend][1])
@@ -98,6 +100,15 @@ def draw(backends, path):
     figure.legend(handles=key, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, metadata={"Date": None})
     return float(spread)
+
+
+def pixels(backends):
+    """How wide the picture of these backends is on the page: with few of them it is narrower, not higher."""
+    return round(1000 * _inches(backends) / _inches(NAMES))
+
+
+def _inches(backends):
+    return 1.85 * len(backends) + 0.5
 
 
 def caption(eps):

@@ -66,8 +66,8 @@ class Agreement(SphinxDirective):
     def run(self):
         path = Path(self.env.srcdir, "_build", "agreement.svg")
         path.parent.mkdir(parents=True, exist_ok=True)
-        eps = agreement.draw(_backends(), path)
-        text = f"```{{figure}} /_build/agreement.svg\n:class: output\n:width: 1000px\n:alt: '{agreement.ALT}'\n\n"
+        eps, width = agreement.draw(_backends(), path), agreement.pixels(_backends())
+        text = f"```{{figure}} /_build/agreement.svg\n:class: output\n:width: {width}px\n:alt: '{agreement.ALT}'\n\n"
         return self.parse_text_to_nodes(text + agreement.caption(eps) + "\n```\n")
 
 

@@ -147,6 +147,17 @@ def test_the_code_of_the_lessons_fits_the_page():
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_every_exercise_has_a_solution_that_is_folded(path):
+    exercises, _, rest = path.read_text(encoding="utf-8").partition("\n## Exercises\n")[2].partition("\n## Solutions\n")
+    solutions = rest.partition("\n## Sources\n")[0]
+    asked = len(re.findall(r"^1\. ", exercises, re.MULTILINE))
+    numbers = re.findall(r"^<details>\n<summary>(\d+)\. [^\n]+</summary>\n\n(?=\S)", solutions, re.MULTILINE)
+    assert asked
+    assert [int(number) for number in numbers] == [*range(1, asked + 1)]
+    assert solutions.count("\n\n</details>\n") == asked
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_a_lesson_runs_on_numpy(path, capsys):
     assert cli.main(["lesson", "run", str(path), "--backend", "numpy"]) == 0, capsys.readouterr().out
 
@@ -256,6 +267,7 @@ def test_the_first_picture_shows_the_documented_answer_beside_what_the_framework
     assert np.isnan(theirs[:, 4:]).all()  # the padding's NaN
     assert not np.isnan(theirs[[0, 1, 3], :4]).any()
     assert agreement.draw([backend], tmp_path / "agreement.svg") == 0
+    assert agreement.pixels([backend]) * 4 < agreement.pixels(agreement.NAMES) == 1000  # as high as that of all
     assert (tmp_path / "agreement.svg").read_text(encoding="utf-8").count("<svg") == 1
 
 

@@ -39,6 +39,38 @@ def test_a_notebook_has_the_code_of_one_tab_as_it_stands_and_runs(command, world
     assert "exists; --output names the file to write over" in again.err
 
 
+def test_what_is_folded_is_folded_in_a_notebook_and_stays_whole_on_a_page(command, world):
+    folded = f"Ask.\n\n<details>\n<summary>1. Why</summary>\n\nSo.\n\n{cell('40 + 2')}\nAnd so.\n\n{cell('41')}\n</details>\n"
+    folded += "\n<details>\n<summary>2. How</summary>\n\nThus.\n\n</details>\n\n"
+    text = TWINS + folded + cell("43")
+    assert command(text, "convert", "--backend", "numpy").status == 0
+    cells = nbformat.read(world / "lesson.numpy.ipynb", as_version=4).cells[1:]
+    head, end = "<details>\n<summary>1. Why</summary>\n\n", "\n\n</details>"
+    assert [each.source for each in cells if each.cell_type == "markdown"] == [
+        f"Ask.\n\n{head}So.{end}",
+        f"{head}And so.{end}",
+        f"<details>\n<summary>2. How</summary>\n\nThus.{end}",
+    ]
+    hidden = {each.source: each.metadata.get("jupyter", {}).get("source_hidden") for each in cells if each.cell_type == "code"}
+    assert hidden == {"40 + 2": True, "41": True, "43": None}
+    made = lesson.render(world / "lesson.md", ["numpy", "twin"], world / "out")
+    order = [head, "So.", "40 + 2", "42", "And so.", "41", "</details>", "2. How", "</details>", "43"]
+    places = [made.index(order[0])]
+    for each in order[1:]:
+        places.append(made.index(each, places[-1] + 1))
+    assert made.count("<details>") == made.count("</details>") == 2
+
+
+def test_a_drawing_stands_on_a_page_itself_and_once(world):
+    code = "from kvattn import drawings\ndrawings.look_up('Li', ['Li', 'Hu'], ['Mu', 'R<'], [0.75, 0.25], 'x', caption='A & B')"
+    (world / "lesson.md").write_text(TWINS + cell(code))
+    text = lesson.render(world / "lesson.md", ["numpy", "twin"], world / "out")
+    assert text.count('```{raw} html\n\n<figure class="drawing"><svg ') == text.count("<svg") == 1
+    assert "<figcaption>A &amp; B</figcaption></figure>\n```" in text
+    assert "R&lt;" in text
+    assert not (world / "out").exists()
+
+
 def test_other_formats_and_files_that_cannot_be_written(command, world):
     text = TWINS + cell("x = 1", "numpy")
     assert command(text, "convert", "--backend", "NumPy", "--output", str(world / "x.py")).status == 0

@@ -120,7 +120,9 @@ class _Page:
         for output in ran.outputs:
             data = output.get("data", {})
             kind = next((kind for kind in _IMAGES if kind in data), None)
-            if kind:
+            if data.get("text/html", "").startswith("<figure"):  # a drawing, which takes the colours of the page
+                pieces.append(_Shown(directive("raw", "html", {}, data["text/html"]), None))
+            elif kind:
                 figure = next(figures, {})
                 alt = f"Figure: {figure['alt']}" if figure.get("alt") else "Figure drawn by the code above"
                 pieces.append(_Shown(self._image(kind, data[kind], alt), figure))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from kvattn.lesson.prose import for_tab
 from kvattn.lesson.reader import Cell, Lesson
 from kvattn.lesson.references import References
+
+_DETAILS = re.compile(r"^(<details|</details)[^>\n]*>[ \t]*\n?(<summary>[^\n]*</summary>)?", re.MULTILINE)
 
 
 def notebook(lesson: Lesson, name: str, *, files: Sequence[Path] | None = None, install: str | None = None) -> Any:
@@ -23,23 +26,45 @@ def notebook(lesson: Lesson, name: str, *, files: Sequence[Path] | None = None, 
     """
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-    cells, references = [], References(lesson, files)
+    cells, references, fold = [], References(lesson, files), _Fold()
     if install:
         cells.append(new_code_cell(f"%pip install -q {_wanted(name, install)}", id="install"))
     setup = next((part for part in lesson.parts if isinstance(part, Cell) and part.setup), None)
     for part in lesson.parts:
         about = {"id": f"line-{part.line}"}
         if not isinstance(part, Cell):
-            if text := for_tab(part.text, name, references).strip("\n"):
+            if text := fold.prose(for_tab(part.text, name, references).strip("\n")):
                 cells.append(new_markdown_cell(text, **about))
         elif part is setup:
             cells.append(new_code_cell(f'%load_ext kvattn.tab\ntab.select_tab("{name}")', **about))
         elif not part.setup and part.on(name):
-            cells.append(new_code_cell(part.code, **about))
+            cells.append(new_code_cell(part.code, metadata=fold.code(), **about))
     if text := references.bibliography():
         cells.append(new_markdown_cell(text, id="references"))
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+
+
+class _Fold:
+    """What stands between ``<details>`` and ``</details>``, as a solution does, folded in a notebook too.
+
+    There each cell is a document of its own: each piece of prose gets its own ``<details>``, with the summary of the whole,
+    and code is hidden until it is asked for, in JupyterLab, and where pages are made of notebooks.
+    """
+
+    def __init__(self) -> None:
+        self.summary = ""
+
+    def prose(self, text: str) -> str:
+        begun = f"<details>\n{self.summary}\n\n" if self.summary else ""
+        if self.summary and text.startswith("</details>"):  # after code: there is nothing to fold
+            begun, text = "", text.removeprefix("</details>").lstrip("\n")
+        for mark, summary in _DETAILS.findall(text):
+            self.summary = summary.strip() or "<summary></summary>" if mark == "<details" else ""
+        return begun + text + ("\n\n</details>" if self.summary else "")
+
+    def code(self) -> dict[str, Any]:
+        return {"jupyter": {"source_hidden": True}, "tags": ["hide-cell"]} if self.summary else {}
 
 
 def _wanted(name: str, install: str) -> str:

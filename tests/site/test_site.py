@@ -123,6 +123,42 @@ def test_every_lesson_opens_on_every_tab(browser, address, name):
     assert [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]] == []
 
 
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_a_drawing_has_the_colour_of_the_text_and_is_read_on_a_phone(browser, address, mode):
+    size(browser, 390, 800)
+    for page in LESSONS:
+        visit(browser, address, page)
+        browser.execute_script("document.body.dataset.theme = arguments[0]", mode)
+        for drawing in browser.find_elements(By.CSS_SELECTOR, "figure.drawing svg"):
+            assert drawing.get_attribute("role") == "img"
+            assert len(drawing.get_attribute("aria-label")) > 20
+            box, view = drawing.rect, float(drawing.get_attribute("viewBox").split()[2])
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 390
+            assert 14 * box["width"] / view > 11  # pixels, of letters of 14 units
+            ink, paper = (
+                browser.execute_script(f"return getComputedStyle({of}).{what}", drawing)
+                for of, what in (("arguments[0].querySelector('text')", "fill"), ("document.body", "backgroundColor"))
+            )
+            bright = [sum(map(float, re.findall(r"[\d.]+", colour)[:3])) for colour in (ink, paper)]
+            assert abs(bright[0] - bright[1]) > 400, (ink, paper)
+            assert (bright[0] > bright[1]) is (mode == "dark")
+
+
+def test_solutions_are_folded_until_they_are_asked_for(browser, address):
+    for page in LESSONS:
+        visit(browser, address, page)
+        choose(browser, TABS[0])
+        folded = browser.find_elements(By.CSS_SELECTOR, "section[id=solutions] details")
+        assert folded
+        assert {each.get_attribute("open") for each in folded} == {None}, page
+    inside = folded[0].find_elements(By.CSS_SELECTOR, "p, div.highlight")
+    assert inside
+    assert not inside[0].is_displayed()
+    folded[0].find_element(By.CSS_SELECTOR, "summary").click()
+    assert inside[0].is_displayed()
+
+
 def test_a_wide_figure_scrolls_on_a_phone(browser, address):
     size(browser, 390, 800)
     visit(browser, address, next(page for page in LESSONS if "attention-pooling" in page))
