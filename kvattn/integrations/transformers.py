@@ -13,15 +13,24 @@ What is supported and what is refused, and why: docs/howto/transformers.md.
 
 from __future__ import annotations
 
+import inspect
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only  # private: read in PyTorch 2.13; the names of models below in transformers 5.24
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    eager_mask,
+    packed_sequence_mask_function,
+    remap_positions_for_packed_sequence,
+    sdpa_mask,
+    sliding_window_overlay,
+)
 from transformers.utils import output_capturing
 
 import kvattn
@@ -55,13 +64,17 @@ def allowed(*, config: Any = None, **options: Any) -> torch.Tensor | None:
         )
     if not all(model._supports_sdpa or model._supports_attention_backend for model in models):
         return eager_mask(config=config, **options)  # some of its layers may add the mask to scores themselves
+    written = partial(sdpa_mask, config=config, **options | {"allow_is_causal_skip": False})
+    traced = (
+        torch.compiler.is_compiling() or torch.jit.is_tracing()
+    )  # a trace is run with other lengths, and holds tensors only
+    packed = None if traced else Packed.read(options.get("mask_function"))
+    if packed is not None:
+        return Causal.of(written, packed, **options)
     mask = sdpa_mask(config=config, **options)
     if mask is not None or not options.get("allow_is_causal_skip", True):
         return mask
-    written = partial(sdpa_mask, config=config, **options | {"allow_is_causal_skip": False})
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a trace is run with other lengths, and holds tensors only
-        return written()
-    return Causal.of(written, **options)
+    return written() if traced else Causal.of(written, **options)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -75,16 +88,51 @@ def _models(config: Any) -> tuple[Any, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-class Causal(torch.Tensor):  # type: ignore[misc]
-    """A plain causal mask, whose n * m booleans are written only if a model computes with it, slices it, moves it."""
+class Packed(NamedTuple):
+    """Sequences that lie one after another in a row: the segment of each token (batch, n), and the window within each, None for
+    no limit."""
 
-    written: Any
+    segments: torch.Tensor
+    window: int | None
 
     @classmethod
-    def of(cls, written: Any, *, batch_size: int, q_length: int, kv_length: int, device: Any = "cpu", **_: Any) -> Causal:
+    def read(cls, mask_function: Any) -> Packed | None:
+        """What transformers made a mask function of, where it is causal within sequences, and within a window; else None."""
+        placed, same = _parts(mask_function, and_masks, "mask_functions", (None, None))
+        segments = _parts(same, packed_sequence_mask_function, "packed_sequence_mask")
+        within = _parts(placed, remap_positions_for_packed_sequence, "mask_function")
+        if (
+            segments is None or within is causal_mask_function
+        ):  # which is so by positions within a sequence as by places in the row
+            return None if segments is None else cls(segments, None)
+        window, causal = _parts(within, and_masks, "mask_functions", (None, None))
+        size = _parts(window, sliding_window_overlay, "sliding_window")
+        return None if size is None or causal is not causal_mask_function else cls(segments, size - 1)
+
+
+def _parts(function: Any, maker: Any, name: str, otherwise: Any = None) -> Any:
+    """What a function holds by this name of the call of ``maker`` that made it; of another's, ``otherwise``."""
+    made = (
+        getattr(function, "__qualname__", "").startswith(f"{maker.__name__}.<locals>.")
+        and function.__module__ == maker.__module__
+    )
+    found = inspect.getclosurevars(function).nonlocals.get(name, otherwise) if made else otherwise
+    return found if not isinstance(otherwise, tuple) or len(found) == len(otherwise) else otherwise
+
+
+class Causal(torch.Tensor):  # type: ignore[misc]
+    """A causal mask, plain or of ``packed`` sequences, whose n * m booleans are written only if a model computes with it,
+    slices it, moves it."""
+
+    written: Any
+    packed: Packed | None
+
+    @classmethod
+    def of(cls, written: Any, packed: Packed | None = None, *, batch_size: int, q_length: int, kv_length: int,
+           device: Any = "cpu", **_: Any) -> Causal:  # fmt: skip
         one = torch.ones((), dtype=torch.bool, device=device)
         mask: Causal = one.expand(batch_size, 1, q_length, kv_length).as_subclass(cls)
-        mask.written = written
+        mask.written, mask.packed = written, packed
         return mask
 
     @classmethod
@@ -139,8 +187,11 @@ def forward(
         common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), dtype)
         query, key, value = query.to(common), key.to(common), value.to(common)
     mask, bias, causal = attention_mask, position_bias, isinstance(attention_mask, Causal)
+    segments, window = _sequences(query, key, **others), None
     if causal:
         mask = None
+        if attention_mask.packed is not None:
+            segments, window = attention_mask.packed
     elif mask is not None and mask.dtype != torch.bool:  # a caller's own 4-d mask, to be added
         if not mask.dtype.is_floating_point:
             raise TypeError(
@@ -152,6 +203,8 @@ def forward(
         "mask": mask,
         "bias": None if bias is None else bias.to(query.dtype),
         "causal": causal and query.shape[2] > 1,  # transformers leaves out the mask of one query, which sees all keys
+        "segments": segments,
+        "window": None if window is None else (window, None),
         "scale": scaling,
         "softcap": softcap,
     }
@@ -173,6 +226,21 @@ def forward(
     if output.dtype != dtype:
         output = output.to(dtype)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _sequences(query: Any, key: Any, cu_seq_lens_q: Any = None, cu_seq_lens_k: Any = None, **_: Any) -> Any:
+    """The segments of queries and keys, where a collator tells FlashAttention's kernels the ends of sequences in one row."""
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:
+        return None
+    if query.shape[0] > 1:
+        raise NotImplementedError(f"cu_seq_lens_q tells of one row of sequences, not of {query.shape[0]}: give position_ids")
+    sides = (query, cu_seq_lens_q), (key, cu_seq_lens_k)
+    return tuple(
+        torch.searchsorted(ends[1:].contiguous(), torch.arange(x.shape[2], device=ends.device, dtype=ends.dtype), right=True)[
+            None
+        ]
+        for x, ends in sides
+    )
 
 
 def _attentions_are_collected() -> bool:
@@ -210,7 +278,7 @@ def _there(tensors: Any, options: dict[str, Any], backend: str) -> tuple[list[An
         """NumPy's view of a tensor on the CPU, no copy. bfloat16 goes as float32, in which it would be computed anyway."""
         return kvattn.asarray(kvattn.to_numpy(x), backend=backend)
 
-    given = {name: there(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    given = {name: tree_map_only(torch.Tensor, there, x) for name, x in options.items()}
     return [there(x) for x in tensors], given
 
 

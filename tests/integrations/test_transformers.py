@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import chosen
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, masking_utils
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import kvattn
@@ -224,16 +224,76 @@ def test_pieces_with_a_cache_equal_the_whole(which, cache, name):
             torch.testing.assert_close(piece, whole[:, start:stop], atol=2e-5, rtol=2e-5)
 
 
-def test_packed_sequences_do_not_see_each_other(name):
-    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
-    for which in ("llama", "mistral"):
-        model = build(which)
-        with torch.no_grad():
-            inputs = {"input_ids": TOKENS[:1], "position_ids": places, "use_cache": False}
-            eager, ours = (called(model, implementation, **inputs).logits for implementation in ("eager", name))
-            apart = called(model, name, input_ids=TOKENS[:1, 4:]).logits
-        torch.testing.assert_close(ours, eager, atol=2e-5, rtol=2e-5)
-        torch.testing.assert_close(ours[:, 4:], apart, atol=2e-5, rtol=2e-5)
+PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("which", ["llama", "mistral", "gemma2", "llama4", "gpt_oss"])
+def test_packed_sequences_do_not_see_each_other(which, name):
+    model = build(which)
+    given = {"input_ids": TOKENS, "position_ids": PACKED, "use_cache": False}
+    logits, found = [], []
+    for implementation in ("eager", "sdpa" if model._supports_sdpa else "eager", name):
+        model.zero_grad()
+        logits.append(called(model, implementation, **given).logits)
+        logits[-1].square().sum().backward()
+        found.append({each: x.grad.clone() for each, x in model.named_parameters() if x.grad is not None})
+    for other in (0, 1):
+        torch.testing.assert_close(logits[2], logits[other], atol=2e-5, rtol=2e-5)
+        same_gradients(found[2], found[other])
+    if which in ("llama", "mistral"):
+        apart = called(model, name, input_ids=TOKENS[:1, 4:]).logits
+        torch.testing.assert_close(logits[2][:1, 4:], apart, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("which", "windows"), [("llama", [None, None]), ("mistral", [(2, None)] * 2), ("gemma2", [(2, None), None])]
+)
+def test_the_mask_of_packed_sequences_is_not_written(which, windows, monkeypatch):
+    model, calls, attention = build(which).train(), [], kvattn.attention
+    monkeypatch.setattr(kvattn, "attention", lambda *x, **options: calls.append(options) or attention(*x, **options))
+    called(model, "kvattn", input_ids=TOKENS, position_ids=PACKED, use_cache=False)
+    assert [options["window"] for options in calls] == windows
+    for options in calls:
+        assert options["mask"] is None
+        assert options["causal"]
+        assert options["segments"].tolist() == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]]
+
+
+def test_the_mask_of_packed_sequences_is_written_when_a_model_computes_with_it():
+    model = build("mistral", use_cache=False)
+    model.set_attn_implementation("kvattn")
+    embedded = model.get_input_embeddings()(TOKENS)
+    for make in (masking_utils.create_causal_mask, masking_utils.create_sliding_window_causal_mask):
+        masks = []
+        for implementation in ("kvattn", "sdpa"):
+            model.set_attn_implementation(implementation)
+            masks.append(make(model.config, embedded, None, None, position_ids=PACKED))
+        assert type(masks[0]) is integration.Causal
+        assert (masks[0][:, :] == masks[1]).all()
+
+
+@pytest.mark.parametrize("places", [True, False])
+def test_what_a_collator_without_padding_gives_is_what_its_sequences_give_alone(places, name):
+    """With the ends of sequences alone too, which eager does not know."""
+    sequences = [TOKENS[0, :4].tolist(), TOKENS[0, 4:].tolist(), TOKENS[1, :2].tolist()]
+    collate = transformers.DataCollatorWithFlattening(
+        return_position_ids=places, return_flash_attn_kwargs=True, return_tensors="pt"
+    )
+    batch = collate([{"input_ids": each, "labels": each} for each in sequences])
+    assert ("position_ids" in batch) == places
+    model = build("gpt2" if places else "llama", use_cache=False)
+    if not places:  # rotary embeddings tell distances alone
+        batch.pop("labels")
+    with torch.no_grad():
+        ours = called(model, name, **batch).logits
+        apart = torch.cat([called(model, "eager", input_ids=torch.tensor([each])).logits for each in sequences], dim=1)
+    torch.testing.assert_close(ours, apart, atol=2e-5, rtol=2e-5)
+
+
+def test_ends_of_sequences_in_several_rows_are_refused():
+    ends = torch.tensor([0, 3, 7], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q tells of one row of sequences, not of 2"):
+        called(build("llama"), "kvattn", input_ids=TOKENS, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
