@@ -188,7 +188,7 @@ def forward(
         query, key, value = query.to(common), key.to(common), value.to(common)
     mask, bias, causal = attention_mask, position_bias, isinstance(attention_mask, Causal)
     segments, window = _sequences(query, key, **others), None
-    if causal:
+    if isinstance(attention_mask, Causal):
         mask = None
         if attention_mask.packed is not None:
             segments, window = attention_mask.packed
