@@ -52,6 +52,7 @@ class Pairs(NamedTuple):
     """What a call says of pairs, in the place of its mask: an array, a function, a function for the bias, segments.
 
     ``tab``: the backend whose arrays the functions take; ``segments``: of the queries (batch or 1, n), of the keys (..., m).
+    ``in_numpy``: the mask function may be asked with NumPy's integers, as far as it is asked in one call.
     """
 
     tab: Any
@@ -59,6 +60,7 @@ class Pairs(NamedTuple):
     mask_function: Callable[[Any, Any], Any] | None = None
     bias_function: Callable[[Any, Any], Any] | None = None
     segments: tuple[Any, Any] | None = None
+    in_numpy: bool = False
 
     @property
     def restricts(self) -> bool:
@@ -91,11 +93,24 @@ class Pairs(NamedTuple):
         """
         found = None
         if self.mask_function is not None:
-            made = self.mask_function(*self.places(query, key, offset, rows, runs))
+            if (made := self._numpy_flags(key, full, offset, rows, runs)) is not None:
+                made = self.tab.asarray(made, like=query)
+            else:
+                made = self.mask_function(*self.places(query, key, offset, rows, runs))
             found = _entries(checks.flags(self.tab, made, full), entries, len(full))
         if self.segments is not None:
             found = both(found, self._same_segment(query, full, rows, runs, entries))
         return found
+
+    def _numpy_flags(self, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None) -> Any:
+        """What the mask function says of these pairs, NumPy's bools; None where only arrays of the framework can ask it."""
+        if not self.in_numpy:
+            return None
+        from kvattn import positions  # here, since importing kvattn loads nothing
+
+        dtype, start = checks.dtype_name(_places(self.tab, key, 0, 1)), offset + rows[0]
+        q = _numbers([(start, start + full[-2])]).astype(dtype)[:, None]
+        return positions.of_pairs(self.mask_function, q, _numbers(runs or [(0, full[-1])]).astype(dtype)[None])
 
     def _same_segment(self, query: Any, full: Shape, rows: Rows, runs: Sequence[Run] | None, entries: Run | None) -> Any:
         assert self.segments is not None
@@ -171,8 +186,13 @@ def _lead(query: Any, key: Any) -> Shape:
 # ---- what a call becomes
 
 
-def resolved(query: Any, key: Any, value: Any, call: Call) -> tuple[Call, Sequence[Part]]:
-    """The call without what its Pairs say, and (); or the call as it is and its parts, for `cut`."""
+def resolved(query: Any, key: Any, value: Any, call: Call,
+             by_distance: Callable[..., Any] | None = None) -> tuple[Call, Sequence[Part]]:  # fmt: skip
+    """The call without what its Pairs say, and (); or the call as it is and its parts, for `cut`.
+
+    ``by_distance``: the tab's, (line, query, key, value, call) -> a bias (..., n, m) that is no more than a view of that line,
+    (..., n + m - 1), the biases of keys the least ahead first; or None.
+    """
     said: Pairs = call.mask
     plain = call._replace(mask=said.mask)
     n, m = query.shape[-2], key.shape[-2]
@@ -187,13 +207,20 @@ def resolved(query: Any, key: Any, value: Any, call: Call) -> tuple[Call, Sequen
     if said.segments is not None:
         parts = _of_segments(query, key, value, call)
     if parts is None and said.restricts:
+        said = said._replace(in_numpy=_same_in_numpy(said, query, key, call.query_offset))
+        call = call._replace(mask=said)
         left, right, parts = _looked_at(query, key, call)
         if parts is None and (left is not None or right is not None):  # it is a window
-            plain = _in_window(plain, left, right, query, key)
+            plain = in_window(plain, left, right, query, key)
             said = said._replace(mask_function=None)
             call = plain._replace(mask=said)
     if parts is not None and len({_form(part) for part in parts}) > getattr(said.tab, "MOST_SHAPES", len(parts)):
         parts = None
+    if said.bias_function is not None and parts is None and by_distance is not None:
+        line = line_of(query, key, call)
+        bias = None if line is None else by_distance(line, query, key, value, plain)
+        if bias is not None:
+            plain, said = plain._replace(bias=bias), said._replace(bias_function=None)
     if said.bias_function is not None:
         return call, _of_bias(query, key, call, parts)
     if parts is None:
@@ -208,7 +235,7 @@ def _form(part: Part) -> tuple[Any, ...]:
     return part.end - part.start, sum(last - first for first, last in part.runs), part.looks
 
 
-def _in_window(call: Call, left: int | None, right: int | None, query: Any, key: Any) -> Call:
+def in_window(call: Call, left: int | None, right: int | None, query: Any, key: Any) -> Call:
     left = call.left if left is None else left if call.left is None else min(left, call.left)
     right = call.right if right is None else right if call.right is None else min(right, call.right)
     return call._replace(left=left, right=right)._of_a_block(query, key)
@@ -303,16 +330,74 @@ def _runs_of_ids(queries: Any, keys: Any) -> list[tuple[int, int, Run, bool]] | 
 # ---- what the functions let attend, as far as it can be read
 
 
+def _same_in_numpy(said: Pairs, query: Any, key: Any, offset: Any) -> bool:
+    """Whether the mask function may be asked with NumPy's integers: of the framework's it makes bools that can be read."""
+    if said.mask_function is None or type(offset) is not int:
+        return False
+    q, k = said.places(query, key, offset, (0, 1), [(0, 1)])
+    if (seen := checks.peek(said.tab, q)) is None or seen is q:  # the framework's are NumPy's
+        return False
+    try:
+        made = said.mask_function(q, k)
+    except Exception:  # it is asked again, for all pairs, and its error is for the user then
+        return False
+    return bool(said.tab.is_array(made)) and checks.dtype_name(made) in ("bool", "bool_")
+
+
+def _ahead(query: Any, key: Any, call: Call) -> Any:
+    """How far keys are ahead of queries, (1, n + m - 1), each once, the least first; None where that cannot be read."""
+    n, m, offset, tab = query.shape[-2], key.shape[-2], call.query_offset, call.mask.tab
+    if type(offset) is not int or checks.peek(tab, ahead := _places(tab, query, 1 - offset - n, n + m - 1)[None]) is None:
+        return None
+    near = short(0, m) and short(offset, offset + n)
+    return ahead if near else tab.asarray(ahead, dtype=checks.dtype_name(_places(tab, key, SQUARE, 1)))  # the positions' own
+
+
+def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None] | None:
+    """The window that the mask function says, where all it asks for is how far a key is from a query, as can be read."""
+    from kvattn import positions  # here, as above
+
+    tab = call.mask.tab
+    if call.mask.segments is not None or (ahead := _ahead(query, key, call)) is None:
+        return None
+    made = positions.of_distances(call.mask.mask_function, ahead)
+    if made is None or not tab.is_array(made) or checks.dtype_name(made) not in ("bool", "bool_"):
+        return None
+    flags = checks.peek(tab, made)
+    one_for_all = flags is not None and flags.size == ahead.shape[-1]
+    return positions.window(flags.reshape(-1), 1 - call.query_offset - query.shape[-2]) if one_for_all else None
+
+
+def line_of(query: Any, key: Any, call: Call) -> Any:
+    """The bias of each distance, (..., n + m - 1), the least first, where the bias function asks for no more; or None."""
+    from kvattn import positions  # here, as above
+
+    tab = call.mask.tab
+    if (ahead := _ahead(query, key, call)) is None:
+        return None
+    made = positions.of_distances(call.mask.bias_function, ahead)
+    if made is None or not tab.is_array(made) or checks.dtype_name(made) not in checks.FLOATS:
+        return None
+    lead, given = _lead(query.shape, key.shape), tuple(made.shape[:-2])
+    if len(given) > len(lead) or any(x not in (1, full) for x, full in zip(reversed(given), reversed(lead), strict=False)):
+        return None
+    return tab.asarray(made[..., 0, :], dtype=checks.dtype_name(query))
+
+
 def _looked_at(query: Any, key: Any, call: Call) -> tuple[int | None, int | None, list[Part] | None]:
     """(left, right, None) where the flags are those of a window, (None, None, parts), or (None, None, None): of all pairs."""
     import numpy as np
 
     n, m, offset = query.shape[-2], key.shape[-2], call.query_offset
+    if (window := window_of(query, key, call)) is not None:
+        return (*window, None) if window != (None, None) else (None, None, [Part(0, n, ((0, m),), False)])
 
     def look(start: int, count: int) -> Any:
         rows = start, min(count, n - start)
         full = (*_lead(query.shape, key.shape), rows[1], m)
-        flags = checks.peek(call.mask.tab, call.mask.flags(query, key, full, offset, rows, [(0, m)]))
+        flags = call.mask._numpy_flags(key, full, offset, rows, [(0, m)]) if call.mask.segments is None else None
+        if flags is None:
+            flags = checks.peek(call.mask.tab, call.mask.flags(query, key, full, offset, rows, [(0, m)]))
         return None if flags is None else np.broadcast_to(flags, (*flags.shape[:-2], rows[1], m))
 
     size = max(1, LOOK // m)
@@ -491,9 +576,11 @@ def joined(call: Call, parts: Sequence[Part], results: Sequence[Any], concatenat
     return tuple(concatenate(x, 0) for x in zip(*found, strict=True))
 
 
-def choice(query: Any, key: Any, value: Any, call: Call, in_parts: Callable[..., Any]) -> Choice:
-    """The kernel that serves a call with Pairs. ``in_parts``: the tab's, (query, key, value, call, parts) -> results."""
-    plain, parts = resolved(query, key, value, call)
+def choice(query: Any, key: Any, value: Any, call: Call, in_parts: Callable[..., Any],
+           by_distance: Callable[..., Any] | None = None) -> Choice:  # fmt: skip
+    """The kernel that serves a call with Pairs. ``in_parts``: the tab's, (query, key, value, call, parts) -> results;
+    ``by_distance``: as in `resolved`."""
+    plain, parts = resolved(query, key, value, call, by_distance)
     found: Choice = call.mask.tab.choose(*(_like(query, key, value, plain, parts) if parts else (query, key, value, plain)))
     run, run_grad = in_parts if parts else found.run, found.run_grad
 

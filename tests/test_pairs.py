@@ -1,6 +1,7 @@
 """What is said of pairs by where they stand, in blocks: the same answers as of one mask and one bias, whatever is cut where."""
 
 import doctest
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,11 @@ def _one_more(bands, m, _of=pairs._one_window):
     return window and (window[0], window[1] and window[1] + 1)
 
 
+def _one_further(*arguments, _of=pairs.window_of):
+    window = _of(*arguments)
+    return window and (window[0] and window[0] + 1, window[1] and window[1] + 1)
+
+
 def _without_looks(parts, *arguments, _of=pairs.cut):
     return _of([part._replace(looks=False) for part in parts], *arguments)
 
@@ -65,6 +71,7 @@ BROKEN = {  # what a block may get wrong
     "a function is forgotten beside a mask": ("both", lambda mask, other: other if mask is None else mask),
     "a key too few": ("_narrowed", _one_less),
     "a window that is wider": ("_one_window", _one_more),
+    "a window of distances that is wider": ("window_of", _one_further),
     "what looks is not looked at": ("cut", _without_looks),
     "each entry is the first": ("_of_entries", _of_the_first_entry),
 }
@@ -103,6 +110,96 @@ def test_a_function_gives_what_its_array_gives(backend, tab, name):
     assert what in f"{found.kernel}, {found.why}" or what == "arrays", found
     want = kvattn.to_numpy(kvattn.attention(query, key, value, mask=whole))
     np.testing.assert_allclose(kvattn.to_numpy(got), want, atol=1e-13)
+
+
+def test_few_positions_are_asked_where_they_tell_of_all(backend, tab):
+    """Of a window, distances; of what else is integers and bools, NumPy's, which plans no operations."""
+    x, asked = tab.asarray(np.zeros((1, 1, 400, 8))), []
+
+    def window(q, k):
+        asked.append(math.prod((q - k).shape))
+        return (k <= q) * (q - k < 40)
+
+    def prefix(q, k):
+        asked.append(type(q))
+        return ~((k > q) * (k > 200))
+
+    with patch.multiple(pairs, FEW=0):
+        found = kvattn.explain(x, x, x, mask=window)
+        assert "a window" in found.why
+        assert sum(asked) <= 800
+        asked.clear()
+        kvattn.attention(x, x, x, mask=prefix)
+    own = type(tab.places(x))
+    assert asked.count(own) <= 1 or own is np.ndarray
+
+
+BY_DISTANCE = ("numpy", "torch", "mxnet")  # a bias is a view of one line there; elsewhere it exists a block at a time
+CALLS = {
+    "alone": {},
+    "causal": {"causal": True},
+    "a window": {"window": (40, 9), "query_offset": 30},
+    "a window function": {"mask": lambda q, k: (k <= q) * (q - k < 40)},
+    "some see nobody": {"window": (5, 5), "query_offset": 270},
+    "before all keys": {"causal": True, "query_offset": -50},
+    "lengths": {"valid_lens": [200]},
+    "a sink": {"sink": 0.5, "causal": True},
+    "the lse": {"return_lse": True},
+    "another mask": {"mask": lambda q, k: ~((k > q) * (k > 200))},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_bias_by_distance_is_no_array_of_pairs(backend, tab, name):
+    rng, options, asked = np.random.default_rng(0), CALLS[name], []
+    query, key, value = (tab.asarray(rng.standard_normal((1, h, 290, 8))) for h in (4, 2, 2))
+    ahead = np.arange(290) - np.arange(290)[:, None] - options.get("query_offset", 0)
+    slopes = 0.5 ** np.arange(1, 5)[:, None, None]
+    own = tab.asarray(slopes)
+
+    def bias(q, k):
+        asked.append(math.prod((k - q).shape))
+        return -own * tab.asarray(abs(k - q), dtype="float64")
+
+    def attend(bias):
+        found = kvattn.attention(query, key, value, bias=bias, **options)
+        return [kvattn.to_numpy(x) for x in (found if isinstance(found, tuple) else (found,))]
+
+    for got, want in zip(attend(bias), attend(tab.asarray(-slopes * abs(ahead))), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-13)
+    if backend in BY_DISTANCE and name in ("alone", "causal", "a window", "a window function"):
+        assert max(asked) == 579
+
+
+@pytest.mark.parametrize("forbidden", [-math.inf, math.nan])
+def test_a_bias_by_distance_may_forbid_or_be_no_number(backend, tab, forbidden):
+    rng = np.random.default_rng(0)
+    query, key, value = (tab.asarray(rng.standard_normal((1, 2, 290, 8))) for _ in range(3))
+    line = rng.standard_normal(579)
+    line[[3, 288]] = forbidden
+    own = tab.asarray(line)
+    whole = tab.asarray(line[np.arange(290) - np.arange(290)[:, None] + 289])
+    bias = lambda q, k: tab.asarray(kvattn.to_numpy(own)[kvattn.to_numpy(k - q) + 289])  # noqa: E731
+    got, want = (kvattn.to_numpy(kvattn.attention(query, key, value, bias=x)) for x in (bias, whole))
+    np.testing.assert_allclose(got, want, atol=1e-13)
+
+
+def test_what_a_mask_function_reads_is_read_in_its_framework(backend, tab):
+    own = tab.asarray(np.array([[30]]), dtype=checks.dtype_name(tab.places(tab.asarray(np.zeros((1, 1))))))
+    rng = np.random.default_rng(0)
+    query, key, value = (tab.asarray(rng.standard_normal((1, 2, 300, 4))) for _ in range(3))
+    places = np.arange(300)
+    ahead = places - places[:, None]
+    said = {
+        "a window": (lambda q, k: (k <= q) * (q - k < own), (ahead <= 0) & (ahead > -30)),
+        "some keys": (lambda q, k: k < own, ahead * 0 + places < 30),
+        "halves": (lambda q, k: q / 2 < k / 2, places[:, None] < places),
+    }
+    with patch.multiple(pairs, FEW=0):
+        for mask, whole in said.values():
+            got = kvattn.attention(query, key, value, mask=mask)
+            want = kvattn.to_numpy(kvattn.attention(query, key, value, mask=tab.asarray(whole)))
+            np.testing.assert_allclose(kvattn.to_numpy(got), want, atol=1e-13)
 
 
 def resolved(n, m, **options):

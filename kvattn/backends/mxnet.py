@@ -398,7 +398,8 @@ def choose(query, key, value, call):
         return choice._replace(why=f"{choice.why}; the scores beside it", run=partial(_with_scores, choice.run))
     if type(call.mask) is Pairs:
         with quirks.any_shape():
-            return pairs.choice(query, key, value, call, _in_parts)
+            by_distance = partial(views.by_distance, sys.modules[__name__])
+            return pairs.choice(query, key, value, call, _in_parts, by_distance)
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
         why = f"{choice.why}; the sink takes its share of each row"

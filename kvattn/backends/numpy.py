@@ -344,7 +344,7 @@ def choose(query, key, value, call):
         choice = choose(query, key, value, call._replace(return_scores=None))
         return choice._replace(why=f"{choice.why}; the scores beside it", run=partial(_with_scores, choice.run))
     if type(call.mask) is Pairs:
-        return pairs.choice(query, key, value, call, _in_parts)
+        return pairs.choice(query, key, value, call, _in_parts, tiles.by_distance)
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
         why = f"{choice.why}; the sink takes its share of each row"

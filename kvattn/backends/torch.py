@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from kvattn import pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.torch import dropout, gpu, nonfinite, sdpa, sharded, sinks, traces
+from kvattn.kernels.torch import distances, dropout, gpu, nonfinite, sdpa, sharded, sinks, traces
 from kvattn.pairs import Pairs
 
 HALF = (torch.float16, torch.bfloat16)
@@ -396,7 +396,8 @@ def choose(query, key, value, call):
         choice = choose(query, key, value, call._replace(return_scores=None))
         return choice._replace(why=f"{choice.why}; the scores beside it", run=partial(_with_scores, choice.run))
     if type(call.mask) is Pairs:
-        return pairs.choice(query, key, value, call, _in_parts)
+        choice = distances.choose(sys.modules[__name__], query, key, value, call)
+        return choice or pairs.choice(query, key, value, call, _in_parts)
     if call.sink is not None:
         return _choose_with_sink(query, key, value, call)
     if call.positions is not None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from kvattn import planning
 from kvattn.backends import numpy as numpy_tab
-from kvattn.kernels.numpy import gradients, tiled, tiled_grad
+from kvattn.kernels.numpy import gradients, tiled, tiled_grad, tiles
 from kvattn.old_numpy import old_names
 
 with old_names():
@@ -68,6 +68,15 @@ def attention(shapes, query, key, value, call, blocks=()):
         results = [mx.np.empty(shape, dtype=dtype, ctx=query.ctx) for shape, dtype in lent.results.values()]
         lent.forward(arrays, results)
     return tuple(results) if call.return_lse else results[0]
+
+
+def by_distance(tab, line, query, key, value, call):
+    """The bias, NumPy's, of such a call, a view of what each distance gives; None where NumPy does not serve it, or MXNet's
+    autograd may ask for gradients by it."""
+    shapes = query.shape, key.shape, value.shape
+    if mx.autograd.is_recording() or obstacle(tab, query.ctx, shapes, call):
+        return None
+    return tiles.by_distance(view(line, line.shape).copy(), query, key)
 
 
 def attention_grad(shapes, query, key, value, grad_output, wrt, call):

@@ -113,7 +113,7 @@ def _sum(tiling, tile, query, top, sums, total, buffers):
     for block in blocks(tiling, tile, query, buffers):
         if top is not None:
             np.subtract(block.scores, top[:, :, block.rows, None], out=block.scores)
-        if top is not None or tiling.bias is not None:  # what is this low is as good as 0, and exp of it is slow
+        if top is not None or block.lowered:  # what is this low is as good as 0, and exp of it is slow
             np.maximum(block.scores, tiling.lowest, out=block.scores)
         _add(block, sums, total, started, buffers)
         started = True

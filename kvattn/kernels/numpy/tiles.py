@@ -87,6 +87,12 @@ class Tiling:
             _broadcast(x.reshape(*x.shape[:-2], *[1] * (len(shared) - 1), *x.shape[-2:]), (*self.lead[:-1], *shared))
             for x in (key, value)
         )
+        self.bias_is_ready = call.bias is not None and _is_by_distance(call.bias)  # in UNITs, and without -inf
+        if self.bias_is_ready:
+            line = _line_of(call.bias).astype(self.dtype)
+            line *= self.dtype.type(UNIT)
+            self.bias_is_ready = bool(line.min() > -math.inf)
+            call = call._replace(bias=by_distance(line, query, key) if self.bias_is_ready else call.bias)
         self.mask, self.bias = (x if x is None else self.split(_axes(x, len(self.lead) + 2)) for x in (call.mask, call.bias))
 
     def split(self, x, rest=2):
@@ -137,6 +143,22 @@ class Tiling:
         high = self.lengths_of(tile)
         low = np.zeros_like(position) if self.left is None else np.maximum(position - self.left, 0)
         return low, np.minimum(high, position + self.right + 1) if self.right is not None else high
+
+
+def by_distance(line, query, key, *_):
+    """A bias (..., n, m) by how far keys are ahead: a view of what each distance gives, (..., n + m - 1), the least first."""
+    return np.lib.stride_tricks.sliding_window_view(line, key.shape[-2], axis=-1)[..., ::-1, :]
+
+
+def _is_by_distance(bias):
+    """Whether a bias is a view in which each row is the one above it, moved by one."""
+    return bias.ndim > 1 and min(bias.shape) > 0 and bias.shape[-2] > 1 and bias.strides[-2] == -bias.strides[-1] != 0
+
+
+def _line_of(bias):
+    """What `by_distance` made a view of."""
+    last = bias[..., -1, :]
+    return np.concatenate([last, bias[..., -2::-1, -1]], axis=-1)
 
 
 def _cost(tile):
@@ -212,6 +234,7 @@ class Block(NamedTuple):
     limits: list  # of (rows, bits (..., rows, keys)): ones where these rows may attend and zeros where they may not
     keys: np.ndarray  # (key heads, keys, d)
     values: np.ndarray  # (key heads, keys, v)
+    lowered: bool = False  # whether a bias may make scores so low that exp of them is slow
     kept: np.ndarray | None = None  # bits, ones where dropout keeps the weight and zeros where it drops it
 
 
@@ -239,19 +262,22 @@ def blocks(tiling, tile, query, buffers):
         if tiling.softcap is not None:
             np.tanh(scores, out=scores)
             scores *= tiling.dtype.type(tiling.softcap * UNIT)
+        lowered = False
         if tiling.bias is not None:
             bias = cut(tiling.bias, index)
-            bias = np.multiply(
-                bias, tiling.dtype.type(UNIT), out=take(buffers, "bias", bias.shape, tiling.dtype), dtype=tiling.dtype
-            )
+            lowered = not tiling.bias_is_ready or min(bias[..., -1, :].min(), bias[..., 0].min()) < tiling.lowest / 2
+            if not tiling.bias_is_ready:
+                bias = np.multiply(
+                    bias, tiling.dtype.type(UNIT), out=take(buffers, "bias", bias.shape, tiling.dtype), dtype=tiling.dtype
+                )
             scores += bias
-            if not bias.min(initial=0) > -math.inf:
+            if not (tiling.bias_is_ready or bias.min(initial=0) > -math.inf):
                 limits.append((slice(None), _ones(bias != -math.inf, "allowed", tiling.bits, buffers)))
         kept = None
         if tiling.rate:
             kept = patterns.kept_of_rows(tiling.states[index[:-1]], tiling.first_key + start, end - start, tiling.rate)
             kept = _ones(kept, "kept", tiling.bits, buffers)
-        yield Block(part, columns, scores, limits, keys, values, kept)
+        yield Block(part, columns, scores, limits, keys, values, lowered, kept)
 
 
 def _ranges_of_keys(tile, width, cut_width):
