@@ -5,7 +5,7 @@
 Each backend runs in a fresh process; the calls take turns. A figure is the time of one call over another's, the median of the
 rounds, in float32, of 64 features: eight documents of 1,024 in a row of 8,192 over the whole call; a function that says causal,
 or a window of 256 keys, over ``causal=`` and ``window=``; ALiBi by a function over the plain call, and over its array (n, m)
-for each head.
+for each head; sinks, one logit a head, over the plain call, and with gradients.
 """
 
 SIZES = {"documents": 8, "document": 1024, "heads": 4, "window": 256, "lengths": (1024, 4096)}
@@ -33,6 +33,13 @@ def calls_of(kvattn, backend, sizes):
     ids = tab.asarray(np.repeat(np.arange(sizes["documents"]), sizes["document"])[None].astype("int32"))
     found = {("segments", "the whole call"): (call(inputs, segments=ids), call(inputs))}
     left = sizes["window"] - 1
+    inputs, sink = arrays(8, sizes["lengths"][0]), tab.asarray(rng.normal(size=8), dtype="float32")
+
+    def gradients(**options):
+        return lambda: [ready(x) for x in kvattn.attention_grad(*inputs, inputs[0], **options)]
+
+    found["sinks", "the plain call"] = call(inputs, sink=sink), call(inputs)
+    found["sinks, gradients", "the plain call's"] = gradients(sink=sink), gradients()
     slopes = tab.asarray(0.5 ** np.arange(1, 9)[:, None, None], dtype="float32")
     for n in sizes["lengths"]:
         inputs, places = arrays(8, n), np.arange(n)

@@ -109,7 +109,8 @@ def _rows(document):
             part, _, kind = name.partition(" ")
             known = part in ("native", "tab", "api")
             rows.append({"backend": backend, "kind": kind if known else "parts", "part": part if known else name, "us": median})
-    return [row if "what" in row else {"what": f"kvattn {row['backend']}"} | row for row in rows]
+    rows = [row if "what" in row else {"what": f"kvattn {row['backend']}"} | row for row in rows]
+    return [row | {"what": f"{row['what']}, over {row['beside']}"} if "beside" in row else row for row in rows]
 
 
 def _on_gpu(row):
@@ -147,7 +148,7 @@ def _draw(rows, path, columns, value):
     """Whether there was something to draw."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if value == "ratio":
-        rows = [row for row in rows if row["ratio"] and row["right"] and row["shape"] in PLOTTED]
+        rows = [row for row in rows if row["ratio"] and row.get("right") and row["shape"] in PLOTTED]
         if rows:
             bench.plot(rows, str(path))
         return bool(rows)

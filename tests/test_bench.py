@@ -296,5 +296,17 @@ def test_functions_of_positions_are_measured_beside_the_calls_they_stand_for(tmp
     said = script("pairs.py", "--backend", "numpy", "--rounds", "1", "--small", "--json", tmp_path / "p.json")
     assert "of the whole call" in said
     rows = json.loads((tmp_path / "p.json").read_text())["rows"]
-    assert {row["beside"] for row in rows} == {"the whole call", "causal=", "window=", "the plain call", "its array"}
+    assert {row["beside"] for row in rows} == {
+        "the whole call", "causal=", "window=", "the plain call", "the plain call's", "its array",
+    }  # fmt: skip
     assert all(row["ratio"] > 0 and row["ms"] > 0 for row in rows)
+
+
+def test_the_parts_of_the_page_are_measured_as_far_as_there_is_time(tmp_path):
+    flags = ["--only", "rotary", "--backend", "numpy", "--folder", tmp_path]
+    assert "rotary.json" in script("page.py", *flags)
+    assert json.loads((tmp_path / "rotary.json").read_text())["rows"]
+    path = Path(__file__).parents[1] / "benchmarks" / "page.py"
+    late = subprocess.run([sys.executable, path, *flags, "--within", "0"], capture_output=True, text=True, check=False)
+    assert late.returncode == 1
+    assert "not measured:\nrotary" in late.stderr

@@ -215,6 +215,14 @@ def test_other_values_stand_by_any_column_and_are_drawn_where_it_is_a_number(mea
     assert "{image}" not in text
 
 
+def test_options_stand_by_backend_beside_what_they_are_measured_over(measured, tmp_path):
+    row = {"what": "sinks", "beside": "the plain call", "ratio": 1.03, "spread": [1.0, 1.25], "ms": 2.0}
+    text = page(measured, tmp_path, [row | {"backend": name} for name in ("numpy", "torch")], columns="backend")
+    ratio = "1.03<br><small>1.00–1.25</small>"
+    assert f"|  | numpy | torch |\n| --- | ---: | ---: |\n| sinks, over the plain call | {ratio} | {ratio} |\n" in text
+    assert "{image}" not in text
+
+
 def test_the_files_of_curves_and_overhead_are_read(measured, tmp_path):
     rows = [{"backend": "jax", "kind": "window", "n": n, "grad": False, "seconds": 0.25, "MiB": 0.0} for n in (1024, 4096)]
     text = page(measured, tmp_path, rows, columns="n", value="MiB")
