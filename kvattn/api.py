@@ -98,12 +98,13 @@ Yes = Literal[True]
 def asarray(x: Array, dtype: str | None = None, *, backend: Any = None) -> Array:
     """``x`` as the array of the backend that serves the call; ``dtype`` as NumPy spells it, or "bfloat16".
 
-    float64 stays float64 in every backend. A backend's own array of that dtype is returned as it is.
+    float64 stays float64 in every backend. A backend's own array of that dtype is returned as it is. Anybody else's array
+    is read by its `__array__`, or else its `__dlpack__`.
 
     >>> asarray([[1.0, 2.0]], dtype="float32").dtype
     dtype('float32')
     """
-    return dispatch.choose(backend, x=x).asarray(x, dtype=dtype)
+    return checks.converted(dispatch.choose(backend, x=x), "x", x, dtype)
 
 
 def to_numpy(x: Array) -> Array:
@@ -112,7 +113,7 @@ def to_numpy(x: Array) -> Array:
     >>> to_numpy([1, 2])
     array([1, 2])
     """
-    return dispatch.choose(None, x=x).to_numpy(x)
+    return checks.read(dispatch.choose(None, x=x), "x", x)
 
 
 def convert(x: Array, backend: str) -> Array:
@@ -125,7 +126,7 @@ def convert(x: Array, backend: str) -> Array:
     if target.is_array(x):
         return x
     dtype = checks.dtype_name(x) if source.is_array(x) else None
-    return target.asarray(source.to_numpy(x), dtype=dtype)
+    return checks.converted(target, "x", checks.read(source, "x", x), dtype)
 
 
 # ---- attention
@@ -248,21 +249,28 @@ def attention(
     plain = plain and return_scores is None and not dropout
     plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool and type(query_offset) is int
     if plain and known is not None:
-        bare = mask is bias is valid_lens is None
-        if bare and not (causal or return_weights or return_lse):  # nothing is left to check
-            return known.tab.attention(query, key, value)
-        if bare or known.fits(mask, bias, valid_lens):
-            checks.not_negative(known.tab, valid_lens)
-            return known.tab.attention(
-                query, key, value, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal, query_offset=query_offset,
-                return_weights=return_weights, return_lse=return_lse,
-            )  # fmt: skip
+        try:
+            bare = mask is bias is valid_lens is None
+            if bare and not (causal or return_weights or return_lse):  # nothing is left to check
+                return known.tab.attention(query, key, value)
+            if bare or known.fits(query, mask, bias, valid_lens):
+                checks.not_negative(known.tab, valid_lens)
+                return known.tab.attention(
+                    query, key, value, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal, query_offset=query_offset,
+                    return_weights=return_weights, return_lse=return_lse,
+                )  # fmt: skip
+        except RuntimeError:
+            checks.together("key", key, query)
+            checks.together("value", value, query)
+            raise
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, mask=mask, bias=bias, valid_lens=valid_lens,
         query_offset=query_offset, segments=segments, positions=positions, sink=sink,
     )  # fmt: skip
     if known is not None and known.tab is tab:
         scores = known.scores
+        checks.together("key", key, query)  # which is not remembered
+        checks.together("value", value, query)
     else:
         given = query, key, value
         query, key, value, scores = prepare.inputs(tab, query, key, value, score)

@@ -63,16 +63,72 @@ def array(tab: Any, name: str, x: Any, like: Any = None) -> Any:
         compressed = hasattr(x, "is_sparse_csr") and not getattr(tab, "tracing", bool)()  # rows, columns or blocks of them;
         if getattr(x, "is_sparse", False) or (compressed and "sparse" in str(x.layout)):  # torch.compile would record this
             raise TypeError(f"{name} is a sparse tensor; expected a dense one: x.to_dense()")
+        if getattr(x, "stype", "default") != "default":
+            raise TypeError(f"{name} is a sparse array; expected a dense one: x.tostype('default')")
+        if like is not None:
+            together(name, x, like)
         return x
     device = like if like is not None and tab.is_array(like) else None
+    given, x = x, neutral(tab, name, x)
     try:
         made = tab.asarray(x, like=device)
-        if like is not None and isinstance(x, (list, tuple, float)) and dtype_name(made) == "float64":
+        if like is not None and isinstance(given, (list, tuple, float)) and dtype_name(made) == "float64":
             made = tab.asarray(x, dtype=dtype_name(like), like=device)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array, not {type(x).__name__}: {error}") from error
-    if dtype_name(made) == "object":  # what NumPy 1.23 makes of ragged lists
-        raise TypeError(f"{name} must be an array, not {type(x).__name__}: its rows are ragged, or no numbers")
+        cure = next((f"; {words}" for part, words in DENSE.items() if hasattr(given, part)), "")
+        raise TypeError(f"{name} must be an array{_such(x)}: {error}{cure}") from error
+    return made
+
+
+def together(name: str, x: Any, like: Any) -> None:
+    """Raises ValueError where PyTorch's tensors lie on two devices and neither is moved; integers on the CPU are."""
+    if (
+        hasattr(x, "is_meta")
+        and hasattr(like, "is_meta")
+        and x.device != like.device
+        and (x.is_meta or like.is_meta or (x.ndim and dtype_name(x) not in INTEGERS))
+    ):
+        raise ValueError(
+            f"{name} is on the device {x.device}, and what it is given with on {like.device}: {name}.to({str(like.device)!r})"
+        )
+
+
+DENSE = {  # what a matrix that is not dense has, and what makes an array of it
+    "to_tensor": "to_tensor() pads it with zeros, and valid_lens says how far each row goes",
+    "dense_shape": "tf.sparse.to_dense makes a dense one",
+    "toarray": "toarray() makes a dense one",
+}
+
+
+def _such(x: Any) -> str:
+    """What ``x`` is, in the words of an error."""
+    kind = type(x).__name__
+    return f" of numbers that the backend has, not of {x.dtype}" if kind == "ndarray" else f", not {kind}"
+
+
+def neutral(tab: Any, name: str, x: Any) -> Any:
+    """``x`` as what ``tab.asarray`` is given: what is no framework's array as NumPy's own.
+
+    Raises TypeError for what hides numbers or holds none.
+    """
+    traced = hasattr(tab, "tracing") and tab.tracing()  # torch.compile follows no more than this
+    if traced or dispatch.home(x, dispatch.name_of(tab)) is not None:
+        return x
+    if hasattr(x, "mask") and hasattr(x, "filled"):
+        raise TypeError(
+            f"{name} is a masked array, and nobody looks at its mask here: give {name}.filled(0.0), and say who may attend to "
+            "what by mask= or valid_lens="
+        )
+    try:
+        made = distances.values(x)
+    except Exception as error:  # of whatever class it is
+        raise TypeError(f"{name} must be an array{_such(x)}: {error}") from error
+    if made.dtype.names is not None:
+        raise TypeError(f"{name} is a structured array; expected numbers: one of its fields, {name}[{made.dtype.names[0]!r}]")
+    if made.dtype.kind in "OSUMm":
+        cure = f"convert it, {name}.astype('float32')" if hasattr(x, "astype") else "its rows are ragged, or no numbers"
+        cure = next((words for part, words in DENSE.items() if hasattr(x, part)), cure)
+        raise TypeError(f"{name} must be an array{_such(x)}: {cure}")
     return made
 
 
@@ -81,6 +137,8 @@ def floating(name: str, x: Any, first: tuple[str, Any] | None = None, tab: Any =
     of the same dtype as ``first``, a (name, array) pair."""
     dtype = dtype_name(x)
     if dtype not in FLOATS:
+        if type(x).__module__ == "numpy":
+            neutral(tab, name, x)  # which may know better what is wrong
         raise TypeError(f"{name} has dtype {dtype}; expected floating point: one of {', '.join(FLOATS)}")
     if first is not None and dtype != (expected := dtype_name(first[1])):
         if hasattr(tab, "converts") and tab.converts(x, first[1]):
@@ -163,6 +221,28 @@ def seed(tab: Any, rng: Any) -> Any:
 def peek(tab: Any, x: Any) -> Any:
     """The values of ``x`` as a NumPy array where they can be seen, else None; backends need not offer it."""
     return tab.peek(x) if hasattr(tab, "peek") else None
+
+
+def converted(tab: Any, name: str, x: Any, dtype: Any) -> Any:
+    """``x`` as an array of ``tab``. Raises TypeError for a dtype that nobody has, or this backend not."""
+    if isinstance(dtype, str) and dtype not in (*FLOATS, *INTEGERS, "bool", "complex64", "complex128"):
+        raise TypeError(f"dtype must be one of {', '.join(FLOATS)}, an integer dtype or bool, not {dtype!r}")
+    try:
+        return tab.asarray(neutral(tab, name, x), dtype=dtype)
+    except TypeError as error:
+        if dtype == "bfloat16":
+            has = "NumPy has it after `import ml_dtypes`"
+            raise TypeError(f"{dispatch.name_of(tab)} has no bfloat16 here ({error}); {has}") from None
+        raise
+
+
+def read(tab: Any, name: str, x: Any) -> Any:
+    """``x``, of ``tab`` or neutral, as a NumPy array. Raises ValueError for what has no values."""
+    if tab.is_array(x):
+        if getattr(x, "is_meta", False):
+            raise ValueError(f"{name} lies on PyTorch's meta device, which holds shapes and no values")
+        return tab.to_numpy(x)
+    return tab.to_numpy(neutral(tab, name, x))
 
 
 def number(name: str, x: Any, *, positive: bool = False) -> float:

@@ -40,11 +40,16 @@ def buckets(of_one_side: int, max_distance: int) -> list[int]:
     return [bucket(distance) for distance in range(max_distance + 1)]
 
 
-def values(positions: Any) -> Any:
-    """Lists and numbers as NumPy's array, in which they are all there."""
+def values(x: Any) -> Any:
+    """What is no framework's array as NumPy's own: lists, numbers, what NumPy reads, what DLPack exchanges.
+
+    It is of this machine's byte order, and of no subclass: np.matrix, for one, has its own idea of a product.
+    """
     import numpy as np  # here, since importing kvattn loads nothing
 
-    return np.asarray(positions)
+    exchanged = hasattr(x, "__dlpack__") and not hasattr(x, "__array__")
+    made = np.from_dlpack(x) if exchanged else np.asarray(x)
+    return made if made.dtype.isnative else made.astype(made.dtype.newbyteorder("="))
 
 
 def bucketed(relative_position: Any, of_one_side: int, max_distance: int, bidirectional: bool) -> Any:

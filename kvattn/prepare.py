@@ -104,7 +104,7 @@ def returned(options: dict[str, Any]) -> dict[str, Any]:
 def arrays(tab: Any, **arguments: Any) -> list[Any]:
     """The arguments as floating-point arrays of one dtype; lists take the dtype of the arrays beside them."""
     typed = [x for x in arguments.values() if hasattr(x, "dtype")]
-    like = typed[0] if typed else None
+    like = next((x for x in typed if tab.is_array(x)), typed[0] if typed else None)
     made = {name: checks.array(tab, name, x, like) for name, x in arguments.items()}
     first = next(iter(made.items()))
     return [checks.floating(name, x, first, tab) for name, x in made.items()]
@@ -276,9 +276,13 @@ class Remembered(NamedTuple):
                     return False
         return True
 
-    def fits(self, *options: Any) -> bool:
+    def fits(self, query: Any, *options: Any) -> bool:
         """Whether options like these, arrays or None, have passed every check beside such arguments but those of values."""
         try:
+            if self.layout is not None:  # PyTorch's kernel would read numbers where a meta tensor has none
+                for x in options:
+                    if x is not None and x.is_meta is not query.is_meta:
+                        return False
             return (self.checked, *map(_kind, options)) in _remembered and self.holds_for(*options)
         except (AttributeError, RuntimeError, TypeError):
             return False  # as in `remembered`

@@ -28,7 +28,7 @@ batch_matmul = torch.bmm
 
 def numpy(x):
     """The tensor as a NumPy array."""
-    return x.detach().cpu().numpy()
+    return x.numpy(force=True)
 
 
 reshape, swapaxes, repeat, reduce_sum, reduce_mean = map(namespace.method, ("reshape", "swapaxes", "repeat", "sum", "mean"))

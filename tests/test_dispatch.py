@@ -326,7 +326,7 @@ def test_after_a_good_call_with_options_others_are_refused_as_before(tab, checke
             with pytest.raises((TypeError, ValueError), match=which):
                 kvattn.attention(*checked.values(), **given | {which: tab.asarray(wrong)})
         known = prepare.remembered(*checked.values(), None)
-        assert known.fits(*(given.get(name) for name in OPTIONS)), "else there is nothing to test"
+        assert known.fits(checked["query"], *(given.get(name) for name in OPTIONS)), "else there is nothing to test"
         neutral = given | {which: OPTIONS[which]}
         for again in (given, neutral):
             np.testing.assert_array_equal(

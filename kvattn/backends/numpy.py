@@ -22,11 +22,13 @@ SMALL = 2.0**-64  # a sum of exp(scores) above this has lost no term that float3
 
 
 def is_array(x):
-    return isinstance(x, (np.ndarray, np.generic))
+    # no subclass, such as np.matrix, whose product is another, and no other byte order: asarray makes such arrays plain
+    return (type(x) is np.ndarray and x.dtype.isnative) or isinstance(x, np.generic)
 
 
 def asarray(x, dtype=None, like=None):
-    return np.asarray(x, dtype=np.dtype(dtype) if dtype else None)
+    x = np.asarray(x, dtype=np.dtype(dtype) if dtype else None)
+    return x if x.dtype.isnative else x.astype(x.dtype.newbyteorder("="))
 
 
 def to_numpy(x):

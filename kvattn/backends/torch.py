@@ -45,8 +45,8 @@ def asarray(x, dtype=None, like=None):
 
 
 def to_numpy(x):
-    x = asarray(x).detach().cpu()
-    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    x = asarray(x)
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy(force=True)  # of what has a gradient, or is elsewhere
 
 
 def peek(x):
