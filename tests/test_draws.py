@@ -39,7 +39,7 @@ def test_draws_reach_every_option_and_every_edge():
     assert signature <= options
     assert {each.call for each in drawn} == {"attention", "split_attention", *check.HEADED, *layers.LAYERS}
     stepped = {each.call for each in drawn if "steps" in each.options}
-    assert stepped == {"MultiHeadAttention", "TransformerEncoderBlock", "TransformerEncoder"}
+    assert stepped == {"MultiHeadAttention", *draws.DEEP, *draws.DECODERS}
     assert {each.dtype for each in drawn} == set(draws.DTYPES)
     for size in ("n", "m", "v"):
         assert {0, 1} <= {getattr(each, size) for each in drawn}

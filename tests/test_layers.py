@@ -18,6 +18,7 @@ QUERIES, KEYS, VALUES = (RNG.normal(size=shape).astype("float32") for shape in (
 X = RNG.normal(size=(2, 4, 8)).astype("float32")
 TOKENS = RNG.integers(0, 11, (2, 5))
 LENS = np.array([4, 2])
+SOURCE = np.random.default_rng(4).normal(size=(2, 3, 8)).astype("float32")  # an encoder's outputs, of lengths 3 and 2
 GRAD = {"QKV": RNG.normal(size=(2, 3, 6)).astype("float32"), "X": RNG.normal(size=(2, 4, 8)).astype("float32")}
 
 # name: (layer, configuration, inputs, reference of (weights, *inputs) -> output)
@@ -82,7 +83,28 @@ CASES |= {
     ),
     "TransformerEncoder": ("TransformerEncoder", ENCODER, (TOKENS, LENS),
                            lambda w, *x: reference.encoder(w, *x, num_blks=2, num_heads=4)),
+    "TransformerDecoderBlock": (
+        "TransformerDecoderBlock", {"num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4}, (X, SOURCE, LENS),
+        lambda w, *x: reference.decoder_block(w, *x, num_heads=4),
+    ),
+    "a decoder's block that turns, norms and has sinks and biases": (
+        "TransformerDecoderBlock",
+        {**HEADS, "ffn_num_hiddens": 12, "num_heads": 2, "rotary": True, "qk_norm": True, "sink": True, "use_bias": True},
+        (X, SOURCE, np.array([[1, 2, 3, 0], [3, 0, 2, 1]])),
+        lambda w, *x: reference.decoder_block(w, *x, num_heads=2, turned=reference.turned),
+    ),
+    "TransformerDecoder": ("TransformerDecoder", ENCODER, (TOKENS, SOURCE, LENS),
+                           lambda w, *x: reference.decoder(w, *x, num_blks=2, num_heads=4)),
+    "a decoder of one block": (
+        "TransformerDecoder", {**ENCODER, "num_blks": 1, "num_kv_heads": 2}, (TOKENS, SOURCE),
+        lambda w, *x: reference.decoder(w, *x, num_blks=1, num_heads=4, num_kv_heads=2),
+    ),
 }  # fmt: skip
+
+
+# whose parts' gradients are judged with others: a step aside for every weight takes its time
+UNDROPPED = ("PositionWiseFFN", "TransformerDecoderBlock", "TransformerDecoder")  # decoders: in test_decoders.py
+UNDERIVED = ("TransformerEncoder", "TransformerDecoderBlock", "TransformerDecoder")
 
 
 @pytest.fixture
@@ -113,6 +135,8 @@ PLACES = {  # where d2l has each argument
     "PositionWiseFFN": "ffn_num_hiddens ffn_num_outputs",
     "TransformerEncoderBlock": "num_hiddens ffn_num_hiddens num_heads dropout use_bias",
     "TransformerEncoder": "vocab_size num_hiddens ffn_num_hiddens num_heads num_blks dropout use_bias",
+    "TransformerDecoderBlock": "num_hiddens ffn_num_hiddens num_heads dropout i",
+    "TransformerDecoder": "vocab_size num_hiddens ffn_num_hiddens num_heads num_blks dropout",
 }
 SIZES = "key_size query_size value_size num_hiddens"
 OWN_PLACES = {  # where its tabs differ
@@ -123,6 +147,8 @@ OWN_PLACES = {  # where its tabs differ
         "MultiHeadAttention": f"{SIZES} num_heads dropout bias",
         "TransformerEncoderBlock": f"{SIZES} norm_shape ffn_num_hiddens num_heads dropout bias",
         "TransformerEncoder": f"vocab_size {SIZES} norm_shape ffn_num_hiddens num_heads num_blks dropout bias",
+        "TransformerDecoderBlock": f"{SIZES} norm_shape ffn_num_hiddens num_heads dropout i",
+        "TransformerDecoder": f"vocab_size {SIZES} norm_shape ffn_num_hiddens num_heads num_blks dropout",
     },
 }
 
@@ -143,7 +169,7 @@ def test_a_layer_gives_the_numbers_of_the_reference(adapter, case):
     np.testing.assert_allclose(adapter.call(layer, *inputs), answer(w, *inputs), atol=2e-5)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "TransformerEncoder"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in UNDERIVED])
 def test_a_layer_gives_the_gradients_of_the_reference(adapter, case):
     name, config, inputs, answer = CASES[case]
     layer, w = made(adapter, name, config, inputs)
@@ -151,6 +177,8 @@ def test_a_layer_gives_the_gradients_of_the_reference(adapter, case):
     layer = adapter.load(layer, w)
     grad_output = GRAD["QKV" if name in SCORED else "X"] if name in SCORED or inputs[0] is not QUERIES else GRAD["X"][:, :3]
     grad_output = grad_output[0] if inputs[0].ndim == 2 and name == "MultiHeadAttention" else grad_output
+    if name == "TransformerDecoder":
+        grad_output = np.random.default_rng(6).normal(size=(2, 5, 11)).astype("float32")
     by_inputs, by_weights = adapter.gradients(layer, inputs, grad_output)
     floats = [i for i, x in enumerate(inputs) if x.dtype.kind == "f"]
     arrays = {name: x.astype(float) for name, x in w.items()} | {f"input {i}": inputs[i].astype(float) for i in floats}
@@ -245,7 +273,7 @@ def test_a_sequence_longer_than_max_len_is_refused(adapter):
         adapter.call(layer, np.zeros((1, 6, 4), "float32"))
 
 
-@pytest.mark.parametrize("case", [case for case, (name, *_) in CASES.items() if case == name != "PositionWiseFFN"])
+@pytest.mark.parametrize("case", [case for case, (name, *_) in CASES.items() if case == name and name not in UNDROPPED])
 def test_dropout_works_in_training_alone(adapter, case):
     name, config, inputs, answer = CASES[case]
     layer, w = made(adapter, name, {**config, "dropout": 0.5}, inputs)
@@ -303,6 +331,12 @@ FIRST = {  # the first and the last number of each weight by seed 7, drawn once 
         "blocks.1.attention.W_q": (-0.35114111, 0.11157256), "blocks.1.attention.W_k": (0.51006385, 0.37873874),
         "blocks.1.attention.W_v": (0.425244, 0.51947747), "blocks.1.attention.W_o": (0.59969048, 0.08304621),
         "blocks.1.ffn.W_1": (0.41114416, -0.42733866), "blocks.1.ffn.W_2": (-0.32612948, 0.18564341),
+    },
+    "TransformerDecoder": {
+        "embedding": (0.02686391, -0.27858189), "dense.W": (0.21946456, 0.007470778655),
+        "blocks.0.attention1.W_q": (0.05152807757, 0.361927867), "blocks.1.attention1.W_o": (-0.25562844, -0.12988378),
+        "blocks.0.attention2.W_q": (0.3732598722, 0.2117420435), "blocks.1.attention2.W_v": (0.29484016, -0.2174789),
+        "blocks.0.ffn.W_1": (0.4422515, -0.21086681), "blocks.1.ffn.W_2": (-0.32612948, 0.18564341),
     },
 }  # fmt: skip
 
@@ -681,7 +715,7 @@ def test_help_tells_every_argument_of_a_layer_and_completion_what_draws(backend)
 OF_HEADS = {"rotary": {"base": 100.0}, "qk_norm": 1e-3, "alibi": True, "sink": True}
 
 
-@pytest.mark.parametrize("name", ["TransformerEncoderBlock", "TransformerEncoder"])
+@pytest.mark.parametrize("name", ["TransformerEncoderBlock", "TransformerEncoder"])  # decoders': among the cases
 def test_blocks_and_encoders_turn_and_norm_queries_and_keys_and_have_sinks(adapter, name):
     """As NumPy's do, whose block is made of its own parts."""
     sizes = {"num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4, "num_kv_heads": 2, **OF_HEADS}

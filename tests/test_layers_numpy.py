@@ -484,8 +484,18 @@ def recorded():
 
 def cached():
     layer = kv.MultiHeadAttention(8, 2)
-    layer(X, X, X, cache=kv.KVCache(), training=True)
+    _, cache = layer(X, X, X, cache=kv.KVCache())
+    layer(X, X, X, cache=cache, training=True)
     return layer
+
+
+def test_the_first_call_with_a_cache_has_the_backward_of_one_without():
+    grad, layer = RNG.normal(size=X.shape), kv.MultiHeadAttention(8, 2, seed=1, rotary=True)
+    layer(X, X, X, causal=True, training=True)
+    expected = layer.backward(grad)
+    layer(X, X, X, cache=kv.KVCache(), causal=True, training=True)
+    for found, other in zip(layer.backward(grad), expected, strict=True):
+        np.testing.assert_allclose(found, other, rtol=0, atol=1e-12)
 
 
 def forward_only():

@@ -33,6 +33,7 @@ SCORED = {  # layers of one head, and their scores
 }  # fmt: skip
 PLAIN = ("PositionalEncoding", "AddNorm", "PositionWiseFFN")  # layers without attention
 DEEP = ("TransformerEncoderBlock", "TransformerEncoder")
+DECODERS = ("TransformerDecoderBlock", "TransformerDecoder")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def draw(seed: int, number: int) -> Draw:
         if call in PLAIN:
             made = replace(made, d=one(1, 2, 3, 8), v=max(v, 1), asked=())
             return replace(made, options={"activation": one("relu", "gelu")} if call == "PositionWiseFFN" else {})
-    headed = call in (*check.HEADED, "MultiHeadAttention", *DEEP)
+    headed = call in (*check.HEADED, "MultiHeadAttention", *DEEP, *DECODERS)
     options: dict[str, Any] = {}
     if headed:
         if call in check.HEADED:
@@ -103,9 +104,15 @@ def draw(seed: int, number: int) -> Draw:
         options |= {"num_heads": heads, "num_kv_heads": kv_heads, "biases": often(0.5), "W_o": often(0.8)}
         n = max(n, 2) if call == "decoding" else n
         made = replace(made, lead=lead, kv=lead, n=n, d=one(1, 2, 3), v=one(1, 2))
-        if call in DEEP:
+        if call in (*DEEP, *DECODERS):
             options |= {"activation": one("relu", "gelu")}
             made = replace(made, asked=(), grad=False)
+        if call in DECODERS:  # lengths are those of the encoder's outputs; the rest is of the self-attention
+            drawn = {"steps": n > 1 and often(0.5), "window": one(None, (1, 0), (2, 0)), "softcap": one(None, 2.0)}
+            options |= {name: x for name, x in drawn.items() if x}
+            if often(0.6):
+                options["valid_lens"] = often(0.5) and "steps" not in options  # whether of each query
+            return replace(made, options=options, dtype="float64")  # the bounds through three norms say nothing of float32
         if call in layers.LAYERS and n > 1 and often(0.3):
             options |= {"steps": True, "window": one(None, (1, 0))}
             return replace(made, options={name: x for name, x in options.items() if x is not None}, asked=(), grad=False)
@@ -181,7 +188,7 @@ def case(drawn: Draw) -> Case:
     """The call that is drawn, with its answer."""
     options = _options(drawn)
     name = f"draw {drawn.seed[-1]} of seed {drawn.seed[0]}: " + ", ".join([drawn.call, *drawn.options])
-    if drawn.call in (*PLAIN, *DEEP):
+    if drawn.call in (*PLAIN, *DEEP, *DECODERS):
         made = _transformers(drawn, name, options)
     elif drawn.call in (*check.HEADED, "MultiHeadAttention"):
         made = _headed(drawn, name, options)
@@ -344,10 +351,12 @@ def _transformers(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
 
     def add_block(prefix: str) -> None:
         sizes = {"d": drawn.d, "v": drawn.d, "o": h, "biases": multihead.BIASES if use_bias else ()}
-        params = multihead.params_of(drawn.rng(prefix), h, h, h, heads, kv_heads, **sizes)
-        weights.update({f"{prefix}attention.{x}": W for x, W in params.items()})
+        for part in layers.ATTENTIONS if call in DECODERS else ("attention",):
+            rng = drawn.rng(prefix if part == "attention" else prefix + part)
+            params = multihead.params_of(rng, h, h, h, heads, kv_heads, **sizes)
+            weights.update({f"{prefix}{part}.{x}": W for x, W in params.items()})
         add(prefix + "ffn.", W_1=(h, f), b_1=(f,), W_2=(f, h), b_2=(h,))
-        for part in ("addnorm1.", "addnorm2."):
+        for part in ("addnorm1.", "addnorm2.", "addnorm3.")[: 3 if call in DECODERS else 2]:
             add(prefix + part, gamma=(h,), beta=(h,))
 
     inputs = {"X": grid(drawn.rng("X"), *drawn.lead, drawn.n, h)}
@@ -364,12 +373,18 @@ def _transformers(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     else:
         config |= {"ffn_num_hiddens": f, "num_heads": heads, "num_kv_heads": kv_heads, "use_bias": bool(use_bias)}
         config["activation"] = activation
-        if call == "TransformerEncoder":
-            config |= {"vocab_size": 5, "num_blks": 2}
+        of_tokens, blocks = call in ("TransformerEncoder", "TransformerDecoder"), 1 if call in DECODERS else 2
+        if of_tokens:
+            config |= {"vocab_size": 5, "num_blks": blocks}
             inputs["X"] = drawn.rng("X").integers(0, 5, (*drawn.lead, drawn.n))
             add("", embedding=(5, h))
-        for prefix in ("blocks.0.", "blocks.1.") if call == "TransformerEncoder" else ("",):
+        for prefix in [f"blocks.{i}." for i in range(blocks)] if of_tokens else ("",):
             add_block(prefix)
+        if call == "TransformerDecoder":
+            add("dense.", W=(h, 5), b=(5,))
+    if call in DECODERS:
+        inputs["enc_outputs"] = grid(drawn.rng("enc_outputs"), *drawn.lead, drawn.m, h)
+        inputs |= {"enc_valid_lens": options.pop("valid_lens")} if "valid_lens" in options else {}
     options |= {"causal": True} if steps else {}
     answer = oracle.layer(call, weights, [*inputs.values()], config, **options)
     arrays = {x: y for x, y in options.items() if isinstance(y, np.ndarray)}

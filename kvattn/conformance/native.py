@@ -46,6 +46,8 @@ def run(backend: Any, name: str, config: dict[str, Any], weights: dict[str, np.n
         if framework == "torch" and like is not None:  # others make weights where they compute
             call.to(like.device)
         first, how = given()
+        if name.startswith("TransformerDecoder"):
+            return [array(_decoded(tab, call, config.get("num_blks", 1), first, how, steps))], [], {}
         if steps:
             return [array(_stepped(tab, call, name, first, how))], [], {}
         results = _several(call(*first, **how))
@@ -61,9 +63,24 @@ def _several(results: Any) -> list[Any]:
 
 def _stepped(tab: Any, call: Any, name: str, inputs: list[Any], options: dict[str, Any]) -> np.ndarray:
     kept: Any = [] if name == "TransformerEncoder" else KVCache()
-    n, parts = int(inputs[0].shape[1]), []
-    for start, end in [(0, 2), *((i, i + 1) for i in range(2, n))]:
+    parts = []
+    for start, end in _steps(inputs[0]):
         output, kept = call(*(x[:, start:end] for x in inputs), cache=kept, **options)
+        parts.append(np.array(tab.to_numpy(output)))
+    return np.concatenate(parts, axis=1)
+
+
+def _steps(x: Any) -> list[tuple[int, int]]:
+    return [(0, 2), *((i, i + 1) for i in range(2, int(x.shape[1])))]
+
+
+def _decoded(tab: Any, call: Any, blocks: int, inputs: list[Any], options: dict[str, Any], steps: bool) -> np.ndarray:
+    """The output of a decoder, or of its block, for X, the encoder's outputs and, perhaps, their lengths."""
+    X, outputs, *lens = inputs
+    state: Any = [outputs, lens[0] if lens else None, [None] * blocks]
+    parts = []
+    for start, end in _steps(X) if steps else [(0, int(X.shape[1]))]:
+        output, state = call(X[:, start:end], state, **options)
         parts.append(np.array(tab.to_numpy(output)))
     return np.concatenate(parts, axis=1)
 

@@ -571,6 +571,8 @@ def layer(name: str, weights: dict[str, Array], inputs: list[Array], config: dic
         made = _placed(X, how.get("offset", 0))
     elif name == "TransformerEncoderBlock":
         made = _block(X, weights, config, how)
+    elif name.startswith("TransformerDecoder"):
+        made = _decoded(name, weights, inputs, config, how)
     else:
         X = weights["embedding"][inputs[0]] * np.sqrt(config["num_hiddens"])
         made = _placed((X, np.abs(X)))
@@ -615,19 +617,44 @@ def _dense(X: Pair, w: dict[str, Array], name: str) -> Pair:
 
 
 def _block(X: Pair, w: dict[str, Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
-    params, heads = _under(w, "attention"), (config["num_heads"], config["num_kv_heads"])
-    attended = multi_head_attention(X[0], X[0], X[0], params, *heads, **how)
+    Y = _norm(_added(X, _attended(X, X, _under(w, "attention"), config, how)), _under(w, "addnorm1"))
+    return _norm(_added(Y, _feed_forward(Y, _under(w, "ffn"), config["activation"])), _under(w, "addnorm2"))
+
+
+def _decoded(name: str, w: dict[str, Array], inputs: list[Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
+    """A decoder or its block, of inputs X, the encoder's outputs, and their lengths, if there are three."""
+    outputs, lens = (inputs[1], np.abs(inputs[1])), {"valid_lens": inputs[2]} if len(inputs) > 2 else {}
+
+    def block(X: Pair, w: dict[str, Array]) -> Pair:
+        Y = _norm(_added(X, _attended(X, X, _under(w, "attention1"), config, {**how, "causal": True})), _under(w, "addnorm1"))
+        Z = _norm(_added(Y, _attended(Y, outputs, _under(w, "attention2"), config, lens)), _under(w, "addnorm2"))
+        return _norm(_added(Z, _feed_forward(Z, _under(w, "ffn"), config["activation"])), _under(w, "addnorm3"))
+
+    if name == "TransformerDecoderBlock":
+        return block((inputs[0], np.abs(inputs[0])), w)
+    X = w["embedding"][inputs[0]] * np.sqrt(config["num_hiddens"])
+    made = _placed((X, np.abs(X)))
+    for i in range(config["num_blks"]):
+        made = block(made, _under(w, f"blocks.{i}"))
+    return _dense(made, {"W_d": w["dense.W"], "b_d": w["dense.b"]}, "d")
+
+
+def _added(X: Pair, Y: Pair) -> Pair:
+    return X[0] + Y[0], X[1] + Y[1]
+
+
+def _attended(Q: Pair, K: Pair, params: dict[str, Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
+    """Multi-head attention of Q to K, whose values are its keys."""
+    heads = config["num_heads"], config["num_kv_heads"]
+    attended = multi_head_attention(Q[0], K[0], K[0], params, *heads, **how)
     rounded = attended.magnitude["output"] * (1 + attended.largest_score / tolerance.CONSTANT)  # see tolerance.py
-    size = rounded + _moved(X, params, config["num_hiddens"] // heads[0], how.get("scale"))
-    Y = _norm((X[0] + attended.values["output"], X[1] + size), _under(w, "addnorm1"))
-    fed = _feed_forward(Y, _under(w, "ffn"), config["activation"])
-    return _norm((Y[0] + fed[0], Y[1] + fed[1]), _under(w, "addnorm2"))
+    return attended.values["output"], rounded + _moved(Q, K, params, config["num_hiddens"] // heads[0], how.get("scale"))
 
 
-def _moved(X: Pair, params: dict[str, Array], d: int, scale: float | None) -> Array:
-    """How far an error of X moves the output of its self-attention: a weight by at most twice what any score moves by."""
+def _moved(Q: Pair, K: Pair, params: dict[str, Array], d: int, scale: float | None) -> Array:
+    """How far an error of Q and K moves the output of attention: a weight by at most twice what any score moves by."""
     top, error = {}, {}
-    for name in "qkv":
+    for name, X in zip("qkv", (Q, K, K), strict=True):
         W = np.abs(params[f"W_{name}"])
         top[name] = (np.abs(X[0]) @ W + np.abs(params.get(f"b_{name}", 0.0))).max(initial=0)
         error[name] = (X[1] @ W).max(initial=0)

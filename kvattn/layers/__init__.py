@@ -12,6 +12,8 @@ A weight has one name, one shape and one first distribution in every framework. 
     PositionWiseFFN           W_1 (h, f)   b_1 (f,)   W_2 (f, h)   b_2 (h,)
     TransformerEncoderBlock   attention.*   addnorm1.*   ffn.*   addnorm2.*
     TransformerEncoder        embedding (vocabulary, h)   blocks.0.*   blocks.1.*   ...
+    TransformerDecoderBlock   attention1.*   addnorm1.*   attention2.*   addnorm2.*   ffn.*   addnorm3.*
+    TransformerDecoder        embedding (vocabulary, h)   blocks.0.*   ...   dense.W (h, vocabulary)   dense.b (vocabulary,)
 
 Around them, a framework's own dense layer called ``x`` gives x.W and x.b, its layer norm x.gamma and x.beta, its embedding x.
 
@@ -39,6 +41,7 @@ from kvattn.call import Call
 LAYERS = (
     "DotProductAttention", "AdditiveAttention", "MultiplicativeAttention", "GatedAttention", "MultiHeadAttention",
     "PositionalEncoding", "AddNorm", "PositionWiseFFN", "TransformerEncoderBlock", "TransformerEncoder",
+    "TransformerDecoderBlock", "TransformerDecoder",
 )  # fmt: skip
 
 # What help() says of a layer's arguments, in every framework: made by `describe`, since a class is written five times.
@@ -60,6 +63,7 @@ ARGUMENTS = {
     "ffn_num_outputs": "features of its output.",
     "vocab_size": "tokens that there are; the inputs are integers below it.",
     "num_blks": "blocks, one after another.",
+    "i": "the block's place in a decoder: its cache is state[2][i].",
     "max_len": "positions that have an encoding.",
     "norm_shape": "features of the input, which the input itself tells where that may be left out.",
     "activation": "the function between the two dense layers: 'relu', 'gelu', ...",
@@ -71,7 +75,8 @@ ARGUMENTS = {
     "kwargs": "the framework's own: name, dtype, ...",
 }
 CALLS = {
-    "X": "(batch, n, h); of an encoder tokens, integers (batch, n).",
+    "X": "(batch, n, h); of an encoder or decoder tokens, integers (batch, n).",
+    "state": "[enc_outputs, enc_valid_lens, caches], what init_state or the call before returned; it is not written to.",
     "queries": "(batch, n, d).",
     "keys": "(batch, m, d).",
     "values": "(batch, m, v).",
@@ -360,6 +365,46 @@ def caches(given: Any, blocks: int) -> list[KVCache]:
     return given or [KVCache() for _ in range(blocks)]
 
 
+ATTENTIONS = ("attention1", "attention2")  # of a decoder's block: to its own positions, and to the encoder's
+NOT_KEPT = KVCache(length=None)  # in a state, of a block that was called in a graph which can keep no cache
+
+
+def opened(state: Any, blocks: int, exactly: bool = True) -> tuple[Any, Any, list[KVCache]]:
+    """The encoder's outputs, their lengths and the blocks' caches in a decoder's state. Raises for what is no such state."""
+    if not (isinstance(state, (list, tuple)) and len(state) == 3 and isinstance(state[2], (list, tuple))):
+        raise TypeError(f"state must be [enc_outputs, enc_valid_lens, caches], what init_state gives, not {_told(state)}")
+    outputs, lens, caches = state
+    if len(caches) != blocks if exactly else len(caches) < blocks:
+        needs = f"this decoder has {blocks} blocks" if exactly else f"this block's is state[2][{blocks - 1}]"
+        raise ValueError(f"state[2] holds {len(caches)} blocks' caches; {needs}")
+    for i, cache in enumerate(caches):
+        if not (cache is None or isinstance(cache, KVCache)):
+            raise TypeError(f"state[2][{i}] must be None, at first, or a kvattn.KVCache, not {_told(cache)}")
+        if cache is not None and cache.length is None:
+            raise ValueError(
+                f"state[2][{i}] kept nothing: the call before was in a graph of an unknown length, of padding that Keras "
+                "masks, or of MXNet's, after which none can follow; give each sequence whole, with a state of init_state's"
+            )
+    return outputs, lens, [KVCache() if cache is None else cache for cache in caches]
+
+
+def _told(x: Any) -> str:
+    return f"{type(x).__name__} of {len(x)}" if isinstance(x, (list, tuple)) else type(x).__name__
+
+
+def following(state: Any, i: int, cache: KVCache) -> list[Any]:
+    """The state after block ``i``."""
+    outputs, lens, caches = state
+    return [outputs, lens, [*caches[:i], cache, *caches[i + 1 :]]]
+
+
+def causally(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a decoder's self-attention. Raises ValueError for another ``causal``: d2l's decoders looked ahead."""
+    if options.get("causal", True) is not True:
+        raise ValueError(f"causal is {options['causal']!r}; a decoder attends to no later position: leave it out")
+    return {**options, "causal": True}
+
+
 def describe(module: dict[str, Any]) -> None:
     """Tell, in the docstrings of a framework's layers, what each argument of the layer and of its call is."""
     for layer in (module[name] for name in LAYERS):
@@ -368,7 +413,8 @@ def describe(module: dict[str, Any]) -> None:
             first, second = (name for name in made if name in ("bias", "use_bias"))
             made[second] = f"another name of {first}, under which other frameworks' lessons know it."
         called = next(vars(cls)[name] for cls in layer.__mro__ for name in METHODS if name in vars(cls))
-        asked = {name: CALLS[name] for name in inspect.signature(called).parameters if name in CALLS}
+        taken = ("state" if name == "enc_outputs" else name for name in inspect.signature(called).parameters)
+        asked = {name: CALLS[name] for name in taken if name in CALLS}
         arguments = "\n".join(f"    {name}: {told}" for name, told in made.items())
         call = "\n".join(f"- {name}: {told}" for name, told in asked.items())
         parts = [inspect.cleandoc(layer.__doc__ or ""), f"Args:\n{arguments}", f"A call of the layer takes\n\n{call}"]

@@ -375,13 +375,144 @@ class TransformerEncoderBlock(_Layer):
         return (Y, *rest) if rest else Y
 
 
-class TransformerEncoder(_Layer):
+class _Stack(_Layer):
+    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks of the class ``BLOCK``."""
+
+    BLOCK = None
+
+    def setup(self):
+        self.embedding = nn.Embed(self.vocab_size, self.num_hiddens, embedding_init=_first("embedding", self.seed))
+        self.pos_encoding = PositionalEncoding(self.num_hiddens, self.dropout, self.max_len)
+        self.blks = [
+            self.BLOCK(
+                self.num_hiddens, self.ffn_num_hiddens, self.num_heads, self.dropout, use_bias=self.use_bias,
+                num_kv_heads=self.num_kv_heads, activation=self.activation, rotary=self.rotary, qk_norm=self.qk_norm,
+                alibi=self.alibi, sink=self.sink, seed=layers.child(self.seed, f"blocks.{i}"), **self._place(i),
+            )
+            for i in range(self.num_blks)
+        ]  # fmt: skip
+
+    def _place(self, i):
+        return {}
+
+    def _embedded(self, X, training, first, rng):
+        X, seed = self.embedding(X) * math.sqrt(self.num_hiddens), layers.seed_of(tab, rng, 0, attends=False)
+        return self.pos_encoding(X, training, offset=first, rng=seed)
+
+    def _asked(self, return_weights):
+        """return_weights of the blocks: weights that are neither returned nor sown are not computed."""
+        return False if return_weights is None and not self.is_mutable_collection("intermediates") else return_weights
+
+
+class TransformerEncoder(_Stack):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
     ``causal=True`` makes it a decoder. As d2l's it returns Y, and sows the list of the blocks' weights as
     "enc_attention_weights" where "intermediates" is mutable: else they are not computed. With ``cache=`` ([] at first) it
     takes the next tokens and returns (Y, weights, caches). Given ``return_weights``, the list follows Y, or does not.
     """
+
+    BLOCK = TransformerEncoderBlock
+
+    vocab_size: int
+    num_hiddens: int
+    ffn_num_hiddens: int
+    num_heads: int
+    num_blks: int
+    dropout: float = 0.0
+    use_bias: bool = False
+    num_kv_heads: int | None = _keyword(default=None)
+    activation: str = _keyword(default="relu")
+    max_len: int = _keyword(default=1000)
+    rotary: Any = _keyword(default=None)
+    qk_norm: bool | float = _keyword(default=False)
+    alibi: Any = _keyword(default=None)
+    sink: bool = _keyword(default=False)
+    seed: layers.Seed = _keyword(default=None)
+
+    @_exact
+    def __call__(self, X, valid_lens=None, training=False, *, cache=None, return_weights=None, rng=None, **options):
+        caches = None if cache is None else layers.caches(cache, self.num_blks)
+        X = self._embedded(X, training, caches[0].length if caches else 0, rng)
+        sown = return_weights is None and cache is None
+        options["return_weights"] = self._asked(return_weights) if sown else return_weights
+        rests = []
+        for i, block in enumerate(self.blks):
+            seed = layers.seed_of(tab, rng, 1 + i)
+            X, *rest = _several(block(X, valid_lens, training, cache=caches and caches[i], rng=seed, **options))
+            if caches:
+                caches[i] = rest.pop()
+            rests.append(rest)
+        lists = [list(x) for x in zip(*rests, strict=True)]  # of weights, if any, one a block
+        if sown and lists:
+            self.sow("intermediates", "enc_attention_weights", lists.pop(0))
+        results = (X, *lists) if caches is None else (X, *lists, caches)
+        return results if len(results) > 1 else X
+
+
+class TransformerDecoderBlock(_Layer):
+    """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm.
+
+    A call takes X and a decoder's state, and returns (Y, state, weights of the self-attention, weights of the other); in the
+    state state[2][i] is this block's cache. Given return_weights=False, no weights. ``rotary`` and
+    ``alibi`` are of the self-attention.
+    """
+
+    num_hiddens: int
+    ffn_num_hiddens: int
+    num_heads: int
+    dropout: float = 0.0
+    i: int = 0
+    use_bias: bool = False
+    num_kv_heads: int | None = _keyword(default=None)
+    activation: str = _keyword(default="relu")
+    rotary: Any = _keyword(default=None)
+    qk_norm: bool | float = _keyword(default=False)
+    alibi: Any = _keyword(default=None)
+    sink: bool = _keyword(default=False)
+    seed: layers.Seed = _keyword(default=None)
+
+    def setup(self):
+        self.attention1 = MultiHeadAttention(
+            self.num_hiddens, self.num_heads, self.dropout, self.use_bias, num_kv_heads=self.num_kv_heads,
+            rotary=self.rotary, qk_norm=self.qk_norm, alibi=self.alibi, sink=self.sink,
+            seed=layers.child(self.seed, "attention1"),
+        )  # fmt: skip
+        self.addnorm1 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
+        self.attention2 = MultiHeadAttention(
+            self.num_hiddens, self.num_heads, self.dropout, self.use_bias, num_kv_heads=self.num_kv_heads,
+            qk_norm=self.qk_norm, sink=self.sink, seed=layers.child(self.seed, "attention2"),
+        )  # fmt: skip
+        self.addnorm2 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
+        self.ffn = PositionWiseFFN(
+            self.ffn_num_hiddens, self.num_hiddens, activation=self.activation, seed=layers.child(self.seed, "ffn")
+        )
+        self.addnorm3 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
+
+    @_exact
+    def __call__(self, X, state, training=False, *, return_weights=None, rng=None, **options):
+        outputs, lens, caches = layers.opened(state, self.i + 1, exactly=False)
+        seeds = [layers.seed_of(tab, rng, part, attends=part in (0, 2)) for part in range(5)]
+        options, asked = layers.causally(options), {"return_weights": return_weights}
+        Y, *own, cache = self.attention1(X, X, X, None, training, cache=caches[self.i], rng=seeds[0], **options, **asked)
+        Y = self.addnorm1(X, Y, training, rng=seeds[1])
+        Z, *other = _several(self.attention2(Y, outputs, outputs, lens, training, rng=seeds[2], **asked))
+        Z = self.addnorm2(Y, Z, training, rng=seeds[3])
+        return self.addnorm3(Z, self.ffn(Z), training, rng=seeds[4]), layers.following(state, self.i, cache), *own, *other
+
+
+class TransformerDecoder(_Stack):
+    """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
+
+    decoder.apply(variables, X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns
+    the logits (batch, n, vocab_size) of those that follow each, and the state for the next call. ``init_state`` gives the
+    first state. Where "intermediates" is mutable it sows "dec_attention_weights": two lists of each block's weights, those
+    of the self-attention and those of the attention to the encoder's outputs; given return_weights=True, they follow the state.
+
+    Source: Vaswani et al. 2017, section 3.1.
+    """
+
+    BLOCK = TransformerDecoderBlock
 
     vocab_size: int
     num_hiddens: int
@@ -400,37 +531,28 @@ class TransformerEncoder(_Layer):
     seed: layers.Seed = _keyword(default=None)
 
     def setup(self):
-        self.embedding = nn.Embed(self.vocab_size, self.num_hiddens, embedding_init=_first("embedding", self.seed))
-        self.pos_encoding = PositionalEncoding(self.num_hiddens, self.dropout, self.max_len)
-        self.blks = [
-            TransformerEncoderBlock(
-                self.num_hiddens, self.ffn_num_hiddens, self.num_heads, self.dropout, self.use_bias,
-                num_kv_heads=self.num_kv_heads, activation=self.activation, rotary=self.rotary, qk_norm=self.qk_norm,
-                alibi=self.alibi, sink=self.sink, seed=layers.child(self.seed, f"blocks.{i}"),
-            )
-            for i in range(self.num_blks)
-        ]  # fmt: skip
+        super().setup()
+        self.dense = _dense("W", self.vocab_size, True, layers.child(self.seed, "dense"))
+
+    def _place(self, i):
+        return {"i": i}
+
+    def init_state(self, enc_outputs, enc_valid_lens=None):
+        return [enc_outputs, enc_valid_lens, [None] * self.num_blks]
 
     @_exact
-    def __call__(self, X, valid_lens=None, training=False, *, cache=None, return_weights=None, rng=None, **options):
-        caches = None if cache is None else layers.caches(cache, self.num_blks)
-        offset = caches[0].length if caches else 0
-        X, seed = self.embedding(X) * math.sqrt(self.num_hiddens), layers.seed_of(tab, rng, 0, attends=False)
-        X = self.pos_encoding(X, training, offset=offset, rng=seed)
-        sown = return_weights is None and cache is None
-        options["return_weights"] = False if sown and not self.is_mutable_collection("intermediates") else return_weights
-        rests = []
+    def __call__(self, X, state, training=False, *, return_weights=None, rng=None, **options):
+        *_, caches = layers.opened(state, self.num_blks)
+        X = self._embedded(X, training, caches[0].length if caches else 0, rng)
+        options["return_weights"] = self._asked(return_weights)
+        weights = []
         for i, block in enumerate(self.blks):
-            seed = layers.seed_of(tab, rng, 1 + i)
-            X, *rest = _several(block(X, valid_lens, training, cache=caches and caches[i], rng=seed, **options))
-            if caches:
-                caches[i] = rest.pop()
-            rests.append(rest)
-        lists = [list(x) for x in zip(*rests, strict=True)]  # of weights, if any, one a block
-        if sown and lists:
-            self.sow("intermediates", "enc_attention_weights", lists.pop(0))
-        results = (X, *lists) if caches is None else (X, *lists, caches)
-        return results if len(results) > 1 else X
+            X, state, *rest = block(X, state, training, rng=layers.seed_of(tab, rng, 1 + i), **options)
+            weights.append(rest)
+        weights = [list(x) for x in zip(*weights, strict=True)]  # two lists, if any
+        if return_weights is None and weights:
+            self.sow("intermediates", "dec_attention_weights", weights)
+        return (self.dense(X), state, weights) if return_weights else (self.dense(X), state)
 
 
 # ---- weights of a forward pass, for kvattn/maps.py

@@ -82,6 +82,26 @@ def tensors(arrays):
     return {name: tf.nest.map_structure(tf.convert_to_tensor, x) for name, x in (arrays or {}).items()}
 
 
+class Decoding(Layer):
+    """A layer that is called with X and a decoder's state, of which Keras sees the parts: call(X, enc_outputs, enc_valid_lens,
+    ...), and with ``cache``, the list of the blocks', it returns (output, caches); a block returns its own.
+
+    A functional model is made and run without: nothing can follow its calls.
+    """
+
+    def __call__(self, X, state, *args, **options):
+        if hasattr(state, "shape"):  # Keras's own call, in a functional model that runs
+            return super().__call__(X, state, *args, **options)
+        whole = hasattr(self, "blks")
+        outputs, lens, caches = layers.opened(state, len(self.blks) if whole else self.i + 1, whole)
+        if any(isinstance(x, keras.KerasTensor) for x in (X, outputs)):
+            output = super().__call__(X, outputs, lens, **options)
+            kept = [layers.NOT_KEPT] * len(caches) if whole else layers.NOT_KEPT
+        else:
+            output, kept = super().__call__(X, outputs, lens, cache=caches, **options)
+        return output, [outputs, lens, kept] if whole else layers.following(state, self.i, kept)
+
+
 class Held:
     """A cache, in which Keras is not to look for tensors."""
 
@@ -190,6 +210,11 @@ def check_cache_sees_no_padding(options):
             "(batch, 1, 1, m), True for each key so far, those of earlier calls first, that is no padding"
         )
     options["keys_mask"] = options["values_mask"] = None
+
+
+def keeps(cache, X, mask):
+    """Whether the keys of a decoder's call can join its cache: as its first, not of an unknown number, nor behind a mask."""
+    return cache.key is not None or (X.shape[1] is not None and mask is None)
 
 
 # ---- weights by kvattn's names, for kvattn/weights.py

@@ -492,7 +492,33 @@ class TransformerEncoderBlock(_Layer):
         return Y if cache is None else (Y, cache)
 
 
-class TransformerEncoder(_Layer):
+class _Stack(_Layer):
+    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``block`` makes."""
+
+    def __init__(self, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs):
+        super().__init__(**kwargs)
+        self.num_hiddens = num_hiddens
+        self.embedding = nn.Embedding(vocab_size, num_hiddens, weight_initializer=_First("embedding", seed))
+        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len)
+        self.blks = nn.HybridSequential()
+        for i in range(num_blks):
+            self.blks.add(block(i, layers.child(seed, f"blocks.{i}")))
+
+    def forward(self, X, *args):
+        if tab.is_array(X) and not _initialized(self.embedding.weight):  # d2l's initializes itself
+            self.initialize(ctx=X.ctx)
+        return super().forward(X, *args)
+
+    def _embedded(self, X, first, rng):
+        X, seed = self.embedding(X) * math.sqrt(self.num_hiddens), layers.seed_of(tab, rng, 0, attends=False)
+        return self.pos_encoding(X, **({} if checks.is_integer(first) and first == 0 else {"offset": first}), **_given(seed))
+
+
+def _given(seed):
+    return {} if seed is None else {"rng": seed}
+
+
+class TransformerEncoder(_Stack):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
     ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
@@ -502,39 +528,104 @@ class TransformerEncoder(_Layer):
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
                  num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
                  seed=None, **kwargs):  # fmt: skip
-        super().__init__(**kwargs)
-        self.num_hiddens = num_hiddens
-        self.embedding = nn.Embedding(vocab_size, num_hiddens, weight_initializer=_First("embedding", seed))
-        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len)
-        self.blks = nn.HybridSequential()
-        for i in range(num_blks):
-            block = TransformerEncoderBlock(
+        def block(i, seed):
+            return TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=layers.child(seed, f"blocks.{i}"),
+                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed,
             )  # fmt: skip
-            self.blks.add(block)
 
-    def forward(self, X, *args):
-        if tab.is_array(X) and not _initialized(self.embedding.weight):  # d2l's initializes itself
-            self.initialize(ctx=X.ctx)
-        return super().forward(X, *args)
+        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs)
 
     def hybrid_forward(self, F, X, valid_lens=None, *, cache=None, rng=None, **options):
         caches = None if cache is None else layers.caches(cache, len(self.blks))
-        X = self.embedding(X) * math.sqrt(self.num_hiddens)
-        seeds = [layers.seed_of(tab, rng, part, attends=part > 0) for part in range(1 + len(self.blks))]
-        seeds = [{} if seed is None else {"rng": seed} for seed in seeds]
-        X = self.pos_encoding(X, **({"offset": caches[0].length} if caches else {}), **seeds[0])
+        X = self._embedded(X, caches[0].length if caches else 0, rng)
         for i, block in enumerate(self.blks):
+            seed = _given(layers.seed_of(tab, rng, 1 + i))
             if caches is None:
-                X = block(X, valid_lens, **options, **seeds[1 + i])
+                X = block(X, valid_lens, **options, **seed)
             else:
-                X, caches[i] = block(X, valid_lens, cache=caches[i], **options, **seeds[1 + i])
+                X, caches[i] = block(X, valid_lens, cache=caches[i], **options, **seed)
         return X if caches is None else (X, caches)
 
     @property
     def attention_weights(self):
         return [block.attention.attention.attention_weights for block in self.blks]
+
+
+class TransformerDecoderBlock(_Layer):
+    """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm.
+
+    A call takes X and a decoder's state, and returns (Y, state), in which state[2][i] is this block's cache, which the graph
+    of a hybridized block around it has not. ``rotary`` and ``alibi`` are of the self-attention.
+    """
+
+    def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
+                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, **kwargs):  # fmt: skip
+        super().__init__(**kwargs)
+        self.i = i
+        self.attention1 = MultiHeadAttention(
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
+            sink=sink, seed=layers.child(seed, "attention1"),
+        )  # fmt: skip
+        self.addnorm1 = AddNorm(dropout, num_hiddens)
+        self.attention2 = MultiHeadAttention(
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, qk_norm=qk_norm, sink=sink,
+            seed=layers.child(seed, "attention2"),
+        )  # fmt: skip
+        self.addnorm2 = AddNorm(dropout, num_hiddens)
+        self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
+        self.addnorm3 = AddNorm(dropout, num_hiddens)
+
+    def hybrid_forward(self, F, X, state, *, rng=None, **options):
+        outputs, lens, caches = layers.opened(state, self.i + 1, exactly=False)
+        seeds = [_given(layers.seed_of(tab, rng, part, attends=part in (0, 2))) for part in range(5)]
+        options = layers.causally(options) | seeds[0]
+        if symbols.deferred(X):
+            Y, cache = self.attention1(X, X, X, **options), layers.NOT_KEPT
+        else:
+            Y, cache = self.attention1(X, X, X, cache=caches[self.i], **options)
+        Y = self.addnorm1(X, Y, **seeds[1])
+        Z = self.addnorm2(Y, self.attention2(Y, outputs, outputs, lens, **seeds[2]), **seeds[3])
+        return self.addnorm3(Z, self.ffn(Z), **seeds[4]), layers.following(state, self.i, cache)
+
+
+class TransformerDecoder(_Stack):
+    """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
+
+    decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
+    (batch, n, vocab_size) of those that follow each, and the state for the next call. ``init_state`` gives the first state.
+    ``attention_weights`` are two lists of each block's, (batch * heads, n, m): of the self-attention, and of that to the
+    encoder's outputs.
+    Its first call initializes it, if nobody has.
+
+    Source: Vaswani et al. 2017, section 3.1.
+    """
+
+    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
+                 seed=None, **kwargs):  # fmt: skip
+        def block(i, seed):
+            return TransformerDecoderBlock(
+                num_hiddens, ffn_num_hiddens, num_heads, dropout, i, use_bias, num_kv_heads=num_kv_heads,
+                activation=activation, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed,
+            )  # fmt: skip
+
+        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs)
+        self.dense = _Dense("W", vocab_size, True, layers.child(seed, "dense"))
+
+    def init_state(self, enc_outputs, enc_valid_lens=None):
+        return [enc_outputs, enc_valid_lens, [None] * len(self.blks)]
+
+    def hybrid_forward(self, F, X, state, *, rng=None, **options):
+        *_, caches = layers.opened(state, len(self.blks))
+        X = self._embedded(X, caches[0].length if caches else 0, rng)
+        for i, block in enumerate(self.blks):
+            X, state = block(X, state, **options, **_given(layers.seed_of(tab, rng, 1 + i)))
+        return self.dense(X), state
+
+    @property
+    def attention_weights(self):
+        return [[getattr(block, name).attention.attention_weights for block in self.blks] for name in layers.ATTENTIONS]
 
 
 def _initialized(parameter):

@@ -131,8 +131,8 @@ class GatedAttention(_Attention):
 class MultiHeadAttention(Layer):
     """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``.
 
-    With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache) and has no backward; with
-    return_weights=True the weights (batch, heads, n, m) follow the output.
+    With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache), and has no backward but the first;
+    with return_weights=True the weights (batch, heads, n, m) follow the output.
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
@@ -180,7 +180,7 @@ class MultiHeadAttention(Layer):
         return (output, *rest) if rest else output
 
     def vjp(self, grad, cache, first, projected, norms):
-        if cache is not None:
+        if cache is not None and cache.key is not None:
             raise RuntimeError("a call with a cache has no backward: its keys and values are of earlier calls too")
         grad = tab._split(self.W_o.backward(grad), self.num_heads)
         queries, keys, values = self.attention.backward(grad)
@@ -308,7 +308,24 @@ class TransformerEncoderBlock(Layer):
         return grad + sum(self.attention.backward(by_attention))
 
 
-class TransformerEncoder(Layer):
+class _Stack(Layer):
+    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``block`` makes."""
+
+    def __init__(self, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, rng, block):
+        self.num_hiddens = num_hiddens
+        self.embedding = Embedding(vocab_size, num_hiddens, seed=seed, rng=rng)
+        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len, rng=rng)
+        self.blks = [block(i, layers.child(seed, f"blocks.{i}")) for i in range(num_blks)]
+
+    def _embedded(self, X, first, rng):
+        X = self.embedding(X) * math.sqrt(self.num_hiddens)
+        return self.pos_encoding(X, first, rng=layers.seed_of(tab, rng, 0, attends=False))
+
+    def _by_embedded(self, grad):
+        return self.embedding.backward(self.pos_encoding.backward(grad) * math.sqrt(self.num_hiddens))
+
+
+class TransformerEncoder(_Stack):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
     ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
@@ -319,21 +336,18 @@ class TransformerEncoder(Layer):
                  num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
                  seed=None, rng=None):  # fmt: skip
         rng = np.random.default_rng(rng)
-        self.num_hiddens = num_hiddens
-        self.embedding = Embedding(vocab_size, num_hiddens, seed=seed, rng=rng)
-        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len, rng=rng)
-        self.blks = [
-            TransformerEncoderBlock(
+
+        def block(i, seed):
+            return TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=layers.child(seed, f"blocks.{i}"), rng=rng,
-            )
-            for i in range(num_blks)
-        ]  # fmt: skip
+                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed, rng=rng,
+            )  # fmt: skip
+
+        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, rng, block)
 
     def forward(self, X, valid_lens=None, *, cache=None, rng=None, **options):
         caches = None if cache is None else layers.caches(cache, len(self.blks))
-        first, X = caches[0].length if caches else 0, self.embedding(X) * math.sqrt(self.num_hiddens)
-        X = self.pos_encoding(X, first, rng=layers.seed_of(tab, rng, 0, attends=False))
+        X = self._embedded(X, caches[0].length if caches else 0, rng)
         for i, block in enumerate(self.blks):
             seed = layers.seed_of(tab, rng, 1 + i)
             if caches is None:
@@ -345,11 +359,114 @@ class TransformerEncoder(Layer):
     def vjp(self, grad):
         for block in reversed(self.blks):
             grad = block.backward(grad)
-        return self.embedding.backward(self.pos_encoding.backward(grad) * math.sqrt(self.num_hiddens))
+        return self._by_embedded(grad)
 
     @property
     def attention_weights(self):
         return [block.attention.attention.attention_weights for block in self.blks]
+
+
+class TransformerDecoderBlock(Layer):
+    """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm.
+
+    A call takes X and a decoder's state, and returns (Y, state), in which state[2][i] is this block's cache. ``rotary`` and
+    ``alibi`` are of the self-attention. Its backward, of a call whose state held no cache yet, returns the gradients by X and
+    by the encoder's outputs.
+    """
+
+    def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
+                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, rng=None):  # fmt: skip
+        rng = np.random.default_rng(rng)
+        self.i = i
+        self.attention1 = MultiHeadAttention(
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
+            sink=sink, seed=layers.child(seed, "attention1"), rng=rng,
+        )  # fmt: skip
+        self.addnorm1 = AddNorm(num_hiddens, dropout, rng=rng)
+        self.attention2 = MultiHeadAttention(
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, qk_norm=qk_norm, sink=sink,
+            seed=layers.child(seed, "attention2"), rng=rng,
+        )  # fmt: skip
+        self.addnorm2 = AddNorm(num_hiddens, dropout, rng=rng)
+        self.ffn = PositionWiseFFN(
+            ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"), rng=rng
+        )  # fmt: skip
+        self.addnorm3 = AddNorm(num_hiddens, dropout, rng=rng)
+
+    def __call__(self, X, state, **options):
+        outputs, lens, caches = layers.opened(state, self.i + 1, exactly=False)
+        Y, cache = super().__call__(X, outputs, lens, cache=caches[self.i], **options)
+        return Y, layers.following(state, self.i, cache)
+
+    def forward(self, X, enc_outputs, enc_valid_lens, *, cache, rng=None, **options):
+        seeds = [layers.seed_of(tab, rng, part, attends=part in (0, 2)) for part in range(5)]
+        options = layers.causally(options)
+        Y, cache = self.attention1(X, X, X, cache=cache, rng=seeds[0], **options)
+        Y = self.addnorm1(X, Y, rng=seeds[1])
+        Z = self.attention2(Y, enc_outputs, enc_outputs, enc_valid_lens, rng=seeds[2])
+        Z = self.addnorm2(Y, Z, rng=seeds[3])
+        return self.addnorm3(Z, self.ffn(Z), rng=seeds[4]), cache
+
+    def vjp(self, grad):
+        grad, by_ffn = self.addnorm3.backward(grad)
+        grad, by_attention = self.addnorm2.backward(grad + self.ffn.backward(by_ffn))
+        by_queries, by_keys, by_values = self.attention2.backward(by_attention)
+        grad, by_attention = self.addnorm1.backward(grad + by_queries)
+        return grad + sum(self.attention1.backward(by_attention)), by_keys + by_values
+
+
+class TransformerDecoder(_Stack):
+    """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
+
+    decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
+    (batch, n, vocab_size) of those that follow each, and the state for the next call. ``init_state`` gives the first state.
+    ``attention_weights`` are two lists of each block's, (batch * heads, n, m): of the self-attention, and of that to the
+    encoder's outputs.
+    Its backward, of a call whose state held no cache yet, returns the gradient by the encoder's outputs.
+
+    Source: Vaswani et al. 2017, section 3.1.
+    """
+
+    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
+                 seed=None, rng=None):  # fmt: skip
+        rng = np.random.default_rng(rng)
+
+        def block(i, seed):
+            return TransformerDecoderBlock(
+                num_hiddens, ffn_num_hiddens, num_heads, dropout, i, use_bias, num_kv_heads=num_kv_heads,
+                activation=activation, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed, rng=rng,
+            )  # fmt: skip
+
+        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, rng, block)
+        self.dense = Dense(vocab_size, seed=layers.child(seed, "dense"), rng=rng)
+
+    def init_state(self, enc_outputs, enc_valid_lens=None):
+        return [enc_outputs, enc_valid_lens, [None] * len(self.blks)]
+
+    def __call__(self, X, state, **options):
+        outputs, lens, caches = layers.opened(state, len(self.blks))
+        logits, caches = super().__call__(X, outputs, lens, caches=caches, **options)
+        return logits, [outputs, lens, caches]
+
+    def forward(self, X, enc_outputs, enc_valid_lens, *, caches, rng=None, **options):
+        state = [enc_outputs, enc_valid_lens, caches]
+        X = self._embedded(X, caches[0].length if caches else 0, rng)
+        for i, block in enumerate(self.blks):
+            X, state = block(X, state, rng=layers.seed_of(tab, rng, 1 + i), **options)
+        return self.dense(X), state[2]
+
+    def vjp(self, grad):
+        grad, by_outputs = self.dense.backward(grad), 0
+        for block in reversed(self.blks):
+            grad, by_block = block.backward(grad)
+            by_outputs = by_outputs + by_block
+        self._by_embedded(grad)
+        return by_outputs
+
+    @property
+    def attention_weights(self):
+        return [[getattr(block, name).attention.attention_weights for block in self.blks] for name in layers.ATTENTIONS]
 
 
 # ---- weights of a forward pass, for kvattn/maps.py

@@ -11,6 +11,7 @@ import tensorflow as tf
 from kvattn import api, checks, layers
 from kvattn.backends import tensorflow as tab
 from kvattn.layers.keras import (  # noqa: F401
+    Decoding,
     Layer,
     assign,
     build_once,
@@ -21,6 +22,7 @@ from kvattn.layers.keras import (  # noqa: F401
     export,
     first,
     hide_padding,
+    keeps,
     padding_of,
     parts,
     registered,
@@ -340,8 +342,29 @@ class TransformerEncoderBlock(Layer):
         return Y if cache is None else (Y, cache)
 
 
+class _Stack(Layer):
+    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``block`` makes."""
+
+    def __init__(self, given, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs):
+        super().__init__(given, **kwargs)
+        self.autocast = False  # d2l's tokens may be floats: half precision would round them
+        self.num_hiddens, dtype = num_hiddens, self.dtype_policy
+        drawn = first(seed, "embedding", (vocab_size, num_hiddens))
+        self.embedding = keras.layers.Embedding(vocab_size, num_hiddens, embeddings_initializer=drawn, dtype=dtype)
+        self.embedding.supports_masking = True  # a mask of the tokens reaches the blocks from here
+        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len, dtype=dtype)
+        self.blks = [block(i, layers.child(seed, f"blocks.{i}"), dtype) for i in range(num_blks)]
+        for i, part in enumerate(self.blks):  # Keras finds them in the list, tf.train.Checkpoint does not
+            # private: as read in TensorFlow 2.21 and Keras 3.15
+            self._track_trackable(part, name=f"blks_{i}")
+
+    def _embedded(self, X, first, training, rng):
+        X, seed = self.embedding(X) * math.sqrt(self.num_hiddens), layers.seed_of(tab, rng, 0, attends=False)
+        return self.pos_encoding(X, offset=first, training=training, rng=seed)
+
+
 @registered
-class TransformerEncoder(Layer):
+class TransformerEncoder(_Stack):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
     ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
@@ -352,25 +375,17 @@ class TransformerEncoder(Layer):
                  ffn_num_hiddens=None, num_heads=None, num_blks=None, dropout=0.0, bias=False, *, use_bias=None,
                  num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
                  seed=None, **kwargs):  # fmt: skip
-        super().__init__(locals(), **kwargs)
-        self.autocast = False  # d2l's tokens may be floats: half precision would round them
+        given = locals()
         check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads, num_blks=num_blks)
-        self.num_hiddens, dtype = num_hiddens, self.dtype_policy
-        drawn = first(seed, "embedding", (vocab_size, num_hiddens))
-        self.embedding = keras.layers.Embedding(vocab_size, num_hiddens, embeddings_initializer=drawn, dtype=dtype)
-        self.embedding.supports_masking = True  # a mask of the tokens reaches the blocks from here
-        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len, dtype=dtype)
-        self.blks = [
-            TransformerEncoderBlock(
+
+        def block(i, seed, dtype):
+            return TransformerEncoderBlock(
                 key_size, query_size, value_size, num_hiddens, norm_shape, ffn_num_hiddens, num_heads, dropout, bias,
                 use_bias=use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=layers.child(seed, f"blocks.{i}"), dtype=dtype,
-            )
-            for i in range(num_blks)
-        ]  # fmt: skip
-        for i, block in enumerate(self.blks):  # Keras finds them in the list, tf.train.Checkpoint does not
-            # private: as read in TensorFlow 2.21 and Keras 3.15
-            self._track_trackable(block, name=f"blks_{i}")
+                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed, dtype=dtype,
+            )  # fmt: skip
+
+        super().__init__(given, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs)
 
     def build(self, X_shape):
         build_once(self.embedding, X_shape)
@@ -381,9 +396,7 @@ class TransformerEncoder(Layer):
         rng, arrays = seed_among(arrays, rng)
         caches = None if cache is None else layers.caches(cache.cache, len(self.blks))
         options |= {} if (padding := padding_of(X)) is None else {"queries_mask": padding, "keys_mask": padding}
-        X = self.embedding(X) * math.sqrt(self.num_hiddens)
-        seed = layers.seed_of(tab, rng, 0, attends=False)
-        X = self.pos_encoding(X, offset=caches[0].length if caches else 0, training=training, rng=seed)
+        X = self._embedded(X, caches[0].length if caches else 0, training, rng)
         for i, block in enumerate(self.blks):
             seed = layers.seed_of(tab, rng, 1 + i)
             how = {"arrays": arrays, "training": training, **options} | ({} if seed is None else {"rng": seed})
@@ -396,6 +409,113 @@ class TransformerEncoder(Layer):
     @property
     def attention_weights(self):
         return [block.attention.attention.attention_weights for block in self.blks]
+
+
+@registered
+class TransformerDecoderBlock(Decoding):
+    """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm.
+
+    A call takes X and a decoder's state, and returns (Y, state), in which state[2][i] is this block's cache. ``rotary`` and
+    ``alibi`` are of the self-attention.
+    """
+
+    def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
+                 ffn_num_hiddens=None, num_heads=None, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
+                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, **kwargs):  # fmt: skip
+        super().__init__(locals(), **kwargs)
+        check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads)
+        self.i, dtype = i, self.dtype_policy
+        self.attention1 = MultiHeadAttention(
+            key_size, query_size, value_size, num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads,
+            rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=layers.child(seed, "attention1"), dtype=dtype,
+        )  # fmt: skip
+        self.addnorm1 = AddNorm(norm_shape, dropout, dtype=dtype)
+        self.attention2 = MultiHeadAttention(
+            key_size, query_size, value_size, num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads,
+            qk_norm=qk_norm, sink=sink, seed=layers.child(seed, "attention2"), dtype=dtype,
+        )  # fmt: skip
+        self.addnorm2 = AddNorm(norm_shape, dropout, dtype=dtype)
+        self.ffn = PositionWiseFFN(
+            ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"), dtype=dtype
+        )
+        self.addnorm3 = AddNorm(norm_shape, dropout, dtype=dtype)
+
+    def build(self, X_shape, enc_outputs_shape):
+        build_once(self.attention1, X_shape, X_shape, X_shape)
+        build_once(self.attention2, X_shape, enc_outputs_shape, enc_outputs_shape)
+        for part in (self.addnorm1, self.addnorm2, self.ffn, self.addnorm3):
+            build_once(part, X_shape)
+
+    def call(self, X, enc_outputs, enc_valid_lens=None, arrays=None, cache=None, training=None, rng=None, X_mask=None,
+             enc_outputs_mask=None, **options):  # fmt: skip
+        rng, arrays = seed_among(arrays, rng)
+        seeds = [layers.seed_of(tab, rng, part, attends=part in (0, 2)) for part in range(5)]
+        seeds = [{"training": training} | ({} if seed is None else {"rng": seed}) for seed in seeds]
+        options = {**layers.causally(options), "queries_mask": X_mask, "keys_mask": X_mask, "arrays": arrays}
+        caches = [layers.KVCache()] * (self.i + 1) if cache is None else cache.cache
+        if keeps(caches[self.i], X, X_mask):
+            Y, kept = self.attention1(X, X, X, cache=caches[self.i], **options, **seeds[0])
+        else:
+            Y, kept = self.attention1(X, X, X, **options, **seeds[0]), layers.NOT_KEPT
+        Y = self.addnorm1(X, Y, **seeds[1])
+        Z = self.attention2(Y, enc_outputs, enc_outputs, enc_valid_lens, keys_mask=enc_outputs_mask, **seeds[2])
+        Z = self.addnorm2(Y, Z, **seeds[3])
+        Z = self.addnorm3(Z, self.ffn(Z, training=training), **seeds[4])
+        return Z if cache is None else (Z, kept)
+
+
+@registered
+class TransformerDecoder(Decoding, _Stack):
+    """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
+
+    decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
+    (batch, n, vocab_size) of those that follow each, and the state for the next call. ``init_state`` gives the first state.
+    ``attention_weights`` are two lists of each block's, (batch * heads, n, m): of the self-attention, and of that to the
+    encoder's outputs.
+
+    Source: Vaswani et al. 2017, section 3.1.
+    """
+
+    def __init__(self, vocab_size, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
+                 ffn_num_hiddens=None, num_heads=None, num_blks=None, dropout=0.0, use_bias=False, *, num_kv_heads=None,
+                 activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False, seed=None,
+                 **kwargs):  # fmt: skip
+        given = locals()
+        check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads, num_blks=num_blks)
+
+        def block(i, seed, dtype):
+            return TransformerDecoderBlock(
+                key_size, query_size, value_size, num_hiddens, norm_shape, ffn_num_hiddens, num_heads, dropout, i, use_bias,
+                num_kv_heads=num_kv_heads, activation=activation, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink,
+                seed=seed, dtype=dtype,
+            )  # fmt: skip
+
+        super().__init__(given, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs)
+        self.dense = dense(self, "W", vocab_size, True, layers.child(seed, "dense"))
+
+    def init_state(self, enc_outputs, enc_valid_lens=None):
+        return [enc_outputs, enc_valid_lens, [None] * len(self.blks)]
+
+    def build(self, X_shape, enc_outputs_shape):
+        build_once(self.embedding, X_shape)
+        for block in self.blks:
+            build_once(block, (*X_shape, self.num_hiddens), enc_outputs_shape)
+        build_once(self.dense, (None, self.num_hiddens))
+
+    def call(self, X, enc_outputs, enc_valid_lens=None, arrays=None, cache=None, training=None, rng=None, X_mask=None,
+             enc_outputs_mask=None, **options):  # fmt: skip
+        rng, arrays = seed_among(arrays, rng)
+        state = self.init_state(enc_outputs, enc_valid_lens) if cache is None else [enc_outputs, enc_valid_lens, cache.cache]
+        options |= {"arrays": arrays, "training": training, "X_mask": X_mask, "enc_outputs_mask": enc_outputs_mask}
+        X = self._embedded(X, cache.cache[0].length if cache and cache.cache else 0, training, rng)
+        for i, block in enumerate(self.blks):
+            seed = layers.seed_of(tab, rng, 1 + i)
+            X, state = block(X, state, **options, **({} if seed is None else {"rng": seed}))
+        return self.dense(X) if cache is None else (self.dense(X), state[2])
+
+    @property
+    def attention_weights(self):
+        return [[getattr(block, name).attention.attention_weights for block in self.blks] for name in layers.ATTENTIONS]
 
 
 layers.describe(globals())

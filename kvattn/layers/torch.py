@@ -301,7 +301,25 @@ class TransformerEncoderBlock(nn.Module):
         return Y if cache is None else (Y, cache)
 
 
-class TransformerEncoder(nn.Module):
+class _Stack(nn.Module):
+    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``block`` makes."""
+
+    def __init__(self, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block):
+        super().__init__()
+        self.num_hiddens = num_hiddens
+        self.embedding = nn.Embedding(vocab_size, num_hiddens)
+        _fill(self.embedding.weight, seed, "embedding", (vocab_size, num_hiddens))
+        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len)
+        self.blks = nn.Sequential()
+        for i in range(num_blks):
+            self.blks.add_module(f"block{i}", block(i, layers.child(seed, f"blocks.{i}")))
+
+    def _embedded(self, X, first, rng):
+        X = self.embedding(X) * math.sqrt(self.num_hiddens)
+        return self.pos_encoding(X, first, rng=layers.seed_of(tab, rng, 0, attends=False))
+
+
+class TransformerEncoder(_Stack):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
     ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
@@ -311,23 +329,17 @@ class TransformerEncoder(nn.Module):
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
                  num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
                  seed=None):  # fmt: skip
-        super().__init__()
-        self.num_hiddens = num_hiddens
-        self.embedding = nn.Embedding(vocab_size, num_hiddens)
-        _fill(self.embedding.weight, seed, "embedding", (vocab_size, num_hiddens))
-        self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len)
-        self.blks = nn.Sequential()
-        for i in range(num_blks):
-            block = TransformerEncoderBlock(
+        def block(i, seed):
+            return TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=layers.child(seed, f"blocks.{i}"),
+                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed,
             )  # fmt: skip
-            self.blks.add_module(f"block{i}", block)
+
+        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block)
 
     def forward(self, X, valid_lens=None, *, cache=None, rng=None, **options):
         caches = None if cache is None else layers.caches(cache, len(self.blks))
-        first, X = caches[0].length if caches else 0, self.embedding(X) * math.sqrt(self.num_hiddens)
-        X = self.pos_encoding(X, first, rng=layers.seed_of(tab, rng, 0, attends=False))
+        X = self._embedded(X, caches[0].length if caches else 0, rng)
         for i, block in enumerate(self.blks):
             seed = layers.seed_of(tab, rng, 1 + i)
             if caches is None:
@@ -339,6 +351,78 @@ class TransformerEncoder(nn.Module):
     @property
     def attention_weights(self):
         return [block.attention.attention.attention_weights for block in self.blks]
+
+
+class TransformerDecoderBlock(nn.Module):
+    """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm.
+
+    A call takes X and a decoder's state, and returns (Y, state), in which state[2][i] is this block's cache. ``rotary`` and
+    ``alibi`` are of the self-attention.
+    """
+
+    def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
+                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None):  # fmt: skip
+        super().__init__()
+        self.i = i
+        self.attention1 = MultiHeadAttention(
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
+            sink=sink, seed=layers.child(seed, "attention1"),
+        )  # fmt: skip
+        self.addnorm1 = AddNorm(num_hiddens, dropout)
+        self.attention2 = MultiHeadAttention(
+            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, qk_norm=qk_norm, sink=sink,
+            seed=layers.child(seed, "attention2"),
+        )  # fmt: skip
+        self.addnorm2 = AddNorm(num_hiddens, dropout)
+        self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
+        self.addnorm3 = AddNorm(num_hiddens, dropout)
+
+    def forward(self, X, state, *, rng=None, **options):
+        outputs, lens, caches = layers.opened(state, self.i + 1, exactly=False)
+        seeds = [layers.seed_of(tab, rng, part, attends=part in (0, 2)) for part in range(5)]
+        options = layers.causally(options)
+        Y, cache = self.attention1(X, X, X, cache=caches[self.i], rng=seeds[0], **options)
+        Y = self.addnorm1(X, Y, rng=seeds[1])
+        Z = self.addnorm2(Y, self.attention2(Y, outputs, outputs, lens, rng=seeds[2]), rng=seeds[3])
+        return self.addnorm3(Z, self.ffn(Z), rng=seeds[4]), layers.following(state, self.i, cache)
+
+
+class TransformerDecoder(_Stack):
+    """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
+
+    decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
+    (batch, n, vocab_size) of those that follow each, and the state for the next call. ``init_state`` gives the first state.
+    ``attention_weights`` are two lists of each block's, (batch * heads, n, m): of the self-attention, and of that to the
+    encoder's outputs.
+
+    Source: Vaswani et al. 2017, section 3.1.
+    """
+
+    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
+                 seed=None):  # fmt: skip
+        def block(i, seed):
+            return TransformerDecoderBlock(
+                num_hiddens, ffn_num_hiddens, num_heads, dropout, i, use_bias, num_kv_heads=num_kv_heads,
+                activation=activation, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed,
+            )  # fmt: skip
+
+        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block)
+        self.dense = _Linear("W", vocab_size, True, layers.child(seed, "dense"))
+
+    def init_state(self, enc_outputs, enc_valid_lens=None):
+        return [enc_outputs, enc_valid_lens, [None] * len(self.blks)]
+
+    def forward(self, X, state, *, rng=None, **options):
+        *_, caches = layers.opened(state, len(self.blks))
+        X = self._embedded(X, caches[0].length if caches else 0, rng)
+        for i, block in enumerate(self.blks):
+            X, state = block(X, state, rng=layers.seed_of(tab, rng, 1 + i), **options)
+        return self.dense(X), state
+
+    @property
+    def attention_weights(self):
+        return [[getattr(block, name).attention.attention_weights for block in self.blks] for name in layers.ATTENTIONS]
 
 
 # ---- weights of a forward pass, for kvattn/maps.py

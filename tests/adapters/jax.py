@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from adapters import decoding, with_state, without_state
 from kvattn import jax as kv
 
 
@@ -21,9 +22,14 @@ class Layer:
     variables: Any = None
     shown: Any = None  # of the last call
 
+    @property
+    def num_blks(self):
+        return getattr(self.module, "num_blks", 1)
+
     def __call__(self, *inputs, training=False, **options):
         """The outputs as the other frameworks' layers return them: the weights stay here unless asked for."""
-        inputs, options = list(map(_array, inputs)), {name: _array(x) for name, x in options.items()}
+        given, options = list(map(_array, inputs)), {name: _array(x) for name, x in options.items()}
+        inputs = with_state(self, given)
         if self.variables is None:
             self.variables = self.module.init(kv.get_key(), *inputs, **options)
         if "training" in inspect.signature(self.module.__call__).parameters:
@@ -34,8 +40,12 @@ class Layer:
         sown = sown.get("intermediates", {})
         if "enc_attention_weights" in sown:
             (self.shown,) = sown["enc_attention_weights"]
+        if "dec_attention_weights" in sown:
+            (self.shown,) = sown["dec_attention_weights"]
         shows = isinstance(results, tuple) and not isinstance(self.module, kv.GRU)  # whose second result is its state
-        if shows and "return_weights" not in options:
+        if decoding(self):
+            results = without_state(self, given, results[:2])
+        elif shows and "return_weights" not in options:
             output, self.shown, *rest = results
             results = (output, *rest) if rest else output
         return results
@@ -59,7 +69,7 @@ def gradients(layer, inputs, grad_output, **options):
 
     def output(variables, *leaves):
         given = dict(enumerate(arrays)) | dict(zip(floats, leaves, strict=True))
-        results = layer.module.apply(variables, *given.values(), **options)
+        results = layer.module.apply(variables, *with_state(layer, [*given.values()]), **options)
         return results[0] if isinstance(results, tuple) else results
 
     pull = jax.vjp(output, layer.variables, *(arrays[i] for i in floats))[1]
@@ -83,6 +93,8 @@ def shown(layer):
 
 
 def _array(x):
+    if isinstance(x, list):
+        return [*map(_array, x)]
     return jnp.asarray(x) if isinstance(x, np.ndarray) else x
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from adapters import load, shown, weights  # noqa: F401
+from adapters import load, shown, weights, with_state, without_state  # noqa: F401
 from kvattn import mxnet as kv
 from kvattn.backends.mxnet import asarray, is_array, mx  # which imports MXNet on today's NumPy
 
@@ -19,7 +19,7 @@ def layer(name, **config):
 def call(layer, *inputs, training=False, **options):
     """The outputs as NumPy arrays: one, or a tuple. Integer inputs are tokens or lengths; options may hold arrays too."""
     with mx.autograd.train_mode() if training else mx.autograd.predict_mode():
-        return _plain(layer(*map(_tensor, inputs), **{name: _tensor(x) for name, x in options.items()}))
+        return _plain(_called(layer, [*map(_tensor, inputs)], {name: _tensor(x) for name, x in options.items()}))
 
 
 @mx.util.use_np
@@ -30,7 +30,7 @@ def gradients(layer, inputs, grad_output, **options):
     for leaf in leaves:
         leaf.attach_grad()
     with mx.autograd.record(train_mode=False):
-        output = layer(*tensors, **{name: _tensor(x) for name, x in options.items()})
+        output = _called(layer, tensors, {name: _tensor(x) for name, x in options.items()})
     (output[0] if isinstance(output, tuple) else output).backward(_tensor(grad_output), train_mode=False)
     values = weights(layer)
     for parameter in layer.collect_params().values():  # a weight's gradient is read as a weight is: put it there, export
@@ -40,7 +40,13 @@ def gradients(layer, inputs, grad_output, **options):
     return [x.grad.asnumpy() for x in leaves], by_weights
 
 
+def _called(layer, inputs, options):
+    return without_state(layer, inputs, layer(*with_state(layer, inputs), **options))
+
+
 def _tensor(x):
+    if isinstance(x, list):
+        return [*map(_tensor, x)]
     return asarray(x) if isinstance(x, np.ndarray) else x
 
 

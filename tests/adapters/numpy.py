@@ -1,6 +1,6 @@
 """How the shared tests of layers speak to NumPy's; NumPy arrays in, NumPy arrays out."""
 
-from adapters import load, shown, weights  # noqa: F401
+from adapters import load, shown, weights, with_state, without_state  # noqa: F401
 from kvattn import numpy as kv
 
 
@@ -11,12 +11,12 @@ def layer(name, **config):
 
 def call(layer, *inputs, training=False, **options):
     """The outputs as NumPy arrays: one, or a tuple. Integer inputs are tokens or lengths; options may hold arrays too."""
-    return layer(*inputs, training=training, **options)
+    return without_state(layer, inputs, layer(*with_state(layer, inputs), training=training, **options))
 
 
 def gradients(layer, inputs, grad_output, **options):
     """(gradients by the floating-point inputs, {weight's name: gradient in its exported shape})."""
-    layer(*inputs, record=True, **options)
+    layer(*with_state(layer, inputs), record=True, **options)
     by_inputs = layer.backward(grad_output)
     return list(by_inputs) if isinstance(by_inputs, tuple) else [by_inputs], layer.grads
 

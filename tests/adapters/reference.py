@@ -131,6 +131,21 @@ def encoder(w, tokens, valid_lens=None, *, num_blks, **options):
     return X
 
 
+def decoder_block(w, X, outputs, valid_lens=None, **options):
+    Y = norm(under(w, "addnorm1"), X + multi_head(under(w, "attention1"), X, X, X, causal=True, **options)[0])
+    options.pop("turned", None)
+    Z = norm(under(w, "addnorm2"), Y + multi_head(under(w, "attention2"), Y, outputs, outputs, valid_lens, **options)[0])
+    return norm(under(w, "addnorm3"), Z + ffn(under(w, "ffn"), Z))
+
+
+def decoder(w, tokens, outputs, valid_lens=None, *, num_blks, **options):
+    h = w["embedding"].shape[1]
+    X = w["embedding"][tokens] * math.sqrt(h) + layers.encoding(tokens.shape[1], h)
+    for i in range(num_blks):
+        X = decoder_block(under(w, f"blocks.{i}"), X, outputs, valid_lens, **options)
+    return X @ w["dense.W"] + w["dense.b"]
+
+
 def gradients(function, arrays, grad_output):
     """{name: d sum(grad_output * function(arrays)) / d array}, one element after another."""
     found = {}

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from adapters import load, shown, weights  # noqa: F401
+from adapters import load, shown, weights, with_state, without_state  # noqa: F401
 from kvattn import tensorflow as kv
 
 
@@ -15,7 +15,8 @@ def layer(name, **config):
 
 def call(layer, *inputs, training=False, **options):
     """The outputs as NumPy arrays: one, or a tuple. Integer inputs are tokens or lengths; options may hold arrays too."""
-    return _plain(layer(*map(_tensor, inputs), training=training, **{name: _tensor(x) for name, x in options.items()}))
+    options = {"training": training, **{name: _tensor(x) for name, x in options.items()}}
+    return _plain(_called(layer, [*map(_tensor, inputs)], options))
 
 
 def gradients(layer, inputs, grad_output, **options):
@@ -26,7 +27,7 @@ def gradients(layer, inputs, grad_output, **options):
     variables = layer.trainable_variables
     with tf.GradientTape() as tape:
         tape.watch(leaves)
-        output = layer(*tensors, **{name: _tensor(x) for name, x in options.items()}, training=False)
+        output = _called(layer, tensors, {"training": False, **{name: _tensor(x) for name, x in options.items()}})
         output = output[0] if isinstance(output, tuple) else output
     by_inputs, by_variables = tape.gradient(output, [leaves, [x.value for x in variables]], _tensor(grad_output))
     values = weights(layer)
@@ -37,7 +38,13 @@ def gradients(layer, inputs, grad_output, **options):
     return [x.numpy() for x in by_inputs], by_weights
 
 
+def _called(layer, inputs, options):
+    return without_state(layer, inputs, layer(*with_state(layer, inputs), **options))
+
+
 def _tensor(x):
+    if isinstance(x, list):
+        return [*map(_tensor, x)]
     return tf.constant(x) if isinstance(x, np.ndarray) else x
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from adapters import load, shown, weights  # noqa: F401
+from adapters import load, shown, weights, with_state, without_state  # noqa: F401
 from kvattn import torch as kv
 
 
@@ -16,7 +16,7 @@ def call(layer, *inputs, training=False, **options):
     """The outputs as NumPy arrays: one, or a tuple. Integer inputs are tokens or lengths; options may hold arrays too."""
     layer.train(training)
     with torch.no_grad():
-        return _plain(layer(*map(_tensor, inputs), **{name: _tensor(x) for name, x in options.items()}))
+        return _plain(_called(layer, [*map(_tensor, inputs)], {name: _tensor(x) for name, x in options.items()}))
 
 
 def gradients(layer, inputs, grad_output, **options):
@@ -26,7 +26,7 @@ def gradients(layer, inputs, grad_output, **options):
     tensors = [_tensor(x) for x in inputs]
     leaves = [x.requires_grad_() for x in tensors if isinstance(x, torch.Tensor) and x.is_floating_point()]
     layer.zero_grad()
-    output = layer(*tensors, **{name: _tensor(x) for name, x in options.items()})
+    output = _called(layer, tensors, {name: _tensor(x) for name, x in options.items()})
     (output[0] if isinstance(output, tuple) else output).backward(_tensor(grad_output))
     values = weights(layer)
     with torch.no_grad():  # a weight's gradient is read as a weight is: put it there, export, put the values back
@@ -37,7 +37,13 @@ def gradients(layer, inputs, grad_output, **options):
     return [x.grad.numpy() for x in leaves], by_weights
 
 
+def _called(layer, inputs, options):
+    return without_state(layer, inputs, layer(*with_state(layer, inputs), **options))
+
+
 def _tensor(x):
+    if isinstance(x, list):
+        return [*map(_tensor, x)]
     return torch.from_numpy(x.copy()) if isinstance(x, np.ndarray) else x
 
 
