@@ -32,9 +32,7 @@ def first_state(caches=2):
     return [SOURCE, LENS, [None] * caches]
 
 
-@pytest.mark.parametrize(
-    ("more", "room"), [({}, True), (OF_HEADS, False)], ids=["allocated", "growing; rotary, norms, slopes, sinks"]
-)
+@pytest.mark.parametrize(("more", "room"), [({}, True), (OF_HEADS, False)], ids=["allocated", "growing, with options"])
 def test_a_token_at_a_time_is_the_whole_pass(adapter, backend, more, room):
     layer, w = made(adapter, "TransformerDecoder", {**ENCODER, **more}, DECODER[2])
     layer = adapter.load(layer, shaken(w))
