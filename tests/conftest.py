@@ -20,7 +20,8 @@ def chosen() -> list[str]:
 
 
 def pytest_generate_tests(metafunc):
-    if "backend" in metafunc.fixturenames:
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and not any("backend" in names for names in named):
         metafunc.parametrize("backend", chosen())
 
 

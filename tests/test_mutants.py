@@ -4,17 +4,20 @@ A row of a table: what the mutant does wrong, the text that is replaced, what re
 cases that should notice first. The first table holds lines that stand in all five tabs, word for word.
 """
 
+import os
 import sys
 import types
 from functools import cache
 from pathlib import Path
 
 import pytest
+from conftest import chosen
 
 import kvattn
 from kvattn import conformance, dispatch
 
 PACKAGE = Path(kvattn.__file__).parent
+TABS = ("numpy", "torch", "tensorflow", "jax", "mxnet")
 HIDE = "query, key, value = _hide_padding(allowed, query, key, value)"
 
 EVERYWHERE = [
@@ -307,7 +310,17 @@ def test_a_numpy_tab_beside_which(file, wrong, old, new):
     assert notices(tab, "blocks" if file == "planning.py" else "plain")
 
 
-@pytest.mark.parametrize(("wrong", "old", "new", "group"), rows(EVERYWHERE))
+def everywhere():
+    """(tab, row): every row of NumPy's tab, and of one of the others, in turn; with KVATTN_EVERY of all. The text stands in all
+    five, and the cases are the same."""
+    others = [name for name in TABS if name != "numpy"]
+    for tab in chosen():
+        for number, row in enumerate(EVERYWHERE):
+            if tab == "numpy" or others[number % len(others)] == tab or "KVATTN_EVERY" in os.environ:
+                yield pytest.param(tab, *row, id=f"{tab}-{row[0]}")
+
+
+@pytest.mark.parametrize(("backend", "wrong", "old", "new", "group"), [*everywhere()])
 def test_any_tab_that(backend, wrong, old, new, group):
     if old in (PACKAGE / "call.py").read_text():
         tab = mutant(backend, "import math", "import math")

@@ -170,3 +170,37 @@ def test_what_is_private_to_a_framework_bears_the_version_in_which_it_was_read()
     for path in paths:
         if names := {*private_names(path, own)}:
             assert re.search(r"(?s)read in\b[^\n]*\n?[^\n]* \d+\.\d+", path.read_text()), (path, names)
+
+
+def test_every_text_that_a_mutant_replaces_stands_in_its_file():
+    """Many mutants are made once a week only: a text that moved is noticed here."""
+
+    def rows(file):
+        """(name of the table, the first four of a row, None for what is no text), of each table of texts."""
+        constants = {}
+        for node in parsed(Path(__file__).parent / file).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+                constants[node.targets[0].id] = node.value.value
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.List):
+                for row in node.value.elts:
+                    told = [x.value if isinstance(x, ast.Constant) else constants.get(getattr(x, "id", "")) for x in row.elts]
+                    yield node.targets[0].id, told
+
+    def source(*files):
+        return "".join((PACKAGE / file).read_text() for file in files)
+
+    count = 0
+    for name, (first, second, third, *_) in rows("test_mutants.py"):
+        if name == "ELSEWHERE":
+            assert third in source(first), third
+        for tab in TABS if name == "EVERYWHERE" else [name.lower()] if name == "NUMPY" else []:
+            assert second in source(f"backends/{tab}.py", "call.py"), (tab, second)
+        count += 1
+    for _, (first, _, third, *_) in rows("test_tiled_mutants.py"):
+        assert third in source(f"kernels/numpy/{first}.py"), third
+        count += 1
+    for framework, files in (("jax", ["tiles"]), ("tensorflow", ["tiles", "plan"])):
+        for _, (_, second, *_) in rows(f"test_tiled_{framework}_mutants.py"):
+            assert second in source(*(f"kernels/{framework}/{file}.py" for file in files)), second
+            count += 1
+    assert count > 100

@@ -21,7 +21,7 @@ MUTANTS = [
     ("tiles", "leaves out the last key of a range", "(last, tile.last, cut_width)", "(last, tile.last - 1, cut_width)"),
     ("tiles", "shifts a mask's rows", "rows.start + part.start, rows.start + part.stop)", "part.start, part.stop)"),
     ("tiles", "takes every block for an inner one", "if start < tile.inner_first or end", "if False and end"),
-    ("tiles", "ignores -inf in the bias", "if not bias.min(initial=0) > -math.inf:", "if False:"),
+    ("tiles", "ignores -inf in the bias", "if not (tiling.bias_is_ready or bias.min(initial=0) > -math.inf):", "if False:"),
     ("tiles", "scales the bias", "bias, tiling.dtype.type(UNIT)", "bias, tiling.dtype.type(0.5)"),
     ("tiles", "forgets softcap", "np.tanh(scores, out=scores)", "pass"),
     ("tiles", "reads another entry's lengths", "ranges[number *", "ranges[0 * number *"),
