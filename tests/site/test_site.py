@@ -132,7 +132,7 @@ def test_a_drawing_has_the_colour_of_the_text_and_is_read_on_a_phone(browser, ad
         for drawing in browser.find_elements(By.CSS_SELECTOR, "figure.drawing svg"):
             assert drawing.get_attribute("role") == "img"
             assert len(drawing.get_attribute("aria-label")) > 20
-            box, view = drawing.rect, float(drawing.get_attribute("viewBox").split()[2])
+            box, view = drawing.rect, float(drawing.get_dom_attribute("viewBox").split()[2])
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= 390
             assert 14 * box["width"] / view > 11  # pixels, of letters of 14 units
