@@ -197,3 +197,75 @@ def test_the_scaffold_is_loaded_when_it_is_asked_for():
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told == "False True True False\n"
+
+
+# ---- d2l's lessons on sequences, by its names in its order: a model each framework's reader writes, trained
+
+
+@pytest.fixture
+def lesson(backend):
+    """The decoder of a lesson in a framework's own words, and how its models are made there."""
+    if backend == "mxnet":
+        from kvattn.backends.mxnet import mx
+
+        mx.npx.set_np()
+    return importlib.import_module(f"lessons_on_sequences.{backend}")
+
+
+def test_a_lesson_on_attention_between_sequences_trains_and_translates(lesson, kv):
+    data = kv.MTFraEng(batch_size=32, num_steps=5, num_train=64, num_val=16)
+    assert data.num_steps == 5
+    encoder = kv.Seq2SeqEncoder(len(data.src_vocab), 12, 12, 2, 0.1)
+    decoder = lesson.Seq2SeqAttentionDecoder(len(data.tgt_vocab), 12, 12, 2, 0.1)
+    model = lesson.model(encoder, decoder, data.tgt_vocab["<pad>"], lr=0.02)
+    model.board.display = False
+    trainer = kv.Trainer(max_epochs=6, gradient_clip_val=1, num_gpus=1)
+    trainer.fit(model, data)
+    curves = {name: [y for _, y in points] for name, points in model.board.data.items()}
+    assert {name: len(y) for name, y in curves.items()} == {"train_loss": 12, "val_loss": 6}
+    assert curves["train_loss"][0] == pytest.approx(np.log(len(data.tgt_vocab)), abs=0.5)
+    assert curves["train_loss"][-1] < 0.75 * curves["train_loss"][0]
+    assert curves["val_loss"][-1] < curves["val_loss"][0]
+    assert [x for x, _ in model.board.data["train_loss"]][:3] == [0, 0.5, 1]
+
+    batch = data.build(["i lost .", "i'm home ."], ["j'ai perdu .", "je suis chez moi ."])
+    tokens, weights = lesson.predict(model, trainer, batch, data.num_steps)
+    said = [" ".join(data.tgt_vocab.to_tokens(x)) for x in tokens]
+    assert [len(x.split()) for x in said] == [5, 5]
+    assert 0 <= kv.bleu(said[0], "j'ai perdu .", k=2) <= 1
+    assert len(weights) == 5  # steps, each a list with the weights of its one token
+    w = np.stack([kvattn.to_numpy(step[0]) for step in weights])
+    assert w.shape == (5, 2, 1, 5)
+    assert_near(w.sum(-1), np.ones((5, 2, 1)))
+    lens = kvattn.to_numpy(batch[2])
+    assert (w[:, 0, 0, lens[0] :] == 0).all()  # padding
+
+
+def test_a_class_is_written_in_several_cells(lesson, kv):
+    """As d2l writes its own multi-head attention: on Module, with methods that are added."""
+    attention = lesson.heads(kv.Module)
+
+    @kv.add_to_class(lesson.Heads)
+    def split(self, X):
+        return kv.reshape(X, (X.shape[0], X.shape[1], self.num_heads, -1))
+
+    kv.check_shape(attention.split(kv.ones((2, 3, 8))), (2, 3, 4, 2))
+    kv.check_len([1, 2], 2)
+    with pytest.raises(AssertionError, match="the length is 2; expected 3"):
+        kv.check_len([1, 2], 3)
+
+
+def test_the_curves_of_a_training_are_drawn(kv):
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+
+    board = kv.ProgressBoard("epoch", xlim=[0, 2])
+    for x in range(4):
+        board.draw(x / 2, np.float32(x), "train_loss")
+    board.draw(1.0, 5.0, "val_loss")
+    board.show()
+    (axes,) = plt.gcf().axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[0, 0.5, 1, 1.5], [1]]
+    assert [text.get_text() for text in axes.get_legend().texts] == ["train_loss", "val_loss"]
+    plt.close("all")

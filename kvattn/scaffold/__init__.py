@@ -21,7 +21,11 @@ from __future__ import annotations
 
 from typing import Any
 
-NAMES = ("GRU", "MTFraEng", "Vocab", "bleu")
+NAMES = (
+    "GRU", "MTFraEng", "Vocab", "bleu", "HyperParameters", "ProgressBoard", "add_to_class", "check_len", "DataModule", "Module",
+    "Trainer", "Classifier", "try_gpu", "Encoder", "Decoder", "AttentionDecoder", "EncoderDecoder", "Seq2SeqEncoder", "Seq2Seq",
+    "init_seq2seq",
+)  # fmt: skip
 
 
 def check_gru(num_hiddens: Any, num_layers: Any) -> None:

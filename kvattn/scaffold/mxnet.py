@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import math
+
 from kvattn import checks, layers, scaffold
 from kvattn.backends import mxnet as tab
-from kvattn.layers.mxnet import _Dense, _dropped, mx, nn, np
-from kvattn.scaffold import data
-from kvattn.scaffold.data import Vocab, bleu  # noqa: F401
+from kvattn.layers.mxnet import _Dense, _dropped, _First, autograd, mx, nn, np
+from kvattn.scaffold import data, training
+from kvattn.scaffold.data import DataModule, Vocab, bleu  # noqa: F401
+from kvattn.scaffold.training import HyperParameters, ProgressBoard, add_to_class, check_len  # noqa: F401
 
 
 class _Cell(nn.Block):
@@ -63,3 +66,159 @@ class MTFraEng(data.Translations):
     @staticmethod
     def array(x):
         return np.array(x, dtype="int32")
+
+
+# ---- models and their training
+
+
+def try_gpu(i=0):
+    """The GPU of this number, where there is one, else the CPU."""
+    return mx.gpu(i) if mx.context.num_gpus() > i else mx.cpu()
+
+
+class Module(nn.Block, training.Module):
+    """The base of models. A subclass has ``loss(Y_hat, Y)``, and ``forward`` or ``net``, which it calls."""
+
+    def __init__(self, plot_train_per_epoch=2, plot_valid_per_epoch=1):
+        super().__init__()
+        self.plot_train_per_epoch, self.plot_valid_per_epoch = plot_train_per_epoch, plot_valid_per_epoch
+        self.board = ProgressBoard()
+
+    def loss(self, Y_hat, Y):
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def forward(self, X):
+        return self.net(X)
+
+    def training_step(self, batch):
+        loss = self.loss(self(*batch[:-1]), batch[-1])
+        self.plot("loss", loss, train=True)
+        return loss
+
+    def validation_step(self, batch):
+        self.plot("loss", self.loss(self(*batch[:-1]), batch[-1]), train=False)
+
+    def configure_optimizers(self):
+        return mx.gluon.Trainer(self.collect_params(), "sgd", {"learning_rate": self.lr})
+
+
+class Trainer(training.Trainer):
+    __doc__ = training.Trainer.__doc__
+
+    def prepare_model(self, model):
+        self.device = try_gpu() if self.num_gpus else mx.cpu()
+        model.collect_params().reset_ctx(self.device)
+        super().prepare_model(model)
+
+    def prepare_batch(self, batch):
+        return [x.as_in_ctx(self.device) for x in batch]
+
+    def training_step(self, batch):
+        with autograd.record():
+            loss = self.model.training_step(batch)
+        loss.backward()
+        if self.gradient_clip_val:
+            grads = [x.grad() for x in self.model.collect_params().values() if x.grad_req != "null"]
+            norm = math.sqrt(sum(float((grad * grad).sum()) for grad in grads))
+            for grad in grads:
+                grad *= min(1.0, self.gradient_clip_val / max(norm, 1e-12))
+        self.optim.step(1)
+
+
+class Classifier(Module):
+    """The base of models that choose one of several classes: logits (..., classes), labels (...)."""
+
+    def validation_step(self, batch):
+        Y_hat = self(*batch[:-1])
+        self.plot("loss", self.loss(Y_hat, batch[-1]), train=False)
+        self.plot("acc", self.accuracy(Y_hat, batch[-1]), train=False)
+
+    def loss(self, Y_hat, Y, averaged=True):
+        each = mx.gluon.loss.SoftmaxCrossEntropyLoss()(Y_hat.reshape(-1, Y_hat.shape[-1]), Y.reshape(-1))
+        return each.mean() if averaged else each
+
+    def accuracy(self, Y_hat, Y, averaged=True):
+        right = (Y_hat.argmax(-1).astype(Y.dtype) == Y).astype("float32").reshape(-1)
+        return right.mean() if averaged else right
+
+
+# ---- encoders and decoders
+
+
+class Encoder(nn.Block):
+    """The base of encoders: (X, valid_lens) -> what a decoder's init_state takes."""
+
+    def forward(self, X, *args):
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+class Decoder(nn.Block):
+    """The base of decoders: init_state(enc_outputs, valid_lens) gives a state, (X, state) -> (logits, state)."""
+
+    def init_state(self, enc_all_outputs, *args):
+        raise NotImplementedError(f"{type(self).__name__} has no init_state")
+
+    def forward(self, X, state):
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+class AttentionDecoder(Decoder):
+    """The base of decoders with attention, which show their weights."""
+
+    @property
+    def attention_weights(self):
+        raise NotImplementedError(f"{type(self).__name__} has no attention_weights")
+
+
+class EncoderDecoder(Classifier):
+    """An encoder and a decoder: (src, tgt, valid_lens) -> logits."""
+
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, enc_X, dec_X, *args):
+        return self.decoder(dec_X, self.decoder.init_state(self.encoder(enc_X, *args), *args))[0]
+
+    def predict_step(self, batch, device, num_steps, save_attention_weights=False):
+        """The likeliest next token, ``num_steps`` times: (tokens (batch, num_steps), the decoder's weights in each step)."""
+        src, tgt, valid_lens, _ = (x.as_in_ctx(device) for x in batch)
+        state = self.decoder.init_state(self.encoder(src, valid_lens), valid_lens)
+        outputs, attention_weights = [tgt[:, :1]], []
+        for _ in range(num_steps):
+            Y, state = self.decoder(outputs[-1], state)
+            outputs.append(Y.argmax(2).astype("int32"))
+            if save_attention_weights:
+                attention_weights.append(self.decoder.attention_weights)
+        return np.concatenate(outputs[1:], 1), attention_weights
+
+
+class Seq2SeqEncoder(Encoder):
+    """A GRU over embedded tokens: X (batch, steps) -> (outputs (steps, batch, h), state (num_layers, batch, h))."""
+
+    def __init__(self, vocab_size, embed_size, num_hiddens, num_layers, dropout=0.0, *, seed=None):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, embed_size, weight_initializer=_First("embedding", seed))
+        self.rnn = GRU(num_hiddens, num_layers, dropout, seed=layers.child(seed, "rnn"))
+        self.initialize()
+
+    def forward(self, X, *args):
+        return self.rnn(self.embedding(X.T))
+
+
+class Seq2Seq(EncoderDecoder):
+    """An encoder and a decoder that learn to translate, by Adam; padding in the labels costs nothing."""
+
+    def __init__(self, encoder, decoder, tgt_pad, lr):
+        super().__init__(encoder, decoder)
+        self.tgt_pad, self.lr = tgt_pad, lr
+
+    def validation_step(self, batch):
+        self.plot("loss", self.loss(self(*batch[:-1]), batch[-1]), train=False)
+
+    def loss(self, Y_hat, Y):
+        mask = (Y.reshape(-1) != self.tgt_pad).astype("float32")
+        return (super().loss(Y_hat, Y, averaged=False) * mask).sum() / mask.sum()
+
+    def configure_optimizers(self):
+        return mx.gluon.Trainer(self.collect_params(), "adam", {"learning_rate": self.lr})

@@ -8,9 +8,11 @@ import numpy as np
 
 from kvattn import checks, layers, scaffold
 from kvattn.backends import numpy as tab
-from kvattn.layers.analytic import Dense, Dropout, Layer
-from kvattn.scaffold import data
-from kvattn.scaffold.data import Vocab, bleu  # noqa: F401
+from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer
+from kvattn.layers.training import SGD, Adam, softmax_cross_entropy
+from kvattn.scaffold import data, training
+from kvattn.scaffold.data import DataModule, Vocab, bleu  # noqa: F401
+from kvattn.scaffold.training import HyperParameters, ProgressBoard, add_to_class, check_len  # noqa: F401
 
 
 class _Cell(Layer):
@@ -99,3 +101,162 @@ class MTFraEng(data.Translations):
     """English sentences and their French ones, arrays of NumPy."""
 
     array = staticmethod(np.asarray)
+
+
+# ---- models and their training
+
+
+def try_gpu(i=0):
+    """NumPy has the CPU only."""
+    return "cpu"
+
+
+class Module(Layer, training.Module):
+    """The base of models: a Layer, whose ``loss(Y_hat, Y)`` gives the loss and its gradient by Y_hat."""
+
+    def __init__(self, plot_train_per_epoch=2, plot_valid_per_epoch=1):
+        self.plot_train_per_epoch, self.plot_valid_per_epoch = plot_train_per_epoch, plot_valid_per_epoch
+        self.board = ProgressBoard()
+
+    def loss(self, Y_hat, Y):
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def training_step(self, batch):
+        loss, grad = self.loss(self(*batch[:-1], training=True), batch[-1])
+        self.backward(grad)
+        self.plot("loss", loss, train=True)
+        return loss
+
+    def validation_step(self, batch):
+        self.plot("loss", self.loss(self(*batch[:-1]), batch[-1])[0], train=False)
+
+    def configure_optimizers(self):
+        return SGD(self, self.lr)
+
+
+class Trainer(training.Trainer):
+    __doc__ = training.Trainer.__doc__
+
+    def training_step(self, batch):
+        self.model.training_step(batch)
+        if self.gradient_clip_val:
+            grads = self.model.grads.values()
+            norm = np.sqrt(sum((grad * grad).sum() for grad in grads))
+            for grad in grads:
+                grad *= min(1.0, self.gradient_clip_val / max(norm, 1e-12))
+        self.optim.step()
+
+
+class Classifier(Module):
+    """The base of models that choose one of several classes: logits (..., classes), labels (...)."""
+
+    def validation_step(self, batch):
+        Y_hat = self(*batch[:-1])
+        self.plot("loss", self.loss(Y_hat, batch[-1])[0], train=False)
+        self.plot("acc", self.accuracy(Y_hat, batch[-1]), train=False)
+
+    def loss(self, Y_hat, Y):
+        return softmax_cross_entropy(Y_hat, Y)
+
+    def accuracy(self, Y_hat, Y, averaged=True):
+        right = (Y_hat.argmax(-1) == Y).astype(np.float32).ravel()
+        return right.mean() if averaged else right
+
+
+# ---- encoders and decoders
+
+
+class Encoder(Layer):
+    """The base of encoders: (X, valid_lens) -> what a decoder's init_state takes. Its ``backward`` takes the gradients that the
+    decoder's returns."""
+
+
+class Decoder(Layer):
+    """The base of decoders: init_state(enc_outputs, valid_lens) gives a state, (X, state) -> (logits, state).
+
+    A subclass has ``forward(X, *state)``, and init_state passes what an encoder returned on as it is: ``vjp`` returns the
+    gradients by the floating-point arrays of the state, which are the encoder's own.
+    """
+
+    def __call__(self, X, state, **options):
+        return super().__call__(X, *state, **options)
+
+    def init_state(self, enc_all_outputs, *args):
+        raise NotImplementedError(f"{type(self).__name__} has no init_state")
+
+
+class AttentionDecoder(Decoder):
+    """The base of decoders with attention, which show their weights."""
+
+    @property
+    def attention_weights(self):
+        raise NotImplementedError(f"{type(self).__name__} has no attention_weights")
+
+
+class EncoderDecoder(Classifier):
+    """An encoder and a decoder: (src, tgt, valid_lens) -> logits."""
+
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, enc_X, dec_X, *args):
+        return self.decoder(dec_X, self.decoder.init_state(self.encoder(enc_X, *args), *args))[0]
+
+    def vjp(self, grad):
+        grads = self.decoder.backward(grad)
+        self.encoder.backward(*(grads if isinstance(grads, tuple) else (grads,)))
+        return ()
+
+    def predict_step(self, batch, device, num_steps, save_attention_weights=False):
+        """The likeliest next token, ``num_steps`` times: (tokens (batch, num_steps), the decoder's weights in each step)."""
+        src, tgt, valid_lens, _ = batch
+        state = self.decoder.init_state(self.encoder(src, valid_lens), valid_lens)
+        outputs, attention_weights = [tgt[:, :1]], []
+        for _ in range(num_steps):
+            Y, state = self.decoder(outputs[-1], state)
+            outputs.append(Y.argmax(2))
+            if save_attention_weights:
+                attention_weights.append(self.decoder.attention_weights)
+        return np.concatenate(outputs[1:], 1), attention_weights
+
+
+class Seq2SeqEncoder(Encoder):
+    """A GRU over embedded tokens: X (batch, steps) -> (outputs (steps, batch, h), state (num_layers, batch, h))."""
+
+    _results = 2
+
+    def __init__(self, vocab_size, embed_size, num_hiddens, num_layers, dropout=0.0, *, seed=None, rng=None):
+        rng = np.random.default_rng(rng)
+        self.embedding = Embedding(vocab_size, embed_size, seed=seed, rng=rng)
+        self.rnn = GRU(embed_size, num_hiddens, num_layers, dropout, seed=layers.child(seed, "rnn"), rng=rng)
+        self._grad_state = None
+
+    def forward(self, X, *args):
+        return self.rnn(self.embedding(X.T))
+
+    def backward(self, grad_output, grad_state=None):
+        self._grad_state = grad_state
+        return super().backward(grad_output)
+
+    def vjp(self, grad):
+        return self.embedding.backward(self.rnn.backward(grad, self._grad_state))
+
+
+class Seq2Seq(EncoderDecoder):
+    """An encoder and a decoder that learn to translate, by Adam; padding in the labels costs nothing."""
+
+    def __init__(self, encoder, decoder, tgt_pad, lr):
+        super().__init__(encoder, decoder)
+        self.tgt_pad, self.lr = tgt_pad, lr
+
+    def validation_step(self, batch):
+        self.plot("loss", self.loss(self(*batch[:-1]), batch[-1])[0], train=False)
+
+    def loss(self, Y_hat, Y):
+        counts, grad = self.tgt_pad != Y, np.zeros_like(Y_hat)
+        loss, grad[counts] = softmax_cross_entropy(Y_hat[counts], Y[counts])
+        return loss, grad
+
+    def configure_optimizers(self):
+        return Adam(self, self.lr)

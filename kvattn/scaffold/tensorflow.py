@@ -9,9 +9,10 @@ import tensorflow as tf
 
 from kvattn import checks, layers, scaffold
 from kvattn.backends import tensorflow as tab
-from kvattn.layers.keras import Layer, build_once, dense, dropped, registered
-from kvattn.scaffold import data
-from kvattn.scaffold.data import Vocab, bleu  # noqa: F401
+from kvattn.layers.keras import Layer, build_once, dense, dropped, first, registered
+from kvattn.scaffold import data, training
+from kvattn.scaffold.data import DataModule, Vocab, bleu  # noqa: F401
+from kvattn.scaffold.training import HyperParameters, ProgressBoard, add_to_class, check_len  # noqa: F401
 
 
 @registered
@@ -72,3 +73,164 @@ class MTFraEng(data.Translations):
     @staticmethod
     def array(x):
         return tf.constant(x, "int32")
+
+
+# ---- models and their training
+
+
+def try_gpu(i=0):
+    """The GPU of this number, where there is one, else the CPU: with try_gpu(): ..."""
+    return tf.device(f"/GPU:{i}" if len(tf.config.list_physical_devices("GPU")) > i else "/CPU:0")
+
+
+class _Any(keras.layers.Layer):
+    """A layer whose state may be a list with None in it, and whose inputs are called what its author calls them."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._allow_non_tensor_positional_args = True
+
+    def build(self, X_shape):
+        """Nothing: its parts are built in the first call. Without this Keras would try a call with symbols, and warn."""
+
+
+class Module(_Any, training.Module):
+    """The base of models. A subclass has ``loss(Y_hat, Y)``, and ``call``, ``forward`` or ``net``, which it calls."""
+
+    def __init__(self, plot_train_per_epoch=2, plot_valid_per_epoch=1):
+        super().__init__()
+        self.plot_train_per_epoch, self.plot_valid_per_epoch = plot_train_per_epoch, plot_valid_per_epoch
+        self.board = ProgressBoard()
+
+    def loss(self, Y_hat, Y):
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def forward(self, X):
+        return self.net(X)
+
+    def call(self, X, *args):
+        return self.forward(X, *args)
+
+    def training_step(self, batch):
+        loss = self.loss(self(*batch[:-1], training=True), batch[-1])
+        self.plot("loss", loss, train=True)
+        return loss
+
+    def validation_step(self, batch):
+        self.plot("loss", self.loss(self(*batch[:-1], training=False), batch[-1]), train=False)
+
+    def configure_optimizers(self):
+        return keras.optimizers.SGD(self.lr)
+
+
+class Trainer(training.Trainer):
+    __doc__ = training.Trainer.__doc__
+
+    def training_step(self, batch):
+        with tf.GradientTape() as tape:
+            loss = self.model.training_step(batch)
+        variables = self.model.trainable_variables
+        grads = tape.gradient(loss, [x.value for x in variables])
+        if self.gradient_clip_val:
+            grads, _ = tf.clip_by_global_norm(grads, self.gradient_clip_val)
+        self.optim.apply(grads, variables)
+
+
+class Classifier(Module):
+    """The base of models that choose one of several classes: logits (..., classes), labels (...)."""
+
+    def validation_step(self, batch):
+        Y_hat = self(*batch[:-1], training=False)
+        self.plot("loss", self.loss(Y_hat, batch[-1]), train=False)
+        self.plot("acc", self.accuracy(Y_hat, batch[-1]), train=False)
+
+    def loss(self, Y_hat, Y, averaged=True):
+        each = tf.reshape(tf.nn.sparse_softmax_cross_entropy_with_logits(Y, Y_hat), -1)
+        return tf.reduce_mean(each) if averaged else each
+
+    def accuracy(self, Y_hat, Y, averaged=True):
+        right = tf.reshape(tf.cast(tf.cast(tf.argmax(Y_hat, -1), Y.dtype) == Y, "float32"), -1)
+        return tf.reduce_mean(right) if averaged else right
+
+
+# ---- encoders and decoders
+
+
+class Encoder(_Any):
+    """The base of encoders: (X, valid_lens) -> what a decoder's init_state takes."""
+
+    def call(self, X, *args):
+        raise NotImplementedError(f"{type(self).__name__} has no call")
+
+
+class Decoder(_Any):
+    """The base of decoders: init_state(enc_outputs, valid_lens) gives a state, (X, state) -> (logits, state)."""
+
+    def init_state(self, enc_all_outputs, *args):
+        raise NotImplementedError(f"{type(self).__name__} has no init_state")
+
+    def call(self, X, state):
+        raise NotImplementedError(f"{type(self).__name__} has no call")
+
+
+class AttentionDecoder(Decoder):
+    """The base of decoders with attention, which show their weights."""
+
+    @property
+    def attention_weights(self):
+        raise NotImplementedError(f"{type(self).__name__} has no attention_weights")
+
+
+class EncoderDecoder(Classifier):
+    """An encoder and a decoder: (src, tgt, valid_lens) -> logits."""
+
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def call(self, enc_X, dec_X, valid_lens=None, training=None):
+        state = self.decoder.init_state(self.encoder(enc_X, valid_lens, training=training), valid_lens)
+        return self.decoder(dec_X, state, training=training)[0]
+
+    def predict_step(self, batch, device, num_steps, save_attention_weights=False):
+        """The likeliest next token, ``num_steps`` times: (tokens (batch, num_steps), the decoder's weights in each step)."""
+        src, tgt, valid_lens, _ = batch
+        state = self.decoder.init_state(self.encoder(src, valid_lens, training=False), valid_lens)
+        outputs, attention_weights = [tgt[:, :1]], []
+        for _ in range(num_steps):
+            Y, state = self.decoder(outputs[-1], state, training=False)
+            outputs.append(tf.argmax(Y, 2, output_type=tgt.dtype))
+            if save_attention_weights:
+                attention_weights.append(self.decoder.attention_weights)
+        return tf.concat(outputs[1:], 1), attention_weights
+
+
+class Seq2SeqEncoder(Encoder):
+    """A GRU over embedded tokens: X (batch, steps) -> (outputs (steps, batch, h), [state of each layer (batch, h)])."""
+
+    def __init__(self, vocab_size, embed_size, num_hiddens, num_layers, dropout=0.0, *, seed=None):
+        super().__init__()
+        drawn = first(seed, "embedding", (vocab_size, embed_size))
+        self.embedding = keras.layers.Embedding(vocab_size, embed_size, embeddings_initializer=drawn)
+        self.rnn = GRU(num_hiddens, num_layers, dropout, seed=layers.child(seed, "rnn"))
+
+    def call(self, X, valid_lens=None, training=None):
+        return self.rnn(self.embedding(tf.transpose(X)), training=training)
+
+
+class Seq2Seq(EncoderDecoder):
+    """An encoder and a decoder that learn to translate, by Adam; padding in the labels costs nothing."""
+
+    def __init__(self, encoder, decoder, tgt_pad, lr):
+        super().__init__(encoder, decoder)
+        self.tgt_pad, self.lr = tgt_pad, lr
+
+    def validation_step(self, batch):
+        self.plot("loss", self.loss(self(*batch[:-1], training=False), batch[-1]), train=False)
+
+    def loss(self, Y_hat, Y):
+        mask = tf.cast(tf.reshape(Y, -1) != self.tgt_pad, "float32")
+        return tf.reduce_sum(super().loss(Y_hat, Y, averaged=False) * mask) / tf.reduce_sum(mask)
+
+    def configure_optimizers(self):
+        return keras.optimizers.Adam(self.lr, epsilon=1e-8)  # the epsilon of the other frameworks

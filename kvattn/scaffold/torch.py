@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from kvattn import checks, layers, scaffold
 from kvattn.backends import torch as tab
-from kvattn.layers.torch import _dropped, _Linear
-from kvattn.scaffold import data
-from kvattn.scaffold.data import Vocab, bleu  # noqa: F401
+from kvattn.layers.torch import _dropped, _fill, _Linear
+from kvattn.scaffold import data, training
+from kvattn.scaffold.data import DataModule, Vocab, bleu  # noqa: F401
+from kvattn.scaffold.training import HyperParameters, ProgressBoard, add_to_class, check_len  # noqa: F401
 
 
 class _Cell(nn.Module):
@@ -59,3 +61,173 @@ class MTFraEng(data.Translations):
     """English sentences and their French ones, PyTorch's tensors."""
 
     array = staticmethod(torch.as_tensor)
+
+
+# ---- models and their training
+
+
+def try_gpu(i=0):
+    """The GPU of this number, where there is one, else the CPU."""
+    return torch.device(f"cuda:{i}" if torch.cuda.device_count() > i else "cpu")
+
+
+class Module(nn.Module, training.Module):
+    """The base of models. A subclass has ``loss(Y_hat, Y)``, and ``forward`` or ``net``, which it calls."""
+
+    def __init__(self, plot_train_per_epoch=2, plot_valid_per_epoch=1):
+        super().__init__()
+        self.plot_train_per_epoch, self.plot_valid_per_epoch = plot_train_per_epoch, plot_valid_per_epoch
+        self.board = ProgressBoard()
+
+    def loss(self, Y_hat, Y):
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def forward(self, X):
+        return self.net(X)
+
+    def training_step(self, batch):
+        loss = self.loss(self(*batch[:-1]), batch[-1])
+        self.plot("loss", loss, train=True)
+        return loss
+
+    def validation_step(self, batch):
+        self.plot("loss", self.loss(self(*batch[:-1]), batch[-1]), train=False)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Trainer(training.Trainer):
+    __doc__ = training.Trainer.__doc__
+
+    def prepare_model(self, model):
+        self.device = try_gpu() if self.num_gpus else torch.device("cpu")
+        super().prepare_model(model.to(self.device))
+
+    def prepare_batch(self, batch):
+        return [x.to(self.device) for x in batch]
+
+    def training_step(self, batch):
+        self.model.train()
+        loss = self.model.training_step(batch)
+        self.optim.zero_grad()
+        loss.backward()
+        if self.gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_clip_val)
+        self.optim.step()
+
+    @torch.no_grad()
+    def validation_step(self, batch):
+        self.model.eval()
+        self.model.validation_step(batch)
+
+
+class Classifier(Module):
+    """The base of models that choose one of several classes: logits (..., classes), labels (...)."""
+
+    def validation_step(self, batch):
+        Y_hat = self(*batch[:-1])
+        self.plot("loss", self.loss(Y_hat, batch[-1]), train=False)
+        self.plot("acc", self.accuracy(Y_hat, batch[-1]), train=False)
+
+    def loss(self, Y_hat, Y, averaged=True):
+        how = "mean" if averaged else "none"
+        return nn.functional.cross_entropy(Y_hat.flatten(0, -2), Y.flatten(), reduction=how)
+
+    def accuracy(self, Y_hat, Y, averaged=True):
+        right = (Y_hat.argmax(-1) == Y).float().flatten()
+        return right.mean() if averaged else right
+
+
+# ---- encoders and decoders
+
+
+class Encoder(nn.Module):
+    """The base of encoders: (X, valid_lens) -> what a decoder's init_state takes."""
+
+    def forward(self, X, *args):
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+class Decoder(nn.Module):
+    """The base of decoders: init_state(enc_outputs, valid_lens) gives a state, (X, state) -> (logits, state)."""
+
+    def init_state(self, enc_all_outputs, *args):
+        raise NotImplementedError(f"{type(self).__name__} has no init_state")
+
+    def forward(self, X, state):
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+class AttentionDecoder(Decoder):
+    """The base of decoders with attention, which show their weights."""
+
+    @property
+    def attention_weights(self):
+        raise NotImplementedError(f"{type(self).__name__} has no attention_weights")
+
+
+class EncoderDecoder(Classifier):
+    """An encoder and a decoder: (src, tgt, valid_lens) -> logits."""
+
+    def __init__(self, encoder, decoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, enc_X, dec_X, *args):
+        return self.decoder(dec_X, self.decoder.init_state(self.encoder(enc_X, *args), *args))[0]
+
+    @torch.no_grad()
+    def predict_step(self, batch, device, num_steps, save_attention_weights=False):
+        """The likeliest next token, ``num_steps`` times: (tokens (batch, num_steps), the decoder's weights in each step)."""
+        self.eval()
+        src, tgt, valid_lens, _ = (x.to(device) for x in batch)
+        state = self.decoder.init_state(self.encoder(src, valid_lens), valid_lens)
+        outputs, attention_weights = [tgt[:, :1]], []
+        for _ in range(num_steps):
+            Y, state = self.decoder(outputs[-1], state)
+            outputs.append(Y.argmax(2))
+            if save_attention_weights:
+                attention_weights.append(self.decoder.attention_weights)
+        return torch.cat(outputs[1:], 1), attention_weights
+
+
+def init_seq2seq(module):
+    """Glorot's first values for dense layers and nn.GRU: model.apply(init_seq2seq). What is made in the first call has them."""
+    if isinstance(module, nn.Linear) and not is_lazy(module.weight):
+        nn.init.xavier_uniform_(module.weight)
+    if isinstance(module, nn.GRU):
+        for name, weight in module.named_parameters():
+            if "weight" in name:
+                nn.init.xavier_uniform_(weight)
+
+
+class Seq2SeqEncoder(Encoder):
+    """A GRU over embedded tokens: X (batch, steps) -> (outputs (steps, batch, h), state (num_layers, batch, h))."""
+
+    def __init__(self, vocab_size, embed_size, num_hiddens, num_layers, dropout=0.0, *, seed=None):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, embed_size)
+        _fill(self.embedding.weight, seed, "embedding", (vocab_size, embed_size))
+        self.rnn = GRU(embed_size, num_hiddens, num_layers, dropout, seed=layers.child(seed, "rnn"))
+
+    def forward(self, X, *args):
+        return self.rnn(self.embedding(X.T.long()))
+
+
+class Seq2Seq(EncoderDecoder):
+    """An encoder and a decoder that learn to translate, by Adam; padding in the labels costs nothing."""
+
+    def __init__(self, encoder, decoder, tgt_pad, lr):
+        super().__init__(encoder, decoder)
+        self.tgt_pad, self.lr = tgt_pad, lr
+
+    def validation_step(self, batch):
+        self.plot("loss", self.loss(self(*batch[:-1]), batch[-1]), train=False)
+
+    def loss(self, Y_hat, Y):
+        mask = (self.tgt_pad != Y).flatten().float()
+        return (super().loss(Y_hat, Y, averaged=False) * mask).sum() / mask.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
