@@ -213,8 +213,8 @@ def lesson(backend):
 
 
 def test_a_lesson_on_attention_between_sequences_trains_and_translates(lesson, kv):
-    data = kv.MTFraEng(batch_size=32, num_steps=5, num_train=64, num_val=16)
-    assert data.num_steps == 5
+    data = kv.MTFraEng(batch_size=32, num_steps=4, num_train=64, num_val=16)
+    assert data.num_steps == 4
     encoder = kv.Seq2SeqEncoder(len(data.src_vocab), 12, 12, 2, 0.1)
     decoder = lesson.Seq2SeqAttentionDecoder(len(data.tgt_vocab), 12, 12, 2, 0.1)
     model = lesson.model(encoder, decoder, data.tgt_vocab["<pad>"], lr=0.02)
@@ -231,12 +231,12 @@ def test_a_lesson_on_attention_between_sequences_trains_and_translates(lesson, k
     batch = data.build(["i lost .", "i'm home ."], ["j'ai perdu .", "je suis chez moi ."])
     tokens, weights = lesson.predict(model, trainer, batch, data.num_steps)
     said = [" ".join(data.tgt_vocab.to_tokens(x)) for x in tokens]
-    assert [len(x.split()) for x in said] == [5, 5]
+    assert [len(x.split()) for x in said] == [4, 4]
     assert 0 <= kv.bleu(said[0], "j'ai perdu .", k=2) <= 1
-    assert len(weights) == 5  # steps, each a list with the weights of its one token
+    assert len(weights) == 4  # steps, each a list with the weights of its one token
     w = np.stack([kvattn.to_numpy(step[0]) for step in weights])
-    assert w.shape == (5, 2, 1, 5)
-    assert_near(w.sum(-1), np.ones((5, 2, 1)))
+    assert w.shape == (4, 2, 1, 4)
+    assert_near(w.sum(-1), np.ones((4, 2, 1)))
     lens = kvattn.to_numpy(batch[2])
     assert (w[:, 0, 0, lens[0] :] == 0).all()  # padding
 

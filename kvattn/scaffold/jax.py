@@ -141,7 +141,7 @@ class Trainer(training.Trainer):
         self.state = TrainState.create(
             apply_fn=_switched(model, True).apply, params=params, tx=optimizer, dropout_rng=for_dropout
         )
-        self.evaluate = _switched(model, False).apply
+        self.evaluate = jax.jit(_switched(model, False).apply)
         self.step = jax.jit(lambda state, batch: self._step(state, batch))
 
     def _step(self, state, batch):
