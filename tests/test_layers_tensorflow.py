@@ -359,6 +359,109 @@ def test_a_graph_leaves_no_weights_to_show():
     assert layer.attention_weights.shape == (2, 4, 4)
 
 
+def test_the_weights_of_a_call_in_a_graph_are_a_tensor_of_that_graph():
+    layer = kv.MultiHeadAttention(num_hiddens=8, num_heads=2, seed=1)
+    inputs = [tf.random.normal((2, n, 8)) for n in (3, 5, 5)]
+    layer(*inputs, tf.constant([4, 2]))
+    expected = layer.attention.attention_weights.numpy()
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, 8))] * 2 + [tf.TensorSpec((None,), tf.int32)])
+    def shown(queries, keys, lens):
+        layer(queries, keys, keys, lens)
+        inside = tf.cond(tf.reduce_all(lens >= 0), lambda: layer.attention.attention_weights, lambda: tf.zeros((0, 0, 0)))
+        return layer.attention.attention_weights, inside
+
+    for found in shown(*inputs[:2], tf.constant([4, 2])):
+        assert_near(found.numpy(), expected)
+    with pytest.raises(RuntimeError, match=r"in a graph .* read them in that graph"):
+        _ = layer.attention.attention_weights
+    other = tf.function(lambda: layer.attention.attention_weights)
+    with pytest.raises(RuntimeError, match="read them in that graph"):
+        other()
+
+
+def decoder_and_inputs():
+    decoder = kv.TransformerDecoder(vocab_size=11, num_hiddens=8, ffn_num_hiddens=8, num_heads=2, num_blks=2, seed=1)
+    inputs = [TOKENS, tf.random.normal((2, 5, 8)), tf.constant([4, 2])]
+    return decoder, inputs, decoder(TOKENS, decoder.init_state(*inputs[1:]))[0]
+
+
+def test_a_functional_model_of_a_decoder_is_saved_and_its_state_says_that_it_kept_nothing(tmp_path):
+    decoder, inputs, expected = decoder_and_inputs()
+    free = [keras.Input((None,), dtype="int32"), keras.Input((None, 8)), keras.Input((), dtype="int32")]
+    logits, state = decoder(free[0], decoder.init_state(*free[1:]))
+    model = keras.Model(free, logits)
+    assert_near(model(inputs), expected)
+    model.save(tmp_path / "model.keras")
+    assert_near(keras.models.load_model(tmp_path / "model.keras")(inputs), expected)
+    with pytest.raises(ValueError, match=r"state\[2\]\[0\] kept nothing"):
+        decoder(free[0], state)
+
+
+def test_a_decoder_in_a_graph_keeps_a_cache_where_the_length_is_known():
+    decoder, (tokens, *source), expected = decoder_and_inputs()
+
+    @tf.function(input_signature=[tf.TensorSpec((2, None), tf.int32)])
+    def free(tokens):
+        logits, state = decoder(tokens, decoder.init_state(*source))
+        with pytest.raises(ValueError, match="kept nothing"):
+            decoder(tokens, state)
+        return logits
+
+    assert_near(free(tf.cast(tokens, "int32")), expected)
+    traces = []
+
+    @tf.function
+    def step(token, caches):
+        traces.append(1)
+        logits, state = decoder(token, [*source, caches])
+        return logits, state[2]
+
+    caches, steps = [kv.KVCache.allocate((2, 2, 8, 4)) for _ in range(2)], []
+    caches = [cache._replace(length=tf.constant(0)) for cache in caches]
+    for i in range(6):
+        logits, caches = step(tokens[:, i : i + 1], caches)
+        steps.append(logits)
+    assert_near(tf.concat(steps, 1), expected, units=1024)
+    assert len(traces) == 1
+
+
+def test_padding_that_keras_masks_is_hidden_from_a_decoders_block():
+    block = kv.TransformerDecoderBlock(num_hiddens=8, ffn_num_hiddens=8, num_heads=2, seed=1)
+    embedding, source = keras.layers.Embedding(11, 8, mask_zero=True), keras.layers.Embedding(11, 8, mask_zero=True)
+    tokens, words = tf.constant([[0, 3, 4], [0, 0, 5]]), tf.constant([[3, 1, 0], [4, 0, 0]])
+    X, outputs = embedding(tokens), source(words)
+    found, state = block(X, [outputs, None, [None]])
+    for i, (first, last) in enumerate(((1, 2), (2, 1))):
+        alone, _ = block(embedding(tokens[i : i + 1, first:]), [source(words[i : i + 1, :last]), None, [None]])
+        assert_near(found[i, first:], alone[0])
+    assert state[2][0] is layers.NOT_KEPT
+    assert tf.reduce_all(found._keras_mask == (tokens > 0))
+
+
+def test_a_model_reads_its_weights_while_it_is_fitted():
+    """As d2l's decoders do."""
+
+    @keras.saving.register_keras_serializable("tests")
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.decoder = kv.TransformerDecoder(
+                vocab_size=7, num_hiddens=8, ffn_num_hiddens=8, num_heads=2, num_blks=1, dropout=0.1
+            )
+
+        def call(self, inputs):
+            tokens, outputs = inputs
+            logits, _ = self.decoder(tokens, self.decoder.init_state(outputs))
+            return logits + 0 * tf.reduce_sum(self.decoder.attention_weights[1][0])
+
+    model = Model()
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    tokens, outputs = np.ones((4, 3), "int32"), np.random.default_rng(0).normal(size=(4, 5, 8)).astype("float32")
+    first, last = model.fit((tokens, outputs), tokens, epochs=2, verbose=0).history["loss"]
+    assert last < first
+
+
 def test_weights_are_computed_only_when_they_are_shown(monkeypatch, tmp_path):
     asked, attention = [], tab.attention
 

@@ -370,14 +370,17 @@ NOT_KEPT = KVCache(length=None)  # in a state, of a block that was called in a g
 
 
 def opened(state: Any, blocks: int, exactly: bool = True) -> tuple[Any, Any, list[KVCache]]:
-    """The encoder's outputs, their lengths and the blocks' caches in a decoder's state. Raises for what is no such state."""
+    """The encoder's outputs, their lengths and the blocks' caches in a decoder's state. Raises for what is no such state.
+
+    Not ``exactly``: for the last of these blocks alone, which looks at its own cache.
+    """
     if not (isinstance(state, (list, tuple)) and len(state) == 3 and isinstance(state[2], (list, tuple))):
         raise TypeError(f"state must be [enc_outputs, enc_valid_lens, caches], what init_state gives, not {_told(state)}")
     outputs, lens, caches = state
     if len(caches) != blocks if exactly else len(caches) < blocks:
         needs = f"this decoder has {blocks} blocks" if exactly else f"this block's is state[2][{blocks - 1}]"
         raise ValueError(f"state[2] holds {len(caches)} blocks' caches; {needs}")
-    for i, cache in enumerate(caches):
+    for i, cache in [*enumerate(caches)][0 if exactly else blocks - 1 : blocks]:
         if not (cache is None or isinstance(cache, KVCache)):
             raise TypeError(f"state[2][{i}] must be None, at first, or a kvattn.KVCache, not {_told(cache)}")
         if cache is not None and cache.length is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from weakref import ref
 
 import keras
 import tensorflow as tf
@@ -38,7 +39,26 @@ __all__ = [*layers.LAYERS]
 # value_size, which come first in d2l's order, may be left out: the first call gives the sizes. Keras gives the masks of
 # Embedding(mask_zero=True) and Masking to the arguments queries_mask (batch, n), keys_mask and values_mask (batch, m).
 
-IN_GRAPH = object()  # instead of a last call that was traced: it has no values to show
+
+class _Traced:
+    """A last call in a graph, which keeps what its weights are computed from: they are shown in it, and in graphs inside."""
+
+    def __init__(self, *last):
+        graph = tf.compat.v1.get_default_graph()
+        kept = getattr(graph, "_kvattn", ())  # there, so that it goes when the graph goes
+        self.graph, self.number = ref(graph), len(kept)
+        graph._kvattn = [*kept, last]
+
+    def __getitem__(self, i):
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        while graph is not None and graph is not self.graph():
+            graph = getattr(graph, "outer_graph", None)
+        if graph is None:
+            raise RuntimeError(
+                "the last call was in a graph (tf.function, fit, predict, a functional model being made), which leaves no "
+                "attention weights: read them in that graph, or call the layer or the model itself, layer(...), then read them"
+            )
+        return graph._kvattn[self.number][i]
 
 
 # ---- attention
@@ -60,7 +80,7 @@ class _Attention(Layer):
         options |= tensors(arrays)
         options |= {"score": self._score(queries, keys), "valid_lens": valid_lens}
         hide_padding(options, queries, keys, (*queries.shape[:-1], keys.shape[-2]), queries_mask, keys_mask, values_mask)
-        last = (queries, keys, options) if tf.executing_eagerly() else IN_GRAPH
+        last = (queries, keys, options) if tf.executing_eagerly() else _Traced(queries, keys, options)
         vars(self)["_last"] = last  # past Keras, which tracks what it finds in a layer
         rate = self.dropout.rate if training else 0.0
         return api.attention(queries, keys, values, **options, dropout=rate, backend="tensorflow")
@@ -69,20 +89,15 @@ class _Attention(Layer):
     def attention_weights(self):
         """The last call's, (batch, n, m) or (batch * heads, n, m): before dropout, detached, computed when read.
 
-        Raises RuntimeError after a call in a graph, such as fit and predict make: it leaves no values.
+        In a graph, such as fit and predict make, they are a tensor of it. Raises RuntimeError outside: it leaves no values.
         """
         if self._last is None:
             return None
-        if self._last is IN_GRAPH:
-            raise RuntimeError(
-                "the last call was in a graph (tf.function, fit, predict, a functional model being made), which leaves no "
-                "attention weights: call the layer or the model itself, layer(...), then read them"
-            )
         queries, keys, options = self._last
         options = {name: x for name, x in options.items() if not name.startswith("return_")}
         weights = api.attention(queries, keys, keys[..., :1], **options, return_weights=True, backend="tensorflow")[1]
         weights = tf.stop_gradient(weights)
-        *lead, n, m = weights.shape
+        *lead, n, m = keras.ops.shape(weights)  # in a graph some may be unknown
         return tf.reshape(weights, (math.prod(lead), n, m)) if len(lead) > 1 else weights
 
 
