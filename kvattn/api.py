@@ -190,7 +190,8 @@ def attention(
             `scaled_dot_score`. Bind parameters with functools.partial.
         normalize: a function (scores, where=None) -> weights; default `softmax`.
         mask: bool, broadcastable to (..., n, m): True where a query may attend. Or a function that gives this of positions,
-            integer arrays: of queries, (n, 1), or (batch, 1, ..., n, 1) where each entry has an offset, and of keys, (1, m).
+            integer arrays: of queries, (n, 1), or (batch, 1, ..., n, 1) where each entry has an offset, and of keys, (1, m), of
+            int32 or int64 as the framework has them: any in which a product of two positions fits.
             It is asked for some queries and keys at a time, and more than once: what nobody may attend to is left out.
         bias: added to the scores; the query's dtype, broadcastable to (..., n, m). -inf forbids a pair, as the mask does. Or a
             function of positions, as the mask's, that gives floats of any dtype: there is no array (n, m) then.
@@ -211,7 +212,8 @@ def attention(
         dropout: the rate at which weights are dropped; the weights returned are those before.
         rng: the source of dropout. An int, 0 <= seed < 2^64, draws one pattern: the same pairs in every backend, whatever the
             dtype, the blocks and the sizes; `kvattn.patterns` defines it. Inside a compiled function (jax.jit, tf.function) an
-            int would be the same in every step: there give an array () of an integer dtype, an argument of that function. Or
+            int would be the same in every step: there give an array () of an integer dtype, an argument of that function. Under
+            vmap every entry is a call of its own, and draws the same from one seed: map over an array of seeds. Or
             the framework's own: numpy.random.Generator, torch.Generator, a jax key, TensorFlow's stateless seed, a pair of
             ints. None draws from the framework's hidden state; JAX has none.
         return_weights: also return the weights (..., n, m).

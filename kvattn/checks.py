@@ -212,6 +212,10 @@ def seed(tab: Any, rng: Any) -> Any:
             raise TypeError(f"rng has dtype {dtype}; expected an integer dtype, or an int")
         rng = rng if dtype not in INTEGERS or tab.is_array(rng) else int(rng)
     if not is_integer(rng):
+        kinds = getattr(tab, "GENERATORS", None)  # another backend's own generators are its own affair
+        if kinds is not None and not (rng is None or hasattr(rng, "dtype") or isinstance(rng, kinds)):
+            told = "".join(f", or a {kind.__name__}" for kind in kinds)
+            raise TypeError(f"rng must be an int, the seed of a pattern{told}; not {type(rng).__name__}")
         return rng
     if not 0 <= rng < 2**64:
         raise ValueError(f"rng is {rng}; expected a seed of 64 bits, from 0 to 2^64 - 1")
@@ -781,6 +785,25 @@ def added(tab: Any, made: Any, full: tuple[Any, ...]) -> Any:
             "positions are integers: convert what is computed from them")  # fmt: skip
         raise TypeError(f"bias, a function, gives an array of dtype {dtype}; expected floating point ({hint})")
     return made
+
+
+UNREADABLE = ("truth value", "Boolean value of Tensor", "boolean conversion", "as a Python `bool`")  # each framework's words
+
+
+def asked(name: str, function: Any, query: Any, key: Any) -> Any:
+    """What a mask or a bias that is a function gives for these positions. Its own errors stay as they are; that of a function
+    that cannot be one of arrays stands behind a TypeError that says so."""
+    try:
+        return function(query, key)
+    except Exception as error:
+        _takes(name, function, "(query, key), arrays of positions", 2)
+        if any(words in str(error) for words in UNREADABLE):
+            raise TypeError(
+                f"{name}, {_called(function)}, asks whether an array is true; it is given integer arrays of query positions "
+                f"{_show(_shape(query))} and key positions {_show(_shape(key))}: instead of `and`, `or`, `not`, `if` and "
+                "a < b < c use &, |, ~ and the framework's where, with comparisons in parentheses"
+            ) from error
+        raise
 
 
 def _made(tab: Any, name: str, made: Any, kind: str, full: tuple[Any, ...]) -> None:

@@ -93,10 +93,10 @@ class Pairs(NamedTuple):
         """
         found = None
         if self.mask_function is not None:
-            if (made := self._numpy_flags(key, full, offset, rows, runs)) is not None:
+if (made := self._numpy_flags(key, full, offset, rows, runs)) is not None:
                 made = self.tab.asarray(made, like=query)
             else:
-                made = self.mask_function(*self.places(query, key, offset, rows, runs))
+                made = checks.asked("mask", self.mask_function, *self.places(query, key, offset, rows, runs))
             found = _entries(checks.flags(self.tab, made, full), entries, len(full))
         if self.segments is not None:
             found = both(found, self._same_segment(query, full, rows, runs, entries))
@@ -134,7 +134,7 @@ class Pairs(NamedTuple):
              entries: Run | None = None) -> Any:  # fmt: skip
         """The bias of these pairs, in the query's dtype; ``entries`` as in `flags`."""
         assert self.bias_function is not None
-        made = self.bias_function(*self.places(query, key, offset, rows, runs))
+        made = checks.asked("bias", self.bias_function, *self.places(query, key, offset, rows, runs))
         made = _entries(checks.added(self.tab, made, full), entries, len(full))
         return self.tab.asarray(made, dtype=checks.dtype_name(query))
 

@@ -87,6 +87,8 @@ SEEDS = {
     "NumPy's negative": (np.int64(-1), ValueError, "2^64"),
     "an array of a float": (np.array(1.0), TypeError, "float64"),
     "an array of a bool": (np.array(True), TypeError, "bool"),
+    "no generator": (object(), TypeError, "rng must be an int, the seed of a pattern"),
+    "a dict": ({}, TypeError, "not dict"),
 }
 
 
@@ -184,3 +186,33 @@ def test_the_parts_of_an_encoder_have_seeds_of_their_own(backend):
     np.testing.assert_array_equal(adapter.call(block, X, training=True, rng=1), first)
     np.testing.assert_array_equal(adapter.call(block, X, rng=1), plain)
     assert np.abs(adapter.call(block, X, training=True, rng=2) - first).max() > 0.05
+
+
+def test_each_entry_of_vmap_draws_by_its_own_seed_and_the_same_by_one(backend):
+    """An entry of vmap is a call of its own, which knows no place in a batch."""
+    if backend not in ("torch", "jax"):
+        return
+    tab = kvattn.dispatch.load(backend)
+    x, key = (tab.asarray(np.zeros((3, n, 1)), dtype="float32") for n in (16, 24))
+    value, seeds = (
+        tab.asarray(np.broadcast_to(np.eye(24), (3, 24, 24)), dtype="float32"),
+        tab.asarray(np.array([5, 9, 5], "int32")),
+    )
+
+    def attend(query, key, value, seed):
+        return kvattn.attention(query, key, value, dropout=0.5, rng=seed)
+
+    alone = [np.asarray(attend(x[0], key[0], value[0], seed)) for seed in (5, 9, 5)]
+    if backend == "torch":
+        import torch
+
+        own = torch.func.vmap(attend)(x, key, value, seeds)
+        one = torch.func.vmap(attend, in_dims=(0, 0, 0, None))(x, key, value, 5)
+    else:
+        import jax
+
+        own = jax.vmap(attend)(x, key, value, seeds)
+        one = jax.vmap(attend, in_axes=(0, 0, 0, None))(x, key, value, 5)
+    np.testing.assert_array_equal(np.asarray(own), alone)
+    np.testing.assert_array_equal(np.asarray(one), [alone[0]] * 3)
+    assert (alone[0] != alone[1]).any()

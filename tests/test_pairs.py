@@ -371,3 +371,42 @@ def test_positions_are_wide_where_a_product_of_two_would_not_fit():
     for offset in (0, 46_000, 50_000, -50_000):
         kvattn.attention(x, x, x, mask=lambda q, k: seen.append((q.dtype, int(q[0, 0]))) or k * q >= 0, query_offset=offset)
     assert seen == [("int32", 0), ("int32", 46_000), ("int64", 50_000), ("int64", -50_000)]
+
+
+def _and(query, key):
+    return (key <= query) and (key > 1)
+
+
+def _if(query, key):
+    return key <= query if query < 5 else key > 1
+
+
+UNFIT = {  # functions that are none of arrays of positions, and the cure that is told
+    "one argument": (lambda query: query > 1, r"must take \(query, key\), arrays of positions"),
+    "three arguments": (lambda query, key, head: key > query, r"must take \(query, key\), arrays of positions"),
+    "and": (_and, "_and, asks whether an array is true.* instead of `and`"),
+    "if": (_if, r"_if, asks whether an array is true; it is given integer arrays of query positions \(4, 1\)"),
+    "a chain": (lambda query, key: 0 <= query - key < 3, "asks whether an array is true"),
+}
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+@pytest.mark.parametrize("unfit", UNFIT)
+def test_a_function_that_is_none_of_arrays_is_told_so(backend, tab, unfit, name):
+    function, words = UNFIT[unfit]
+    x = tab.asarray(np.ones((2, 4, 8)), dtype="float32")
+    with pytest.raises(TypeError, match=f"{name}, .*{words}") as caught:
+        kvattn.attention(x, x, x, **{name: function})
+    if "argument" not in unfit:  # the function's own line is among the tracebacks
+        own = caught.value.__cause__
+        while own.__traceback__.tb_next is not None and own.__traceback__.tb_frame.f_code is not function.__code__:
+            own = own.with_traceback(own.__traceback__.tb_next)
+        assert own.__traceback__.tb_frame.f_code is function.__code__
+
+
+def test_a_functions_own_error_is_raised_as_it_is(backend, tab):
+    x = tab.asarray(np.ones((2, 4, 8)), dtype="float32")
+    for name in ("mask", "bias"):
+        with pytest.raises(ZeroDivisionError) as caught:
+            kvattn.attention(x, x, x, **{name: lambda query, key: 1 / 0})
+        assert any(entry.name == "<lambda>" for entry in caught.traceback)

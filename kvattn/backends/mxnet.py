@@ -29,6 +29,7 @@ with old_names():
     from mxnet import autograd, np, npx
 
 HALF = ("float16",)
+GENERATORS = ()  # what rng may be beside an int and an array: MXNet draws from a state of its own
 MOST_AXES = 5  # of an array that is cut
 DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool")
 WIDER = {"int16": "int32", "uint16": "int32", "uint32": "int64", "uint64": "int64"}

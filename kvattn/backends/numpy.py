@@ -15,6 +15,7 @@ from kvattn.kernels.numpy import dropout, gradients, memory, tiled, tiles
 from kvattn.pairs import Pairs
 
 HALF = ("float16", "bfloat16")
+GENERATORS = (np.random.Generator, np.random.RandomState)  # what rng may be beside an int and an array
 SMALL = 2.0**-64  # a sum of exp(scores) above this has lost no term that float32 could add to it
 
 

@@ -16,6 +16,7 @@ from kvattn.kernels.tensorflow import blocks, dropout, nonfinite, quirks, tiles
 from kvattn.pairs import Pairs
 
 HALF = (tf.float16, tf.bfloat16)
+GENERATORS = (tuple, list)  # what rng may be beside an int and an array: a stateless seed
 
 
 # ---- data

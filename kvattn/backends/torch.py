@@ -21,6 +21,7 @@ from kvattn.kernels.torch import distances, dropout, gpu, nonfinite, sdpa, shard
 from kvattn.pairs import Pairs
 
 HALF = (torch.float16, torch.bfloat16)
+GENERATORS = (torch.Generator,)  # what rng may be beside an int and an array
 
 
 # ---- data
