@@ -48,6 +48,19 @@ class Part(NamedTuple):
     entries: Run | None = None
 
 
+class Segments(NamedTuple):
+    """A mask, or None, and the segments of the queries (batch or 1, n) and of the keys (..., m), in the place of a call's mask:
+    for kernels that compare them a block at a time, and leave out blocks that share none, where nobody can read them now."""
+
+    mask: Any
+    of_queries: Any
+    of_keys: Any
+
+    def array(self, axes: int) -> Any:
+        """The mask of all pairs, for queries of so many axes."""
+        return both(self.mask, same(self.of_queries, self.of_keys, axes))
+
+
 class Pairs(NamedTuple):
     """What a call says of pairs, in the place of its mask: an array, a function, a function for the bias, segments.
 
@@ -93,7 +106,7 @@ class Pairs(NamedTuple):
         """
         found = None
         if self.mask_function is not None:
-if (made := self._numpy_flags(key, full, offset, rows, runs)) is not None:
+            if (made := self._numpy_flags(key, full, offset, rows, runs)) is not None:
                 made = self.tab.asarray(made, like=query)
             else:
                 made = checks.asked("mask", self.mask_function, *self.places(query, key, offset, rows, runs))
@@ -123,12 +136,8 @@ if (made := self._numpy_flags(key, full, offset, rows, runs)) is not None:
             of_keys = of_keys[:, slice(*runs[0])]
         elif runs is not None:
             of_keys = of_keys[:, _numbers(runs)]
-        if len(full) < 3:
-            same = of_queries[0][:, None] == of_keys[0][None]
-        else:
-            axes = [None] * (len(full) - 3)
-            same = of_queries[(slice(None), *axes, slice(None), None)] == of_keys[(slice(None), *axes, None, slice(None))]
-        return self.tab.asarray(same, like=query) if known else same
+        found = same(of_queries, of_keys, len(full))
+        return self.tab.asarray(found, like=query) if known else found
 
     def bias(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None,
              entries: Run | None = None) -> Any:  # fmt: skip
@@ -163,6 +172,14 @@ def short(first: Any, end: Any) -> bool:
 def both(mask: Any, other: Any) -> Any:
     """Where both of two masks, or None, allow; a product of bools, since MXNet has no other "and"."""
     return other if mask is None else mask if other is None else mask * other
+
+
+def same(of_queries: Any, of_keys: Any, axes: int) -> Any:
+    """Which pairs are of one segment, (n, m) or (batch or 1, 1, ..., n, m), for queries of so many axes."""
+    if axes < 3:
+        return of_queries[0][:, None] == of_keys[0][None]
+    between = [None] * (axes - 3)
+    return of_queries[(slice(None), *between, slice(None), None)] == of_keys[(slice(None), *between, None, slice(None))]
 
 
 def _numbers(runs: Sequence[Run]) -> Any:
@@ -206,6 +223,10 @@ def resolved(query: Any, key: Any, value: Any, call: Call,
     parts: Sequence[Part] | None = None
     if said.segments is not None:
         parts = _of_segments(query, key, value, call)
+        if parts is not None and len({_form(part) for part in parts}) > getattr(said.tab, "MOST_SHAPES", len(parts)):
+            parts = None
+        if parts is None and (compared := _compared(query, key, value, plain, said)) is not None:
+            return compared, ()
     if parts is None and said.restricts:
         said = said._replace(in_numpy=_same_in_numpy(said, query, key, call.query_offset))
         call = call._replace(mask=said)
@@ -228,6 +249,23 @@ def resolved(query: Any, key: Any, value: Any, call: Call,
     if len(parts) == 1 and parts[0] == (0, n, ((0, m),), False, None):
         return plain, ()
     return call, parts
+
+
+def _compared(query: Any, key: Any, value: Any, call: Call, said: Pairs) -> Call | None:
+    """The call with its segments as they are, where the kernel that serves it compares them; else None."""
+    kernels = getattr(said.tab, "COMPARES_SEGMENTS", ())
+    grouped = len(query.shape) == 3 and query.shape[0] != key.shape[0]  # heads that share keys, of segments of their own
+    if (
+        not kernels
+        or grouped
+        or said.bias_function is not None
+        or said.tab.choose(query, key, value, call).kernel not in kernels
+    ):
+        return None
+    assert said.segments is not None
+    mask, _ = said._replace(segments=None).arrays(query, key, (*_lead(query.shape, key.shape), query.shape[-2], key.shape[-2]),
+                                                  call.query_offset)  # fmt: skip
+    return call._replace(mask=Segments(mask, *said.segments))
 
 
 def _form(part: Part) -> tuple[Any, ...]:
@@ -597,6 +635,8 @@ def choice(query: Any, key: Any, value: Any, call: Call, in_parts: Callable[...,
         return Choice(f"{found.kernel}, in blocks of pairs", why, parts, serve)
     said = "a window" if plain.windowed and not plain.masked else "arrays"
     why = f"{found.why}; functions of positions are {said} here"
+    if type(plain.mask) is Segments:
+        why = f"{found.why}; segments are compared in its blocks, and blocks that share none left out"
     return found._replace(why=why, run=serve, run_grad=None if run_grad is None else derive)
 
 

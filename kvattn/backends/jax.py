@@ -21,6 +21,7 @@ from kvattn.pairs import Pairs
 
 HALF = ("float16", "bfloat16")
 GENERATORS = (patterns.Wide,)  # what rng may be beside an int and an array: a seed of a layer's part; keys are arrays
+COMPARES_SEGMENTS = ("tiles",)  # the kernels that take a `kvattn.pairs.Segments` for a mask
 MOST_SHAPES = 4  # of the parts of a call that runs at once: each is a program of its own
 
 

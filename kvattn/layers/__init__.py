@@ -281,9 +281,10 @@ def with_alibi(options: dict[str, Any], slopes: tuple[float, ...] | None, querie
 
 def _falling(slopes: tuple[float, ...], dtype: str, query: Any, key: Any) -> Any:
     """ALiBi's bias of pairs by their positions; a function of the module, since a layer that keeps its last call is pickled."""
-    tab = dispatch.choose(None, query=query)
-    by_head = tab.asarray([-slope for slope in slopes], dtype=dtype, like=query)[:, None, None]
-    return by_head * tab.asarray(abs(query - key), dtype=dtype)
+    distance = abs(query - key)
+    tab = dispatch.choose(None, distance=distance)
+    by_head = tab.asarray([-slope for slope in slopes], dtype=dtype, like=distance)[:, None, None]
+    return by_head * tab.asarray(distance, dtype=dtype)
 
 
 def with_sink(options: dict[str, Any], sink: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvattn import planning
+from kvattn.pairs import Segments
 
 TILE, BLOCK = 1024, 1024  # queries of a tile, keys of a block
 CAUSAL_TILE, WINDOW_TILE = 512, 256  # queries of a tile that causal or a window, and that a window on both sides, cuts
@@ -59,19 +60,21 @@ def plan(query, key, call):
     """
     n, m, lead, left, right = query[-2], key[-2], planning.lead(query, key) or (1,), call.left, call.right
     heads = key[-3] if len(key) > 2 else 1
-    both = left is not None and right is not None
-    tile = _part(n, WINDOW_TILE if both and WINDOW_TILE + left + right <= WINDOW else CAUSAL_TILE if call.windowed else TILE)
+    both, segments = left is not None and right is not None, call.mask.of_queries if type(call.mask) is Segments else None
+    narrow = CAUSAL_TILE if call.windowed or segments is not None else TILE
+    tile = _part(n, WINDOW_TILE if both and WINDOW_TILE + left + right <= WINDOW else narrow)
     block = cut_block = _part(m, BLOCK)
-    if call.windowed or call.valid_lens is not None:  # never all keys in a block: XLA would take its products out of the loop
+    if (
+        call.windowed or call.valid_lens is not None or segments is not None
+    ):  # never all keys in a block: XLA would take its products out of the loop
         block, cut_block = max(1, min(block, m // 2)), _part(m, min(BLOCK, CAUSAL_TILE * CAUSAL_TILE // tile))
     cut_blocks = -(-m // cut_block)
     if both:
         reached = tile + left + right
         cut_block = min(m, reached) if reached <= WINDOW else cut_block
         cut_blocks = min(-(-m // cut_block), -(-reached // cut_block))
-    each_alone = len(query) == 3 and any(  # heads whose lengths or offsets differ
-        (getattr(x, "shape", ()) or (1,))[0] > 1 for x in (call.valid_lens, call.query_offset if call.windowed else 0)
-    )
+    own = call.valid_lens, call.query_offset if call.windowed else 0, segments, getattr(call.mask, "of_keys", None)
+    each_alone = len(query) == 3 and any((getattr(x, "shape", ()) or (1,))[0] > 1 for x in own)  # heads where they differ
     most = 1 if each_alone else SCORES // (tile * (cut_block if call.windowed else block))
     heads_at_once = max(g for g in range(1, heads + 1) if heads % g == 0 and (g == 1 or g <= most))
     block = min(block, max(cut_block, SCORES // (heads_at_once * tile)))

@@ -4,9 +4,10 @@ scores, through the soft cap, over the keys j that query i may attend to,
     output_i = sum_j exp(s_ij - top_i) v_j / sum_j exp(s_ij - top_i)        lse_i = top_i + log sum_j exp(s_ij - top_i)
 
 A tile of queries meets the keys block by block, with a running maximum. What causal, window and valid_lens allow is a range
-of keys for each query: blocks outside every range are left out, and blocks inside all of them need no mask. The derivative
-is written forwards, in the same tiles, and rematerialised: JAX transposes it to the backward pass, and differentiates both.
-It transposes no loop whose length only the data tell, so that the derivative looks at each block and leaves some out.
+of keys for each query, and so is where the first and the last key of its segment lie: blocks outside every range are left out,
+and blocks inside all of them need no mask. The derivative is written forwards, in the same tiles, and rematerialised: JAX
+transposes it to the backward pass, and differentiates both. It transposes no loop whose length only the data tell, so that the
+derivative looks at each block and leaves some out.
 
 Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Rabe and Staats 2021, "Self-attention
 does not need O(n^2) memory"; Dao et al. 2022, "FlashAttention".
@@ -25,6 +26,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from kvattn import planning
 from kvattn.kernels.jax import plans, programs
+from kvattn.pairs import Segments
 
 FARTHEST = 2**29  # no array is as long: positions stay within 32 bits
 
@@ -49,11 +51,14 @@ def attention(tab, query, key, value, call, blocks=()):
     plan = plans.plan(query.shape, key.shape, call)
     if axes == 2:
         query, key, value = query[None], key[None], value[None]
-    low, high = _bounds(axes, plan.n, plan.m, call)
+    mask, *segments = call.mask if type(call.mask) is Segments else (call.mask,)
+    low, high = _bounds(axes, plan.n, plan.m, call, segments)
     if high is None and plan.m % plan.block:
         high = jnp.full(1, plan.m, jnp.int32)  # the last block is not whole
-    limits = {"low": low, "high": high, "mask": call.mask, "scale": jnp.asarray(scale, wide)}
+    limits = {"low": low, "high": high, "mask": mask, "scale": jnp.asarray(scale, wide)}
     limits["softcap"] = None if call.softcap is None else jnp.asarray(call.softcap, wide)
+    if segments:
+        limits["segment"], limits["segment_of_key"] = _spread(segments[0], axes), _spread(segments[1], axes)[..., None]
     inputs = {"query": query, "key": key, "value": value, "bias": call.bias}
     given = [{name: x for name, x in given.items() if x is not None} for given in (inputs, limits)]
     varying = _varying(given)
@@ -84,9 +89,10 @@ def _zeros(shape, limits):
     return _vary(jnp.zeros(shape, limits["scale"].dtype), _varying(limits["scale"]))
 
 
-def _bounds(axes, n, m, call):
+def _bounds(axes, n, m, call, segments=()):
     """low and high, broadcastable to (..., n): query i may see the keys low <= j < high. None where nothing limits them."""
     low = high = None
+    first, last = (_spread(x, axes) for x in _ranges(*segments)) if segments else (None, None)
     if call.windowed:
         offset = _near(call.query_offset)
         position = offset.reshape(*offset.shape, *[1] * (axes - 1 - offset.ndim)) + jnp.arange(n, dtype=jnp.int32)
@@ -97,7 +103,27 @@ def _bounds(axes, n, m, call):
         each = n if call.lengths_per_query(axes) else 1
         lens = lens.reshape(*lens.shape[: 0 if axes == 2 else 1], *[1] * (axes - 2 - (axes > 2)), each)
         high = lens if high is None else jnp.minimum(high, lens)
+    if segments:
+        low, high = first if low is None else jnp.maximum(low, first), last if high is None else jnp.minimum(high, last)
     return low, (high if high is None else jnp.minimum(high, m))
+
+
+def _spread(x, axes):
+    """What each query or key has of its own, (batch or 1, n), broadcastable to (..., n) for queries of so many axes."""
+    return x[0] if axes == 2 else x.reshape(x.shape[0], *[1] * (axes - 3), x.shape[1])
+
+
+def _ranges(of_queries, of_keys):
+    """The first key of each query's segment, and the one after the last; m and 0 where it has none."""
+    batch, m = max(len(of_queries), len(of_keys)), of_keys.shape[1]
+
+    def ranges(of_queries, of_keys):
+        order = jnp.argsort(of_keys).astype(jnp.int32)  # keys of one segment in a row, and in their order
+        first, last = (jnp.searchsorted(of_keys[order], of_queries, side=side) for side in ("left", "right"))
+        some = first < last
+        return jnp.where(some, order[jnp.minimum(first, m - 1)], m), jnp.where(some, order[jnp.maximum(last - 1, 0)] + 1, 0)
+
+    return jax.vmap(ranges)(*(jnp.broadcast_to(x, (batch, x.shape[1])) for x in (of_queries, of_keys)))
 
 
 def _near(x):
@@ -132,7 +158,10 @@ def _masked_step(step, carry, rows, keys, pairs, limits, low, high, start, at, h
         allowed &= pairs["mask"]
     if "bias" in pairs:
         allowed &= pairs["bias"] != -math.inf
-    if pairs or holes:
+    if "segment" in rows:
+        allowed &= rows["segment"][:, None] == keys["segment_of_key"][:, 0]
+        keys = {name: x for name, x in keys.items() if name != "segment_of_key"}
+    if pairs or holes or "segment" in rows:
         has_key, has_query = allowed.any(axis=-1), allowed.any(axis=-2)
     else:  # the same, in less time
         has_key = jnp.maximum(low, start) < jnp.minimum(high, start + len(position))
@@ -202,8 +231,8 @@ def _attend_jvp(plan, primals, tangents):
 # ---- entries (a batch entry's key head), tiles of their queries, blocks of the keys
 
 
-ROW = {"query": 1, "d_query": 1, "output": 1, "lse": 0, "low": 0, "high": 0}  # and how many axes of features
-KEY = ("key", "value", "d_key", "d_value")
+ROW = {"query": 1, "d_query": 1, "output": 1, "lse": 0, "low": 0, "high": 0, "segment": 0}  # and how many axes of features
+KEY = ("key", "value", "d_key", "d_value", "segment_of_key")
 PAIR = ("mask", "bias", "d_bias")
 
 
@@ -274,16 +303,16 @@ def _forward(plan, inputs, limits):
         def edge(carry, at):
             start = jnp.minimum(at, plan.m - plan.cut_block)
             here = {name: part(name, (head, 1), (first, plan.tile), (start, plan.cut_block))[:, 0] for name in pairs}
-            return _masked_step(
-                _absorb, carry, rows, keys(start, plan.cut_block), here, limits, low, high, start, at, plan.gaps
-            )
+            there = keys(start, plan.cut_block)
+            there |= {name: part(name, (start, plan.cut_block))[0] for name in ("segment_of_key",) if name in parts}
+            return _masked_step(_absorb, carry, rows, there, here, limits, low, high, start, at, plan.gaps)
 
         def walk(carry, at, count, size, step):  # as far as the data say: no derivative goes through here
             count = jnp.maximum(0, count)
             return lax.fori_loop(0, count, lambda i, carry: step(carry, at + i * size), carry), at + count * size
 
         rows = {name: part(name, (head * plan.n + first, plan.tile)) for name in ROW if name in parts}
-        rows = {name: x[0] if name in ("low", "high") else x for name, x in rows.items()}
+        rows = {name: x[0] if name in ("low", "high", "segment") else x for name, x in rows.items()}
         rows, low, high = _bounded(rows, limits, plan.m)
         lowest, inner_lowest, inner_highest, highest = low.min(), low.max(), high.min(), high.max()
         shape = plan.heads_at_once, plan.tile
@@ -296,7 +325,7 @@ def _forward(plan, inputs, limits):
             if "low" in arrays:
                 uneven = -((at - jnp.minimum(inner_lowest, highest)) // plan.cut_block)
                 carry, at = walk(carry, at, uneven, plan.cut_block, edge)
-            if not pairs:
+            if not (pairs or "segment" in rows):
                 carry, at = walk(carry, at, (inner_highest - at) // plan.block, plan.block, inside)
             if limited:
                 carry, at = walk(carry, at, -((at - highest) // plan.cut_block), plan.cut_block, edge)
@@ -398,7 +427,7 @@ def _tile(plan, rows, keys, pairs, limits):
         if not limited:
             return (edge() if pairs else inside()), None
         some, whole = (lowest < end) & (start < highest), (inner_lowest <= start) & (end <= inner_highest)
-        if pairs:
+        if pairs or "segment" in rows:
             return lax.cond(some, edge, lambda: carry), None
         return lax.switch(jnp.where(some, jnp.where(whole, 1, 2), 0), [lambda: carry, inside, edge]), None
 
