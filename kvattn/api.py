@@ -201,7 +201,8 @@ def attention(
             with the first key; m - n (or the length of a cache) the last with the last.
         window: an int w, or (left, right), None for no limit: keys within that distance of the query's position.
         segments: int (batch, n), or (n,) without a batch axis, where n is m, or a pair, of the queries and of the keys: a query
-            attends only to keys of its own segment. Sorted ones cost the sum of their squares, where they can be read.
+            attends only to keys of its own segment. Sorted ones cost the sum of their squares, where they can be read and in
+            traces of JAX and TensorFlow on a CPU; in other traces and on a GPU they are a mask of all pairs.
         positions: int, broadcastable to (..., n, s): the only keys each query may attend to, -1 for none; a position
             given twice counts once, where it stands first. Costs O(n s d); weights are (..., n, s).
         scale: replaces 1/sqrt(d) of `scaled_dot_score`; multiplies any other score.

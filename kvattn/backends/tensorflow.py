@@ -13,9 +13,10 @@ import tensorflow as tf
 from kvattn import pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.tensorflow import blocks, dropout, nonfinite, quirks, tiles
-from kvattn.pairs import Pairs
+from kvattn.pairs import Pairs, Segments
 
 HALF = (tf.float16, tf.bfloat16)
+COMPARES_SEGMENTS = ("blocks",)  # the kernels that take a `kvattn.pairs.Segments` for a mask
 GENERATORS = (tuple, list)  # what rng may be beside an int and an array: a stateless seed
 
 
@@ -426,6 +427,7 @@ def choose(query, key, value, call):
     if len(query.shape) > 4:
         batch = quirks.lead(query, key)[:-1]
         apart = partial(tf.nest.map_structure, lambda x: tf.reshape(x, (*batch, *quirks.shape(x)[1:])))
+        call = call._replace(mask=call.mask.array(len(query.shape))) if type(call.mask) is Segments else call
         return _prepared(quirks.one_batch(query, key, value, call), apart)
     if call.positions is not None:
         choice = _prepared(_select(query, key, value, call), call.without_query_axis)

@@ -4,7 +4,8 @@ head's queries and the keys K and values V that it can reach,
     S = softcap(scale Q K^T),  P = exp(S) where a pair may attend, else 0,  O = P V / row sums of P,  lse = log(row sums of P)
 
 and the gradients by _backward's formulas, for which the weights of each block are computed again. Causal, window and lengths
-are limits of the slice of keys; what of it lies outside the window is taken out of P, or where that would lose precision, of S.
+are limits of the slice of keys, and so are the first and the last key of the queries' segments; what of it lies outside the
+window is taken out of P, or where that would lose precision, of S.
 
 Sources: Rabe and Staats 2021, "Self-attention does not need O(n^2) memory"; the gradients: Dao et al. 2022, "FlashAttention".
 """
@@ -20,6 +21,7 @@ from tensorflow.python.ops import control_flow_util  # private; read in TensorFl
 
 from kvattn.kernels.tensorflow import plan, quirks
 from kvattn.kernels.tensorflow.nonfinite import AllowedPairs, absent
+from kvattn.pairs import Segments
 
 SMALLEST = 2**17  # scores of a head that blocks are worth their own cost for; twice that, if they save no work
 AT_ONCE = 2**24  # scores of a call that may be held all at once
@@ -44,6 +46,7 @@ class Kind(NamedTuple):
     scores: int  # of a block; its queries, at most and at least
     most: int
     fewest: int
+    segmented: bool = False  # whether segments are given, which are compared
     careful: bool = False  # whether something is NaN or inf
 
     @property
@@ -83,7 +86,13 @@ def _compiles_with_xla():
 
 def attention(tab, query, key, value, call, _blocks):
     """softmax(scores) @ value, and the log of the softmax's sums on request: what attention of ``tab`` returns."""
-    plain = partial(tab._attend, call=call._replace(normalize=partial(tab.softmax)))  # which no blocks of this file serve
+    segments = call.mask[1:] if type(call.mask) is Segments else ()
+    of_all = call  # what it says of pairs, as an array
+
+    def plain(*arrays):  # which no blocks of this file serve
+        return tab._attend(*arrays, call=_of_arrays(of_all, len(query.shape))._replace(normalize=partial(tab.softmax)))
+
+    call = call._replace(mask=call.mask.mask) if segments else call
     scale, m = call.scale, key.shape[-2]
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1] or 1) if call.score is tab.scaled_dot_score else 1.0
@@ -94,13 +103,14 @@ def attention(tab, query, key, value, call, _blocks):
         mask = tf.reshape(call.mask, (*[1] * (2 - len(call.mask.shape)), *quirks.shape(call.mask)))
         rest.append(mask if mask.shape[-1] == m else tf.broadcast_to(mask, (*quirks.shape(mask)[:-1], m)))
     left, right = (None if side is None else min(side, FAR) for side in (call.left, call.right))
+    rest += segments
     given = call.valid_lens is not None, call.mask is not None
     most = BAND_ROWS if call.windowed else ROWS
-    kind = Kind(scale, call.softcap, left, right, *given, call.return_lse, SCORES, most, FEWEST)
+    kind = Kind(scale, call.softcap, left, right, *given, call.return_lse, SCORES, most, FEWEST, bool(segments))
     specs = tuple((x.dtype, x.shape.rank) for x in (query, key, value, *rest))
 
-    if call.mask is not None or call.lengths_per_query(len(query.shape)):
-        query, key, value = _without_padding(tab, query, key, value, call)
+    if call.mask is not None or segments or call.lengths_per_query(len(query.shape)):
+        query, key, value = _without_padding(tab, query, key, value, of_all)
 
     @tf.custom_gradient
     def attend(query, key, value):
@@ -132,13 +142,19 @@ def _without_padding(tab, query, key, value, call):
     """The arguments; if something in them is not finite, with zeros where nobody looks: NaN there would leak as 0 * NaN."""
 
     def hidden():
-        allowed = tab._allowed(quirks.shape(query)[-2], tab._keys(key), len(query.shape), call)
+        ndim = len(query.shape)
+        allowed = tab._allowed(quirks.shape(query)[-2], tab._keys(key), ndim, _of_arrays(call, ndim))
         return tab._hide_padding(allowed, query, key, value)
 
     if tf.executing_eagerly():
         return (query, key, value) if absent(query, key, value) else hidden()
     finite = tf.math.is_finite(tf.add_n([tf.nn.l2_loss(tab._wide(x)) for x in (query, key, value)]))
     return tf.cond(finite, lambda: (query, key, value), hidden)
+
+
+def _of_arrays(call, ndim):
+    """The call with a mask of all pairs in the place of segments, for queries of so many axes."""
+    return call._replace(mask=call.mask.array(ndim)) if type(call.mask) is Segments else call
 
 
 def _served(function, kind, specs, *tensors):
@@ -190,6 +206,7 @@ class Arguments:
     def __init__(self, kind, query, key, value, query_offset, *rest):
         self.kind, rest, rank = kind, list(rest), max(query.shape.rank, 3)
         lens, mask = rest.pop(0) if kind.padded else None, rest.pop(0) if kind.masked else None
+        segments = [rest.pop(0), rest.pop(0)] if kind.segmented else []
         self.dtype = tf.float64 if query.dtype == tf.float64 else tf.float32
         self.given, self.without_heads = (query, key, value), query.shape.rank == 2
         if self.without_heads:
@@ -206,7 +223,8 @@ class Arguments:
         if kind.masked:
             mask = tf.reshape(mask, tf.concat([tf.ones(rank - mask.shape.rank, tf.int32), tf.shape(mask)], 0))
             self.mask = _rows(mask)
-        self.masked = not self.lens is self.mask is None  # pair by pair, before the softmax
+        self.segments = [tf.reshape(x, [-1]) for x in segments]
+        self.masked = kind.segmented or not self.lens is self.mask is None  # pair by pair, before the softmax
 
         # for every head, (heads, 1): the place of its entry, query, key, value and mask among the leading axes
         entry = self._flat(tf.reshape(tf.range(self.lead[0]), tf.concat([self.lead[:1], tf.ones(rank - 3, tf.int32)], 0)))
@@ -220,6 +238,14 @@ class Arguments:
         start = tf.range(0, self.n, size)[None] + tf.zeros_like(entry)
         end = tf.minimum(start + size, self.n)
         start, end, low, high, below, above = plan.blocks(tf, start, end, heads, kind.left, kind.right, every_query=self.masked)
+        segmented = {}
+        if kind.segmented:
+            first, last = (tf.gather(x, entry[:, 0]) for x in _ranges(*segments, self.lead[0], size))
+            low = tf.maximum(low, first)
+            high = tf.maximum(low, tf.minimum(high, last))
+            of_queries, of_keys = (entry * tf.minimum(tf.shape(x)[0] - 1, 1) for x in segments)
+            segmented["segments"] = of_queries * self.n + start, of_queries * self.n + end
+            segmented["segments of keys"] = of_keys * m + low, of_keys * m + high
         columns = {
             "rows": (head * self.n + start, head * self.n + end),
             "query": (query_of * self.n + start, query_of * self.n + end),
@@ -230,6 +256,7 @@ class Arguments:
             "keys": (low, high),
             "lens": (entry * self.n + start, entry * self.n + end),
             "mask": tuple(mask_of * mask_rows + tf.where(mask_rows == self.n, x, y) for x, y in ((start, 0), (end, 1))),
+            **segmented,
         }
         self.names = list(columns)
         flat = [tf.reshape(x + tf.zeros_like(start), [-1]) for pair in columns.values() for x in pair]
@@ -250,6 +277,25 @@ class Arguments:
         """The arrays after ``body``, (block, *arrays) -> arrays, for every block."""
         step = lambda i, *arrays: (i + 1, *body(Block(self, i), *arrays))  # noqa: E731
         return tf.while_loop(lambda i, *_: i < self.count, step, (0, *arrays), parallel_iterations=IN_FLIGHT)[1:]
+
+
+def _ranges(of_queries, of_keys, batch, size):
+    """The first key of the segments of each block of so many queries, and the one after their last, (batch, blocks)."""
+    n, m = tf.shape(of_queries)[1], tf.shape(of_keys)[1]
+    of_queries, of_keys = (tf.broadcast_to(x, tf.stack([batch, tf.shape(x)[1]])) for x in (of_queries, of_keys))
+    order = tf.argsort(of_keys, axis=1, stable=True)  # keys of one segment in a row, and in their order
+    in_order = tf.gather(of_keys, order, batch_dims=1)
+    first, last = (tf.searchsorted(in_order, of_queries, side=side) for side in ("left", "right"))
+    some = first < last
+    first = tf.where(some, tf.gather(order, tf.minimum(first, m - 1), batch_dims=1), m)
+    last = tf.where(some, tf.gather(order, tf.maximum(last - 1, 0), batch_dims=1) + 1, 0)
+    blocks = -(-n // size)
+
+    def of_blocks(x, other):
+        more = tf.fill(tf.stack([batch, blocks * size - n]), other)
+        return tf.reshape(tf.concat([x, more], axis=1), tf.stack([batch, blocks, size]))
+
+    return tf.reduce_min(of_blocks(first, m), axis=2), tf.reduce_max(of_blocks(last, 0), axis=2)
 
 
 def _rows(x):
@@ -288,6 +334,12 @@ class Block:
         if arguments.mask is not None:
             rows, keys = self.ends["mask"], self.ends["keys"]
             allowed.append(_slice(arguments.mask, *(tf.concat(x, 0) for x in zip(rows, keys, strict=True))))
+        if arguments.segments:
+            of_queries, of_keys = (
+                _slice(x, *self.ends[name])
+                for x, name in zip(arguments.segments, ("segments", "segments of keys"), strict=True)
+            )
+            allowed.append(tf.equal(of_queries[:, None], of_keys))
         return reduce(tf.logical_and, allowed)
 
     def scores(self):
