@@ -449,13 +449,17 @@ def nadaraya_watson(
 
     Args:
         x_train: (m,) or (m, d). y_train: (m,) or (m, v). x: (n,) or (n, d).
-        kernel: a similarity, for example ``partial(gaussian_kernel, width=0.5)``; default `gaussian_kernel`.
+        kernel: a similarity, for example ``partial(gaussian_kernel, width=0.5)``; default `gaussian_kernel`. Or, as in d2l, a
+            function of one argument, the differences of numbers x_train - x.
 
     Returns:
-        The estimates, (n,) or (n, v), and the attention weights (n, m). Where no training point is near, 0.
+        The estimates, (n,) or (n, v), and the attention weights (n, m); given a kernel of one argument (m, n), as in d2l. Where
+        no training point is near, 0.
 
     >>> nadaraya_watson([1.0, 2.0, 3.0], [1.0, 4.0, 9.0], [2.0], boxcar_kernel)[0]
     array([4.])
+    >>> nadaraya_watson([1.0, 2.0, 3.0], [1.0, 4.0, 9.0], [2.0], lambda u: abs(u) < 0.5)[1].shape
+    (3, 1)
 
     Source: Nadaraya 1964; Watson 1964.
     """
@@ -463,10 +467,15 @@ def nadaraya_watson(
     x_train, y_train, x = prepare.arrays(tab, x_train=x_train, y_train=y_train, x=x)
     column = len(y_train.shape) == 1
     query, key = (a[:, None] if len(a.shape) == 1 else a for a in (x, x_train))
+    differs = kernel is not None and prepare.takes_one(kernel)
+    if differs:
+        kernel = prepare.of_differences(tab, kernel, query, key)
     y, weights = attention(
         query, key, y_train[:, None] if column else y_train, score=kernel or gaussian_kernel, normalize=proportional,
         return_weights=True, backend=tab,
     )  # fmt: skip
+    if differs:
+        weights = prepare.transposed(tab, weights)
     return (y[:, 0] if column else y), weights
 
 

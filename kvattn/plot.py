@@ -215,7 +215,8 @@ def kernel_shapes(kernels: Any = None, width: float = 1.0) -> Figure:
 
     Args:
         kernels: functions (query (n, 1), key (1, 1)) -> (n, 1), kvattn's or others, given arrays of the backend that
-            serves neutral data; default kvattn's five. Bind parameters with functools.partial.
+            serves neutral data; or, as d2l's, of one argument, the differences (n,). Default kvattn's five. Bind parameters
+            with functools.partial.
         width: the width given to kernels that have one and no bound one.
 
     Raises ValueError for a width that is not above 0 and results of another shape, ImportError without matplotlib.
@@ -395,6 +396,10 @@ def _limits(values: Any) -> tuple[float, float]:
 
 def _similarities(name: str, kernel: Callable[..., Any], x: Any, width: float) -> Any:
     """The kernel at distances ``x``, (n,)."""
+    if prepare.takes_one(kernel):  # as d2l's
+        made = _array(name, kernel(api.asarray(x)))
+        checks.same_shape(name, made, (len(x),), "the similarities at differences (n,)")
+        return made.astype(float)
     named = {"width": width} if "width" in inspect.signature(kernel).parameters else {}
     named |= getattr(kernel, "keywords", {})
     pair = x[:, None], np.zeros((1, 1))

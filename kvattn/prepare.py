@@ -6,6 +6,7 @@ classes, shapes and dtypes have passed all the checks before are not checked aga
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Mapping
 from contextlib import suppress
@@ -241,6 +242,46 @@ def unwrapped(function: Any) -> Any:
         return partial(unwrapped(function.func), *function.args, **function.keywords)
     inner = getattr(function, "__wrapped__", None)
     return inner if inner is not None and inner in tabbed else function
+
+
+def takes_one(kernel: Any) -> bool:
+    """Whether a kernel takes one argument, no query and key.
+
+    >>> takes_one(lambda u: u), takes_one(lambda query, key: query), takes_one(lambda u, width=1.0: u)
+    (True, False, False)
+    """
+    try:
+        signature = inspect.signature(kernel)
+    except (TypeError, ValueError):  # what is not written in Python has none
+        return False
+    taken = []
+    for args in ((0,), (0, 0)):
+        try:
+            signature.bind(*args)
+            taken.append(True)
+        except TypeError:
+            taken.append(False)
+    return taken == [True, False]
+
+
+def of_differences(tab: Any, kernel: Any, query: Any, key: Any) -> Any:
+    """The score that a kernel of one argument makes: kernel(key - query), of numbers."""
+    if query.shape[-1] != 1 or key.shape[-1] != 1:
+        raise ValueError(
+            f"the kernel takes one argument, the difference of two numbers, but x has {query.shape[-1]} features and x_train "
+            f"{key.shape[-1]}: give a kernel of (query, key)"
+        )
+
+    def score(query: Any, key: Any) -> Any:
+        found = kernel(key[..., None, :, 0] - query[..., :, None, 0])
+        return found if checks.dtype_name(found) == checks.dtype_name(query) else tab.asarray(found, checks.dtype_name(query))
+
+    return score
+
+
+def transposed(tab: Any, matrix: Any) -> Any:
+    """The matrix with its axes exchanged; TensorFlow's arrays have no T, but every tab splits rows among heads."""
+    return matrix.T if hasattr(matrix, "T") else tab._split(matrix, matrix.shape[-1])[..., 0]
 
 
 def is_dot_product(score: Any) -> bool:

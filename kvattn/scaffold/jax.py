@@ -228,9 +228,10 @@ class EncoderDecoder(Classifier):
         """The likeliest next token, ``num_steps`` times: (tokens (batch, num_steps), (the decoder's weights in each step, the
         encoder's)), as both sow them."""
         src, tgt, valid_lens, _ = batch
-        encode, decode = (
-            jax.jit(partial(part.apply, training=False, mutable="intermediates")) for part in (self.encoder, self.decoder)
-        )
+        if "_programs" not in vars(self):  # compiled once, past flax, whose modules are frozen
+            parts = (self.encoder, self.decoder)
+            vars(self)["_programs"] = [jax.jit(partial(x.apply, training=False, mutable="intermediates")) for x in parts]
+        encode, decode = vars(self)["_programs"]
         enc_outputs, sown = encode({"params": params["encoder"]}, src, valid_lens)
         of_encoder = sown.get("intermediates", {}).get("enc_attention_weights", [[]])[0] if save_attention_weights else []
         state = self.decoder.init_state(enc_outputs, valid_lens)

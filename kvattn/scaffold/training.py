@@ -85,7 +85,7 @@ class ProgressBoard(HyperParameters):
         points = self._waiting.setdefault(label, [])
         points.append((x, float(api.to_numpy(y)) if hasattr(y, "dtype") else y))
         if len(points) >= every_n:
-            self.data.setdefault(label, []).append(tuple(sum(z) / len(points) for z in zip(*points, strict=True)))  # type: ignore[arg-type]
+            self.data.setdefault(label, []).append(tuple(sum(z) / len(points) for z in zip(*points, strict=True)))
             points.clear()
 
     def show(self) -> None:
