@@ -290,14 +290,16 @@ class _Cut(NamedTuple):
                 blocks = [(i, j, k, l) for k, l in self.columns]
                 found = [block for *_, block in part.cut(blocks, query, key, key)]
                 if said is not None:
-                    masks = [self.said(said, batch, at, x.mask) for at, x in zip(blocks, found, strict=True)]
+                    masks = [self.said(said, batch, at, x.mask, call) for at, x in zip(blocks, found, strict=True)]
                     found = [x._replace(mask=mask) for x, mask in zip(found, masks, strict=True)]
                 yield (batch, row), found
 
-    def said(self, said: Pairs, batch: int, at: tuple[int, ...], mask: Any) -> Pairs:
+    def said(self, said: Pairs, batch: int, at: tuple[int, ...], mask: Any, call: Call) -> Pairs:
         """What is said of the pairs of a block, whose positions are counted from its first key."""
         start, end, first, last = at
-        functions = [None if x is None else partial(_from, first, x) for x in (said.mask_function, said.bias_function)]
+        entries = self.batches[batch] if len(self.batches) > 1 else None
+        ask = partial(_Function, first=first, entries=entries, offset=call.query_offset, axes=len(self.lead) + 2)
+        functions = [None if x is None else ask(x) for x in (said.mask_function, said.bias_function)]
         segments = said.segments
         if segments is not None:
             segments = self.first(segments[0], batch)[:, start:end], self.first(segments[1], batch)[:, first:last]
@@ -414,9 +416,24 @@ def _none(shape: tuple[int, ...], dtype: Any) -> Any:
     return np.zeros(shape, dtype), np.full(shape[:-1], -math.inf, dtype)
 
 
-def _from(first: int, function: Any, query: Any, key: Any) -> Any:
-    """A function of positions, of those that are counted from the key ``first``."""
-    return function(query + first, key + first)
+class _Function(NamedTuple):
+    """A function of positions, asked of those that are counted from the key ``first``.
+
+    Where the batch is cut, it is asked of all entries, since it may know them, and these are cut from what it says.
+    """
+
+    function: Any
+    first: int
+    entries: Range | None
+    offset: Any  # of all entries
+    axes: int
+
+    def __call__(self, query: Any, key: Any) -> Any:
+        if self.entries is not None and query.ndim > 2:  # each entry's queries stand elsewhere
+            query = query[:1] + (self.offset - self.offset[self.entries[0]]).reshape(-1, *[1] * (query.ndim - 1))
+        made = self.function(query + self.first, key + self.first)
+        of_all = self.entries is not None and getattr(made, "ndim", 0) == self.axes and len(made) > 1
+        return made[slice(*self.entries)] if of_all else made
 
 
 def _whole(query: Any, key: Any, call: Call) -> Call:

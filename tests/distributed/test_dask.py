@@ -82,6 +82,32 @@ def close(x, y):
     return np.abs(x - y).max() <= 1e-12
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+def test_functions_that_know_every_entry_are_asked_of_all_where_the_batch_is_cut(lazy):
+    """Each with numbers of its own, of queries that stand elsewhere in each entry; of heads that share keys, too."""
+    query, key, loss = drawn(3, 4, 5, 6), drawn(3, 2, 31, 6), drawn(3, 4, 5, 6)
+    reach, slopes, offset = np.array([4, 9, 30]), drawn(3, 4, 1, 1), np.array([20, -1, 7])
+    options = {
+        "mask": lambda q, k: (k <= q + 3) & (k > q - reach[:, None, None, None]),
+        "bias": lambda q, k: slopes * (k - q),
+        "query_offset": offset,
+    }
+    own = options | {"query_offset": da.from_array(offset)} if lazy else options
+    q, k = offset[:, None, None, None] + np.arange(5)[:, None], np.arange(31)
+    whole = {"mask": options["mask"](q, k), "bias": options["bias"](q, k)}
+    keys = [chunked(x, 4, 2) for x in (key, key)]
+    got = dask.compute(
+        *kd.attention(query, *keys, return_lse=True, **own), *kd.attention_grad(query, *keys, loss, **own),
+        *kd.topk(query, keys[0], 3, **own), scheduler="sync",
+    )  # fmt: skip
+    want = (
+        *kvattn.attention(query, key, key, return_lse=True, **whole), *kvattn.attention_grad(query, key, key, loss, **whole),
+        *dask.compute(*kd.topk(query, keys[0], 3, **whole), scheduler="sync"),
+    )  # fmt: skip
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
+
+
 # ---- what is lazy, and what is read
 
 
