@@ -61,6 +61,42 @@ def table():
     return "\n".join(lines)
 
 
+# ---- few queries beside very many keys
+
+KEYS, QUERIES, WIDTH, CHUNK = (
+    10**9,
+    64,
+    64,
+    10**6,
+)  # float32 keys and values of so many features, one head; keys of a Dask chunk
+PART = QUERIES * (WIDTH + 1) * 4  # bytes of the outputs and the lse of a chunk, which are all that is sent
+RATE = 0.226e-6  # seconds of one thread for a key beside 64 queries, as measured by dask_keys.py on 10^6 keys
+TASK = 1e-3  # seconds of Dask's scheduler for a task, as its documentation has it
+
+
+def of_keys(devices):
+    """{limit: seconds} of keys that stay where they are, on Dask, and of a ring; and the bytes that a device holds of them."""
+    held, chunks = KEYS / devices * WIDTH * 2 * 4, KEYS // CHUNK
+    stay = {"computing": KEYS * RATE / min(devices, chunks), "scheduler": chunks * 8 / 7 * TASK, "links": chunks * PART / LINK}
+    ring = {"computing": 4 * QUERIES * KEYS * WIDTH / devices / SPEED, "links": (devices - 1) * held / LINK}
+    return stay, ring, held
+
+
+def table_of_keys():
+    """The page's table of many keys, in Markdown."""
+    lines = [
+        "| devices | each has | Dask: computing | scheduler | links | bound by | ring: held | sent | links | bound by |",
+        "| ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | --- |",
+    ]
+    for devices in (8, 16, 64, 256, 1024):
+        stay, ring, held = of_keys(devices)
+        cells = [f"{held / 1e9:.3g} GB", *(f"{seconds:.2g} s" for seconds in stay.values()), max(stay, key=stay.get)]
+        bound = "memory" if 2 * held > MEMORY else max(ring, key=ring.get)
+        cells += [f"{2 * held / 1e9:.3g} GB", f"{ring['links'] * LINK / 1e9:.3g} GB", f"{ring['links']:.2g} s", bound]
+        lines.append(f"| {devices} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def measure():
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     from functools import partial
@@ -94,4 +130,4 @@ def measure():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--measure", action="store_true")
-    measure() if parser.parse_args().measure else print(table())
+    measure() if parser.parse_args().measure else print(table(), table_of_keys(), sep="\n\n")

@@ -37,6 +37,7 @@ html_theme_options = {"navigation_with_keys": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings give shapes and dtypes, which say more
 napoleon_numpy_docstring = False
+autodoc_mock_imports = ["dask"]  # of which no page needs more than its name
 
 
 def _backends():

@@ -1,6 +1,7 @@
 """What the tests here start is on the loopback interface, and gone when the tests of a file are over, also after a failure."""
 
 import os
+import sys
 import threading
 import time
 
@@ -11,6 +12,18 @@ import pytest
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+DIES_TOO = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: it dies with its parent, even one that is killed
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+def dying(*command):
+    """The command, as one of a process that does not outlive the one that starts it."""
+    return [sys.executable, "-c", DIES_TOO, *map(str, command)]
 
 
 def started():
@@ -26,12 +39,14 @@ def started():
 
 
 def listening(processes):
-    """The addresses, with the port, on which processes listen."""
-    found = set()
+    """The addresses, with the port, on which processes listen, but for those that have a network of their own."""
+    found, network = set(), os.readlink("/proc/self/ns/net")
     for process in processes:
         try:
+            if os.readlink(f"/proc/{process.pid}/ns/net") != network:
+                continue
             found |= {(x.laddr.ip, x.laddr.port) for x in process.net_connections("inet") if x.status == psutil.CONN_LISTEN}
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+        except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
             continue
     return found
 

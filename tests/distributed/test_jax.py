@@ -7,7 +7,6 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import adapter
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,64 +16,15 @@ from jax.sharding import PartitionSpec as P
 
 import kvattn
 from kvattn import jax as kv
-from kvattn.backends import jax as tab
-from kvattn.conformance.cases import NOT_FINITE
 from kvattn.distributed.jax import ring_attention
 from kvattn.kernels.jax import programs
 
-REFUSES = {
-    "has no normalize": lambda case: case.keywords.get("normalize", "softmax") != "softmax" or case.call == "nadaraya_watson",
-    "has no dropout": lambda case: case.keywords.get("dropout"),
-    "has no positions": lambda case: "positions" in case.arguments,
-}
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
 def mesh(shape=(8,), names=("x",), kind="auto"):
     devices = jax.devices()[: int(np.prod(shape))]
     return jax.make_mesh(shape, names, axis_types=(KINDS[kind],) * len(shape), devices=devices)
-
-
-# ---- the conformance suite
-
-
-def form(parts, kind):
-    """The tab, whose attention is a ring of so many devices."""
-    devices = mesh((parts,), kind=kind)
-    default = {"normalize": tab.softmax, "positions": None, "rng": None, "return_weights": False}
-
-    def attention(query, key, value, **options):
-        if not options.get("dropout"):
-            options.pop("dropout", None)
-        options = {name: x for name, x in options.items() if name not in default or x is not default[name]}
-        return ring_attention(query, key, value, mesh=devices, axis="x", **options)
-
-    def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), score=tab.scaled_dot_score, **options):
-        given = {"query": query, "key": key, "value": value, **getattr(score, "keywords", {})}
-        given |= {name: options.pop(name) for name in ("bias", "sink") if options.get(name) is not None}
-
-        def output(*arrays):
-            named = given | dict(zip(wrt, arrays, strict=True))
-            bound = {name: named.pop(name) for name in getattr(score, "keywords", {})}
-            return attention(**named, score=partial(score.func, **bound) if bound else score, **options)
-
-        return jax.vjp(output, *(given[name] for name in wrt))[1](grad_output)
-
-    return adapter.backend(tab, programs.exact(attention), programs.exact(attention_grad))
-
-
-@pytest.mark.parametrize("parts", adapter.PARTS)
-def test_the_suite_judges_a_ring(parts):
-    """Each ring some of the cases, others than the next. The last chunks are uneven, and empty where there are few keys.
-
-    Not of those whose NaN is looked at, which known_differences.py excuses where devices share arrays, nor of functions of
-    positions, which a ring refuses.
-    """
-    asked = [case for case in adapter.cases() if case.group != NOT_FINITE and not case.keywords.keys() & {"mask", "bias"}]
-    asked = asked[7 * parts :: 30]
-    wrt = {what.removeprefix("grad_") for case in asked for what in case.answer if what.startswith("grad_")}
-    counts = adapter.judge(form(parts, "explicit" if parts == 3 else "auto"), REFUSES, tuple(wrt), asked)
-    assert counts[adapter.JUDGED] > 8
 
 
 # ---- beside NumPy, where tiles serve the chunks
@@ -347,9 +297,18 @@ def test_the_page_of_costs_is_its_scripts():
     """docs/reference/rings.md shows the table that benchmarks/rings.py works out, by the bytes that programs send."""
     root = Path(__file__).parents[2]
     script = runpy.run_path(str(root / "benchmarks" / "rings.py"))
-    assert script["table"]() in (root / "docs" / "reference" / "rings.md").read_text()
+    page = (root / "docs" / "reference" / "rings.md").read_text()
+    assert script["table"]() in page
+    assert script["table_of_keys"]() in page
     for gradients, expected in enumerate(SENT["causal"][1:]):
         assert script["sent"](128, 8, heads=2, key_heads=1, d=16, size=4, gradients=bool(gradients)) == expected
+
+
+def test_the_page_of_the_docs():
+    """Its code, word for word, on eight virtual devices."""
+    page = Path(__file__).parents[2] / "docs" / "howto" / "processes.md"
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL) if "import jax" in x)
+    exec(code, {})
 
 
 def test_a_window_on_both_sides_sends_both_ways_and_no_further():

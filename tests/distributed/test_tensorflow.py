@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from conftest import dying
 
 
 def test_two_replicas_have_the_losses_of_one():
     script = Path(__file__).with_name("tensorflow_replicas.py")
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=600)
+    run = subprocess.run(dying(sys.executable, script), capture_output=True, text=True, check=False, timeout=600)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["replicas"] == 2

@@ -3,6 +3,7 @@
 import doctest
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import adapter
 import pytest
 import torch
+from conftest import dying
 
 from kvattn.distributed.torch import ring_attention
 
@@ -31,7 +33,7 @@ REST = (
 
 def run(folder, tasks, ranks=4):
     """What each of so many ranks said of each task, and how it ended; they are gone in the end, whatever happens."""
-    command = [sys.executable, RANKS, str(ranks), folder, *tasks]
+    command = dying(sys.executable, RANKS, ranks, folder, *tasks)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         codes = json.loads(process.communicate(timeout=240)[0])
@@ -73,6 +75,25 @@ def test_a_lost_rank_is_an_error_in_time(tmp_path):
     all_well(said, tasks[0])
     all_well([said[rank] for rank in (0, 1, 3)], tasks[1])
     assert codes == [0, 0, -9, 0]
+
+
+# torchrun's own store listens on every interface, of which a network of the test's own has one, loopback
+OF_ITS_OWN = """
+import fcntl, os, socket, struct, sys
+fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 0x41))  # SIOCSIFFLAGS: it is up, and runs
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_the_page_s_script_under_torchrun(tmp_path):
+    """Two processes that torchrun starts, by the variables that it sets."""
+    page = Path(__file__).parents[2] / "docs" / "howto" / "processes.md"
+    (script := tmp_path / "ring.py").write_text(re.search(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[1])
+    torchrun = "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", script
+    command = dying("unshare", "-rnpf", "--kill-child", sys.executable, "-c", OF_ITS_OWN, "-m", *torchrun)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_the_examples_of_the_module():

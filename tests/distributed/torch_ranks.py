@@ -3,6 +3,7 @@
 Run by test_torch.py: python torch_ranks.py SIZE FOLDER TASK... All is imported and made once: ranks are forks.
 """
 
+import ctypes
 import json
 import math
 import os
@@ -424,16 +425,24 @@ def a_rank_that_is_killed(groups):
     assert time.monotonic() - start < 20
 
 
+def all_wait(groups):
+    """For the test process to be killed."""
+    time.sleep(100)
+
+
 LAYOUTS = ((1, False), (2, False), (3, False), (4, False), (2, True), (4, True))
-TASKS = {  # each case in one layout
-    f"{parts} parts" + " in zigzag" * zigzag: partial(suite, parts=parts, every=len(LAYOUTS), first=i, zigzag=zigzag)
+EVERY = bool(os.environ.get("KVATTN_EVERY"))  # once a week
+TASKS = {  # each case in one layout, or in all of them
+    f"{parts} parts" + " in zigzag" * zigzag: partial(
+        suite, parts=parts, every=1 if EVERY else len(LAYOUTS), first=0 if EVERY else i, zigzag=zigzag
+    )
     for i, (parts, zigzag) in enumerate(LAYOUTS)
 }
 OTHERS = (the_page_of_the_docs, the_fused_kernel, a_group_of_one, what_is_refused, over_an_axis_of_a_mesh,
           arguments_that_differ, messages, shares_of_a_causal_call, gradients_by_the_lse, second_derivatives, dtensors,
           layers_under_ddp, layers_under_fsdp2)  # fmt: skip
 LOSSES = (a_rank_that_makes_no_call, a_rank_that_is_killed)
-TASKS |= {task.__name__: task for task in OTHERS + LOSSES}
+TASKS |= {task.__name__: task for task in (*OTHERS, *LOSSES, all_wait)}
 
 
 def rank(rank, size, folder, tasks):
@@ -455,11 +464,12 @@ def rank(rank, size, folder, tasks):
 
 def main(size, folder, *tasks):
     torch.set_num_threads(1)
-    if set(tasks) - {task.__name__ for task in LOSSES}:
+    if set(tasks) - {task.__name__ for task in (*LOSSES, all_wait)}:
         adapter.cases()
     children = {}
     for i in range(int(size)):
         if (pid := os.fork()) == 0:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it dies with its parent
             rank(i, int(size), folder, tasks)
             os._exit(0)
         children[i] = pid
