@@ -162,3 +162,30 @@ def test_heads_of_other_lengths_or_offsets_are_computed_alone():
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4, 5, 8])
 def test_one_query_with_lengths_around_those_of_a_block(length):
     right(SUBJECT, call(n=1, m=9, valid_lens=np.array([length, 9])))
+
+
+LENGTHS = {
+    "valid_lens": lambda lens, n: lens[:, 0],
+    "per query": lambda lens, n: lens,
+    "mask": lambda lens, n: np.arange(n) < lens[:, None, :1, None],
+}
+
+
+@pytest.mark.parametrize("given", LENGTHS)
+@pytest.mark.parametrize("n", [12, 400], ids=["few", "tiles"])
+def test_one_program_serves_twenty_lengths(given, n):
+    """A user's own, and those that kvattn makes of calls at once; sizes that grow are other programs in JAX."""
+    rng, name, traced = np.random.default_rng(0), "mask" if given == "mask" else "valid_lens", []
+
+    def attend(query, x):
+        traced.append(x)
+        return kvattn.attention(query, query, query, **{name: x})
+
+    program, query = jax.jit(attend), jnp.asarray(rng.standard_normal((2, 1, n, 4)), jnp.float32)
+    before = tab.programs._run._cache_size()
+    for _ in range(20):
+        x = jnp.asarray(LENGTHS[given](rng.integers(1, n, (2, n)), n))
+        at_once = kvattn.attention(query, query, query, **{name: x})
+        np.testing.assert_allclose(program(query, x), at_once, atol=1e-5)
+    assert len(traced) == 1
+    assert tab.programs._run._cache_size() - before <= 2

@@ -17,6 +17,7 @@ import tensorflow as tf
 from traced import RESTRICTIONS, SIZES, D, V, call, draw, empty, full, padded, short
 
 from kvattn import tensorflow as kv
+from kvattn.kernels.tensorflow import tiles
 
 
 def unknown(x):
@@ -174,3 +175,26 @@ def test_nan_reaches_only_the_rows_that_look(which, traced):
     for found, wanted in ((by_key, expected[2]), (by_value, expected[3])):
         hidden = np.delete(found, keys, 2)
         np.testing.assert_allclose(hidden, np.delete(wanted, keys, 2), rtol=0, atol=1e-12)
+
+
+LENGTHS = {
+    "valid_lens": lambda lens, n: lens[:, 0],
+    "per query": lambda lens, n: lens,
+    "mask": lambda lens, n: np.arange(n) < lens[:, None, :1, None],
+}
+
+
+@pytest.mark.parametrize("given", LENGTHS)
+@pytest.mark.parametrize(("grows", "traces"), [(0, 1), (1, 2)])
+def test_few_traces_serve_twenty_lengths(given, grows, traces):
+    """One; two where sizes grow, which TensorFlow takes for unknown from the second on. So of what kvattn traces by itself."""
+    rng, name = np.random.default_rng(0), "mask" if given == "mask" else "valid_lens"
+    attend = tf.function(lambda q, x: kvattn.attention(q, q, q, **{name: x}), reduce_retracing=True)
+    own = tiles._compiled.cache_info().misses
+    for n in (400 + i * grows for i in range(20)):
+        query = tf.constant(rng.standard_normal((2, 1, n, 4)))
+        lens = rng.integers(1, n, (2, n)).astype("int32")
+        got = attend(query, tf.constant(LENGTHS[given](lens, n)))
+        assert got.shape == query.shape
+    assert attend.experimental_get_tracing_count() == traces
+    assert tiles._compiled.cache_info().misses - own <= traces
