@@ -295,3 +295,20 @@ def test_a_short_window_hides_no_padding_either():
             found = kvattn.attention(query, key, value, **options)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-14)
         assert "where" not in held.names
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(("n", "m", "causal"), [(5, 7, False), (40, 40, True), (20, 60, True), (60, 20, True)])
+def test_the_lse_of_calls_without_gradients_is_the_kernels(dtype, n, m, causal):
+    rng = np.random.default_rng(0)
+    query, key, value = (torch.from_numpy(rng.standard_normal((2, h, s, 8))) for h, s in ((4, n), (2, m), (2, m)))
+    query, key, value = (x.to(getattr(torch, dtype)) for x in (query, key, value))
+    query[1, 2, 3, 0] = NAN
+    got = kvattn.attention(query, key, value, causal=causal, return_lse=True)
+    want = kvattn.attention(*(x.double().numpy() for x in (query, key, value)), causal=causal, return_lse=True)
+    eps = torch.finfo(query.dtype).eps
+    for x, y, tolerance in zip(got, want, (16 * eps, 64 * torch.finfo(got[1].dtype).eps), strict=True):
+        torch.testing.assert_close(x.double(), torch.from_numpy(y), rtol=0, atol=4 * tolerance, equal_nan=True)
+    assert ("its lse" in kvattn.explain(query, key, value, causal=causal, return_lse=True).why) == (not causal or n <= m)
+    query.requires_grad_()
+    assert "its lse" not in kvattn.explain(query, key, value, return_lse=True).why

@@ -410,8 +410,12 @@ def choose(query, key, value, call):
     on_gpu = query.is_cuda and not call.beyond_softmax(tab, "dropout", "return_weights")
     if on_gpu and (choice := gpu.choose(query, key, value, call)):
         return choice
-    obstacle = call.beyond_softmax(tab, "dropout", "return_weights", "return_lse", "softcap")
+    obstacle = call.beyond_softmax(tab, "dropout", "return_weights", "softcap")
     obstacle = obstacle or sdpa.obstacle(query, key, value, call.bias, call.scale)
+    if call.return_lse and not obstacle:
+        if sdpa.gives_lse(query, key, value, call):
+            return Choice("SDPA", "softmax of scaled dot products, and its lse", (), partial(sdpa.with_lse, _formula))
+        obstacle = "return_lse is asked for"
     if not obstacle:
         return sdpa.choose(query, key, value, call, _masked, _in_blocks)
     blocks = [] if call.return_weights else call.window_blocks(query.shape[-2], key.shape[-2])

@@ -240,6 +240,23 @@ def with_sink(run, otherwise, query, key, value, call, blocks=()):
     return _TwiceDifferentiable.apply(output, formula, call.mask, not call.restricted, query, key, value, call.sink)
 
 
+def gives_lse(query, key, value, call):
+    """Whether the CPU's kernel has the lse of a call that asks for no more, nor for gradients: each query has a key."""
+    n, m = query.shape[-2], key.shape[-2]
+    whole = not call.restricted or (call.only_causal and n <= m)
+    return whole and not wants_gradients(query, key, value) and not sinks.obstacle(query, key, value)
+
+
+def with_lse(otherwise, query, key, value, call, blocks=()):
+    """The output and the lse, from one kernel; of ``otherwise``, a way to serve any call, where something is not finite."""
+    causal, n = call.right == 0, query.shape[-2]
+    keys, values = (key[..., :n, :], value[..., :n, :]) if causal else (key, value)
+    output, lse = sinks.with_lse(query, keys, values, causal, call.scale)
+    if not nonfinite.sound(output, query, keys, False, causal):
+        return otherwise(query, key, value, call)
+    return output, lse
+
+
 def fused(query, key, value, mask, causal, scale, pair_by_pair=None, otherwise=None, sink=None):
     """scaled_dot_product_attention; what ``otherwise`` gives where NaN or inf reached, or may have, what it may not.
 

@@ -41,6 +41,13 @@ def fused(query, key, value, mask, causal, scale, sink):
     return _Fused.apply(*wide, sink, mask, causal, scale).to(query.dtype)
 
 
+def with_lse(query, key, value, causal, scale):
+    """The output of scaled_dot_product_attention, and its lse, float32 for half precision."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    output, lse = ATTEND(*(x.detach().to(dtype) for x in (query, key, value)), 0.0, causal, attn_mask=None, scale=scale)
+    return output.to(query.dtype), lse
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sink, mask, causal, scale):
