@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         }  # fmt: skip
         return commands[options.command](options)
     except Refused as error:
-        print(f"kvattn {options.command}: error: {error}", file=sys.stderr)
+        from kvattn.report import clean
+
+        print(clean(f"kvattn {options.command}: error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -522,7 +524,7 @@ def doctor(options: argparse.Namespace) -> int:
         state = "broken" if name in broken else "works" if name in installed else "not installed"
         state = "a plugin, not loaded" if unasked else state
         style = {"works": "green", "broken": "bold red"}.get(state, "dim")
-        table.add_row(name, Text(state, style), clean(version), clean(device))
+        table.add_row(clean(name), Text(state, style), clean(version), clean(device))
     console.print(table)
 
     name, why = dispatch.reason()

@@ -22,7 +22,7 @@ import numpy as np
 
 from kvattn.conformance import tolerance
 
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:nan|inf|(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?!\w)")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:nan|inf|(?:\d++(?:\.\d*+)?|\.\d++)(?:[eE][-+]?\d++)?)(?!\w)")
 
 Entry = dict[str, Any]
 

@@ -14,10 +14,11 @@ References = Any  # kvattn.lesson.references.References, which finds labels by w
 TITLES = {"numpy": "NumPy", "torch": "PyTorch", "tensorflow": "TensorFlow", "jax": "JAX", "mxnet": "MXNet"}
 
 _BEGIN, _END = re.compile(r"^:begin_tab:`([^`]*)`\s*$"), re.compile(r"^:end_tab:\s*$")
-_SLIDE = re.compile(r"([\[(])(\*\*|~~)((?:(?!\n\n).)+?)\2[\])](?!\()", re.DOTALL)  # not **[a link](target)**
+_SLIDE = re.compile(r"([\[(])(\*\*|~~)((?:(?!\n\n).){1,2000}?)\2[\])](?!\()", re.DOTALL)  # not **[a link](target)**
 HEADING = re.compile(r"^(#{1,6} [^\n]*)\n\s*?\n?:label:`([^`]*)`[ \t]*$", re.MULTILINE)
 FIGURE = re.compile(
-    r"^!\[((?:(?!\n\n).)*?)\]\(([^()\s]+)\)[ \t]*((?:\n:(?:width|height|label):`[^`\n]*`[ \t]*)+)$", re.MULTILINE | re.DOTALL
+    r"^!\[((?:(?!\n\n).){,2000}?)\]\(([^()\s]+)\)[ \t]*((?:\n:(?:width|height|label):`[^`\n]*`[ \t]*)+)$",
+    re.MULTILINE | re.DOTALL,
 )
 TABLE = re.compile(
     r"^:[ \t]*(?!\w+:`)(\S[^\n]*)\n(?::label:`([^`]*)`[ \t]*\n)?\s*((?:\|[^\n]*(?:\n|\Z))+)(?::label:`([^`]*)`[ \t]*$)?",

@@ -11,7 +11,7 @@ from pathlib import Path
 from kvattn import dispatch, tab
 
 # What only chooses the tab: the runner and the notebook writer do that themselves.
-_SETUP = re.compile(r"(?:\s|#[^\n]*|%load_ext\s+(?:d2lbook|kvattn)\.tab\b|tab\.(?:interact_select|select_tab)\([^()]*\))+")
+_SETUP = re.compile(r"(?:\s|#[^\n]*+|%load_ext\s+(?:d2lbook|kvattn)\.tab\b|tab\.(?:interact_select|select_tab)\([^()]*\))++")
 _OFFER = re.compile(r"^tab\.interact_select\(([^()]*)\)", re.MULTILINE)
 _DIFFERS = re.compile(r"#@differs\b")
 
@@ -136,7 +136,7 @@ def _notebook(path: Path) -> Lesson:
 
     try:
         cells = jupytext.read(path).cells
-        if not all(isinstance(each.source, str) for each in cells):
+        if not all(isinstance(each.source, str) and isinstance(each.cell_type, str) for each in cells):
             raise ValueError("a cell holds something other than text")
     except OSError:
         raise

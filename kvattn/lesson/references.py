@@ -6,14 +6,15 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 from kvattn.lesson import prose
 from kvattn.lesson.reader import MARKDOWN, Lesson, Prose
 
-_ENTRY = re.compile(r"@(\w+)\s*\{\s*([^,\s]+)\s*,")
-_FIELD = re.compile(r"\s*,?\s*(\w+)\s*=\s*")
+_ENTRY = re.compile(r"@(\w++)\s*+\{\s*+([^,\s{}]++)\s*+,")
+_FIELD = re.compile(r"\s*+,?\s*+(\w++)\s*+=\s*+")
 _ACCENTS = {"`": "\u0300", "'": "\u0301", "^": "\u0302", "~": "\u0303", '"': "\u0308", "c": "\u0327", "v": "\u030c"}
 _ACCENT = re.compile(r"\{?\\([`'^~\"]|[cv](?=[\s{]))\s*\{?\\?(\w)\}?\}?")
 
@@ -123,11 +124,13 @@ def _labels(text: str) -> dict[str, Target]:
 
 def _entries(text: str) -> dict[str, dict[str, str]]:
     found = {}
-    for start in _ENTRY.finditer(text):
+    starts = [*_ENTRY.finditer(text)]
+    for start, following in zip_longest(starts, starts[1:]):
         fields: dict[str, str] = {}
-        at = start.end()
-        while field := _FIELD.match(text, at):
-            value, at = _value(text, field.end())
+        entry = text[start.end() : following.start() if following else len(text)]  # a brace that nobody closes ends here
+        at = 0
+        while field := _FIELD.match(entry, at):
+            value, at = _value(entry, field.end())
             fields[field[1].lower()] = _plain(value)
         found[start[2]] = fields
     return found

@@ -137,11 +137,14 @@ def remembered(lesson: Lesson, name: str, cache: str | Path | None) -> list[Ran]
     kept = Path(cache, f"{_key(name, cells)}.json") if cache else None
     if kept is None or not kept.is_file():
         return None
-    done = nbformat.read(kept, as_version=4).cells
-    if not all(_fresh(each, lesson) for each in done):
+    try:
+        done = nbformat.read(kept, as_version=4).cells
+        results = _results(lesson, cells, done) if all(_fresh(each, lesson) for each in done) else None
+    except Exception:  # it was cut short, or is another's: as good as none
         return None
-    kept.touch()  # for those who throw away what is not used
-    return _results(lesson, cells, done)
+    if results is not None:
+        kept.touch()  # for those who throw away what is not used
+    return results
 
 
 class Tab:
