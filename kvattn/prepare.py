@@ -197,11 +197,12 @@ def rotary(backend: Any, x: Any, positions: Any, base: Any, interleaved: Any, ro
     if hasattr(tab, "tracing") and tab.tracing():  # torch.compile would watch what is kept
         frequencies, factor = rotation.frequencies(rotary_dim, base, scaling, length)
     else:
-        if key not in _frequencies:
+        if (found := _frequencies.get(key)) is None:  # once, as another thread may empty it
+            found = rotation.frequencies(rotary_dim, base, scaling, length)
             if len(_frequencies) >= REMEMBERED:
                 _frequencies.clear()
-            _frequencies[key] = rotation.frequencies(rotary_dim, base, scaling, length)
-        frequencies, factor = _frequencies[key]
+            _frequencies[key] = found
+        frequencies, factor = found
     return tab, x, positions, frequencies, how | {"factor": factor}
 
 

@@ -36,8 +36,6 @@ def _libraries():
         else:
             found = ThreadpoolController().select(user_api="blas").lib_controllers
             _blas = [x for x in found if "numpy" in x.filepath] or found
-            if hasattr(os, "register_at_fork"):
-                os.register_at_fork(after_in_child=_forget)
     return _blas
 
 
@@ -47,6 +45,10 @@ def _forget():
     _lock, _pool = threading.Lock(), None
     _release()
     _calls = 0
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _release():
