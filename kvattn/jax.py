@@ -18,6 +18,7 @@ from kvattn.namespace import check_shape  # noqa: F401
 
 if TYPE_CHECKING:  # a type checker cannot see what the next line adds
     from kvattn.api import *  # noqa: F403
+    from kvattn.decoding import *  # noqa: F403
     from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("jax"))

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from kvattn import api, maps, scaffold, weights
+from kvattn import api, decoding, maps, scaffold, weights
 
 
 def functions(backend: str) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def functions(backend: str) -> dict[str, Any]:
     array([0.5, 0.5])
     """
     public = {name: getattr(api, name) for name in api.__all__} | {name: getattr(weights, name) for name in weights.__all__}
-    public["attention_maps"] = maps.attention_maps
+    public |= {"attention_maps": maps.attention_maps} | {name: getattr(decoding, name) for name in decoding.__all__}
     return {name: _bound(x, backend) if _takes_backend(x) else x for name, x in public.items()}
 
 
