@@ -234,6 +234,5 @@ def _reordered(state: Any, rows: np.ndarray, tab: Any, count: int, where: str = 
             f"{where} has shape {tuple(shape)}, whose first axis is not the {count} rows of the tokens: give reorder=, "
             "a function (state, rows) -> state"
         )
-    if isinstance(state, np.ndarray):
-        return state[rows]
-    return dispatch.offered(tab if tab.is_array(state) else dispatch.choose(None, state=state), "take")(state, rows)
+    home = tab if tab.is_array(state) else dispatch.choose(None, state=state)
+    return home.asarray(home.to_numpy(state)[rows], dtype=checks.dtype_name(state), like=state)  # by the host: any backend can

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import kvattn
-from kvattn import maps, namespace, signatures
+from kvattn import decoding, maps, namespace, signatures
 
 PACKAGE = Path(kvattn.__file__).parent
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "mxnet", "flax", "numpy"}
@@ -75,9 +75,10 @@ def test_what_type_checkers_are_shown_is_what_the_functions_take():
 
 def test_a_namespaces_functions_show_the_signature_that_they_have():
     shown = namespace.functions("numpy")
-    assert {*kvattn.__all__, *kvattn.weights.__all__, "attention_maps"} == {*shown}
+    homes = (kvattn, kvattn.weights, decoding, maps)
+    assert {*kvattn.__all__, *kvattn.weights.__all__, *decoding.__all__, "attention_maps"} == {*shown}
     for name, function in shown.items():
-        real = inspect.signature(getattr(kvattn, name, None) or getattr(kvattn.weights, name, maps.attention_maps))
+        real = inspect.signature(next(getattr(home, name) for home in homes if hasattr(home, name)))
         told = str(real).replace("backend: 'Any' = None", "backend: 'Any' = 'numpy'")
         assert str(inspect.signature(function)) == told.replace("backend: 'str')", "backend: 'str' = 'numpy')"), name
 

@@ -639,7 +639,3 @@ def write(buffer, x, at):
     if isinstance(at, int) and at + x.shape[-2] > buffer.shape[-2]:
         return mx.concatenate([buffer[..., :at, :], x], axis=-2)
     return mx.slice_update(buffer, x, mx.array([at]), axes=(buffer.ndim - 2,))
-
-
-def take(x, rows):
-    return x[mx.array(rows)]

@@ -14,7 +14,6 @@ a score, kernel or normaliser of its name             the function of that name;
 ``merge_attention``, ``rotary``, ``self_attention``   the functions of these names
 ``multi_head_attention``                              the function of that name; with ``cache=`` also ``write``
 ``multi_head_attention_grad``                         the function of that name
-``take``                                              `kvattn.decoding`, whose beams reorder the arrays of a state
 ====================================================  ===============================================================
 
 What is absent raises NotImplementedError where a user asks for it, as a backend may do itself where its framework cannot
@@ -151,10 +150,6 @@ class Functions(Protocol):
 
     def write(self, buffer: Any, x: Any, at: Any, /) -> Any:
         """``buffer``, which may be used up, with x in the places at, at + 1, ... of axis -2; longer if it holds them not."""
-        ...
-
-    def take(self, x: Any, rows: Any, /) -> Any:
-        """A new array of the rows of x, on its first axis, that these integers, a NumPy array, number."""
         ...
 
     def dot_score(self, query: Any, key: Any, /) -> Any: ...

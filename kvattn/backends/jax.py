@@ -811,8 +811,3 @@ def write(buffer, x, at):
     if isinstance(at, int) and at + x.shape[-2] > buffer.shape[-2]:
         return jnp.concatenate([buffer[..., :at, :], x], axis=-2)
     return jax.lax.dynamic_update_slice_in_dim(buffer, x, at, axis=buffer.ndim - 2)
-
-
-def take(x, rows):
-    """The rows of x, on its first axis, that these integers number."""
-    return jnp.take(x, rows, axis=0)

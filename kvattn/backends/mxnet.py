@@ -834,9 +834,3 @@ def self_attention(x, W_q, W_k, W_v, **options):
 def write(buffer, x, at):
     """``buffer`` with x in the places at, at + 1, ... of axis -2; longer, if it does not hold them."""
     return np.concatenate([buffer[..., :at, :], x, buffer[..., at + x.shape[-2] :, :]], axis=-2)
-
-
-@quirks.shaped
-def take(x, rows):
-    """The rows of x, on its first axis, that these integers number."""
-    return np.take(x, np.array(rows, dtype="int32", ctx=x.ctx), axis=0)

@@ -657,8 +657,3 @@ def write(buffer, x, at):
         return np.concatenate([buffer[..., :at, :], x], axis=-2)
     buffer[..., at : at + x.shape[-2], :] = x
     return buffer
-
-
-def take(x, rows):
-    """The rows of x, on its first axis, that these integers number."""
-    return x[rows]

@@ -813,8 +813,3 @@ def self_attention(x, W_q, W_k, W_v, **options):
 def write(buffer, x, at):
     """``buffer`` with x in the places at, at + 1, ... of axis -2; longer, if it does not hold them."""
     return tf.concat([buffer[..., :at, :], x, buffer[..., at + quirks.shape(x)[-2] :, :]], axis=-2)
-
-
-def take(x, rows):
-    """The rows of x, on its first axis, that these integers number."""
-    return tf.gather(x, rows)

@@ -791,8 +791,3 @@ def write(buffer, x, at):
         return torch.cat([buffer[..., :at, :], x, buffer[..., end:, :]], dim=-2)
     buffer[..., at:end, :] = x
     return buffer
-
-
-def take(x, rows):
-    """The rows of x, on its first axis, that these integers number."""
-    return x[torch.as_tensor(rows, device=x.device)]
