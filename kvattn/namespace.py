@@ -42,7 +42,7 @@ DRAWING = ("plot", "show_heatmaps", "show_attention", "kernel_shapes", "use_svg_
 
 def listing(module: dict[str, Any]) -> Callable[[], list[str]]:
     """A module's ``__dir__``: what it holds, and what `lazily` finds."""
-    return lambda: sorted({*module, *DRAWING, *scaffold.NAMES})
+    return lambda: sorted({*module, *DRAWING, *scaffold.NAMES[module["__name__"].rpartition(".")[2]]})
 
 
 def lazily(framework: str) -> Callable[[str], Any]:
@@ -57,7 +57,7 @@ def lazily(framework: str) -> Callable[[str], Any]:
             from kvattn import plot
 
             return getattr(plot, name)
-        if name in scaffold.NAMES:
+        if name in scaffold.NAMES[framework]:
             return getattr(importlib.import_module(f"kvattn.scaffold.{framework}"), name)
         raise AttributeError(f"kvattn's namespaces have no {name!r}")
 

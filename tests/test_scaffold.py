@@ -309,3 +309,27 @@ def test_kernels_of_one_argument_are_drawn():
     figure = plot.kernel_shapes([lambda u: np.exp(-(u**2) / 2), kvattn.gaussian_kernel])
     one, other = (axes.lines[0].get_ydata() for axes in figure.axes)
     assert_near(one, other)
+
+
+# ---- pictures, and a model of the framework's own layers that tells their classes
+
+
+def test_pictures_are_learned_from(kv, backend):
+    if "FashionMNIST" not in dir(kv):
+        assert backend not in ("torch", "jax")  # in which d2l has a vision transformer
+        return
+    data = kv.FashionMNIST(batch_size=64, resize=(12, 12), num_train=128, num_val=64)
+    X, y = map(kvattn.to_numpy, next(iter(data.val_dataloader())))
+    assert X.shape == ((64, 1, 12, 12) if backend == "torch" else (64, 12, 12, 1))
+    assert (X.dtype, set(y)) == ("float32", set(range(10)))
+    model = importlib.import_module(f"lessons_on_sequences.{backend}").pictured()
+    model.board.display = False
+    kv.Trainer(max_epochs=15).fit(model, data)
+    curves = {name: [y for _, y in points] for name, points in model.board.data.items()}
+    assert set(curves) == {"train_loss", "val_loss", "val_acc"}
+    assert curves["val_loss"][-1] < curves["val_loss"][0]
+    assert curves["val_acc"][-1] > 0.25  # by chance 0.1
+
+
+def test_every_name_that_a_namespace_lists_is_there(kv):
+    assert [name for name in dir(kv) if not hasattr(kv, name)] == []

@@ -21,11 +21,17 @@ from __future__ import annotations
 
 from typing import Any
 
-NAMES = (
+_EVERY = (
     "GRU", "MTFraEng", "Vocab", "bleu", "HyperParameters", "ProgressBoard", "add_to_class", "check_len", "DataModule", "Module",
     "Trainer", "Classifier", "try_gpu", "Encoder", "Decoder", "AttentionDecoder", "EncoderDecoder", "Seq2SeqEncoder", "Seq2Seq",
-    "init_seq2seq",
 )  # fmt: skip
+NAMES = {  # what each namespace has; d2l has a vision transformer in two frameworks
+    "numpy": _EVERY,
+    "torch": (*_EVERY, "init_seq2seq", "FashionMNIST"),
+    "tensorflow": _EVERY,
+    "jax": (*_EVERY, "FashionMNIST"),
+    "mxnet": _EVERY,
+}
 
 
 def check_gru(num_hiddens: Any, num_layers: Any) -> None:

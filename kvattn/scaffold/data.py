@@ -192,6 +192,31 @@ class Translations(DataModule):
         return tuple(map(self.array, arrays))
 
 
+class Pictures(DataModule):
+    """Pictures of ten classes, made here: batches (X, labels), X (batch, 1, height, width) in [0, 1], float32.
+
+    A class is the direction of its stripes; where they begin, how wide they are and the noise is drawn. In the place of d2l's
+    data set of clothes, which is downloaded. ``num_train`` pictures are trained with, ``num_val`` judge the model.
+    """
+
+    channels_last = False
+
+    def __init__(
+        self, batch_size: int = 64, resize: tuple[int, int] = (28, 28), num_train: int = 256, num_val: int = 64
+    ) -> None:
+        self.batch_size, self.resize, self.num_train, self.num_val = batch_size, resize, num_train, num_val
+        draw, n = np.random.default_rng(0), num_train + num_val
+        y = draw.integers(0, 10, n)
+        down, across = np.meshgrid(*(np.linspace(0, 1, size) for size in resize), indexing="ij")
+        angle, begin, width = (x[:, None, None] for x in (y * np.pi / 10, draw.uniform(0, 6.28, n), draw.uniform(20, 30, n)))
+        stripes = np.sin(width * (across * np.cos(angle) + down * np.sin(angle)) + begin)
+        X = np.clip(0.5 + 0.4 * stripes + draw.normal(0, 0.1, stripes.shape), 0, 1).astype(np.float32)
+        self.arrays = (X[..., None] if self.channels_last else X[:, None]), y
+
+    def get_dataloader(self, train: bool) -> Batches:
+        return self.get_tensorloader(self.arrays, train, slice(self.num_train) if train else slice(self.num_train, None))
+
+
 def bleu(pred_seq: str, label_seq: str, k: int) -> float:
     """How good a translation is: exp(min(0, 1 - len(label) / len(pred))) * product over n <= k of p_n^(1 / 2^n).
 

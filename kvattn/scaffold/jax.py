@@ -80,6 +80,13 @@ class MTFraEng(data.Translations):
     array = staticmethod(jnp.asarray)
 
 
+class FashionMNIST(data.Pictures):
+    """Pictures of ten classes, JAX's arrays, channels last."""
+
+    array = staticmethod(jnp.asarray)
+    channels_last = True
+
+
 # ---- models and their training
 
 

@@ -63,6 +63,12 @@ class MTFraEng(data.Translations):
     array = staticmethod(torch.as_tensor)
 
 
+class FashionMNIST(data.Pictures):
+    """Pictures of ten classes, PyTorch's arrays."""
+
+    array = staticmethod(torch.as_tensor)
+
+
 # ---- models and their training
 
 

@@ -1,3 +1,4 @@
+import optax
 from flax import linen as nn
 from jax import numpy as jnp
 
@@ -50,3 +51,20 @@ class Heads(d2l.Module):
 def heads(base):
     assert issubclass(Heads, base)
     return Heads(4)
+
+
+class _Pictured(d2l.Classifier):
+    lr: float
+    training: bool = False
+
+    @nn.compact
+    def __call__(self, X):
+        X = nn.relu(nn.Conv(32, (5, 5), padding="VALID")(X)).mean((1, 2))
+        return nn.Dense(10)(X)
+
+    def configure_optimizers(self):
+        return optax.adam(self.lr)
+
+
+def pictured():
+    return _Pictured(lr=0.01)
