@@ -241,6 +241,60 @@ def test_a_lesson_on_attention_between_sequences_trains_and_translates(lesson, k
     assert (w[:, 0, 0, lens[0] :] == 0).all()  # padding
 
 
+def small(kv, lesson, lr=0.02):
+    data = kv.MTFraEng(batch_size=16, num_steps=4, num_train=16, num_val=2)
+    encoder = kv.Seq2SeqEncoder(len(data.src_vocab), 6, 6, 2, seed=1)
+    decoder = lesson.Seq2SeqAttentionDecoder(len(data.tgt_vocab), 6, 6, 2)
+    made = lesson.model(encoder, decoder, data.tgt_vocab["<pad>"], lr)
+    made.board.display = False
+    return made, data
+
+
+def test_numpys_encoder_and_decoder_derive_their_gradients():
+    from lessons_on_sequences import numpy as lesson
+
+    from kvattn import numpy as kv
+
+    model, data = small(kv, lesson)
+    *inputs, label = next(iter(data.train_dataloader()))
+    model.backward(model.loss(model(*inputs, record=True), label)[1])
+    weights, grads = model.weights(), model.grads
+    assert set(grads) == set(weights)
+    for part in ("encoder.embedding", "encoder.rnn", "decoder.embedding", "decoder.attention", "decoder.rnn", "decoder.dense"):
+        names = [name for name in weights if name.startswith(part)]
+        length, kept = np.sqrt(sum((grads[name] ** 2).sum() for name in names)), {name: weights[name].copy() for name in names}
+        losses = []
+        for step in (0.05, -0.05):  # along the gradient, where the loss climbs by its length
+            for name in names:
+                weights[name][:] = kept[name] + step / length * grads[name]
+            losses.append(model.loss(model(*inputs), label)[0])
+        for name in names:
+            weights[name][:] = kept[name]
+        assert (losses[0] - losses[1]) / 0.1 == pytest.approx(length, rel=0.03), part
+
+
+def test_gradients_are_shortened_to_their_limit(lesson, kv, backend):
+    """Which gradient descent by a rate of 1 shows: the weights move as far. optax does it for JAX, where weights come later."""
+    if backend == "jax":
+        return
+    read = {
+        "numpy": lambda: model.weights().values(),
+        "torch": lambda: model.parameters(),
+        "tensorflow": lambda: model.trainable_variables,
+        "mxnet": lambda: [x.data() for x in model.collect_params().values()],
+    }[backend]
+    model, data = small(kv, lesson, lr=1.0)
+    model.configure_optimizers = lambda: kv.Module.configure_optimizers(model)
+    model(*next(iter(data.val_dataloader()))[:-1])  # makes the weights
+    moved = {}
+    for limit in (0, 0.01):
+        before = [kvattn.to_numpy(x).copy() for x in read()]
+        kv.Trainer(max_epochs=1, gradient_clip_val=limit).fit(model, data)
+        moved[limit] = np.sqrt(sum(((kvattn.to_numpy(x) - y) ** 2).sum() for x, y in zip(read(), before, strict=True)))
+    assert moved[0] > 0.05
+    assert moved[0.01] == pytest.approx(0.01, rel=0.01)
+
+
 def test_a_class_is_written_in_several_cells(lesson, kv):
     """As d2l writes its own multi-head attention: on Module, with methods that are added."""
     attention = lesson.heads(kv.Module)
