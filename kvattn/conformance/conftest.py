@@ -2,6 +2,7 @@
 
 In a checkout also ``pytest kvattn/conformance --backends torch,jax``: pytest reads options before it looks up --pyargs.
 KVATTN_THOROUGH=1 runs each case in every dtype, both with and without weights and lse: minutes on JAX, for its compiler.
+KVATTN_SHARE=7 asks every seventh case only.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import pytest
 from kvattn import available_backends, conformance, dispatch
 from kvattn.conformance.cases import DTYPES
 
-VARIABLE, THOROUGH = "KVATTN_CONFORMANCE", "KVATTN_THOROUGH"
+VARIABLE, THOROUGH, SHARE = "KVATTN_CONFORMANCE", "KVATTN_THOROUGH", "KVATTN_SHARE"
 Judge = Callable[[str, str], conformance.Report]
 BACKENDS = pytest.StashKey[list[str]]()
-CASES = {case.name: case for case in conformance.cases()}
+CASES = {case.name: case for case in conformance.cases()[:: int(os.environ.get(SHARE) or 1)]}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
