@@ -85,7 +85,10 @@ ELSEWHERE = {  # the file, and what stands there
     "kvattn bench": ("tests/test_bench.py", '["bench", "--backend"'),
     "KVATTN_BACKEND=jax python script.py": ("tests/test_dispatch.py", 'setenv("KVATTN_BACKEND"'),
     "pytest --pyargs kvattn.conformance": ("tox.ini", "pytest --pyargs kvattn.conformance"),
-    "pytest tests/test_mutants.py": ("tox.ini", "numpy: pytest {posargs:tests {[rooms]apart} "),  # which takes all files but a few
+    "pytest tests/test_mutants.py": (
+        "tox.ini",
+        "numpy: pytest {posargs:tests {[rooms]apart} ",
+    ),  # which takes all files but a few
     "ruff check .": ("tox.ini", "ruff check ."),
     "ruff format .": ("tox.ini", "ruff format --check ."),
     "mypy": ("tox.ini", "\n    mypy\n"),
