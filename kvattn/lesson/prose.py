@@ -108,8 +108,8 @@ def directive(name: str, argument: str, options: dict[str, str], body: str) -> s
 
 
 def quoted(text: str) -> str:
-    """Words as the value of a directive's option, which is YAML."""
-    return "'" + text.replace("'", "''") + "'"
+    """Words as the value of a directive's option, which is YAML, in one line."""
+    return "'" + " ".join(text.split()).replace("'", "''") + "'"
 
 
 def tab_set(bodies: dict[str, str]) -> str:
