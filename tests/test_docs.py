@@ -24,7 +24,7 @@ MEMORY = {"backend": "numpy", "kind": "forward", "value": 1.5}
 
 
 def test_there_are_lessons_for_five_frameworks():
-    assert len(LESSONS) == 9
+    assert len(LESSONS) == 10
     for path in LESSONS:
         assert set(lesson.read(path).tabs) == {"numpy", "torch", "tensorflow", "jax", "mxnet"}, path.name
 

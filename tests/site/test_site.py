@@ -155,7 +155,7 @@ def test_solutions_are_folded_until_they_are_asked_for(browser, address):
     inside = folded[0].find_elements(By.CSS_SELECTOR, "p, div.highlight")
     assert inside
     assert not inside[0].is_displayed()
-    folded[0].find_element(By.CSS_SELECTOR, "summary").click()
+    folded[0].find_element(By.CSS_SELECTOR, "summary").send_keys(Keys.ENTER)
     assert inside[0].is_displayed()
 
 
