@@ -134,7 +134,7 @@ def test_few_positions_are_asked_where_they_tell_of_all(backend, tab):
     assert asked.count(own) <= 1 or own is np.ndarray
 
 
-BY_DISTANCE = ("numpy", "torch", "mxnet")  # a bias is a view of one line there; elsewhere it exists a block at a time
+BY_DISTANCE = ("numpy", "torch", "jax", "mxnet")  # a bias is a view of one line there; elsewhere it exists a block at a time
 CALLS = {
     "alone": {},
     "causal": {"causal": True},

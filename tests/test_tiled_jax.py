@@ -19,9 +19,11 @@ import jax.numpy as jnp
 from tiling import INF, call, draw, right, subject
 
 import kvattn
+from kvattn import pairs
 from kvattn.backends import jax as tab
 from kvattn.call import Call
-from kvattn.kernels.jax import plans, tiles
+from kvattn.conformance import check, placed
+from kvattn.kernels.jax import distances, plans, tiles
 
 SUBJECT = subject("jax")
 
@@ -189,3 +191,30 @@ def test_one_program_serves_twenty_lengths(given, n):
         np.testing.assert_allclose(program(query, x), at_once, atol=1e-5)
     assert len(traced) == 1
     assert tab.programs._run._cache_size() - before <= 2
+
+
+def test_a_bias_by_distance_is_one_line_in_small_tiles():
+    """Of every size of tiles, beside every option, grouped heads and sinks among them."""
+    cases = [case for case in placed.cases(np.random.default_rng(1)) if case.name.startswith(("bias function", "heads: func"))]
+    lines, original = [], distances.by_distance
+
+    def by_distance(*arguments):
+        lines.append(original(*arguments))
+        return lines[-1]
+
+    with in_tiles(), patch.multiple(pairs, FEW=0), patch.object(distances, "by_distance", by_distance):
+        report = check.run("jax", cases, dtypes=("float64",))
+    assert [x.message for x in report.failures] == []
+    assert sum(line is not None for line in lines) > len(cases) // 2
+
+
+def test_nan_beside_a_bias_by_distance_stays_with_its_pairs():
+    rng, ahead = np.random.default_rng(0), np.arange(300) - np.arange(300)[:, None]
+    query, key, value = rng.standard_normal((3, 1, 2, 300, 4)).astype("float32")
+    key[0, :, 200], value[0, :, 250] = np.nan, np.inf
+    own = jnp.asarray([0.5, 0.25])[:, None, None]
+    bias = lambda q, k: -own * abs(q - k).astype("float32")  # noqa: E731
+    got = kvattn.attention(*map(jnp.asarray, (query, key, value)), bias=bias, causal=True)
+    want = kvattn.attention(query, key, value, bias=-np.asarray(own) * abs(ahead).astype("float32"), causal=True)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.isfinite(want[..., :200, :]).all()

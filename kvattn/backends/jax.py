@@ -15,7 +15,7 @@ import numpy as np
 
 from kvattn import pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.jax import blocks, dropout, nonfinite, programs, tiles
+from kvattn.kernels.jax import blocks, distances, dropout, nonfinite, programs, tiles
 from kvattn.kernels.jax import gpu as jax_gpu
 from kvattn.pairs import Pairs
 
@@ -409,7 +409,7 @@ def attention(
 def choose(query, key, value, call):
     """The kernel that serves a call. It looks at the call, at shapes and at dtypes, so that a program knows it while traced."""
     if type(call.mask) is Pairs:
-        return pairs.choice(query, key, value, call, _in_parts)
+        return pairs.choice(query, key, value, call, _in_parts, partial(distances.by_distance, _in_tiles))
     tab = sys.modules[__name__]
     if call.return_scores:
         choice = choose(query, key, value, call._replace(return_scores=None))
@@ -548,8 +548,12 @@ def _in_window_blocks(query, key, value, call, blocks):
 @programs.exact
 def _of_pairs(query, key, value, call):
     """A call whose functions of positions are run before its program is made, which would freeze what they read."""
-    plain, parts = pairs.resolved(query, key, value, call)
+    plain, parts = pairs.resolved(query, key, value, call, partial(distances.by_distance, _in_tiles))
     return _in_parts(query, key, value, plain, parts) if parts else _attend(query, key, value, plain)
+
+
+def _in_tiles(query, key, value, call):
+    return not tiles.obstacle(sys.modules[__name__], query, key, value, call)
 
 
 def _in_parts(query, key, value, call, parts):

@@ -25,7 +25,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from kvattn import planning
-from kvattn.kernels.jax import plans, programs
+from kvattn.kernels.jax import distances, plans, programs
 from kvattn.pairs import Segments
 
 FARTHEST = 2**29  # no array is as long: positions stay within 32 bits
@@ -57,9 +57,11 @@ def attention(tab, query, key, value, call, blocks=()):
         high = jnp.full(1, plan.m, jnp.int32)  # the last block is not whole
     limits = {"low": low, "high": high, "mask": mask, "scale": jnp.asarray(scale, wide)}
     limits["softcap"] = None if call.softcap is None else jnp.asarray(call.softcap, wide)
+    line = call.bias.values if type(call.bias) is distances.Line else None
+    limits["line"] = None if line is None else jnp.pad(line, [(0, 0)] * (line.ndim - 1) + [(0, 1)])
     if segments:
         limits["segment"], limits["segment_of_key"] = _spread(segments[0], axes), _spread(segments[1], axes)[..., None]
-    inputs = {"query": query, "key": key, "value": value, "bias": call.bias}
+    inputs = {"query": query, "key": key, "value": value, "bias": call.bias if line is None else None}
     given = [{name: x for name, x in given.items() if x is not None} for given in (inputs, limits)]
     varying = _varying(given)
     output, lse = _attend(plan, *jax.tree.map(lambda x: _vary(x, varying), given))
@@ -142,7 +144,8 @@ def _scores(rows, keys, pairs, limits):
     if "softcap" in limits:
         capped = jnp.tanh(scores / limits["softcap"])
         scores, slope = limits["softcap"] * capped, 1 - capped * capped
-    return scores + pairs["bias"] if "bias" in pairs else scores, slope
+    added = pairs.get("bias", pairs.get("line"))
+    return scores if added is None else scores + added, slope
 
 
 def _dot(x, y):
@@ -161,7 +164,7 @@ def _masked_step(step, carry, rows, keys, pairs, limits, low, high, start, at, h
     if "segment" in rows:
         allowed &= rows["segment"][:, None] == keys["segment_of_key"][:, 0]
         keys = {name: x for name, x in keys.items() if name != "segment_of_key"}
-    if pairs or holes or "segment" in rows:
+    if holes or "segment" in rows or not pairs.keys() <= {"line"}:
         has_key, has_query = allowed.any(axis=-1), allowed.any(axis=-2)
     else:  # the same, in less time
         has_key = jnp.maximum(low, start) < jnp.minimum(high, start + len(position))
@@ -169,7 +172,7 @@ def _masked_step(step, carry, rows, keys, pairs, limits, low, high, start, at, h
     # zeros for the rest: 0 * NaN is NaN
     rows = {name: jnp.where(has_key[..., None], x, 0) if name in ("query", "d_query") else x for name, x in rows.items()}
     keys = {name: jnp.where(has_query if name[0] == "d" else has_query[..., None], x, 0) for name, x in keys.items()}
-    pairs = {name: jnp.where(allowed, x, 0) for name, x in pairs.items() if name != "mask"}
+    pairs = {name: x if name == "line" else jnp.where(allowed, x, 0) for name, x in pairs.items() if name != "mask"}
     return step(carry, rows, keys, pairs, limits, allowed)
 
 
@@ -241,7 +244,7 @@ def _entries(plan, arrays):
     axes, heads, group = len(plan.lead), len(plan.lead) - 1, plan.lead[-1] // plan.heads
     parts = {}
     for name, x in arrays.items():
-        rest = 1 + ROW[name] if name in ROW else 2
+        rest = 1 + ROW[name] if name in ROW else 1 if name == "line" else 2
         x = x.reshape(*[1] * (axes + rest - x.ndim), *x.shape)
         if name in ROW:
             x = jnp.broadcast_to(x, (*x.shape[:heads], max(x.shape[heads], group), plan.n, *x.shape[axes + 1 :]))
@@ -250,7 +253,7 @@ def _entries(plan, arrays):
         index = np.broadcast_to(np.arange(math.prod(own), dtype=np.int32).reshape(own), full).reshape(-1)
         if name in ROW:
             rest = (group * plan.n, *rest[1:])
-        elif name in PAIR:
+        elif name in PAIR or name == "line":
             rest = (1 if h == 1 else group, *rest)
         parts[name] = x.reshape(-1, *rest), index
     return parts
@@ -297,12 +300,19 @@ def _forward(plan, inputs, limits):
         def keys(start, size):  # values so much smaller that no sum of them exceeds the largest
             return {"key": part("key", (start, size)), "value": part("value", (start, size)) * share}
 
+        def line(start, size):
+            if "line" not in parts:
+                return {}
+            found = part("line", (head, 1), (start - first + plan.n - plan.tile, plan.tile + size))[:, 0]
+            return {"line": distances.block(found, plan.tile)}
+
         def inside(carry, at):
-            return _absorb(carry, rows, keys(at, plan.block), {}, limits, None)
+            return _absorb(carry, rows, keys(at, plan.block), line(at, plan.block), limits, None)
 
         def edge(carry, at):
             start = jnp.minimum(at, plan.m - plan.cut_block)
             here = {name: part(name, (head, 1), (first, plan.tile), (start, plan.cut_block))[:, 0] for name in pairs}
+            here |= line(start, plan.cut_block)
             there = keys(start, plan.cut_block)
             there |= {name: part(name, (start, plan.cut_block))[0] for name in ("segment_of_key",) if name in parts}
             return _masked_step(_absorb, carry, rows, there, here, limits, low, high, start, at, plan.gaps)
