@@ -5,7 +5,7 @@ The layers and the short names are MXNet's mx.np: call mxnet.npx.set_np() first,
 
 import functools
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvattn import api, namespace
 from kvattn.kernels.mxnet import symbols
@@ -44,7 +44,7 @@ _of_arrays, attention_grad = _counting(attention), _counting(attention_grad)  # 
 
 
 @functools.wraps(api.attention)
-def attention(query, key, value, *, backend="mxnet", **options):
+def attention(query: Any, key: Any, value: Any, *, backend: Any = "mxnet", **options: Any) -> Any:
     if symbols.deferred(query):  # while a hybridized block is traced: its graph makes the call whenever it runs
         return symbols.defer(api.attention, query, key, value, **options)
     return _of_arrays(query, key, value, backend=backend, **options)

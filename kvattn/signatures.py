@@ -21,14 +21,11 @@ Score = Callable[..., Array]
 Normalizer = Callable[..., Array]
 
 
-class Options(TypedDict, total=False):
-    """The keywords of `kvattn.attention`, but for backend and for those that say what is returned."""
+class LayerOptions(TypedDict, total=False):
+    """The keywords of an attention layer's call, but for those that say what else is returned, and ``cache``."""
 
-    score: Score | None
-    normalize: Normalizer | None
     mask: Array | Callable[[Array, Array], Array] | None
     bias: Array | Callable[[Array, Array], Array] | None
-    valid_lens: Array | None
     causal: bool
     query_offset: Any
     window: Any
@@ -37,5 +34,13 @@ class Options(TypedDict, total=False):
     softcap: float | None
     sink: Array | None
     segments: Any
-    dropout: float
     rng: Any
+
+
+class Options(LayerOptions, total=False):
+    """The keywords of `kvattn.attention`, but for backend and for those that say what is returned."""
+
+    score: Score | None
+    normalize: Normalizer | None
+    valid_lens: Array | None
+    dropout: float

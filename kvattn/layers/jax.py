@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,10 @@ __all__ = [*layers.LAYERS]
 _keyword = partial(dataclasses.field, kw_only=True)
 
 
-def _exact(call):
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def _exact(call: Call) -> Call:
     """The tab's precision for a whole call: full float32 products, and float64 where JAX has it off."""
     inner = programs.exact(call)
 
@@ -267,7 +271,7 @@ class PositionalEncoding(_Layer):
         return jnp.asarray(_encoding(self.max_len, self.num_hiddens)[None], jnp.float32)
 
     @_exact
-    def __call__(self, X, training=False, *, offset=0, rng=None):
+    def __call__(self, X, training=False, *, offset=0, rng=None) -> jax.Array:
         layers.check_length(self.max_len, X.shape[1], offset)
         (X,) = prepare.arrays(tab, X=X)
         if self.is_mutable_collection("intermediates"):
@@ -311,7 +315,7 @@ class AddNorm(_Layer):
         )
 
     @_exact
-    def __call__(self, X, Y, training=False, *, rng=None):
+    def __call__(self, X, Y, training=False, *, rng=None) -> jax.Array:
         X, Y = prepare.arrays(tab, X=X, Y=Y)
         if (shape := self.ln.shape) is not None:
             checks.same_shape("X", X, (*X.shape[: -len(shape)], *shape), "norm_shape says")
@@ -331,7 +335,7 @@ class PositionWiseFFN(_Layer):
         self.dense2 = _dense("W_2", self.ffn_num_outputs, True, self.seed)
 
     @_exact
-    def __call__(self, X):
+    def __call__(self, X) -> jax.Array:
         (X,) = prepare.arrays(tab, X=X)
         X = self.dense1(X)
         return self.dense2(nn.relu(X) if self.activation == "relu" else nn.gelu(X, approximate=False))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
 from kvattn import api, checks, layers, patterns
 from kvattn.backends import numpy as tab
 from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, parts, slots, source
+from kvattn.signatures import A, LayerOptions
 
 __all__ = [*layers.LAYERS]
 
@@ -17,10 +19,39 @@ __all__ = [*layers.LAYERS]
 # kvattn.attention's: mask, causal, window, ... The vjp of a layer is given what its forward kept.
 
 
+# ---- what type checkers see of a call
+
+if TYPE_CHECKING:
+
+    class _Attends(Layer):
+        """An array; more where return_weights, return_lse or cache ask for more."""
+
+        @overload
+        def __call__(self, queries: A, keys: A, values: A, valid_lens: Any = None, **options: Unpack[LayerOptions]) -> A: ...
+        @overload
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+
+    class _Encodes(Layer):
+        """An array; with a cache, a tuple."""
+
+        @overload
+        def __call__(self, X: A, valid_lens: Any = None, **options: Unpack[LayerOptions]) -> A: ...
+        @overload
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+
+    class _Changes(Layer):
+        def __call__(self, X: A, *args: Any, **options: Any) -> A: ...
+
+else:
+    _Attends = _Encodes = _Changes = Layer
+
+
 # ---- attention
 
 
-class _Attention(Layer):
+class _Attention(_Attends):
     """What the attention layers share: dropout in training, and the last call, whose weights can be shown."""
 
     def __init__(self, dropout=0.0, *, rng=None):
@@ -128,7 +159,7 @@ class GatedAttention(_Attention):
         return partial(api.gated_score, w_g=self.weight("w_g", (2 * queries.shape[-1],), queries.dtype))
 
 
-class MultiHeadAttention(Layer):
+class MultiHeadAttention(_Attends):
     """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``.
 
     With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache), and has no backward but the first;
@@ -213,7 +244,7 @@ def _by_norm(grad, x, weight, epsilon):
 # ---- the other parts of a transformer
 
 
-class PositionalEncoding(Layer):
+class PositionalEncoding(_Changes):
     """X + P, then dropout; P (1, max_len, num_hiddens) holds sines and cosines of the position, counted from ``offset``."""
 
     def __init__(self, num_hiddens, dropout=0.0, max_len=1000, *, rng=None):
@@ -229,7 +260,7 @@ class PositionalEncoding(Layer):
         return self.dropout.backward(grad)
 
 
-class AddNorm(Layer):
+class AddNorm(_Changes):
     """Layer norm of X + dropout(Y). ``norm_shape`` may wait for the first call."""
 
     def __init__(self, norm_shape=None, dropout=0.0, *, rng=None):
@@ -245,7 +276,7 @@ class AddNorm(Layer):
         return grad, self.dropout.backward(grad)
 
 
-class PositionWiseFFN(Layer):
+class PositionWiseFFN(_Changes):
     """activation(X W_1 + b_1) W_2 + b_2; the activation is "relu" or "gelu" (by erf).
 
     NumPy has no erf: gelu takes Python's, number by number, exact but slow.
@@ -277,7 +308,7 @@ def _normal_cdf(X):
     return _erfc(-X / math.sqrt(2)).astype(X.dtype) / 2
 
 
-class TransformerEncoderBlock(Layer):
+class TransformerEncoderBlock(_Encodes):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from kvattn import api, checks, layers
 from kvattn.backends import torch as tab
+from kvattn.signatures import LayerOptions
 
 __all__ = [*layers.LAYERS]
 
@@ -23,7 +24,7 @@ __all__ = [*layers.LAYERS]
 class _Linear(nn.LazyLinear):
     """A Linear that knows its name, by which its first values are drawn; it becomes an nn.Linear in the first call."""
 
-    def __init__(self, name, out_features, bias, seed):
+    def __init__(self, name, out_features, bias, seed) -> None:
         self._named, self._seed = name, seed
         super().__init__(out_features, bias=bias)
 
@@ -56,13 +57,47 @@ def _fill(parameter, seed, name, shape):
             parameter.uniform_(-layers.glorot(shape), layers.glorot(shape))
 
 
+# ---- what type checkers see of a call, which PyTorch leaves open
+
+if TYPE_CHECKING:
+
+    class _Attends(nn.Module):
+        """A tensor; more where return_weights, return_lse or cache ask for more."""
+
+        @overload
+        def __call__(
+            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, **options: Unpack[LayerOptions]
+        ) -> Tensor: ...
+        @overload
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+
+    class _Encodes(nn.Module):
+        """A tensor; with a cache, a tuple."""
+
+        @overload
+        def __call__(self, X: Tensor, valid_lens: Any = None, **options: Unpack[LayerOptions]) -> Tensor: ...
+        @overload
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+
+    class _Decodes(nn.Module):
+        def __call__(self, X: Tensor, state: list[Any], **options: Any) -> tuple[Tensor, list[Any]]: ...
+
+    class _Changes(nn.Module):
+        def __call__(self, *args: Any, **options: Any) -> Tensor: ...
+
+else:
+    _Attends = _Encodes = _Decodes = _Changes = nn.Module
+
+
 # ---- attention
 
 
-class _Attention(nn.Module):
+class _Attention(_Attends):
     """What the attention layers share: dropout in training, and the last call, whose weights can be shown."""
 
-    def __init__(self, dropout=0.0):
+    def __init__(self, dropout=0.0) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self._last = None
@@ -122,7 +157,7 @@ def _only_multiplies(child):
 class AdditiveAttention(_Attention):
     """Attention by the score w_v . tanh(q W_q + k W_k) with ``num_hiddens`` hidden units."""
 
-    def __init__(self, num_hiddens, dropout=0.0, *, seed=None):
+    def __init__(self, num_hiddens, dropout=0.0, *, seed=None) -> None:
         super().__init__(dropout)
         self.W_k = _Linear("W_k", num_hiddens, False, seed)
         self.W_q = _Linear("W_q", num_hiddens, False, seed)
@@ -147,7 +182,7 @@ class MultiplicativeAttention(LazyModuleMixin, _Attention):
 
     cls_to_become = None
 
-    def __init__(self, dropout=0.0, *, seed=None):
+    def __init__(self, dropout=0.0, *, seed=None) -> None:
         super().__init__(dropout)
         self.W, self._seed = UninitializedParameter(), seed
 
@@ -165,7 +200,7 @@ class GatedAttention(LazyModuleMixin, _Attention):
 
     cls_to_become = None
 
-    def __init__(self, dropout=0.0, *, seed=None):
+    def __init__(self, dropout=0.0, *, seed=None) -> None:
         super().__init__(dropout)
         self.w_g, self._seed = UninitializedParameter(), seed
 
@@ -178,7 +213,7 @@ class GatedAttention(LazyModuleMixin, _Attention):
         return partial(api.gated_score, w_g=self.w_g)
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(_Attends):
     """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``.
 
     With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache); with return_weights=True the
@@ -186,7 +221,7 @@ class MultiHeadAttention(nn.Module):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
-                 rotary=None, qk_norm=False, alibi=None, sink=False):  # fmt: skip
+                 rotary=None, qk_norm=False, alibi=None, sink=False) -> None:  # fmt: skip
         super().__init__()
         bias = bias if use_bias is None else use_bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
@@ -226,10 +261,10 @@ class MultiHeadAttention(nn.Module):
 # ---- the other parts of a transformer
 
 
-class PositionalEncoding(nn.Module):
+class PositionalEncoding(_Changes):
     """X + P, then dropout; P (1, max_len, num_hiddens) holds sines and cosines of the position, counted from ``offset``."""
 
-    def __init__(self, num_hiddens, dropout=0.0, max_len=1000):
+    def __init__(self, num_hiddens, dropout=0.0, max_len=1000) -> None:
         super().__init__()
         self.dropout, self._sizes = nn.Dropout(dropout), (max_len, num_hiddens)
         P = torch.from_numpy(layers.encoding(max_len, num_hiddens)).float()
@@ -250,10 +285,10 @@ def _dropped(dropout, X, rng):
     return layers.dropped(tab, X, dropout.p, rng)
 
 
-class AddNorm(nn.Module):
+class AddNorm(_Changes):
     """Layer norm of X + dropout(Y)."""
 
-    def __init__(self, norm_shape, dropout=0.0):
+    def __init__(self, norm_shape, dropout=0.0) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.ln = nn.LayerNorm(norm_shape, eps=layers.EPSILON)
@@ -262,10 +297,10 @@ class AddNorm(nn.Module):
         return self.ln(_dropped(self.dropout, Y, rng) + X)
 
 
-class PositionWiseFFN(nn.Module):
+class PositionWiseFFN(_Changes):
     """activation(X W_1 + b_1) W_2 + b_2; the activation is "relu" or "gelu" (by erf)."""
 
-    def __init__(self, ffn_num_hiddens, ffn_num_outputs, *, activation="relu", seed=None):
+    def __init__(self, ffn_num_hiddens, ffn_num_outputs, *, activation="relu", seed=None) -> None:
         super().__init__()
         layers.check_activation(activation)
         self.activation = activation
@@ -277,11 +312,11 @@ class PositionWiseFFN(nn.Module):
         return self.dense2(nn.functional.relu(X) if self.activation == "relu" else nn.functional.gelu(X))
 
 
-class TransformerEncoderBlock(nn.Module):
+class TransformerEncoderBlock(_Encodes):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None) -> None:  # fmt: skip
         super().__init__()
         self.attention = MultiHeadAttention(
             num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
@@ -304,7 +339,7 @@ class TransformerEncoderBlock(nn.Module):
 class _Stack(nn.Module):
     """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``block`` makes."""
 
-    def __init__(self, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block):
+    def __init__(self, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block) -> None:
         super().__init__()
         self.num_hiddens = num_hiddens
         self.embedding = nn.Embedding(vocab_size, num_hiddens)
@@ -319,7 +354,7 @@ class _Stack(nn.Module):
         return self.pos_encoding(X, first, rng=layers.seed_of(tab, rng, 0, attends=False))
 
 
-class TransformerEncoder(_Stack):
+class TransformerEncoder(_Stack, _Encodes):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
     ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
@@ -328,7 +363,7 @@ class TransformerEncoder(_Stack):
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
                  num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
-                 seed=None):  # fmt: skip
+                 seed=None) -> None:  # fmt: skip
         def block(i, seed):
             return TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
@@ -353,7 +388,7 @@ class TransformerEncoder(_Stack):
         return [block.attention.attention.attention_weights for block in self.blks]
 
 
-class TransformerDecoderBlock(nn.Module):
+class TransformerDecoderBlock(_Decodes):
     """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm.
 
     A call takes X and a decoder's state, and returns (Y, state), in which state[2][i] is this block's cache. ``rotary`` and
@@ -361,7 +396,7 @@ class TransformerDecoderBlock(nn.Module):
     """
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None) -> None:  # fmt: skip
         super().__init__()
         self.i = i
         self.attention1 = MultiHeadAttention(
@@ -387,7 +422,7 @@ class TransformerDecoderBlock(nn.Module):
         return self.addnorm3(Z, self.ffn(Z), rng=seeds[4]), layers.following(state, self.i, cache)
 
 
-class TransformerDecoder(_Stack):
+class TransformerDecoder(_Stack, _Decodes):
     """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
 
     decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
@@ -400,7 +435,7 @@ class TransformerDecoder(_Stack):
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
                  num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
-                 seed=None):  # fmt: skip
+                 seed=None) -> None:  # fmt: skip
         def block(i, seed):
             return TransformerDecoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, i, use_bias, num_kv_heads=num_kv_heads,
@@ -410,7 +445,7 @@ class TransformerDecoder(_Stack):
         super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block)
         self.dense = _Linear("W", vocab_size, True, layers.child(seed, "dense"))
 
-    def init_state(self, enc_outputs, enc_valid_lens=None):
+    def init_state(self, enc_outputs, enc_valid_lens=None) -> list[Any]:
         return [enc_outputs, enc_valid_lens, [None] * len(self.blks)]
 
     def forward(self, X, state, *, rng=None, **options):

@@ -17,3 +17,5 @@ def calls(x: Array) -> None:
     assert_type(kv.rotary(x, 3), Array)
     layer: linen.Module = kv.MultiHeadAttention(8, 2)
     assert layer
+    assert kv.PositionWiseFFN(8, 8).init(x, x)
+    assert kv.MultiHeadAttention(8, 2).apply({}, x, x, x)

@@ -38,6 +38,7 @@ def namespace(x: Array) -> None:
     assert_type(kv.attention(x, x, x, return_lse=True), tuple[Array, Array])
     assert_type(kv.sparsemax(x), Array)
     assert_type(kv.MultiHeadAttention(8, 2), kv.MultiHeadAttention)
+    assert kv.PositionWiseFFN(8, 8)(kv.MultiHeadAttention(8, 2)(x, x, x, causal=True)).shape
     assert_type(kv.explain(x, x, x).kernel, str)
 
 
