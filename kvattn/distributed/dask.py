@@ -299,7 +299,7 @@ class _Cut(NamedTuple):
         start, end, first, last = at
         entries = self.batches[batch] if len(self.batches) > 1 else None
         ask = partial(_Function, first=first, entries=entries, offset=call.query_offset, axes=len(self.lead) + 2)
-        functions = [None if x is None else ask(x) for x in (said.mask_function, said.bias_function)]
+        functions: list[Any] = [None if x is None else ask(x) for x in (said.mask_function, said.bias_function)]
         segments = said.segments
         if segments is not None:
             segments = self.first(segments[0], batch)[:, start:end], self.first(segments[1], batch)[:, first:last]
@@ -433,7 +433,7 @@ class _Function(NamedTuple):
             query = query[:1] + (self.offset - self.offset[self.entries[0]]).reshape(-1, *[1] * (query.ndim - 1))
         made = self.function(query + self.first, key + self.first)
         of_all = self.entries is not None and getattr(made, "ndim", 0) == self.axes and len(made) > 1
-        return made[slice(*self.entries)] if of_all else made
+        return made[slice(*(self.entries or ()))] if of_all else made
 
 
 def _whole(query: Any, key: Any, call: Call) -> Call:
