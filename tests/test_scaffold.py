@@ -382,11 +382,11 @@ def test_pictures_are_learned_from(kv, backend):
     assert (X.dtype, set(y)) == ("float32", set(range(10)))
     model = importlib.import_module(f"lessons_on_sequences.{backend}").pictured()
     model.board.display = False
-    kv.Trainer(max_epochs=15).fit(model, data)
+    kv.Trainer(max_epochs=40).fit(model, data)
     curves = {name: [y for _, y in points] for name, points in model.board.data.items()}
     assert set(curves) == {"train_loss", "val_loss", "val_acc"}
     assert curves["val_loss"][-1] < curves["val_loss"][0]
-    assert curves["val_acc"][-1] > 0.25  # by chance 0.1
+    assert curves["val_acc"][-1] > 0.5  # by chance 0.1
 
 
 def test_every_name_that_a_namespace_lists_is_there(kv):
