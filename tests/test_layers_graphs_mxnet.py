@@ -277,3 +277,39 @@ def test_a_graph_refuses_a_seed_which_it_would_hold():
         net.hybridize()
         with pytest.raises(ValueError, match="rng in a graph"):
             net(X)
+
+
+# ---- decoders
+
+
+class EncoderDecoder(nn.HybridBlock):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = kv.TransformerEncoder(**ENCODER, seed=1), kv.TransformerDecoder(**ENCODER, seed=2)
+
+    def hybrid_forward(self, F, source, lens, tokens):
+        logits, self.state = self.decoder(tokens, self.decoder.init_state(self.encoder(source, lens), lens))
+        return logits
+
+
+def test_a_graph_around_a_decoder_gives_its_numbers_and_gradients_and_keeps_no_cache():
+    model, inputs = EncoderDecoder(), (TOKENS, LENS, TOKENS[:, :3])
+    model.initialize()
+    expected = gradients(model, *inputs)
+    assert [cache.length for cache in model.state[2]] == [3, 3]
+    model.hybridize()
+    for _ in range(2):
+        same(gradients(model, *inputs), expected, 1e-4)  # sums of squares of logits
+    with pytest.raises(ValueError, match=r"state\[2\]\[0\] kept nothing"):
+        model.decoder(TOKENS[:, :1], model.state)
+
+
+def test_a_hybridized_decoder_keeps_its_cache():
+    decoder, source = kv.TransformerDecoder(**ENCODER, seed=1), array(2, 4, 8)
+    whole, _ = decoder(TOKENS, decoder.init_state(source, LENS))
+    decoder.hybridize()
+    state, steps = decoder.init_state(source, LENS), []
+    for i in range(5):
+        logits, state = decoder(TOKENS[:, i : i + 1], state)
+        steps.append(logits)
+    same([np.concatenate(steps, axis=1)], [whole], 1e-5)

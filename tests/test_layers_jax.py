@@ -342,6 +342,37 @@ def test_one_program_decodes_every_step():
     assert step._cache_size() == 1
 
 
+def test_one_program_serves_every_step_of_a_decoder_with_room():
+    decoder, programs = kv.TransformerDecoder(**ENCODER, seed=1), []
+    variables = decoder.init(KEY, TOKENS, decoder.init_state(X, LENS))
+    whole, state = decoder.apply(variables, TOKENS, decoder.init_state(X, LENS))
+
+    @jax.jit
+    def step(token, state):
+        programs.append(1)
+        (logits, state), sown = decoder.apply(variables, token, state, mutable="intermediates")
+        return logits, state, sown["intermediates"]["dec_attention_weights"][0]
+
+    state[2], steps = [kv.KVCache.allocate((2, 2, 8, 4))._replace(length=jnp.array(0)) for _ in range(2)], []
+    for i in range(6):
+        logits, state, weights = step(TOKENS[:, i : i + 1], state)
+        steps.append(logits)
+    assert_near(jnp.concatenate(steps, 1), whole, units=1024)
+    assert len(programs) == 1
+    assert [[x.shape for x in each] for each in weights] == [[(4, 1, 8)] * 2, [(4, 1, 4)] * 2]
+    same, _, again = decoder.apply(variables, TOKENS, decoder.init_state(X, LENS), return_weights=True)
+    assert_near(same, whole)
+    assert [x.shape for x in again[0]] == [(2, 2, 6, 6)] * 2
+
+
+def test_a_decoders_block_returns_its_weights_as_d2ls_does():
+    block = kv.TransformerDecoderBlock(8, 12, 2, 0.5, 0)
+    (Y, state, own, other), variables = block.init_with_output(KEY, X, [X[:, :3], LENS, [None]])
+    assert (Y.shape, own.shape, other.shape) == (X.shape, (4, 4, 4), (4, 4, 3))
+    assert len(block.apply(variables, X, [X[:, :3], LENS, [None]], return_weights=False)) == 2
+    assert state[2][0].length == 4
+
+
 # ---- dtypes
 
 

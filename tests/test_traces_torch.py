@@ -306,6 +306,23 @@ def test_one_trace_of_an_encoder_serves_every_input(way):
                 np.testing.assert_allclose(x, y, rtol=0, atol=1e-5, err_msg=str(size))
 
 
+def test_a_decoders_step_is_exported_with_the_caches_of_its_state():
+    decoder = kv.TransformerDecoder(**ENCODER).eval()
+    h, heads = ENCODER["num_hiddens"], ENCODER["num_heads"]
+    source, words = torch.tensor(normal(2, 3, h)), torch.tensor(tokens(2, 4))
+    with torch.no_grad():
+        whole, _ = decoder(words, decoder.init_state(source, torch.tensor([2, 3])))
+        room = [
+            kv.KVCache.allocate((2, heads, 6, h // heads), like=source)._replace(length=torch.tensor(0)) for _ in decoder.blks
+        ]
+        state, steps = [source, torch.tensor([2, 3]), room], []
+        step = torch.export.export(decoder, (words[:, :1], state)).module()
+        for i in range(4):
+            logits, state = step(words[:, i : i + 1], state)
+            steps.append(logits)
+    assert_near(torch.cat(steps, 1), whole, units=1024)
+
+
 @pytest.mark.parametrize("way", ["exported", "compiled"])
 def test_a_cache_with_room_is_written_where_the_trace_is_told(way):
     key, value, x = normal(2, 2, 7, 4), normal(2, 2, 7, 4), normal(2, 1, 8)

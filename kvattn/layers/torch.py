@@ -275,7 +275,11 @@ class PositionalEncoding(_Changes):
         P = self.P
         if X.dtype == torch.float64:  # a buffer of float64 could not go to every device
             P = torch.from_numpy(layers.encoding(*self._sizes))[None].to(X.device)
-        return _dropped(self.dropout, X + P[:, offset : offset + X.shape[1]].to(X.dtype), rng)
+        if isinstance(offset, torch.Tensor):  # a slice that a tensor cuts has a size that no trace knows
+            P = P[:, offset + torch.arange(X.shape[1], device=P.device)]
+        else:
+            P = P[:, offset : offset + X.shape[1]]
+        return _dropped(self.dropout, X + P.to(X.dtype), rng)
 
 
 def _dropped(dropout, X, rng):

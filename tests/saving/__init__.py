@@ -53,6 +53,7 @@ LAYERS = {
     "PositionWiseFFN": {"ffn_num_hiddens": 5, "ffn_num_outputs": 8},
     "TransformerEncoderBlock": {**HEADS, "ffn_num_hiddens": 12},
     "TransformerEncoder": {**HEADS, "vocab_size": 11, "ffn_num_hiddens": 12, "num_blks": 2},
+    "TransformerDecoder": {**HEADS, "vocab_size": 11, "ffn_num_hiddens": 12, "num_blks": 2, "num_kv_heads": 2, "sink": True},
 }
 
 
@@ -60,6 +61,13 @@ def arguments(name, X, tokens, lens):
     """What a layer of this name is called with: X (batch, n, 8), tokens (batch, n) below 11, lens (batch,)."""
     if name == "TransformerEncoder":
         return tokens, lens
+    if name == "TransformerDecoder":
+        return tokens, [X, lens, [None, None]]
     if name == "TransformerEncoderBlock":
         return X, lens
     return (X, X, X, lens) if name.endswith("Attention") else (X, X) if name == "AddNorm" else (X,)
+
+
+def output(name, results):
+    """What a layer of this name gives, without a decoder's state."""
+    return results[0] if name == "TransformerDecoder" else results

@@ -6,7 +6,7 @@ from adapters.mxnet import call
 
 from kvattn import mxnet as kv
 from kvattn.backends.mxnet import mx
-from saving import LAYERS, arguments
+from saving import LAYERS, arguments, output
 
 ERRORS = (AssertionError, ValueError, mx.MXNetError)  # gluon's own are assertions
 nn = mx.gluon.nn
@@ -26,7 +26,7 @@ class Model(nn.HybridBlock):
     def hybrid_forward(self, F, X, tokens, lens):
         parts = {name: getattr(self, name) for name in self.names}
         parts |= {"TransformerEncoderBlock": self.listed[0], "TransformerEncoder": self.encoder}
-        return tuple(part(*arguments(name, X, tokens, lens)) for name, part in parts.items())
+        return tuple(output(name, part(*arguments(name, X, tokens, lens))) for name, part in parts.items())
 
 
 @mx.util.use_np

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 
 from kvattn import numpy as kv
-from saving import LAYERS, arguments
+from saving import LAYERS, arguments, output
 
 ERRORS = ValueError
 
@@ -19,7 +19,7 @@ class Model(kv.Layer):
 
     def forward(self, X, tokens, lens):
         parts = {**self.named, "TransformerEncoderBlock": self.listed[0], "TransformerEncoder": self.encoder}
-        return tuple(part(*arguments(name, X, tokens, lens)) for name, part in parts.items())
+        return tuple(output(name, part(*arguments(name, X, tokens, lens))) for name, part in parts.items())
 
 
 def model():

@@ -7,7 +7,7 @@ import tensorflow as tf
 from adapters.tensorflow import call
 
 from kvattn import tensorflow as kv
-from saving import LAYERS, arguments
+from saving import LAYERS, arguments, output
 
 ERRORS = (ValueError, AssertionError)  # tf.train.Checkpoint's, where all of a file is asked for, is an assertion
 
@@ -22,7 +22,8 @@ class Model(keras.Model):
             setattr(self, name, getattr(kv, name)(**config))
 
     def call(self, X, tokens, lens, training=None):
-        return tuple(getattr(self, name)(*arguments(name, X, tokens, lens), training=training) for name in LAYERS)
+        given = {name: arguments(name, X, tokens, lens) for name in LAYERS}
+        return tuple(output(name, getattr(self, name)(*inputs, training=training)) for name, inputs in given.items())
 
     def build_from_config(self, config):
         shape = config["input_shape"]

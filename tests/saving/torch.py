@@ -8,7 +8,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from kvattn import torch as kv
-from saving import LAYERS, arguments
+from saving import LAYERS, arguments, output
 
 ERRORS = RuntimeError
 
@@ -23,7 +23,7 @@ class Model(nn.Module):
 
     def forward(self, X, tokens, lens):
         parts = {**self.named, "TransformerEncoderBlock": self.listed[0], "TransformerEncoder": self.encoder}
-        return tuple(part(*arguments(name, X, tokens, lens)) for name, part in parts.items())
+        return tuple(output(name, part(*arguments(name, X, tokens, lens))) for name, part in parts.items())
 
 
 def model():
