@@ -1,6 +1,7 @@
 """What is released: a wheel that needs no compiler, an sdist with the tests in it, the same bytes each time they are built."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from email.parser import Parser
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,14 @@ def test_the_metadata_is_what_an_index_takes(built):
     for command in (["twine", "check", "--strict", str(wheel), str(sdist)], ["check_wheel_contents", str(wheel)]):
         done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_bill_of_materials_lists_what_is_installed(tmp_path):
+    """By the command that SECURITY.md gives: of the environment of this test, with the versions that passed it."""
+    command = ["cyclonedx_py", "environment", "--output-reproducible", "--output-format", "JSON", "--output-file"]
+    done = subprocess.run([sys.executable, "-m", *command, str(tmp_path / "sbom.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "sbom.json").read_text(encoding="utf-8"))
+    assert made["bomFormat"] == "CycloneDX"
+    listed = {(part["name"].lower(), part["version"]) for part in made["components"]}
+    assert listed >= {(name, metadata.version(name)) for name in ("kvattn", "numpy", "rich", "threadpoolctl", "pytest")}
