@@ -40,6 +40,9 @@ def test_draws_reach_every_option_and_every_edge():
     assert {each.call for each in drawn} == {"attention", "split_attention", *check.HEADED, *layers.LAYERS}
     stepped = {each.call for each in drawn if "steps" in each.options}
     assert stepped == {"MultiHeadAttention", *draws.DEEP, *draws.DECODERS}
+    assert {"rotary", "qk_norm", "alibi"} <= {
+        name for each in drawn if each.call == "MultiHeadAttention" for name in each.options
+    }
     assert {each.dtype for each in drawn} == set(draws.DTYPES)
     for size in ("n", "m", "v"):
         assert {0, 1} <= {getattr(each, size) for each in drawn}

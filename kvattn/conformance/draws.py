@@ -169,6 +169,13 @@ def draw(seed: int, number: int) -> Draw:
             options["bias"] = one(*functions.BIASES)
         if often(0.15):
             options["segments"] = one("sorted", "apart")
+    if call == "MultiHeadAttention":
+        if made.d % 2 == 0 and options.get("query_offset") != "each" and often(0.4):
+            options["rotary"] = one({}, {"interleaved": True, "base": 50.0})
+        if often(0.3):
+            options["qk_norm"] = 0.0625
+        if "bias" not in options and often(0.4):
+            options["alibi"] = tuple(0.5 * 2.0**-head for head in range(options["num_heads"]))
     return replace(made, options=options)
 
 
@@ -305,6 +312,13 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     query = grid(drawn.rng("query"), *drawn.lead, drawn.n, 3)
     key, value = (grid(drawn.rng(x), *drawn.lead, drawn.m, 3) if apart else query for x in ("key", "value"))
     params |= {} if alone or "sink" not in options else {"sink": options.pop("sink")}
+    config = {n: options[n] for n in ("rotary", "qk_norm", "alibi") if n in options}  # of a layer, not of its call
+    if "qk_norm" in config:
+        params |= {n: 1 + grid(drawn.rng(n), drawn.d, top=0.5) for n in ("q_norm", "k_norm")}
+    if (slopes := options.pop("alibi", None)) is not None:
+        first = np.reshape(options.get("query_offset", 0), (-1, 1, 1, 1))
+        far = np.abs(np.arange(drawn.n)[:, None] + first - np.arange(drawn.m))
+        options["bias"] = -np.array(slopes)[:, None, None] * far
     options |= {"causal": True} if steps or drawn.call == "decoding" else {}
     # The gradients of self-attention are asked of multi-head attention, whose masks have an axis of heads.
     over_heads = {
@@ -325,7 +339,12 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
             keywords["capacity"] = (*drawn.lead, kv_heads, drawn.n + 1, drawn.d, drawn.v)
         made = replace(made, keywords=keywords)
     if layer:
-        config = {"num_hiddens": heads * drawn.d, "num_heads": heads, "num_kv_heads": kv_heads, "bias": bool(biases)}
+        made = replace(
+            made,
+            arguments={n: x for n, x in made.arguments.items() if n != "bias" or "alibi" not in config},
+            keywords={n: x for n, x in made.keywords.items() if n not in config},
+        )
+        config |= {"num_hiddens": heads * drawn.d, "num_heads": heads, "num_kv_heads": kv_heads, "bias": bool(biases)}
         made = _of_layer(made, config, params, steps)
     return replace(made, group="draws")
 

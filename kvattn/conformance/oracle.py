@@ -527,7 +527,8 @@ class _RowNorm:
         along = (inner * self.x).mean(axis=-1, keepdims=True)
         along_size = (inner_size * self.size).mean(axis=-1, keepdims=True)
         by_x = self.scale * (inner - self.x * self.scale**2 * along)
-        by_x_size = self.scale * (inner_size + self.size * self.scale**2 * along_size) * (1 + self.size * self.scale).max()
+        grown = (1 + self.size * self.scale).max(initial=0)
+        by_x_size = self.scale * (inner_size + self.size * self.scale**2 * along_size) * grown
         by_weight = (by * self.x * self.scale).reshape(-1, d).sum(axis=0)
         by_weight_size = (by_size * self.size * self.scale).reshape(-1, d).sum(axis=0)
         return by_x, by_x_size, by_weight, by_weight_size
