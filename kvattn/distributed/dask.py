@@ -430,10 +430,12 @@ class _Function(NamedTuple):
 
     def __call__(self, query: Any, key: Any) -> Any:
         if self.entries is not None and query.ndim > 2:  # each entry's queries stand elsewhere
-            query = query[:1] + (self.offset - self.offset[self.entries[0]]).reshape(-1, *[1] * (query.ndim - 1))
+            rows = query[:1] - self.offset[self.entries[0]] if len(query) else np.zeros_like(query, shape=(1, *query.shape[1:]))
+            query = rows + self.offset.reshape(-1, *[1] * (query.ndim - 1))
         made = self.function(query + self.first, key + self.first)
-        of_all = self.entries is not None and getattr(made, "ndim", 0) == self.axes and len(made) > 1
-        return made[slice(*(self.entries or ()))] if of_all else made
+        if self.entries is None or getattr(made, "ndim", 0) != self.axes or len(made) == 1:
+            return made
+        return made[slice(*self.entries)]
 
 
 def _whole(query: Any, key: Any, call: Call) -> Call:

@@ -82,9 +82,10 @@ def ring_attention(
 
     Source: Liu et al. 2023, "Ring Attention with Blockwise Transformers for Near-Infinite Context".
     """
-    for name in unknown:
-        if name in LACKS:
-            raise TypeError(f"ring_attention has no {name}: {LACKS[name]}")
+    for name, why in LACKS.items():
+        if name in unknown:
+            raise TypeError(f"ring_attention has no {name}: {why}")
+    if unknown:
         raise checks.unknown(unknown, [*prepare.OPTIONS])
     for name, x in (("mask", mask), ("bias", bias)):
         if callable(x):
@@ -112,7 +113,9 @@ def ring_attention(
         return tab.attention(query, key, value, **call.keywords)
     given = {"query": query, "key": key, "value": value}
     given |= {name: x for name in ("mask", "bias", "valid_lens", "sink") if (x := getattr(call, name)) is not None}
-    if call.windowed and type(call.query_offset) is not int:
+    if not call.windowed:
+        call = call._replace(query_offset=0)  # nobody asks where the queries stand
+    elif type(call.query_offset) is not int:
         given["query_offset"] = call.query_offset
     if isinstance(call.score, partial):
         bound = Partial(call.score.func, *call.score.args, **call.score.keywords)

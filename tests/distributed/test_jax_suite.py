@@ -20,8 +20,8 @@ from kvattn.pairs import Pairs
 
 REFUSES = {
     "has no normalize": lambda case: case.keywords.get("normalize", "softmax") != "softmax" or case.call == "nadaraya_watson",
-    "has no dropout": lambda case: case.keywords.get("dropout"),
     "has no positions": lambda case: "positions" in case.arguments,
+    "has no dropout": lambda case: case.keywords.get("dropout"),
 }
 DEFAULT = {"normalize": tab.softmax, "positions": None, "rng": None, "return_weights": False}
 
