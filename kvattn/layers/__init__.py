@@ -106,8 +106,12 @@ def child(seed: Seed, name: str) -> Seed:
 
 
 def glorot(shape: tuple[int, ...]) -> float:
-    """The half-width of the uniform distribution of a weight: of a vector as of a matrix with one column."""
-    return math.sqrt(6 / (shape[0] + (shape[1] if len(shape) > 1 else 1)))
+    """The half-width of the uniform distribution of a weight: of a vector as of a matrix with one column.
+
+    >>> glorot((2, 4)), glorot((5,)), glorot((0, 0)) < math.inf
+    (1.0, 1.0, True)
+    """
+    return math.sqrt(6 / max(1, shape[0] + (shape[1] if len(shape) > 1 else 1)))
 
 
 def initial(seed: Seed | np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
