@@ -14,10 +14,10 @@ from kvattn import checks
 
 MASKS: dict[str, Callable[[Any, Any], Any]] = {
     "causal": lambda q, k: k <= q,
-    "window": lambda q, k: (k <= q + 1) * (q - k < 2),
+    "window": lambda q, k: abs(q - k) <= 1,  # TensorFlow 2.18 multiplies no bools
     "strictly before": lambda q, k: k < q,
     "first key and window": lambda q, k: abs(q - k) * k <= 2 * k,
-    "prefix": lambda q, k: ~((k > q) * (k > 1)),
+    "prefix": lambda q, k: 2 * k <= q + 1 + abs(q - 1),  # k is at most q or 1
     "every other": lambda q, k: (q + k) % 2 == 0,
     "some keys": lambda q, k: k > 1,
     "some queries": lambda q, k: q > 1,
