@@ -11,6 +11,7 @@ Source: He et al. 2024, "FlexAttention", of masks as functions, and of what is s
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -58,7 +59,8 @@ class Segments(NamedTuple):
 
     def array(self, axes: int) -> Any:
         """The mask of all pairs, for queries of so many axes."""
-        return both(self.mask, same(self.of_queries, self.of_keys, axes))
+        alike = same(self.of_queries, self.of_keys, axes)
+        return alike if self.mask is None else self.mask & alike
 
 
 class Pairs(NamedTuple):
@@ -112,7 +114,7 @@ class Pairs(NamedTuple):
                 made = checks.asked("mask", self.mask_function, *self.places(query, key, offset, rows, runs))
             found = _entries(checks.flags(self.tab, made, full), entries, len(full))
         if self.segments is not None:
-            found = both(found, self._same_segment(query, full, rows, runs, entries))
+            found = both(self.tab, found, self._same_segment(query, full, rows, runs, entries))
         return found
 
     def _numpy_flags(self, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None) -> Any:
@@ -150,7 +152,7 @@ class Pairs(NamedTuple):
     def arrays(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows = (0, None),
                runs: Sequence[Run] | None = None) -> tuple[Any, Any]:  # fmt: skip
         """The mask and the bias of all pairs; no bias, where that is no function."""
-        mask = both(self.mask, self.flags(query, key, full, offset, rows, runs))
+        mask = both(self.tab, self.mask, self.flags(query, key, full, offset, rows, runs))
         return mask, None if self.bias_function is None else self.bias(query, key, full, offset, rows, runs)
 
     def whole(self, query: Any, key: Any, call: Call, heads: bool = True) -> Call:
@@ -169,9 +171,11 @@ def short(first: Any, end: Any) -> bool:
     return type(first) is type(end) is int and -SQUARE < first <= end < SQUARE
 
 
-def both(mask: Any, other: Any) -> Any:
-    """Where both of two masks, or None, allow; a product of bools, since MXNet has no other "and"."""
-    return other if mask is None else mask if other is None else mask * other
+def both(tab: Any, mask: Any, other: Any) -> Any:
+    """Where both of two masks, or None, allow."""
+    if mask is None or other is None:
+        return other if mask is None else mask
+    return getattr(tab, "AND", operator.and_)(mask, other)
 
 
 def same(of_queries: Any, of_keys: Any, axes: int) -> Any:
@@ -567,7 +571,7 @@ def _with_flags(part: Part, said: Pairs, query: Any, key: Any, value: Any, call:
         mask, bias = (x if x is None or tuple(x.shape[-1:]) != (m,) else picked(x, -1) for x in (mask, bias))
     full = (*lead, query.shape[-2], key.shape[-2])
     if part.looks:
-        mask = both(mask, said.flags(query, key, full, offset, rows, part.runs, part.entries))
+        mask = both(said.tab, mask, said.flags(query, key, full, offset, rows, part.runs, part.entries))
     if said.bias_function is not None:
         bias = said.bias(query, key, full, offset, rows, part.runs, part.entries)
     if several:  # of which no window and no length tells

@@ -1,6 +1,6 @@
 """What is shown as HTML says what it was given, and does nothing else: names, errors, tokens, titles, what a lesson prints.
 
-The prose of a lesson is its author's own and may hold raw HTML, as Markdown's may: so says docs/howto/lessons.md.
+The prose of a lesson is its author's own and may hold raw HTML, as Markdown's may: so says SECURITY.md.
 """
 
 import html

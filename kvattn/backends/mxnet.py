@@ -12,6 +12,7 @@ has no gradient. Compare x.detach() there; np.matmul is safe.
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from contextlib import nullcontext
 from functools import partial, reduce
@@ -30,6 +31,7 @@ with old_names():
 
 HALF = ("float16",)
 GENERATORS = ()  # what rng may be beside an int and an array: MXNet draws from a state of its own
+AND = operator.mul  # of two arrays of bools: MXNet's own "and" takes none in a graph
 MOST_AXES = 5  # of an array that is cut
 DTYPES = ("float16", "float32", "float64", "int8", "uint8", "int32", "int64", "bool")
 WIDER = {"int16": "int32", "uint16": "int32", "uint32": "int64", "uint64": "int64"}
