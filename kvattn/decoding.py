@@ -189,6 +189,8 @@ class _Asking:
         scores = self._ask(self.tab.asarray(start) if self.like is None else self.tokens)
         if end is not None and not (checks.is_integer(end) and 0 <= end < scores.shape[1]):
             raise ValueError(f"end is {end!r}; expected None, or one of the {scores.shape[1]} tokens that step gives scores of")
+        if scores.shape[1] - 1 > np.iinfo(self.dtype).max:  # the start's own dtype cannot hold every token
+            self.dtype = np.dtype("int32")
         return scores
 
     def next(self, tokens: np.ndarray, going: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:

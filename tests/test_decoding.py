@@ -246,6 +246,19 @@ def test_nobody_asks_what_follows_an_end_or_a_token_that_cannot_be(search, ended
         search(step, [[0]], max_steps=3)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64"])
+def test_a_start_of_a_narrow_dtype_does_not_wrap_the_tokens_that_follow(dtype):
+    heard = []
+
+    def step(tokens, state):
+        heard.append(int(tokens.max()))
+        return np.arange(300.0)[None], state
+
+    for search in (decoding.greedy_search, partial(decoding.beam_search, beams=1)):
+        search(step, np.ones((1, 1), dtype), max_steps=2)
+    assert heard == [1, 299, 1, 299]
+
+
 UNIFORM = np.log(np.full((3, 3), 1 / 3))
 REFUSED = {
     "tokens of one axis": ({"tokens": [0]}, ValueError, r"tokens has shape \(1,\); expected \(batch, n\)"),
