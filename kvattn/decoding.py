@@ -79,7 +79,8 @@ def beam_search(step: Step, tokens: Any, state: Any = None, *, max_steps: int, b
             taken: call it in torch.no_grad(), and a model as it is out of training.
         tokens: (batch, n), n > 0, integers: where every sequence of the batch begins.
         state: what the first call of ``step`` is given. All arrays of it and of what ``step`` returns, in lists, tuples and
-            dicts, a kvattn.KVCache among them, have one row an entry of the batch as their first axis, if they have axes.
+            dicts, a kvattn.KVCache among them, have one row an entry of the batch as their first axis, if they have axes. A
+            list of numbers is no array and stays as it is: for more than one beam, give valid_lens as an array.
         max_steps: how many tokens a sequence may have, without the start.
         beams: how many sequences are kept, and found.
         end: the token that ends a sequence; None: all have max_steps.

@@ -367,6 +367,13 @@ def test_the_curves_of_a_training_are_drawn(kv):
     plt.close("all")
 
 
+def test_a_step_without_a_trainer_says_so():
+    from kvattn.scaffold import training
+
+    with pytest.raises(RuntimeError, match=r"Module is trained by nobody: its steps plot in Trainer.fit\(model, data\)"):
+        training.Module().plot("loss", 1.0, train=True)
+
+
 # ---- attention pooling in d2l's way: kernels of one argument
 
 
