@@ -60,7 +60,7 @@ def greedy_search(step: Step, tokens: Any, state: Any = None, *, max_steps: int,
         found.append(token)
         going &= (end is None or token != end) & (len(found) < max_steps)
         if going.any():
-            scores = ask.next(token)
+            scores = ask.next(token, going)
     made = np.stack(found, axis=1) if found else np.zeros((0, 0), int)
     return Found(made, lengths, log_probs, log_probs)
 
@@ -79,7 +79,8 @@ def beam_search(step: Step, tokens: Any, state: Any = None, *, max_steps: int, b
             taken: call it in torch.no_grad(), and a model as it is out of training.
         tokens: (batch, n), n > 0, integers: where every sequence of the batch begins.
         state: what the first call of ``step`` is given. All arrays of it and of what ``step`` returns, in lists, tuples and
-            dicts, a kvattn.KVCache among them, have one row an entry of the batch as their first axis, if they have axes.
+            dicts, a kvattn.KVCache among them, have one row an entry of the batch as their first axis, if they have axes. A
+            list of numbers is no array and stays as it is: for more than one beam, give valid_lens as an array.
         max_steps: how many tokens a sequence may have, without the start.
         beams: how many sequences are kept, and found.
         end: the token that ends a sequence; None: all have max_steps.
@@ -129,7 +130,8 @@ def beam_search(step: Step, tokens: Any, state: Any = None, *, max_steps: int, b
         elif end is not None and _settled(ended, going, penalties[t + 1 :], penalties):
             break
         else:
-            scores = ask.next(token.reshape(-1), row[entry, parent].reshape(-1))
+            alive = (going.log_probs > -np.inf).reshape(-1)
+            scores = ask.next(token.reshape(-1), alive, row[entry, parent].reshape(-1))
             row = np.arange(batch * beams).reshape(batch, beams)
     there = ended.log_probs > -np.inf
     lengths = np.where(there, ended.lengths, 0)
@@ -188,29 +190,36 @@ class _Asking:
         scores = self._ask(self.tab.asarray(start) if self.like is None else self.tokens)
         if end is not None and not (checks.is_integer(end) and 0 <= end < scores.shape[1]):
             raise ValueError(f"end is {end!r}; expected None, or one of the {scores.shape[1]} tokens that step gives scores of")
+        if scores.shape[1] - 1 > np.iinfo(self.dtype).max:  # the start's own dtype cannot hold every token
+            self.dtype = np.dtype("int32")
         return scores
 
-    def next(self, tokens: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
-        """The scores after these tokens, of which each follows one of the ``rows`` of the state; None: each its own."""
+    def next(self, tokens: np.ndarray, going: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """The scores after these tokens, of which each follows one of the ``rows`` of the state; None: each its own.
+
+        ``going``: whose scores count. What follows an end, or a token that cannot be, may be anything.
+        """
         if rows is not None:
             how = self.reorder or partial(_reordered, tab=self.tab, count=self.rows)
             self.state = how(self.state, rows)
         self.rows = len(tokens)
-        return self._ask(self.tab.asarray(tokens.astype(self.dtype)[:, None], like=self.like))
+        return self._ask(self.tab.asarray(tokens.astype(self.dtype)[:, None], like=self.like), going)
 
-    def _ask(self, tokens: Any) -> np.ndarray:
+    def _ask(self, tokens: Any, going: np.ndarray | None = None) -> np.ndarray:
         """Log-probabilities (rows, words), float64."""
         results = self.step(tokens, self.state)
         if not (isinstance(results, (tuple, list)) and len(results) == 2):
             raise TypeError(f"step returned {type(results).__name__}; expected (scores, state)")
         scores, self.state = results
         found = np.asarray(self.tab.to_numpy(scores), np.float64)
+        shape = found.shape
         found = found[:, -1] if found.ndim == 3 and found.shape[1] else found
         if found.ndim != 2 or len(found) != self.rows:
             raise ValueError(
-                f"step gave scores of shape {tuple(scores.shape)}; expected (rows, n, vocabulary) or (rows, vocabulary), "
-                f"for {self.rows} rows"
+                f"step gave scores of shape {shape}; expected (rows, n, vocabulary) or (rows, vocabulary), for {self.rows} rows"
             )
+        if going is not None and not going.all():
+            found = np.where(going[:, None], found, 0.0)
         top = found.max(axis=1, keepdims=True, initial=-np.inf)
         if not np.isfinite(top).all():
             raise ValueError(f"step gave scores whose largest is {top[~np.isfinite(top)][0]} in a row: no probabilities follow")

@@ -94,7 +94,7 @@ class Drawing:
 
 
 def look_up(
-    query: Any, keys: Sequence[Any], values: Sequence[Any], weights: Any, answer: str = "", *, caption: str = ""
+    query: Any, keys: Sequence[Any], values: Sequence[Any], weights: Any, answer: Any = "", *, caption: str = ""
 ) -> Drawing:
     """A query that asks the keys, and the values that it gets: lines as thick as the weights, (m,), which stand beside them.
 
@@ -103,7 +103,7 @@ def look_up(
     >>> look_up("Li", ["Li", "Hu"], ["Mu", "Rachel"], [1.0, 0.0], "Mu").alt
     'The query Li, and what each key weighs: Li 1.00, Hu 0.00. The answer: Mu'
     """
-    shares = _weights(weights)
+    shares, answer = _weights(weights), str(answer)
     rows = len(keys)
     if shares.shape != (rows,) or len(values) != rows:
         raise ValueError(

@@ -275,6 +275,8 @@ def of_differences(tab: Any, kernel: Any, query: Any, key: Any) -> Any:
 
     def score(query: Any, key: Any) -> Any:
         found = kernel(key[..., None, :, 0] - query[..., :, None, 0])
+        if not hasattr(found, "dtype"):
+            raise TypeError(f"the kernel gave {type(found).__name__}; expected an array, a number for each difference")
         return found if checks.dtype_name(found) == checks.dtype_name(query) else tab.asarray(found, checks.dtype_name(query))
 
     return score

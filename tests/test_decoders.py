@@ -102,6 +102,8 @@ WRONG = {
     "no state": (lambda: [SOURCE, LENS], TypeError, r"state must be \[enc_outputs, enc_valid_lens, caches\].*not list of 2"),
     "a cache short": (lambda: first_state(1), ValueError, r"state\[2\] holds 1 blocks' caches; this decoder has 2 blocks"),
     "d2l's arrays": (lambda: [SOURCE, LENS, [X, X]], TypeError, r"state\[2\]\[0\] must be None, at first, or a kvattn.KVCache"),
+    "no outputs": (lambda: [None, LENS, [None] * 2], TypeError, r"state\[0\] must be the encoder's outputs, .* not NoneType"),
+    "an encoder's cache": (lambda: [(SOURCE, []), LENS, [None] * 2], TypeError, r"state\[0\] must be .*, not tuple of 2"),
     "nothing kept": (lambda: [SOURCE, LENS, [layers.NOT_KEPT] * 2], ValueError, r"state\[2\]\[0\] kept nothing: .* init_state"),
 }  # fmt: skip
 
@@ -112,6 +114,24 @@ def test_what_is_no_state_is_refused(adapter, case):
     layer, _ = made(adapter, *DECODER)
     with pytest.raises(error, match=words):
         adapter.call(layer, TOKENS, state())
+
+
+def test_caches_of_different_lengths_are_refused(adapter):
+    layer, _ = made(adapter, *DECODER)
+    _, state = adapter.call(layer, TOKENS[:, :2], first_state())
+    for lengths, caches in (("2 and 0", [state[2][0], None]), ("0 and 2", [None, state[2][1]])):
+        with pytest.raises(ValueError, match=f"state.2. holds {lengths} positions; .* as many for each block"):
+            adapter.call(layer, TOKENS[:, 2:3], [*state[:2], caches])
+    encoder, _ = made(adapter, "TransformerEncoder", ENCODER, (TOKENS,))
+    _, caches = adapter.call(encoder, TOKENS[:, :2], causal=True, cache=[])
+    with pytest.raises(ValueError, match="cache holds 2 and 0 positions; expected as many for each block"):
+        adapter.call(encoder, TOKENS[:, 2:3], causal=True, cache=[caches[0], kvattn.KVCache()])
+
+
+def test_a_block_has_a_place_from_0_on(adapter):
+    layer = adapter.layer("TransformerDecoderBlock", **{**BLOCK, "i": -1})
+    with pytest.raises(ValueError, match="i is -1; expected the block's place in the decoder, from 0 on"):
+        adapter.call(layer, X, first_state(2))
 
 
 def test_a_decoder_that_looks_ahead_cannot_be_asked_for(adapter):

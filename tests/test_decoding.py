@@ -228,6 +228,37 @@ def test_a_state_of_another_layout_is_reordered_by_the_function_given():
         decoding.beam_search(step, [[0], [0]], start, max_steps=3, beams=3)
 
 
+@pytest.mark.parametrize("ended", [np.nan, -np.inf], ids=["NaN", "no token"])
+@pytest.mark.parametrize("search", [decoding.greedy_search, partial(decoding.beam_search, beams=3)], ids=["greedy", "beams"])
+def test_nobody_asks_what_follows_an_end_or_a_token_that_cannot_be(search, ended):
+    table = np.log([[0.1, 0.6, 0.3], [1.0, 1.0, 1.0], [0.5, 0.4, 0.1]])
+    table[1] = ended  # after the end nothing is defined
+
+    def step(tokens, state):
+        return table[tokens], state
+
+    both = search(step, [[0], [2]], max_steps=3, end=1)
+    for i, start in enumerate((0, 2)):
+        alone = search(step, [[start]], max_steps=3, end=1)
+        np.testing.assert_array_equal(both.log_probs[i], alone.log_probs[0])
+        np.testing.assert_array_equal(both.lengths[i], alone.lengths[0])
+    with pytest.raises(ValueError, match="in a row: no probabilities follow"):  # without an end, they are asked for
+        search(step, [[0]], max_steps=3)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int64"])
+def test_a_start_of_a_narrow_dtype_does_not_wrap_the_tokens_that_follow(dtype):
+    heard = []
+
+    def step(tokens, state):
+        heard.append(int(tokens.max()))
+        return np.arange(300.0)[None], state
+
+    for search in (decoding.greedy_search, partial(decoding.beam_search, beams=1)):
+        search(step, np.ones((1, 1), dtype), max_steps=2)
+    assert heard == [1, 299, 1, 299]
+
+
 UNIFORM = np.log(np.full((3, 3), 1 / 3))
 REFUSED = {
     "tokens of one axis": ({"tokens": [0]}, ValueError, r"tokens has shape \(1,\); expected \(batch, n\)"),
@@ -238,6 +269,7 @@ REFUSED = {
     "an end that is no token": ({"end": 3}, ValueError, "end is 3; expected None, or one of the 3 tokens"),
     "one result": ({"step": lambda tokens, state: UNIFORM}, TypeError, r"step returned ndarray; expected \(scores, state\)"),
     "other rows": ({"step": lambda tokens, state: (UNIFORM, state)}, ValueError, r"shape \(3, 3\); expected .* for 1 rows"),
+    "a list": ({"step": lambda tokens, state: ([0.5, 0.5], state)}, ValueError, r"shape \(2,\); expected .* for 1 rows"),
     "NaN": ({"step": lambda tokens, state: (UNIFORM[:1] * np.nan, state)}, ValueError, "largest is nan in a row"),
     "a penalty of 0": ({"length_penalty": lambda n: 0 * n}, ValueError, "length_penalty gave .* expected a divisor above 0"),
     "a penalty in words": ({"length_penalty": "long"}, TypeError, "length_penalty"),

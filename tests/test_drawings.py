@@ -72,6 +72,11 @@ def test_lines_are_as_thick_as_the_weights(backend):
     assert {"Li", "Mu", *LAST, *FIRST} <= {*said}
 
 
+def test_numbers_are_written_as_they_are():
+    drawing = drawings.look_up(1, [1, 2], [3, 4], [1.0, 0.0], 3)
+    assert drawing.svg == drawings.look_up("1", ["1", "2"], ["3", "4"], [1.0, 0.0], "3").svg
+
+
 def test_a_drawing_is_saved_as_it_is_shown_and_its_caption_escaped(tmp_path):
     MADE["heads"].save(tmp_path / "heads.svg")
     assert (tmp_path / "heads.svg").read_text(encoding="utf-8") == MADE["heads"].svg == MADE["heads"]._repr_svg_()

@@ -61,6 +61,16 @@ def test_what_is_folded_is_folded_in_a_notebook_and_stays_whole_on_a_page(comman
     assert made.count("<details>") == made.count("</details>") == 2
 
 
+def test_nothing_is_folded_behind_a_solution_that_ends_in_code(command, world):
+    folded = f"<details>\n<summary>1. Why</summary>\n\nSo.\n\n{cell('40')}\n</details>\n\n"
+    text = TWINS + folded + f"## Sources\n\n{cell('43')}\n{folded}{cell('44')}"
+    assert command(text, "convert", "--backend", "numpy").status == 0
+    cells = nbformat.read(world / "lesson.numpy.ipynb", as_version=4).cells[1:]
+    so = "<details>\n<summary>1. Why</summary>\n\nSo.\n\n</details>"
+    assert [each.source for each in cells] == [so, "40", "## Sources", "43", so, "40", "44"]
+    assert [each.source for each in cells if each.metadata.get("jupyter")] == ["40", "40"]
+
+
 def test_a_drawing_stands_on_a_page_itself_and_once(world):
     code = "from kvattn import drawings\ndrawings.look_up('Li', ['Li', 'Hu'], ['Mu', 'R<'], [0.75, 0.25], 'x', caption='A & B')"
     (world / "lesson.md").write_text(TWINS + cell(code))

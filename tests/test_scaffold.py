@@ -108,6 +108,8 @@ def test_what_a_gru_refuses(adapter, kv):
     for inputs, words in (((X[0],), "steps, batch, features"), ((X[:0],), "at least one step"), ((X, H[:1]), "H has shape")):
         with pytest.raises(ValueError, match=words):
             adapter.call(layer, *inputs)
+    with pytest.raises(ValueError, match=r"H has shape \(0,\); expected \(2, "):
+        kvattn.scaffold.check_call(X, [], 2, 4)
 
 
 def test_numpys_gru_takes_the_gradient_of_its_state_too():
@@ -171,6 +173,42 @@ def test_the_corpus_is_french():
     assert pairs["she's not old ."] == "elle n'est pas vieille ."
     assert pairs["are they late ?"] == "sont-ils en retard ?"
     assert pairs["we waited again ."] == "nous avons encore attendu ."
+
+
+def test_data_that_cannot_be_are_refused():
+    from kvattn import numpy as kv
+
+    for given, error, words in (
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, not 0"),
+        ({"batch_size": 2.5}, TypeError, "batch_size must be an int"),
+        ({"num_steps": 0}, ValueError, "num_steps must be at least 1, not 0"),
+        ({"num_train": -1, "num_val": 5}, ValueError, "num_train must be at least 0, not -1"),
+        ({"num_train": 5, "num_val": -1}, ValueError, "num_val must be at least 0, not -1"),
+    ):
+        with pytest.raises(error, match=words):
+            kv.MTFraEng(**{"batch_size": 2, **given})
+    sentences = kv.MTFraEng(2, num_train=9, num_val=0)
+    with pytest.raises(ValueError, match="2 sentences to translate and 1 translations; expected as many"):
+        sentences.build(["go .", "run ."], ["va !"])
+    with pytest.raises(TypeError, match="lists of sentences, not str"):  # whose letters would be sentences
+        sentences.build("go .", "va !")
+    assert [x.shape for x in sentences.build([], [])] == [(0, 9), (0, 9), (0,), (0, 9)]
+
+    class Data(kv.DataModule):
+        batch_size = 0
+
+    with pytest.raises(ValueError, match="batch_size must be at least 1, not 0"):
+        Data().get_tensorloader([np.arange(3)], train=True)
+
+
+def test_the_tokens_of_a_batch_are_lists_of_lists():
+    vocab = text.Vocab([["a", "b"]])
+    assert vocab.to_tokens(np.array([[1, 2], [2, 0]])) == [["a", "b"], ["b", "<unk>"]]
+    assert vocab.to_tokens([[1], [2, 0]]) == [["a"], ["b", "<unk>"]]
+    assert vocab.to_tokens(np.zeros((0, 2), int)) == []
+    assert vocab.to_tokens([]) == []
+    assert vocab.to_tokens(range(2)) == ["<unk>", "a"]
+    assert vocab.to_tokens(2) == "b"
 
 
 @pytest.mark.parametrize(
@@ -329,6 +367,13 @@ def test_the_curves_of_a_training_are_drawn(kv):
     plt.close("all")
 
 
+def test_a_step_without_a_trainer_says_so():
+    from kvattn.scaffold import training
+
+    with pytest.raises(RuntimeError, match=r"Module is trained by nobody: its steps plot in Trainer.fit\(model, data\)"):
+        training.Module().plot("loss", 1.0, train=True)
+
+
 # ---- attention pooling in d2l's way: kernels of one argument
 
 
@@ -357,6 +402,8 @@ def test_a_kernel_of_one_argument_is_of_differences_and_its_weights_have_a_colum
         assert_near(kvattn.to_numpy(w), expected[1].astype("float32"), name)
         assert_near(kvattn.to_numpy(y).ravel(), expected[0].astype("float32"), name)
         assert y.shape == ((4, 1) if column else (4,))
+    with pytest.raises(TypeError, match="the kernel gave float; expected an array, a number for each difference"):
+        kv.nadaraya_watson(*given, kv.tensor(x.astype("float32")), lambda u: 1.0)
     with pytest.raises(ValueError, match="x has 2 features"):
         kv.nadaraya_watson(kv.ones((3, 2)), kv.ones((3,)), kv.ones((4, 2)), lambda u: u)
 

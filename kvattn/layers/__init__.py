@@ -367,6 +367,7 @@ def caches(given: Any, blocks: int) -> list[KVCache]:
     given = list(given)
     if given and len(given) != blocks:
         raise ValueError(f"cache holds {len(given)} blocks' keys and values; this encoder has {blocks} blocks")
+    of_one_position(given, "cache")
     return given or [KVCache() for _ in range(blocks)]
 
 
@@ -382,6 +383,10 @@ def opened(state: Any, blocks: int, exactly: bool = True) -> tuple[Any, Any, lis
     if not (isinstance(state, (list, tuple)) and len(state) == 3 and isinstance(state[2], (list, tuple))):
         raise TypeError(f"state must be [enc_outputs, enc_valid_lens, caches], what init_state gives, not {_told(state)}")
     outputs, lens, caches = state
+    if outputs is None or isinstance(outputs, (list, tuple)):
+        raise TypeError(f"state[0] must be the encoder's outputs, an array, not {_told(outputs)}")
+    if blocks < 1 and not exactly:
+        raise ValueError(f"i is {blocks - 1}; expected the block's place in the decoder, from 0 on")
     if len(caches) != blocks if exactly else len(caches) < blocks:
         needs = f"this decoder has {blocks} blocks" if exactly else f"this block's is state[2][{blocks - 1}]"
         raise ValueError(f"state[2] holds {len(caches)} blocks' caches; {needs}")
@@ -393,7 +398,17 @@ def opened(state: Any, blocks: int, exactly: bool = True) -> tuple[Any, Any, lis
                 f"state[2][{i}] kept nothing: the call before was in a graph of an unknown length, of padding that Keras "
                 "masks, or of MXNet's, after which none can follow; give each sequence whole, with a state of init_state's"
             )
-    return outputs, lens, [KVCache() if cache is None else cache for cache in caches]
+    caches = [KVCache() if cache is None else cache for cache in caches]
+    if exactly:
+        of_one_position(caches, "state[2]")
+    return outputs, lens, caches
+
+
+def of_one_position(caches: list[KVCache], name: str) -> None:
+    """Raises ValueError unless all blocks' caches hold as many positions, where lengths are numbers, not of a trace."""
+    held = [cache.length for cache in caches]
+    if all(map(checks.is_integer, held)) and any(length != held[0] for length in held):
+        raise ValueError(f"{name} holds {' and '.join(map(str, held))} positions; expected as many for each block")
 
 
 def _told(x: Any) -> str:

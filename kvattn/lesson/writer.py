@@ -59,6 +59,7 @@ class _Fold:
         begun = f"<details>\n{self.summary}\n\n" if self.summary else ""
         if self.summary and text.startswith("</details>"):  # after code: there is nothing to fold
             begun, text = "", text.removeprefix("</details>").lstrip("\n")
+            self.summary = ""
         for mark, summary in _DETAILS.findall(text):
             self.summary = summary.strip() or "<summary></summary>" if mark == "<details" else ""
         return begun + text + ("\n\n</details>" if self.summary else "")

@@ -50,7 +50,7 @@ def check_call(X: Any, H: Any, num_layers: int, num_hiddens: int) -> tuple[Any, 
         raise ValueError(f"X has shape {found}; expected (steps, batch, features), at least one step")
     shape = (num_layers, found[1], num_hiddens)
     if H is not None:
-        state = (len(H), *H[0].shape) if isinstance(H, (list, tuple)) else tuple(H.shape)
+        state = (len(H), *(H[0].shape if len(H) else ())) if isinstance(H, (list, tuple)) else tuple(H.shape)
         if len(state) != 3 or any(a != b for a, b in zip(state, shape, strict=True) if None not in (a, b)):
             raise ValueError(f"H has shape {state}; expected {shape}: (num_layers, batch, num_hiddens)")
     return shape

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import api
+from kvattn import api, checks
 
 # English, French, French negated, French asked; which form of an adjective; "home"
 _BE = (
@@ -98,9 +98,11 @@ class Vocab:
         return self.token_to_idx.get(tokens, self.unk)
 
     def to_tokens(self, indices: Any) -> Any:
-        """The token of an index, or the list of those of several, in an array of any framework too."""
-        found = np.asarray(api.to_numpy(indices) if hasattr(indices, "dtype") else indices).astype(int)
-        return self.idx_to_token[int(found)] if found.ndim == 0 else [self.idx_to_token[i] for i in found]
+        """The token of an index, or the list of those of several, of lists of them too, and of an array of any framework."""
+        found = api.to_numpy(indices).tolist() if hasattr(indices, "dtype") else indices
+        if hasattr(found, "__iter__") and not isinstance(found, str):
+            return [self.to_tokens(i) for i in found]
+        return self.idx_to_token[int(found)]
 
     @property
     def unk(self) -> int:
@@ -116,7 +118,8 @@ class Batches:
     """
 
     def __init__(self, arrays: Sequence[Any], batch_size: int, *, shuffle: bool, array: Any, seed: int = 0) -> None:
-        self.arrays, self.batch_size, self.shuffle, self.array = arrays, batch_size, shuffle, array
+        self.arrays, self.batch_size = arrays, checks.count("batch_size", batch_size)
+        self.shuffle, self.array = shuffle, array
         self._draw = np.random.default_rng(seed)  # so that each framework is given the same batches
 
     def __len__(self) -> int:
@@ -166,9 +169,12 @@ class Translations(DataModule):
 
     def __init__(self, batch_size: int, num_steps: int = 9, num_train: int = 512, num_val: int = 128) -> None:
         pairs = corpus()
+        for name, x, least in (("num_steps", num_steps, 1), ("num_train", num_train, 0), ("num_val", num_val, 0)):
+            checks.count(name, x, least)
         if not 0 < num_train + num_val <= len(pairs):
             raise ValueError(f"num_train + num_val is {num_train + num_val}; there are {len(pairs)} pairs of sentences")
-        self.batch_size, self.num_steps, self.num_train, self.num_val = batch_size, num_steps, num_train, num_val
+        self.batch_size, self.num_steps = checks.count("batch_size", batch_size), num_steps
+        self.num_train, self.num_val = num_train, num_val
         src, tgt = ([self._fitted(pair[i]) for pair in pairs[: num_train + num_val]] for i in (0, 1))
         self.src_vocab = Vocab(src, reserved_tokens=["<pad>"])
         self.tgt_vocab = Vocab(tgt, reserved_tokens=["<pad>", "<bos>"])
@@ -179,15 +185,24 @@ class Translations(DataModule):
         return tokens + ["<pad>"] * (self.num_steps - len(tokens))
 
     def _arrays(self, src: list[list[str]], tgt: list[list[str]]) -> tuple[np.ndarray, ...]:
-        X = np.array([self.src_vocab[tokens] for tokens in src])
-        Y = np.array([self.tgt_vocab[["<bos>", *tokens]] for tokens in tgt])
+        X = np.array([self.src_vocab[tokens] for tokens in src], int).reshape(-1, self.num_steps)
+        Y = np.array([self.tgt_vocab[["<bos>", *tokens]] for tokens in tgt], int).reshape(-1, self.num_steps + 1)
         return X, Y[:, :-1], np.count_nonzero(X - self.src_vocab["<pad>"], axis=1), Y[:, 1:]
 
     def get_dataloader(self, train: bool) -> Batches:
         return self.get_tensorloader(self.arrays, train, slice(self.num_train) if train else slice(self.num_train, None))
 
     def build(self, src_sentences: Sequence[str], tgt_sentences: Sequence[str]) -> tuple[Any, ...]:
-        """A batch of these sentences, written as `corpus` writes them: a word that is not in the vocabulary is <unk>."""
+        """A batch of these sentences, written as `corpus` writes them: a word that is not in the vocabulary is <unk>.
+
+        Raises TypeError for one sentence in the place of a list, ValueError unless both lists are as long.
+        """
+        if isinstance(src_sentences, str) or isinstance(tgt_sentences, str):
+            raise TypeError("src_sentences and tgt_sentences must be lists of sentences, not str")
+        if len(src_sentences) != len(tgt_sentences):
+            raise ValueError(
+                f"there are {len(src_sentences)} sentences to translate and {len(tgt_sentences)} translations; expected as many"
+            )
         arrays = self._arrays(*([self._fitted(x) for x in sentences] for sentences in (src_sentences, tgt_sentences)))
         return tuple(map(self.array, arrays))
 

@@ -110,7 +110,9 @@ class Module(HyperParameters):
 
     def plot(self, key: str, value: Any, train: bool) -> None:
         """A point of the curve ``key``, of training or of validation, at this moment of the training."""
-        now = self.trainer
+        now = getattr(self, "trainer", None)
+        if now is None:
+            raise RuntimeError(f"{type(self).__name__} is trained by nobody: its steps plot in Trainer.fit(model, data)")
         if train:
             x, every = now.train_batch_idx / now.num_train_batches, now.num_train_batches / self.plot_train_per_epoch
         else:
