@@ -88,14 +88,15 @@ class Pairs(NamedTuple):
         elif len(runs) == 1:
             k = _places(tab, key, runs[0][0], runs[0][1] - runs[0][0])
         else:
-            k = tab.asarray(_numbers(runs), dtype=checks.dtype_name(_places(tab, key, 0, 1)), like=key)
+            k = tab.asarray(_numbers(runs), dtype=_dtype(tab, key, runs[0][0], runs[-1][1]), like=key)
         if type(offset) is int:
             return _places(tab, query, offset + start, count)[:, None], k[None]
-        q = _places(tab, query, start, count)[:, None]
+        far = _dtype(tab, query, 0, SQUARE)  # an offset that is an array may be large
+        q = tab.asarray(_places(tab, query, start, count), dtype=far)[:, None]
         if len(getattr(offset, "shape", ())) == 0:
             seen = checks.peek(tab, offset) if tab.is_array(offset) else None
             return q + (offset if seen is None else int(seen)), k[None]
-        offset = tab.asarray(offset, dtype=checks.dtype_name(q))
+        offset = tab.asarray(offset, dtype=far)
         return q + offset[(slice(None), *[None] * (len(query.shape) - 1))], k[None]
 
     def flags(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None,
@@ -121,9 +122,11 @@ class Pairs(NamedTuple):
             return None
         from kvattn import positions  # here, since importing kvattn loads nothing
 
-        dtype, start = checks.dtype_name(_places(self.tab, key, 0, 1)), offset + rows[0]
-        q = _numbers([(start, start + full[-2])]).astype(dtype)[:, None]
-        return positions.of_pairs(self.mask_function, q, _numbers(runs or [(0, full[-1])]).astype(dtype)[None])
+        keys, start = runs or [(0, full[-1])], offset + rows[0]
+        of_queries = _dtype(self.tab, key, start, start + full[-2])
+        q = _numbers([(start, start + full[-2])]).astype(of_queries)[:, None]
+        of_keys = _dtype(self.tab, key, keys[0][0], keys[-1][1])
+        return positions.of_pairs(self.mask_function, q, _numbers(keys).astype(of_keys)[None])
 
     def _same_segment(self, query: Any, full: Shape, rows: Rows, runs: Sequence[Run] | None, entries: Run | None) -> Any:
         assert self.segments is not None
@@ -192,6 +195,11 @@ def _numbers(runs: Sequence[Run]) -> Any:
 def _places(tab: Any, x: Any, first: Any, count: Any) -> Any:
     """The tab's `places`; of another's backend, which may have none, an array of NumPy's."""
     return tab.places(x, first, count) if hasattr(tab, "places") else tab.asarray(_numbers([(first, first + count)]), like=x)
+
+
+def _dtype(tab: Any, x: Any, first: int, end: int) -> str:
+    """The dtype that `_places` has for positions from ``first`` to ``end``."""
+    return checks.dtype_name(_places(tab, x, 0 if short(first, end) else SQUARE, 1))
 
 
 def _lead(query: Any, key: Any) -> Shape:
@@ -388,7 +396,7 @@ def _ahead(query: Any, key: Any, call: Call) -> Any:
     if type(offset) is not int or checks.peek(tab, ahead := _places(tab, query, 1 - offset - n, n + m - 1)[None]) is None:
         return None
     near = short(0, m) and short(offset, offset + n)
-    return ahead if near else tab.asarray(ahead, dtype=checks.dtype_name(_places(tab, key, SQUARE, 1)))  # the positions' own
+    return ahead if near else tab.asarray(ahead, dtype=_dtype(tab, key, 0, SQUARE))  # the positions' own
 
 
 def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None] | None:

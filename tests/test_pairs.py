@@ -373,6 +373,16 @@ def test_positions_are_wide_where_a_product_of_two_would_not_fit():
     assert seen == [("int32", 0), ("int32", 46_000), ("int64", 50_000), ("int64", -50_000)]
 
 
+@pytest.mark.parametrize("offset", [np.array(70_000), np.array([70_000, 2**33])])
+def test_offsets_that_are_arrays_make_wide_positions(offset):
+    rng = np.random.default_rng(0)
+    x, key = rng.normal(size=(2, 1, 3)), rng.normal(size=(2, 40_000, 3))
+    position, keys = offset.reshape(-1, 1, 1), np.arange(40_000)
+    want = kvattn.attention(x, key, key, mask=position * keys % 7 < 3)
+    found = kvattn.attention(x, key, key, mask=lambda q, k: q * k % 7 < 3, query_offset=offset)
+    np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-12)
+
+
 def _and(query, key):
     return (key <= query) and (key > 1)
 

@@ -312,3 +312,12 @@ def test_the_lse_of_calls_without_gradients_is_the_kernels(dtype, n, m, causal):
     assert ("its lse" in kvattn.explain(query, key, value, causal=causal, return_lse=True).why) == (not causal or n <= m)
     query.requires_grad_()
     assert "its lse" not in kvattn.explain(query, key, value, return_lse=True).why
+
+
+@pytest.mark.parametrize("offset", [70_000, 2**31 - 4, 2**33])
+def test_functions_of_far_positions_are_asked_with_integers_that_hold_them(offset):
+    query, key = torch.randn(1, 8, 4, dtype=torch.float64), torch.randn(1, 40_000, 4, dtype=torch.float64)
+    q, k = offset + torch.arange(8)[:, None], torch.arange(40_000)[None]
+    want = kvattn.attention(query, key, key, mask=q * k % 7 < 3)
+    found = kvattn.attention(query, key, key, mask=lambda q, k: q * k % 7 < 3, query_offset=offset)
+    torch.testing.assert_close(found, want)
