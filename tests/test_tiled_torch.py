@@ -314,6 +314,19 @@ def test_the_lse_of_calls_without_gradients_is_the_kernels(dtype, n, m, causal):
     assert "its lse" not in kvattn.explain(query, key, value, return_lse=True).why
 
 
+@pytest.mark.parametrize("lowest", [-INF, -1e38])
+@pytest.mark.parametrize(("n", "m", "causal"), [(1, 3, True), (40, 70, False), (600, 700, True)])
+def test_the_lse_of_a_row_of_nothing_but_minus_infinity_is_that(n, m, causal, lowest):
+    query, key, value = torch.full((1, 1, n, 4), 100.0), torch.zeros(1, 1, m, 4), torch.ones(1, 1, m, 4)
+    key[..., 0] = lowest
+    query[..., -1:, 0] = 0.0 if lowest > -INF else 100.0  # one row whose scores are 0
+    output, lse = kvattn.attention(query, key, value, causal=causal, return_lse=True)
+    some = (torch.arange(n) == n - 1) & (lowest > -INF)
+    np.testing.assert_allclose(output[0, 0, :, 0], some, rtol=1e-5)
+    assert (lse.isfinite() == some).all()
+    assert (lse[..., ~some] == -INF).all()
+
+
 @pytest.mark.parametrize("offset", [70_000, 2**31 - 4, 2**33])
 def test_functions_of_far_positions_are_asked_with_integers_that_hold_them(offset):
     query, key = torch.randn(1, 8, 4, dtype=torch.float64), torch.randn(1, 40_000, 4, dtype=torch.float64)
