@@ -127,7 +127,7 @@ def test_few_positions_are_asked_where_they_tell_of_all(backend, tab):
     with patch.multiple(pairs, FEW=0):
         found = kvattn.explain(x, x, x, mask=window)
         assert "a window" in found.why
-        assert sum(asked) <= 800
+        assert sum(asked) <= 1600  # n + m - 1 distances, and the keys beside the first query and the last
         asked.clear()
         kvattn.attention(x, x, x, mask=prefix)
     own = type(tab.places(x))
@@ -371,6 +371,25 @@ def test_positions_are_wide_where_a_product_of_two_would_not_fit():
     for offset in (0, 46_000, 50_000, -50_000):
         kvattn.attention(x, x, x, mask=lambda q, k: seen.append((q.dtype, int(q[0, 0]))) or k * q >= 0, query_offset=offset)
     assert seen == [("int32", 0), ("int32", 46_000), ("int64", 50_000), ("int64", -50_000)]
+
+
+def _by_size(query, key):
+    ahead = key - query
+    return -abs(ahead) / ahead.shape[-1]
+
+
+def _by_class(query, key):
+    return (key - query) * (0.5 if isinstance(query, np.ndarray) else 0.25)
+
+
+@pytest.mark.parametrize("function", [_by_size, _by_class])
+def test_functions_that_look_at_more_than_numbers_are_asked_with_arrays(function):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 300, 3))
+    positions = np.arange(300)[:, None], np.arange(300)[None]
+    want = kvattn.attention(x, x, x, bias=function(*positions), mask=function(*positions) < 0.1)
+    found = kvattn.attention(x, x, x, bias=function, mask=lambda q, k: function(q, k) < 0.1)
+    np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("offset", [np.array(70_000), np.array([70_000, 2**33])])

@@ -334,3 +334,14 @@ def test_functions_of_far_positions_are_asked_with_integers_that_hold_them(offse
     want = kvattn.attention(query, key, key, mask=q * k % 7 < 3)
     found = kvattn.attention(query, key, key, mask=lambda q, k: q * k % 7 < 3, query_offset=offset)
     torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("apart", [1, 2])
+def test_functions_that_look_at_the_class_of_positions_are_asked_with_tensors(apart):
+    x, positions = torch.randn(1, 300, 4, dtype=torch.float64), (torch.arange(300)[:, None], torch.arange(300)[None])
+
+    def mask(query, key):
+        return apart * key <= query if isinstance(query, torch.Tensor) else apart * key <= query + 5
+
+    found = kvattn.attention(x, x, x, mask=mask)
+    torch.testing.assert_close(found, kvattn.attention(x, x, x, mask=mask(*positions)))
