@@ -90,14 +90,15 @@ class Pairs(NamedTuple):
         elif len(runs) == 1:
             k = _places(tab, key, runs[0][0], runs[0][1] - runs[0][0])
         else:
-            k = tab.asarray(_numbers(runs), dtype=checks.dtype_name(_places(tab, key, 0, 1)), like=key)
+            k = tab.asarray(_numbers(runs), dtype=_dtype(tab, key, runs[0][0], runs[-1][1]), like=key)
         if type(offset) is int:
             return _places(tab, query, offset + start, count)[:, None], k[None]
-        q = _places(tab, query, start, count)[:, None]
+        far = _dtype(tab, query, 0, SQUARE)  # an offset that is an array may be large
+        q = tab.asarray(_places(tab, query, start, count), dtype=far)[:, None]
         if len(getattr(offset, "shape", ())) == 0:
             seen = checks.peek(tab, offset) if tab.is_array(offset) else None
             return q + (offset if seen is None else int(seen)), k[None]
-        offset = tab.asarray(offset, dtype=checks.dtype_name(q))
+        offset = tab.asarray(offset, dtype=far)
         return q + offset[(slice(None), *[None] * (len(query.shape) - 1))], k[None]
 
     def flags(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None,
@@ -123,9 +124,11 @@ class Pairs(NamedTuple):
             return None
         from kvattn import positions  # here, since importing kvattn loads nothing
 
-        dtype, start = checks.dtype_name(_places(self.tab, key, 0, 1)), offset + rows[0]
-        q = _numbers([(start, start + full[-2])]).astype(dtype)[:, None]
-        return positions.of_pairs(self.mask_function, q, _numbers(runs or [(0, full[-1])]).astype(dtype)[None])
+        keys, start = runs or [(0, full[-1])], offset + rows[0]
+        of_queries = _dtype(self.tab, key, start, start + full[-2])
+        q = _numbers([(start, start + full[-2])]).astype(of_queries)[:, None]
+        of_keys = _dtype(self.tab, key, keys[0][0], keys[-1][1])
+        return positions.of_pairs(self.mask_function, q, _numbers(keys).astype(of_keys)[None])
 
     def _same_segment(self, query: Any, full: Shape, rows: Rows, runs: Sequence[Run] | None, entries: Run | None) -> Any:
         assert self.segments is not None
@@ -198,6 +201,11 @@ def _places(tab: Any, x: Any, first: Any, count: Any) -> Any:
     return tab.places(x, first, count) if hasattr(tab, "places") else tab.asarray(_numbers([(first, first + count)]), like=x)
 
 
+def _dtype(tab: Any, x: Any, first: int, end: int) -> str:
+    """The dtype that `_places` has for positions from ``first`` to ``end``."""
+    return checks.dtype_name(_places(tab, x, 0 if short(first, end) else SQUARE, 1))
+
+
 def _lead(query: Any, key: Any) -> Shape:
     """The leading axes of the scores, None where they are unknown."""
     pairs = zip(query[:-3], key[:-3], strict=True)
@@ -232,9 +240,11 @@ def resolved(query: Any, key: Any, value: Any, call: Call,
         if parts is None and (compared := _compared(query, key, value, plain, said)) is not None:
             return compared, ()
     if parts is None and said.restricts:
-        said = said._replace(in_numpy=_same_in_numpy(said, query, key, call.query_offset))
-        call = call._replace(mask=said)
-        left, right, parts = _looked_at(query, key, call)
+        window = window_of(query, key, call)
+        if window is None:
+            said = said._replace(in_numpy=_same_in_numpy(said, query, key, call.query_offset))
+            call = call._replace(mask=said)
+        left, right, parts = _looked_at(query, key, call, window)
         if parts is None and (left is not None or right is not None):  # it is a window
             plain = in_window(plain, left, right, query, key)
             said = said._replace(mask_function=None)
@@ -376,14 +386,19 @@ def _same_in_numpy(said: Pairs, query: Any, key: Any, offset: Any) -> bool:
     """Whether the mask function may be asked with NumPy's integers: of the framework's it makes bools that can be read."""
     if said.mask_function is None or type(offset) is not int:
         return False
-    q, k = said.places(query, key, offset, (0, 1), [(0, 1)])
+    import numpy as np
+
+    q, k = said.places(query, key, offset, (0, 1), None)
     if (seen := checks.peek(said.tab, q)) is None or seen is q:  # the framework's are NumPy's
         return False
     try:
         made = said.mask_function(q, k)
     except Exception:  # it is asked again, for all pairs, and its error is for the user then
         return False
-    return bool(said.tab.is_array(made)) and checks.dtype_name(made) in ("bool", "bool_")
+    if not said.tab.is_array(made) or checks.dtype_name(made) not in ("bool", "bool_"):
+        return False
+    found = said._replace(in_numpy=True)._numpy_flags(key, (1, key.shape[-2]), offset, (0, 1), None)
+    return found is not None and np.array_equal(found, checks.peek(said.tab, made))
 
 
 def _ahead(query: Any, key: Any, call: Call) -> Any:
@@ -392,33 +407,53 @@ def _ahead(query: Any, key: Any, call: Call) -> Any:
     if type(offset) is not int or checks.peek(tab, ahead := _places(tab, query, 1 - offset - n, n + m - 1)[None]) is None:
         return None
     near = short(0, m) and short(offset, offset + n)
-    return ahead if near else tab.asarray(ahead, dtype=checks.dtype_name(_places(tab, key, SQUARE, 1)))  # the positions' own
+    return ahead if near else tab.asarray(ahead, dtype=_dtype(tab, key, 0, SQUARE))  # the positions' own
+
+
+def _of_distances(function: Any, query: Any, key: Any, call: Call) -> Any:
+    """What a function gives for each distance, (..., 1, n + m - 1), the least first; None where it asks for more, or nobody can
+    tell. The first query and the last, asked with arrays, tell of one that looks at the sizes or the class of these."""
+    import numpy as np
+
+    from kvattn import positions  # here, as above
+
+    said, n, m = call.mask, query.shape[-2], key.shape[-2]
+    if (ahead := _ahead(query, key, call)) is None:
+        return None
+    made = positions.of_distances(function, ahead)
+    if made is None or not said.tab.is_array(made):
+        return None
+    for row in (0, n - 1):
+        try:
+            found = function(*said.places(query, key, call.query_offset, (row, 1), None))
+        except Exception:  # it is asked again, and its error is for the user then
+            return None
+        seen = checks.peek(said.tab, made), checks.peek(said.tab, found)
+        if seen[0] is None or seen[1] is None:
+            continue
+        known, found = (np.asarray(x, np.float64) for x in (seen[0][..., n - 1 - row : n - 1 - row + m], seen[1]))
+        if known.shape != found.shape or not np.allclose(known, found, atol=1e-6, equal_nan=True):
+            return None
+    return made
 
 
 def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None] | None:
     """The window that the mask function says, where all it asks for is how far a key is from a query, as can be read."""
     from kvattn import positions  # here, as above
 
-    tab = call.mask.tab
-    if call.mask.segments is not None or (ahead := _ahead(query, key, call)) is None:
-        return None
-    made = positions.of_distances(call.mask.mask_function, ahead)
-    if made is None or not tab.is_array(made) or checks.dtype_name(made) not in ("bool", "bool_"):
+    tab, count = call.mask.tab, query.shape[-2] + key.shape[-2] - 1
+    made = None if call.mask.segments is not None else _of_distances(call.mask.mask_function, query, key, call)
+    if made is None or checks.dtype_name(made) not in ("bool", "bool_"):
         return None
     flags = checks.peek(tab, made)
-    one_for_all = flags is not None and flags.size == ahead.shape[-1]
+    one_for_all = flags is not None and flags.size == count
     return positions.window(flags.reshape(-1), 1 - call.query_offset - query.shape[-2]) if one_for_all else None
 
 
 def line_of(query: Any, key: Any, call: Call) -> Any:
     """The bias of each distance, (..., n + m - 1), the least first, where the bias function asks for no more; or None."""
-    from kvattn import positions  # here, as above
-
-    tab = call.mask.tab
-    if (ahead := _ahead(query, key, call)) is None:
-        return None
-    made = positions.of_distances(call.mask.bias_function, ahead)
-    if made is None or not tab.is_array(made) or checks.dtype_name(made) not in checks.FLOATS:
+    tab, made = call.mask.tab, _of_distances(call.mask.bias_function, query, key, call)
+    if made is None or checks.dtype_name(made) not in checks.FLOATS:
         return None
     lead, given = _lead(query.shape, key.shape), tuple(made.shape[:-2])
     if len(given) > len(lead) or any(x not in (1, full) for x, full in zip(reversed(given), reversed(lead), strict=False)):
@@ -426,12 +461,13 @@ def line_of(query: Any, key: Any, call: Call) -> Any:
     return tab.asarray(made[..., 0, :], dtype=checks.dtype_name(query))
 
 
-def _looked_at(query: Any, key: Any, call: Call) -> tuple[int | None, int | None, list[Part] | None]:
+def _looked_at(query: Any, key: Any, call: Call,
+               window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None, list[Part] | None]:  # fmt: skip
     """(left, right, None) where the flags are those of a window, (None, None, parts), or (None, None, None): of all pairs."""
     import numpy as np
 
     n, m, offset = query.shape[-2], key.shape[-2], call.query_offset
-    if (window := window_of(query, key, call)) is not None:
+    if window is not None:
         return (*window, None) if window != (None, None) else (None, None, [Part(0, n, ((0, m),), False)])
 
     def look(start: int, count: int) -> Any:

@@ -127,7 +127,7 @@ def test_few_positions_are_asked_where_they_tell_of_all(backend, tab):
     with patch.multiple(pairs, FEW=0):
         found = kvattn.explain(x, x, x, mask=window)
         assert "a window" in found.why
-        assert sum(asked) <= 800
+        assert sum(asked) <= 1600  # n + m - 1 distances, and the keys beside the first query and the last
         asked.clear()
         kvattn.attention(x, x, x, mask=prefix)
     own = type(tab.places(x))
@@ -371,6 +371,35 @@ def test_positions_are_wide_where_a_product_of_two_would_not_fit():
     for offset in (0, 46_000, 50_000, -50_000):
         kvattn.attention(x, x, x, mask=lambda q, k: seen.append((q.dtype, int(q[0, 0]))) or k * q >= 0, query_offset=offset)
     assert seen == [("int32", 0), ("int32", 46_000), ("int64", 50_000), ("int64", -50_000)]
+
+
+def _by_size(query, key):
+    ahead = key - query
+    return -abs(ahead) / ahead.shape[-1]
+
+
+def _by_class(query, key):
+    return (key - query) * (0.5 if isinstance(query, np.ndarray) else 0.25)
+
+
+@pytest.mark.parametrize("function", [_by_size, _by_class])
+def test_functions_that_look_at_more_than_numbers_are_asked_with_arrays(function):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 300, 3))
+    positions = np.arange(300)[:, None], np.arange(300)[None]
+    want = kvattn.attention(x, x, x, bias=function(*positions), mask=function(*positions) < 0.1)
+    found = kvattn.attention(x, x, x, bias=function, mask=lambda q, k: function(q, k) < 0.1)
+    np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [np.array(70_000), np.array([70_000, 2**33])])
+def test_offsets_that_are_arrays_make_wide_positions(offset):
+    rng = np.random.default_rng(0)
+    x, key = rng.normal(size=(2, 1, 3)), rng.normal(size=(2, 40_000, 3))
+    position, keys = offset.reshape(-1, 1, 1), np.arange(40_000)
+    want = kvattn.attention(x, key, key, mask=position * keys % 7 < 3)
+    found = kvattn.attention(x, key, key, mask=lambda q, k: q * k % 7 < 3, query_offset=offset)
+    np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-12)
 
 
 def _and(query, key):

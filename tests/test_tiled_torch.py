@@ -312,3 +312,36 @@ def test_the_lse_of_calls_without_gradients_is_the_kernels(dtype, n, m, causal):
     assert ("its lse" in kvattn.explain(query, key, value, causal=causal, return_lse=True).why) == (not causal or n <= m)
     query.requires_grad_()
     assert "its lse" not in kvattn.explain(query, key, value, return_lse=True).why
+
+
+@pytest.mark.parametrize("lowest", [-INF, -1e38])
+@pytest.mark.parametrize(("n", "m", "causal"), [(1, 3, True), (40, 70, False), (600, 700, True)])
+def test_the_lse_of_a_row_of_nothing_but_minus_infinity_is_that(n, m, causal, lowest):
+    query, key, value = torch.full((1, 1, n, 4), 100.0), torch.zeros(1, 1, m, 4), torch.ones(1, 1, m, 4)
+    key[..., 0] = lowest
+    query[..., -1:, 0] = 0.0 if lowest > -INF else 100.0  # one row whose scores are 0
+    output, lse = kvattn.attention(query, key, value, causal=causal, return_lse=True)
+    some = (torch.arange(n) == n - 1) & (lowest > -INF)
+    np.testing.assert_allclose(output[0, 0, :, 0], some, rtol=1e-5)
+    assert (lse.isfinite() == some).all()
+    assert (lse[..., ~some] == -INF).all()
+
+
+@pytest.mark.parametrize("offset", [70_000, 2**31 - 4, 2**33])
+def test_functions_of_far_positions_are_asked_with_integers_that_hold_them(offset):
+    query, key = torch.randn(1, 8, 4, dtype=torch.float64), torch.randn(1, 40_000, 4, dtype=torch.float64)
+    q, k = offset + torch.arange(8)[:, None], torch.arange(40_000)[None]
+    want = kvattn.attention(query, key, key, mask=q * k % 7 < 3)
+    found = kvattn.attention(query, key, key, mask=lambda q, k: q * k % 7 < 3, query_offset=offset)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("apart", [1, 2])
+def test_functions_that_look_at_the_class_of_positions_are_asked_with_tensors(apart):
+    x, positions = torch.randn(1, 300, 4, dtype=torch.float64), (torch.arange(300)[:, None], torch.arange(300)[None])
+
+    def mask(query, key):
+        return apart * key <= query if isinstance(query, torch.Tensor) else apart * key <= query + 5
+
+    found = kvattn.attention(x, x, x, mask=mask)
+    torch.testing.assert_close(found, kvattn.attention(x, x, x, mask=mask(*positions)))

@@ -252,7 +252,9 @@ def with_lse(otherwise, query, key, value, call, blocks=()):
     causal, n = call.right == 0, query.shape[-2]
     keys, values = (key[..., :n, :], value[..., :n, :]) if causal else (key, value)
     output, lse = sinks.with_lse(query, keys, values, causal, call.scale)
-    if not nonfinite.sound(output, query, keys, False, causal):
+    empty = lse == 0  # as the kernel gives it for a row of scores that are all -inf, beside zeros
+    empty = bool(empty.any()) and not bool(output[empty].any(dim=-1).all())
+    if empty or not nonfinite.sound(output, query, keys, False, causal):
         return otherwise(query, key, value, call)
     return output, lse
 
