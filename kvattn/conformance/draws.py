@@ -312,7 +312,8 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     query = grid(drawn.rng("query"), *drawn.lead, drawn.n, 3)
     key, value = (grid(drawn.rng(x), *drawn.lead, drawn.m, 3) if apart else query for x in ("key", "value"))
     params |= {} if alone or "sink" not in options else {"sink": options.pop("sink")}
-    config = {n: options[n] for n in ("rotary", "qk_norm", "alibi") if n in options}  # of a layer, not of its call
+    # of a layer, not of its call
+    config: dict[str, Any] = {n: options[n] for n in ("rotary", "qk_norm", "alibi") if n in options}
     if "qk_norm" in config:
         params |= {n: 1 + grid(drawn.rng(n), drawn.d, top=0.5) for n in ("q_norm", "k_norm")}
     if (slopes := options.pop("alibi", None)) is not None:
