@@ -221,7 +221,7 @@ class MultiHeadAttention(_Attends):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
-                 rotary=None, qk_norm=False, alibi=None, sink=False) -> None:  # fmt: skip
+                 rotary=None, qk_norm: bool | float = False, alibi=None, sink=False) -> None:  # fmt: skip
         super().__init__()
         bias = bias if use_bias is None else use_bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
@@ -320,7 +320,8 @@ class TransformerEncoderBlock(_Encodes):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None) -> None:  # fmt: skip
+                 activation="relu", rotary=None, qk_norm: bool | float = False, alibi=None, sink=False,
+                 seed=None) -> None:  # fmt: skip
         super().__init__()
         self.attention = MultiHeadAttention(
             num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
@@ -366,8 +367,8 @@ class TransformerEncoder(_Stack, _Encodes):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
-                 seed=None) -> None:  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
+                 sink=False, seed=None) -> None:  # fmt: skip
         def block(i, seed):
             return TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
@@ -400,7 +401,8 @@ class TransformerDecoderBlock(_Decodes):
     """
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None) -> None:  # fmt: skip
+                 activation="relu", rotary=None, qk_norm: bool | float = False, alibi=None, sink=False,
+                 seed=None) -> None:  # fmt: skip
         super().__init__()
         self.i = i
         self.attention1 = MultiHeadAttention(
@@ -438,8 +440,8 @@ class TransformerDecoder(_Stack, _Decodes):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
-                 seed=None) -> None:  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
+                 sink=False, seed=None) -> None:  # fmt: skip
         def block(i, seed):
             return TransformerDecoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, i, use_bias, num_kv_heads=num_kv_heads,

@@ -21,7 +21,7 @@ def calls(x: Tensor) -> None:
 def layers(x: Tensor, tokens: Tensor) -> None:
     layer: nn.Module = kv.MultiHeadAttention(8, 2)
     assert kv.export_weights(layer)
-    attention = kv.MultiHeadAttention(8, 2)
+    attention = kv.MultiHeadAttention(8, 2, 0.1, num_kv_heads=1, rotary=True, qk_norm=1e-6, alibi=None, seed=3)
     assert_type(attention(x, x, x), Tensor)
     assert_type(attention(x, x, x, [1, 2], causal=True, bias=x), Tensor)
     assert_type(kv.AdditiveAttention(8)(x, x, x, mask=x > 0), Tensor)
