@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,32 @@ def _fill(parameter, seed, name, shape):
 if TYPE_CHECKING:
 
     class _Attends(nn.Module):
-        """A tensor; more where return_weights, return_lse or cache ask for more."""
+        """A tensor; a tuple where return_weights or return_lse ask for more."""
 
         @overload
         def __call__(
-            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, **options: Unpack[LayerOptions]
-        ) -> Tensor: ...
+            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
+            return_weights: Literal[False] = False, return_lse: Literal[False] = False, cache: None = None,
+            **options: Unpack[LayerOptions],
+        ) -> Tensor: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
+            return_weights: Literal[True], return_lse: Literal[False] = False, cache: None = None,
+            **options: Unpack[LayerOptions],
+        ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
+            return_weights: Literal[False] = False, return_lse: Literal[True], cache: None = None,
+            **options: Unpack[LayerOptions],
+        ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
+            return_weights: Literal[True], return_lse: Literal[True], cache: None = None,
+            **options: Unpack[LayerOptions],
+        ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
         @overload
         def __call__(self, *args: Any, **options: Any) -> Any: ...
         def __call__(self, *args: Any, **options: Any) -> Any: ...
