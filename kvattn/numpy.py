@@ -10,18 +10,31 @@ from numpy import (  # noqa: F401
     abs, arange, argmax, cos, cosh, exp, expand_dims, eye, float32, int32, int64, linspace, log, matmul, meshgrid,
     ones, ones_like, sin, sinh, stack, swapaxes, tanh, zeros, zeros_like,
 )  # fmt: skip
+from kvattn.layers.analytic import (  # type checkers see what is named twice
+    Dense as Dense, Dropout as Dropout, Embedding as Embedding, Layer as Layer, LayerNorm as LayerNorm,
+)  # fmt: skip
+from kvattn.layers.training import SGD as SGD, Adam as Adam, softmax_cross_entropy as softmax_cross_entropy  # fmt: skip
 # isort: on
 
 from kvattn import namespace
-from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm  # noqa: F401
 from kvattn.layers.numpy import *  # noqa: F403
-from kvattn.layers.training import SGD, Adam, softmax_cross_entropy  # noqa: F401
 from kvattn.namespace import check_shape  # noqa: F401
 
 if TYPE_CHECKING:  # a type checker cannot see what the next line adds
     from kvattn.api import *  # noqa: F403
     from kvattn.decoding import *  # noqa: F403
     from kvattn.weights import *  # noqa: F403
+
+    # isort: off
+    from kvattn.layers.numpy import (
+        AdditiveAttention as AdditiveAttention, AddNorm as AddNorm, DotProductAttention as DotProductAttention,
+        GatedAttention as GatedAttention, MultiHeadAttention as MultiHeadAttention,
+        MultiplicativeAttention as MultiplicativeAttention, PositionalEncoding as PositionalEncoding,
+        PositionWiseFFN as PositionWiseFFN, TransformerDecoder as TransformerDecoder,
+        TransformerDecoderBlock as TransformerDecoderBlock, TransformerEncoder as TransformerEncoder,
+        TransformerEncoderBlock as TransformerEncoderBlock,
+    )  # fmt: skip
+    # isort: on
 
 globals().update(namespace.functions("numpy"))
 __getattr__, __dir__ = namespace.lazily("numpy"), namespace.listing(globals())

@@ -8,8 +8,9 @@ NumPy has no autodiff: every layer derives its own gradients, and one made of la
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -29,7 +30,7 @@ _mode: ContextVar[_Mode | None] = ContextVar("kvattn_mode", default=None)  # of 
 class _State:
     """What a layer holds beside its own attributes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.declared, self.arrays, self.grads = {}, {}, {}  # by the weight's own key: (shape, seed, name); values; gradients
         self.calls, self.kept = [], ()  # the recorded calls, and what the present one keeps
 
@@ -69,24 +70,29 @@ class Layer:
     _results = 1  # that forward returns in the dtype of its inputs
     kind = None  # by which layers.names calls its weights: dense, norm, embedding, or None: as their keys
 
-    def __new__(cls, *args, **options):
+    def __new__(cls, *args: Any, **options: Any) -> Self:
         layer = super().__new__(cls)
         layer._state = _State()  # here, so that a model need not call super().__init__()
         return layer
 
-    def __init_subclass__(cls, **options):
+    def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         taken = list(inspect.signature(cls.forward).parameters.values())[1:]
         cls._inputs = [x.name for x in taken if x.kind is x.POSITIONAL_OR_KEYWORD and x.name != "training"]
         cls._takes_training = any(x.name == "training" for x in taken)
 
-    def forward(self, *inputs, **options):
-        raise NotImplementedError(f"{type(self).__name__} has no forward")
+    if TYPE_CHECKING:  # a subclass takes what it likes
+        forward: Callable[..., Any]
+        vjp: Callable[..., Any]
+    else:
 
-    def vjp(self, grad_output, *kept):
-        raise NotImplementedError(f"{type(self).__name__} has no vjp, so no gradients")
+        def forward(self, *inputs, **options):
+            raise NotImplementedError(f"{type(self).__name__} has no forward")
 
-    def __call__(self, *inputs, training=None, record=None, **options):
+        def vjp(self, grad_output, *kept):
+            raise NotImplementedError(f"{type(self).__name__} has no vjp, so no gradients")
+
+    def __call__(self, *inputs: Any, training: bool | None = None, record: bool | None = None, **options: Any) -> Any:
         outer, state = _mode.get(), self._state
         if training is None:
             training = outer is not None and outer.training
@@ -129,7 +135,7 @@ class Layer:
         wide = [{name: tab._wide(x) if _floats(x) else x for name, x in given.items()} for given in (named, options)]
         return [*wide[0].values()], wide[1], [x.dtype for x in floats.values()]
 
-    def backward(self, grad_output):
+    def backward(self, grad_output: Any) -> Any:
         """The gradients of sum(grad_output * output) by the floating-point inputs of the last recorded call: an array, or a
         tuple of as many as there were, each in its input's dtype. Those by the weights go to `grads`.
 
@@ -155,29 +161,29 @@ class Layer:
         return grads if several else grads[0]
 
     @property
-    def training(self):
+    def training(self) -> bool:
         """Whether the call that runs is one in training."""
         mode = _mode.get()
         return mode is not None and mode.training
 
-    def keep(self, *values):
+    def keep(self, *values: Any) -> None:
         """What `vjp` will be given, if this call is recorded."""
         self._state.kept = values
 
-    def weights(self):
+    def weights(self) -> dict[str, Any]:
         """{name: array} of every weight that is made: the arrays themselves, which an optimiser may write into."""
         return {name: layers.own(name, part._state.arrays[key]) for name, part, key in slots(self) if key in part._state.arrays}
 
     @property
-    def grads(self):
+    def grads(self) -> dict[str, Any]:
         """{name: gradient} of the weights, in their shapes and dtypes, from the last call in training and its backward."""
         return {name: layers.own(name, part._state.grads[key]) for name, part, key in slots(self) if key in part._state.grads}
 
-    def parameter(self, key, shape, *, seed=None, name=None):
+    def parameter(self, key: str, shape: Any, *, seed: Any = None, name: str | None = None) -> None:
         """Declare a weight: None in its shape waits for the first call; drawn as layers.initial draws what has this name."""
         self._state.declared[key] = (tuple(shape), seed, name or key)
 
-    def weight(self, key, shape, dtype=None):
+    def weight(self, key: str, shape: Any, dtype: Any = None) -> Any:
         """A declared weight, made by the first call, in this dtype (None: its own). Raises ValueError for another shape."""
         declared, seed, name = self._state.declared[key]
         if key not in self._state.arrays:
@@ -188,7 +194,7 @@ class Layer:
         checks.same_shape(f"{type(self).__name__}'s {name}", array, tuple(shape), "these inputs need")
         return array if dtype is None else array.astype(dtype, copy=False)
 
-    def gradient(self, key, grad):
+    def gradient(self, key: str, grad: Any) -> None:
         """Add to the gradient by the weight ``key``."""
         grad = grad.astype(self._state.arrays[key].dtype, copy=False)
         self._state.grads[key] = self._state.grads[key] + grad if key in self._state.grads else grad
@@ -227,7 +233,7 @@ class Dense(Layer):
 
     kind = "dense"
 
-    def __init__(self, units, bias=True, *, seed=None, rng=None, name="W"):
+    def __init__(self, units, bias=True, *, seed=None, rng=None, name="W") -> None:
         self.units, self.bias = units, bias
         self.parameter("weight", (None, units), seed=source(seed, rng), name=name)
         if bias:
@@ -251,7 +257,7 @@ class Dense(Layer):
 class Dropout(Layer):
     """X with entries dropped at this rate in training, the others divided by 1 - rate."""
 
-    def __init__(self, rate=0.0, *, rng=None):
+    def __init__(self, rate=0.0, *, rng=None) -> None:
         self.rate, self.rng = checks.probability("dropout", rate), np.random.default_rng(rng)
 
     def forward(self, X, *, rng=None):
@@ -275,7 +281,7 @@ class LayerNorm(Layer):
 
     kind = "norm"
 
-    def __init__(self, norm_shape=None):
+    def __init__(self, norm_shape=None) -> None:
         sizes = (norm_shape,) if norm_shape is None or checks.is_integer(norm_shape) else norm_shape
         if not isinstance(sizes, (tuple, list)) or not all(size is None or checks.is_integer(size) for size in sizes):
             raise TypeError(f"norm_shape must be an int, a tuple of ints, or None, not {norm_shape!r}; dropout comes after it")
@@ -307,7 +313,7 @@ class Embedding(Layer):
 
     kind = "embedding"
 
-    def __init__(self, vocab_size, num_hiddens, *, seed=None, rng=None):
+    def __init__(self, vocab_size, num_hiddens, *, seed=None, rng=None) -> None:
         self.shape = (vocab_size, num_hiddens)
         self.parameter("weight", self.shape, seed=source(seed, rng), name="embedding")
 

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from kvattn import api, checks, layers, prepare
 from kvattn.backends import jax as tab
 from kvattn.kernels.jax import programs
+from kvattn.signatures import LayerOptions
 
 __all__ = [*layers.LAYERS]
 
@@ -48,6 +49,115 @@ def _exact(call: Call) -> Call:
         return inner(module, *args, **options)
 
     return outer
+
+
+# ---- what type checkers see of a call
+
+if TYPE_CHECKING:
+
+    class _Attends(Protocol):
+        """(output, weights): unless return_weights=False asks for the output alone, and return_lse for the lse too."""
+
+        @overload
+        def __call__(
+            self, queries: Any, keys: Any, values: Any, valid_lens: Any = None, training: bool = False, *,
+            return_weights: Literal[True] | None = None, return_lse: Literal[False] = False, cache: None = None,
+            **options: Unpack[LayerOptions],
+        ) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: Any, keys: Any, values: Any, valid_lens: Any = None, training: bool = False, *,
+            return_weights: Literal[False], return_lse: Literal[False] = False, cache: None = None,
+            **options: Unpack[LayerOptions],
+        ) -> jax.Array: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: Any, keys: Any, values: Any, valid_lens: Any = None, training: bool = False, *,
+            return_weights: Literal[True] | None = None, return_lse: Literal[True], cache: None = None,
+            **options: Unpack[LayerOptions],
+        ) -> tuple[jax.Array, jax.Array, jax.Array]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: Any, keys: Any, values: Any, valid_lens: Any = None, training: bool = False, *,
+            return_weights: Literal[False], return_lse: Literal[True], cache: None = None, **options: Unpack[LayerOptions],
+        ) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: Any, keys: Any, values: Any, valid_lens: Any = None, training: bool = False, **options: Any
+        ) -> Any: ...
+
+    class _Encodes(Protocol):
+        """A block's (output, weights), without weights the output; with a cache, or an lse, more."""
+
+        @overload
+        def __call__(
+            self, X: Any, valid_lens: Any = None, training: bool = False, *, return_weights: Literal[True] | None = None,
+            cache: None = None, **options: Unpack[LayerOptions],
+        ) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, X: Any, valid_lens: Any = None, training: bool = False, *, return_weights: Literal[False],
+            cache: None = None, **options: Unpack[LayerOptions],
+        ) -> jax.Array: ...  # fmt: skip
+        @overload
+        def __call__(self, X: Any, valid_lens: Any = None, training: bool = False, **options: Any) -> Any: ...
+
+    class _Reads(Protocol):
+        """Of tokens an array, and the list of the blocks' weights where return_weights=True asks for them."""
+
+        @overload
+        def __call__(
+            self, X: Any, valid_lens: Any = None, training: bool = False, *, return_weights: Literal[False] | None = None,
+            cache: None = None, **options: Unpack[LayerOptions],
+        ) -> jax.Array: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, X: Any, valid_lens: Any = None, training: bool = False, *, return_weights: Literal[True],
+            cache: None = None, **options: Unpack[LayerOptions],
+        ) -> tuple[jax.Array, list[jax.Array]]: ...  # fmt: skip
+        @overload
+        def __call__(self, X: Any, valid_lens: Any = None, training: bool = False, **options: Any) -> Any: ...
+
+    class _DecodesBlock(Protocol):
+        """A block's (output, state) and the weights of both attentions, unless return_weights=False leaves them out."""
+
+        @overload
+        def __call__(
+            self, X: Any, state: list[Any], training: bool = False, *, return_weights: Literal[True] | None = None,
+            **options: Unpack[LayerOptions],
+        ) -> tuple[jax.Array, list[Any], jax.Array, jax.Array]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, X: Any, state: list[Any], training: bool = False, *, return_weights: Literal[False],
+            **options: Unpack[LayerOptions],
+        ) -> tuple[jax.Array, list[Any]]: ...  # fmt: skip
+        @overload
+        def __call__(self, X: Any, state: list[Any], training: bool = False, **options: Any) -> Any: ...
+
+    class _Decodes(Protocol):
+        """Of tokens and a state (logits, state), and two lists of weights where return_weights=True asks for them."""
+
+        @overload
+        def __call__(
+            self, X: Any, state: list[Any], training: bool = False, *, return_weights: Literal[False] | None = None,
+            **options: Unpack[LayerOptions],
+        ) -> tuple[jax.Array, list[Any]]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, X: Any, state: list[Any], training: bool = False, *, return_weights: Literal[True],
+            **options: Unpack[LayerOptions],
+        ) -> tuple[jax.Array, list[Any], list[list[jax.Array]]]: ...  # fmt: skip
+        @overload
+        def __call__(self, X: Any, state: list[Any], training: bool = False, **options: Any) -> Any: ...
+
+    def _attends(call: Any) -> _Attends: ...
+    def _encodes(call: Any) -> _Encodes: ...
+    def _reads(call: Any) -> _Reads: ...
+    def _decodes_block(call: Any) -> _DecodesBlock: ...
+    def _decodes(call: Any) -> _Decodes: ...
+
+else:
+    _attends = _encodes = _reads = _decodes_block = _decodes = _exact
 
 
 def _array(x):
@@ -128,7 +238,7 @@ class DotProductAttention(_Attention):
 
     dropout: float = 0.0
 
-    @_exact
+    @_attends
     def __call__(self, queries, keys, values, valid_lens=None, training=False, **options):
         return self._attend(api.scaled_dot_score, queries, keys, values, valid_lens, training, **options)
 
@@ -145,7 +255,7 @@ class AdditiveAttention(_Attention):
         self.W_q = _dense("W_q", self.num_hiddens, False, self.seed)
         self.w_v = _dense("w_v", 1, False, self.seed)
 
-    @_exact
+    @_attends
     def __call__(self, queries, keys, values, valid_lens=None, training=False, **options):
         sizes = {"W_q": queries.shape[-1], "W_k": keys.shape[-1], "w_v": self.num_hiddens}
         weights = {name: _kernel(getattr(self, name), size).astype(queries.dtype) for name, size in sizes.items()}
@@ -166,7 +276,7 @@ class MultiplicativeAttention(_Attention):
     dropout: float = 0.0
     seed: layers.Seed = _keyword(default=None)
 
-    @_exact
+    @_attends
     @nn.compact
     def __call__(self, queries, keys, values, valid_lens=None, training=False, **options):
         W = self.param("W", _first("W", self.seed), (queries.shape[-1], keys.shape[-1]))
@@ -180,7 +290,7 @@ class GatedAttention(_Attention):
     dropout: float = 0.0
     seed: layers.Seed = _keyword(default=None)
 
-    @_exact
+    @_attends
     @nn.compact
     def __call__(self, queries, keys, values, valid_lens=None, training=False, **options):
         w_g = self.param("w_g", _first("w_g", self.seed), (2 * queries.shape[-1],))
@@ -228,7 +338,7 @@ class MultiHeadAttention(_Layer):
     def _kv_heads(self):
         return self.num_kv_heads or self.num_heads
 
-    @_exact
+    @_attends
     def __call__(self, queries, keys, values, valid_lens=None, training=False, *, cache=None, **options):
         queries, keys, values = prepare.arrays(tab, queries=queries, keys=keys, values=values)
         if cache is None:  # else a later call may look at what is nobody's now
@@ -267,7 +377,7 @@ class PositionalEncoding(_Layer):
         self.drop = nn.Dropout(self.dropout)
 
     @property
-    def P(self):
+    def P(self) -> jax.Array:
         return jnp.asarray(_encoding(self.max_len, self.num_hiddens)[None], jnp.float32)
 
     @_exact
@@ -369,7 +479,7 @@ class TransformerEncoderBlock(_Layer):
         )
         self.addnorm2 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
 
-    @_exact
+    @_encodes
     def __call__(self, X, valid_lens=None, training=False, *, cache=None, rng=None, **options):
         rng, *seeds = (layers.seed_of(tab, rng, part, attends=part == 0) for part in range(3))
         options |= {} if rng is None else {"rng": rng}
@@ -434,7 +544,7 @@ class TransformerEncoder(_Stack):
     sink: bool = _keyword(default=False)
     seed: layers.Seed = _keyword(default=None)
 
-    @_exact
+    @_reads
     def __call__(self, X, valid_lens=None, training=False, *, cache=None, return_weights=None, rng=None, **options):
         caches = None if cache is None else layers.caches(cache, self.num_blks)
         X = self._embedded(X, training, caches[0].length if caches else 0, rng)
@@ -493,7 +603,7 @@ class TransformerDecoderBlock(_Layer):
         )
         self.addnorm3 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
 
-    @_exact
+    @_decodes_block
     def __call__(self, X, state, training=False, *, return_weights=None, rng=None, **options):
         outputs, lens, caches = layers.opened(state, self.i + 1, exactly=False)
         seeds = [layers.seed_of(tab, rng, part, attends=part in (0, 2)) for part in range(5)]
@@ -541,10 +651,10 @@ class TransformerDecoder(_Stack):
     def _place(self, i):
         return {"i": i}
 
-    def init_state(self, enc_outputs, enc_valid_lens=None):
+    def init_state(self, enc_outputs, enc_valid_lens=None) -> list[Any]:
         return [enc_outputs, enc_valid_lens, [None] * self.num_blks]
 
-    @_exact
+    @_decodes
     def __call__(self, X, state, training=False, *, return_weights=None, rng=None, **options):
         *_, caches = layers.opened(state, self.num_blks)
         X = self._embedded(X, training, caches[0].length if caches else 0, rng)

@@ -304,7 +304,7 @@ class MultiHeadAttention(_Layer):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None, seed=None, bias=None,
-                 rotary=None, qk_norm=False, alibi=None, sink=False, **kwargs):  # fmt: skip
+                 rotary=None, qk_norm: bool | float = False, alibi=None, sink=False, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         bias = use_bias if bias is None else bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
@@ -472,7 +472,8 @@ class TransformerEncoderBlock(_Layer):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, **kwargs):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm: bool | float = False, alibi=None, sink=False,
+                 seed=None, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         self.attention = MultiHeadAttention(
             num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
@@ -526,8 +527,8 @@ class TransformerEncoder(_Stack):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
-                 seed=None, **kwargs):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
+                 sink=False, seed=None, **kwargs):  # fmt: skip
         def block(i, seed):
             return TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
@@ -560,7 +561,8 @@ class TransformerDecoderBlock(_Layer):
     """
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, **kwargs):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm: bool | float = False, alibi=None, sink=False,
+                 seed=None, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         self.i = i
         self.attention1 = MultiHeadAttention(
@@ -602,8 +604,8 @@ class TransformerDecoder(_Stack):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
-                 seed=None, **kwargs):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
+                 sink=False, seed=None, **kwargs):  # fmt: skip
         def block(i, seed):
             return TransformerDecoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, i, use_bias, num_kv_heads=num_kv_heads,

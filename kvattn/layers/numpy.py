@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import numpy as np
 
@@ -23,11 +23,33 @@ __all__ = [*layers.LAYERS]
 
 if TYPE_CHECKING:
 
+    class _Options(LayerOptions, total=False):
+        training: bool | None
+        record: bool | None
+
     class _Attends(Layer):
-        """An array; more where return_weights, return_lse or cache ask for more."""
+        """An array of the queries' type; a tuple where return_weights or return_lse ask for more."""
 
         @overload
-        def __call__(self, queries: A, keys: A, values: A, valid_lens: Any = None, **options: Unpack[LayerOptions]) -> A: ...
+        def __call__(
+            self, queries: A, keys: Any, values: Any, valid_lens: Any = None, *, return_weights: Literal[False] = False,
+            return_lse: Literal[False] = False, cache: None = None, **options: Unpack[_Options],
+        ) -> A: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: A, keys: Any, values: Any, valid_lens: Any = None, *, return_weights: Literal[True],
+            return_lse: Literal[False] = False, cache: None = None, **options: Unpack[_Options],
+        ) -> tuple[A, A]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: A, keys: Any, values: Any, valid_lens: Any = None, *, return_weights: Literal[False] = False,
+            return_lse: Literal[True], cache: None = None, **options: Unpack[_Options],
+        ) -> tuple[A, A]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: A, keys: Any, values: Any, valid_lens: Any = None, *, return_weights: Literal[True],
+            return_lse: Literal[True], cache: None = None, **options: Unpack[_Options],
+        ) -> tuple[A, A, A]: ...  # fmt: skip
         @overload
         def __call__(self, *args: Any, **options: Any) -> Any: ...
         def __call__(self, *args: Any, **options: Any) -> Any: ...
@@ -36,16 +58,31 @@ if TYPE_CHECKING:
         """An array; with a cache, a tuple."""
 
         @overload
-        def __call__(self, X: A, valid_lens: Any = None, **options: Unpack[LayerOptions]) -> A: ...
+        def __call__(self, X: A, valid_lens: Any = None, *, cache: None = None, **options: Unpack[_Options]) -> A: ...
+        @overload
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+
+    Floats = np.ndarray[Any, np.dtype[Any]]
+
+    class _Reads(Layer):
+        """Of tokens an array of floats; with a cache, a tuple."""
+
+        @overload
+        def __call__(self, X: Any, valid_lens: Any = None, *, cache: None = None, **options: Unpack[_Options]) -> Floats: ...
         @overload
         def __call__(self, *args: Any, **options: Any) -> Any: ...
         def __call__(self, *args: Any, **options: Any) -> Any: ...
 
     class _Changes(Layer):
+        @overload
         def __call__(self, X: A, *args: Any, **options: Any) -> A: ...
+        @overload
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
 
 else:
-    _Attends = _Encodes = _Changes = Layer
+    _Attends = _Encodes = _Reads = _Changes = Layer
 
 
 # ---- attention
@@ -54,7 +91,7 @@ else:
 class _Attention(_Attends):
     """What the attention layers share: dropout in training, and the last call, whose weights can be shown."""
 
-    def __init__(self, dropout=0.0, *, rng=None):
+    def __init__(self, dropout=0.0, *, rng=None) -> None:
         self.dropout = Dropout(dropout, rng=rng)
         self._last = self.by_sink = None  # by_sink: the gradient by the sink that the last call was given
 
@@ -118,14 +155,15 @@ def _copied(score):
 class DotProductAttention(_Attention):
     """Scaled dot-product attention, d2l's call: layer(queries, keys, values, valid_lens=None, **options)."""
 
-    def __init__(self, dropout=0.0, *, rng=None):  # its own, since Python 3.11.2 tells __new__'s arguments before a base's
+    def __init__(self, dropout=0.0, *, rng=None) -> None:
+        # its own, since Python 3.11.2 tells __new__'s arguments before a base's
         super().__init__(dropout, rng=rng)
 
 
 class AdditiveAttention(_Attention):
     """Attention by the score w_v . tanh(q W_q + k W_k) with ``num_hiddens`` hidden units."""
 
-    def __init__(self, num_hiddens, dropout=0.0, *, seed=None, rng=None):
+    def __init__(self, num_hiddens, dropout=0.0, *, seed=None, rng=None) -> None:
         super().__init__(dropout, rng=rng)
         self.num_hiddens = num_hiddens
         for key, shape in (("W_k", (None, num_hiddens)), ("W_q", (None, num_hiddens)), ("w_v", (num_hiddens,))):
@@ -140,7 +178,7 @@ class AdditiveAttention(_Attention):
 class MultiplicativeAttention(_Attention):
     """Attention by the score q W k; W takes its sizes from the first call."""
 
-    def __init__(self, dropout=0.0, *, seed=None, rng=None):
+    def __init__(self, dropout=0.0, *, seed=None, rng=None) -> None:
         super().__init__(dropout, rng=rng)
         self.parameter("W", (None, None), seed=source(seed, self.dropout.rng))
 
@@ -151,7 +189,7 @@ class MultiplicativeAttention(_Attention):
 class GatedAttention(_Attention):
     """Attention by the score sigmoid(w_g . [q; k]) (q . k); w_g takes its size from the first call."""
 
-    def __init__(self, dropout=0.0, *, seed=None, rng=None):
+    def __init__(self, dropout=0.0, *, seed=None, rng=None) -> None:
         super().__init__(dropout, rng=rng)
         self.parameter("w_g", (None,), seed=source(seed, self.dropout.rng))
 
@@ -167,7 +205,7 @@ class MultiHeadAttention(_Attends):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
-                 rotary=None, qk_norm=False, alibi=None, sink=False, rng=None):  # fmt: skip
+                 rotary=None, qk_norm: bool | float = False, alibi=None, sink=False, rng=None) -> None:  # fmt: skip
         bias, rng = bias if use_bias is None else use_bias, np.random.default_rng(rng)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
@@ -247,7 +285,7 @@ def _by_norm(grad, x, weight, epsilon):
 class PositionalEncoding(_Changes):
     """X + P, then dropout; P (1, max_len, num_hiddens) holds sines and cosines of the position, counted from ``offset``."""
 
-    def __init__(self, num_hiddens, dropout=0.0, max_len=1000, *, rng=None):
+    def __init__(self, num_hiddens, dropout=0.0, max_len=1000, *, rng=None) -> None:
         self.dropout = Dropout(dropout, rng=rng)
         self.P = layers.encoding(max_len, num_hiddens)[None]  # float64: rounded to each call's dtype
 
@@ -263,7 +301,7 @@ class PositionalEncoding(_Changes):
 class AddNorm(_Changes):
     """Layer norm of X + dropout(Y). ``norm_shape`` may wait for the first call."""
 
-    def __init__(self, norm_shape=None, dropout=0.0, *, rng=None):
+    def __init__(self, norm_shape=None, dropout=0.0, *, rng=None) -> None:
         self.dropout = Dropout(dropout, rng=rng)
         self.ln = LayerNorm(norm_shape)
 
@@ -282,7 +320,7 @@ class PositionWiseFFN(_Changes):
     NumPy has no erf: gelu takes Python's, number by number, exact but slow.
     """
 
-    def __init__(self, ffn_num_hiddens, ffn_num_outputs, *, activation="relu", seed=None, rng=None):
+    def __init__(self, ffn_num_hiddens, ffn_num_outputs, *, activation="relu", seed=None, rng=None) -> None:
         layers.check_activation(activation)
         rng = np.random.default_rng(rng)
         self.activation = activation
@@ -312,7 +350,8 @@ class TransformerEncoderBlock(_Encodes):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, rng=None):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm: bool | float = False, alibi=None, sink=False, seed=None,
+                 rng=None) -> None:  # fmt: skip
         rng = np.random.default_rng(rng)
         self.attention = MultiHeadAttention(
             num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
@@ -342,7 +381,7 @@ class TransformerEncoderBlock(_Encodes):
 class _Stack(Layer):
     """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``block`` makes."""
 
-    def __init__(self, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, rng, block):
+    def __init__(self, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, rng, block) -> None:
         self.num_hiddens = num_hiddens
         self.embedding = Embedding(vocab_size, num_hiddens, seed=seed, rng=rng)
         self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len, rng=rng)
@@ -356,7 +395,7 @@ class _Stack(Layer):
         return self.embedding.backward(self.pos_encoding.backward(grad) * math.sqrt(self.num_hiddens))
 
 
-class TransformerEncoder(_Stack):
+class TransformerEncoder(_Stack, _Reads):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
     ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
@@ -364,8 +403,8 @@ class TransformerEncoder(_Stack):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
-                 seed=None, rng=None):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False,
+                 alibi=None, sink=False, seed=None, rng=None) -> None:  # fmt: skip
         rng = np.random.default_rng(rng)
 
         def block(i, seed):
@@ -406,7 +445,8 @@ class TransformerDecoderBlock(Layer):
     """
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, rng=None):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm: bool | float = False, alibi=None, sink=False, seed=None,
+                 rng=None) -> None:  # fmt: skip
         rng = np.random.default_rng(rng)
         self.i = i
         self.attention1 = MultiHeadAttention(
@@ -424,7 +464,7 @@ class TransformerDecoderBlock(Layer):
         )  # fmt: skip
         self.addnorm3 = AddNorm(num_hiddens, dropout, rng=rng)
 
-    def __call__(self, X, state, **options):
+    def __call__(self, X: A, state: list[Any], **options: Any) -> tuple[A, list[Any]]:
         outputs, lens, caches = layers.opened(state, self.i + 1, exactly=False)
         Y, cache = super().__call__(X, outputs, lens, cache=caches[self.i], **options)
         return Y, layers.following(state, self.i, cache)
@@ -459,8 +499,8 @@ class TransformerDecoder(_Stack):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
-                 seed=None, rng=None):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False,
+                 alibi=None, sink=False, seed=None, rng=None) -> None:  # fmt: skip
         rng = np.random.default_rng(rng)
 
         def block(i, seed):
@@ -472,10 +512,10 @@ class TransformerDecoder(_Stack):
         super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, rng, block)
         self.dense = Dense(vocab_size, seed=layers.child(seed, "dense"), rng=rng)
 
-    def init_state(self, enc_outputs, enc_valid_lens=None):
+    def init_state(self, enc_outputs, enc_valid_lens=None) -> list[Any]:
         return [enc_outputs, enc_valid_lens, [None] * len(self.blks)]
 
-    def __call__(self, X, state, **options):
+    def __call__(self, X: Any, state: list[Any], **options: Any) -> tuple[Floats, list[Any]]:
         outputs, lens, caches = layers.opened(state, len(self.blks))
         logits, caches = super().__call__(X, outputs, lens, caches=caches, **options)
         return logits, [outputs, lens, caches]

@@ -182,7 +182,7 @@ class MultiHeadAttention(Layer):
     """
 
     def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, num_heads=None, dropout=0.0,
-                 bias=False, *, num_kv_heads=None, seed=None, use_bias=None, rotary=None, qk_norm=False,
+                 bias=False, *, num_kv_heads=None, seed=None, use_bias=None, rotary=None, qk_norm: bool | float = False,
                  alibi=None, sink=False, **kwargs):  # fmt: skip
         super().__init__(locals(), **kwargs)
         check_given(self, num_hiddens=num_hiddens, num_heads=num_heads)
@@ -326,7 +326,8 @@ class TransformerEncoderBlock(Layer):
 
     def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
                  ffn_num_hiddens=None, num_heads=None, dropout=0.0, bias=False, *, use_bias=None, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, **kwargs):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm: bool | float = False, alibi=None, sink=False,
+                 seed=None, **kwargs):  # fmt: skip
         super().__init__(locals(), **kwargs)
         check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads)
         dtype = self.dtype_policy
@@ -388,8 +389,8 @@ class TransformerEncoder(_Stack):
 
     def __init__(self, vocab_size, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
                  ffn_num_hiddens=None, num_heads=None, num_blks=None, dropout=0.0, bias=False, *, use_bias=None,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
-                 seed=None, **kwargs):  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
+                 sink=False, seed=None, **kwargs):  # fmt: skip
         given = locals()
         check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads, num_blks=num_blks)
 
@@ -436,7 +437,8 @@ class TransformerDecoderBlock(Decoding):
 
     def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
                  ffn_num_hiddens=None, num_heads=None, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None, **kwargs):  # fmt: skip
+                 activation="relu", rotary=None, qk_norm: bool | float = False, alibi=None, sink=False,
+                 seed=None, **kwargs):  # fmt: skip
         super().__init__(locals(), **kwargs)
         check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads)
         self.i, dtype = i, self.dtype_policy
@@ -493,7 +495,7 @@ class TransformerDecoder(Decoding, _Stack):
 
     def __init__(self, vocab_size, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
                  ffn_num_hiddens=None, num_heads=None, num_blks=None, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False, seed=None,
+                 activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None, sink=False, seed=None,
                  **kwargs):  # fmt: skip
         given = locals()
         check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads, num_blks=num_blks)

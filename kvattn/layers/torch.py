@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,32 @@ def _fill(parameter, seed, name, shape):
 if TYPE_CHECKING:
 
     class _Attends(nn.Module):
-        """A tensor; more where return_weights, return_lse or cache ask for more."""
+        """A tensor; a tuple where return_weights or return_lse ask for more."""
 
         @overload
         def __call__(
-            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, **options: Unpack[LayerOptions]
-        ) -> Tensor: ...
+            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
+            return_weights: Literal[False] = False, return_lse: Literal[False] = False, cache: None = None,
+            **options: Unpack[LayerOptions],
+        ) -> Tensor: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
+            return_weights: Literal[True], return_lse: Literal[False] = False, cache: None = None,
+            **options: Unpack[LayerOptions],
+        ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
+            return_weights: Literal[False] = False, return_lse: Literal[True], cache: None = None,
+            **options: Unpack[LayerOptions],
+        ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
+            return_weights: Literal[True], return_lse: Literal[True], cache: None = None,
+            **options: Unpack[LayerOptions],
+        ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
         @overload
         def __call__(self, *args: Any, **options: Any) -> Any: ...
         def __call__(self, *args: Any, **options: Any) -> Any: ...
@@ -221,7 +241,7 @@ class MultiHeadAttention(_Attends):
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
-                 rotary=None, qk_norm=False, alibi=None, sink=False) -> None:  # fmt: skip
+                 rotary=None, qk_norm: bool | float = False, alibi=None, sink=False) -> None:  # fmt: skip
         super().__init__()
         bias = bias if use_bias is None else use_bias
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
@@ -320,7 +340,8 @@ class TransformerEncoderBlock(_Encodes):
     """Self-attention and a position-wise network, each with AddNorm; ``cache=`` returns (Y, cache)."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None) -> None:  # fmt: skip
+                 activation="relu", rotary=None, qk_norm: bool | float = False, alibi=None, sink=False,
+                 seed=None) -> None:  # fmt: skip
         super().__init__()
         self.attention = MultiHeadAttention(
             num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
@@ -366,8 +387,8 @@ class TransformerEncoder(_Stack, _Encodes):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
-                 seed=None) -> None:  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
+                 sink=False, seed=None) -> None:  # fmt: skip
         def block(i, seed):
             return TransformerEncoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
@@ -400,7 +421,8 @@ class TransformerDecoderBlock(_Decodes):
     """
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", rotary=None, qk_norm=False, alibi=None, sink=False, seed=None) -> None:  # fmt: skip
+                 activation="relu", rotary=None, qk_norm: bool | float = False, alibi=None, sink=False,
+                 seed=None) -> None:  # fmt: skip
         super().__init__()
         self.i = i
         self.attention1 = MultiHeadAttention(
@@ -438,8 +460,8 @@ class TransformerDecoder(_Stack, _Decodes):
     """
 
     def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm=False, alibi=None, sink=False,
-                 seed=None) -> None:  # fmt: skip
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
+                 sink=False, seed=None) -> None:  # fmt: skip
         def block(i, seed):
             return TransformerDecoderBlock(
                 num_hiddens, ffn_num_hiddens, num_heads, dropout, i, use_bias, num_kv_heads=num_kv_heads,

@@ -37,9 +37,53 @@ def calls(x: Array, y: list[list[float]]) -> None:
 def namespace(x: Array) -> None:
     assert_type(kv.attention(x, x, x, return_lse=True), tuple[Array, Array])
     assert_type(kv.sparsemax(x), Array)
-    assert_type(kv.MultiHeadAttention(8, 2), kv.MultiHeadAttention)
-    assert kv.PositionWiseFFN(8, 8)(kv.MultiHeadAttention(8, 2)(x, x, x, causal=True)).shape
     assert_type(kv.explain(x, x, x).kernel, str)
+
+
+def layers(x: Array, tokens: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
+    attention = kv.MultiHeadAttention(8, 2, 0.1, num_kv_heads=1, rotary=True, qk_norm=1e-6, alibi=None, seed=3)
+    assert_type(attention, kv.MultiHeadAttention)
+    assert_type(attention(x, x, x), Array)
+    assert_type(attention(x, x, x, [1, 2], causal=True, bias=x, training=True), Array)
+    assert_type(attention(x, x, x, return_weights=True), tuple[Array, Array])
+    assert_type(attention(x, x, x, return_lse=True, window=3), tuple[Array, Array])
+    assert_type(attention(x, x, x, return_weights=True, return_lse=True), tuple[Array, Array, Array])
+    assert_type(attention(x, x, x, cache=kv.KVCache()), Any)  # (output, cache)
+    assert_type(attention([[[1.0]]], [[[1.0]]], [[[1.0]]]), Any)
+    assert_type(kv.DotProductAttention(0.1, rng=0)(x, x, x, scale=1.0), Array)
+    assert_type(kv.AdditiveAttention(8)(x, x, x, mask=x > 0), Array)
+    assert_type(kv.MultiplicativeAttention()(x, x, x), Array)
+    assert_type(kv.GatedAttention()(x, x, x, return_weights=True), tuple[Array, Array])
+    assert_type(kv.PositionalEncoding(8)(x, 3), Array)
+    assert_type(kv.AddNorm(8)(x, x), Array)
+    assert_type(kv.PositionWiseFFN(8, 8, activation="gelu")(x), Array)
+    assert_type(kv.TransformerEncoderBlock(8, 8, 2)(x, [1, 2]), Array)
+    assert_type(kv.TransformerDecoderBlock(8, 8, 2)(x, [x, None, [None]]), tuple[Array, list[Any]])
+    encoder = kv.TransformerEncoder(9, 8, 8, 2, 1, max_len=20)
+    assert_type(encoder(tokens, [1, 2]), np.ndarray[Any, np.dtype[Any]])
+    decoder = kv.TransformerDecoder(9, 8, 8, 2, 1)
+    state = decoder.init_state(encoder(tokens))
+    assert_type(decoder(tokens, state), tuple[np.ndarray[Any, np.dtype[Any]], list[Any]])
+    assert attention.backward(x), (attention.weights(), attention.grads, attention.attention.attention_weights)
+
+
+class Model(kv.Layer):
+    def __init__(self) -> None:
+        self.attention, self.head = kv.DotProductAttention(), kv.Dense(2)
+
+    def forward(self, X: Array) -> Any:
+        return self.head(self.attention(X, X, X))
+
+    def vjp(self, grad: Any) -> Any:
+        return sum(self.attention.backward(self.head.backward(grad)))
+
+
+def training(x: Array) -> None:
+    model = Model()
+    loss, grad = kv.softmax_cross_entropy(model(x, training=True), [1])
+    assert_type(loss, float)
+    model.backward(grad)
+    kv.Adam(model).step()
 
 
 def mistakes(x: Array) -> None:
