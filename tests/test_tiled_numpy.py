@@ -58,8 +58,7 @@ def test_layouts_that_no_other_framework_has():
             with SUBJECT.forced(sizes) as served:
                 found = SUBJECT.found(laid, array=SUBJECT.laid)
             assert served
-            assert {x.dtype for what, x in found.items() if what != "lse"} == {laid.arguments["query"].dtype}
-            assert found["lse"].dtype.isnative
+            assert {x.dtype for x in found.values()} == {np.dtype("float64")}  # of this machine's byte order
             judge(case, "float64", found)
 
 
