@@ -9,7 +9,6 @@ import io
 import json
 import signal
 import struct
-import time
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
@@ -338,12 +337,17 @@ def test_the_command(idle, begin, rest):
         assert status != 2 or err.strip(), argv
 
 
+def endless():
+    """A loop of Python's, which looks for signals; a loop in C may not."""
+    while True:
+        pass
+
+
 def test_the_fuzz_is_awake(folder):
     """That it sees what it looks for: other errors, and what does not end."""
     with pytest.raises(ZeroDivisionError), fuzz.said(ValueError):
         raise ZeroDivisionError
     with pytest.raises(AssertionError, match="did not end"), an_end(0.05):
-        while True:  # in Python, which looks for signals; a loop in C does not
-            pass
+        endless()
     with pytest.raises(AssertionError, match="says nothing"), fuzz.said(ValueError):
         raise ValueError
