@@ -207,7 +207,13 @@ def test_what_is_written_is_run_from_there_on_and_the_page_loads_again(chromium,
     options = ("--backend", "numpy", "--watch", "--port", "0")
     with (
         (tmp_path / "said").open("w") as out,
-        subprocess.Popen(**command(tmp_path, *options), stdout=out, stderr=out) as running,
+        # Ctrl-C ends it also where a shell that runs this in the background ignores it, which a process inherits.
+        subprocess.Popen(
+            **command(tmp_path, *options),
+            stdout=out,
+            stderr=out,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as running,
     ):
 
         def said(pattern):
