@@ -21,17 +21,6 @@ if TYPE_CHECKING:  # a type checker cannot see what the next line adds
     from kvattn.decoding import *  # noqa: F403
     from kvattn.weights import *  # noqa: F403
 
-    # isort: off
-    from kvattn.layers.jax import (
-        AdditiveAttention as AdditiveAttention, AddNorm as AddNorm, DotProductAttention as DotProductAttention,
-        GatedAttention as GatedAttention, MultiHeadAttention as MultiHeadAttention,
-        MultiplicativeAttention as MultiplicativeAttention, PositionalEncoding as PositionalEncoding,
-        PositionWiseFFN as PositionWiseFFN, TransformerDecoder as TransformerDecoder,
-        TransformerDecoderBlock as TransformerDecoderBlock, TransformerEncoder as TransformerEncoder,
-        TransformerEncoderBlock as TransformerEncoderBlock,
-    )  # fmt: skip
-    # isort: on
-
 globals().update(namespace.functions("jax"))
 __getattr__, __dir__ = namespace.lazily("jax"), namespace.listing(globals())
 

@@ -19,42 +19,6 @@ from kvattn.namespace import check_shape  # noqa: F401
 if TYPE_CHECKING:  # a type checker cannot see what the next line adds
     from kvattn.api import *  # noqa: F403
     from kvattn.decoding import *  # noqa: F403
-    from kvattn.layers.torch import (
-        AdditiveAttention as AdditiveAttention,
-    )
-    from kvattn.layers.torch import (
-        AddNorm as AddNorm,
-    )
-    from kvattn.layers.torch import (
-        DotProductAttention as DotProductAttention,
-    )
-    from kvattn.layers.torch import (
-        GatedAttention as GatedAttention,
-    )
-    from kvattn.layers.torch import (
-        MultiHeadAttention as MultiHeadAttention,
-    )
-    from kvattn.layers.torch import (
-        MultiplicativeAttention as MultiplicativeAttention,
-    )
-    from kvattn.layers.torch import (
-        PositionalEncoding as PositionalEncoding,
-    )
-    from kvattn.layers.torch import (
-        PositionWiseFFN as PositionWiseFFN,
-    )
-    from kvattn.layers.torch import (
-        TransformerDecoder as TransformerDecoder,
-    )
-    from kvattn.layers.torch import (
-        TransformerDecoderBlock as TransformerDecoderBlock,
-    )
-    from kvattn.layers.torch import (
-        TransformerEncoder as TransformerEncoder,
-    )
-    from kvattn.layers.torch import (
-        TransformerEncoderBlock as TransformerEncoderBlock,
-    )
     from kvattn.weights import *  # noqa: F403
 
 globals().update(namespace.functions("torch"))

@@ -21,7 +21,11 @@ from kvattn.backends import jax as tab
 from kvattn.kernels.jax import programs
 from kvattn.signatures import LayerOptions
 
-__all__ = [*layers.LAYERS]
+__all__ = [
+    "DotProductAttention", "AdditiveAttention", "MultiplicativeAttention", "GatedAttention", "MultiHeadAttention",
+    "PositionalEncoding", "AddNorm", "PositionWiseFFN", "TransformerEncoderBlock", "TransformerEncoder",
+    "TransformerDecoderBlock", "TransformerDecoder",
+]  # fmt: skip; layers.LAYERS, in words that type checkers read
 
 # X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
 # kvattn.attention's: mask, causal, window, ... With training=True give rngs={"dropout": key}. Results have the dtype of the

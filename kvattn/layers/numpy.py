@@ -13,7 +13,11 @@ from kvattn.backends import numpy as tab
 from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, parts, slots, source
 from kvattn.signatures import A, LayerOptions
 
-__all__ = [*layers.LAYERS]
+__all__ = [
+    "DotProductAttention", "AdditiveAttention", "MultiplicativeAttention", "GatedAttention", "MultiHeadAttention",
+    "PositionalEncoding", "AddNorm", "PositionWiseFFN", "TransformerEncoderBlock", "TransformerEncoder",
+    "TransformerDecoderBlock", "TransformerDecoder",
+]  # fmt: skip; layers.LAYERS, in words that type checkers read
 
 # X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
 # kvattn.attention's: mask, causal, window, ... The vjp of a layer is given what its forward kept.

@@ -15,7 +15,11 @@ from kvattn import api, checks, layers
 from kvattn.backends import torch as tab
 from kvattn.signatures import LayerOptions
 
-__all__ = [*layers.LAYERS]
+__all__ = [
+    "DotProductAttention", "AdditiveAttention", "MultiplicativeAttention", "GatedAttention", "MultiHeadAttention",
+    "PositionalEncoding", "AddNorm", "PositionWiseFFN", "TransformerEncoderBlock", "TransformerEncoder",
+    "TransformerDecoderBlock", "TransformerDecoder",
+]  # fmt: skip; layers.LAYERS, in words that type checkers read
 
 # X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
 # kvattn.attention's: mask, causal, window, ...
