@@ -106,9 +106,6 @@ class Module(nn.Module, training.Module):
     plot_valid_per_epoch: int = dataclasses.field(default=1, init=False)
     board: ProgressBoard = dataclasses.field(default_factory=ProgressBoard, init=False)
 
-    def loss(self, params, X, Y, state, averaged=True):
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
-
     def forward(self, X, *args, **options):
         return self.net(X, *args, **options)
 
@@ -201,19 +198,10 @@ class Classifier(Module):
 class Encoder(nn.Module):
     """The base of encoders: (X, valid_lens, training=False) -> what a decoder's init_state takes."""
 
-    def __call__(self, X, *args, training=False):
-        raise NotImplementedError(f"{type(self).__name__} has no __call__")
 
-
-class Decoder(nn.Module):
+class Decoder(nn.Module, training.Decoder):
     """The base of decoders: init_state(enc_outputs, valid_lens) gives a state, (X, state, training=False) -> (logits,
     state)."""
-
-    def init_state(self, enc_all_outputs, *args):
-        raise NotImplementedError(f"{type(self).__name__} has no init_state")
-
-    def __call__(self, X, state, training=False):
-        raise NotImplementedError(f"{type(self).__name__} has no __call__")
 
 
 class AttentionDecoder(Decoder):

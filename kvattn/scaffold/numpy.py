@@ -111,15 +111,8 @@ def try_gpu(i=0):
     return "cpu"
 
 
-class Module(Layer, training.Module):
+class Module(training.Module, Layer):
     """The base of models: a Layer, whose ``loss(Y_hat, Y)`` gives the loss and its gradient by Y_hat."""
-
-    def __init__(self, plot_train_per_epoch=2, plot_valid_per_epoch=1):
-        self.plot_train_per_epoch, self.plot_valid_per_epoch = plot_train_per_epoch, plot_valid_per_epoch
-        self.board = ProgressBoard()
-
-    def loss(self, Y_hat, Y):
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
 
     def training_step(self, batch):
         loss, grad = self.loss(self(*batch[:-1], training=True), batch[-1])
@@ -171,7 +164,7 @@ class Encoder(Layer):
     decoder's returns."""
 
 
-class Decoder(Layer):
+class Decoder(training.Decoder, Layer):
     """The base of decoders: init_state(enc_outputs, valid_lens) gives a state, (X, state) -> (logits, state).
 
     A subclass has ``forward(X, *state)``, and init_state passes what an encoder returned on as it is: ``vjp`` returns the
@@ -181,44 +174,24 @@ class Decoder(Layer):
     def __call__(self, X, state, **options):
         return super().__call__(X, *state, **options)
 
-    def init_state(self, enc_all_outputs, *args):
-        raise NotImplementedError(f"{type(self).__name__} has no init_state")
+
+class AttentionDecoder(training.AttentionDecoder, Decoder):
+    __doc__ = training.AttentionDecoder.__doc__
 
 
-class AttentionDecoder(Decoder):
-    """The base of decoders with attention, which show their weights."""
-
-    @property
-    def attention_weights(self):
-        raise NotImplementedError(f"{type(self).__name__} has no attention_weights")
-
-
-class EncoderDecoder(Classifier):
-    """An encoder and a decoder: (src, tgt, valid_lens) -> logits."""
-
-    def __init__(self, encoder, decoder):
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-
-    def forward(self, enc_X, dec_X, *args):
-        return self.decoder(dec_X, self.decoder.init_state(self.encoder(enc_X, *args), *args))[0]
+class EncoderDecoder(training.EncoderDecoder, Classifier):
+    __doc__ = training.EncoderDecoder.__doc__
 
     def vjp(self, grad):
         grads = self.decoder.backward(grad)
         self.encoder.backward(*(grads if isinstance(grads, tuple) else (grads,)))
         return ()
 
-    def predict_step(self, batch, device, num_steps, save_attention_weights=False):
-        """The likeliest next token, ``num_steps`` times: (tokens (batch, num_steps), the decoder's weights in each step)."""
-        src, tgt, valid_lens, _ = batch
-        state = self.decoder.init_state(self.encoder(src, valid_lens), valid_lens)
-        outputs, attention_weights = [tgt[:, :1]], []
-        for _ in range(num_steps):
-            Y, state = self.decoder(outputs[-1], state)
-            outputs.append(Y.argmax(2))
-            if save_attention_weights:
-                attention_weights.append(self.decoder.attention_weights)
-        return np.concatenate(outputs[1:], 1), attention_weights
+    def _likeliest(self, logits):
+        return logits.argmax(2)
+
+    def _joined(self, tokens):
+        return np.concatenate(tokens, 1)
 
 
 class Seq2SeqEncoder(Encoder):
@@ -243,15 +216,10 @@ class Seq2SeqEncoder(Encoder):
         return self.embedding.backward(self.rnn.backward(grad, self._grad_state))
 
 
-class Seq2Seq(EncoderDecoder):
-    """An encoder and a decoder that learn to translate, by Adam; padding in the labels costs nothing."""
+class Seq2Seq(training.Seq2Seq, EncoderDecoder):
+    __doc__ = training.Seq2Seq.__doc__
 
-    def __init__(self, encoder, decoder, tgt_pad, lr):
-        super().__init__(encoder, decoder)
-        self.tgt_pad, self.lr = tgt_pad, lr
-
-    def validation_step(self, batch):
-        self.plot("loss", self.loss(self(*batch[:-1]), batch[-1])[0], train=False)
+    validation_step = Module.validation_step
 
     def loss(self, Y_hat, Y):
         counts, grad = self.tgt_pad != Y, np.zeros_like(Y_hat)

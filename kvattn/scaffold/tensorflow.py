@@ -94,30 +94,14 @@ class _Any(keras.layers.Layer):
         """Nothing: its parts are built in the first call. Without this Keras would try a call with symbols, and warn."""
 
 
-class Module(_Any, training.Module):
+class Module(training.Module, _Any):
     """The base of models. A subclass has ``loss(Y_hat, Y)``, and ``call``, ``forward`` or ``net``, which it calls."""
-
-    def __init__(self, plot_train_per_epoch=2, plot_valid_per_epoch=1):
-        super().__init__()
-        self.plot_train_per_epoch, self.plot_valid_per_epoch = plot_train_per_epoch, plot_valid_per_epoch
-        self.board = ProgressBoard()
-
-    def loss(self, Y_hat, Y):
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
-
-    def forward(self, X):
-        return self.net(X)
 
     def call(self, X, *args):
         return self.forward(X, *args)
 
-    def training_step(self, batch):
-        loss = self.loss(self(*batch[:-1], training=True), batch[-1])
-        self.plot("loss", loss, train=True)
-        return loss
-
-    def validation_step(self, batch):
-        self.plot("loss", self.loss(self(*batch[:-1], training=False), batch[-1]), train=False)
+    def _outputs(self, inputs, training):
+        return self(*inputs, training=training)
 
     def configure_optimizers(self):
         return keras.optimizers.SGD(self.lr)
@@ -136,13 +120,8 @@ class Trainer(training.Trainer):
         self.optim.apply(grads, variables)
 
 
-class Classifier(Module):
-    """The base of models that choose one of several classes: logits (..., classes), labels (...)."""
-
-    def validation_step(self, batch):
-        Y_hat = self(*batch[:-1], training=False)
-        self.plot("loss", self.loss(Y_hat, batch[-1]), train=False)
-        self.plot("acc", self.accuracy(Y_hat, batch[-1]), train=False)
+class Classifier(training.Classifier, Module):
+    __doc__ = training.Classifier.__doc__
 
     def loss(self, Y_hat, Y, averaged=True):
         each = tf.reshape(tf.nn.sparse_softmax_cross_entropy_with_logits(Y, Y_hat), -1)
@@ -159,50 +138,29 @@ class Classifier(Module):
 class Encoder(_Any):
     """The base of encoders: (X, valid_lens) -> what a decoder's init_state takes."""
 
-    def call(self, X, *args):
-        raise NotImplementedError(f"{type(self).__name__} has no call")
+
+class Decoder(training.Decoder, _Any):
+    __doc__ = training.Decoder.__doc__
 
 
-class Decoder(_Any):
-    """The base of decoders: init_state(enc_outputs, valid_lens) gives a state, (X, state) -> (logits, state)."""
-
-    def init_state(self, enc_all_outputs, *args):
-        raise NotImplementedError(f"{type(self).__name__} has no init_state")
-
-    def call(self, X, state):
-        raise NotImplementedError(f"{type(self).__name__} has no call")
+class AttentionDecoder(training.AttentionDecoder, Decoder):
+    __doc__ = training.AttentionDecoder.__doc__
 
 
-class AttentionDecoder(Decoder):
-    """The base of decoders with attention, which show their weights."""
+class EncoderDecoder(training.EncoderDecoder, Classifier):
+    __doc__ = training.EncoderDecoder.__doc__
 
-    @property
-    def attention_weights(self):
-        raise NotImplementedError(f"{type(self).__name__} has no attention_weights")
-
-
-class EncoderDecoder(Classifier):
-    """An encoder and a decoder: (src, tgt, valid_lens) -> logits."""
-
-    def __init__(self, encoder, decoder):
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+    _judged = {"training": False}  # noqa: RUF012
 
     def call(self, enc_X, dec_X, valid_lens=None, training=None):
         state = self.decoder.init_state(self.encoder(enc_X, valid_lens, training=training), valid_lens)
         return self.decoder(dec_X, state, training=training)[0]
 
-    def predict_step(self, batch, device, num_steps, save_attention_weights=False):
-        """The likeliest next token, ``num_steps`` times: (tokens (batch, num_steps), the decoder's weights in each step)."""
-        src, tgt, valid_lens, _ = batch
-        state = self.decoder.init_state(self.encoder(src, valid_lens, training=False), valid_lens)
-        outputs, attention_weights = [tgt[:, :1]], []
-        for _ in range(num_steps):
-            Y, state = self.decoder(outputs[-1], state, training=False)
-            outputs.append(tf.argmax(Y, 2, output_type=tgt.dtype))
-            if save_attention_weights:
-                attention_weights.append(self.decoder.attention_weights)
-        return tf.concat(outputs[1:], 1), attention_weights
+    def _likeliest(self, logits):
+        return tf.argmax(logits, 2, output_type="int32")
+
+    def _joined(self, tokens):
+        return tf.concat(tokens, 1)
 
 
 class Seq2SeqEncoder(Encoder):
@@ -218,15 +176,8 @@ class Seq2SeqEncoder(Encoder):
         return self.rnn(self.embedding(tf.transpose(X)), training=training)
 
 
-class Seq2Seq(EncoderDecoder):
-    """An encoder and a decoder that learn to translate, by Adam; padding in the labels costs nothing."""
-
-    def __init__(self, encoder, decoder, tgt_pad, lr):
-        super().__init__(encoder, decoder)
-        self.tgt_pad, self.lr = tgt_pad, lr
-
-    def validation_step(self, batch):
-        self.plot("loss", self.loss(self(*batch[:-1], training=False), batch[-1]), train=False)
+class Seq2Seq(training.Seq2Seq, EncoderDecoder):
+    __doc__ = training.Seq2Seq.__doc__
 
     def loss(self, Y_hat, Y):
         mask = tf.cast(tf.reshape(Y, -1) != self.tgt_pad, "float32")

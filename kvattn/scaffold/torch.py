@@ -77,27 +77,8 @@ def try_gpu(i=0):
     return torch.device(f"cuda:{i}" if torch.cuda.device_count() > i else "cpu")
 
 
-class Module(nn.Module, training.Module):
-    """The base of models. A subclass has ``loss(Y_hat, Y)``, and ``forward`` or ``net``, which it calls."""
-
-    def __init__(self, plot_train_per_epoch=2, plot_valid_per_epoch=1):
-        super().__init__()
-        self.plot_train_per_epoch, self.plot_valid_per_epoch = plot_train_per_epoch, plot_valid_per_epoch
-        self.board = ProgressBoard()
-
-    def loss(self, Y_hat, Y):
-        raise NotImplementedError(f"{type(self).__name__} has no loss")
-
-    def forward(self, X):
-        return self.net(X)
-
-    def training_step(self, batch):
-        loss = self.loss(self(*batch[:-1]), batch[-1])
-        self.plot("loss", loss, train=True)
-        return loss
-
-    def validation_step(self, batch):
-        self.plot("loss", self.loss(self(*batch[:-1]), batch[-1]), train=False)
+class Module(training.Module, nn.Module):
+    __doc__ = training.Module.__doc__
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
@@ -128,13 +109,8 @@ class Trainer(training.Trainer):
         self.model.validation_step(batch)
 
 
-class Classifier(Module):
-    """The base of models that choose one of several classes: logits (..., classes), labels (...)."""
-
-    def validation_step(self, batch):
-        Y_hat = self(*batch[:-1])
-        self.plot("loss", self.loss(Y_hat, batch[-1]), train=False)
-        self.plot("acc", self.accuracy(Y_hat, batch[-1]), train=False)
+class Classifier(training.Classifier, Module):
+    __doc__ = training.Classifier.__doc__
 
     def loss(self, Y_hat, Y, averaged=True):
         how = "mean" if averaged else "none"
@@ -151,51 +127,28 @@ class Classifier(Module):
 class Encoder(nn.Module):
     """The base of encoders: (X, valid_lens) -> what a decoder's init_state takes."""
 
-    def forward(self, X, *args):
-        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+class Decoder(training.Decoder, nn.Module):
+    __doc__ = training.Decoder.__doc__
 
 
-class Decoder(nn.Module):
-    """The base of decoders: init_state(enc_outputs, valid_lens) gives a state, (X, state) -> (logits, state)."""
-
-    def init_state(self, enc_all_outputs, *args):
-        raise NotImplementedError(f"{type(self).__name__} has no init_state")
-
-    def forward(self, X, state):
-        raise NotImplementedError(f"{type(self).__name__} has no forward")
+class AttentionDecoder(training.AttentionDecoder, Decoder):
+    __doc__ = training.AttentionDecoder.__doc__
 
 
-class AttentionDecoder(Decoder):
-    """The base of decoders with attention, which show their weights."""
-
-    @property
-    def attention_weights(self):
-        raise NotImplementedError(f"{type(self).__name__} has no attention_weights")
-
-
-class EncoderDecoder(Classifier):
-    """An encoder and a decoder: (src, tgt, valid_lens) -> logits."""
-
-    def __init__(self, encoder, decoder):
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-
-    def forward(self, enc_X, dec_X, *args):
-        return self.decoder(dec_X, self.decoder.init_state(self.encoder(enc_X, *args), *args))[0]
+class EncoderDecoder(training.EncoderDecoder, Classifier):
+    __doc__ = training.EncoderDecoder.__doc__
 
     @torch.no_grad()
     def predict_step(self, batch, device, num_steps, save_attention_weights=False):
-        """The likeliest next token, ``num_steps`` times: (tokens (batch, num_steps), the decoder's weights in each step)."""
         self.eval()
-        src, tgt, valid_lens, _ = (x.to(device) for x in batch)
-        state = self.decoder.init_state(self.encoder(src, valid_lens), valid_lens)
-        outputs, attention_weights = [tgt[:, :1]], []
-        for _ in range(num_steps):
-            Y, state = self.decoder(outputs[-1], state)
-            outputs.append(Y.argmax(2))
-            if save_attention_weights:
-                attention_weights.append(self.decoder.attention_weights)
-        return torch.cat(outputs[1:], 1), attention_weights
+        return super().predict_step([x.to(device) for x in batch], device, num_steps, save_attention_weights)
+
+    def _likeliest(self, logits):
+        return logits.argmax(2)
+
+    def _joined(self, tokens):
+        return torch.cat(tokens, 1)
 
 
 def init_seq2seq(module):
@@ -221,15 +174,8 @@ class Seq2SeqEncoder(Encoder):
         return self.rnn(self.embedding(X.T.long()))
 
 
-class Seq2Seq(EncoderDecoder):
-    """An encoder and a decoder that learn to translate, by Adam; padding in the labels costs nothing."""
-
-    def __init__(self, encoder, decoder, tgt_pad, lr):
-        super().__init__(encoder, decoder)
-        self.tgt_pad, self.lr = tgt_pad, lr
-
-    def validation_step(self, batch):
-        self.plot("loss", self.loss(self(*batch[:-1]), batch[-1]), train=False)
+class Seq2Seq(training.Seq2Seq, EncoderDecoder):
+    __doc__ = training.Seq2Seq.__doc__
 
     def loss(self, Y_hat, Y):
         mask = (self.tgt_pad != Y).flatten().float()

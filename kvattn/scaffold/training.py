@@ -1,7 +1,7 @@
 """What trains a model, but for the framework: hyperparameters, the curves of a training, the loop over epochs and batches.
 
-A framework's file makes d2l's Module and Trainer of these: `Module` beside its own class of models, and `Trainer` with
-``prepare_model``, ``training_step`` and ``validation_step``.
+A framework's file makes d2l's classes of these: `Module` and those below it beside its own class of models, and `Trainer`
+with ``prepare_model``, ``training_step`` and ``validation_step``.
 """
 
 from __future__ import annotations
@@ -102,11 +102,35 @@ class ProgressBoard(HyperParameters):
 
 
 class Module(HyperParameters):
-    """What a model does in training, in every framework: it plots."""
+    """The base of models. A subclass has ``loss(Y_hat, Y)``, and ``forward`` or ``net``, which it calls."""
 
-    plot_train_per_epoch, plot_valid_per_epoch = 2, 1
     board: ProgressBoard
     trainer: Trainer
+    net: Any
+
+    def __init__(self, plot_train_per_epoch: int = 2, plot_valid_per_epoch: int = 1) -> None:
+        super().__init__()
+        self.plot_train_per_epoch, self.plot_valid_per_epoch = plot_train_per_epoch, plot_valid_per_epoch
+        self.board = ProgressBoard()
+
+    def loss(self, *args: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no loss")
+
+    def forward(self, X: Any) -> Any:
+        return self.net(X)
+
+    def _outputs(self, inputs: Any, training: bool) -> Any:
+        """What the model makes of a batch's inputs, in training or out of it."""
+        model: Any = self
+        return model(*inputs)
+
+    def training_step(self, batch: Any) -> Any:
+        loss = self.loss(self._outputs(batch[:-1], training=True), batch[-1])
+        self.plot("loss", loss, train=True)
+        return loss
+
+    def validation_step(self, batch: Any) -> None:
+        self.plot("loss", self.loss(self._outputs(batch[:-1], training=False), batch[-1]), train=False)
 
     def plot(self, key: str, value: Any, train: bool) -> None:
         """A point of the curve ``key``, of training or of validation, at this moment of the training."""
@@ -119,6 +143,67 @@ class Module(HyperParameters):
             x, every = now.epoch + 1, now.num_val_batches / self.plot_valid_per_epoch
         self.board.xlabel = "epoch"
         self.board.draw(x, value, ("train_" if train else "val_") + key, every_n=max(1, int(every)))
+
+
+class Classifier:
+    """The base of models that choose one of several classes: logits (..., classes), labels (...)."""
+
+    def validation_step(self: Any, batch: Any) -> None:
+        Y_hat = self._outputs(batch[:-1], training=False)
+        self.plot("loss", self.loss(Y_hat, batch[-1]), train=False)
+        self.plot("acc", self.accuracy(Y_hat, batch[-1]), train=False)
+
+
+class Decoder:
+    """The base of decoders: init_state(enc_outputs, valid_lens) gives a state, (X, state) -> (logits, state)."""
+
+    def init_state(self, enc_all_outputs: Any, *args: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no init_state")
+
+
+class AttentionDecoder:
+    """The base of decoders with attention, which show their weights."""
+
+    @property
+    def attention_weights(self) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} has no attention_weights")
+
+
+class EncoderDecoder:
+    """An encoder and a decoder: (src, tgt, valid_lens) -> logits. A framework's own can choose and join tokens."""
+
+    encoder: Any
+    decoder: Any
+    _judged: dict[str, Any] = {}  # noqa: RUF012 (what the parts are called with out of training)
+
+    def __init__(self, encoder: Any, decoder: Any) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+
+    def forward(self, enc_X: Any, dec_X: Any, *args: Any) -> Any:
+        return self.decoder(dec_X, self.decoder.init_state(self.encoder(enc_X, *args), *args))[0]
+
+    def predict_step(self: Any, batch: Any, device: Any, num_steps: int, save_attention_weights: bool = False) -> Any:
+        """The likeliest next token, ``num_steps`` times: (tokens (batch, num_steps), the decoder's weights in each step)."""
+        src, tgt, valid_lens, _ = batch
+        state = self.decoder.init_state(self.encoder(src, valid_lens, **self._judged), valid_lens)
+        outputs, attention_weights = [tgt[:, :1]], []
+        for _ in range(num_steps):
+            Y, state = self.decoder(outputs[-1], state, **self._judged)
+            outputs.append(self._likeliest(Y))
+            if save_attention_weights:
+                attention_weights.append(self.decoder.attention_weights)
+        return self._joined(outputs[1:]), attention_weights
+
+
+class Seq2Seq:
+    """An encoder and a decoder that learn to translate, by Adam; padding in the labels costs nothing."""
+
+    def __init__(self: Any, encoder: Any, decoder: Any, tgt_pad: int, lr: float) -> None:
+        super().__init__(encoder, decoder)  # type: ignore[call-arg]
+        self.tgt_pad, self.lr = tgt_pad, lr
+
+    validation_step = Module.validation_step
 
 
 class Trainer(HyperParameters):
