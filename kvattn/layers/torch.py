@@ -16,9 +16,18 @@ from kvattn.backends import torch as tab
 from kvattn.signatures import LayerOptions
 
 __all__ = [
-    "DotProductAttention", "AdditiveAttention", "MultiplicativeAttention", "GatedAttention", "MultiHeadAttention",
-    "PositionalEncoding", "AddNorm", "PositionWiseFFN", "TransformerEncoderBlock", "TransformerEncoder",
-    "TransformerDecoderBlock", "TransformerDecoder",
+    "AddNorm",
+    "AdditiveAttention",
+    "DotProductAttention",
+    "GatedAttention",
+    "MultiHeadAttention",
+    "MultiplicativeAttention",
+    "PositionWiseFFN",
+    "PositionalEncoding",
+    "TransformerDecoder",
+    "TransformerDecoderBlock",
+    "TransformerEncoder",
+    "TransformerEncoderBlock",
 ]  # fmt: skip; layers.LAYERS, in words that type checkers read
 
 # X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
