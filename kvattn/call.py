@@ -194,6 +194,19 @@ class Choice(NamedTuple):
         """The same kernel for each of these blocks of queries; ``what``: they are, in words."""
         return Choice(f"{self.kernel}, in blocks", f"{self.why}; {len(blocks)} blocks of queries, {what}", blocks, run)
 
+    def with_scores(self, tab: Any) -> Choice:
+        """The same kernel, and the scores beside what it gives: the weights of a call of ``tab`` that makes none of them."""
+        attend = self.run
+        assert attend is not None
+
+        def run(query: Any, key: Any, value: Any, call: Call, blocks: Sequence[Any]) -> Any:
+            results = attend(query, key, value, call._replace(return_scores=None), blocks)
+            wide = tab._wide(query), tab._wide(key), tab._wide(value)[..., :0]
+            scores = tab._attend(*wide, call.of_scores(tab._scored))[1]
+            return (*(results if isinstance(results, tuple) else (results,)), scores)
+
+        return self._replace(why=f"{self.why}; the scores beside it", run=run)
+
     def of_selected_keys(self, selected: object, run: Callable[..., Any]) -> Choice:
         """The same kernel for each query beside the keys that it selects, so many."""
         why = f"{self.why}; each query beside the {selected} keys it selects"

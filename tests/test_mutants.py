@@ -27,11 +27,16 @@ EVERYWHERE = [
     ("drops the bias", "return scores + _wide(call.bias) if call.adds_bias else scores", "return scores", "bias"),
     ("adds the bias to raw scores", "if call.adds_bias else", "if call.bias is not None else", "scores out"),
     ("caps raw scores", 'None if self.return_scores == "raw" else self.softcap', "self.softcap", "scores out"),
-    ("returns scores of what may not attend", "call.of_scores(_scored)", "call.of_scores(identity)", "scores out"),
+    ("returns scores of what may not attend", "call.of_scores(tab._scored)", "call.of_scores(tab.identity)", "scores out"),
     ("inverts the mask", "[] if call.mask is None else [call.mask]", "[] if call.mask is None else [~call.mask]", "masks"),
     ("leaks NaN", HIDE, "pass", "padding"),
     ("lets key valid_lens in", "keys < _lengths(call.valid_lens, ndim)", "keys <= _lengths(call.valid_lens, ndim)", "lengths"),
-    ("projects values as keys", '_project(value, params, "v")', '_project(value, params, "k")', "multi-head"),
+    (
+        "projects values as keys",
+        'value = tab._split(tab._project(value, params, "v")',
+        'value = tab._split(tab._project(value, params, "k")',
+        "multi-head",
+    ),
     ("forgets the biases of heads", "return x if b is None else", "return x if True else", "multi-head"),
     ("leaks NaN into projections", "hidden = _hide_padding(allowed, *(", "hidden = _hide_padding(None, *(", "multi-head"),
     ("turns the other way", "[-sin, sin]", "[sin, -sin]", "rotary"),
@@ -322,9 +327,13 @@ def everywhere():
 
 @pytest.mark.parametrize(("backend", "wrong", "old", "new", "group"), [*everywhere()])
 def test_any_tab_that(backend, wrong, old, new, group):
-    if old in (PACKAGE / "call.py").read_text():
-        tab = mutant(backend, "import math", "import math")
-        tab.Call = altered("call.py", "kvattn_mutants.call", old, new).Call
+    file = next((file for file in ("call.py", "multihead.py") if old in (PACKAGE / file).read_text()), None)
+    if file is not None:
+        tab, module = mutant(backend, "import math", "import math"), altered(file, f"kvattn_mutants.{file[:-3]}", old, new)
+        if file == "call.py":
+            tab.Call, tab.Choice = module.Call, module.Choice
+        else:
+            tab.multihead = module
     else:
         tab = mutant(backend, old, new)
     assert notices(tab, group)

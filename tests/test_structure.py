@@ -94,7 +94,7 @@ def imports(path):
 
 
 def test_the_frontend_imports_no_framework():
-    for name in ("__init__", "api", "scores", "prepare", "dispatch", "checks", "planning", "call"):
+    for name in ("__init__", "api", "scores", "prepare", "dispatch", "checks", "planning", "call", "multihead"):
         used = {module.partition(".")[0] for module in imports(PACKAGE / f"{name}.py")}
         assert not used & FRAMEWORKS, name
 
@@ -195,7 +195,7 @@ def test_every_text_that_a_mutant_replaces_stands_in_its_file():
         if name == "ELSEWHERE":
             assert third in source(first), third
         for tab in TABS if name == "EVERYWHERE" else [name.lower()] if name == "NUMPY" else []:
-            assert second in source(f"backends/{tab}.py", "call.py"), (tab, second)
+            assert second in source(f"backends/{tab}.py", "call.py", "multihead.py"), (tab, second)
         count += 1
     for _, (first, _, third, *_) in rows("test_tiled_mutants.py"):
         assert third in source(f"kernels/numpy/{first}.py"), third

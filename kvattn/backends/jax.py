@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn import pairs, patterns, planning, rotation
+from kvattn import multihead, pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.jax import blocks, distances, dropout, nonfinite, programs, tiles
 from kvattn.kernels.jax import gpu as jax_gpu
@@ -173,8 +173,6 @@ def _may_leak(*inputs):
 @programs.exact
 def _hide_unused_rows(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
-        return _hide_padding(None, query, key, value)
     if type(call.mask) is Pairs:
         call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call, heads=False)
     named = "mask", "bias", "valid_lens", "query_offset", "left", "right", "positions"  # the rest would make other programs
@@ -368,29 +366,9 @@ def _softmax_lse(scores, where):
 # ---- attention
 
 
-def attention(
-    query,
-    key,
-    value,
-    *,
-    score=scaled_dot_score,
-    normalize=softmax,
-    mask=None,
-    bias=None,
-    valid_lens=None,
-    causal=False,
-    query_offset=0,
-    window=None,
-    positions=None,
-    scale=None,
-    softcap=None,
-    sink=None,
-    dropout=0.0,
-    rng=None,
-    return_weights=False,
-    return_lse=False,
-    return_scores=None,
-):
+def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, mask=None, bias=None, valid_lens=None,
+              causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, sink=None, dropout=0.0,
+              rng=None, return_weights=False, return_lse=False, return_scores=None):  # fmt: skip
     limited = not mask is bias is valid_lens is window is positions is scale is softcap is sink is rng is return_scores is None
     usual = score is scaled_dot_score and normalize is softmax and not (limited or dropout)
     if usual and type(query_offset) is int and query_offset == 0 and programs.at_once(query):  # looking at more would cost more
@@ -412,8 +390,7 @@ def choose(query, key, value, call):
         return pairs.choice(query, key, value, call, _in_parts, partial(distances.by_distance, _in_tiles))
     tab = sys.modules[__name__]
     if call.return_scores:
-        choice = choose(query, key, value, call._replace(return_scores=None))
-        return choice._replace(why=f"{choice.why}; the scores beside it", run=partial(_with_scores, choice.run))
+        return choose(query, key, value, call._replace(return_scores=None)).with_scores(sys.modules[__name__])
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
         why = f"{choice.why}; the sink takes its share of each row"
@@ -486,14 +463,6 @@ def _scores(query, key, call):
     if call.softcap is not None:
         scores = call.softcap * jnp.tanh(scores / call.softcap)
     return scores + _wide(call.bias) if call.adds_bias else scores
-
-
-def _with_scores(run, query, key, value, call, blocks):
-    """What ``run`` gives, and the scores: the weights of a call that makes none of them."""
-    results = run(query, key, value, call._replace(return_scores=None), blocks)
-    nothing = _wide(value)[..., :0]
-    scores = _attend(_wide(query), _wide(key), nothing, call.of_scores(_scored))[1]
-    return (*(results if isinstance(results, tuple) else (results,)), scores)
 
 
 def _scored(scores, where=None):
@@ -724,31 +693,8 @@ def _swapped(x, interleaved):
 
 @programs.exact
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
-    dtype, options = query.dtype, _widened(options, params.get("sink"))
-    if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unused_rows(query, key, value, Call.of(query, key, **options))
-    else:  # whose keys and values are float32
-        query, key, value = _wide(query), _wide(key), _wide(value)
-    query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
-    key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
-    value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
-    if cache is not None:
-        cache = cache.extend(key, value, backend="jax")
-        key, value = cache.seen()
-        options["query_offset"] = cache.length - query.shape[-2]
-    results = attention(query, key, value, **options)
-    output, *rest = results if isinstance(results, tuple) else (results,)
-    output = _project(_join(output), params, "o").astype(dtype)  # (..., n, o)
-    if options.get("return_weights"):
-        rest[0] = rest[0].astype(dtype)
-    results = (output, *rest) if cache is None else (output, *rest, cache)
-    return results if len(results) > 1 else output
-
-
-def _widened(options, sink=None):
-    """The options beside projections, which are wide. ``sink``: of the params, if they have one."""
-    given = {"bias": options.get("bias"), "sink": options.get("sink") if sink is None else sink}
-    return options | {name: None if x is None else _wide(x) for name, x in given.items()}
+    tab, counts = sys.modules[__name__], (num_heads, num_kv_heads)
+    return multihead.multi_head_attention(tab, query, key, value, params, counts, cache, options)
 
 
 def _project(x, params, name):
@@ -797,16 +743,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 @programs.exact
 def self_attention(x, W_q, W_k, W_v, **options):
-    dtype, options = x.dtype, _widened(options)
-    lens = options["valid_lens"]
-    lens = lens[None] if lens is not None and x.ndim == 2 else lens  # of the one head there is
-    query, key, value = _hide_unused_rows(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
-    results = attention(_affine(query, W_q), _affine(key, W_k), _affine(value, W_v), **options)
-    output, *rest = results if isinstance(results, tuple) else (results,)
-    if options.get("return_weights"):
-        rest[0] = rest[0].astype(dtype)
-    output = output.astype(dtype)
-    return (output, *rest) if rest else output
+    return multihead.self_attention(sys.modules[__name__], x, {"W_q": W_q, "W_k": W_k, "W_v": W_v}, options)
 
 
 @programs.exact

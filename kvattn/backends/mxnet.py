@@ -19,7 +19,7 @@ from functools import partial, reduce
 
 import numpy
 
-from kvattn import pairs, patterns, planning, rotation
+from kvattn import multihead, pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.mxnet import dropout, quirks, views
 from kvattn.old_numpy import old_names
@@ -189,8 +189,6 @@ def _may_leak(*inputs):
 
 def _hide_unused_rows(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
-        return _hide_padding(None, query, key, value)
     if type(call.mask) is Pairs:
         call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call, heads=False)
     keys = np.arange(key.shape[-2], dtype="int64", ctx=key.ctx)
@@ -397,8 +395,7 @@ def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, m
 def choose(query, key, value, call):
     """The kernel that serves a call. It looks at shapes alone: each costs a microsecond, so it asks for them once."""
     if call.return_scores:
-        choice = choose(query, key, value, call._replace(return_scores=None))
-        return choice._replace(why=f"{choice.why}; the scores beside it", run=partial(_with_scores, choice.run))
+        return choose(query, key, value, call._replace(return_scores=None)).with_scores(sys.modules[__name__])
     if type(call.mask) is Pairs:
         with quirks.any_shape():
             by_distance = partial(views.by_distance, sys.modules[__name__])
@@ -471,14 +468,6 @@ def _scores(query, key, call):
     if call.softcap is not None:
         scores = call.softcap * np.tanh(scores / call.softcap)
     return scores + _wide(call.bias) if call.adds_bias else scores
-
-
-def _with_scores(run, query, key, value, call, blocks):
-    """What ``run`` gives, and the scores: the weights of a call that makes none of them."""
-    results = run(query, key, value, call._replace(return_scores=None), blocks)
-    nothing = _wide(value)[..., :0]
-    scores = _attend(_wide(query), _wide(key), nothing, call.of_scores(_scored))[1]
-    return (*(results if isinstance(results, tuple) else (results,)), scores)
 
 
 def _scored(scores, where=None):
@@ -749,30 +738,8 @@ def _swapped(x, interleaved):
 
 @quirks.shaped
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
-    dtype, options = query.dtype, _widened(options, params.get("sink"))
-    call = Call.of(query, key, **options)
-    if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unused_rows(query, key, value, call)
-    query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
-    key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
-    value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
-    if cache is not None:
-        cache = cache.extend(key, value, backend="mxnet")
-        key, value = cache.seen()
-        call = Call.of(query, key, **options | {"query_offset": cache.length - query.shape[-2]})
-    results = _attend(query, key, value, call)
-    output, *rest = results if isinstance(results, tuple) else (results,)
-    output = _project(_join(output), params, "o").astype(dtype, copy=False)  # (..., n, o)
-    if call.return_weights:
-        rest[0] = rest[0].astype(dtype, copy=False)
-    results = (output, *rest) if cache is None else (output, *rest, cache)
-    return results if len(results) > 1 else output
-
-
-def _widened(options, sink=None):
-    """The options beside projections, which are wide. ``sink``: of the params, if they have one."""
-    given = {"bias": options.get("bias"), "sink": options.get("sink") if sink is None else sink}
-    return options | {name: None if x is None else _wide(x) for name, x in given.items()}
+    tab, counts = sys.modules[__name__], (num_heads, num_kv_heads)
+    return multihead.multi_head_attention(tab, query, key, value, params, counts, cache, options)
 
 
 def _project(x, params, name):
@@ -819,17 +786,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 @quirks.shaped
 def self_attention(x, W_q, W_k, W_v, **options):
-    dtype, options = x.dtype, _widened(options)
-    call = of_heads = Call.of(x, x, **options)
-    if call.valid_lens is not None and x.ndim == 2:  # of the one head there is
-        of_heads = call._replace(valid_lens=call.valid_lens.reshape((1, *call.valid_lens.shape)))
-    inputs = zip(_hide_unused_rows(x, x, x, of_heads), (W_q, W_k, W_v), strict=True)
-    results = _attend(*(_project(x, {"W_x": W}, "x") for x, W in inputs), call)
-    output, *rest = results if isinstance(results, tuple) else (results,)
-    if call.return_weights:
-        rest[0] = rest[0].astype(dtype, copy=False)
-    output = output.astype(dtype, copy=False)
-    return (output, *rest) if rest else output
+    return multihead.self_attention(sys.modules[__name__], x, {"W_q": W_q, "W_k": W_k, "W_v": W_v}, options)
 
 
 @quirks.shaped

@@ -9,7 +9,7 @@ from functools import partial, reduce
 
 import numpy as np
 
-from kvattn import pairs, patterns, planning, rotation
+from kvattn import multihead, pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.numpy import dropout, gradients, memory, tiled, tiles
 from kvattn.pairs import Pairs
@@ -156,8 +156,6 @@ def _may_leak(*inputs):
 
 def _hide_unused_rows(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
-        return _hide_padding(None, query, key, value)
     if type(call.mask) is Pairs:
         call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call, heads=False)
     keys = np.arange(key.shape[-2])
@@ -344,8 +342,7 @@ def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, m
 def choose(query, key, value, call):
     """The kernel that serves a call: Choice(kernel, why, blocks, run). It looks at the call and the shapes of the arrays."""
     if call.return_scores:
-        choice = choose(query, key, value, call._replace(return_scores=None))
-        return choice._replace(why=f"{choice.why}; the scores beside it", run=partial(_with_scores, choice.run))
+        return choose(query, key, value, call._replace(return_scores=None)).with_scores(sys.modules[__name__])
     if type(call.mask) is Pairs:
         return pairs.choice(query, key, value, call, _in_parts, tiles.by_distance)
     if call.sink is not None:
@@ -423,14 +420,6 @@ def _scores(query, key, call):
     if call.softcap is not None:
         scores = call.softcap * np.tanh(scores / call.softcap)
     return scores + _wide(call.bias) if call.adds_bias else scores
-
-
-def _with_scores(run, query, key, value, call, blocks):
-    """What ``run`` gives, and the scores: the weights of a call that makes none of them."""
-    results = run(query, key, value, call._replace(return_scores=None), blocks)
-    nothing = _wide(value)[..., :0]
-    scores = _attend(_wide(query), _wide(key), nothing, call.of_scores(_scored))[1]
-    return (*(results if isinstance(results, tuple) else (results,)), scores)
 
 
 def _scored(scores, where=None):
@@ -582,30 +571,8 @@ def _swapped(x, interleaved):
 
 
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
-    dtype, options = query.dtype, _widened(options, params.get("sink"))
-    call = Call.of(query, key, **options)
-    if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unused_rows(query, key, value, call)
-    query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
-    key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
-    value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
-    if cache is not None:
-        cache = cache.extend(key, value, backend="numpy")
-        key, value = cache.seen()
-        call = Call.of(query, key, **options | {"query_offset": cache.length - query.shape[-2]})
-    results = _attend(query, key, value, call)
-    output, *rest = results if isinstance(results, tuple) else (results,)
-    output = _project(_join(output), params, "o").astype(dtype)  # (..., n, o)
-    if call.return_weights:
-        rest[0] = rest[0].astype(dtype)
-    results = (output, *rest) if cache is None else (output, *rest, cache)
-    return results if len(results) > 1 else output
-
-
-def _widened(options, sink=None):
-    """The options beside projections, which are wide. ``sink``: of the params, if they have one."""
-    given = {"bias": options.get("bias"), "sink": options.get("sink") if sink is None else sink}
-    return options | {name: None if x is None else _wide(x) for name, x in given.items()}
+    tab, counts = sys.modules[__name__], (num_heads, num_kv_heads)
+    return multihead.multi_head_attention(tab, query, key, value, params, counts, cache, options)
 
 
 def _project(x, params, name):
@@ -639,16 +606,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 
 def self_attention(x, W_q, W_k, W_v, **options):
-    dtype, options = x.dtype, _widened(options)
-    call = Call.of(x, x, **options)
-    of_heads = call._replace(valid_lens=call.valid_lens[None]) if call.valid_lens is not None and x.ndim == 2 else call
-    query, key, value = _hide_unused_rows(x, x, x, of_heads)
-    results = _attend(_wide(query) @ _wide(W_q), _wide(key) @ _wide(W_k), _wide(value) @ _wide(W_v), call)
-    output, *rest = results if isinstance(results, tuple) else (results,)
-    if call.return_weights:
-        rest[0] = rest[0].astype(dtype)
-    output = output.astype(dtype)
-    return (output, *rest) if rest else output
+    return multihead.self_attention(sys.modules[__name__], x, {"W_q": W_q, "W_k": W_k, "W_v": W_v}, options)
 
 
 def write(buffer, x, at):

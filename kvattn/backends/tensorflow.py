@@ -10,7 +10,7 @@ from functools import partial, reduce
 import numpy as np
 import tensorflow as tf
 
-from kvattn import pairs, patterns, planning, rotation
+from kvattn import multihead, pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.tensorflow import blocks, dropout, nonfinite, quirks, tiles
 from kvattn.pairs import Pairs, Segments
@@ -178,8 +178,6 @@ def _may_leak(*inputs):
 
 def _hide_unused_rows(query, key, value, call):
     """Zeros for rows (..., n, c) that meet nobody in any head: a weight's gradient, their product with 0, would be NaN."""
-    if not (call.restricted or call.positions is not None) or not _may_leak(query, key, value):
-        return _hide_padding(None, query, key, value)
     if type(call.mask) is Pairs:
         call = call.mask.whole(query[..., None, :, :], key[..., None, :, :], call, heads=False)
     if call.positions is not None:
@@ -380,29 +378,9 @@ def _softmax_of_dots(scores, where, biased):
 # ---- attention
 
 
-def attention(
-    query,
-    key,
-    value,
-    *,
-    score=scaled_dot_score,
-    normalize=softmax,
-    mask=None,
-    bias=None,
-    valid_lens=None,
-    causal=False,
-    query_offset=0,
-    window=None,
-    positions=None,
-    scale=None,
-    softcap=None,
-    sink=None,
-    dropout=0.0,
-    rng=None,
-    return_weights=False,
-    return_lse=False,
-    return_scores=None,
-):
+def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, mask=None, bias=None, valid_lens=None,
+              causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, sink=None, dropout=0.0,
+              rng=None, return_weights=False, return_lse=False, return_scores=None):  # fmt: skip
     query, key, value = tf.convert_to_tensor(query), tf.convert_to_tensor(key), tf.convert_to_tensor(value)
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
@@ -415,8 +393,7 @@ def attention(
 def choose(query, key, value, call):
     """The kernel that serves a call: Choice(kernel, why, blocks, run)."""
     if call.return_scores:
-        choice = choose(query, key, value, call._replace(return_scores=None))
-        return choice._replace(why=f"{choice.why}; the scores beside it", run=partial(_with_scores, choice.run))
+        return choose(query, key, value, call._replace(return_scores=None)).with_scores(sys.modules[__name__])
     if type(call.mask) is Pairs:
         return pairs.choice(query, key, value, call, _in_parts)
     tab = sys.modules[__name__]
@@ -561,14 +538,6 @@ def _scores(query, key, call):
     if call.softcap is not None:
         scores = call.softcap * tf.tanh(scores / call.softcap)
     return scores + _wide(call.bias) if call.adds_bias else scores
-
-
-def _with_scores(run, query, key, value, call, blocks):
-    """What ``run`` gives, and the scores: the weights of a call that makes none of them."""
-    results = run(query, key, value, call._replace(return_scores=None), blocks)
-    nothing = _wide(value)[..., :0]
-    scores = _attend(_wide(query), _wide(key), nothing, call.of_scores(_scored))[1]
-    return (*(results if isinstance(results, tuple) else (results,)), scores)
 
 
 def _scored(scores, where=None):
@@ -730,29 +699,8 @@ def _swapped(x, interleaved):
 
 
 def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, cache=None, **options):
-    dtype, options = query.dtype, _widened(options, params.get("sink"))
-    if cache is None:  # else a later call may look at what is nobody's now
-        query, key, value = _hide_unused_rows(query, key, value, Call.of(query, key, **options))
-    query = _split(_project(query, params, "q"), num_heads)  # (..., num_heads, n, d)
-    key = _split(_project(key, params, "k"), num_kv_heads)  # (..., num_kv_heads, m, d)
-    value = _split(_project(value, params, "v"), num_kv_heads)  # (..., num_kv_heads, m, v)
-    if cache is not None:
-        cache = cache.extend(key, value, backend="tensorflow")
-        key, value = cache.seen()
-        options["query_offset"] = cache.length - query.shape[-2]
-    results = attention(query, key, value, **options)
-    output, *rest = results if isinstance(results, tuple) else (results,)
-    output = tf.cast(_project(_join(output), params, "o"), dtype)  # (..., n, o)
-    if options.get("return_weights"):
-        rest[0] = tf.cast(rest[0], dtype)
-    results = (output, *rest) if cache is None else (output, *rest, cache)
-    return results if len(results) > 1 else output
-
-
-def _widened(options, sink=None):
-    """The options beside projections, which are wide. ``sink``: of the params, if they have one."""
-    given = {"bias": options.get("bias"), "sink": options.get("sink") if sink is None else sink}
-    return options | {name: None if x is None else _wide(x) for name, x in given.items()}
+    tab, counts = sys.modules[__name__], (num_heads, num_kv_heads)
+    return multihead.multi_head_attention(tab, query, key, value, params, counts, cache, options)
 
 
 def _project(x, params, name):
@@ -797,17 +745,7 @@ def multi_head_attention_grad(query, key, value, params, grad_output, *, wrt=("q
 
 
 def self_attention(x, W_q, W_k, W_v, **options):
-    dtype, options = x.dtype, _widened(options)
-    lens = options["valid_lens"]
-    lens = lens[None] if lens is not None and len(x.shape) == 2 else lens  # of the one head there is
-    query, key, value = _hide_unused_rows(x, x, x, Call.of(x, x, **options | {"valid_lens": lens}))
-    projected = (quirks.matmul(_wide(x), _wide(W)) for x, W in ((query, W_q), (key, W_k), (value, W_v)))
-    results = attention(*projected, **options)
-    output, *rest = results if isinstance(results, tuple) else (results,)
-    if options.get("return_weights"):
-        rest[0] = tf.cast(rest[0], dtype)
-    output = tf.cast(output, dtype)
-    return (output, *rest) if rest else output
+    return multihead.self_attention(sys.modules[__name__], x, {"W_q": W_q, "W_k": W_k, "W_v": W_v}, options)
 
 
 def write(buffer, x, at):

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from kvattn import pairs, planning
+from kvattn import multihead, pairs, planning
 from kvattn.call import Call
 from kvattn.kernels.numpy import memory, threads, tiled, tiled_grad, tiles
 from kvattn.pairs import Pairs
@@ -384,9 +384,9 @@ def _of_finite(product, query, key, grad_scores, allowed, args, keywords):
 
 def multi_head_attention_grad(tab, inputs, params, grad_output, wrt, *, num_heads, num_kv_heads, **options):
     """The gradients named by ``wrt``, among query, key, value and params, of sum(grad_output * multi_head_attention(...))."""
-    options = tab._widened(options, params.get("sink"))
+    options = multihead.widened(tab, options, params.get("sink"))
     call = Call.of(inputs["query"], inputs["key"], **options)
-    inputs = dict(zip(inputs, tab._hide_unused_rows(*inputs.values(), call), strict=True))
+    inputs = dict(zip(inputs, multihead.hidden(tab, *inputs.values(), options), strict=True))
     heads = {"query": num_heads, "key": num_kv_heads, "value": num_kv_heads}
     split = {name: tab._split(tab._project(x, params, name[0]), heads[name]) for name, x in inputs.items()}
     grads, grad = {}, tab._wide(grad_output)
