@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -401,51 +402,59 @@ def _same_in_numpy(said: Pairs, query: Any, key: Any, offset: Any) -> bool:
     return found is not None and np.array_equal(found, checks.peek(said.tab, made))
 
 
-def _ahead(query: Any, key: Any, call: Call) -> Any:
-    """How far keys are ahead of queries, (1, n + m - 1), each once, the least first; None where that cannot be read."""
-    n, m, offset, tab = query.shape[-2], key.shape[-2], call.query_offset, call.mask.tab
-    if type(offset) is not int or checks.peek(tab, ahead := _places(tab, query, 1 - offset - n, n + m - 1)[None]) is None:
-        return None
-    near = short(0, m) and short(offset, offset + n)
-    return ahead if near else tab.asarray(ahead, dtype=_dtype(tab, key, 0, SQUARE))  # the positions' own
-
-
-def _of_distances(function: Any, query: Any, key: Any, call: Call) -> Any:
+def _of_distances(function: Any, query: Any, key: Any, call: Call, in_numpy: bool = False) -> Any:
     """What a function gives for each distance, (..., 1, n + m - 1), the least first; None where it asks for more, or nobody can
-    tell. The first query and the last, asked with arrays, tell of one that looks at the sizes or the class of these."""
+    tell. The first query and the last, asked with arrays, tell of one that looks at the sizes or the class of these.
+
+    ``in_numpy``: NumPy's integers may be asked; where they tell, the result is NumPy's bools.
+    """
     import numpy as np
 
     from kvattn import positions  # here, as above
 
-    said, n, m = call.mask, query.shape[-2], key.shape[-2]
-    if (ahead := _ahead(query, key, call)) is None:
+    tab, offset, n, m = call.mask.tab, call.query_offset, query.shape[-2], key.shape[-2]
+    if type(offset) is not int or (seen := checks.peek(tab, keys := _places(tab, key, 0, None)[None])) is None:
         return None
-    made = positions.of_distances(function, ahead)
-    if made is None or not said.tab.is_array(made):
+    near = short(0, m) and short(offset, offset + n)
+    dtype = checks.dtype_name(keys) if near else _dtype(tab, key, 0, SQUARE)  # the positions' own
+    ahead, made = np.arange(1 - offset - n, m - offset).astype(dtype)[None], None
+    if in_numpy and seen is not keys:  # else the framework's are NumPy's
+        flags = positions.of_distances(function, positions.exact(ahead))
+        made = flags.view(np.ndarray) if type(flags) is positions.Exact and flags.dtype.kind == "b" else None
+    known = made
+    if made is None:
+        made = positions.of_distances(function, tab.asarray(ahead, like=key))
+        if made is None or not tab.is_array(made):
+            return None
+        known = checks.peek(tab, made)
+    try:
+        found = function(tab.asarray(np.array([[offset], [offset + n - 1]], dtype), like=query), keys)
+    except Exception:  # it is asked again, and its error is for the user then
         return None
-    for row in (0, n - 1):
-        try:
-            found = function(*said.places(query, key, call.query_offset, (row, 1), None))
-        except Exception:  # it is asked again, and its error is for the user then
-            return None
-        seen = checks.peek(said.tab, made), checks.peek(said.tab, found)
-        if seen[0] is None or seen[1] is None:
-            continue
-        known, found = (np.asarray(x, np.float64) for x in (seen[0][..., n - 1 - row : n - 1 - row + m], seen[1]))
-        if known.shape != found.shape or not np.allclose(known, found, atol=1e-6, equal_nan=True):
-            return None
-    return made
+    if not tab.is_array(found):
+        return None
+    if known is None or (found := checks.peek(tab, found)) is None:
+        return made
+    known = np.concatenate([known[..., n - 1 :], known[..., :m]], axis=-2)  # beside the first query, and the last
+    if known.shape != found.shape:
+        return None
+    same = np.array_equal if known.dtype.kind == "b" else partial(np.allclose, atol=1e-6, equal_nan=True)
+    return made if same(*(x.astype(np.float64) if x.dtype.kind not in "bf" else x for x in (known, found))) else None
 
 
 def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None] | None:
     """The window that the mask function says, where all it asks for is how far a key is from a query, as can be read."""
+    import numpy as np
+
     from kvattn import positions  # here, as above
 
     tab, count = call.mask.tab, query.shape[-2] + key.shape[-2] - 1
-    made = None if call.mask.segments is not None else _of_distances(call.mask.mask_function, query, key, call)
+    if call.mask.segments is not None:
+        return None
+    made = _of_distances(call.mask.mask_function, query, key, call, in_numpy=True)
     if made is None or checks.dtype_name(made) not in ("bool", "bool_"):
         return None
-    flags = checks.peek(tab, made)
+    flags = made if type(made) is np.ndarray else checks.peek(tab, made)
     one_for_all = flags is not None and flags.size == count
     return positions.window(flags.reshape(-1), 1 - call.query_offset - query.shape[-2]) if one_for_all else None
 

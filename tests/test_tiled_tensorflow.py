@@ -21,8 +21,11 @@ import tensorflow as tf
 from tiling import RESTRICTIONS, WRT, allowed, call, draw, functions, judge, subject, with_arrays
 
 import kvattn
+from kvattn import pairs
 from kvattn.backends import tensorflow as tab
 from kvattn.call import Call
+from kvattn.conformance import check, placed
+from kvattn.kernels.tensorflow import distances
 from kvattn.kernels.tensorflow import tiles as tiled
 
 SUBJECT = subject("tensorflow")
@@ -239,6 +242,74 @@ def test_a_repeated_call_finds_nothing_of_the_last():
             np.testing.assert_array_equal(x, y)
 
 
+# ---- a bias by distance
+
+
+def test_a_bias_by_distance_is_one_line_in_small_blocks():
+    """Of every size of blocks, beside every option, grouped heads and sinks among them."""
+    cases = [case for case in placed.cases(np.random.default_rng(1)) if case.name.startswith(("bias function", "heads: func"))]
+    lines, original = [], distances.by_distance
+
+    def by_distance(*arguments):
+        lines.append(original(*arguments))
+        return lines[-1]
+
+    with in_blocks(), patch.multiple(pairs, FEW=0), patch.object(distances, "by_distance", by_distance):
+        report = check.run("tensorflow", cases, dtypes=("float64",))
+    assert [x.message for x in report.failures] == []
+    assert sum(line is not None for line in lines) > len(cases) // 2
+
+
+def _attend_by_distance(query, key, value, slope, whole=False):
+    """attention with a bias of each distance times slope; ``whole``: an array of all pairs."""
+    bias = lambda q, k: -slope * tf.cast(abs(q - k), slope.dtype)  # noqa: E731
+    if whole:
+        bias = bias(tf.range(query.shape[-2])[:, None], tf.range(key.shape[-2]))
+    return kvattn.attention(query, key, value, bias=bias, softcap=2.0)
+
+
+def test_derivatives_beside_a_bias_by_distance():
+    """Once, twice, forwards, and by what the function reads."""
+    query, key, value, _ = (tf.constant(x) for x in draw(lead=(2, 2), n=9, m=7))
+    slope = tf.constant([[[0.5]], [[0.25]]], tf.float64)
+
+    def derivatives(whole):
+        with tf.GradientTape() as outer:
+            outer.watch([query, key])
+            with tf.GradientTape() as tape:
+                tape.watch([query, value])
+                loss = tf.reduce_sum(_attend_by_distance(query, key, value, slope, whole) ** 2)
+            firsts = tape.gradient(loss, [query, value])
+        yield from firsts
+        yield from outer.gradient(firsts, [query, key])
+        with tf.GradientTape() as tape:
+            tape.watch(slope)
+            loss = tf.reduce_sum(_attend_by_distance(query, key, value, slope, whole) ** 2)
+        yield tape.gradient(loss, slope)
+        with tf.autodiff.ForwardAccumulator(slope, tf.ones_like(slope)) as forward:
+            output = _attend_by_distance(query, key, value, slope, whole)
+        yield forward.jvp(output)
+
+    expected = [*derivatives(whole=True)]
+    with in_blocks() as served, patch.multiple(pairs, FEW=0):
+        for x, y in zip(derivatives(whole=False), expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
+    assert "_backward" in served
+
+
+def test_nan_beside_a_bias_by_distance_stays_with_its_pairs():
+    rng, ahead = np.random.default_rng(0), np.arange(520) - np.arange(520)[:, None]
+    query, key, value = rng.standard_normal((3, 1, 2, 520, 4)).astype("float32")
+    key[0, :, 200], value[0, :, 250] = np.nan, np.inf
+    own = tf.constant([0.5, 0.25])[:, None, None]
+    bias = lambda q, k: -own * tf.cast(abs(q - k), tf.float32)  # noqa: E731
+    assert kvattn.explain(*map(tf.constant, (query, key, value)), bias=bias, causal=True).kernel == "blocks"
+    got = kvattn.attention(*map(tf.constant, (query, key, value)), bias=bias, causal=True)
+    want = kvattn.attention(query, key, value, bias=-own.numpy() * abs(ahead).astype("float32"), causal=True)
+    assert_near(got, want)
+    assert np.isfinite(want[..., :200, :]).all()
+
+
 # ---- memory
 
 
@@ -312,6 +383,7 @@ def test_which_calls_blocks_serve():
     assert not serves(query, key, value, dropout=0.1)
     assert not serves(query, key, value, return_weights=True)
     assert not serves(query, key, value, bias=tf.zeros(500))
+    assert serves(query, key, value, bias=distances.Line(tf.zeros(1199)))
     assert not serves(query[:, :1], key, value)
     assert not serves(query, key[:1], value)
     with patch.object(tf.config, "list_physical_devices", lambda kind: [kind]):

@@ -30,6 +30,7 @@ def noticed_here(test, *given):
 UNSEEN = partial(noticed, "what_nobody_sees_reaches_nothing")
 SHAPES = noticed_here("a_trace_knows_the_shapes_of_results")
 JACOBIANS = noticed_here("forward_derivatives_and_jacobians")
+BY_DISTANCE = noticed_here("derivatives_beside_a_bias_by_distance")
 LENGTHS = "lengths per query"
 LEFT = {"window": (2, None)}
 MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction, options or a test that should notice
@@ -49,6 +50,9 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
     ("divides no gradient", "grad, delta = grad / total, delta / total", "pass", "causal"),
     ("forgets softcap's slope", "keep(by_scores if slope is None else by_scores * slope)", "keep(by_scores)", "softcap"),
     ("forgets the lse's gradient", "delta -= block", "block", noticed("gradients_by_the_output_and_the_lse", "nothing")),
+    ("reads another head's line", "first = self._of(", "first = 0 * self._of(", BY_DISTANCE),
+    ("takes the biases of later queries", "first - end + low,", "first - start + low - 1,", BY_DISTANCE),
+    ("forgets the bias beside a soft cap", "if self.kind.biased:", "if self.kind.biased and self.kind.softcap is None:", BY_DISTANCE),
     ("loses what is small", ">= LOSSLESS", ">= -1", noticed("scores_that_need_their_maximum_taken_off", "window")),
     ("lets NaN through", "value), hidden)", "value), lambda: (query, key, value))",
      noticed_here("what_nobody_sees_reaches_nothing_in_a_graph", "mask of columns")),

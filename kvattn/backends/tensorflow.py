@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from kvattn import multihead, pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.tensorflow import blocks, dropout, nonfinite, quirks, tiles
+from kvattn.kernels.tensorflow import blocks, distances, dropout, nonfinite, quirks, tiles
 from kvattn.pairs import Pairs, Segments
 
 HALF = (tf.float16, tf.bfloat16)
@@ -71,7 +71,10 @@ def converts(x, y):
 
 
 def places(x, first=0, count=None):
-    return tf.cast(first, tf.int64) + tf.range(tf.cast(quirks.shape(x)[-2] if count is None else count, tf.int64))
+    count = quirks.shape(x)[-2] if count is None else count
+    if type(first) is type(count) is int:
+        return tf.range(first, first + count, dtype=tf.int64)  # one operation in place of four, each of which takes its time
+    return tf.cast(first, tf.int64) + tf.range(tf.cast(count, tf.int64))
 
 
 # ---- shapes and masks
@@ -395,7 +398,7 @@ def choose(query, key, value, call):
     if call.return_scores:
         return choose(query, key, value, call._replace(return_scores=None)).with_scores(sys.modules[__name__])
     if type(call.mask) is Pairs:
-        return pairs.choice(query, key, value, call, _in_parts)
+        return pairs.choice(query, key, value, call, _in_parts, partial(distances.by_distance, _in_tiles))
     tab = sys.modules[__name__]
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
@@ -436,6 +439,10 @@ def _attend(query, key, value, call):
 def _in_the_window(query, key, value, call, plan):
     """Blocks of queries, each a call of its own with the keys in its window."""
     return call.joined(_one_by_one(call, call.cut(plan, query, key, value), len(plan)), tf.concat)
+
+
+def _in_tiles(query, key, value, call):
+    return len(query.shape) < 5 and not tiles.obstacle(sys.modules[__name__], query, key, value, call)
 
 
 def _in_parts(query, key, value, call, parts):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util  # private; read in TensorFlow 2.21
 
-from kvattn.kernels.tensorflow import plan, quirks
+from kvattn.kernels.tensorflow import distances, plan, quirks
 from kvattn.kernels.tensorflow.nonfinite import AllowedPairs, absent
 from kvattn.pairs import Segments
 
@@ -46,7 +46,8 @@ class Kind(NamedTuple):
     scores: int  # of a block; its queries, at most and at least
     most: int
     fewest: int
-    segmented: bool = False  # whether segments are given, which are compared
+    segmented: bool = False  # whether segments are given, which are compared, and a bias by distance
+    biased: bool = False
     careful: bool = False  # whether something is NaN or inf
 
     @property
@@ -64,7 +65,7 @@ def obstacle(tab, query, key, value, call):
         return "how many queries and keys there are is unknown"
     if n * m <= SMALLEST:
         return "few scores, for which blocks would cost more than they save"
-    if call.dropout or call.return_weights or call.bias is not None:
+    if call.dropout or call.return_weights or (call.bias is not None and type(call.bias) is not distances.Line):
         return "dropout, weights or a bias are asked for"
     if 0 in (*query.shape, *key.shape):
         return "there is nothing to compute"
@@ -87,13 +88,15 @@ def _compiles_with_xla():
 def attention(tab, query, key, value, call, _blocks):
     """softmax(scores) @ value, and the log of the softmax's sums on request: what attention of ``tab`` returns."""
     segments = call.mask[1:] if type(call.mask) is Segments else ()
-    of_all = call  # what it says of pairs, as an array
+    of_all, m = call, key.shape[-2]  # what it says of pairs, as an array
 
     def plain(*arrays):  # which no blocks of this file serve
-        return tab._attend(*arrays, call=_of_arrays(of_all, len(query.shape))._replace(normalize=partial(tab.softmax)))
+        bias = of_all.bias and of_all.bias.whole(query.shape[-2], m)
+        call = _of_arrays(of_all, len(query.shape))
+        return tab._attend(*arrays, call=call._replace(normalize=partial(tab.softmax), bias=bias))
 
     call = call._replace(mask=call.mask.mask) if segments else call
-    scale, m = call.scale, key.shape[-2]
+    scale = call.scale
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1] or 1) if call.score is tab.scaled_dot_score else 1.0
     rest = [tf.cast(tf.clip_by_value(tf.cast(call.query_offset, tf.int64), -FAR, FAR), tf.int32)]
@@ -104,13 +107,16 @@ def attention(tab, query, key, value, call, _blocks):
         rest.append(mask if mask.shape[-1] == m else tf.broadcast_to(mask, (*quirks.shape(mask)[:-1], m)))
     left, right = (None if side is None else min(side, FAR) for side in (call.left, call.right))
     rest += segments
+    biased = call.bias is not None
+    if biased:
+        rest.append(call.bias.values[..., None, :])
     given = call.valid_lens is not None, call.mask is not None
     most = BAND_ROWS if call.windowed else ROWS
-    kind = Kind(scale, call.softcap, left, right, *given, call.return_lse, SCORES, most, FEWEST, bool(segments))
+    kind = Kind(scale, call.softcap, left, right, *given, call.return_lse, SCORES, most, FEWEST, bool(segments), biased)
     specs = tuple((x.dtype, x.shape.rank) for x in (query, key, value, *rest))
 
     if call.mask is not None or segments or call.lengths_per_query(len(query.shape)):
-        query, key, value = _without_padding(tab, query, key, value, of_all)
+        query, key, value = _without_padding(tab, query, key, value, of_all._replace(bias=None))
 
     @tf.custom_gradient
     def attend(query, key, value):
@@ -207,6 +213,7 @@ class Arguments:
         self.kind, rest, rank = kind, list(rest), max(query.shape.rank, 3)
         lens, mask = rest.pop(0) if kind.padded else None, rest.pop(0) if kind.masked else None
         segments = [rest.pop(0), rest.pop(0)] if kind.segmented else []
+        line = rest.pop(0) if kind.biased else None  # (..., 1, n + m - 1)
         self.dtype = tf.float64 if query.dtype == tf.float64 else tf.float32
         self.given, self.without_heads = (query, key, value), query.shape.rank == 2
         if self.without_heads:
@@ -217,12 +224,15 @@ class Arguments:
         self.lead = tf.concat([batch, tf.shape(query)[-3:-2]], 0)
         self.query, self.key, self.value = _rows(query), _rows(key), _rows(value)
         self.results = [_rows(x) for x in rest[:2]] + [tf.reshape(x, (-1, 1)) for x in rest[2:]]
-        self.lens, self.mask = None, None
+        self.lens, self.mask, self.line = None, None, None
         if kind.padded and lens.shape.rank > 1:  # lengths of each query's own
             self.lens, lens = tf.reshape(lens, [-1]), None
         if kind.masked:
             mask = tf.reshape(mask, tf.concat([tf.ones(rank - mask.shape.rank, tf.int32), tf.shape(mask)], 0))
             self.mask = _rows(mask)
+        if kind.biased:
+            line = tf.reshape(line, tf.concat([tf.ones(rank - line.shape.rank, tf.int32), tf.shape(line)], 0))
+            self.line = tf.cast(tf.reshape(line, [-1]), self.dtype)
         self.segments = [tf.reshape(x, [-1]) for x in segments]
         self.masked = kind.segmented or not self.lens is self.mask is None  # pair by pair, before the softmax
 
@@ -238,14 +248,17 @@ class Arguments:
         start = tf.range(0, self.n, size)[None] + tf.zeros_like(entry)
         end = tf.minimum(start + size, self.n)
         start, end, low, high, below, above = plan.blocks(tf, start, end, heads, kind.left, kind.right, every_query=self.masked)
-        segmented = {}
+        more = {}
         if kind.segmented:
             first, last = (tf.gather(x, entry[:, 0]) for x in _ranges(*segments, self.lead[0], size))
             low = tf.maximum(low, first)
             high = tf.maximum(low, tf.minimum(high, last))
             of_queries, of_keys = (entry * tf.minimum(tf.shape(x)[0] - 1, 1) for x in segments)
-            segmented["segments"] = of_queries * self.n + start, of_queries * self.n + end
-            segmented["segments of keys"] = of_keys * m + low, of_keys * m + high
+            more["segments"] = of_queries * self.n + start, of_queries * self.n + end
+            more["segments of keys"] = of_keys * m + low, of_keys * m + high
+        if kind.biased:
+            first = self._of(tf.shape(line)[:-2]) * (self.n + m - 1) + self.n  # of its line, and one after the query's own place
+            more["line"] = first - end + low, first - start + high - 1
         columns = {
             "rows": (head * self.n + start, head * self.n + end),
             "query": (query_of * self.n + start, query_of * self.n + end),
@@ -256,7 +269,7 @@ class Arguments:
             "keys": (low, high),
             "lens": (entry * self.n + start, entry * self.n + end),
             "mask": tuple(mask_of * mask_rows + tf.where(mask_rows == self.n, x, y) for x, y in ((start, 0), (end, 1))),
-            **segmented,
+            **more,
         }
         self.names = list(columns)
         flat = [tf.reshape(x + tf.zeros_like(start), [-1]) for pair in columns.values() for x in pair]
@@ -345,10 +358,13 @@ class Block:
     def scores(self):
         """The scores of all pairs, and the slope of softcap."""
         scores = tf.matmul(self.query * tf.constant(self.kind.scale, self.query.dtype), self.key, transpose_b=True)
-        if self.kind.softcap is None:
-            return scores, None
-        capped = tf.tanh(scores / self.kind.softcap)
-        return self.kind.softcap * capped, 1 - capped * capped
+        slope = None
+        if self.kind.softcap is not None:
+            capped = tf.tanh(scores / self.kind.softcap)
+            scores, slope = self.kind.softcap * capped, 1 - capped * capped
+        if self.kind.biased:
+            scores += distances.block(_slice(self.arguments.line, *self.ends["line"]), tf.shape(scores)[0])
+        return scores, slope
 
     def weights(self):
         """exp(scores) of the allowed pairs over some number, their row sums, the lse, or None, and the slope of softcap."""
