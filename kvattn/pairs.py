@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -438,8 +437,10 @@ def _of_distances(function: Any, query: Any, key: Any, call: Call, in_numpy: boo
     known = np.concatenate([known[..., n - 1 :], known[..., :m]], axis=-2)  # beside the first query, and the last
     if known.shape != found.shape:
         return None
-    same = np.array_equal if known.dtype.kind == "b" else partial(np.allclose, atol=1e-6, equal_nan=True)
-    return made if same(*(x.astype(np.float64) if x.dtype.kind not in "bf" else x for x in (known, found))) else None
+    if known.dtype.kind != "b":
+        known, found = np.asarray(known, np.float64), np.asarray(found, np.float64)
+    close = (known == found).all() or np.allclose(known, found, atol=1e-6, equal_nan=True)
+    return made if close else None
 
 
 def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None] | None:

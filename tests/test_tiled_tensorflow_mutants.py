@@ -52,7 +52,7 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
     ("forgets the lse's gradient", "delta -= block", "block", noticed("gradients_by_the_output_and_the_lse", "nothing")),
     ("reads another head's line", "first = self._of(", "first = 0 * self._of(", BY_DISTANCE),
     ("takes the biases of later queries", "first - end + low,", "first - start + low - 1,", BY_DISTANCE),
-    ("forgets the bias beside a soft cap", "if self.kind.biased:", "if self.kind.biased and self.kind.softcap is None:", BY_DISTANCE),
+    ("forgets the bias beside a soft cap", "if self.kind.biased:", "if self.kind.biased and slope is None:", BY_DISTANCE),
     ("loses what is small", ">= LOSSLESS", ">= -1", noticed("scores_that_need_their_maximum_taken_off", "window")),
     ("lets NaN through", "value), hidden)", "value), lambda: (query, key, value))",
      noticed_here("what_nobody_sees_reaches_nothing_in_a_graph", "mask of columns")),

@@ -257,7 +257,7 @@ class Arguments:
             more["segments"] = of_queries * self.n + start, of_queries * self.n + end
             more["segments of keys"] = of_keys * m + low, of_keys * m + high
         if kind.biased:
-            first = self._of(tf.shape(line)[:-2]) * (self.n + m - 1) + self.n  # of its line, and one after the query's own place
+            first = self._of(tf.shape(line)[:-2]) * (self.n + m - 1) + self.n  # one after the bias of a query beside itself
             more["line"] = first - end + low, first - start + high - 1
         columns = {
             "rows": (head * self.n + start, head * self.n + end),
