@@ -411,8 +411,12 @@ def test_half_precision_weights_lse_and_caches():
     assert cache.length == 10
 
 
-def test_numpy_layers_stay_numpys_whatever_backend_is_chosen(backend):
-    layer = kv.TransformerEncoder(**BLOCK, vocab_size=11, num_blks=1, seed=0)
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 2}
+
+
+@pytest.mark.parametrize("place", [{}, {"rotary": True}, {"rotary": {"scaling": DYNAMIC}}, {"alibi": True}])
+def test_numpy_layers_stay_numpys_whatever_backend_is_chosen(backend, place):
+    layer = kv.TransformerEncoder(**BLOCK, vocab_size=11, num_blks=1, seed=0, **place)
     with kvattn.use_backend(backend):
         output, caches = layer(TOKENS, causal=True, cache=[])
         again, caches = layer(TOKENS, causal=True, cache=caches)

@@ -228,9 +228,9 @@ def normed(tab: Any, epsilon: float | None, queries: Any, keys: Any, q_norm: Any
     return tab._normed(queries, q_norm, epsilon), tab._normed(keys, k_norm, epsilon)
 
 
-def turned(rotary: Mapping[str, Any] | None, queries: Any, keys: Any, first: Any, cache: KVCache | None = None) -> Any:
+def turned(backend: str, rotary: Any, queries: Any, keys: Any, first: Any, cache: KVCache | None = None) -> Any:
     """queries and keys (..., heads, n, d) turned by their positions: queries stand from ``first`` on, keys from 0 on; with a
-    cache, both after what it holds."""
+    cache, both after what it holds. ``backend`` is named, since NumPy's arrays would be those of any."""
     if cache is not None:
         checks.no_offset(first)
     if rotary is None:
@@ -241,16 +241,16 @@ def turned(rotary: Mapping[str, Any] | None, queries: Any, keys: Any, first: Any
     if isinstance(first, (bool, float, str)):
         raise TypeError(f"query_offset must be an int, not {first!r}")
     places = (first, 0) if cache is None else (cache.length, cache.length)
-    rotary = of_one_length(rotary, queries, keys, places)
+    rotary = {**of_one_length(backend, rotary, queries, keys, places), "backend": backend}
     return tuple(api.rotary(x, place, **rotary) for x, place in zip((queries, keys), places, strict=True))
 
 
-def of_one_length(rotary: Mapping[str, Any], queries: Any, keys: Any, places: tuple[Any, Any]) -> Mapping[str, Any]:
+def of_one_length(backend: str, rotary: dict[str, Any], queries: Any, keys: Any, places: tuple[Any, Any]) -> dict[str, Any]:
     """The keywords of rotary, by which queries and keys from these places on turn alike: some scale by the longer."""
     scaling = rotary.get("scaling") or {}
     if not rotation.by_length(scaling):
         return rotary
-    tab, kind = dispatch.choose(None, queries=queries), scaling.get("rope_type") or scaling["type"]
+    tab, kind = dispatch.choose(backend, queries=queries), scaling.get("rope_type") or scaling["type"]
     length = max(checks.length(tab, place, x.shape[-2], kind) for x, place in zip((queries, keys), places, strict=True))
     return {**rotary, "scaling": rotation.of_length(scaling, length)}
 
@@ -270,7 +270,7 @@ def check_alibi(alibi: Any, num_heads: int) -> tuple[float, ...] | None:
     return tuple(slopes.tolist())
 
 
-def with_alibi(options: dict[str, Any], slopes: tuple[float, ...] | None, queries: Any) -> dict[str, Any]:
+def with_alibi(backend: str, options: dict[str, Any], slopes: tuple[float, ...] | None, queries: Any) -> dict[str, Any]:
     """attention's options with the layer's own bias by distance, a function of positions; None where it has none.
 
     Raises ValueError where the call gives a bias too.
@@ -280,13 +280,13 @@ def with_alibi(options: dict[str, Any], slopes: tuple[float, ...] | None, querie
     if options.get("bias") is not None:
         raise ValueError("bias is given beside the layer's own, which alibi= made: leave one of them out")
     dtype = "float64" if checks.dtype_name(queries) == "float64" else "float32"
-    return {**options, "bias": partial(_falling, slopes, dtype)}
+    return {**options, "bias": partial(_falling, backend, slopes, dtype)}
 
 
-def _falling(slopes: tuple[float, ...], dtype: str, query: Any, key: Any) -> Any:
+def _falling(backend: str, slopes: tuple[float, ...], dtype: str, query: Any, key: Any) -> Any:
     """ALiBi's bias of pairs by their positions; a function of the module, since a layer that keeps its last call is pickled."""
     distance = abs(query - key)
-    tab = dispatch.choose(None, distance=distance)
+    tab = dispatch.choose(backend, distance=distance)
     by_head = tab.asarray([-slope for slope in slopes], dtype=dtype, like=distance)[:, None, None]
     return by_head * tab.asarray(distance, dtype=dtype)
 
@@ -312,6 +312,28 @@ def dropped(tab: Any, X: Any, rate: float, rng: Any) -> Any:
     if not patterns.is_seed(rng := checks.seed(tab, rng)):
         raise TypeError(f"rng must be an int here, the seed of a pattern, not {type(rng).__name__}")
     return tab._dropout(X, Call(score=None, normalize=None, dropout=rate, rng=rng))
+
+
+def placed(backend: str, queries: Any, keys: Any, values: Any, cache: Any, rotary: Any, options: dict[str, Any]) -> Any:
+    """Projections (..., heads, n, d) as heads attend: turned by their positions, with a cache after what it holds.
+
+    Returns queries, keys, values and the cache; the place of the queries is put among the options.
+    """
+    queries, keys = turned(backend, rotary, queries, keys, options.get("query_offset", 0), cache)
+    if cache is not None:
+        cache = cache.extend(keys, values, backend=backend)
+        keys, values = cache.seen()
+        options["query_offset"] = cache.length - queries.shape[-2]
+    return queries, keys, values, cache
+
+
+def joined(join: Any, W_o: Any, results: Any, cache: KVCache | None) -> Any:
+    """What the heads gave, joined and mixed: the output (batch, n, num_hiddens), and what else attention returned, the cache
+    as the last."""
+    output, *rest = results if isinstance(results, (tuple, list)) else (results,)
+    output = W_o(join(output))
+    rest = rest if cache is None else [*rest, cache]
+    return (output, *rest) if rest else output
 
 
 def lengths(tab: Any, valid_lens: Any, queries: Any) -> Any:
@@ -426,6 +448,73 @@ def causally(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("causal", True) is not True:
         raise ValueError(f"causal is {options['causal']!r}; a decoder attends to no later position: leave it out")
     return {**options, "causal": True}
+
+
+# ---- what encoders and decoders do in every framework whose layers keep their weights
+
+
+class ShowsBlocks:
+    """An encoder, which shows the weights of its blocks."""
+
+    blks: Any
+
+    @property
+    def attention_weights(self) -> list[Any]:
+        return [block.attention.attention.attention_weights for block in self.blks]
+
+
+class KeepsState:
+    """A decoder: its first state, and the weights of its blocks, of the one attention and of the other."""
+
+    blks: Any
+
+    def init_state(self, enc_outputs: Any, enc_valid_lens: Any = None) -> list[Any]:
+        return [enc_outputs, enc_valid_lens, [None] * len(self.blks)]
+
+    @property
+    def attention_weights(self) -> list[list[Any]]:
+        return [[getattr(block, name).attention.attention_weights for block in self.blks] for name in ATTENTIONS]
+
+
+def encoded(tab: Any, encoder: Any, X: Any, valid_lens: Any, cache: Any, rng: Any, **options: Any) -> Any:
+    """Tokens through an encoder's embedding and blocks; with a cache (Y, caches)."""
+    held = None if cache is None else caches(cache, len(encoder.blks))
+    X = encoder._embedded(X, held[0].length if held else 0, seed_of(tab, rng, 0, attends=False))
+    for i, block in enumerate(encoder.blks):
+        given = options | seeded(seed_of(tab, rng, 1 + i))
+        if held is None:
+            X = block(X, valid_lens, **given)
+        else:
+            X, held[i] = block(X, valid_lens, cache=held[i], **given)
+    return X if held is None else (X, held)
+
+
+def decoded(tab: Any, decoder: Any, X: Any, state: Any, rng: Any, **options: Any) -> tuple[Any, Any]:
+    """Tokens through a decoder's embedding, blocks and dense layer: (logits, state)."""
+    *_, held = opened(state, len(decoder.blks))
+    X = decoder._embedded(X, held[0].length if held else 0, seed_of(tab, rng, 0, attends=False))
+    for i, block in enumerate(decoder.blks):
+        X, state = block(X, state, **options, **seeded(seed_of(tab, rng, 1 + i)))
+    return decoder.dense(X), state
+
+
+def seeded(seed: Any) -> dict[str, Any]:
+    """The options of a part that is given this seed; none without one."""
+    return {} if seed is None else {"rng": seed}
+
+
+def last_weights(last: Any, backend: str) -> Any:
+    """The weights of a layer's last call (queries, keys, options), before dropout."""
+    queries, keys, options = last
+    options = {name: x for name, x in options.items() if not name.startswith("return_")}
+    options |= {"return_weights": True, "backend": backend}
+    return api.attention(queries, keys, keys[..., :1], **options)[1]
+
+
+def with_one_batch(weights: Any) -> Any:
+    """Weights (batch, n, m) as they are, (batch, heads, n, m) as (batch * heads, n, m)."""
+    *lead, n, m = weights.shape
+    return weights.reshape(math.prod(lead), n, m) if len(lead) > 1 else weights
 
 
 def describe(module: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -70,10 +71,9 @@ class Layer:
     _results = 1  # that forward returns in the dtype of its inputs
     kind = None  # by which layers.names calls its weights: dense, norm, embedding, or None: as their keys
 
-    def __new__(cls, *args: Any, **options: Any) -> Self:
-        layer = super().__new__(cls)
-        layer._state = _State()  # here, so that a model need not call super().__init__()
-        return layer
+    @cached_property
+    def _state(self) -> _State:
+        return _State()  # when it is asked for, so that a model need not call super().__init__()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

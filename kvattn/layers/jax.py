@@ -359,18 +359,12 @@ class MultiHeadAttention(_Layer):
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self._kv_heads), tab._split(self.W_v(values), self._kv_heads)
         queries, keys = layers.normed(tab, self._epsilon, queries, keys, *self._norms)
-        queries, keys = layers.turned(self._turns, queries, keys, options.get("query_offset", 0), cache)
-        if cache is not None:
-            cache = cache.extend(keys, values)
-            keys, values = cache.seen()
-            options["query_offset"] = cache.length - queries.shape[-2]
+        queries, keys, values, cache = layers.placed("jax", queries, keys, values, cache, self._turns, options)
         valid_lens = layers.lengths(tab, valid_lens, queries)
-        options = layers.with_alibi(options, self._slopes, queries)
+        options = layers.with_alibi("jax", options, self._slopes, queries)
         options = layers.with_sink(options, None if self._sink is None else self._sink.astype(queries.dtype))
-        output, *rest = _several(self.attention(queries, keys, values, valid_lens, training, **options))
-        output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
-        rest = rest if cache is None else [*rest, cache]
-        return (output, *rest) if rest else output
+        results = self.attention(queries, keys, values, valid_lens, training, **options)
+        return layers.joined(tab._join, self.W_o, results, cache)
 
 
 # ---- the other parts of a transformer
@@ -464,14 +458,13 @@ class PositionWiseFFN(_Layer):
         return self.dense2(nn.relu(X) if self.activation == "relu" else nn.gelu(X, approximate=False))
 
 
-class TransformerEncoderBlock(_Layer):
-    """Self-attention and a position-wise network, each with AddNorm; (Y, weights), with ``cache=`` (Y, weights, cache)."""
+class _Block(_Layer):
+    """What the blocks of encoder and decoder share: what they are made of, and with."""
 
     num_hiddens: int
     ffn_num_hiddens: int
     num_heads: int
     dropout: float = 0.0
-    use_bias: bool = False
     num_kv_heads: int | None = _keyword(default=None)
     activation: str = _keyword(default="relu")
     rotary: Any = _keyword(default=None)
@@ -480,17 +473,30 @@ class TransformerEncoderBlock(_Layer):
     sink: bool = _keyword(default=False)
     seed: layers.Seed = _keyword(default=None)
 
-    def setup(self):
-        self.attention = MultiHeadAttention(
+    def _attention(self, name, **options):
+        return MultiHeadAttention(
             self.num_hiddens, self.num_heads, self.dropout, self.use_bias, num_kv_heads=self.num_kv_heads,
-            rotary=self.rotary, qk_norm=self.qk_norm, alibi=self.alibi, sink=self.sink,
-            seed=layers.child(self.seed, "attention"),
+            qk_norm=self.qk_norm, sink=self.sink, seed=layers.child(self.seed, name), **options,
         )  # fmt: skip
-        self.addnorm1 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
-        self.ffn = PositionWiseFFN(
-            self.ffn_num_hiddens, self.num_hiddens, activation=self.activation, seed=layers.child(self.seed, "ffn")
-        )
-        self.addnorm2 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
+
+    def _addnorm(self):
+        return AddNorm(self.dropout, norm_shape=self.num_hiddens)
+
+    def _ffn(self):
+        seed = layers.child(self.seed, "ffn")
+        return PositionWiseFFN(self.ffn_num_hiddens, self.num_hiddens, activation=self.activation, seed=seed)
+
+
+class TransformerEncoderBlock(_Block):
+    """Self-attention and a position-wise network, each with AddNorm; (Y, weights), with ``cache=`` (Y, weights, cache)."""
+
+    use_bias: bool = False
+
+    def setup(self):
+        self.attention = self._attention("attention", rotary=self.rotary, alibi=self.alibi)
+        self.addnorm1 = self._addnorm()
+        self.ffn = self._ffn()
+        self.addnorm2 = self._addnorm()
 
     @_encodes
     def __call__(self, X, valid_lens=None, training=False, *, cache=None, rng=None, **options):
@@ -506,6 +512,22 @@ class _Stack(_Layer):
     """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks of the class ``BLOCK``."""
 
     BLOCK = None
+
+    vocab_size: int
+    num_hiddens: int
+    ffn_num_hiddens: int
+    num_heads: int
+    num_blks: int
+    dropout: float = 0.0
+    use_bias: bool = False
+    num_kv_heads: int | None = _keyword(default=None)
+    activation: str = _keyword(default="relu")
+    max_len: int = _keyword(default=1000)
+    rotary: Any = _keyword(default=None)
+    qk_norm: bool | float = _keyword(default=False)
+    alibi: Any = _keyword(default=None)
+    sink: bool = _keyword(default=False)
+    seed: layers.Seed = _keyword(default=None)
 
     def setup(self):
         self.embedding = nn.Embed(self.vocab_size, self.num_hiddens, embedding_init=_first("embedding", self.seed))
@@ -541,22 +563,6 @@ class TransformerEncoder(_Stack):
 
     BLOCK = TransformerEncoderBlock
 
-    vocab_size: int
-    num_hiddens: int
-    ffn_num_hiddens: int
-    num_heads: int
-    num_blks: int
-    dropout: float = 0.0
-    use_bias: bool = False
-    num_kv_heads: int | None = _keyword(default=None)
-    activation: str = _keyword(default="relu")
-    max_len: int = _keyword(default=1000)
-    rotary: Any = _keyword(default=None)
-    qk_norm: bool | float = _keyword(default=False)
-    alibi: Any = _keyword(default=None)
-    sink: bool = _keyword(default=False)
-    seed: layers.Seed = _keyword(default=None)
-
     @_reads
     def __call__(self, X, valid_lens=None, training=False, *, cache=None, return_weights=None, rng=None, **options):
         caches = None if cache is None else layers.caches(cache, self.num_blks)
@@ -577,7 +583,7 @@ class TransformerEncoder(_Stack):
         return results if len(results) > 1 else X
 
 
-class TransformerDecoderBlock(_Layer):
+class TransformerDecoderBlock(_Block):
     """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm.
 
     A call takes X and a decoder's state, and returns (Y, state, weights of the self-attention, weights of the other); in the
@@ -585,36 +591,16 @@ class TransformerDecoderBlock(_Layer):
     ``alibi`` are of the self-attention.
     """
 
-    num_hiddens: int
-    ffn_num_hiddens: int
-    num_heads: int
-    dropout: float = 0.0
     i: int = 0
     use_bias: bool = False
-    num_kv_heads: int | None = _keyword(default=None)
-    activation: str = _keyword(default="relu")
-    rotary: Any = _keyword(default=None)
-    qk_norm: bool | float = _keyword(default=False)
-    alibi: Any = _keyword(default=None)
-    sink: bool = _keyword(default=False)
-    seed: layers.Seed = _keyword(default=None)
 
     def setup(self):
-        self.attention1 = MultiHeadAttention(
-            self.num_hiddens, self.num_heads, self.dropout, self.use_bias, num_kv_heads=self.num_kv_heads,
-            rotary=self.rotary, qk_norm=self.qk_norm, alibi=self.alibi, sink=self.sink,
-            seed=layers.child(self.seed, "attention1"),
-        )  # fmt: skip
-        self.addnorm1 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
-        self.attention2 = MultiHeadAttention(
-            self.num_hiddens, self.num_heads, self.dropout, self.use_bias, num_kv_heads=self.num_kv_heads,
-            qk_norm=self.qk_norm, sink=self.sink, seed=layers.child(self.seed, "attention2"),
-        )  # fmt: skip
-        self.addnorm2 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
-        self.ffn = PositionWiseFFN(
-            self.ffn_num_hiddens, self.num_hiddens, activation=self.activation, seed=layers.child(self.seed, "ffn")
-        )
-        self.addnorm3 = AddNorm(self.dropout, norm_shape=self.num_hiddens)
+        self.attention1 = self._attention("attention1", rotary=self.rotary, alibi=self.alibi)
+        self.addnorm1 = self._addnorm()
+        self.attention2 = self._attention("attention2")
+        self.addnorm2 = self._addnorm()
+        self.ffn = self._ffn()
+        self.addnorm3 = self._addnorm()
 
     @_decodes_block
     def __call__(self, X, state, training=False, *, return_weights=None, rng=None, **options):
@@ -640,22 +626,6 @@ class TransformerDecoder(_Stack):
     """
 
     BLOCK = TransformerDecoderBlock
-
-    vocab_size: int
-    num_hiddens: int
-    ffn_num_hiddens: int
-    num_heads: int
-    num_blks: int
-    dropout: float = 0.0
-    use_bias: bool = False
-    num_kv_heads: int | None = _keyword(default=None)
-    activation: str = _keyword(default="relu")
-    max_len: int = _keyword(default=1000)
-    rotary: Any = _keyword(default=None)
-    qk_norm: bool | float = _keyword(default=False)
-    alibi: Any = _keyword(default=None)
-    sink: bool = _keyword(default=False)
-    seed: layers.Seed = _keyword(default=None)
 
     def setup(self):
         super().setup()

@@ -198,11 +198,8 @@ class _Attention(_Layer):
         mx.nd.waitall()  # for graphs that still run
         if self._last is None:
             return None
-        queries, keys, options = self._last
-        options = {name: x for name, x in options.items() if not name.startswith("return_")}
         with autograd.pause():
-            weights = api.attention(queries, keys, keys[..., :1], **options, return_weights=True, backend="mxnet")[1]
-        return weights.reshape(math.prod(weights.shape[:-2]), *weights.shape[-2:]) if weights.ndim > 3 else weights
+            return layers.with_one_batch(layers.last_weights(self._last, "mxnet"))
 
 
 _traced = WeakValueDictionary()  # layers by the name that their graphs, which are text, have for them
@@ -213,8 +210,8 @@ def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=N
     """kvattn.attention with dropout in training alone, noted as the layer's last call: at once, or when a graph runs."""
     if tab.is_array(query):
         query, key = layers.normed(tab, qk_norm, query, key, q_norm, k_norm)
-        query, key = layers.turned(rotary, query, key, options.get("query_offset", 0))
-        options = layers.with_alibi(options, alibi, query)
+        query, key = layers.turned("mxnet", rotary, query, key, options.get("query_offset", 0))
+        options = layers.with_alibi("mxnet", options, alibi, query)
     options |= {"score": score, "valid_lens": whole(valid_lens, backend)}
     layer = _traced.get(layer) if isinstance(layer, str) else layer
     if layer is not None and tab.is_array(query):
@@ -338,19 +335,16 @@ class MultiHeadAttention(_Layer):
             options |= {} if self.qk_norm is None else {"qk_norm": self.qk_norm, "q_norm": q_norm, "k_norm": k_norm}
         else:
             queries, keys = layers.normed(tab, self.qk_norm, queries, keys, q_norm, k_norm)
-            queries, keys = layers.turned(self.rotary, queries, keys, options.get("query_offset", 0), cache)
+            queries, keys = layers.turned("mxnet", self.rotary, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
             cache = cache.extend(keys, values)
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
         if not symbols.deferred(queries):
             valid_lens = layers.lengths(tab, whole(valid_lens), queries)
-            options = layers.with_alibi(options, self.alibi, queries)
+            options = layers.with_alibi("mxnet", options, self.alibi, queries)
         results = self.attention(queries, keys, values, valid_lens, **layers.with_sink(options, sink))
-        output, *rest = results if isinstance(results, (tuple, list)) else (results,)
-        output = self.W_o(_join(output, self.num_heads * self.width))  # (batch, n, num_hiddens)
-        rest = rest if cache is None else [*rest, cache]
-        return (output, *rest) if rest else output
+        return layers.joined(partial(_join, width=self.num_heads * self.width), self.W_o, results, cache)
 
 
 def _split(X, heads, width):
@@ -485,7 +479,7 @@ class TransformerEncoderBlock(_Layer):
 
     def hybrid_forward(self, F, X, valid_lens=None, *, cache=None, rng=None, **options):
         seeds = [layers.seed_of(tab, rng, part, attends=part == 0) for part in range(3)]
-        seeds = [{} if seed is None else {"rng": seed} for seed in seeds]
+        seeds = [layers.seeded(seed) for seed in seeds]
         Y = self.attention(X, X, X, valid_lens, **options, **seeds[0], **({} if cache is None else {"cache": cache}))
         Y, cache = Y if cache is not None else (Y, None)
         Y = self.addnorm1(X, Y, **seeds[1])
@@ -494,63 +488,50 @@ class TransformerEncoderBlock(_Layer):
 
 
 class _Stack(_Layer):
-    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``block`` makes."""
+    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``_block`` makes."""
 
-    def __init__(self, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs):
+    _scores = False  # whether a dense layer gives the scores of the tokens that follow, as a decoder's does
+
+    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
+                 sink=False, seed=None, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         self.num_hiddens = num_hiddens
         self.embedding = nn.Embedding(vocab_size, num_hiddens, weight_initializer=_First("embedding", seed))
         self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len)
         self.blks = nn.HybridSequential()
         for i in range(num_blks):
-            self.blks.add(block(i, layers.child(seed, f"blocks.{i}")))
+            block = self._block(
+                num_hiddens, ffn_num_hiddens, num_heads, dropout, i=i, use_bias=use_bias, num_kv_heads=num_kv_heads,
+                activation=activation, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink,
+                seed=layers.child(seed, f"blocks.{i}"),
+            )  # fmt: skip
+            self.blks.add(block)
+        if self._scores:
+            self.dense = _Dense("W", vocab_size, True, layers.child(seed, "dense"))
 
     def forward(self, X, *args):
         if tab.is_array(X) and not _initialized(self.embedding.weight):  # d2l's initializes itself
             self.initialize(ctx=X.ctx)
         return super().forward(X, *args)
 
-    def _embedded(self, X, first, rng):
-        X, seed = self.embedding(X) * math.sqrt(self.num_hiddens), layers.seed_of(tab, rng, 0, attends=False)
-        return self.pos_encoding(X, **({} if checks.is_integer(first) and first == 0 else {"offset": first}), **_given(seed))
+    def _embedded(self, X, first, seed):
+        place = {} if checks.is_integer(first) and first == 0 else {"offset": first}
+        return self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), **place, **layers.seeded(seed))
 
 
-def _given(seed):
-    return {} if seed is None else {"rng": seed}
-
-
-class TransformerEncoder(_Stack):
+class TransformerEncoder(layers.ShowsBlocks, _Stack):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
     ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
     ``attention_weights`` lists each block's, (batch * heads, n, m). Its first call initializes it, if nobody has.
     """
 
-    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
-                 sink=False, seed=None, **kwargs):  # fmt: skip
-        def block(i, seed):
-            return TransformerEncoderBlock(
-                num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed,
-            )  # fmt: skip
-
-        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs)
+    def _block(self, *sizes, i, **options):
+        return TransformerEncoderBlock(*sizes, **options)
 
     def hybrid_forward(self, F, X, valid_lens=None, *, cache=None, rng=None, **options):
-        caches = None if cache is None else layers.caches(cache, len(self.blks))
-        X = self._embedded(X, caches[0].length if caches else 0, rng)
-        for i, block in enumerate(self.blks):
-            seed = _given(layers.seed_of(tab, rng, 1 + i))
-            if caches is None:
-                X = block(X, valid_lens, **options, **seed)
-            else:
-                X, caches[i] = block(X, valid_lens, cache=caches[i], **options, **seed)
-        return X if caches is None else (X, caches)
-
-    @property
-    def attention_weights(self):
-        return [block.attention.attention.attention_weights for block in self.blks]
+        return layers.encoded(tab, self, X, valid_lens, cache, rng, **options)
 
 
 class TransformerDecoderBlock(_Layer):
@@ -565,22 +546,20 @@ class TransformerDecoderBlock(_Layer):
                  seed=None, **kwargs):  # fmt: skip
         super().__init__(**kwargs)
         self.i = i
-        self.attention1 = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
-            sink=sink, seed=layers.child(seed, "attention1"),
+        attention = partial(
+            MultiHeadAttention, num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, qk_norm=qk_norm,
+            sink=sink,
         )  # fmt: skip
+        self.attention1 = attention(rotary=rotary, alibi=alibi, seed=layers.child(seed, "attention1"))
         self.addnorm1 = AddNorm(dropout, num_hiddens)
-        self.attention2 = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, qk_norm=qk_norm, sink=sink,
-            seed=layers.child(seed, "attention2"),
-        )  # fmt: skip
+        self.attention2 = attention(seed=layers.child(seed, "attention2"))
         self.addnorm2 = AddNorm(dropout, num_hiddens)
         self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
         self.addnorm3 = AddNorm(dropout, num_hiddens)
 
     def hybrid_forward(self, F, X, state, *, rng=None, **options):
         outputs, lens, caches = layers.opened(state, self.i + 1, exactly=False)
-        seeds = [_given(layers.seed_of(tab, rng, part, attends=part in (0, 2))) for part in range(5)]
+        seeds = [layers.seeded(layers.seed_of(tab, rng, part, attends=part in (0, 2))) for part in range(5)]
         options = layers.causally(options) | seeds[0]
         if symbols.deferred(X):
             Y, cache = self.attention1(X, X, X, **options), layers.NOT_KEPT
@@ -591,7 +570,7 @@ class TransformerDecoderBlock(_Layer):
         return self.addnorm3(Z, self.ffn(Z), **seeds[4]), layers.following(state, self.i, cache)
 
 
-class TransformerDecoder(_Stack):
+class TransformerDecoder(layers.KeepsState, _Stack):
     """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
 
     decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
@@ -603,31 +582,10 @@ class TransformerDecoder(_Stack):
     Source: Vaswani et al. 2017, section 3.1.
     """
 
-    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
-                 sink=False, seed=None, **kwargs):  # fmt: skip
-        def block(i, seed):
-            return TransformerDecoderBlock(
-                num_hiddens, ffn_num_hiddens, num_heads, dropout, i, use_bias, num_kv_heads=num_kv_heads,
-                activation=activation, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed,
-            )  # fmt: skip
-
-        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs)
-        self.dense = _Dense("W", vocab_size, True, layers.child(seed, "dense"))
-
-    def init_state(self, enc_outputs, enc_valid_lens=None):
-        return [enc_outputs, enc_valid_lens, [None] * len(self.blks)]
+    _block, _scores = TransformerDecoderBlock, True
 
     def hybrid_forward(self, F, X, state, *, rng=None, **options):
-        *_, caches = layers.opened(state, len(self.blks))
-        X = self._embedded(X, caches[0].length if caches else 0, rng)
-        for i, block in enumerate(self.blks):
-            X, state = block(X, state, **options, **_given(layers.seed_of(tab, rng, 1 + i)))
-        return self.dense(X), state
-
-    @property
-    def attention_weights(self):
-        return [[getattr(block, name).attention.attention_weights for block in self.blks] for name in layers.ATTENTIONS]
+        return layers.decoded(tab, self, X, state, rng, **options)
 
 
 def _initialized(parameter):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
 from kvattn import api, checks, layers, patterns
 from kvattn.backends import numpy as tab
+from kvattn.layers import calls
 from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, parts, slots, source
-from kvattn.signatures import A, LayerOptions
+from kvattn.signatures import A
 
 __all__ = [
     "AddNorm",
@@ -34,65 +35,26 @@ __all__ = [
 
 # ---- what type checkers see of a call
 
+Floats = np.ndarray[Any, np.dtype[Any]]
+
 if TYPE_CHECKING:
 
-    class _Options(LayerOptions, total=False):
-        training: bool | None
-        record: bool | None
+    class _Attends(calls.Attends, Layer): ...
 
-    class _Attends(Layer):
-        """An array of the queries' type; a tuple where return_weights or return_lse ask for more."""
-
-        @overload
-        def __call__(
-            self, queries: A, keys: Any, values: Any, valid_lens: Any = None, *, return_weights: Literal[False] = False,
-            return_lse: Literal[False] = False, cache: None = None, **options: Unpack[_Options],
-        ) -> A: ...  # fmt: skip
-        @overload
-        def __call__(
-            self, queries: A, keys: Any, values: Any, valid_lens: Any = None, *, return_weights: Literal[True],
-            return_lse: Literal[False] = False, cache: None = None, **options: Unpack[_Options],
-        ) -> tuple[A, A]: ...  # fmt: skip
-        @overload
-        def __call__(
-            self, queries: A, keys: Any, values: Any, valid_lens: Any = None, *, return_weights: Literal[False] = False,
-            return_lse: Literal[True], cache: None = None, **options: Unpack[_Options],
-        ) -> tuple[A, A]: ...  # fmt: skip
-        @overload
-        def __call__(
-            self, queries: A, keys: Any, values: Any, valid_lens: Any = None, *, return_weights: Literal[True],
-            return_lse: Literal[True], cache: None = None, **options: Unpack[_Options],
-        ) -> tuple[A, A, A]: ...  # fmt: skip
-        @overload
-        def __call__(self, *args: Any, **options: Any) -> Any: ...
-        def __call__(self, *args: Any, **options: Any) -> Any: ...
-
-    class _Encodes(Layer):
-        """An array; with a cache, a tuple."""
-
-        @overload
-        def __call__(self, X: A, valid_lens: Any = None, *, cache: None = None, **options: Unpack[_Options]) -> A: ...
-        @overload
-        def __call__(self, *args: Any, **options: Any) -> Any: ...
-        def __call__(self, *args: Any, **options: Any) -> Any: ...
-
-    Floats = np.ndarray[Any, np.dtype[Any]]
+    class _Encodes(calls.Encodes, Layer): ...
 
     class _Reads(Layer):
         """Of tokens an array of floats; with a cache, a tuple."""
 
         @overload
-        def __call__(self, X: Any, valid_lens: Any = None, *, cache: None = None, **options: Unpack[_Options]) -> Floats: ...
+        def __call__(
+            self, X: Any, valid_lens: Any = None, *, cache: None = None, **options: Unpack[calls.Options]
+        ) -> Floats: ...
         @overload
         def __call__(self, *args: Any, **options: Any) -> Any: ...
         def __call__(self, *args: Any, **options: Any) -> Any: ...
 
-    class _Changes(Layer):
-        @overload
-        def __call__(self, X: A, *args: Any, **options: Any) -> A: ...
-        @overload
-        def __call__(self, *args: Any, **options: Any) -> Any: ...
-        def __call__(self, *args: Any, **options: Any) -> Any: ...
+    class _Changes(calls.Changes, Layer): ...
 
 else:
     _Attends = _Encodes = _Reads = _Changes = Layer
@@ -127,7 +89,7 @@ class _Attention(_Attends):
         if not apart:
             return results
         output, *lse = results if type(results) is tuple else (results,)
-        return (output, _weights(*self._last), *lse)
+        return (output, layers.last_weights(self._last, "numpy"), *lse)
 
     def vjp(self, grad, queries, keys, values, score, computing, rate, seed):
         sinks = ("sink",) if isinstance(computing.get("sink"), np.ndarray) else ()
@@ -146,16 +108,11 @@ class _Attention(_Attends):
         """The last call's, (batch, n, m) or (batch * heads, n, m): before dropout, computed when read."""
         if self._last is None:
             return None
-        weights = _weights(*self._last)
-        return weights.reshape(math.prod(weights.shape[:-2]), *weights.shape[-2:]) if weights.ndim > 3 else weights
+        return layers.with_one_batch(layers.last_weights(self._last, "numpy"))
 
 
 def _drawn(rate, seed):
     return {"dropout": rate, "rng": np.random.default_rng(seed) if isinstance(seed, np.random.SeedSequence) else seed}
-
-
-def _weights(queries, keys, options):
-    return api.attention(queries, keys, keys[..., :1], **options, return_weights=True)[1]
 
 
 def _copied(score):
@@ -167,10 +124,6 @@ def _copied(score):
 
 class DotProductAttention(_Attention):
     """Scaled dot-product attention, d2l's call: layer(queries, keys, values, valid_lens=None, **options)."""
-
-    def __init__(self, dropout=0.0, *, rng=None) -> None:
-        # its own, since Python 3.11.2 tells __new__'s arguments before a base's
-        super().__init__(dropout, rng=rng)
 
 
 class AdditiveAttention(_Attention):
@@ -245,21 +198,14 @@ class MultiHeadAttention(_Attends):
         if self.qk_norm is not None:  # copies, since an optimiser writes into them
             norms = [self.weight(name, (self.width,), queries.dtype).copy() for name in NORMS]
         queries, keys = layers.normed(tab, self.qk_norm, queries, keys, *norms)
-        queries, keys = layers.turned(self.rotary, queries, keys, first, cache)
         self.keep(cache, first, projected, norms)
-        if cache is not None:
-            cache = cache.extend(keys, values, backend="numpy")
-            keys, values = cache.seen()
-            options["query_offset"] = cache.length - queries.shape[-2]
+        queries, keys, values, cache = layers.placed("numpy", queries, keys, values, cache, self.rotary, options)
         valid_lens = layers.lengths(tab, valid_lens, queries)
-        options = layers.with_alibi(options, self.alibi, queries)
+        options = layers.with_alibi("numpy", options, self.alibi, queries)
         if "sink" in self._state.declared:  # a copy, since an optimiser writes into it
             options = layers.with_sink(options, self.weight("sink", (self.num_heads,), queries.dtype).copy())
         results = self.attention(queries, keys, values, valid_lens, **options)
-        output, *rest = results if type(results) is tuple else (results,)
-        output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
-        rest = rest if cache is None else [*rest, cache]
-        return (output, *rest) if rest else output
+        return layers.joined(tab._join, self.W_o, results, cache)
 
     def vjp(self, grad, cache, first, projected, norms):
         if cache is not None and cache.key is not None:
@@ -269,9 +215,9 @@ class MultiHeadAttention(_Attends):
         if "sink" in self._state.declared:
             self.gradient("sink", self.attention.by_sink)
         if self.rotary is not None:  # back by the same angles
-            how = layers.of_one_length(self.rotary, queries, keys, (first, 0))
+            how = layers.of_one_length("numpy", self.rotary, queries, keys, (first, 0))
             places = -(first + np.arange(queries.shape[-2])), -np.arange(keys.shape[-2])
-            queries, keys = (api.rotary(x, at, **how) for x, at in zip((queries, keys), places, strict=True))
+            queries, keys = (api.rotary(x, at, **how, backend="numpy") for x, at in zip((queries, keys), places, strict=True))
         if self.qk_norm is not None:
             by = [_by_norm(*each, self.qk_norm) for each in zip((queries, keys), projected, norms, strict=True)]
             (queries, keys), by_norms = zip(*by, strict=True)
@@ -392,61 +338,52 @@ class TransformerEncoderBlock(_Encodes):
 
 
 class _Stack(Layer):
-    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``block`` makes."""
+    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``_block`` makes."""
 
-    def __init__(self, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, rng, block) -> None:
+    _scores = False  # whether a dense layer gives the scores of the tokens that follow, as a decoder's does
+
+    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False,
+                 alibi=None, sink=False, seed=None, rng=None) -> None:  # fmt: skip
+        rng = np.random.default_rng(rng)
         self.num_hiddens = num_hiddens
         self.embedding = Embedding(vocab_size, num_hiddens, seed=seed, rng=rng)
         self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len, rng=rng)
-        self.blks = [block(i, layers.child(seed, f"blocks.{i}")) for i in range(num_blks)]
+        self.blks = [
+            self._block(
+                num_hiddens, ffn_num_hiddens, num_heads, dropout, i=i, use_bias=use_bias, num_kv_heads=num_kv_heads,
+                activation=activation, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink,
+                seed=layers.child(seed, f"blocks.{i}"), rng=rng,
+            )
+            for i in range(num_blks)
+        ]  # fmt: skip
+        if self._scores:
+            self.dense = Dense(vocab_size, seed=layers.child(seed, "dense"), rng=rng)
 
-    def _embedded(self, X, first, rng):
-        X = self.embedding(X) * math.sqrt(self.num_hiddens)
-        return self.pos_encoding(X, first, rng=layers.seed_of(tab, rng, 0, attends=False))
+    def _embedded(self, X, first, seed):
+        return self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), first, rng=seed)
 
     def _by_embedded(self, grad):
         return self.embedding.backward(self.pos_encoding.backward(grad) * math.sqrt(self.num_hiddens))
 
 
-class TransformerEncoder(_Stack, _Reads):
+class TransformerEncoder(layers.ShowsBlocks, _Stack, _Reads):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
     ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
     ``attention_weights`` lists each block's, (batch * heads, n, m). Its backward returns (): tokens have no gradient.
     """
 
-    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False,
-                 alibi=None, sink=False, seed=None, rng=None) -> None:  # fmt: skip
-        rng = np.random.default_rng(rng)
-
-        def block(i, seed):
-            return TransformerEncoderBlock(
-                num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed, rng=rng,
-            )  # fmt: skip
-
-        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, rng, block)
+    def _block(self, *sizes, i, **options):
+        return TransformerEncoderBlock(*sizes, **options)
 
     def forward(self, X, valid_lens=None, *, cache=None, rng=None, **options):
-        caches = None if cache is None else layers.caches(cache, len(self.blks))
-        X = self._embedded(X, caches[0].length if caches else 0, rng)
-        for i, block in enumerate(self.blks):
-            seed = layers.seed_of(tab, rng, 1 + i)
-            if caches is None:
-                X = block(X, valid_lens, rng=seed, **options)
-            else:
-                X, caches[i] = block(X, valid_lens, cache=caches[i], rng=seed, **options)
-        return X if caches is None else (X, caches)
+        return layers.encoded(tab, self, X, valid_lens, cache, rng, **options)
 
     def vjp(self, grad):
         for block in reversed(self.blks):
             grad = block.backward(grad)
         return self._by_embedded(grad)
-
-    @property
-    def attention_weights(self):
-        return [block.attention.attention.attention_weights for block in self.blks]
 
 
 class TransformerDecoderBlock(Layer):
@@ -462,15 +399,13 @@ class TransformerDecoderBlock(Layer):
                  rng=None) -> None:  # fmt: skip
         rng = np.random.default_rng(rng)
         self.i = i
-        self.attention1 = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
-            sink=sink, seed=layers.child(seed, "attention1"), rng=rng,
+        attention = partial(
+            MultiHeadAttention, num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, qk_norm=qk_norm,
+            sink=sink, rng=rng,
         )  # fmt: skip
+        self.attention1 = attention(rotary=rotary, alibi=alibi, seed=layers.child(seed, "attention1"))
         self.addnorm1 = AddNorm(num_hiddens, dropout, rng=rng)
-        self.attention2 = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, qk_norm=qk_norm, sink=sink,
-            seed=layers.child(seed, "attention2"), rng=rng,
-        )  # fmt: skip
+        self.attention2 = attention(seed=layers.child(seed, "attention2"))
         self.addnorm2 = AddNorm(num_hiddens, dropout, rng=rng)
         self.ffn = PositionWiseFFN(
             ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"), rng=rng
@@ -499,7 +434,7 @@ class TransformerDecoderBlock(Layer):
         return grad + sum(self.attention1.backward(by_attention)), by_keys + by_values
 
 
-class TransformerDecoder(_Stack):
+class TransformerDecoder(layers.KeepsState, _Stack):
     """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
 
     decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
@@ -511,22 +446,7 @@ class TransformerDecoder(_Stack):
     Source: Vaswani et al. 2017, section 3.1.
     """
 
-    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False,
-                 alibi=None, sink=False, seed=None, rng=None) -> None:  # fmt: skip
-        rng = np.random.default_rng(rng)
-
-        def block(i, seed):
-            return TransformerDecoderBlock(
-                num_hiddens, ffn_num_hiddens, num_heads, dropout, i, use_bias, num_kv_heads=num_kv_heads,
-                activation=activation, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed, rng=rng,
-            )  # fmt: skip
-
-        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, rng, block)
-        self.dense = Dense(vocab_size, seed=layers.child(seed, "dense"), rng=rng)
-
-    def init_state(self, enc_outputs, enc_valid_lens=None) -> list[Any]:
-        return [enc_outputs, enc_valid_lens, [None] * len(self.blks)]
+    _block, _scores = TransformerDecoderBlock, True
 
     def __call__(self, X: Any, state: list[Any], **options: Any) -> tuple[Floats, list[Any]]:
         outputs, lens, caches = layers.opened(state, len(self.blks))
@@ -534,11 +454,8 @@ class TransformerDecoder(_Stack):
         return logits, [outputs, lens, caches]
 
     def forward(self, X, enc_outputs, enc_valid_lens, *, caches, rng=None, **options):
-        state = [enc_outputs, enc_valid_lens, caches]
-        X = self._embedded(X, caches[0].length if caches else 0, rng)
-        for i, block in enumerate(self.blks):
-            X, state = block(X, state, rng=layers.seed_of(tab, rng, 1 + i), **options)
-        return self.dense(X), state[2]
+        logits, state = layers.decoded(tab, self, X, [enc_outputs, enc_valid_lens, caches], rng, **options)
+        return logits, state[2]
 
     def vjp(self, grad):
         grad, by_outputs = self.dense.backward(grad), 0
@@ -547,10 +464,6 @@ class TransformerDecoder(_Stack):
             by_outputs = by_outputs + by_block
         self._by_embedded(grad)
         return by_outputs
-
-    @property
-    def attention_weights(self):
-        return [[getattr(block, name).attention.attention_weights for block in self.blks] for name in layers.ATTENTIONS]
 
 
 # ---- weights of a forward pass, for kvattn/maps.py

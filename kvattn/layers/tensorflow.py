@@ -93,10 +93,7 @@ class _Attention(Layer):
         """
         if self._last is None:
             return None
-        queries, keys, options = self._last
-        options = {name: x for name, x in options.items() if not name.startswith("return_")}
-        weights = api.attention(queries, keys, keys[..., :1], **options, return_weights=True, backend="tensorflow")[1]
-        weights = tf.stop_gradient(weights)
+        weights = tf.stop_gradient(layers.last_weights(self._last, "tensorflow"))
         *lead, n, m = keras.ops.shape(weights)  # in a graph some may be unknown
         return tf.reshape(weights, (math.prod(lead), n, m)) if len(lead) > 1 else weights
 
@@ -229,20 +226,14 @@ class MultiHeadAttention(Layer):
         cache = None if cache is None else cache.cache
         norms = (None if x is None else tf.convert_to_tensor(x) for x in (self.q_norm, self.k_norm))
         queries, keys = layers.normed(tab, self.qk_norm, queries, keys, *norms)
-        queries, keys = layers.turned(self.rotary, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
             check_cache_sees_no_padding(options)
-            cache = cache.extend(keys, values)
-            keys, values = cache.seen()
-            options["query_offset"] = cache.length - queries.shape[-2]
+        queries, keys, values, cache = layers.placed("tensorflow", queries, keys, values, cache, self.rotary, options)
         valid_lens = layers.lengths(tab, valid_lens, queries)
-        options = layers.with_alibi(options, self.alibi, queries)
+        options = layers.with_alibi("tensorflow", options, self.alibi, queries)
         options = layers.with_sink(options, None if self.sink is None else tf.cast(self.sink, queries.dtype))
-        results = self.attention(queries, keys, values, valid_lens, training=training, **options)
-        output, *rest = results if isinstance(results, tuple) else (results,)
-        output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
-        rest = rest if cache is None else [*rest, cache]
-        return (output, *rest) if rest else output
+        results = self.attention(queries, keys, values, valid_lens, **options)
+        return layers.joined(tab._join, self.W_o, results, cache)
 
 
 # ---- the other parts of a transformer
@@ -351,57 +342,58 @@ class TransformerEncoderBlock(Layer):
         cache, rng, arrays = None if cache is None else cache.cache, *seed_among(arrays, rng)
         rng, *seeds = (layers.seed_of(tab, rng, part, attends=part == 0) for part in range(3))
         options |= {} if rng is None else {"rng": rng}
-        Y = self.attention(X, X, X, valid_lens, arrays=arrays, cache=cache, training=training, **options)
+        Y = self.attention(X, X, X, valid_lens, arrays=arrays, cache=cache, **options)
         Y, cache = Y if cache is not None else (Y, None)
-        Y = self.addnorm1(X, Y, training=training, rng=seeds[0])
-        Y = self.addnorm2(Y, self.ffn(Y, training=training), training=training, rng=seeds[1])
+        Y = self.addnorm1(X, Y, rng=seeds[0])
+        Y = self.addnorm2(Y, self.ffn(Y), rng=seeds[1])
         return Y if cache is None else (Y, cache)
 
 
 class _Stack(Layer):
-    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``block`` makes."""
+    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``_block`` makes."""
 
-    def __init__(self, given, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs):
-        super().__init__(given, **kwargs)
+    _scores = False  # whether a dense layer gives the scores of the tokens that follow, as a decoder's does
+
+    def __init__(self, vocab_size, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
+                 ffn_num_hiddens=None, num_heads=None, num_blks=None, dropout=0.0, bias=False, *, use_bias=None,
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
+                 sink=False, seed=None, **kwargs):  # fmt: skip
+        super().__init__(locals(), **kwargs)
+        check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads, num_blks=num_blks)
         self.autocast = False  # d2l's tokens may be floats: half precision would round them
         self.num_hiddens, dtype = num_hiddens, self.dtype_policy
         drawn = first(seed, "embedding", (vocab_size, num_hiddens))
         self.embedding = keras.layers.Embedding(vocab_size, num_hiddens, embeddings_initializer=drawn, dtype=dtype)
         self.embedding.supports_masking = True  # a mask of the tokens reaches the blocks from here
         self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len, dtype=dtype)
-        self.blks = [block(i, layers.child(seed, f"blocks.{i}"), dtype) for i in range(num_blks)]
+        self.blks = [
+            self._block(
+                key_size, query_size, value_size, num_hiddens, norm_shape, ffn_num_hiddens, num_heads, dropout, i=i,
+                use_bias=bias if use_bias is None else use_bias, num_kv_heads=num_kv_heads, activation=activation,
+                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=layers.child(seed, f"blocks.{i}"), dtype=dtype,
+            )
+            for i in range(num_blks)
+        ]  # fmt: skip
         for i, part in enumerate(self.blks):  # Keras finds them in the list, tf.train.Checkpoint does not
             # private: as read in TensorFlow 2.21 and Keras 3.15
             self._track_trackable(part, name=f"blks_{i}")
+        if self._scores:
+            self.dense = dense(self, "W", vocab_size, True, layers.child(seed, "dense"))
 
-    def _embedded(self, X, first, training, rng):
-        X, seed = self.embedding(X) * math.sqrt(self.num_hiddens), layers.seed_of(tab, rng, 0, attends=False)
-        return self.pos_encoding(X, offset=first, training=training, rng=seed)
+    def _embedded(self, X, first, seed):
+        return self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), offset=first, rng=seed)
 
 
 @registered
-class TransformerEncoder(_Stack):
+class TransformerEncoder(layers.ShowsBlocks, _Stack):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
     ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
     ``attention_weights`` lists each block's, (batch * heads, n, m).
     """
 
-    def __init__(self, vocab_size, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
-                 ffn_num_hiddens=None, num_heads=None, num_blks=None, dropout=0.0, bias=False, *, use_bias=None,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
-                 sink=False, seed=None, **kwargs):  # fmt: skip
-        given = locals()
-        check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads, num_blks=num_blks)
-
-        def block(i, seed, dtype):
-            return TransformerEncoderBlock(
-                key_size, query_size, value_size, num_hiddens, norm_shape, ffn_num_hiddens, num_heads, dropout, bias,
-                use_bias=use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed, dtype=dtype,
-            )  # fmt: skip
-
-        super().__init__(given, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs)
+    def _block(self, *sizes, i, **options):
+        return TransformerEncoderBlock(*sizes, **options)
 
     def build(self, X_shape):
         build_once(self.embedding, X_shape)
@@ -410,21 +402,8 @@ class TransformerEncoder(_Stack):
 
     def call(self, X, valid_lens=None, arrays=None, cache=None, training=None, rng=None, **options):
         rng, arrays = seed_among(arrays, rng)
-        caches = None if cache is None else layers.caches(cache.cache, len(self.blks))
         options |= {} if (padding := padding_of(X)) is None else {"queries_mask": padding, "keys_mask": padding}
-        X = self._embedded(X, caches[0].length if caches else 0, training, rng)
-        for i, block in enumerate(self.blks):
-            seed = layers.seed_of(tab, rng, 1 + i)
-            how = {"arrays": arrays, "training": training, **options} | ({} if seed is None else {"rng": seed})
-            if caches is None:
-                X = block(X, valid_lens, **how)
-            else:
-                X, caches[i] = block(X, valid_lens, cache=caches[i], **how)
-        return X if caches is None else (X, caches)
-
-    @property
-    def attention_weights(self):
-        return [block.attention.attention.attention_weights for block in self.blks]
+        return layers.encoded(tab, self, X, valid_lens, None if cache is None else cache.cache, rng, arrays=arrays, **options)
 
 
 @registered
@@ -442,15 +421,13 @@ class TransformerDecoderBlock(Decoding):
         super().__init__(locals(), **kwargs)
         check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads)
         self.i, dtype = i, self.dtype_policy
-        self.attention1 = MultiHeadAttention(
-            key_size, query_size, value_size, num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads,
-            rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=layers.child(seed, "attention1"), dtype=dtype,
+        attention = partial(
+            MultiHeadAttention, key_size, query_size, value_size, num_hiddens, num_heads, dropout, use_bias,
+            num_kv_heads=num_kv_heads, qk_norm=qk_norm, sink=sink, dtype=dtype,
         )  # fmt: skip
+        self.attention1 = attention(rotary=rotary, alibi=alibi, seed=layers.child(seed, "attention1"))
         self.addnorm1 = AddNorm(norm_shape, dropout, dtype=dtype)
-        self.attention2 = MultiHeadAttention(
-            key_size, query_size, value_size, num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads,
-            qk_norm=qk_norm, sink=sink, seed=layers.child(seed, "attention2"), dtype=dtype,
-        )  # fmt: skip
+        self.attention2 = attention(seed=layers.child(seed, "attention2"))
         self.addnorm2 = AddNorm(norm_shape, dropout, dtype=dtype)
         self.ffn = PositionWiseFFN(
             ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"), dtype=dtype
@@ -467,7 +444,7 @@ class TransformerDecoderBlock(Decoding):
              enc_outputs_mask=None, **options):  # fmt: skip
         rng, arrays = seed_among(arrays, rng)
         seeds = [layers.seed_of(tab, rng, part, attends=part in (0, 2)) for part in range(5)]
-        seeds = [{"training": training} | ({} if seed is None else {"rng": seed}) for seed in seeds]
+        seeds = [layers.seeded(seed) for seed in seeds]
         options = {**layers.causally(options), "queries_mask": X_mask, "keys_mask": X_mask, "arrays": arrays}
         caches = [layers.KVCache()] * (self.i + 1) if cache is None else cache.cache
         if keeps(caches[self.i], X, X_mask):
@@ -477,12 +454,12 @@ class TransformerDecoderBlock(Decoding):
         Y = self.addnorm1(X, Y, **seeds[1])
         Z = self.attention2(Y, enc_outputs, enc_outputs, enc_valid_lens, keys_mask=enc_outputs_mask, **seeds[2])
         Z = self.addnorm2(Y, Z, **seeds[3])
-        Z = self.addnorm3(Z, self.ffn(Z, training=training), **seeds[4])
+        Z = self.addnorm3(Z, self.ffn(Z), **seeds[4])
         return Z if cache is None else (Z, kept)
 
 
 @registered
-class TransformerDecoder(Decoding, _Stack):
+class TransformerDecoder(layers.KeepsState, Decoding, _Stack):
     """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
 
     decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
@@ -493,25 +470,7 @@ class TransformerDecoder(Decoding, _Stack):
     Source: Vaswani et al. 2017, section 3.1.
     """
 
-    def __init__(self, vocab_size, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
-                 ffn_num_hiddens=None, num_heads=None, num_blks=None, dropout=0.0, use_bias=False, *, num_kv_heads=None,
-                 activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None, sink=False, seed=None,
-                 **kwargs):  # fmt: skip
-        given = locals()
-        check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads, num_blks=num_blks)
-
-        def block(i, seed, dtype):
-            return TransformerDecoderBlock(
-                key_size, query_size, value_size, num_hiddens, norm_shape, ffn_num_hiddens, num_heads, dropout, i, use_bias,
-                num_kv_heads=num_kv_heads, activation=activation, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink,
-                seed=seed, dtype=dtype,
-            )  # fmt: skip
-
-        super().__init__(given, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block, **kwargs)
-        self.dense = dense(self, "W", vocab_size, True, layers.child(seed, "dense"))
-
-    def init_state(self, enc_outputs, enc_valid_lens=None):
-        return [enc_outputs, enc_valid_lens, [None] * len(self.blks)]
+    _block, _scores = TransformerDecoderBlock, True
 
     def build(self, X_shape, enc_outputs_shape):
         build_once(self.embedding, X_shape)
@@ -523,16 +482,9 @@ class TransformerDecoder(Decoding, _Stack):
              enc_outputs_mask=None, **options):  # fmt: skip
         rng, arrays = seed_among(arrays, rng)
         state = self.init_state(enc_outputs, enc_valid_lens) if cache is None else [enc_outputs, enc_valid_lens, cache.cache]
-        options |= {"arrays": arrays, "training": training, "X_mask": X_mask, "enc_outputs_mask": enc_outputs_mask}
-        X = self._embedded(X, cache.cache[0].length if cache and cache.cache else 0, training, rng)
-        for i, block in enumerate(self.blks):
-            seed = layers.seed_of(tab, rng, 1 + i)
-            X, state = block(X, state, **options, **({} if seed is None else {"rng": seed}))
-        return self.dense(X) if cache is None else (self.dense(X), state[2])
-
-    @property
-    def attention_weights(self):
-        return [[getattr(block, name).attention.attention_weights for block in self.blks] for name in layers.ATTENTIONS]
+        options |= {"arrays": arrays, "X_mask": X_mask, "enc_outputs_mask": enc_outputs_mask}
+        logits, state = layers.decoded(tab, self, X, state, rng, **options)
+        return logits if cache is None else (logits, state[2])
 
 
 layers.describe(globals())

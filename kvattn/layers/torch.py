@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack, overload
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from kvattn import api, checks, layers
 from kvattn.backends import torch as tab
-from kvattn.signatures import LayerOptions
+from kvattn.layers import calls
 
 __all__ = [
     "AddNorm",
@@ -74,51 +74,14 @@ def _fill(parameter, seed, name, shape):
 
 if TYPE_CHECKING:
 
-    class _Attends(nn.Module):
-        """A tensor; a tuple where return_weights or return_lse ask for more."""
+    class _Attends(calls.Attends, nn.Module): ...
 
-        @overload
-        def __call__(
-            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
-            return_weights: Literal[False] = False, return_lse: Literal[False] = False, cache: None = None,
-            **options: Unpack[LayerOptions],
-        ) -> Tensor: ...  # fmt: skip
-        @overload
-        def __call__(
-            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
-            return_weights: Literal[True], return_lse: Literal[False] = False, cache: None = None,
-            **options: Unpack[LayerOptions],
-        ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-        @overload
-        def __call__(
-            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
-            return_weights: Literal[False] = False, return_lse: Literal[True], cache: None = None,
-            **options: Unpack[LayerOptions],
-        ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-        @overload
-        def __call__(
-            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Any = None, *,
-            return_weights: Literal[True], return_lse: Literal[True], cache: None = None,
-            **options: Unpack[LayerOptions],
-        ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
-        @overload
-        def __call__(self, *args: Any, **options: Any) -> Any: ...
-        def __call__(self, *args: Any, **options: Any) -> Any: ...
-
-    class _Encodes(nn.Module):
-        """A tensor; with a cache, a tuple."""
-
-        @overload
-        def __call__(self, X: Tensor, valid_lens: Any = None, **options: Unpack[LayerOptions]) -> Tensor: ...
-        @overload
-        def __call__(self, *args: Any, **options: Any) -> Any: ...
-        def __call__(self, *args: Any, **options: Any) -> Any: ...
+    class _Encodes(calls.Encodes, nn.Module): ...
 
     class _Decodes(nn.Module):
         def __call__(self, X: Tensor, state: list[Any], **options: Any) -> tuple[Tensor, list[Any]]: ...
 
-    class _Changes(nn.Module):
-        def __call__(self, *args: Any, **options: Any) -> Tensor: ...
+    class _Changes(calls.Changes, nn.Module): ...
 
 else:
     _Attends = _Encodes = _Decodes = _Changes = nn.Module
@@ -152,11 +115,8 @@ class _Attention(_Attends):
         """The last call's, (batch, n, m) or (batch * heads, n, m): before dropout, detached, computed when read."""
         if self._last is None:
             return None
-        queries, keys, options = self._last
-        options = {name: x for name, x in options.items() if not name.startswith("return_")}
         with torch.no_grad():
-            weights = api.attention(queries, keys, keys[..., :1], **options, return_weights=True, backend="torch")[1]
-        return weights.flatten(0, -3) if weights.ndim > 3 else weights
+            return layers.with_one_batch(layers.last_weights(self._last, "torch"))
 
 
 def _detached(x, queries, copied=False):
@@ -276,19 +236,12 @@ class MultiHeadAttention(_Attends):
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self.num_kv_heads), tab._split(self.W_v(values), self.num_kv_heads)
         queries, keys = layers.normed(tab, self.qk_norm, queries, keys, self.q_norm, self.k_norm)
-        queries, keys = layers.turned(self.rotary, queries, keys, options.get("query_offset", 0), cache)
-        if cache is not None:
-            cache = cache.extend(keys, values)
-            keys, values = cache.seen()
-            options["query_offset"] = cache.length - queries.shape[-2]
+        queries, keys, values, cache = layers.placed("torch", queries, keys, values, cache, self.rotary, options)
         valid_lens = layers.lengths(tab, valid_lens, queries)
-        options = layers.with_alibi(options, self.alibi, queries)
+        options = layers.with_alibi("torch", options, self.alibi, queries)
         options = layers.with_sink(options, None if self.sink is None else self.sink.to(queries.dtype))
         results = self.attention(queries, keys, values, valid_lens, **options)
-        output, *rest = results if isinstance(results, tuple) else (results,)
-        output = self.W_o(tab._join(output))  # (batch, n, num_hiddens)
-        rest = rest if cache is None else [*rest, cache]
-        return (output, *rest) if rest else output
+        return layers.joined(tab._join, self.W_o, results, cache)
 
 
 # ---- the other parts of a transformer
@@ -375,9 +328,13 @@ class TransformerEncoderBlock(_Encodes):
 
 
 class _Stack(nn.Module):
-    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``block`` makes."""
+    """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``_block`` makes."""
 
-    def __init__(self, vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block) -> None:
+    _scores = False  # whether a dense layer gives the scores of the tokens that follow, as a decoder's does
+
+    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
+                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
+                 sink=False, seed=None) -> None:  # fmt: skip
         super().__init__()
         self.num_hiddens = num_hiddens
         self.embedding = nn.Embedding(vocab_size, num_hiddens)
@@ -385,45 +342,31 @@ class _Stack(nn.Module):
         self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len)
         self.blks = nn.Sequential()
         for i in range(num_blks):
-            self.blks.add_module(f"block{i}", block(i, layers.child(seed, f"blocks.{i}")))
+            block = self._block(
+                num_hiddens, ffn_num_hiddens, num_heads, dropout, i=i, use_bias=use_bias, num_kv_heads=num_kv_heads,
+                activation=activation, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink,
+                seed=layers.child(seed, f"blocks.{i}"),
+            )  # fmt: skip
+            self.blks.add_module(f"block{i}", block)
+        if self._scores:
+            self.dense = _Linear("W", vocab_size, True, layers.child(seed, "dense"))
 
-    def _embedded(self, X, first, rng):
-        X = self.embedding(X) * math.sqrt(self.num_hiddens)
-        return self.pos_encoding(X, first, rng=layers.seed_of(tab, rng, 0, attends=False))
+    def _embedded(self, X, first, seed):
+        return self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), first, rng=seed)
 
 
-class TransformerEncoder(_Stack, _Encodes):
+class TransformerEncoder(layers.ShowsBlocks, _Stack, _Encodes):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
     ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
     ``attention_weights`` lists each block's, (batch * heads, n, m).
     """
 
-    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
-                 sink=False, seed=None) -> None:  # fmt: skip
-        def block(i, seed):
-            return TransformerEncoderBlock(
-                num_hiddens, ffn_num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, activation=activation,
-                rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed,
-            )  # fmt: skip
-
-        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block)
+    def _block(self, *sizes, i, **options):
+        return TransformerEncoderBlock(*sizes, **options)
 
     def forward(self, X, valid_lens=None, *, cache=None, rng=None, **options):
-        caches = None if cache is None else layers.caches(cache, len(self.blks))
-        X = self._embedded(X, caches[0].length if caches else 0, rng)
-        for i, block in enumerate(self.blks):
-            seed = layers.seed_of(tab, rng, 1 + i)
-            if caches is None:
-                X = block(X, valid_lens, rng=seed, **options)
-            else:
-                X, caches[i] = block(X, valid_lens, cache=caches[i], rng=seed, **options)
-        return X if caches is None else (X, caches)
-
-    @property
-    def attention_weights(self):
-        return [block.attention.attention.attention_weights for block in self.blks]
+        return layers.encoded(tab, self, X, valid_lens, cache, rng, **options)
 
 
 class TransformerDecoderBlock(_Decodes):
@@ -438,15 +381,13 @@ class TransformerDecoderBlock(_Decodes):
                  seed=None) -> None:  # fmt: skip
         super().__init__()
         self.i = i
-        self.attention1 = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, rotary=rotary, qk_norm=qk_norm, alibi=alibi,
-            sink=sink, seed=layers.child(seed, "attention1"),
+        attention = partial(
+            MultiHeadAttention, num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, qk_norm=qk_norm,
+            sink=sink,
         )  # fmt: skip
+        self.attention1 = attention(rotary=rotary, alibi=alibi, seed=layers.child(seed, "attention1"))
         self.addnorm1 = AddNorm(num_hiddens, dropout)
-        self.attention2 = MultiHeadAttention(
-            num_hiddens, num_heads, dropout, use_bias, num_kv_heads=num_kv_heads, qk_norm=qk_norm, sink=sink,
-            seed=layers.child(seed, "attention2"),
-        )  # fmt: skip
+        self.attention2 = attention(seed=layers.child(seed, "attention2"))
         self.addnorm2 = AddNorm(num_hiddens, dropout)
         self.ffn = PositionWiseFFN(ffn_num_hiddens, num_hiddens, activation=activation, seed=layers.child(seed, "ffn"))
         self.addnorm3 = AddNorm(num_hiddens, dropout)
@@ -461,7 +402,7 @@ class TransformerDecoderBlock(_Decodes):
         return self.addnorm3(Z, self.ffn(Z), rng=seeds[4]), layers.following(state, self.i, cache)
 
 
-class TransformerDecoder(_Stack, _Decodes):
+class TransformerDecoder(layers.KeepsState, _Stack, _Decodes):
     """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
 
     decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
@@ -472,31 +413,10 @@ class TransformerDecoder(_Stack, _Decodes):
     Source: Vaswani et al. 2017, section 3.1.
     """
 
-    def __init__(self, vocab_size, num_hiddens, ffn_num_hiddens, num_heads, num_blks, dropout=0.0, use_bias=False, *,
-                 num_kv_heads=None, activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None,
-                 sink=False, seed=None) -> None:  # fmt: skip
-        def block(i, seed):
-            return TransformerDecoderBlock(
-                num_hiddens, ffn_num_hiddens, num_heads, dropout, i, use_bias, num_kv_heads=num_kv_heads,
-                activation=activation, rotary=rotary, qk_norm=qk_norm, alibi=alibi, sink=sink, seed=seed,
-            )  # fmt: skip
-
-        super().__init__(vocab_size, num_hiddens, num_blks, dropout, max_len, seed, block)
-        self.dense = _Linear("W", vocab_size, True, layers.child(seed, "dense"))
-
-    def init_state(self, enc_outputs, enc_valid_lens=None) -> list[Any]:
-        return [enc_outputs, enc_valid_lens, [None] * len(self.blks)]
+    _block, _scores = TransformerDecoderBlock, True
 
     def forward(self, X, state, *, rng=None, **options):
-        *_, caches = layers.opened(state, len(self.blks))
-        X = self._embedded(X, caches[0].length if caches else 0, rng)
-        for i, block in enumerate(self.blks):
-            X, state = block(X, state, rng=layers.seed_of(tab, rng, 1 + i), **options)
-        return self.dense(X), state
-
-    @property
-    def attention_weights(self):
-        return [[getattr(block, name).attention.attention_weights for block in self.blks] for name in layers.ATTENTIONS]
+        return layers.decoded(tab, self, X, state, rng, **options)
 
 
 # ---- weights of a forward pass, for kvattn/maps.py
