@@ -89,6 +89,25 @@ CALLS = {
     "training": "whether dropout drops.",
     "return_weights": "also return the weights of each block's attention.",
 }
+# What it says of a layer after its own docstring, where layers keep their weights: JAX's return others, and say so themselves.
+DETAILS = {
+    "MultiHeadAttention": """
+        With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache); with return_weights=True the
+        weights (batch, heads, n, m) follow the output.""",
+    "TransformerEncoder": """
+        ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
+        ``attention_weights`` lists each block's, (batch * heads, n, m).""",
+    "TransformerDecoderBlock": """
+        A call takes X and a decoder's state, and returns (Y, state), in which state[2][i] is this block's cache. ``rotary`` and
+        ``alibi`` are of the self-attention.""",
+    "TransformerDecoder": """
+        decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
+        (batch, n, vocab_size) of those that follow each, and the state for the next call. ``init_state`` gives the first
+        state. ``attention_weights`` are two lists of each block's, (batch * heads, n, m): of the self-attention, and of that
+        to the encoder's outputs.
+
+        Source: Vaswani et al. 2017, section 3.1.""",
+}
 METHODS = ("hybrid_forward", "forward", "call", "__call__")  # what a framework calls the call
 
 EPSILON = 1e-5  # of every layer norm
@@ -517,7 +536,7 @@ def with_one_batch(weights: Any) -> Any:
     return weights.reshape(math.prod(lead), n, m) if len(lead) > 1 else weights
 
 
-def describe(module: dict[str, Any]) -> None:
+def describe(module: dict[str, Any], details: Mapping[str, str] = DETAILS) -> None:
     """Tell, in the docstrings of a framework's layers, what each argument of the layer and of its call is."""
     for layer in (module[name] for name in LAYERS):
         made = {name: ARGUMENTS[name] for name in inspect.signature(layer).parameters if name not in ("parent", "name")}
@@ -529,7 +548,8 @@ def describe(module: dict[str, Any]) -> None:
         asked = {name: CALLS[name] for name in taken if name in CALLS}
         arguments = "\n".join(f"    {name}: {told}" for name, told in made.items())
         call = "\n".join(f"- {name}: {told}" for name, told in asked.items())
-        parts = [inspect.cleandoc(layer.__doc__ or ""), f"Args:\n{arguments}", f"A call of the layer takes\n\n{call}"]
+        told = [layer.__doc__ or "", *([details[layer.__name__]] if layer.__name__ in details else [])]
+        parts = [*map(inspect.cleandoc, told), f"Args:\n{arguments}", f"A call of the layer takes\n\n{call}"]
         layer.__doc__ = "\n\n".join(parts) + "\n"
 
 

@@ -770,4 +770,4 @@ def assign(x, arrays):
     return {**({} if isinstance(x, nn.Module) else x), "params": unflatten_dict(made)}
 
 
-layers.describe(globals())
+layers.describe(globals(), details={})

@@ -294,11 +294,7 @@ def _parameter(layer, name, shape, seed):
 
 
 class MultiHeadAttention(_Layer):
-    """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``.
-
-    With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache); with return_weights=True the
-    weights (batch, heads, n, m) follow the output.
-    """
+    """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``."""
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, use_bias=False, *, num_kv_heads=None, seed=None, bias=None,
                  rotary=None, qk_norm: bool | float = False, alibi=None, sink=False, **kwargs):  # fmt: skip
@@ -523,8 +519,7 @@ class _Stack(_Layer):
 class TransformerEncoder(layers.ShowsBlocks, _Stack):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
-    ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
-    ``attention_weights`` lists each block's, (batch * heads, n, m). Its first call initializes it, if nobody has.
+    Its first call initializes it, if nobody has.
     """
 
     def _block(self, *sizes, i, **options):
@@ -537,8 +532,7 @@ class TransformerEncoder(layers.ShowsBlocks, _Stack):
 class TransformerDecoderBlock(_Layer):
     """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm.
 
-    A call takes X and a decoder's state, and returns (Y, state), in which state[2][i] is this block's cache, which the graph
-    of a hybridized block around it has not. ``rotary`` and ``alibi`` are of the self-attention.
+    The graph of a hybridized block around it has no cache.
     """
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
@@ -573,13 +567,7 @@ class TransformerDecoderBlock(_Layer):
 class TransformerDecoder(layers.KeepsState, _Stack):
     """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
 
-    decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
-    (batch, n, vocab_size) of those that follow each, and the state for the next call. ``init_state`` gives the first state.
-    ``attention_weights`` are two lists of each block's, (batch * heads, n, m): of the self-attention, and of that to the
-    encoder's outputs.
     Its first call initializes it, if nobody has.
-
-    Source: Vaswani et al. 2017, section 3.1.
     """
 
     _block, _scores = TransformerDecoderBlock, True

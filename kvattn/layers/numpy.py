@@ -166,8 +166,7 @@ class GatedAttention(_Attention):
 class MultiHeadAttention(_Attends):
     """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``.
 
-    With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache), and has no backward but the first;
-    with return_weights=True the weights (batch, heads, n, m) follow the output.
+    Of calls with a cache only the first has a backward.
     """
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
@@ -370,8 +369,7 @@ class _Stack(Layer):
 class TransformerEncoder(layers.ShowsBlocks, _Stack, _Reads):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
 
-    ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
-    ``attention_weights`` lists each block's, (batch * heads, n, m). Its backward returns (): tokens have no gradient.
+    Its backward returns (): tokens have no gradient.
     """
 
     def _block(self, *sizes, i, **options):
@@ -389,9 +387,7 @@ class TransformerEncoder(layers.ShowsBlocks, _Stack, _Reads):
 class TransformerDecoderBlock(Layer):
     """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm.
 
-    A call takes X and a decoder's state, and returns (Y, state), in which state[2][i] is this block's cache. ``rotary`` and
-    ``alibi`` are of the self-attention. Its backward, of a call whose state held no cache yet, returns the gradients by X and
-    by the encoder's outputs.
+    Its backward, of a call whose state held no cache yet, returns the gradients by X and by the encoder's outputs.
     """
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
@@ -437,13 +433,7 @@ class TransformerDecoderBlock(Layer):
 class TransformerDecoder(layers.KeepsState, _Stack):
     """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
 
-    decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
-    (batch, n, vocab_size) of those that follow each, and the state for the next call. ``init_state`` gives the first state.
-    ``attention_weights`` are two lists of each block's, (batch * heads, n, m): of the self-attention, and of that to the
-    encoder's outputs.
     Its backward, of a call whose state held no cache yet, returns the gradient by the encoder's outputs.
-
-    Source: Vaswani et al. 2017, section 3.1.
     """
 
     _block, _scores = TransformerDecoderBlock, True

@@ -172,11 +172,7 @@ class GatedAttention(_Attention):
 
 @registered
 class MultiHeadAttention(Layer):
-    """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``.
-
-    With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache); with return_weights=True the
-    weights (batch, heads, n, m) follow the output.
-    """
+    """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``."""
 
     def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, num_heads=None, dropout=0.0,
                  bias=False, *, num_kv_heads=None, seed=None, use_bias=None, rotary=None, qk_norm: bool | float = False,
@@ -386,11 +382,7 @@ class _Stack(Layer):
 
 @registered
 class TransformerEncoder(layers.ShowsBlocks, _Stack):
-    """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
-
-    ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
-    ``attention_weights`` lists each block's, (batch * heads, n, m).
-    """
+    """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens)."""
 
     def _block(self, *sizes, i, **options):
         return TransformerEncoderBlock(*sizes, **options)
@@ -408,11 +400,7 @@ class TransformerEncoder(layers.ShowsBlocks, _Stack):
 
 @registered
 class TransformerDecoderBlock(Decoding):
-    """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm.
-
-    A call takes X and a decoder's state, and returns (Y, state), in which state[2][i] is this block's cache. ``rotary`` and
-    ``alibi`` are of the self-attention.
-    """
+    """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm."""
 
     def __init__(self, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
                  ffn_num_hiddens=None, num_heads=None, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
@@ -460,15 +448,7 @@ class TransformerDecoderBlock(Decoding):
 
 @registered
 class TransformerDecoder(layers.KeepsState, Decoding, _Stack):
-    """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
-
-    decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
-    (batch, n, vocab_size) of those that follow each, and the state for the next call. ``init_state`` gives the first state.
-    ``attention_weights`` are two lists of each block's, (batch * heads, n, m): of the self-attention, and of that to the
-    encoder's outputs.
-
-    Source: Vaswani et al. 2017, section 3.1.
-    """
+    """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer."""
 
     _block, _scores = TransformerDecoderBlock, True
 

@@ -207,11 +207,7 @@ class GatedAttention(LazyModuleMixin, _Attention):
 
 
 class MultiHeadAttention(_Attends):
-    """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``.
-
-    With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, cache); with return_weights=True the
-    weights (batch, heads, n, m) follow the output.
-    """
+    """Multi-head attention with ``num_hiddens`` features in all heads together; the weights are at ``.attention``."""
 
     def __init__(self, num_hiddens, num_heads, dropout=0.0, bias=False, *, num_kv_heads=None, seed=None, use_bias=None,
                  rotary=None, qk_norm: bool | float = False, alibi=None, sink=False) -> None:  # fmt: skip
@@ -356,11 +352,7 @@ class _Stack(nn.Module):
 
 
 class TransformerEncoder(layers.ShowsBlocks, _Stack, _Encodes):
-    """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens).
-
-    ``causal=True`` makes it a decoder; with ``cache=`` ([] at first) it takes the next tokens and returns (Y, caches).
-    ``attention_weights`` lists each block's, (batch * heads, n, m).
-    """
+    """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens)."""
 
     def _block(self, *sizes, i, **options):
         return TransformerEncoderBlock(*sizes, **options)
@@ -370,11 +362,7 @@ class TransformerEncoder(layers.ShowsBlocks, _Stack, _Encodes):
 
 
 class TransformerDecoderBlock(_Decodes):
-    """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm.
-
-    A call takes X and a decoder's state, and returns (Y, state), in which state[2][i] is this block's cache. ``rotary`` and
-    ``alibi`` are of the self-attention.
-    """
+    """Causal self-attention, attention to an encoder's outputs and a position-wise network, each with AddNorm."""
 
     def __init__(self, num_hiddens, ffn_num_hiddens, num_heads, dropout=0.0, i=0, use_bias=False, *, num_kv_heads=None,
                  activation="relu", rotary=None, qk_norm: bool | float = False, alibi=None, sink=False,
@@ -403,15 +391,7 @@ class TransformerDecoderBlock(_Decodes):
 
 
 class TransformerDecoder(layers.KeepsState, _Stack, _Decodes):
-    """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer.
-
-    decoder(X, state) takes the next tokens (batch, n), after those that the state's caches hold, and returns the logits
-    (batch, n, vocab_size) of those that follow each, and the state for the next call. ``init_state`` gives the first state.
-    ``attention_weights`` are two lists of each block's, (batch * heads, n, m): of the self-attention, and of that to the
-    encoder's outputs.
-
-    Source: Vaswani et al. 2017, section 3.1.
-    """
+    """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer."""
 
     _block, _scores = TransformerDecoderBlock, True
 
