@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Never, Unpack, overload
 
-from kvattn import checks, dispatch, distances, prepare
+from kvattn import checks, conversion, dispatch, distances, prepare
 from kvattn.cache import KVCache
 from kvattn.call import Call, Explanation
 from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
@@ -104,7 +104,7 @@ def asarray(x: Array, dtype: str | None = None, *, backend: Any = None) -> Array
     >>> asarray([[1.0, 2.0]], dtype="float32").dtype
     dtype('float32')
     """
-    return checks.converted(dispatch.choose(backend, x=x), "x", x, dtype)
+    return conversion.converted(dispatch.choose(backend, x=x), "x", x, dtype)
 
 
 def to_numpy(x: Array) -> Array:
@@ -113,7 +113,7 @@ def to_numpy(x: Array) -> Array:
     >>> to_numpy([1, 2])
     array([1, 2])
     """
-    return checks.read(dispatch.choose(None, x=x), "x", x)
+    return conversion.read(dispatch.choose(None, x=x), "x", x)
 
 
 def convert(x: Array, backend: str) -> Array:
@@ -125,8 +125,8 @@ def convert(x: Array, backend: str) -> Array:
     source, target = dispatch.choose(None, x=x), dispatch.load(backend)
     if target.is_array(x):
         return x
-    dtype = checks.dtype_name(x) if source.is_array(x) else None
-    return checks.converted(target, "x", checks.read(source, "x", x), dtype)
+    dtype = conversion.dtype_name(x) if source.is_array(x) else None
+    return conversion.converted(target, "x", conversion.read(source, "x", x), dtype)
 
 
 # ---- attention
@@ -263,8 +263,8 @@ def attention(
                     return_weights=return_weights, return_lse=return_lse,
                 )  # fmt: skip
         except RuntimeError:
-            checks.together("key", key, query)
-            checks.together("value", value, query)
+            conversion.together("key", key, query)
+            conversion.together("value", value, query)
             raise
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, mask=mask, bias=bias, valid_lens=valid_lens,
@@ -272,8 +272,8 @@ def attention(
     )  # fmt: skip
     if known is not None and known.tab is tab:
         scores = known.scores
-        checks.together("key", key, query)  # which is not remembered
-        checks.together("value", value, query)
+        conversion.together("key", key, query)  # which is not remembered
+        conversion.together("value", value, query)
     else:
         given = query, key, value
         query, key, value, scores = prepare.inputs(tab, query, key, value, score)
@@ -355,8 +355,8 @@ def attention_grad(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
         window, positions, scale, softcap, sink, dropout, rng, segments=segments,
     )  # fmt: skip
-    grad_output = checks.array(tab, "grad_output", grad_output, like=query)
-    grad_output = checks.floating("grad_output", grad_output, ("query", query), tab)
+    grad_output = conversion.array(tab, "grad_output", grad_output, like=query)
+    grad_output = conversion.floating("grad_output", grad_output, ("query", query), tab)
     checks.same_shape("grad_output", grad_output, (*checks.pairs(query, key)[:-1], tuple(value.shape)[-1]), "the output")
     checks.not_by_function(wrt, bias)
     bindable = {"query", "key", "value"} | {name for name, x in (("bias", bias), ("sink", sink)) if x is not None}
@@ -396,7 +396,7 @@ def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **op
     kernel, why = "a kernel of its own", "the backend tells no more, since it has no function choose"
     if hasattr(tab, "choose"):
         kernel, why, *_ = tab.choose(query, key, value, Call.of(query, key, **options))
-    return Explanation(dispatch.name_of(tab), checks.device_name(query), kernel, why)
+    return Explanation(dispatch.name_of(tab), conversion.device_name(query), kernel, why)
 
 
 @overload
@@ -734,8 +734,8 @@ def multi_head_attention_grad(
     )
     if any([options.pop("return_weights"), options.pop("return_lse"), options.pop("return_scores", None)]):
         raise ValueError("a gradient returns neither weights nor lse nor scores")
-    grad_output = checks.array(tab, "grad_output", grad_output, like=query)
-    grad_output = checks.floating("grad_output", grad_output, ("query", query), tab)
+    grad_output = conversion.array(tab, "grad_output", grad_output, like=query)
+    grad_output = conversion.floating("grad_output", grad_output, ("query", query), tab)
     width = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] * num_heads // (num_kv_heads or num_heads)
     checks.same_shape("grad_output", grad_output, (*checks.joined(query, key, value)[:-1], width), "the output")
     bindable = {"query", "key", "value", *params}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from kvattn import checks, dispatch
+from kvattn import checks, conversion, dispatch
 
 Array = Any
 
@@ -50,15 +50,15 @@ class KVCache(NamedTuple):
         traced array, running past the capacity cannot be seen: allocate enough.
         """
         tab = dispatch.choose(backend, cache=self.key, key=key, value=value)
-        key, value = checks.array(tab, "key", key, self.key), checks.array(tab, "value", value, self.value)
+        key, value = conversion.array(tab, "key", key, self.key), conversion.array(tab, "value", value, self.value)
         if self.key is None:
             *lead, n, _ = checks.shape("key", key, 2)
-            checks.floating("key", key)
-            value = checks.floating("value", value, ("key", key), tab)
+            conversion.floating("key", key)
+            value = conversion.floating("value", value, ("key", key), tab)
             checks.same_shape("value", value, (*lead, n, checks.shape("value", value, 2)[-1]), "the keys need")
             return KVCache(key, value, _known(key.shape[-2]))
-        key = checks.floating("key", key, ("the cache", self.key), tab)
-        value = checks.floating("value", value, ("the cache", self.value), tab)
+        key = conversion.floating("key", key, ("the cache", self.key), tab)
+        value = conversion.floating("value", value, ("the cache", self.value), tab)
         for name, x, old in (("key", key, self.key), ("value", value, self.value)):
             checks.same_shape(name, x, (*tuple(old.shape)[:-2], key.shape[-2], old.shape[-1]), "the cache continues")
         length = self.length + _known(key.shape[-2])
@@ -67,7 +67,7 @@ class KVCache(NamedTuple):
 
     def seen(self) -> tuple[Array, Array]:
         """The filled keys and values; where ``length`` is traced, all: ``causal`` with ``query_offset`` hides the rest."""
-        if not checks.is_integer(self.length) or self.key is None or self.length == self.key.shape[-2]:
+        if not conversion.is_integer(self.length) or self.key is None or self.length == self.key.shape[-2]:
             return self.key, self.value
         return self.key[..., : self.length, :], self.value[..., : self.length, :]
 

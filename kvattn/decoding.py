@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvattn import checks, dispatch
+from kvattn import checks, conversion, dispatch
 
 __all__ = ["beam_search", "greedy_search"]
 
@@ -188,7 +188,7 @@ class _Asking:
             raise TypeError(f"tokens has dtype {start.dtype}; expected integers")
         self.dtype, self.rows, self.state = start.dtype if start.dtype.kind in "iu" else np.dtype("int32"), len(start), state
         scores = self._ask(self.tab.asarray(start) if self.like is None else self.tokens)
-        if end is not None and not (checks.is_integer(end) and 0 <= end < scores.shape[1]):
+        if end is not None and not (conversion.is_integer(end) and 0 <= end < scores.shape[1]):
             raise ValueError(f"end is {end!r}; expected None, or one of the {scores.shape[1]} tokens that step gives scores of")
         if scores.shape[1] - 1 > np.iinfo(self.dtype).max:  # the start's own dtype cannot hold every token
             self.dtype = np.dtype("int32")
@@ -244,4 +244,5 @@ def _reordered(state: Any, rows: np.ndarray, tab: Any, count: int, where: str = 
             "a function (state, rows) -> state"
         )
     home = tab if tab.is_array(state) else dispatch.choose(None, state=state)
-    return home.asarray(home.to_numpy(state)[rows], dtype=checks.dtype_name(state), like=state)  # by the host: any backend can
+    # by the host: any backend can
+    return home.asarray(home.to_numpy(state)[rows], dtype=conversion.dtype_name(state), like=state)

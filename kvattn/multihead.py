@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvattn import checks
+from kvattn import checks, conversion
 from kvattn.call import Call
 
 
@@ -73,5 +73,5 @@ def _of_dtype(tab: Any, results: list[Any], like: Any, weights: bool) -> list[An
     """The results, output and weights in the dtype of ``like``: lse and scores stay wide."""
     for i in range(1 + weights):
         if results[i].dtype != like.dtype:
-            results[i] = tab.asarray(results[i], dtype=checks.dtype_name(like))
+            results[i] = tab.asarray(results[i], dtype=conversion.dtype_name(like))
     return results

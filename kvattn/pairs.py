@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from kvattn import checks, planning
+from kvattn import checks, conversion, planning
 from kvattn.call import Call, Choice
 
 Run = tuple[int, int]  # keys: the first, and the one after the last
@@ -96,7 +96,7 @@ class Pairs(NamedTuple):
         far = _dtype(tab, query, 0, SQUARE)  # an offset that is an array may be large
         q = tab.asarray(_places(tab, query, start, count), dtype=far)[:, None]
         if len(getattr(offset, "shape", ())) == 0:
-            seen = checks.peek(tab, offset) if tab.is_array(offset) else None
+            seen = conversion.peek(tab, offset) if tab.is_array(offset) else None
             return q + (offset if seen is None else int(seen)), k[None]
         offset = tab.asarray(offset, dtype=far)
         return q + offset[(slice(None), *[None] * (len(query.shape) - 1))], k[None]
@@ -132,7 +132,7 @@ class Pairs(NamedTuple):
 
     def _same_segment(self, query: Any, full: Shape, rows: Rows, runs: Sequence[Run] | None, entries: Run | None) -> Any:
         assert self.segments is not None
-        seen = checks.peek(self.tab, self.segments[0]), checks.peek(self.tab, self.segments[1])
+        seen = conversion.peek(self.tab, self.segments[0]), conversion.peek(self.tab, self.segments[1])
         known = seen[0] is not None and seen[1] is not None  # then NumPy compares: MXNet does not for more than five axes
         of_queries, of_keys = seen if known else self.segments
         of_queries, of_keys = (x if entries is None or x.shape[0] == 1 else x[slice(*entries)] for x in (of_queries, of_keys))
@@ -150,7 +150,7 @@ class Pairs(NamedTuple):
         assert self.bias_function is not None
         made = checks.asked("bias", self.bias_function, *self.places(query, key, offset, rows, runs))
         made = _entries(checks.added(self.tab, made, full), entries, len(full))
-        return self.tab.asarray(made, dtype=checks.dtype_name(query))
+        return self.tab.asarray(made, dtype=conversion.dtype_name(query))
 
     def arrays(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows = (0, None),
                runs: Sequence[Run] | None = None) -> tuple[Any, Any]:  # fmt: skip
@@ -203,7 +203,7 @@ def _places(tab: Any, x: Any, first: Any, count: Any) -> Any:
 
 def _dtype(tab: Any, x: Any, first: int, end: int) -> str:
     """The dtype that `_places` has for positions from ``first`` to ``end``."""
-    return checks.dtype_name(_places(tab, x, 0 if short(first, end) else SQUARE, 1))
+    return conversion.dtype_name(_places(tab, x, 0 if short(first, end) else SQUARE, 1))
 
 
 def _lead(query: Any, key: Any) -> Shape:
@@ -304,7 +304,7 @@ def _of_bias(query: Any, key: Any, call: Call, parts: Sequence[Part] | None) -> 
     for part in parts:
         width = sum(last - first for first, last in part.runs)
         size = max(1, BIAS // max(1, width * heads))
-        recorded = checks.peek(call.mask.tab, query) is None
+        recorded = conversion.peek(call.mask.tab, query) is None
         size = max(size, -(-n // TRACED)) if recorded else size
         alike = len(part.runs) > 1 or (hasattr(call.mask.tab, "MOST_SHAPES") and not recorded)
         for start in range(part.start, part.end, size):
@@ -327,7 +327,7 @@ def _in_reach(call: Call, start: int, end: int, first: int, last: int) -> Run:
 
 def _of_segments(query: Any, key: Any, value: Any, call: Call) -> list[Part] | None:
     """Parts that hold one segment each, or several short ones; None where they cannot be read, or lie apart."""
-    of_queries, of_keys = (checks.peek(call.mask.tab, x) for x in call.mask.segments)
+    of_queries, of_keys = (conversion.peek(call.mask.tab, x) for x in call.mask.segments)
     if of_queries is None or of_keys is None:
         return None
     count = max(len(of_queries), len(of_keys))
@@ -389,16 +389,16 @@ def _same_in_numpy(said: Pairs, query: Any, key: Any, offset: Any) -> bool:
     import numpy as np
 
     q, k = said.places(query, key, offset, (0, 1), None)
-    if (seen := checks.peek(said.tab, q)) is None or seen is q:  # the framework's are NumPy's
+    if (seen := conversion.peek(said.tab, q)) is None or seen is q:  # the framework's are NumPy's
         return False
     try:
         made = said.mask_function(q, k)
     except Exception:  # it is asked again, for all pairs, and its error is for the user then
         return False
-    if not said.tab.is_array(made) or checks.dtype_name(made) not in ("bool", "bool_"):
+    if not said.tab.is_array(made) or conversion.dtype_name(made) not in ("bool", "bool_"):
         return False
     found = said._replace(in_numpy=True)._numpy_flags(key, (1, key.shape[-2]), offset, (0, 1), None)
-    return found is not None and np.array_equal(found, checks.peek(said.tab, made))
+    return found is not None and np.array_equal(found, conversion.peek(said.tab, made))
 
 
 def _of_distances(function: Any, query: Any, key: Any, call: Call, in_numpy: bool = False) -> Any:
@@ -412,10 +412,10 @@ def _of_distances(function: Any, query: Any, key: Any, call: Call, in_numpy: boo
     from kvattn import positions  # here, as above
 
     tab, offset, n, m = call.mask.tab, call.query_offset, query.shape[-2], key.shape[-2]
-    if type(offset) is not int or (seen := checks.peek(tab, keys := _places(tab, key, 0, None)[None])) is None:
+    if type(offset) is not int or (seen := conversion.peek(tab, keys := _places(tab, key, 0, None)[None])) is None:
         return None
     near = short(0, m) and short(offset, offset + n)
-    dtype = checks.dtype_name(keys) if near else _dtype(tab, key, 0, SQUARE)  # the positions' own
+    dtype = conversion.dtype_name(keys) if near else _dtype(tab, key, 0, SQUARE)  # the positions' own
     ahead, made = np.arange(1 - offset - n, m - offset).astype(dtype)[None], None
     if in_numpy and seen is not keys:  # else the framework's are NumPy's
         flags = positions.of_distances(function, positions.exact(ahead))
@@ -425,14 +425,14 @@ def _of_distances(function: Any, query: Any, key: Any, call: Call, in_numpy: boo
         made = positions.of_distances(function, tab.asarray(ahead, like=key))
         if made is None or not tab.is_array(made):
             return None
-        known = checks.peek(tab, made)
+        known = conversion.peek(tab, made)
     try:
         found = function(tab.asarray(np.array([[offset], [offset + n - 1]], dtype), like=query), keys)
     except Exception:  # it is asked again, and its error is for the user then
         return None
     if not tab.is_array(found):
         return None
-    if known is None or (found := checks.peek(tab, found)) is None:
+    if known is None or (found := conversion.peek(tab, found)) is None:
         return made
     known = np.concatenate([known[..., n - 1 :], known[..., :m]], axis=-2)  # beside the first query, and the last
     if known.shape != found.shape:
@@ -453,9 +453,9 @@ def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None]
     if call.mask.segments is not None:
         return None
     made = _of_distances(call.mask.mask_function, query, key, call, in_numpy=True)
-    if made is None or checks.dtype_name(made) not in ("bool", "bool_"):
+    if made is None or conversion.dtype_name(made) not in ("bool", "bool_"):
         return None
-    flags = made if type(made) is np.ndarray else checks.peek(tab, made)
+    flags = made if type(made) is np.ndarray else conversion.peek(tab, made)
     one_for_all = flags is not None and flags.size == count
     return positions.window(flags.reshape(-1), 1 - call.query_offset - query.shape[-2]) if one_for_all else None
 
@@ -463,12 +463,12 @@ def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None]
 def line_of(query: Any, key: Any, call: Call) -> Any:
     """The bias of each distance, (..., n + m - 1), the least first, where the bias function asks for no more; or None."""
     tab, made = call.mask.tab, _of_distances(call.mask.bias_function, query, key, call)
-    if made is None or checks.dtype_name(made) not in checks.FLOATS:
+    if made is None or conversion.dtype_name(made) not in conversion.FLOATS:
         return None
     lead, given = _lead(query.shape, key.shape), tuple(made.shape[:-2])
     if len(given) > len(lead) or any(x not in (1, full) for x, full in zip(reversed(given), reversed(lead), strict=False)):
         return None
-    return tab.asarray(made[..., 0, :], dtype=checks.dtype_name(query))
+    return tab.asarray(made[..., 0, :], dtype=conversion.dtype_name(query))
 
 
 def _looked_at(query: Any, key: Any, call: Call,
@@ -485,7 +485,7 @@ def _looked_at(query: Any, key: Any, call: Call,
         full = (*_lead(query.shape, key.shape), rows[1], m)
         flags = call.mask._numpy_flags(key, full, offset, rows, [(0, m)]) if call.mask.segments is None else None
         if flags is None:
-            flags = checks.peek(call.mask.tab, call.mask.flags(query, key, full, offset, rows, [(0, m)]))
+            flags = conversion.peek(call.mask.tab, call.mask.flags(query, key, full, offset, rows, [(0, m)]))
         return None if flags is None else np.broadcast_to(flags, (*flags.shape[:-2], rows[1], m))
 
     size = max(1, LOOK // m)
@@ -622,7 +622,7 @@ def _with_flags(part: Part, said: Pairs, query: Any, key: Any, value: Any, call:
         bias = said.bias(query, key, full, offset, rows, part.runs, part.entries)
     if several:  # of which no window and no length tells
         if call.windowed or call.valid_lens is not None:
-            places = tab.asarray(_numbers(part.runs), dtype=checks.dtype_name(tab.places(key, 0, 1)), like=key)
+            places = tab.asarray(_numbers(part.runs), dtype=conversion.dtype_name(tab.places(key, 0, 1)), like=key)
             mask = tab._allowed(rows[1], places, len(query.shape), call._replace(mask=mask, bias=None))
         call = call._replace(valid_lens=None, left=None, right=None, query_offset=0)
     return query, key, value, call._replace(mask=mask, bias=bias)

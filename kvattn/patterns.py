@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvattn import checks
+from kvattn import conversion
 
 STEP = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # (shift, factor), and at last
@@ -52,12 +52,12 @@ def is_seed(rng: Any) -> bool:
     """Whether ``rng`` is a seed: an int, or an array () of an integer dtype."""
     if type(rng) in (int, Wide):
         return True
-    return hasattr(rng, "dtype") and tuple(rng.shape) == () and checks.dtype_name(rng) in checks.INTEGERS
+    return hasattr(rng, "dtype") and tuple(rng.shape) == () and conversion.dtype_name(rng) in conversion.INTEGERS
 
 
 def drawn(rng: Any) -> bool:
     """Whether the pattern is a seed's: ``rng`` is one, or, where each query has keys of its own, the pairs it keeps, bool."""
-    return is_seed(rng) or (hasattr(rng, "dtype") and checks.dtype_name(rng).startswith("bool"))
+    return is_seed(rng) or (hasattr(rng, "dtype") and conversion.dtype_name(rng).startswith("bool"))
 
 
 def threshold(rate: float) -> int:

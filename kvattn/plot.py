@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvattn import api, checks, dispatch, install, prepare
+from kvattn import api, checks, conversion, dispatch, install, prepare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -336,7 +336,7 @@ def _array(name: str, x: Any) -> Any:
             checks.same_shape(f"{name}[{i}]", part, parts[0].shape, f"{name}[0]")
         return np.stack(parts)
     made = np.asarray(x)
-    if checks.dtype_name(made) not in (*checks.FLOATS, *checks.INTEGERS, "bool"):
+    if conversion.dtype_name(made) not in (*conversion.FLOATS, *conversion.INTEGERS, "bool"):
         raise TypeError(f"{name} must be an array of real numbers, not {type(x).__name__} of dtype {made.dtype}")
     return made.astype(np.float64)
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvattn import checks, dispatch, pairs, rotation
+from kvattn import checks, conversion, dispatch, pairs, rotation
 
 if TYPE_CHECKING:
     from kvattn.backends import Backend
@@ -106,9 +106,9 @@ def arrays(tab: Any, **arguments: Any) -> list[Any]:
     """The arguments as floating-point arrays of one dtype; lists take the dtype of the arrays beside them."""
     typed = [x for x in arguments.values() if hasattr(x, "dtype")]
     like = next((x for x in typed if tab.is_array(x)), typed[0] if typed else None)
-    made = {name: checks.array(tab, name, x, like) for name, x in arguments.items()}
+    made = {name: conversion.array(tab, name, x, like) for name, x in arguments.items()}
     first = next(iter(made.items()))
-    return [checks.floating(name, x, first, tab) for name, x in made.items()]
+    return [conversion.floating(name, x, first, tab) for name, x in made.items()]
 
 
 def differentiable(wrt: Any, names: set[str]) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ def given_back(tab: Any, given: dict[str, Any], wrt: Any, gradients: Any) -> tup
     if not isinstance(gradients, (tuple, list)) or len(gradients) != len(wrt):  # a stranger's backend
         raise TypeError(f"backend {dispatch.name_of(tab)!r} returned no tuple of {len(wrt)} gradients, by {', '.join(wrt)}")
     return tuple(
-        tab.asarray(x, dtype=checks.dtype_name(given[name]))
+        tab.asarray(x, dtype=conversion.dtype_name(given[name]))
         if tab.is_array(given[name]) and given[name].dtype != x.dtype
         else x
         for name, x in zip(wrt, gradients, strict=True)
@@ -171,8 +171,8 @@ def multi_head(backend: Any, query: Any, key: Any, value: Any, params: Any, num_
 
 def projections(tab: Any, query: Any, key: Any, value: Any, params: Any, num_heads: int, num_kv_heads: int) -> dict[str, Any]:
     """The projections as arrays of ``tab`` that fit the inputs and each other."""
-    made = {name: checks.array(tab, name, x, query) for name, x in params.items() if x is not None}
-    made = {name: checks.floating(name, x, ("query", query), tab) for name, x in made.items()}
+    made = {name: conversion.array(tab, name, x, query) for name, x in params.items() if x is not None}
+    made = {name: conversion.floating(name, x, ("query", query), tab) for name, x in made.items()}
     checks.projections(query, key, value, made, num_heads, num_kv_heads)
     return made
 
@@ -218,8 +218,8 @@ def score(name: str, query: Any, key: Any, backend: Any, same: bool = True, **pa
         checks.same_features(query, key)
     for parameter, x in parameters.items():
         if x is not None and not isinstance(x, float):
-            x = checks.array(tab, parameter, x, query)
-            parameters[parameter] = checks.floating(parameter, x, ("query", query), tab)
+            x = conversion.array(tab, parameter, x, query)
+            parameters[parameter] = conversion.floating(parameter, x, ("query", query), tab)
     checks.parameters(name, query.shape[-1], key.shape[-1], parameters)
     return dispatch.offered(tab, name)(query, key, **parameters)
 
@@ -277,7 +277,8 @@ def of_differences(tab: Any, kernel: Any, query: Any, key: Any) -> Any:
         found = kernel(key[..., None, :, 0] - query[..., :, None, 0])
         if not hasattr(found, "dtype"):
             raise TypeError(f"the kernel gave {type(found).__name__}; expected an array, a number for each difference")
-        return found if checks.dtype_name(found) == checks.dtype_name(query) else tab.asarray(found, checks.dtype_name(query))
+        dtype = conversion.dtype_name(query)
+        return found if conversion.dtype_name(found) == dtype else tab.asarray(found, dtype)
 
     return score
 

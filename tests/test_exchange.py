@@ -235,7 +235,7 @@ def test_convert_there_and_back(here, there, dtype):
     x = kvattn.asarray(values, dtype=dtype, backend=here)
     y = kvattn.convert(x, there)
     assert kvattn.dispatch.home(y) in (there, None)
-    assert kvattn.checks.dtype_name(y).rstrip("_") == dtype
+    assert kvattn.conversion.dtype_name(y).rstrip("_") == dtype
     back = kvattn.convert(y, here)
     assert plain(back, x)
     np.testing.assert_array_equal(kvattn.to_numpy(back), kvattn.to_numpy(x))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kvattn
-from kvattn import checks, pairs, planning
+from kvattn import conversion, pairs, planning
 from kvattn.conformance import check, native, placed
 from kvattn.pairs import Part
 
@@ -184,7 +184,7 @@ def test_a_bias_by_distance_may_forbid_or_be_no_number(backend, tab, forbidden):
 
 
 def test_what_a_mask_function_reads_is_read_in_its_framework(backend, tab):
-    own = tab.asarray(np.array([[30]]), dtype=checks.dtype_name(tab.places(tab.asarray(np.zeros((1, 1))))))
+    own = tab.asarray(np.array([[30]]), dtype=conversion.dtype_name(tab.places(tab.asarray(np.zeros((1, 1))))))
     rng = np.random.default_rng(0)
     query, key, value = (tab.asarray(rng.standard_normal((1, 2, 300, 4))) for _ in range(3))
     places = np.arange(300)
@@ -283,7 +283,7 @@ def test_a_function_may_know_the_entries_of_the_batch_beside_segments_that_diffe
     rng = np.random.default_rng(0)
     query, key, value = (tab.asarray(rng.standard_normal((3, 2, 5, 4))) for _ in range(3))
     ids, ends = np.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 2], [0, 0, 0, 0, 2]]), np.array([3, 2, 4])[:, None, None, None]
-    own, offset = tab.asarray(ends, dtype=checks.dtype_name(tab.places(query))), np.array([0, 1, 2])
+    own, offset = tab.asarray(ends, dtype=conversion.dtype_name(tab.places(query))), np.array([0, 1, 2])
     got = kvattn.attention(query, key, value, mask=lambda q, k: k - q < own, segments=ids, query_offset=offset)
     ahead = np.arange(5) - (np.arange(5)[:, None] + offset[:, None, None, None])
     whole = (ids[:, None, :, None] == ids[:, None, None]) & (ahead < ends)

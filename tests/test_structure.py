@@ -94,7 +94,7 @@ def imports(path):
 
 
 def test_the_frontend_imports_no_framework():
-    for name in ("__init__", "api", "scores", "prepare", "dispatch", "checks", "planning", "call", "multihead"):
+    for name in ("__init__", "api", "scores", "prepare", "dispatch", "checks", "planning", "call", "multihead", "conversion"):
         used = {module.partition(".")[0] for module in imports(PACKAGE / f"{name}.py")}
         assert not used & FRAMEWORKS, name
 

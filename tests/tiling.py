@@ -14,7 +14,7 @@ from unittest.mock import patch
 import numpy as np
 
 import kvattn
-from kvattn import checks, planning
+from kvattn import conversion, planning
 from kvattn.call import Call
 from kvattn.conformance import oracle, tolerance
 from kvattn.conformance.cases import LSE, attend, grid
@@ -122,7 +122,7 @@ def judge(case, dtype, found):
         name = what.removesuffix(" alone")
         want, due = case.answer[name], tolerance.result_dtype(case.call, name, dtype)
         assert tuple(x.shape) == want.shape, what
-        assert checks.dtype_name(x) == due, what
+        assert conversion.dtype_name(x) == due, what
         near = tolerance.unit(due, case.magnitude[name]) * tolerance.allowed(name, due, case.largest_score)
         x = np.asarray(kvattn.to_numpy(x), np.float64)
         np.testing.assert_allclose(x, want, rtol=0, atol=near, err_msg=f"{what} in {dtype} of {case.keywords}")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import kvattn
-from kvattn import checks, dispatch, layers
+from kvattn import checks, conversion, dispatch, layers
 from kvattn.conformance import functions, native, tolerance
 from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case
 from kvattn.conformance.known_differences import difference
@@ -351,7 +351,7 @@ def _split(tab: Any, arguments: dict[str, Any], keywords: dict[str, Any], like: 
     ends = [0, *keywords["splits"], int(key.shape[-2])]
     options = {n: x for n, x in keywords.items() if n not in ("splits", "return_lse")}
     merged: Any = None
-    dtype, (key, value) = checks.dtype_name(query), (tab.to_numpy(x) for x in (key, value))
+    dtype, (key, value) = conversion.dtype_name(query), (tab.to_numpy(x) for x in (key, value))
     for start, end in itertools.pairwise(ends):
         keys, values = (tab.asarray(x[..., start:end, :], dtype=dtype, like=like) for x in (key, value))
         part = kvattn.attention(query, keys, values, **options, return_lse=True, backend=tab)
@@ -386,7 +386,7 @@ def _headed(
         found = dict(zip(by, parts(grads, by, single=False), strict=True))
         if case.call == "self_attention":
             three = [np.asarray(tab.to_numpy(found[name]), np.float64) for name in ("query", "key", "value")]
-            dtype = checks.dtype_name(found["query"])
+            dtype = conversion.dtype_name(found["query"])
             found["x"] = tab.asarray(sum(three), dtype=dtype, like=like)  # as JAX adds no float64 by itself
         results |= {f"grad_{name}": found[name] for name in wrt}
     return results
@@ -398,7 +398,7 @@ def _steps(
     """Causal multi-head attention with a cache: two positions, then one at a time; joined by NumPy."""
     cache = kvattn.KVCache()
     if capacity is not None:
-        wide = checks.dtype_name(inputs[0])
+        wide = conversion.dtype_name(inputs[0])
         wide = "float32" if wide in tolerance.HALF else wide
         cache = kvattn.KVCache.allocate(capacity[:-1], capacity[-1], dtype=wide, like=inputs[0], backend=tab)
     parts, n = [], int(inputs[0].shape[-2])
@@ -406,7 +406,7 @@ def _steps(
         query, key, value = (x[..., start:end, :] for x in inputs)
         output, cache = kvattn.multi_head_attention(query, key, value, params, **options, causal=True, cache=cache, backend=tab)
         parts.append(tab.to_numpy(output))
-    return tab.asarray(np.concatenate(parts, axis=-2), dtype=checks.dtype_name(inputs[0]), like=like)
+    return tab.asarray(np.concatenate(parts, axis=-2), dtype=conversion.dtype_name(inputs[0]), like=like)
 
 
 def parts(got: Any, names: Sequence[str], single: bool = True) -> Sequence[Any]:
@@ -430,8 +430,8 @@ def _plain(tab: Any, x: Any, what: str, shape: tuple[int, ...], dtype: str) -> n
     """A result as float64 NumPy, if it is what was promised."""
     if not tab.is_array(x):
         raise Wrong(f"is a {type(x).__name__}, not the backend's own array")
-    if checks.dtype_name(x) != dtype:
-        raise Wrong(f"has dtype {checks.dtype_name(x)}; promised {dtype}")
+    if conversion.dtype_name(x) != dtype:
+        raise Wrong(f"has dtype {conversion.dtype_name(x)}; promised {dtype}")
     if tuple(x.shape) != shape:
         raise Wrong(f"has shape {tuple(x.shape)}; promised {shape}")
     plain = np.array(tab.to_numpy(x), dtype=np.float64)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import checks
+from kvattn import conversion
 
 MASKS: dict[str, Callable[[Any, Any], Any]] = {
     "causal": lambda q, k: k <= q,
@@ -32,7 +32,7 @@ def function(tab: Any, given: Any, **parameters: Any) -> Callable[[Any, Any], An
         return MASKS[given]
     assert given == "alibi", given
     slopes = parameters["slopes"]
-    return lambda q, k: -slopes * tab.asarray(abs(q - k), dtype=checks.dtype_name(slopes), like=slopes)
+    return lambda q, k: -slopes * tab.asarray(abs(q - k), dtype=conversion.dtype_name(slopes), like=slopes)
 
 
 # ---- for the oracle, in plain numbers

@@ -31,7 +31,7 @@ from dask.core import flatten
 from dask.graph_manipulation import bind
 
 import kvattn
-from kvattn import checks, dispatch, planning, prepare
+from kvattn import checks, conversion, dispatch, planning, prepare
 from kvattn.backends import numpy
 from kvattn.call import Call
 from kvattn.kernels.numpy import gradients, memory, tiled_grad
@@ -203,7 +203,7 @@ def _checked(query: Array, key: Array, value: Array, return_lse: bool, options: 
 
 
 def _fitting(name: str, x: Array, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-    x = checks.floating(name, checks.array(_lazy, name, x), ("what it belongs to", np.empty(0, dtype)))
+    x = conversion.floating(name, conversion.array(_lazy, name, x), ("what it belongs to", np.empty(0, dtype)))
     checks.same_shape(name, x, shape, "of these arguments")
     return x
 

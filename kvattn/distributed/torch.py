@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from kvattn import checks, dispatch, planning, prepare
+from kvattn import checks, conversion, dispatch, planning, prepare
 from kvattn.kernels.torch import ring as kernel
 
 __all__ = ["local_positions", "ring_attention", "shard", "unshard"]
@@ -213,7 +213,7 @@ def _axis(mesh: Any, axis: Any) -> Any:
         raise ValueError(f"the mesh has {there}: say by axis= over which of them the sequence lies")
     if axis is None:
         return 0
-    if axis not in names and not (checks.is_integer(axis) and -mesh.ndim <= axis < mesh.ndim):
+    if axis not in names and not (conversion.is_integer(axis) and -mesh.ndim <= axis < mesh.ndim):
         raise ValueError(f"the mesh has no axis {axis!r}; it has {there}")
     return axis if isinstance(axis, str) else int(axis) % mesh.ndim
 
@@ -243,7 +243,7 @@ def _checked(tab: Any, given: dict[str, Any], options: dict[str, Any], zigzag: b
     query, key, value, scores = prepare.inputs(tab, given["query"], given["key"], given["value"], None)
     rest = {name: x for name, x in given.items() if name not in ("query", "key", "value") and x is not None}
     pairs = [rest[name] for name in ("mask", "bias") if name in rest and not callable(rest[name])]
-    pairs = [checks.array(tab, "mask or bias", x, query) for x in pairs]
+    pairs = [conversion.array(tab, "mask or bias", x, query) for x in pairs]
     columns = max((x.shape[-1] for x in pairs if x.ndim), default=1)
     features, shape = (query.shape[-1], key.shape[-1]), (*scores[:-1], columns)
     options = prepare.options(tab, query, shape, features, return_lse=True, **rest, **options)

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import api, checks, dispatch, distances, patterns, prepare, rotation
+from kvattn import api, checks, conversion, dispatch, distances, patterns, prepare, rotation
 from kvattn.cache import KVCache
 from kvattn.call import Call
 
@@ -298,7 +298,7 @@ def with_alibi(backend: str, options: dict[str, Any], slopes: tuple[float, ...] 
         return options
     if options.get("bias") is not None:
         raise ValueError("bias is given beside the layer's own, which alibi= made: leave one of them out")
-    dtype = "float64" if checks.dtype_name(queries) == "float64" else "float32"
+    dtype = "float64" if conversion.dtype_name(queries) == "float64" else "float32"
     return {**options, "bias": partial(_falling, backend, slopes, dtype)}
 
 
@@ -380,7 +380,7 @@ def hide_unseen(tab: Any, queries: Any, keys: Any, values: Any, num_heads: int, 
     if not lead and valid_lens is not None:
         limits["valid_lens"] = checks.for_each_head(tab, limits["valid_lens"], num_heads, queries)
     if bias is not None:  # of the dtype of what is projected, which autocast may choose
-        limits["bias"] = checks.array(tab, "bias", bias, like=queries)
+        limits["bias"] = conversion.array(tab, "bias", bias, like=queries)
         checks.broadcastable("bias", tuple(limits["bias"].shape), scores, "the scores")
     return tab._hide_unused_rows(queries, keys, values, Call.of(queries, keys, **limits))
 
@@ -393,7 +393,7 @@ def check_activation(activation: str) -> None:
 
 def check_length(max_len: Any, n: Any, offset: Any) -> None:
     """Raises ValueError, where the numbers are known, for a sequence that runs past the positional encoding."""
-    if all(map(checks.is_integer, (max_len, n, offset))) and n + offset > max_len:
+    if all(map(conversion.is_integer, (max_len, n, offset))) and n + offset > max_len:
         raise ValueError(f"a sequence of {n} from position {offset} runs past max_len={max_len} of the positional encoding")
 
 
@@ -448,7 +448,7 @@ def opened(state: Any, blocks: int, exactly: bool = True) -> tuple[Any, Any, lis
 def of_one_position(caches: list[KVCache], name: str) -> None:
     """Raises ValueError unless all blocks' caches hold as many positions, where lengths are numbers, not of a trace."""
     held = [cache.length for cache in caches]
-    if all(map(checks.is_integer, held)) and any(length != held[0] for length in held):
+    if all(map(conversion.is_integer, held)) and any(length != held[0] for length in held):
         raise ValueError(f"{name} holds {' and '.join(map(str, held))} positions; expected as many for each block")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kvattn import checks, dispatch, layers
+from kvattn import checks, conversion, dispatch, layers
 from kvattn.backends import numpy as tab
 from kvattn.kernels.numpy.gradients import sum_to
 
@@ -131,7 +131,7 @@ class Layer:
         named = {name: _array(name, x, like) for name, x in zip(names, inputs, strict=False)}
         floats = {name: x for name, x in named.items() if _floats(x)}
         for name, x in {**floats, **{name: x for name, x in options.items() if _floats(x)}}.items():
-            checks.floating(name, x, next(iter(floats.items()), None))
+            conversion.floating(name, x, next(iter(floats.items()), None))
         wide = [{name: tab._wide(x) if _floats(x) else x for name, x in given.items()} for given in (named, options)]
         return [*wide[0].values()], wide[1], [x.dtype for x in floats.values()]
 
@@ -148,8 +148,8 @@ class Layer:
                 "(or record=True, without dropout), once for each backward"
             )
         kept, dtypes, output = self._state.calls[-1]
-        grad_output = checks.array(tab, "grad_output", grad_output, output)
-        checks.floating("grad_output", grad_output, ("the output", output))
+        grad_output = conversion.array(tab, "grad_output", grad_output, output)
+        conversion.floating("grad_output", grad_output, ("the output", output))
         checks.same_shape("grad_output", grad_output, output.shape, "the output")
         self._state.calls.pop()
         grads = self.vjp(tab._wide(grad_output), *kept)
@@ -207,11 +207,11 @@ def _array(name, x, like):
     leaf = x
     while isinstance(leaf, list) and leaf:
         leaf = leaf[0]
-    return checks.array(tab, name, x, like) if isinstance(x, list) and isinstance(leaf, (int, float)) else x
+    return conversion.array(tab, name, x, like) if isinstance(x, list) and isinstance(leaf, (int, float)) else x
 
 
 def _floats(x):
-    return isinstance(x, np.ndarray) and checks.dtype_name(x) in checks.FLOATS
+    return isinstance(x, np.ndarray) and conversion.dtype_name(x) in conversion.FLOATS
 
 
 def _halved(results, dtype, count):
@@ -240,7 +240,7 @@ class Dense(Layer):
             self.parameter("bias", (units,), name="b")
 
     def forward(self, X):
-        checks.floating("X", X)
+        conversion.floating("X", X)
         W = self.weight("weight", (X.shape[-1], self.units), X.dtype)
         self.keep(X, W)
         Y = X @ W
@@ -282,15 +282,15 @@ class LayerNorm(Layer):
     kind = "norm"
 
     def __init__(self, norm_shape=None) -> None:
-        sizes = (norm_shape,) if norm_shape is None or checks.is_integer(norm_shape) else norm_shape
-        if not isinstance(sizes, (tuple, list)) or not all(size is None or checks.is_integer(size) for size in sizes):
+        sizes = (norm_shape,) if norm_shape is None or conversion.is_integer(norm_shape) else norm_shape
+        if not isinstance(sizes, (tuple, list)) or not all(size is None or conversion.is_integer(size) for size in sizes):
             raise TypeError(f"norm_shape must be an int, a tuple of ints, or None, not {norm_shape!r}; dropout comes after it")
         self.axes = tuple(range(-len(sizes), 0))
         self.parameter("weight", sizes, name="gamma")
         self.parameter("bias", sizes, name="beta")
 
     def forward(self, X):
-        checks.floating("X", X)
+        conversion.floating("X", X)
         gamma, beta = (self.weight(key, X.shape[self.axes[0] :], X.dtype) for key in ("weight", "bias"))
         centred = X - self._mean(X)
         scale = 1 / np.sqrt(self._mean(centred * centred) + layers.EPSILON)

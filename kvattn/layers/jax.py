@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from kvattn import api, checks, layers, prepare
+from kvattn import api, checks, conversion, layers, prepare
 from kvattn.backends import jax as tab
 from kvattn.kernels.jax import programs
 from kvattn.signatures import LayerOptions
@@ -394,7 +394,7 @@ class PositionalEncoding(_Layer):
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "P", self.P)
         P = _encoding(self.max_len, self.num_hiddens).astype(X.dtype)
-        if checks.is_integer(offset):
+        if conversion.is_integer(offset):
             P = P[offset : offset + X.shape[1]]  # in NumPy: a compiled program keeps these rows only
         else:
             P = jax.lax.dynamic_slice_in_dim(P, offset, X.shape[1])
@@ -424,7 +424,7 @@ class AddNorm(_Layer):
     norm_shape: Any = _keyword(default=None)
 
     def setup(self):
-        shape = (self.norm_shape,) if checks.is_integer(self.norm_shape) else self.norm_shape
+        shape = (self.norm_shape,) if conversion.is_integer(self.norm_shape) else self.norm_shape
         axes = tuple(range(-len(shape or (None,)), 0))
         self.drop = nn.Dropout(self.dropout)
         self.ln = _LayerNorm(  # the fast variance, E[x^2] - E[x]^2, would cancel

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import numpy
 
-from kvattn import api, checks, layers
+from kvattn import api, checks, conversion, layers
 from kvattn.backends import mxnet as tab
 from kvattn.kernels.mxnet import symbols
 from kvattn.old_numpy import old_names
@@ -135,7 +135,7 @@ class _Wide:
 
     def hybrid_forward(self, F, x, **params):
         if tab.is_array(x):
-            checks.floating("X", x, next(iter(params.items())))
+            conversion.floating("X", x, next(iter(params.items())))
             if not x.size:  # which MXNet's operators have no gradient for
                 nothing = np.concatenate([a.reshape(a.size)[:0] for a in (x, *params.values())])
                 return nothing.reshape(*x.shape[:-1], getattr(self, "_units", x.shape[-1]))
@@ -512,7 +512,7 @@ class _Stack(_Layer):
         return super().forward(X, *args)
 
     def _embedded(self, X, first, seed):
-        place = {} if checks.is_integer(first) and first == 0 else {"offset": first}
+        place = {} if conversion.is_integer(first) and first == 0 else {"offset": first}
         return self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), **place, **layers.seeded(seed))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
-from kvattn import api, checks, layers, patterns
+from kvattn import api, checks, conversion, layers, patterns
 from kvattn.backends import numpy as tab
 from kvattn.layers import calls
 from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, parts, slots, source
@@ -248,7 +248,7 @@ class PositionalEncoding(_Changes):
         self.P = layers.encoding(max_len, num_hiddens)[None]  # float64: rounded to each call's dtype
 
     def forward(self, X, offset=0, *, rng=None):
-        checks.floating("X", X)
+        conversion.floating("X", X)
         layers.check_length(self.P.shape[1], X.shape[1], offset)
         return self.dropout(X + self.P[:, offset : offset + X.shape[1]].astype(X.dtype), rng=rng)
 

@@ -9,7 +9,7 @@ from weakref import ref
 import keras
 import tensorflow as tf
 
-from kvattn import api, checks, layers
+from kvattn import api, checks, conversion, layers
 from kvattn.backends import tensorflow as tab
 from kvattn.layers.keras import (  # noqa: F401
     Decoding,
@@ -251,7 +251,7 @@ class PositionalEncoding(Layer):
     def call(self, X, offset=0, arrays=None, training=None, rng=None):
         n = keras.ops.shape(X)[1]
         layers.check_length(self.P.shape[1], n, offset)
-        if checks.is_integer(n) and checks.is_integer(offset):
+        if conversion.is_integer(n) and conversion.is_integer(offset):
             P = tf.convert_to_tensor(self.P[:, offset : offset + n])
         else:
             P = tf.slice(self.P, (0, offset, 0), (1, n, self.P.shape[2]))
@@ -273,7 +273,7 @@ class AddNorm(Layer):
         self.norm_shape = norm_shape
 
     def build(self, X_shape):
-        axes = [self.norm_shape] if checks.is_integer(self.norm_shape) else list(self.norm_shape or [-1])
+        axes = [self.norm_shape] if conversion.is_integer(self.norm_shape) else list(self.norm_shape or [-1])
         last = len(X_shape) - 1
         if axes != [X_shape[-1]] and (axes[-1] not in (-1, last) or not all(1 <= abs(axis) <= last for axis in axes)):
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import checks
+from kvattn import checks, conversion
 
 
 def softmax_cross_entropy(logits: Any, labels: Any) -> tuple[float, np.ndarray]:
@@ -19,7 +19,7 @@ def softmax_cross_entropy(logits: Any, labels: Any) -> tuple[float, np.ndarray]:
     (0.6931, array([[ 0.5, -0.5]]))
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
-    checks.floating("logits", logits)
+    conversion.floating("logits", logits)
     if labels.dtype.kind not in "iu":
         raise TypeError(f"labels have dtype {labels.dtype}; expected an integer dtype")
     checks.same_shape("labels", labels, logits.shape[:-1], "the logits without their last axis")

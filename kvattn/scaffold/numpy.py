@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvattn import checks, layers, scaffold
+from kvattn import conversion, layers, scaffold
 from kvattn.backends import numpy as tab
 from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer
 from kvattn.layers.training import SGD, Adam, softmax_cross_entropy
@@ -71,7 +71,7 @@ class GRU(Layer):
         self._grad_state = None
 
     def forward(self, X, H=None, *, rng=None):
-        checks.floating("X", X)
+        conversion.floating("X", X)
         shape, state = scaffold.check_call(X, H, len(self.cells), self.num_hiddens), []
         first = np.zeros(shape, X.dtype) if H is None else np.asarray(H)
         for i, cell in enumerate(self.cells):
