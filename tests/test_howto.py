@@ -1,5 +1,6 @@
 """The code of README and of the how-to pages, run as a reader would: word for word, from top to bottom."""
 
+import dataclasses
 import json
 import os
 import re
@@ -140,7 +141,9 @@ def hostile(**changed):
 
 @pytest.fixture(scope="module")
 def few():
-    return conformance.cases()[::20]
+    """But not in bfloat16, which strangers made of NumPy's tab lack as it does, and do not all say."""
+    few = conformance.cases()[::20]
+    return [dataclasses.replace(case, dtypes=tuple(name for name in case.dtypes if name != "bfloat16")) for case in few]
 
 
 def alone(query, key, value, **options):

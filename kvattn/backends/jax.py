@@ -672,7 +672,11 @@ def _turns(positions, frequencies, factor, interleaved, x):
 def _table(xp, positions, n, frequencies, factor, interleaved, dtype):
     """What _turns gives, by NumPy where positions are known, else by JAX."""
     places = positions if positions.ndim else positions + xp.arange(n)
-    angles = places.astype(np.float64)[..., None] * np.array(frequencies)
+    frequencies, factor = np.array(frequencies), np.array(factor, "float64")
+    if xp is jnp:  # by their bits, since JAX 0.7 makes float32 of a program's constants
+        bits = (x[..., None].view(np.uint32) for x in (frequencies, factor))
+        frequencies, factor = (jax.lax.bitcast_convert_type(x, np.float64) for x in bits)
+    angles = places.astype(np.float64)[..., None] * frequencies
     cos, sin = ((factor * x).astype(dtype) for x in (xp.cos(angles), xp.sin(angles)))
     if xp is jnp:  # as products, since XLA would make them anew for each batch and head
         cos, sin = (x @ np.eye(len(frequencies), dtype=dtype) for x in (cos, sin))
