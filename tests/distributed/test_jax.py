@@ -249,6 +249,70 @@ def test_a_call_that_runs_at_once_sends_nothing(options):
     assert kvattn.explain(*map(jnp.asarray, arrays[:3]), **options).kernel == "tiles"
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["forward", "gradients"])
+def test_a_program_of_one_device_has_tiles_where_there_are_eight(gradients):
+    """Which a jitted call learns when it is compiled: what it holds at a time is not all scores, n times n of four heads."""
+    n = 2048
+
+    def loss(*arrays):
+        return (kvattn.attention(*arrays, causal=True) ** 2).sum()
+
+    given = [jax.ShapeDtypeStruct((1, 4, n, 8), np.float32)] * 3
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2)) if gradients else loss)
+    assert program.lower(*given).compile().memory_analysis().temp_size_in_bytes < 4 * n * n
+    assert kvattn.explain(*(jnp.zeros(x.shape) for x in given)).kernel == "tiles"
+
+
+def looped(attend, X):
+    return attend(attend(X))
+
+
+def second(attend, X):
+    return jax.jvp(jax.grad(lambda X: (attend(X) ** 2).sum()), (X,), (X,))[1]
+
+
+SHAPED = {  # transformations of a function of an array, under jit, and what they are to give, one entry after another
+    "vmap": (lambda attend: jax.vmap(attend), lambda attend: lambda X: jnp.stack([attend(x) for x in X])),
+    "scan": (
+        lambda attend: lambda X: jax.lax.scan(lambda x, _: (attend(x), None), X, None, length=2)[0],
+        lambda attend: partial(looped, attend),
+    ),
+    "gradients through scan": (
+        lambda attend: jax.grad(lambda X: (jax.lax.scan(lambda x, _: (attend(x), None), X, None, length=2)[0] ** 2).sum()),
+        lambda attend: jax.grad(lambda X: (looped(attend, X) ** 2).sum()),
+    ),
+    "gradients of vmap": (
+        lambda attend: jax.grad(lambda X: (jax.vmap(attend)(X) ** 2).sum()),
+        lambda attend: jax.grad(lambda X: sum((attend(x) ** 2).sum() for x in X)),
+    ),
+    "second derivatives": (lambda attend: partial(second, attend),) * 2,
+    "checkpoint": (
+        lambda attend: jax.grad(lambda X: (jax.checkpoint(attend)(X) ** 2).sum()),
+        lambda attend: jax.grad(lambda X: (attend(X) ** 2).sum()),
+    ),
+    "shard_map over one of two axes": (
+        lambda attend: jax.shard_map(
+            attend, mesh=mesh((4, 2), ("b", "h")), in_specs=P(None, None, "h"), out_specs=P(None, None, "h"), axis_names={"h"}
+        ),
+        lambda attend: attend,
+    ),
+}
+
+
+@pytest.mark.parametrize(("transformed", "expected"), SHAPED.values(), ids=SHAPED)
+@pytest.mark.parametrize("lies", [None, "b"], ids=["on one device", "over eight"])
+def test_a_program_that_is_not_compiled_yet_is_transformed(transformed, expected, lies):
+    """Derivatives, batches and loops of what is to be one of two programs, beside calls that run at once on one device."""
+    X, lens = normal(2, 8, 4, 160, 8).astype(np.float32), np.int32([0, 7, 20, 60, 99, 111, 150, 160])
+
+    def attend(X):
+        return kvattn.attention(X, X, X, causal=True, valid_lens=lens) if X.ndim == 4 else jnp.stack([attend(x) for x in X])
+
+    given = X if lies is None else jax.device_put(X, NamedSharding(mesh((8,), ("b",)), P(None, lies)))
+    found, wanted = jax.jit(transformed(attend))(given), expected(attend)(jnp.asarray(X))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=256 * np.finfo(np.float32).eps * np.abs(wanted).max())
+
+
 def test_a_layer_sends_gradients_of_its_weights_alone():
     """Data lies along the batch; what is summed over it is the weights' gradient, of which every device has all."""
     devices, layer = mesh(names=("b",)), kv.MultiHeadAttention(16, 4, num_kv_heads=2)

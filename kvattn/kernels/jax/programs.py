@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from contextlib import nullcontext
-from contextvars import ContextVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import Partial
 
 from kvattn import patterns, planning
-from kvattn.kernels.jax import dropout, nonfinite
+from kvattn.kernels.jax import dropout, nonfinite, placement
 from kvattn.kernels.jax import gpu as jax_gpu
 
 if hasattr(jax, "enable_x64"):
@@ -117,7 +116,7 @@ def compiled(layout):
                 return inner(*arrays, call, **named)
             call, given = _split(call, arrays[0].shape[-2])
             wide = not jax.config.jax_enable_x64 and any(map(_is_wide, (arrays[0], *(jax.tree.leaves(given) if given else ()))))
-            how = nonfinite.pair_by_pair(), not shared((arrays, given))
+            how = nonfinite.pair_by_pair(), placement.told((arrays, given))
             return (_run_exact if wide else _run)(inner, call, tuple(named.items()), how, arrays, given)
 
         return run
@@ -127,11 +126,9 @@ def compiled(layout):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(function, call, named, how, arrays, given):  # ``how`` tells one program from the other
-    token = _on_one_device.set(how[1])
-    try:
-        return function(*arrays, call._replace(**given), **dict(named))
-    finally:
-        _on_one_device.reset(token)
+    return placement.either(
+        lambda arrays, given: function(*arrays, call._replace(**given), **dict(named)), how[1], arrays, given
+    )
 
 
 _run_exact = exact(_run)
@@ -141,7 +138,7 @@ def one(function, *args):
     """What a tab's own function of arrays and, as the last argument, a Call returns, by one program."""
     *arrays, call = args
     call, given = _split(call, arrays[0].shape[-2])
-    return _run(function, call, (), (False, not shared((arrays, given))), arrays, given)
+    return _run(function, call, (), (False, placement.told((arrays, given))), arrays, given)
 
 
 def _split(call, n):
@@ -166,7 +163,7 @@ def _split(call, n):
 def at_once(query):
     """Whether a call of such arrays is a program as it is: none in 64 bits that JAX has off, nor one that goes pair by pair,
     nor one that depends on where its arrays lie."""
-    return not (nonfinite.pair_by_pair() or _several()) and (query.dtype not in _WIDE or jax.config.jax_enable_x64)
+    return not (nonfinite.pair_by_pair() or placement.several()) and (query.dtype not in _WIDE or jax.config.jax_enable_x64)
 
 
 def serves_other_offsets(call, n, module):
@@ -260,29 +257,6 @@ def _has_nan(x):
 
 
 # ---- arrays that are spread over devices
-
-
-_on_one_device = ContextVar("on_one_device", default=False)  # what is known of the arrays of the program that is traced
-
-
-@functools.cache
-def _several():
-    return jax.device_count() > 1
-
-
-def shared(arrays):
-    """Whether several devices may share these arrays. A tracer does not tell, but those of jax.shard_map's each have their own.
-
-    XLA cuts the formula by batch and heads, and gathers what goes through a loop over them on every device.
-    """
-    if not _several():
-        return False
-    arrays = [x for x in jax.tree.leaves(arrays) if hasattr(x, "aval")]
-    if any(isinstance(x, jax.core.Tracer) for x in arrays):
-        mesh = get_abstract_mesh()
-        left = [size for name, size in mesh.shape.items() if name not in mesh.manual_axes]
-        return not (_on_one_device.get() or (mesh.manual_axes and max(left, default=1) == 1))
-    return any(len(x.sharding.device_set) > 1 for x in arrays)
 
 
 def _placed(function, layout):

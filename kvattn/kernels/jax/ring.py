@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from kvattn import planning
 from kvattn.backends import jax as tab
 from kvattn.call import Call
-from kvattn.kernels.jax import programs, tiles
+from kvattn.kernels.jax import placement, programs, tiles
 
 
 class Ring(NamedTuple):
@@ -143,7 +143,7 @@ def _on_a_device(ring, given, score):
     """The output and lse of a device's own queries, in the order in which they came."""
     batch = int(given["query"].ndim > 2)
     along = frozenset().union(*(tiles._varying(x) for x in given.values()))
-    given, score = jax.tree.map(lambda x: tiles._vary(jnp.asarray(x), along), (given, score))
+    given, score = jax.tree.map(lambda x: placement.vary(jnp.asarray(x), along), (given, score))
 
     def parts(name, x):
         if name in ("valid_lens", "query_offset"):
@@ -308,7 +308,7 @@ def _attend(ring, rows, keys, score, limits):
 
 
 def _zeros(shape, like):
-    return tiles._vary(jnp.zeros(shape, jnp.promote_types(like.dtype, jnp.float32)), tiles._varying(like))
+    return placement.vary(jnp.zeros(shape, jnp.promote_types(like.dtype, jnp.float32)), tiles._varying(like))
 
 
 def _attend_fwd(ring, rows, keys, score, limits):

@@ -25,7 +25,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from kvattn import planning
-from kvattn.kernels.jax import distances, plans, programs
+from kvattn.kernels.jax import distances, placement, plans
 from kvattn.pairs import Segments
 
 FARTHEST = 2**29  # no array is as long: positions stay within 32 bits
@@ -37,8 +37,8 @@ def obstacle(tab, query, key, value, call):
         return reason
     if jax.default_backend() != "cpu":
         return "tiles are for the CPU"
-    if math.prod(planning.lead(query.shape, key.shape)) > 1 and programs.shared((query, key, value)):
-        return "several devices may share the arrays, and a loop over batch and heads would gather them"
+    if math.prod(planning.lead(query.shape, key.shape)) > 1 and placement.shared((query, key, value)):
+        return "several devices share the arrays, and a loop over batch and heads would gather them"
     return ""
 
 
@@ -64,7 +64,7 @@ def attention(tab, query, key, value, call, blocks=()):
     inputs = {"query": query, "key": key, "value": value, "bias": call.bias if line is None else None}
     given = [{name: x for name, x in given.items() if x is not None} for given in (inputs, limits)]
     varying = _varying(given)
-    output, lse = _attend(plan, *jax.tree.map(lambda x: _vary(x, varying), given))
+    output, lse = _attend(plan, *jax.tree.map(lambda x: placement.vary(x, varying), given))
     output = output.astype(dtype)
     if axes == 2:
         output, lse = output[0], lse[0]
@@ -72,23 +72,13 @@ def attention(tab, query, key, value, call, blocks=()):
 
 
 def _varying(arrays):
-    """The axes of a mesh along which any of these arrays differs from device to device, as types say in jax.shard_map."""
-    kinds = [jax.typeof(x) for x in jax.tree.leaves(arrays)]
-    return frozenset().union(
-        *(kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma for kind in kinds)
-    )
-
-
-def _vary(x, axes):
-    """``x``, whose type says that it differs along these axes too: what goes round a loop has one type."""
-    if not (missing := tuple(axes - _varying(x))):
-        return x
-    return lax.pcast(x, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(x, missing)
+    """The axes of a mesh along which any of these arrays differs from device to device."""
+    return frozenset().union(*(placement.varying(jax.typeof(x)) for x in jax.tree.leaves(arrays)))
 
 
 def _zeros(shape, limits):
     """Where sums begin, in the dtype and along the axes of a mesh that all arrays of the call have in common."""
-    return _vary(jnp.zeros(shape, limits["scale"].dtype), _varying(limits["scale"]))
+    return placement.vary(jnp.zeros(shape, limits["scale"].dtype), _varying(limits["scale"]))
 
 
 def _bounds(axes, n, m, call, segments=()):
