@@ -32,6 +32,13 @@ MUTANTS = [
     ("tiled", "keeps what was summed under an older maximum", "total[:, :, rows] *= fade[..., None]", "pass"),
     ("tiled", "forgets the maximum in lse", "(top + LOG(sums))", "LOG(sums)"),
     ("tiled", "divides by nothing", "    if not sums.all():\n        sums[sums == 0] = 1\n", ""),
+    ("tiled", "leaves the keys the sink's share", "total *= EXP(", "EXP("),
+    (
+        "tiled",
+        "leaves the sink out of lse",
+        "lse[tile.at] = of_rows",
+        "lse[tile.at] = of_rows if tiling.sink is None else of_keys",
+    ),
     ("tiled_grad", "forgets the rows' sums", "grad -= delta[:, :, rows, None]", "pass"),
     ("tiled_grad", "scales no gradient by the key", "by_key *= tiling.dtype.type(1 / UNIT)", "pass"),
     ("tiled_grad", "scales no gradient by the query", "tiling.dtype.type(tiling.scale)", "tiling.dtype.type(1)"),

@@ -400,12 +400,12 @@ def choose(query, key, value, call):
         with quirks.any_shape():
             by_distance = partial(views.by_distance, sys.modules[__name__])
             return pairs.choice(query, key, value, call, _in_parts, by_distance)
-    if call.sink is not None:
+    shapes = query.shape, key.shape, value.shape
+    obstacle = views.obstacle(sys.modules[__name__], query.ctx, shapes, call)
+    if call.sink is not None and (obstacle or autograd.is_recording()):
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
         why = f"{choice.why}; the sink takes its share of each row"
         return choice._replace(why=why, blocks=(), run=_with_sink)
-    shapes = query.shape, key.shape, value.shape
-    obstacle = views.obstacle(sys.modules[__name__], query.ctx, shapes, call)
     if not obstacle:
         why = "views of the arrays need no copy, and MXNet's own products of batches are slower"
         return Choice("NumPy's", why, (), partial(views.attention, shapes), partial(views.attention_grad, shapes))

@@ -347,8 +347,8 @@ def choose(query, key, value, call):
         return pairs.choice(query, key, value, call, _in_parts, tiles.by_distance)
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
-        why = f"{choice.why}; the sink takes its share of each row"
-        return choice._replace(why=why, run=partial(_with_sink, choice.run))
+        run = choice.run if choice.run is tiled.attention else partial(_with_sink, choice.run)
+        return choice._replace(why=f"{choice.why}; the sink takes its share of each row", run=run)
     if call.positions is None:
         return _choose(query.shape, key.shape, call)
     each, selected = (*planning.lead(query.shape, key.shape), query.shape[-2]), call.positions.shape[-1]

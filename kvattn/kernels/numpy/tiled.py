@@ -3,6 +3,7 @@
 With s_ij = scale q_i . k_j (through the soft cap, plus the bias) and any t_i, over the keys j that query i may attend to:
 output_i = sum_j exp(s_ij - t_i) v_j / sum_j exp(s_ij - t_i), and lse_i = t_i + log sum_j exp(s_ij - t_i).
 
+A sink is one more term of the sum of exp alone.
 With dropout the terms of the first sum are those of the keys that it keeps, divided by the share of these.
 
 A tile of queries meets the keys block by block: the scores, exp and weights @ value of one block lie in buffers that stay
@@ -86,8 +87,13 @@ def _attend_tile(tiling, tile, output, lse, buffers):
             top += LOG(np.where(sums == 0, 1, sums))
             _sum(tiling, tile, query, top, sums, total, buffers)
         sums[empty] = total[empty] = 0
+    if lse is not None or tiling.sink is not None:
+        of_rows = (top + LOG(sums)) / tiling.dtype.type(UNIT)
+    if tiling.sink is not None:  # a key of this score whose value is 0
+        of_keys, of_rows = of_rows, np.logaddexp(of_rows, tiling.sink[tile.at])
+        total *= EXP(tiling.dtype.type(UNIT) * (of_keys - np.where(of_keys == -math.inf, 0, of_rows)))[..., None]
     if lse is not None:
-        lse[tile.at] = (top + LOG(sums)) / tiling.dtype.type(UNIT)
+        lse[tile.at] = of_rows
     if not sums.all():
         sums[sums == 0] = 1
     if tiling.rate:

@@ -83,6 +83,11 @@ class Tiling:
         self.batch = (*self.lead[:-1], *self.heads[:-2])
         self.query = self.split(_broadcast(query, self.lead))
         self.states = self.split(patterns.rows(call, self.lead, self.n), 1) if self.rate else None  # what rows are dropped by
+        self.sink = None
+        if call.sink is not None:
+            sink = call.sink[..., 0] if call.sink.ndim == axes else call.sink[..., None]
+            sink = np.where(sink == math.inf, math.nan, sink).astype(self.dtype)
+            self.sink = self.split(np.broadcast_to(sink, (*self.lead, self.n)), 1)
         self.key, self.value = (
             _broadcast(x.reshape(*x.shape[:-2], *[1] * (len(shared) - 1), *x.shape[-2:]), (*self.lead[:-1], *shared))
             for x in (key, value)
