@@ -401,8 +401,8 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and the options t
     ),
     (
         "takes the first head's bias for all",
-        "(own_ * bias_h + i_ * bias_n)",
-        "(0 * own_ * bias_h + i_ * bias_n)",
+        "(own * bias_h + i_ * bias_n)",
+        "(0 * own * bias_h + i_ * bias_n)",
         {"bias": rng.standard_normal((2, 20, 40))},
     ),
     (

@@ -202,6 +202,27 @@ def _extra(at, inside, PRESENT: tl.constexpr, EDGE: tl.constexpr):
 
 
 @triton.jit
+def _extra_at(X, first, rows, columns, KIND: tl.constexpr):
+    """Where a tile of a mask or a bias begins. KIND 1: the same for all queries; 0: there is none."""
+    at = X
+    if KIND == 1:
+        at = X + first + columns
+    if KIND == 2:
+        at = X + first + rows + columns
+    return at
+
+
+@triton.jit
+def _queries(program, tiles, heads, group, n, ROWS: tl.constexpr):
+    """(entry, head, own, i, inside) of a program's tile of queries: its batch entry and key head, and for each query its own
+    head, its place there, and whether there is such a query. Causal: the longest first."""
+    head = program // tiles % heads
+    row = (tiles - 1 - program % tiles) * ROWS + tl.arange(0, ROWS)
+    own = head * group + tl.minimum(row // n, group - 1)
+    return program // tiles // heads, head.to(tl.int64), own.to(tl.int64), row % n, row < group * n
+
+
+@triton.jit
 def _inner(low, high, begins, ends, SIZE: tl.constexpr):
     """[start, stop): the whole tiles within [low, high) whose pairs all may attend; begins: the highest, ends: the lowest."""
     bound = low + tl.cdiv(tl.maximum(high - low, 0), SIZE) * SIZE
@@ -260,35 +281,19 @@ def forward(
     program = tl.program_id(0)
     part = program % SPLIT
     program = program // SPLIT
-    tile = tiles - 1 - program % tiles  # causal: the longest first
-    entry = program // tiles // heads
-    head = program // tiles % heads  # of the keys
-    row = tile * ROWS + tl.arange(0, ROWS)
-    inside = row < group * n
-    i = row % n
-    own = head * group + tl.minimum(row // n, group - 1)  # the query's head
+    entry, head, own, i, inside = _queries(program, tiles, heads, group, n, ROWS)
     d = tl.arange(0, WIDE_D)
     e = tl.arange(0, WIDE_V)
     c = tl.arange(0, COLS)
     big = entry.to(tl.int64)
-    head_ = head.to(tl.int64)
-    own_ = own.to(tl.int64)
     i_ = i.to(tl.int64)
     q = _load(
-        Q + big * q_b + (own_ * q_h + i_ * q_n)[:, None] + d[None, :], inside[:, None], True, WIDE_D != D, (d < D)[None, :]
+        Q + big * q_b + (own * q_h + i_ * q_n)[:, None] + d[None, :], inside[:, None], True, WIDE_D != D, (d < D)[None, :]
     )
-    k_at = K + big * k_b + head_ * k_h + (c[None, :] * k_m + d[:, None])
-    v_at = V + big * v_b + head_ * v_h + (c[:, None] * v_m + e[None, :])
-    mask_at = Mask
-    bias_at = Bias
-    if MASK == 1:  # the same for all queries
-        mask_at = Mask + big * mask_b + (c * mask_m)[None, :]
-    if MASK == 2:
-        mask_at = Mask + big * mask_b + (own_ * mask_h + i_ * mask_n)[:, None] + (c * mask_m)[None, :]
-    if BIAS == 1:
-        bias_at = Bias + big * bias_b + (c * bias_m)[None, :]
-    if BIAS == 2:
-        bias_at = Bias + big * bias_b + (own_ * bias_h + i_ * bias_n)[:, None] + (c * bias_m)[None, :]
+    k_at = K + big * k_b + head * k_h + (c[None, :] * k_m + d[:, None])
+    v_at = V + big * v_b + head * v_h + (c[:, None] * v_m + e[None, :])
+    mask_at = _extra_at(Mask, big * mask_b, (own * mask_h + i_ * mask_n)[:, None], (c * mask_m)[None, :], MASK)
+    bias_at = _extra_at(Bias, big * bias_b, (own * bias_h + i_ * bias_n)[:, None], (c * bias_m)[None, :], BIAS)
     unit = _unit(scale, cap, BIAS, CAP)
 
     begin, end = _spans(i, entry, Lens, Offsets, n, m, first, last, LENS, OFFSETS, LEFT, RIGHT)
@@ -353,7 +358,7 @@ def forward(
                 )
                 acc = _apart(tl.exp2(scores * unit - (base * unit)[:, None]), allowed, v, acc)
 
-    at = (big * heads * group + own_) * n + i_  # the row among all
+    at = (big * heads * group + own) * n + i_  # the row among all
     if SPLIT > 1:
         count = tl.num_programs(0).to(tl.int64) // SPLIT // tiles * group * n  # of all rows
         tl.store(Parts + (part * count + at)[:, None] * V_D + e[None, :], acc, mask=inside[:, None] & (e < V_D)[None, :])
@@ -365,7 +370,7 @@ def forward(
         total = tl.where(empty, 1.0, total)
         o = acc / total[:, None]
         lse = tl.where(empty, -float("inf"), (top * unit + tl.log2(total)) * LN2)
-        o_at = O + big * o_b + (own_ * o_h + i_ * o_n)[:, None] + e[None, :]
+        o_at = O + big * o_b + (own * o_h + i_ * o_n)[:, None] + e[None, :]
         tl.store(o_at, o.to(O.dtype.element_ty), mask=inside[:, None] & (e < V_D)[None, :])
         tl.store(Lse + at, lse, mask=inside)
 
@@ -452,44 +457,28 @@ def backward_query(
     """The gradient by one tile of queries, and do_i . o_i - dlse_i, which the gradient by keys needs too."""
     tiles = tl.cdiv(group * n, ROWS)
     program = tl.program_id(0)
-    tile = tiles - 1 - program % tiles
-    entry = program // tiles // heads
-    head = program // tiles % heads
-    row = tile * ROWS + tl.arange(0, ROWS)
-    inside = row < group * n
-    i = row % n
-    own = head * group + tl.minimum(row // n, group - 1)
+    entry, head, own, i, inside = _queries(program, tiles, heads, group, n, ROWS)
     d = tl.arange(0, WIDE_D)
     e = tl.arange(0, WIDE_V)
     c = tl.arange(0, COLS)
     big = entry.to(tl.int64)
-    head_ = head.to(tl.int64)
-    own_ = own.to(tl.int64)
     i_ = i.to(tl.int64)
     q = _load(
-        Q + big * q_b + (own_ * q_h + i_ * q_n)[:, None] + d[None, :], inside[:, None], True, WIDE_D != D, (d < D)[None, :]
+        Q + big * q_b + (own * q_h + i_ * q_n)[:, None] + d[None, :], inside[:, None], True, WIDE_D != D, (d < D)[None, :]
     )
     o = _load(
-        O + big * o_b + (own_ * o_h + i_ * o_n)[:, None] + e[None, :], inside[:, None], True, WIDE_V != V_D, (e < V_D)[None, :]
+        O + big * o_b + (own * o_h + i_ * o_n)[:, None] + e[None, :], inside[:, None], True, WIDE_V != V_D, (e < V_D)[None, :]
     )
     g = _load(
-        G + big * g_b + (own_ * g_h + i_ * g_n)[:, None] + e[None, :], inside[:, None], True, WIDE_V != V_D, (e < V_D)[None, :]
+        G + big * g_b + (own * g_h + i_ * g_n)[:, None] + e[None, :], inside[:, None], True, WIDE_V != V_D, (e < V_D)[None, :]
     )
-    k_at = K + big * k_b + head_ * k_h + (c[None, :] * k_m + d[:, None])
-    v_at = V + big * v_b + head_ * v_h + (c[None, :] * v_m + e[:, None])
-    mask_at = Mask
-    bias_at = Bias
-    if MASK == 1:
-        mask_at = Mask + big * mask_b + (c * mask_m)[None, :]
-    if MASK == 2:
-        mask_at = Mask + big * mask_b + (own_ * mask_h + i_ * mask_n)[:, None] + (c * mask_m)[None, :]
-    if BIAS == 1:
-        bias_at = Bias + big * bias_b + (c * bias_m)[None, :]
-    if BIAS == 2:
-        bias_at = Bias + big * bias_b + (own_ * bias_h + i_ * bias_n)[:, None] + (c * bias_m)[None, :]
+    k_at = K + big * k_b + head * k_h + (c[None, :] * k_m + d[:, None])
+    v_at = V + big * v_b + head * v_h + (c[None, :] * v_m + e[:, None])
+    mask_at = _extra_at(Mask, big * mask_b, (own * mask_h + i_ * mask_n)[:, None], (c * mask_m)[None, :], MASK)
+    bias_at = _extra_at(Bias, big * bias_b, (own * bias_h + i_ * bias_n)[:, None], (c * bias_m)[None, :], BIAS)
     unit = _unit(scale, cap, BIAS, CAP)
 
-    at = (big * heads * group + own_) * n + i_
+    at = (big * heads * group + own) * n + i_
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     if BY_LSE:
         delta = delta - tl.load(GLse + at, mask=inside, other=0.0)
@@ -534,7 +523,7 @@ def backward_query(
                     begin, end, j, high, d < D, e < V_D, scale, cap, unit, COLS, True, True, MASK, BIAS, CAP,
                     WIDE_D != D, WIDE_V != V_D,
                 )  # fmt: skip
-    dq_at = DQ + big * dq_b + (own_ * dq_h + i_ * dq_n)[:, None] + d[None, :]
+    dq_at = DQ + big * dq_b + (own * dq_h + i_ * dq_n)[:, None] + d[None, :]
     tl.store(dq_at, (dq * scale).to(DQ.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
 
 
@@ -658,16 +647,8 @@ def backward_key(
         g_at = G + big * g_b + own * g_h + (r[:, None] * g_n + e[None, :])
         lse_at = Lse + (big * heads * group + own) * n + r
         delta_at = Delta + (big * heads * group + own) * n + r
-        mask_at = Mask
-        bias_at = Bias
-        if MASK == 1:
-            mask_at = Mask + big * mask_b + (cols_ * mask_m)[:, None]
-        if MASK == 2:
-            mask_at = Mask + big * mask_b + own * mask_h + (cols_ * mask_m)[:, None] + (r * mask_n)[None, :]
-        if BIAS == 1:
-            bias_at = Bias + big * bias_b + (cols_ * bias_m)[:, None]
-        if BIAS == 2:
-            bias_at = Bias + big * bias_b + own * bias_h + (cols_ * bias_m)[:, None] + (r * bias_n)[None, :]
+        mask_at = _extra_at(Mask, big * mask_b, own * mask_h + (r * mask_n)[None, :], (cols_ * mask_m)[:, None], MASK)
+        bias_at = _extra_at(Bias, big * bias_b, own * bias_h + (r * bias_n)[None, :], (cols_ * bias_m)[:, None], BIAS)
         for i in tl.range(start, stop, ROWS):
             i_ = _far(i, 1)
             dk, dv = _by_key(
@@ -696,16 +677,8 @@ def backward_key(
                 g_at = G + big * g_b + own * g_h + (r[:, None] * g_n + e[None, :])
                 lse_at = Lse + (big * heads * group + own) * n + r
                 delta_at = Delta + (big * heads * group + own) * n + r
-                mask_at = Mask
-                bias_at = Bias
-                if MASK == 1:
-                    mask_at = Mask + big * mask_b + (cols_ * mask_m)[:, None]
-                if MASK == 2:
-                    mask_at = Mask + big * mask_b + own * mask_h + (cols_ * mask_m)[:, None] + (r * mask_n)[None, :]
-                if BIAS == 1:
-                    bias_at = Bias + big * bias_b + (cols_ * bias_m)[:, None]
-                if BIAS == 2:
-                    bias_at = Bias + big * bias_b + own * bias_h + (cols_ * bias_m)[:, None] + (r * bias_n)[None, :]
+                mask_at = _extra_at(Mask, big * mask_b, own * mask_h + (r * mask_n)[None, :], (cols_ * mask_m)[:, None], MASK)
+                bias_at = _extra_at(Bias, big * bias_b, own * bias_h + (r * bias_n)[None, :], (cols_ * bias_m)[:, None], BIAS)
                 for i in tl.range(low, high, ROWS, num_stages=1):
                     i_ = _far(i, 1)
                     dk, dv = _by_key(
