@@ -704,10 +704,17 @@ def _like(query: Any, key: Any, value: Any, call: Call, parts: Sequence[Part]) -
     return next(cut([part], query, key, value, call._replace(mask=said), lambda arrays, axis: arrays[0]))
 
 
+def of_blocks(tab: Any, blocks: Sequence[planning.Block], call: Call) -> tuple[Call, list[Part]]:
+    """A call in blocks of queries as one in parts, for `gradients`."""
+    parts = [Part(start, end, ((first, last),), looks=False) for start, end, first, last in blocks]
+    return call._replace(mask=Pairs(tab, call.mask)), parts
+
+
 def gradients(parts: Sequence[Part], sources: dict[str, Any], grad_output: Any, wrt: Sequence[str], call: Call, zeros: Any,
-              concatenate: Any, of_part: Callable[..., Any]) -> dict[str, Any]:  # fmt: skip
+              concatenate: Any, of_part: Callable[..., Any], grad_lse: Any = None) -> dict[str, Any]:  # fmt: skip
     """The gradients by what ``wrt`` names, summed over the parts. ``of_part``: (query, key, value, grad_output, wrt, call) ->
-    those of one part; ``zeros``: an array -> zeros of its shape, in which they are summed."""
+    those of one part, given ``grad_lse`` too, if there is one; ``zeros``: an array -> zeros of its shape, in which they are
+    summed."""
     query, key, value = (sources[name] for name in ("query", "key", "value"))
     found = {name: zeros(sources[name]) for name in wrt}
     axes, n, m = len(query.shape), query.shape[-2], key.shape[-2]
@@ -729,8 +736,10 @@ def gradients(parts: Sequence[Part], sources: dict[str, Any], grad_output: Any, 
         return tuple(at)
 
     for part, (*arrays, here) in zip(parts, cut(parts, query, key, value, call, concatenate), strict=True):
-        grad = grad_output[slice(*part.entries)] if part.entries is not None else grad_output
-        grads = of_part(*arrays, grad[..., part.start : part.end, :], wrt, here)
+        given = (grad_output,) if grad_lse is None else (grad_output, grad_lse)
+        grad, *more = given if part.entries is None else (x[slice(*part.entries)] for x in given)
+        more = [x[..., part.start : part.end] for x in more]
+        grads = of_part(*arrays, grad[..., part.start : part.end, :], wrt, here, *more)
         for name, grad in zip(wrt, grads, strict=True):
             total, begin = found[name], 0
             if name in ("key", "value") or (name == "bias" and tuple(total.shape[-1:]) == (m,)):

@@ -485,6 +485,16 @@ def test_gradients_of_a_score_of_ones_own_in_blocks_of_rows(which):
     assert len(sizes) == (1 if "window" in options else 5)
 
 
+def test_gradients_by_a_sink_of_each_query_in_blocks_of_rows():
+    arrays, sink = draw(lead=(2,), n=9), np.random.default_rng(0).standard_normal((2, 9, 1))
+    expected = kvattn.attention_grad(*arrays, score=kvattn.dot_score, sink=sink, wrt=[*WRT, "sink"])
+    with patch.object(views, "MOST", 1):
+        own, (sink_here,) = lambda query, key: kvattn.dot_score(query, key), arrays_of([sink])
+        found = kvattn.attention_grad(*arrays_of(arrays), score=own, sink=sink_here, wrt=[*WRT, "sink"])
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x.asnumpy(), y, rtol=0, atol=1e-13)
+
+
 def test_gradients_in_blocks_keep_their_dtype():
     arrays = draw(lead=(2,), n=9, dtype=np.float16)
     expected = kvattn.attention_grad(*(x.astype(np.float64) for x in arrays), score=kvattn.dot_score)

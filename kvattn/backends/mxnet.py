@@ -628,16 +628,16 @@ def _attend_grad(query, key, value, grad_output, wrt, call):
     call, parts = pairs.resolved(query, key, value, call) if type(call.mask) is Pairs else (call, ())
     bound = call.score.keywords if isinstance(call.score, partial) else {}
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **bound}
-    if parts:
-        zeros = lambda x: np.zeros(x.shape, dtype=_wide(x).dtype, ctx=x.ctx)  # noqa: E731
-        found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, _attend_grad)
-        return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
-    choice = choose(query, key, value, call)
-    if choice.run_grad:
+    choice = None if parts else choose(query, key, value, call)
+    if choice and choice.run_grad:
         return choice.run_grad(query, key, value, grad_output, wrt, call)
     few = call.positions is not None or call.left is not None or call.right not in (None, 0)  # pairs, in a window
-    if not few and (blocks := planning.memory_blocks(call.score, query.shape, key.shape, views.MOST // 4)):
-        return _grad_in_blocks(query, key, value, grad_output, wrt, call, blocks)
+    if not (parts or few) and (blocks := planning.memory_blocks(call.score, query.shape, key.shape, views.MOST // 4)):
+        call, parts = pairs.of_blocks(sys.modules[__name__], blocks, call)
+    if parts:
+        zeros = lambda x: np.zeros(x.shape, dtype=_wide(x).dtype, ctx=x.ctx)  # noqa: E731
+        found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, _waited_for)
+        return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
 
     def attend(query, key, value, bias, sink, **bound):
         score = call.score
@@ -659,20 +659,12 @@ def _grad_by_autograd(function, sources, grad_output, wrt):
     return tuple(copies[name].grad for name in wrt)
 
 
-def _grad_in_blocks(query, key, value, grad_output, wrt, call, blocks):
-    """The gradients of one block of queries after another, side by side where each has rows of its own, else summed."""
-    of_rows = ("query",) if call.bias is None or call.bias.shape[-2:-1] != query.shape[-2:-1] else ("query", "bias")
-    found = {}
-    for (start, end, *_), (*arrays, part) in zip(blocks, call.cut(blocks, query, key, value), strict=True):
-        grads = _attend_grad(*arrays, grad_output[..., start:end, :], wrt, part)
-        for name, grad in zip(wrt, grads, strict=True):
-            grad.wait_to_read()  # else MXNet begins many blocks at one time
-            if name in of_rows:
-                found.setdefault(name, []).append(grad)
-            else:
-                found[name] = _wide(grad) + found.get(name, 0)
-    whole = {name: np.concatenate(x, axis=-2) if name in of_rows else x for name, x in found.items()}
-    return tuple(whole[name].astype(grad.dtype, copy=False) for name, grad in zip(wrt, grads, strict=True))
+def _waited_for(*given):
+    """The gradients of a part, once they are there: else MXNet begins many at one time."""
+    grads = _attend_grad(*given)
+    for grad in grads:
+        grad.wait_to_read()
+    return grads
 
 
 @quirks.shaped

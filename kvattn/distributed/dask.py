@@ -456,7 +456,6 @@ def _with_sink(whole: Any, sink: Any) -> Any:
 def _part_grad(query: Any, pair: Any, grad_output: Any, whole: Any, call: Call, wrt: tuple[str, ...]) -> Any:
     """What one chunk of the keys adds to the gradients; ``whole``: the output and the lse over all keys."""
     query, key, value, grad_output, output, lse = (tab._wide(x) for x in (query, *pair, grad_output, *whole))
-    call = _whole(query, key, call)  # its gradients in parts know nothing of the lse
     own, own_lse = _part(query, (key, value), call)
     share = np.exp(own_lse - np.where(lse == -math.inf, 0, lse))
     by_lse = share * ((grad_output * own).sum(axis=-1) - (grad_output * output).sum(axis=-1))

@@ -210,14 +210,16 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, known=tiled_g
     selected = () if call.positions is None else call.positions.shape
     if 0 in (*query.shape[:-1], *key.shape[:-1], *selected):  # no pair, so no gradient
         return tuple(np.zeros(sources[name].shape, sources[name].dtype) for name in wrt)
+    parts, of_part = (), partial(_of_part, tab)
     if type(call.mask) is Pairs:
         call, parts = pairs.resolved(query, key, value, call)
-        if parts:
-            zeros, of_part = lambda x: np.zeros(x.shape, tab._wide(x).dtype), partial(attention_grad, tab)
-            found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, of_part)
-            return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
-    choice = None if selected else tab._choose(query.shape, key.shape, call, wrt)
-    if selected:
+    choice = None if parts or selected else tab._choose(query.shape, key.shape, call, wrt)
+    if choice and choice.blocks:
+        (call, parts), of_part = pairs.of_blocks(tab, choice.blocks, call), partial(_of_block, tab)
+    if parts:
+        zeros = lambda x: np.zeros(x.shape, tab._wide(x).dtype)  # noqa: E731
+        found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, of_part, known.grad_lse)
+    elif selected:
         found = _of_selected_keys(tab, query, key, value, grad_output, wrt, call)
     elif choice.run is tiled.attention:
         if call.sink is not None:  # the same formulas serve, of the output and the lse with the sink
@@ -229,32 +231,18 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, known=tiled_g
         if "sink" in wrt:
             found["sink"] = _by_sink(tab, call.sink, lse, (tab._wide(grad_output) * output).sum(axis=-1), query.ndim)
         return tuple(sum_to(found[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
-    elif choice.blocks:
-        found = _in_blocks(tab, choice.blocks, sources, grad_output, wrt, call, known.grad_lse)
     else:
         found = _formula(tab, query, key, value, grad_output, call, known.grad_lse)
-    return tuple(found[name].astype(sources[name].dtype) for name in wrt)
+    return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
 
 
-def _in_blocks(tab, blocks, sources, grad_output, wrt, call, grad_lse):
-    """The gradients of one block of queries after another, each added where it was cut from."""
-    query, key, value = (sources[name] for name in ("query", "key", "value"))
-    n, m = query.shape[-2], key.shape[-2]
-    found = {name: np.zeros(sources[name].shape, tab._wide(sources[name]).dtype) for name in wrt}
-    for (i, j, k, l), (*arrays, part) in zip(blocks, call.cut(blocks, query, key, value), strict=True):
-        grads = _formula(tab, *arrays, grad_output[..., i:j, :], part, None if grad_lse is None else grad_lse[..., i:j])
-        for name, total in found.items():
-            if name == "query":
-                total = total[..., i:j, :]
-            elif name in ("key", "value"):
-                total = total[..., k:l, :]
-            elif name == "sink":
-                total = total[..., i:j, :] if total.ndim == query.ndim and total.shape[-2] == n else total
-            elif name == "bias":
-                total = total[..., k:l] if total.shape[-1] == m else total
-                total = total[..., i:j, :] if total.ndim > 1 and total.shape[-2] == n else total
-            total += grads[name]
-    return found
+def _of_part(tab, query, key, value, grad_output, wrt, call, grad_lse=None):
+    return attention_grad(tab, query, key, value, grad_output, wrt, call, tiled_grad.Known(grad_lse=grad_lse))
+
+
+def _of_block(tab, query, key, value, grad_output, wrt, call, grad_lse=None):
+    found = _formula(tab, query, key, value, grad_output, call, grad_lse)
+    return [found[name] for name in wrt]
 
 
 def _of_selected_keys(tab, query, key, value, grad_output, wrt, call):
