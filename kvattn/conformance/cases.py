@@ -136,6 +136,8 @@ def kink_free(*inputs, of=oracle.attention, score="scaled_dot_score", normalize=
     """Whether no weight of a sparsemax is so near 0, and no sum so near 0, that rounding could cross the kink."""
     if normalize not in ("sparsemax", "proportional"):
         return True
+    if of is oracle.attention:
+        how = {"weights_alone": True, **how}
     weights = of(*inputs, score=score, normalize=normalize, **how).values["weights"]
     if normalize == "sparsemax":
         eps = 2.0**-9

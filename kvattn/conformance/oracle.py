@@ -138,8 +138,8 @@ def bounds(name: str, q: Array, k: Array, **p: Any) -> dict[str, Array]:
 def softmax(s: Array) -> Array:
     if (s.real == -np.inf).all():
         return 0 * np.ones_like(s)
-    e = np.exp(s - s.real.max())  # all NaN if a score is NaN or inf
-    return e / e.sum()
+    e = np.exp(s - s.real.max(axis=-1, keepdims=True))  # all NaN if a score is NaN or inf
+    return e / e.sum(axis=-1, keepdims=True)
 
 
 def sparsemax(s: Array) -> Array:
@@ -188,6 +188,13 @@ def weight_bounds(name: str, w: Array, s: Array, size: Array) -> tuple[Array, Ar
         support = w > 0
         return np.ones(len(w)), support[:, None] * (one + 1 / support.sum()) * support
     return w, w[:, None] * (one + w)
+
+
+def slopes_of_weights(name: str, s: Array) -> Array:
+    """d weights / d scores of a row, (k, k): a row for each score."""
+    if name == "softmax":  # of all the steps at once
+        return np.imag(softmax(s + STEP * 1j * np.eye(len(s)))) / STEP
+    return np.array([slope(globals()[name], s, (j,)) for j in range(len(s))])
 
 
 def slope(function: Callable[[Array], Array], x: Array, at: tuple[int, ...]) -> Array:
@@ -282,7 +289,8 @@ def pairs(query: Array, key: Array, *, mask: Any = None, bias: Any = None, valid
                         continue
                 if bias is not None and bias[(*at, i, j)] == -np.inf:
                     continue
-                found.append(((*at, i, slot), (*at, i, j)))
+                pair = (*at, i, j)
+                found.append((pair if slot == j else (*at, i, slot), pair))
     return lead, n, m if positions is None else positions.shape[-1], found
 
 
@@ -306,9 +314,9 @@ def attention(query: Array, key: Array, value: Array, grad_output: Array | None 
 def _attention(query: Array, key: Array, value: Array, grad_output: Array | None, *, score: Any = "scaled_dot_score",
                normalize: str = "softmax", bias: Any = None, scale: float | None = None, softcap: float | None = None,
                sink: Array | float | None = None, dropout: float = 0.0, rng: int = 0, return_scores: str | None = None,
-               absolute: Any = None,
+               absolute: Any = None, weights_alone: bool = False,
                **which: Any) -> tuple[dict[str, Array], dict[str, Any], float]:  # fmt: skip
-    """(values, magnitudes element by element or at once, the largest score).
+    """(values, magnitudes element by element or at once, the largest score). ``weights_alone``: of values only these.
 
     ``absolute``: the magnitudes of query, key, value and grad_output, where these are sums themselves.
     """
@@ -319,8 +327,10 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
     by_function = isinstance(bias, tuple)
     if by_function:
         bias = functions.bias_of(bias, lead, n, key.shape[-2], which.get("query_offset", 0))
-    at_slot = tuple(np.array([f[0] for f in found], dtype=int).reshape(-1, len(lead) + 2).T)
     at_pair = tuple(np.array([f[1] for f in found], dtype=int).reshape(-1, len(lead) + 2).T)
+    at_slot = at_pair  # but where queries select their keys
+    if which.get("positions") is not None:
+        at_slot = tuple(np.array([f[0] for f in found], dtype=int).reshape(-1, len(lead) + 2).T)
     at_query, at_key = at_pair[:-1], (*at_pair[:-2], at_pair[-1])
     sources = {"query": (query, flat_rows(query, lead)[at_query]), "key": (key, flat_rows(key, lead)[at_key])}
     sources["value"] = (value, flat_rows(value, lead)[at_key])
@@ -367,6 +377,9 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
             (s[of], size[of]) if sink is None else (np.append(s[of], extra[at]), np.append(size[of], abs(extra[at])))
         )
         w = globals()[normalize](row)
+        if weights_alone:
+            weights[tuple(x[of] for x in at_slot)] = w[: len(of)]
+            continue
         w_size, jacobian_size = weight_bounds(normalize, w, row, row_size)
         w, w_size, jacobian_size = w[: len(of)], w_size[: len(of)], jacobian_size[: len(of)]
         weights[tuple(x[of] for x in at_slot)] = w
@@ -385,8 +398,8 @@ def _attention(query: Array, key: Array, value: Array, grad_output: Array | None
         if not (np.isfinite(w).all() and np.isfinite(grad_w).all()):  # of softmax: it reaches every score of the row
             grad_s[of] = grad_s_size[of] = np.nan
             grad_sink[at] = grad_sink_size[at] = 0.0 if extra[at] == -np.inf else np.nan  # -inf is no sink
-        for j in range(0 if np.isnan(grad_s[of]).any() else len(row)):
-            change = slope(globals()[normalize], row, (j,))[: len(of)]  # d weights / d s_j
+        looked_at = not np.isnan(grad_s[of]).any()
+        for j, change in enumerate(slopes_of_weights(normalize, row)[:, : len(of)] if looked_at else ()):
             if j < len(of):
                 grad_s[of[j]] = grad_w @ change
                 grad_s_size[of[j]] = grad_w_size @ jacobian_size[:, j]

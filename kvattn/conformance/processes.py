@@ -7,6 +7,8 @@ the report. One that crashes takes nothing else with it.
 from __future__ import annotations
 
 import base64
+import gc
+import itertools
 import json
 import os
 import queue
@@ -27,15 +29,17 @@ from kvattn.conformance.suite import cases, version
 from kvattn.quiet import quiet
 
 LAST = {"tensorflow": 1, "jax": 2}  # the slowest last, so that the first rows are soon there
-SHARED = {"jax": 16}  # a backend that takes longer than the rest together: its cases are dealt out to all, so many at a time
+SHARED = {"jax": 12}  # a backend that takes longer than the rest together: who is free takes so many of its cases at a time
 # Nearly all that JAX's cases cost is compilation. Its operations stay as they are; LLVM spends less on making them fast.
 QUICK = {
-    "jax": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+    "jax": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
 }
 # Several processes have one device between them; and every program goes to JAX's cache, if the user named a folder for it.
 ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    "OMP_WAIT_POLICY": "PASSIVE",  # and the cores: a thread that spins while it waits takes one from the other process
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from kvattn.conformance import processes; processes.answer()"
@@ -66,6 +70,8 @@ def judge(
     events: queue.Queue[tuple[str, Any]] = queue.Queue()
     running: set[subprocess.Popen[str]] = set()
     lock = threading.Lock()
+    deals = {name: itertools.count() for name in order}
+    returned: dict[str, list[int]] = {name: [] for name in order}  # by a process that ended before it was done
 
     def work() -> None:
         while True:
@@ -75,16 +81,28 @@ def judge(
                 name, share = tasks.popleft()
             start = time.perf_counter()
             asked = {"backend": name, "share": share, "of": shares[name], "words": words}
-            quick = QUICK.get(name) if "XLA_FLAGS" not in os.environ else None
+            flags = QUICK.get(name, "").split() if "XLA_FLAGS" not in os.environ else []
+            begun = False
+            dealt: list[int] = []
 
             def tell(case: Any, name: str = name) -> None:
+                nonlocal begun
+                begun = True
                 events.put((name, case))
 
-            found = _ask(asked, quick, running, tell)
-            if quick is not None and found is None:  # a release of XLA that does not know the flags aborts
-                quick = None
-                found = _ask(asked, None, running, tell)
-            found = found or {"error": "the process in which it was judged ended by itself"}
+            def deal(name: str = name, dealt: list[int] = dealt) -> int:
+                with lock:
+                    dealt.append(returned[name].pop() if returned[name] else next(deals[name]))
+                return dealt[-1]
+
+            while (found := _ask(asked, (quick := " ".join(flags) or None), running, tell, deal)) is None:
+                if not flags or begun:
+                    found = {"error": "the process in which it was judged ended by itself"}
+                    break
+                flags.pop()  # a release of XLA that does not know a flag aborts; the newest flag is the last
+                with lock:
+                    returned[name] += dealt
+                    dealt.clear()
             events.put((name, found | {"quick": quick, "start": start, "share": share}))
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
@@ -107,22 +125,35 @@ def judge(
 
 
 def _ask(
-    asked: dict[str, Any], quick: str | None, running: set[subprocess.Popen[str]], tell: Callable[[str], None]
+    asked: dict[str, Any],
+    quick: str | None,
+    running: set[subprocess.Popen[str]],
+    tell: Callable[[str], None],
+    deal: Callable[[], int],
 ) -> dict[str, Any] | None:
-    """The answer of a process to what it is asked; None if it ends without one."""
+    """The answer of a process to what it is asked; None if it ends without one. It asks for its cases, a deal at a time."""
     environment = ENVIRONMENT | os.environ | ({} if quick is None else {"XLA_FLAGS": quick})
     command = [sys.executable, "-c", _CODE, json.dumps(sys.path), json.dumps(asked)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, encoding="utf-8", env=environment) as process:
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8", env=environment) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
         running.add(process)
         try:
-            for line in process.stdout or ():
+            for line in process.stdout:
                 found = json.loads(line)
-                if "case" not in found:
+                if "deal" in found:
+                    with suppress(BrokenPipeError):  # it ended meanwhile
+                        process.stdin.write(f"{deal()}\n")
+                        process.stdin.flush()
+                elif "case" in found:
+                    tell(found["case"])
+                else:
                     return dict(found)
-                tell(found["case"])
         finally:
             running.discard(process)
+            with suppress(BrokenPipeError):
+                process.stdin.close()
     return None
 
 
@@ -156,10 +187,10 @@ def answer() -> None:
         answers.flush()
 
     with suppress(BrokenPipeError):  # nobody listens any more
-        say(**_found(json.loads(sys.argv[2]), lambda case: say(case=case)))
+        say(**_found(json.loads(sys.argv[2]), lambda case: say(case=case), lambda: say(deal=True)))
 
 
-def _found(asked: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+def _found(asked: dict[str, Any], tell: Callable[[str], None], ask: Callable[[], None]) -> dict[str, Any]:
     from kvattn import dispatch, text
 
     name = asked["backend"]
@@ -173,14 +204,24 @@ def _found(asked: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]
         made = text.attend(asked["words"], name)
         found["text"] = made if isinstance(made, str) else [x.tolist() for x in made]
     every = cases()
-    deal = SHARED.get(name, len(every))
-    mine = [case for i, case in enumerate(every) if i // deal % asked["of"] == asked["share"]]
+    gc.collect()
+    gc.freeze()  # modules and cases stay: no collection need look at them again
+    size = SHARED.get(name, len(every)) if asked["of"] > 1 else len(every)
+    results, outputs, excused = [], [], []
     try:
-        report = run(name, cases=mine, progress=tell)
+        report = run(name, cases=[])
+        while True:
+            ask()
+            first = size * int(sys.stdin.readline())
+            if first >= len(every):
+                break
+            report = run(name, cases=every[first : first + size], progress=tell)
+            results += [astuple(each) for each in report.results]
+            excused += [reason for reason in report.excused if reason not in excused]
+            for at, x in report.outputs.items():
+                numbers = base64.b64encode(x.tobytes()).decode("ascii")
+                outputs.append((at, x.shape, numbers, report.tolerances[at]))
     except (Exception, SystemExit) as error:
         return found | {"error": f"the suite stopped: {type(error).__name__}: {error}"}
-    outputs = [
-        (at, x.shape, base64.b64encode(x.tobytes()).decode("ascii"), report.tolerances[at]) for at, x in report.outputs.items()
-    ]
-    about = {"suite": version(every), "version": report.version, "device": report.device, "excused": report.excused}
-    return found | about | {"results": [astuple(each) for each in report.results], "outputs": outputs}
+    about = {"suite": version(every), "version": report.version, "device": report.device, "excused": excused}
+    return found | about | {"results": results, "outputs": outputs}
