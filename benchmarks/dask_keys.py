@@ -8,12 +8,17 @@ thread too. The calls take turns; a figure is the median of the rounds' ratios. 
 tasks that only touch each page of their chunk: pages in the system's cache, if its memory holds them, or, with --cold, dropped
 from it before each call. CPU is the time of all processes on a processor, the scheduler's too, over the kernel's: on a
 busy machine it tells more than the clock. ``apart`` is how far the outputs are from the kernel's at most.
+
+What two workers could reach at best, without Dask, stands beside them: two processes, each of which has half of the keys for
+NumPy's kernel of one thread, over one that has all; and the same of products of float32 matrices that a cache holds, which
+share nothing but the processor. Dask's sampling of what its workers do, a hundred times a second, is off.
 """
 
 import argparse
 import os
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +53,25 @@ def chunked(path, size):
     return da.map_blocks(read, path, chunks=(sizes, (FEATURES,)), dtype=np.float32, meta=np.empty((0, 0), np.float32))
 
 
+def part(paths, query, start, end):
+    """What a process without Dask does of its keys: (output, lse)."""
+    import kvattn
+
+    return kvattn.attention(query, *(np.load(path, mmap_mode="r")[start:end] for path in paths), return_lse=True)
+
+
+def product(times):
+    x = np.ones((256, 256), np.float32)
+    for _ in range(times):
+        x @ x
+
+
+def one_thread():
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
+
+
 def touched(key, value):
     return np.array([[key[:, ::1024].sum() + value[:, ::1024].sum()]])  # a number of each row, so of each page
 
@@ -67,7 +91,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(asked, size, clients, limits):
+def measure(asked, size, clients, pool, limits):
     """{what: figure} for so many keys."""
     import dask.array as da
     from distributed import progress
@@ -94,6 +118,18 @@ def measure(asked, size, clients, limits):
 
     touch = da.map_blocks(touched, key, value, dtype=np.float32, chunks=((1,) * key.numblocks[0], (1,))).sum()
     calls = {"NumPy": partial(kernel, 1), "NumPy, its own threads": partial(kernel, None)}
+
+    def halves(count):
+        ends = [size * i // count for i in range(count + 1)]
+        parts = [pool.submit(part, paths, query, start, end) for start, end in pairwise(ends)]
+        return kvattn.merge_attention(*zip(*(x.result() for x in parts), strict=True))
+
+    def products(count):
+        return [x.result() for x in [pool.submit(product, 600 // count) for _ in range(count)]]
+
+    for count, what in ((1, "a process"), (2, "two processes")):
+        calls[what] = partial(halves, count)
+        calls[f"{what}, product"] = partial(products, count)
     for workers, client in clients.items():
         calls[f"{workers} workers"] = partial(by, client, kd.attention(query, key, value))
         calls[f"{workers} workers, reading"] = partial(by, client, touch)
@@ -103,8 +139,9 @@ def measure(asked, size, clients, limits):
             drop(*paths)
         return timing.wall(call)
 
-    outputs = {name: call() for name, call in calls.items() if "reading" not in name}  # the first call is not timed
-    apart = max(float(np.abs(x - outputs["NumPy"]).max()) for x in outputs.values())
+    first = {name: call() for name, call in calls.items()}  # which is not timed
+    outputs = [x for x in first.values() if getattr(x, "shape", None) == query.shape]
+    apart = max(float(np.abs(x - first["NumPy"]).max()) for x in outputs)
     took = timing.rounds(calls, asked.rounds, turn)
     row = {"keys": size, "apart": apart, "NumPy, s": min(took["NumPy"])}
 
@@ -118,6 +155,9 @@ def measure(asked, size, clients, limits):
 
     alone = min(processor(calls["NumPy"]) for _ in range(asked.rounds))
     row["NumPy, its own threads"] = timing.ratio(took["NumPy, its own threads"], took["NumPy"])["ratio"]
+    for what, base in (("two processes", "a process"), ("a process", "NumPy")):
+        row[f"{what} without Dask"] = timing.ratio(took[what], took[base])["ratio"]
+    row["two processes, product"] = timing.ratio(took["two processes, product"], took["a process, product"])["ratio"]
     for workers, client in clients.items():
         row[f"{workers} workers"] = timing.ratio(took[f"{workers} workers"], took["NumPy"])["ratio"]
         row[f"{workers} workers, s"] = min(took[f"{workers} workers"])
@@ -142,13 +182,17 @@ def main():
     parser.add_argument("--json", help="write the figures to this file")
     asked = parser.parse_args()
 
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
     from contextlib import ExitStack
 
+    import dask
     from distributed import Client, LocalCluster
     from threadpoolctl import threadpool_limits
 
     from kvattn import timing
 
+    dask.config.set({"distributed.worker.profile.enabled": False})
     Path(asked.folder).mkdir(parents=True, exist_ok=True)
     rows = []
     with ExitStack() as stack:
@@ -157,8 +201,10 @@ def main():
             options = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
             cluster = stack.enter_context(LocalCluster(workers, memory_limit=asked.memory_limit, **options))
             clients[workers] = stack.enter_context(Client(cluster))
+        start = multiprocessing.get_context("spawn")
+        pool = stack.enter_context(ProcessPoolExecutor(2, start, initializer=one_thread))
         for size in map(int, asked.keys.split(",")):
-            rows.append(measure(asked, size, clients, threadpool_limits))
+            rows.append(measure(asked, size, clients, pool, threadpool_limits))
             print(*(f"{name}: {x:.3g}" for name, x in rows[-1].items()), sep=", ", flush=True)
     if asked.json:
         timing.write(asked.json, timing.machine(), rows=rows)
