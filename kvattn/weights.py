@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import dispatch, layouts
+from kvattn import dispatch, layers, layouts
 from kvattn.checks import _show
 
 __all__ = ["export_weights", "import_weights", "load_weights", "save_weights"]
@@ -26,7 +26,9 @@ def export_weights(layer: Any) -> dict[str, np.ndarray]:
     >>> {name: x.shape for name, x in export_weights(layer).items()}
     {'W': (3, 4)}
     """
-    return dict(_framework(layer).export(layer))
+    found = {name: slot.read() for name, slot in _framework(layer).slots(layer).items()}
+    layers.check_made(name for name, x in found.items() if x is None)
+    return {name: layers.own(name, x).copy() for name, x in found.items()}
 
 
 def import_weights(layer: Any, weights: Mapping[str, Any], layout: str | None = None, *, prefix: str = "") -> Any:
@@ -59,7 +61,7 @@ def import_weights(layer: Any, weights: Mapping[str, Any], layout: str | None = 
         raise ValueError(f"prefix is {prefix!r}, but no layout is given, of {', '.join(layouts.LAYOUTS)}")
     framework = _framework(layer)
     arrays = {name: np.asarray(x) for name, x in weights.items()}
-    expected = framework.shapes(layer)
+    expected = {name: slot.shape for name, slot in framework.slots(layer).items()}
     wrong = [f"missing: {name} {_show(shape)}" for name, shape in expected.items() if name not in arrays]
     wrong += [f"unknown: {name} {x.shape}" for name, x in arrays.items() if name not in expected]
     wrong += [

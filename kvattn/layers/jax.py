@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -678,8 +678,6 @@ def maps(model, inputs, options):
 
 def _params(variables):
     """{path: array} of the weights."""
-    if isinstance(variables, nn.Module):
-        raise ValueError("a flax module keeps no weights: give its variables, what module.init(...) returned")
     if isinstance(variables, nnx.Module):  # which does
         return flatten_dict(nnx.to_pure_dict(nnx.state(variables, nnx.Param)))
     strange = sorted(set(variables) - {"params", "intermediates"})
@@ -722,9 +720,22 @@ _KINDS = {"scale": "norm", "bias": "norm", "embedding": "embedding"}  # of what 
 _HEADS = {"query": "W_q", "key": "W_k", "value": "W_v", "out": "W_o"}  # flax's own multi-head attention: (d, heads, d / heads)
 
 
-def _slots(x):
-    """{name: (path, shape here)} of every weight."""
-    found, sizes = {}, _sizes(x) if isinstance(x, nn.Module) else {path: array.shape for path, array in _params(x).items()}
+class _Slot(NamedTuple):
+    path: tuple
+    shape: tuple  # here, (features in, out); None in it where the first inputs decide
+    array: Any  # None of a module
+
+    def read(self):
+        if self.array is None:
+            raise ValueError("a flax module keeps no weights: give its variables, what module.init(...) returned")
+        return tab.to_numpy(self.array).reshape(self.shape)
+
+
+def slots(x):
+    """{name: slot} of every weight."""
+    module = isinstance(x, nn.Module)
+    arrays = {} if module else _params(x)
+    found, sizes = {}, _sizes(x) if module else {path: array.shape for path, array in arrays.items()}
     for path, size in sizes.items():
         *parents, leaf = path
         kernel = sizes.get((*parents, "kernel"), ()) if leaf in ("kernel", "bias") else ()
@@ -742,28 +753,17 @@ def _slots(x):
             raise TypeError(f"{'.'.join(path)} {size} is no dense, norm or embedding layer's: it has no name outside JAX")
         name = layers.names(tuple(parents), kind)["bias" if leaf == "bias" else "weight"]
         if name in found:
-            raise ValueError(f"{'.'.join(path)} and {'.'.join(found[name][0])} would both be called {name}: rename one")
-        found[name] = path, layers.own_shape(name, size)
+            raise ValueError(f"{'.'.join(path)} and {'.'.join(found[name].path)} would both be called {name}: rename one")
+        found[name] = _Slot(path, layers.own_shape(name, size), arrays.get(path))
     return found
-
-
-def shapes(x):
-    """{name: shape} of every weight, None in it for a size that waits for the first call."""
-    return {name: shape for name, (_, shape) in _slots(x).items()}
-
-
-def export(x):
-    """{name: NumPy array} of every weight."""
-    arrays = _params(x)
-    return {name: tab.to_numpy(arrays[path]).reshape(shape).copy() for name, (path, shape) in _slots(x).items()}
 
 
 def assign(x, arrays):
     """New variables with these arrays, whose names and shapes fit, in the dtypes of the old ones, or float32."""
-    made, old = {}, {} if isinstance(x, nn.Module) else _params(x)
-    for name, (path, _) in _slots(x).items():
-        array = arrays[name].reshape(old[path].shape) if old else layers.native(name, arrays[name])
-        made[path] = tab.asarray(array, dtype=old[path].dtype.name if old else "float32")
+    made = {}
+    for name, (path, _, old) in slots(x).items():
+        array = layers.native(name, arrays[name]) if old is None else arrays[name].reshape(old.shape)
+        made[path] = tab.asarray(array, dtype="float32" if old is None else old.dtype.name)
     if isinstance(x, nnx.Module):
         nnx.update(x, unflatten_dict(made))
         return x

@@ -51,7 +51,7 @@ class Layer(keras.layers.Layer):
     def get_build_config(self):
         if (config := super().get_build_config()) is not None:
             return config
-        found = shapes(self)  # imported weights are there before the first call
+        found = {name: slot.shape for name, slot in slots(self).items()}  # imported weights are there before the first call
         return None if any(None in shape for shape in found.values()) else {"weights": found}
 
     def build_from_config(self, config):
@@ -230,6 +230,10 @@ class _Slot(NamedTuple):
         """None where the first call makes it."""
         return getattr(self.owner, self.attribute, None)
 
+    def read(self):
+        """A NumPy array; None where there are no values yet."""
+        return None if self.variable is None else api.to_numpy(self.variable).reshape(self.shape)
+
 
 def parts(module, path=(), seen=None):
     """(path, layer) of the module and every layer in it: by attribute, by name in functional and Sequential models."""
@@ -253,7 +257,7 @@ def _children(module):
     return [(name, x) for name, x in found if isinstance(x, keras.layers.Layer)]
 
 
-def _slots(module):
+def slots(module):
     """{name: slot} of every weight in ``module``."""
     found, inside = {}, set()
     for path, part in parts(module):
@@ -307,21 +311,9 @@ def _heads(part):
     return found
 
 
-def shapes(module):
-    """{name: shape} of every weight, None in it for a size that waits for the first call."""
-    return {name: slot.shape for name, slot in _slots(module).items()}
-
-
-def export(module):
-    """{name: NumPy array} of every weight; ValueError where one has no values yet."""
-    slots = _slots(module)
-    layers.check_made(name for name, slot in slots.items() if slot.variable is None)
-    return {name: api.to_numpy(slot.variable).reshape(slot.shape).copy() for name, slot in slots.items()}
-
-
 def assign(module, arrays):
     """Put these arrays, whose names and shapes fit, in the module's weights; returns the module."""
-    for name, slot in _slots(module).items():
+    for name, slot in slots(module).items():
         if slot.variable is None:
             _make(slot.owner, arrays[name].shape)
         array = tf.reshape(arrays[name], slot.variable.shape)

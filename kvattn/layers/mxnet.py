@@ -603,8 +603,15 @@ class _Slot(NamedTuple):
     shape: tuple  # here, (features in, out); None where the first call decides
     transposed: bool = False
 
+    def read(self):
+        """A NumPy array; None where there are no values yet."""
+        if self.parameter._data is None:
+            return None
+        array = api.to_numpy(self.parameter.data())
+        return array.T if self.transposed else array
 
-def _slots(block, path=()):
+
+def slots(block, path=()):
     """{name: slot} of every weight in ``block``."""
     own, found = dict(block._reg_params), {}
     if isinstance(block, (nn.Dense, nn.LayerNorm, nn.Embedding)):
@@ -620,27 +627,14 @@ def _slots(block, path=()):
         shape = tuple(None if n < 1 else n for n in parameter.shape)
         found[name] = _Slot(parameter, layers.own_shape(name, shape[::-1]) if transposed else shape, transposed)
     for name, child in block._children.items():
-        found |= _slots(child, (*path, name))
+        found |= slots(child, (*path, name))
     return found
-
-
-def shapes(block):
-    """{name: shape} of every weight, None in it for a size that waits for the first call."""
-    return {name: slot.shape for name, slot in _slots(block).items()}
-
-
-def export(block):
-    """{name: NumPy array} of every weight; ValueError where one has no values yet."""
-    slots = _slots(block)
-    layers.check_made(name for name, slot in slots.items() if slot.parameter._data is None)
-    arrays = {name: api.to_numpy(slot.parameter.data()) for name, slot in slots.items()}
-    return {name: layers.own(name, x.T if slots[name].transposed else x).copy() for name, x in arrays.items()}
 
 
 @mx.util.use_np
 def assign(block, arrays):
     """Put these arrays, whose names and shapes fit, in the block's weights; returns the block."""
-    for name, slot in _slots(block).items():
+    for name, slot in slots(block).items():
         array = layers.native(name, arrays[name]).T if slot.transposed else arrays[name]
         array = np.array(array, dtype=slot.parameter.dtype)
         slot.parameter._load_init(array, None)  # as load_parameters does

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, overload
 
 import numpy as np
 
 from kvattn import api, checks, conversion, layers, patterns
 from kvattn.backends import numpy as tab
 from kvattn.layers import calls
-from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, parts, slots, source
+from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, parts, source
+from kvattn.layers.analytic import slots as declared
 from kvattn.signatures import A
 
 __all__ = [
@@ -468,24 +469,28 @@ def maps(model, inputs, options):
 # ---- weights by kvattn's names, for kvattn/weights.py
 
 
-def shapes(layer):
-    """{name: shape} of every weight, None in it for a size that waits for the first call."""
+class _Slot(NamedTuple):
+    array: np.ndarray | None
+    shape: tuple[int | None, ...]
+
+    def read(self):
+        """The array itself; None where there are no values yet."""
+        return self.array
+
+
+def slots(layer):
+    """{name: slot} of every weight."""
     found = {}
-    for name, part, key in slots(layer):
+    for name, part, key in declared(layer):
         array = part._state.arrays.get(key)
-        found[name] = layers.own_shape(name, part._state.declared[key][0] if array is None else array.shape)
+        shape = part._state.declared[key][0] if array is None else array.shape
+        found[name] = _Slot(array, layers.own_shape(name, shape))
     return found
-
-
-def export(layer):
-    """{name: NumPy array} of every weight; ValueError where one has no values yet."""
-    layers.check_made(name for name, part, key in slots(layer) if key not in part._state.arrays)
-    return {name: x.copy() for name, x in layer.weights().items()}
 
 
 def assign(layer, arrays):
     """Put these arrays, whose names and shapes fit, in the layer's weights; returns the layer. New ones keep float64."""
-    for name, part, key in slots(layer):
+    for name, part, key in declared(layer):
         array = layers.native(name, arrays[name]) if part.kind == "dense" else arrays[name]
         if key in part._state.arrays:
             part._state.arrays[key][...] = array

@@ -20,7 +20,6 @@ from kvattn.layers.keras import (  # noqa: F401
     check_given,
     dense,
     dropped,
-    export,
     first,
     hide_padding,
     keeps,
@@ -28,7 +27,7 @@ from kvattn.layers.keras import (  # noqa: F401
     parts,
     registered,
     seed_among,
-    shapes,
+    slots,
     tensors,
 )  # fmt: skip
 

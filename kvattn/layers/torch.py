@@ -417,8 +417,15 @@ class _Slot(NamedTuple):
     shape: tuple  # here, (features in, out); None where the first call decides
     transposed: bool = False
 
+    def read(self):
+        """A NumPy array; None where there are no values yet."""
+        if is_lazy(self.parameter):
+            return None
+        array = api.to_numpy(self.parameter)
+        return array.T if self.transposed else array
 
-def _slots(module):
+
+def slots(module):
     """{name: slot} of every weight in ``module``."""
     found, packed = {}, []
     for path, part in module.named_modules():
@@ -465,23 +472,10 @@ def _packed(part):
     return found
 
 
-def shapes(module):
-    """{name: shape} of every weight, None in it for a size that waits for the first call."""
-    return {name: slot.shape for name, slot in _slots(module).items()}
-
-
-def export(module):
-    """{name: NumPy array} of every weight; ValueError where one has no values yet."""
-    slots = _slots(module)
-    layers.check_made(name for name, slot in slots.items() if is_lazy(slot.parameter))
-    arrays = {name: api.to_numpy(slot.parameter) for name, slot in slots.items()}
-    return {name: layers.own(name, x.T if slots[name].transposed else x).copy() for name, x in arrays.items()}
-
-
 def assign(module, arrays):
     """Put these arrays, whose names and shapes fit, in the module's weights; returns the module."""
     with torch.no_grad():
-        for name, slot in _slots(module).items():
+        for name, slot in slots(module).items():
             array = layers.native(name, arrays[name])
             array = torch.tensor(array.T if slot.transposed else array)
             if is_lazy(slot.parameter):
