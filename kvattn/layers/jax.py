@@ -21,20 +21,12 @@ from kvattn.backends import jax as tab
 from kvattn.kernels.jax import programs
 from kvattn.signatures import LayerOptions
 
+# layers.LAYERS, in words that type checkers read
 __all__ = [
-    "AddNorm",
-    "AdditiveAttention",
-    "DotProductAttention",
-    "GatedAttention",
-    "MultiHeadAttention",
-    "MultiplicativeAttention",
-    "PositionWiseFFN",
-    "PositionalEncoding",
-    "TransformerDecoder",
-    "TransformerDecoderBlock",
-    "TransformerEncoder",
+    "AddNorm", "AdditiveAttention", "DotProductAttention", "GatedAttention", "MultiHeadAttention", "MultiplicativeAttention",
+    "PositionWiseFFN", "PositionalEncoding", "TransformerDecoder", "TransformerDecoderBlock", "TransformerEncoder",
     "TransformerEncoderBlock",
-]  # fmt: skip; layers.LAYERS, in words that type checkers read
+]  # fmt: skip
 
 # X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
 # kvattn.attention's: mask, causal, window, ... With training=True give rngs={"dropout": key}. Results have the dtype of the

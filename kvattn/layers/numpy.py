@@ -15,20 +15,12 @@ from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, 
 from kvattn.layers.analytic import slots as declared
 from kvattn.signatures import A
 
+# layers.LAYERS, in words that type checkers read
 __all__ = [
-    "AddNorm",
-    "AdditiveAttention",
-    "DotProductAttention",
-    "GatedAttention",
-    "MultiHeadAttention",
-    "MultiplicativeAttention",
-    "PositionWiseFFN",
-    "PositionalEncoding",
-    "TransformerDecoder",
-    "TransformerDecoderBlock",
-    "TransformerEncoder",
+    "AddNorm", "AdditiveAttention", "DotProductAttention", "GatedAttention", "MultiHeadAttention", "MultiplicativeAttention",
+    "PositionWiseFFN", "PositionalEncoding", "TransformerDecoder", "TransformerDecoderBlock", "TransformerEncoder",
     "TransformerEncoderBlock",
-]  # fmt: skip; layers.LAYERS, in words that type checkers read
+]  # fmt: skip
 
 # X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
 # kvattn.attention's: mask, causal, window, ... The vjp of a layer is given what its forward kept.

@@ -15,20 +15,12 @@ from kvattn import api, checks, layers
 from kvattn.backends import torch as tab
 from kvattn.layers import calls
 
+# layers.LAYERS, in words that type checkers read
 __all__ = [
-    "AddNorm",
-    "AdditiveAttention",
-    "DotProductAttention",
-    "GatedAttention",
-    "MultiHeadAttention",
-    "MultiplicativeAttention",
-    "PositionWiseFFN",
-    "PositionalEncoding",
-    "TransformerDecoder",
-    "TransformerDecoderBlock",
-    "TransformerEncoder",
+    "AddNorm", "AdditiveAttention", "DotProductAttention", "GatedAttention", "MultiHeadAttention", "MultiplicativeAttention",
+    "PositionWiseFFN", "PositionalEncoding", "TransformerDecoder", "TransformerDecoderBlock", "TransformerEncoder",
     "TransformerEncoderBlock",
-]  # fmt: skip; layers.LAYERS, in words that type checkers read
+]  # fmt: skip
 
 # X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
 # kvattn.attention's: mask, causal, window, ...
