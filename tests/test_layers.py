@@ -4,6 +4,8 @@ import importlib
 import inspect
 import itertools
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -241,6 +243,20 @@ def test_the_weights_shown_do_not_follow_the_optimiser(adapter, name):
     adapter.load(layer, shaken(w))  # into the same arrays, as an optimiser writes
     np.testing.assert_allclose(adapter.shown(layer), expected, atol=1e-5)
     assert np.abs(reference.attention(name, shaken(w), *inputs)[1] - expected).max() > 0.01
+
+
+def test_weights_are_not_computed_unless_they_are_read(adapter, backend, tab, monkeypatch):
+    if backend == "jax":  # whose calls return them: tests/test_layers_jax.py asks what they cost
+        return
+    layer, _ = made(adapter, "TransformerEncoder", {**ENCODER, "dropout": 0.5}, (TOKENS,))
+    asked, attention = [], tab.attention
+    monkeypatch.setattr(tab, "attention", lambda *x, **how: asked.append(how.get("return_weights")) or attention(*x, **how))
+    for training in (False, True):
+        adapter.call(layer, TOKENS, training=training)
+    assert not any(asked)
+    assert len(asked) == 4
+    assert [kvattn.to_numpy(x).shape for x in layer.attention_weights] == [(8, 5, 5)] * 2
+    assert asked[4:] == [True] * 2
 
 
 def test_the_weights_of_heads_are_shown_batch_times_heads(adapter):
@@ -691,6 +707,23 @@ def test_a_causal_encoder_never_sees_the_future_out_of_training(adapter):
     before, after = (adapter.call(layer, tokens, causal=True) for tokens in (TOKENS, changed))
     assert_near(before[:, :3], after[:, :3])
     assert np.abs(before[:, 3:] - after[:, 3:]).max() > 1e-3
+
+
+# ---- the namespaces
+
+
+def test_a_namespace_loads_no_other_framework(backend):
+    others = {"torch", "tensorflow", "keras", "jax", "flax", "mxnet", "matplotlib"}
+    code = (
+        f"import sys, {FIRST.get(backend, 'numpy')}; before = set(sys.modules); from kvattn import {backend}; "
+        f"print(sorted((set(sys.modules) - before) & {others!r} - {OWN.get(backend, {backend})!r}))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.splitlines()[-1] == "[]"
+
+
+FIRST = {"tensorflow": "tensorflow"}  # which loads others where they are installed
+OWN = {"jax": {"jax", "flax"}, "tensorflow": {"keras"}}
 
 
 # ---- what help() and completion tell

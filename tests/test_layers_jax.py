@@ -4,8 +4,6 @@ import copy
 import functools
 import inspect
 import random
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -534,12 +532,6 @@ def test_scan_stacks_blocks():
 
 
 # ---- the namespace
-
-
-def test_the_namespace_loads_no_other_framework():
-    others = {"torch", "tensorflow", "keras", "mxnet", "matplotlib"}
-    code = f"import sys; from kvattn import jax; print(sorted(set(sys.modules) & {others!r}))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_the_names_that_lessons_use():

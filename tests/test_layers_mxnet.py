@@ -14,7 +14,6 @@ if "mxnet" not in chosen():
 
 from kvattn import layers
 from kvattn import mxnet as kv
-from kvattn.backends import mxnet as tab
 from kvattn.backends.mxnet import autograd, mx, np
 
 gluon, nn = mx.gluon, mx.gluon.nn
@@ -403,17 +402,6 @@ def test_a_trainer_learns_the_same_with_and_without_a_graph():
 # ---- the weights shown
 
 
-def test_weights_are_not_computed_unless_they_are_read(monkeypatch):
-    asked = []
-    attention = tab.attention
-    monkeypatch.setattr(tab, "attention", lambda *args, **how: asked.append(how["return_weights"]) or attention(*args, **how))
-    layer, inputs = made("TransformerEncoder")
-    layer(*inputs)
-    assert asked == [False, False]
-    kv.check_shape(layer.attention_weights[0], (8, 5, 5))
-    assert asked == [False, False, True, True]
-
-
 def test_the_weights_shown_are_detached_and_of_the_moment():
     layer, inputs = made("GatedAttention")
     layer(*inputs)
@@ -459,12 +447,6 @@ def test_values_that_wait_are_named():
 
 
 # ---- the namespace
-
-
-def test_importing_the_namespace_loads_mxnet_alone():
-    code = "import sys; from kvattn import mxnet; print({'torch', 'tensorflow', 'jax', 'mxnet', 'matplotlib'} & {*sys.modules})"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "{'mxnet'}"
 
 
 def test_short_names_have_mxnets_meaning():

@@ -1,8 +1,6 @@
 """What is TensorFlow's own in the layers: d2l's calls, training=, Keras's saving, policies and models, graphs, short names."""
 
 import copy
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -713,11 +711,3 @@ def test_the_short_names_mean_what_they_mean_in_d2l():
     assert kv.get_key() != kv.get_key()
     assert kv.softmax([0.0, 0.0]).dtype == tf.float64  # kvattn's functions, on TensorFlow
     assert kv.masked_softmax(kv.rand((2, 2, 4)), kv.tensor([2, 3])).shape == (2, 2, 4)
-
-
-def test_it_loads_no_framework_that_tensorflow_does_not():
-    code = (
-        "import sys, tensorflow; before = set(sys.modules); from kvattn import tensorflow; "
-        "print(sorted((set(sys.modules) - before) & {'torch', 'jax', 'mxnet', 'flax', 'matplotlib'}))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
