@@ -715,15 +715,15 @@ def test_a_causal_encoder_never_sees_the_future_out_of_training(adapter):
 def test_a_namespace_loads_no_other_framework(backend):
     others = {"torch", "tensorflow", "keras", "jax", "flax", "mxnet", "matplotlib"}
     code = (
-        f"import sys, {FIRST.get(backend, 'numpy')}; before = set(sys.modules); from kvattn import {backend}; "
-        f"print(sorted((set(sys.modules) - before) & {others!r} - {OWN.get(backend, {backend})!r}))"
+        f"import sys, {BEFORE.get(backend, 'numpy')}; before = set(sys.modules); from kvattn import {backend}; "
+        f"print(sorted((set(sys.modules) - before) & {others!r} - {OF_ITS_OWN.get(backend, {backend})!r}))"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told.splitlines()[-1] == "[]"
 
 
-FIRST = {"tensorflow": "tensorflow"}  # which loads others where they are installed
-OWN = {"jax": {"jax", "flax"}, "tensorflow": {"keras"}}
+BEFORE = {"tensorflow": "tensorflow"}  # which loads others where they are installed
+OF_ITS_OWN = {"jax": {"jax", "flax"}, "tensorflow": {"keras"}}
 
 
 # ---- what help() and completion tell
