@@ -91,75 +91,36 @@ if TYPE_CHECKING:
             self, queries: Any, keys: Any, values: Any, valid_lens: Any = None, training: bool = False, **options: Any
         ) -> Any: ...
 
-    class _Encodes(Protocol):
-        """A block's (output, weights), without weights the output; with a cache, or an lse, more."""
+    Plain = TypeVar("Plain", covariant=True)  # what a call returns that says nothing of weights
+    With = TypeVar("With", covariant=True)
+    Without = TypeVar("Without", covariant=True)
+
+    class _Options(LayerOptions, total=False):
+        valid_lens: Any
+        training: bool
+        cache: None  # with one a call returns more
+
+    class _Calls(Protocol[Plain, With, Without]):
+        """A call (X, valid_lens or state, training), of encoders, decoders and their blocks."""
 
         @overload
-        def __call__(
-            self, X: Any, valid_lens: Any = None, training: bool = False, *, return_weights: Literal[True] | None = None,
-            cache: None = None, **options: Unpack[LayerOptions],
-        ) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
+        def __call__(self, X: Any, *others: Any, return_weights: None = None, **options: Unpack[_Options]) -> Plain: ...
         @overload
-        def __call__(
-            self, X: Any, valid_lens: Any = None, training: bool = False, *, return_weights: Literal[False],
-            cache: None = None, **options: Unpack[LayerOptions],
-        ) -> jax.Array: ...  # fmt: skip
+        def __call__(self, X: Any, *others: Any, return_weights: Literal[True], **options: Unpack[_Options]) -> With: ...
         @overload
-        def __call__(self, X: Any, valid_lens: Any = None, training: bool = False, **options: Any) -> Any: ...
+        def __call__(self, X: Any, *others: Any, return_weights: Literal[False], **options: Unpack[_Options]) -> Without: ...
+        @overload
+        def __call__(self, X: Any, *others: Any, **options: Any) -> Any: ...
 
-    class _Reads(Protocol):
-        """Of tokens an array, and the list of the blocks' weights where return_weights=True asks for them."""
-
-        @overload
-        def __call__(
-            self, X: Any, valid_lens: Any = None, training: bool = False, *, return_weights: Literal[False] | None = None,
-            cache: None = None, **options: Unpack[LayerOptions],
-        ) -> jax.Array: ...  # fmt: skip
-        @overload
-        def __call__(
-            self, X: Any, valid_lens: Any = None, training: bool = False, *, return_weights: Literal[True],
-            cache: None = None, **options: Unpack[LayerOptions],
-        ) -> tuple[jax.Array, list[jax.Array]]: ...  # fmt: skip
-        @overload
-        def __call__(self, X: Any, valid_lens: Any = None, training: bool = False, **options: Any) -> Any: ...
-
-    class _DecodesBlock(Protocol):
-        """A block's (output, state) and the weights of both attentions, unless return_weights=False leaves them out."""
-
-        @overload
-        def __call__(
-            self, X: Any, state: list[Any], training: bool = False, *, return_weights: Literal[True] | None = None,
-            **options: Unpack[LayerOptions],
-        ) -> tuple[jax.Array, list[Any], jax.Array, jax.Array]: ...  # fmt: skip
-        @overload
-        def __call__(
-            self, X: Any, state: list[Any], training: bool = False, *, return_weights: Literal[False],
-            **options: Unpack[LayerOptions],
-        ) -> tuple[jax.Array, list[Any]]: ...  # fmt: skip
-        @overload
-        def __call__(self, X: Any, state: list[Any], training: bool = False, **options: Any) -> Any: ...
-
-    class _Decodes(Protocol):
-        """Of tokens and a state (logits, state), and two lists of weights where return_weights=True asks for them."""
-
-        @overload
-        def __call__(
-            self, X: Any, state: list[Any], training: bool = False, *, return_weights: Literal[False] | None = None,
-            **options: Unpack[LayerOptions],
-        ) -> tuple[jax.Array, list[Any]]: ...  # fmt: skip
-        @overload
-        def __call__(
-            self, X: Any, state: list[Any], training: bool = False, *, return_weights: Literal[True],
-            **options: Unpack[LayerOptions],
-        ) -> tuple[jax.Array, list[Any], list[list[jax.Array]]]: ...  # fmt: skip
-        @overload
-        def __call__(self, X: Any, state: list[Any], training: bool = False, **options: Any) -> Any: ...
+    Weighed = tuple[jax.Array, jax.Array]
+    Decoded = tuple[jax.Array, list[Any]]  # a decoder's output, and its state
+    DecodedBlock = tuple[jax.Array, list[Any], jax.Array, jax.Array]  # and the weights of both attentions
 
     def _attends(call: Any) -> _Attends: ...
-    def _encodes(call: Any) -> _Encodes: ...
-    def _reads(call: Any) -> _Reads: ...
-    def _decodes_block(call: Any) -> _DecodesBlock: ...
-    def _decodes(call: Any) -> _Decodes: ...
+    def _encodes(call: Any) -> _Calls[Weighed, Weighed, jax.Array]: ...
+    def _reads(call: Any) -> _Calls[jax.Array, tuple[jax.Array, list[jax.Array]], jax.Array]: ...
+    def _decodes_block(call: Any) -> _Calls[DecodedBlock, DecodedBlock, Decoded]: ...
+    def _decodes(call: Any) -> _Calls[Decoded, tuple[jax.Array, list[Any], list[list[jax.Array]]], Decoded]: ...
 
 else:
     _attends = _encodes = _reads = _decodes_block = _decodes = _exact
