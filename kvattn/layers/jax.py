@@ -166,27 +166,14 @@ class _Layer(nn.Module):
         fields = vars(self)
         if "dropout" in fields:
             checks.probability("dropout", self.dropout)
+        if "num_heads" in fields:
+            width = layers.head_width(self.num_hiddens, self.num_heads, self.num_kv_heads)
+            layers.check_rotary(fields.get("rotary"), width)
+            layers.check_qk_norm(fields.get("qk_norm", False))
+            layers.check_alibi(fields.get("alibi"), self.num_heads)
+            checks.flag("sink", fields.get("sink", False))
         if "activation" in fields:
             layers.check_activation(self.activation)
-        super().__post_init__()
-
-
-class _OfHeads(_Layer):
-    """A layer with ``num_heads`` of ``num_hiddens`` features together: what more its multi-head attention is asked for."""
-
-    num_kv_heads: int | None = _keyword(default=None)
-    rotary: Any = _keyword(default=None)
-    qk_norm: bool | float = _keyword(default=False)
-    alibi: Any = _keyword(default=None)
-    sink: bool = _keyword(default=False)
-    seed: layers.Seed = _keyword(default=None)
-
-    def __post_init__(self):
-        width = layers.head_width(self.num_hiddens, self.num_heads, self.num_kv_heads)
-        layers.check_rotary(self.rotary, width)
-        layers.check_qk_norm(self.qk_norm)
-        layers.check_alibi(self.alibi, self.num_heads)
-        checks.flag("sink", self.sink)
         super().__post_init__()
 
 
@@ -280,7 +267,7 @@ class GatedAttention(_Attention):
 NORMS = ("q_norm", "k_norm")
 
 
-class MultiHeadAttention(_OfHeads):
+class MultiHeadAttention(_Layer):
     """Multi-head attention with ``num_hiddens`` features in all heads together; (output, weights (batch * heads, n, m)).
 
     With ``cache=`` (a kvattn.KVCache, KVCache() at first) a call returns (output, weights, cache). Given
@@ -291,7 +278,13 @@ class MultiHeadAttention(_OfHeads):
     num_heads: int
     dropout: float = 0.0
     bias: bool = False
+    num_kv_heads: int | None = _keyword(default=None)
+    seed: layers.Seed = _keyword(default=None)
     use_bias: bool | None = _keyword(default=None)
+    rotary: Any = _keyword(default=None)
+    qk_norm: bool | float = _keyword(default=False)
+    alibi: Any = _keyword(default=None)
+    sink: bool = _keyword(default=False)
 
     def setup(self):
         bias = self.bias if self.use_bias is None else self.use_bias
@@ -418,14 +411,20 @@ class PositionWiseFFN(_Layer):
         return self.dense2(nn.relu(X) if self.activation == "relu" else nn.gelu(X, approximate=False))
 
 
-class _Block(_OfHeads):
+class _Block(_Layer):
     """What the blocks of encoder and decoder share: what they are made of, and with."""
 
     num_hiddens: int
     ffn_num_hiddens: int
     num_heads: int
     dropout: float = 0.0
+    num_kv_heads: int | None = _keyword(default=None)
     activation: str = _keyword(default="relu")
+    rotary: Any = _keyword(default=None)
+    qk_norm: bool | float = _keyword(default=False)
+    alibi: Any = _keyword(default=None)
+    sink: bool = _keyword(default=False)
+    seed: layers.Seed = _keyword(default=None)
 
     def _attention(self, name, **options):
         return MultiHeadAttention(
@@ -462,7 +461,7 @@ class TransformerEncoderBlock(_Block):
         return (Y, *rest) if rest else Y
 
 
-class _Stack(_OfHeads):
+class _Stack(_Layer):
     """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks of the class ``BLOCK``."""
 
     BLOCK = None
@@ -474,8 +473,14 @@ class _Stack(_OfHeads):
     num_blks: int
     dropout: float = 0.0
     use_bias: bool = False
+    num_kv_heads: int | None = _keyword(default=None)
     activation: str = _keyword(default="relu")
     max_len: int = _keyword(default=1000)
+    rotary: Any = _keyword(default=None)
+    qk_norm: bool | float = _keyword(default=False)
+    alibi: Any = _keyword(default=None)
+    sink: bool = _keyword(default=False)
+    seed: layers.Seed = _keyword(default=None)
 
     def setup(self):
         self.embedding = nn.Embed(self.vocab_size, self.num_hiddens, embedding_init=_first("embedding", self.seed))
