@@ -434,7 +434,7 @@ def lengths(tab: Any, valid_lens: Any, batch: tuple[Any, ...], n: Any, like: Any
 def not_negative(tab: Any, valid_lens: Any) -> None:
     """Raises ValueError for a length below 0, where there are lengths and they can be seen."""
     seen = None if valid_lens is None else peek(tab, valid_lens)
-    if seen is not None and seen.size and seen.min() < 0:
+    if seen is not None and seen.size and (min(seen.ravel().tolist()) if seen.size <= 32 else seen.min()) < 0:
         raise ValueError(f"valid_lens must not be negative; the smallest is {seen.min()}")
 
 

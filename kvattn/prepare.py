@@ -24,6 +24,7 @@ OPTIONS = ("score", "normalize", "mask", "bias", "valid_lens", "causal", "query_
            "return_scores")  # fmt: skip
 DOT_PRODUCTS = ("dot_score", "scaled_dot_score", "cosine_score")  # for which query and key need as many features
 REMEMBERED = 4096  # calls: then it starts anew, since lengths that grow step by step would fill the memory
+REMEMBERED_OPTIONS = 64  # sets of options beside each of these
 
 public: dict[str, Any] = {}  # the functions of api.py by name
 tabbed: set[Any] = set()  # its scores and normalisers, which each tab has of its own
@@ -305,37 +306,32 @@ class Remembered(NamedTuple):
     """The tab that served such arguments, the shape of their scores, and what the checks looked at.
 
     ``layout``: how the numbers lie, where the class, shape and dtype of an array do not tell, as PyTorch's sparse tensors
-    have those of dense ones; else None.
+    have those of dense ones; else None. ``options``: what the checks looked at of options that passed beside them.
     """
 
     tab: Backend
     scores: tuple[Any, ...]
-    checked: tuple[Any, ...]
     layout: Any
-
-    def holds_for(self, *arrays: Any) -> bool:
-        """Whether arrays or None, of the classes, shapes and dtypes that were checked, lie as those that were."""
-        if self.layout is not None:
-            for x in arrays:
-                if x is not None and x.layout is not self.layout:
-                    return False
-        return True
+    options: set[Any]
 
     def fits(self, query: Any, *options: Any) -> bool:
         """Whether options like these, arrays or None, have passed every check beside such arguments but those of values."""
         try:
-            if self.layout is not None:  # PyTorch's kernel would read numbers where a meta tensor has none
-                for x in options:
-                    if x is not None and x.is_meta is not query.is_meta:
+            if self.layout is not None:
+                for x in options:  # PyTorch's kernel would read numbers where a meta tensor has none
+                    if x is not None and (x.layout is not self.layout or x.is_meta is not query.is_meta):
                         return False
-            return (self.checked, *map(_kind, options)) in _remembered and self.holds_for(*options)
+            return _kinds(options) in self.options
         except (AttributeError, RuntimeError, TypeError):
             return False  # as in `remembered`
 
     def remember(self, given: tuple[Any, ...], made: tuple[Any, ...]) -> None:
         """Remember that options like those ``given`` pass, unless the checks ``made`` others of them, as they must again."""
         if any(x is not None for x in given) and all(map(operator.is_, given, made)):
-            _keep((self.checked, *map(_kind, given)), self)
+            if len(self.options) >= REMEMBERED_OPTIONS:
+                self.options.clear()
+            with suppress(TypeError):  # sizes that are symbols have no hash
+                self.options.add(_kinds(given))
 
 
 _remembered: dict[Any, Remembered] = {}
@@ -347,7 +343,9 @@ def remembered(query: Any, key: Any, value: Any, backend: Any) -> Remembered | N
         checked = _all_that_is_checked(dispatch.loaded(type(query), backend), query, key, value)
         # while tracing it is not looked into: torch.compile would watch its length
         known = None if checked is None else _remembered.get(checked)
-        return known if known is not None and known.holds_for(query, key, value) else None
+        if known is None or (layout := known.layout) is None:
+            return known
+        return known if query.layout is layout and key.layout is layout and value.layout is layout else None
     except (AttributeError, KeyError, RuntimeError, TypeError):
         return None  # lists and nested tensors have no shape, symbols no hash; a class or a backend is new
 
@@ -358,16 +356,12 @@ def remember(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, 
         return None
     if not query.dtype == key.dtype == value.dtype:  # it was their framework that let them pass, here
         return None
-    known = Remembered(tab, scores, checked, query.layout if hasattr(query, "is_sparse") else None)
-    _keep(checked, known)
-    return known
-
-
-def _keep(key: tuple[Any, ...], known: Remembered) -> None:
+    known = Remembered(tab, scores, query.layout if hasattr(query, "is_sparse") else None, set())
     if len(_remembered) >= REMEMBERED:
         _remembered.clear()
     with suppress(TypeError):  # sizes that are symbols have no hash
-        _remembered[key] = known
+        _remembered[checked] = known
+    return known
 
 
 def _all_that_is_checked(tab: Any, query: Any, key: Any, value: Any) -> tuple[Any, ...] | None:
@@ -378,5 +372,5 @@ def _all_that_is_checked(tab: Any, query: Any, key: Any, value: Any) -> tuple[An
     return id(tab), kind, query.shape, query.dtype, key.shape, key.dtype, value.shape, value.dtype
 
 
-def _kind(x: Any) -> tuple[Any, ...] | None:
-    return None if x is None else (type(x), x.shape, x.dtype)
+def _kinds(options: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple([None if x is None else (type(x), x.shape, x.dtype) for x in options])

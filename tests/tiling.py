@@ -306,7 +306,7 @@ class Torch(Differentiating):
             return fused(query, key, value, mask, causal, scale, sink)
 
         with (
-            patch.dict(vars(plan), sizes), patch.object(sdpa, "scaled_dot_product_attention", counted),
+            patch.dict(vars(plan), {"FEW": 0} | sizes), patch.object(sdpa, "scaled_dot_product_attention", counted),
             patch.object(sinks, "fused", counted_with_sink),
             patch.multiple(planning, BLOCK=2, SLICES=2),
         ):  # fmt: skip

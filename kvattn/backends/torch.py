@@ -123,6 +123,22 @@ def _positions(query_offset, n, ndim, device):
     return query_offset + torch.arange(n, device=device)[:, None]
 
 
+def _mask_and_bias(query, key, mask, bias, valid_lens, query_offset, left, right):
+    """The mask and the bias of a small call, with what the valid lengths and the window forbid in them."""
+    n, m = query.shape[-2], key.shape[-2]
+    if valid_lens is not None:
+        keys = sdpa.constant((m,), lambda: torch.arange(m, device="cpu"))
+        inside = keys < _lengths(valid_lens, query.ndim).to(keys)
+        mask = inside if mask is None else mask & inside
+    if left is not None or right is not None:
+        place = query_offset, left, right, n, m
+        if bias is None:
+            return mask, sdpa.constant((*place, query.dtype), lambda: sdpa.band(*place, query))
+        inside = sdpa.constant((*place, torch.bool), lambda: sdpa.band(*place, query) == 0)  # else -inf would meet inf
+        mask = inside if mask is None else mask & inside
+    return mask, bias
+
+
 def _allowed(n, keys, ndim, call):
     """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
     allowed = [] if call.mask is None else [call.mask]
@@ -348,17 +364,22 @@ def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, m
               causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, sink=None, dropout=0.0,
               rng=None, return_weights=False, return_lse=False, return_scores=None):  # fmt: skip
     # first, what `choose` would give to SDPA too: calls so small that to describe them would take longer
-    bare = score is scaled_dot_score and normalize is softmax and not (dropout or softcap)
-    bare = bare and not (return_weights or return_lse or return_scores)
-    bare = (
-        bare and mask is None and bias is None and valid_lens is None and window is None and positions is None and sink is None
-    )
-    if causal:
-        bare = bare and traces.known(query.shape[-2] == key.shape[-2]) and type(query_offset) is int and query_offset == 0
-    bare = bare and (type(query) is torch.Tensor or not sharded.spread(query))
-    if bare and not sdpa.obstacle(query, key, value, None, scale):
-        output = sdpa.fused(query, key, value, None, causal, scale)
-        return output if output.dtype == query.dtype else output.to(query.dtype)  # autocast's is another
+    plain = score is scaled_dot_score and normalize is softmax and positions is None and sink is None
+    plain = plain and not (dropout or softcap or return_weights or return_lse or return_scores)
+    if plain and (type(query) is torch.Tensor or not sharded.spread(query)):
+        left, right = window or (None, None)
+        right = 0 if causal else right
+        bare = mask is None and bias is None and valid_lens is None and left is None
+        only_causal = bare and right == 0 and type(query_offset) is int and query_offset == 0  # from the first key
+        bare = bare and (right is None or (only_causal and traces.known(query.shape[-2] == key.shape[-2])))
+        small = not (bare or only_causal) and sdpa.small(query, key, mask, valid_lens, query_offset, left, right)
+        if (bare or small) and not sdpa.obstacle(query, key, value, bias, scale):
+            if small:
+                mask, bias = _mask_and_bias(query, key, mask, bias, valid_lens, query_offset, left, right)
+                output = sdpa.masked(query, key, value, mask, bias, scale, _hide_padding)
+            else:
+                output = sdpa.fused(query, key, value, None, only_causal, scale)
+            return output if output.dtype == query.dtype else output.to(query.dtype)  # autocast's is another
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
         query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,

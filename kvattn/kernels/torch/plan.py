@@ -8,6 +8,7 @@ CALL = 2**22  # multiplications that one more call must save, and
 READ = 32  # that take as long as reading one number of a key or value
 GAIN = 0.25  # share of the work that calls apart must save: they keep the cores less busy than one
 PAIRS = 2**24  # numbers that are held at one time, of scores, masks or features: arrays under 32 MB would fragment glibc's heap
+FEW = 2**14  # scores, of a call whose time is what Python takes
 ROWS = 256  # queries of a block for which nothing but a mask is held
 
 
@@ -20,12 +21,20 @@ def equal_lengths(lengths, n, m, causal, numbers):
     [(2, 64), (2, 8)]
     """
     most = min(n, m) if causal else m
+    mask_is_large = causal and len(lengths) * n * m > PAIRS
+    each = (n + READ) * numbers
+    whole = each * m * len(lengths)
+    if whole <= 2 * CALL and not mask_is_large and differ(lengths, most):
+        return []  # two calls or more would save less than they cost
     lengths = [max(0, min(length, most)) for length in lengths]  # those of a block may end before it begins
     found = [(len([*same]), length) for length, same in groupby(lengths)]
-    each = (n + READ) * numbers
-    saved, whole = each * (m * len(lengths) - sum(lengths)), each * m * len(lengths)
-    mask_is_large = causal and len(lengths) * n * m > PAIRS
+    saved = each * (m * len(lengths) - sum(lengths))
     return found if len(found) <= 1 or mask_is_large or saved > max(CALL * len(found), GAIN * whole) else []
+
+
+def differ(lengths, most):
+    """Whether there are lengths from 0 to ``most`` of two sizes, where others count as the nearest of these."""
+    return bool(lengths) and min(max(lengths), most) > max(min(lengths), 0)
 
 
 def blocks_of_masks(n, m, masks, beyond):

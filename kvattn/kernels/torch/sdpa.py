@@ -29,11 +29,33 @@ from kvattn import planning
 from kvattn.call import Choice
 from kvattn.kernels.torch import nonfinite, plan, sinks
 from kvattn.kernels.torch.traces import fusible, known, readable, tracing
+from kvattn.pairs import Pairs
 
 EMPTY_ROWS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)  # zeros on a CPU: run there, and in 2.13
 
+CONSTANTS = 256  # arrays that are kept
+
 
 # ---- which way serves
+
+
+def few(query, key):
+    """Whether a call is so small that its time is what Python takes, and its values can be looked at."""
+    return readable(query) and 0 < math.prod(query.shape) * key.shape[-2] <= plan.FEW * query.shape[-1]
+
+
+def small(query, key, mask, valid_lens, query_offset, left, right):
+    """Whether a small call asks for what `choose` gives to SDPA with one mask."""
+    if not few(query, key) or type(mask) is Pairs or type(query_offset) is not int:
+        return False
+    n, m = query.shape[-2], key.shape[-2]
+    windowed, large = left is not None or right is not None, n > planning.BLOCK or m > planning.FEW
+    if windowed and (large or planning.allows_all(n, m, query_offset, left, right)):  # in blocks, or no window at all
+        return False
+    if valid_lens is None or valid_lens.ndim != 1 or mask is not None:
+        return True
+    most = m if right is None else min(n, m)
+    return readable(valid_lens) and plan.differ(valid_lens.tolist(), most)  # else by lengths
 
 
 def obstacle(query, key, value, bias, scale):
@@ -147,12 +169,13 @@ def in_the_window(query, key, value, call, blocks):
     for *arrays, block in [(query, key, value, call)] if blocks == [(0, n, 0, m)] else call.cut(blocks, query, key, value):
         place = block.query_offset, block.left, block.right, *(x.shape[-2] for x in arrays[:2])
         if place != last:
-            last, mask = place, _band(*place, query)
+            make = partial(band, *place, query)
+            last, mask = place, constant((*place, query.dtype), make) if few(*arrays[:2]) else make()
         parts.append(fused(*arrays, mask, False, call.scale, sink=block.sink))
     return (torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]).to(query.dtype)
 
 
-def _band(offset, left, right, n, m, like):
+def band(offset, left, right, n, m, like):
     """0 in the window and -inf beyond it: (n, m); None where all of it lies in the window."""
     if left is None and right is None:
         return None
@@ -189,8 +212,22 @@ def masked(query, key, value, mask, bias, scale, hide, sink=None):
         return hidden(query, key, value)
     added = bias if mask is None else mask
     if mask is not None and bias is not None:  # a sum, since torch.where of two shapes takes several times as long
-        added = bias + torch.where(mask, 0.0, -math.inf).to(bias.dtype)
+        numbers = constant(bias.dtype, lambda: torch.tensor([0.0, -math.inf], dtype=bias.dtype, device="cpu").unbind())
+        added = bias + torch.where(mask, *numbers)
     return fused(query, key, value, added, False, scale, pair_by_pair, hidden, sink)
+
+
+_constants = {}
+
+
+def constant(key, make):
+    """``make()``, a small array that calls like this one ask for again and again, or what it gave for this key before."""
+    if (found := _constants.get(key)) is None:
+        if len(_constants) >= CONSTANTS:
+            _constants.clear()
+        with torch.inference_mode(False):  # what is kept may serve a call that is differentiated
+            _constants[key] = found = make()
+    return found
 
 
 def _of_axes(x, ndim):
