@@ -306,7 +306,7 @@ def idle(folder):
         patch.setattr(cli, "_suite", lambda *_: ([], [], [], {}))
         patch.setattr("kvattn.bench.run", lambda *_, **__: [])
         patch.setattr("kvattn.lesson.run_tab", lambda *_, **__: [])
-        patch.setattr("kvattn.lesson.commands._Site", lambda *_: SimpleNamespace(make=lambda: True))
+        patch.setattr("kvattn.lesson.commands._Site", lambda *_: SimpleNamespace(make=lambda: True, close=lambda: None))
         yield
 
 

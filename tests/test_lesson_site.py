@@ -11,7 +11,7 @@ import pytest
 from lessons import TWINS, cell, fixture_command, fixture_world  # noqa: F401
 
 from kvattn import cli, install, lesson
-from kvattn.lesson import commands, live, runner, site
+from kvattn.lesson import commands, forks, live, runner, site
 
 
 @pytest.fixture
@@ -192,6 +192,110 @@ def test_what_is_wrong_is_told_and_nothing_is_written(book, world):
     ]
     assert "a.md:8: 1 / 0" in site.write(made, world / "pages", ["twin"])[0]
     assert not (world / "pages").exists()
+
+
+# ---- kernels that are forked
+
+LEFT = """
+import builtins, os, random, signal, sys, warnings
+import numpy as np
+import kvattn
+from matplotlib import pyplot as plt
+builtins.left = os.environ["LEFT"] = sys.modules["left"] = np.left = "left"
+np.set_printoptions(precision=2)
+np.seterr(all="raise")
+kvattn.set_backend("twin")
+plt.rcParams["figure.dpi"] = 7
+plt.plot([1])
+warnings.simplefilter("error")
+os.chdir("..")
+sys.path.insert(0, "left")
+held = open("left.txt", "w")
+before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+"""
+NOTHING = """
+import os, signal, sys, warnings
+import numpy as np
+import kvattn
+state = {
+    "names": [name for name in dir() if name[0] != "_"], "builtin": "left" in dir(__builtins__), "env": "LEFT" in os.environ,
+    "module": "left" in sys.modules or hasattr(np, "left"), "print": np.get_printoptions()["precision"], "err": np.geterr(),
+    "backend": kvattn.get_backend(), "filters": len(warnings.filters), "path": sys.path, "cwd": os.getcwd(),
+    "files": {os.path.basename(os.readlink(each.path)) for each in os.scandir("/proc/self/fd") if os.path.isfile(each.path)},
+    "signals": [str(signal.getsignal(each)) for each in (signal.SIGTERM, signal.SIGCHLD)],
+    "argv": "ipykernel_launcher" in sys.argv[0],
+    "main": sys.modules["__main__"].__name__, "session": os.getsid(0) == os.getpid(),
+    "pyplot": "matplotlib.pyplot" in sys.modules,
+}
+"""
+
+
+@pytest.fixture
+def started():
+    """Runs lessons, by fork or each by itself, and gives what their cells ended with."""
+    with forks.Forks() as made:
+
+        def run(path, *codes, fork=True, name="numpy"):
+            parsed = lesson.parse("".join(cell(each) for each in codes), path)
+            ran = lesson.run_tab(parsed, name, forks=made if fork else None)
+            return [each.error or (each.outputs[-1]["data"]["text/plain"] if each.outputs else None) for each in ran]
+
+        run.forks = made
+        yield run
+
+
+def test_a_lesson_finds_nothing_of_another_that_was_run_before(world, started):
+    (world / "book").mkdir()
+    one, two = world / "book" / "one.md", world / "book" / "two.md"
+    assert "Figure" in started(one, LEFT)[0]  # nothing went wrong
+    found = [eval(*started(two, NOTHING + "state", fork=fork)) for fork in (True, False)]
+    assert found[0] == found[1]
+    for fork in (True, False):  # and who needs it fails
+        (said,) = started(two, "print(left)", fork=fork)
+        assert "NameError: name 'left' is not defined" in said
+        (said,) = started(two, "import os\nos.environ['LEFT']", fork=fork)
+        assert "KeyError" in said
+
+
+def test_lessons_of_a_tab_are_forked_by_one_process_which_ends_with_what_it_forked(world, started):
+    ask = "import os, random, numpy as np\nos.getpid(), os.getppid(), np.random.rand(), random.random()"
+    ran = [eval(*started(world / f"{i}.md", ask)) for i in range(2)]
+    (pid, parent, *drawn), (other, same, *more) = ran
+    assert parent == same == started.forks.parents["numpy"].process.pid
+    assert len({pid, other, parent}) == 3
+    assert not {*drawn} & {*more}  # what is not seeded is not the same in both
+    tab = runner.Tab("numpy", forks=started.forks)
+    tab.run(lesson.parse(cell("import subprocess; child = subprocess.Popen(['sleep', '1000'])"), world / "a.md"))
+    (pid,) = [each.pid for each in [tab.kernel.client.km.provisioner]]
+    assert Path(f"/proc/{pid}").exists()
+    started.forks.close()
+    assert not any(Path(f"/proc/{each}").exists() for each in (pid, parent))
+    tab.close()
+
+
+def test_kernels_that_die_or_that_nobody_can_fork_are_told_and_started(world, started):
+    (said,) = started(world / "a.md", "import os, sys\nsys.stderr.flush(); os.write(2, b'my words'); os._exit(3)")
+    assert "the kernel died" in said
+    assert "my words" in said
+    assert started(world / "a.md", "1") == ["1"]
+    started.forks.parents["numpy"].process.kill()
+    started.forks.parents["numpy"].process.wait()
+    assert started(world / "a.md", "2") == ["2"]
+    assert started(world / "a.md", "3", name="twin") == ["3"]  # a plugin
+    assert started.forks.parents["twin"] is None
+
+
+def test_a_module_beside_a_lesson_is_what_it_would_be_to_the_lesson_alone(world, started):
+    (world / "book").mkdir()
+    (world / "book" / "statistics.py").write_text("raise ImportError('mine')")  # behind Python's own, wherever a notebook is
+    (world / "book" / "other.py").write_text("x = 'mine'")
+    path = world / "book" / "a.md"
+    for fork in (True, False):
+        assert started(path, "import statistics", "import other\nother.x", fork=fork) == [None, "'mine'"]
+    (world / "book" / "numpy.py").write_text("raise ImportError('mine')")
+    one, other = (started(path, "import numpy", fork=fork) for fork in (True, False))
+    assert one == other
+    assert "the tab does not start: ImportError: " in one[0]
 
 
 # ---- the command

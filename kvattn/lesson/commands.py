@@ -6,10 +6,12 @@ import argparse
 import importlib.util
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from kvattn import dispatch, install, lesson
 from kvattn.lesson import Lesson, Ran, live, runner, site
+from kvattn.lesson.forks import Forks
 from kvattn.terminal import Progress, Refused, named_backends, new_console, writable
 
 CELLS = "a cell is fenced as ```{.python .input}, ```{code-cell} or ```python, or is a code cell of a notebook"
@@ -100,10 +102,13 @@ SITE = ("sphinx", "myst_parser", "furo", "sphinx_design", "sphinx_copybutton", "
 
 
 def _site(options: argparse.Namespace) -> int:
-    made = _Site(options)
-    if not options.watch:
-        return 0 if made.make() else 1
-    made.make()
+    with closing(_Site(options)) as made:
+        done = made.make()
+        return _watch(made, options) if options.watch else 0 if done else 1
+
+
+def _watch(made: _Site, options: argparse.Namespace) -> int:
+    """Serve a site that was made, and make it again whenever its folder changes."""
     try:
         server = live.Server(made.out, options.port)
     except OSError as error:
@@ -123,7 +128,6 @@ def _site(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         pass
     finally:
-        made.close()
         server.close()
     return 0
 
@@ -149,6 +153,7 @@ class _Site:
             raise Refused(f"cannot write {options.output!r}: {error.strerror or error}") from error
         self.source, self.cache = self.out / site.OWN / "source", self.out / site.OWN / "outputs"
         self.warm: dict[tuple[str, str], runner.Tab] = {}  # of --watch, by page and tab
+        self.forks = Forks()
         self.ran = 0
 
     def make(self) -> bool:
@@ -199,12 +204,12 @@ class _Site:
 
         def move(count: int, doing: str) -> None:
             if not counts:  # a kernel is at work
-                self.close(but=page)
+                self.end_kernels(but=page)
             counts.append(count)
             self.progress.move(count, doing)
 
         self.progress.start(f"{page} {name}", len(cells), "starting")
-        tab = self.warm.setdefault((page, name), runner.Tab(name, self.options.timeout, self.cache))
+        tab = self.warm.setdefault((page, name), runner.Tab(name, self.options.timeout, self.cache, self.forks))
         ran = tab.run(given, move)
         if not self.options.watch:
             tab.close()
@@ -212,8 +217,13 @@ class _Site:
         self.ran += len(counts) - 1 if counts else 0
         return ran
 
-    def close(self, but: str = "") -> None:
-        """End the kernels of other lessons: each holds a framework in memory."""
+    def close(self) -> None:
+        """End all processes."""
+        self.end_kernels()
+        self.forks.close()
+
+    def end_kernels(self, but: str = "") -> None:
+        """End the kernels of other lessons: what they computed stays in memory."""
         for (page, _), tab in self.warm.items():
             if page != but:
                 tab.close()

@@ -21,6 +21,7 @@ from typing import Any
 import kvattn
 from kvattn.lesson import agree
 from kvattn.lesson.agree import Agreement
+from kvattn.lesson.forks import Forks, provisioner
 from kvattn.lesson.reader import Cell, Lesson
 from kvattn.lesson.references import References
 from kvattn.lesson.watch import MIME
@@ -112,12 +113,13 @@ def run_tab(
     cache: str | Path | None = None,
     timeout: int = TIMEOUT,
     progress: Callable[[int, str], None] = lambda done, doing: None,
+    forks: Forks | None = None,
 ) -> list[Ran]:
     """Run the cells of one tab in a new kernel of this Python, in the lesson's folder, up to the first error.
 
     ``cache`` is a folder that keeps the outputs of a tab that had no error, by content: the tab's code, kvattn's own, what is
     installed, and the files and folders that the cells read. ``timeout`` is for a cell, in seconds. ``progress`` is called with
-    the number of cells done and the first line of the next.
+    the number of cells done and the first line of the next. ``forks``: whose kernel it is, where several lessons are run.
 
     Raises ModuleNotFoundError where ipykernel, nbclient or nbformat is not installed.
     """
@@ -125,7 +127,7 @@ def run_tab(
         return []
     if (ran := remembered(lesson, name, cache)) is not None:
         return ran
-    with closing(Tab(name, timeout, cache)) as tab:
+    with closing(Tab(name, timeout, cache, forks)) as tab:
         return tab.run(lesson, progress)
 
 
@@ -150,8 +152,8 @@ def remembered(lesson: Lesson, name: str, cache: str | Path | None) -> list[Ran]
 class Tab:
     """A tab whose kernel stays: of a lesson that is run again, only the cells from the first that changed on."""
 
-    def __init__(self, name: str, timeout: int = TIMEOUT, cache: str | Path | None = None) -> None:
-        self.name, self.timeout, self.cache = name, timeout, cache
+    def __init__(self, name: str, timeout: int = TIMEOUT, cache: str | Path | None = None, forks: Forks | None = None) -> None:
+        self.name, self.timeout, self.cache, self.forks = name, timeout, cache, forks
         self.done: list[Any] = []  # the cells that were executed without an error, as nbformat has them
         self.failed: Any = None  # the one after them
         self.kernel: _Kernel | None = None
@@ -172,7 +174,8 @@ class Tab:
         else:
             self.clean = self.clean and same == len(self.done) and self.failed is None
             if self.kernel is None:
-                self.kernel, same, self.clean = _Kernel(self.name, lesson.path.absolute().parent, self.timeout), 0, True
+                self.kernel = _Kernel(self.name, lesson.path.absolute().parent, self.timeout, self.forks)
+                same, self.clean = 0, True
             self.done, self.failed = self.done[:same], None
             progress(same, cells[same].title)
             for cell in cells[same:]:
@@ -259,7 +262,7 @@ def _installed() -> list[str]:
 class _Kernel:
     """A kernel of this Python with one tab selected."""
 
-    def __init__(self, name: str, folder: Path, timeout: int) -> None:
+    def __init__(self, name: str, folder: Path, timeout: int, forks: Forks | None = None) -> None:
         import nbformat
         from jupyter_client.kernelspec import KernelSpecManager
         from jupyter_client.manager import AsyncKernelManager
@@ -276,6 +279,8 @@ class _Kernel:
             connection_file=str(Path(scratch, "kernel.json")),
             **({"transport": "ipc", "ip": str(Path(scratch, "kernel"))} if os.name == "posix" else {}),
         )
+        if forks is not None:
+            manager.provisioner = provisioner(manager, name, forks, str(Path(scratch, "stderr")))
         self.client = NotebookClient(
             nbformat.v4.new_notebook(),
             km=manager,

@@ -7,9 +7,11 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvattn.lesson.forks import Forks
 from kvattn.lesson.page import myst
 from kvattn.lesson.prose import TITLES, directive
 from kvattn.lesson.reader import MARKDOWN, Lesson, Prose, read
@@ -87,17 +89,18 @@ def write(
     ``title``: there is to be a page "index", of that title, which lists the others.
     """
     pages = Path(pages).absolute()
-    run = run or (lambda lesson, name: run_tab(lesson, name, cache=cache))
     results: dict[str, Result] = {}
     problems = []
-    for name, lesson in book.lessons.items():
-        tabs = [each for each in backends if not lesson.tabs or each in lesson.tabs]
-        if not tabs:
-            problems.append(f"{lesson.path} has none of the tabs {', '.join(backends)}; it has: {', '.join(lesson.tabs)}")
-            continue
-        ran = {each: run(lesson, each) for each in tabs}
-        results[name] = Result(lesson, ran, compare(lesson, ran, figures=True), refers, book.files)
-        problems += results[name].problems()
+    with Forks() as forks:
+        run = run or partial(run_tab, cache=cache, forks=forks)
+        for name, lesson in book.lessons.items():
+            tabs = [each for each in backends if not lesson.tabs or each in lesson.tabs]
+            if not tabs:
+                problems.append(f"{lesson.path} has none of the tabs {', '.join(backends)}; it has: {', '.join(lesson.tabs)}")
+                continue
+            ran = {each: run(lesson, each) for each in tabs}
+            results[name] = Result(lesson, ran, compare(lesson, ran, figures=True), refers, book.files)
+            problems += results[name].problems()
     if problems:
         return problems
     kept = {pages / f"{name}.md": _page(pages, name, result, numbered, install) for name, result in results.items()}
