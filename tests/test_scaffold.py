@@ -4,6 +4,7 @@ import importlib
 import subprocess
 import sys
 
+import lessons_on_sequences
 import numpy as np
 import pytest
 from adapters import reference
@@ -247,7 +248,7 @@ def lesson(backend):
         from kvattn.backends.mxnet import mx
 
         mx.npx.set_np()
-    return importlib.import_module(f"lessons_on_sequences.{backend}")
+    return lessons_on_sequences.of(backend)
 
 
 def test_a_lesson_on_attention_between_sequences_trains_and_translates(lesson, kv):
@@ -289,12 +290,10 @@ def small(kv, lesson, lr=0.02):
 
 
 def test_numpys_encoder_and_decoder_derive_their_gradients():
-    from lessons_on_sequences import numpy as lesson
-
     from kvattn import numpy as kv
     from kvattn.layers import analytic
 
-    model, data = small(kv, lesson)
+    model, data = small(kv, lessons_on_sequences.of("numpy"))
     *inputs, label = next(iter(data.train_dataloader()))
     model(*inputs)  # makes the weights, float32, which differences would be too coarse in
     for _, part in analytic.parts(model):
@@ -339,7 +338,8 @@ def test_gradients_are_shortened_to_their_limit(lesson, kv, backend):
 
 def test_a_class_is_written_in_several_cells(lesson, kv):
     """As d2l writes its own multi-head attention: on Module, with methods that are added."""
-    attention = lesson.heads(kv.Module)
+    attention = lesson.Heads(4)
+    assert isinstance(attention, kv.Module)
 
     @kv.add_to_class(lesson.Heads)
     def split(self, X):

@@ -48,11 +48,6 @@ class Heads(d2l.Module):
     num_heads: int
 
 
-def heads(base):
-    assert issubclass(Heads, base)
-    return Heads(4)
-
-
 class _Pictured(d2l.Classifier):
     lr: float
     training: bool = False

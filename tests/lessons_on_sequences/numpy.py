@@ -37,22 +37,3 @@ class Seq2SeqAttentionDecoder(d2l.AttentionDecoder):
     @property
     def attention_weights(self):
         return self.shown
-
-
-def model(encoder, decoder, tgt_pad, lr):
-    return d2l.Seq2Seq(encoder, decoder, tgt_pad=tgt_pad, lr=lr)
-
-
-def predict(model, trainer, batch, num_steps):
-    return model.predict_step(batch, d2l.try_gpu(), num_steps, True)
-
-
-class Heads(d2l.Module):
-    def __init__(self, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-
-
-def heads(base):
-    assert issubclass(Heads, base)
-    return Heads(4)
