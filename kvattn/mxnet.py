@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvattn import api, namespace
 from kvattn.kernels.mxnet import symbols
 from kvattn.layers.mxnet import *  # noqa: F403
-from kvattn.layers.mxnet import mx, np, whole
+from kvattn.layers.mxnet import mx, np, whole_lengths
 from kvattn.namespace import check_shape  # noqa: F401
 
 if TYPE_CHECKING:  # a type checker cannot see what the next line adds
@@ -35,7 +35,7 @@ def _counting(function):
 
     @functools.wraps(getattr(api, function.__name__))
     def call(*args, **options):
-        return function(*args, **{name: whole(x) if name == "valid_lens" else x for name, x in options.items()})
+        return function(*args, **{name: whole_lengths(x) if name == "valid_lens" else x for name, x in options.items()})
 
     return call
 
@@ -56,7 +56,7 @@ self_attention = _counting(self_attention)  # noqa: F405
 
 @functools.wraps(api.masked_softmax)
 def masked_softmax(scores, valid_lens=None, *args, **options):
-    return api.masked_softmax(scores, whole(valid_lens), *args, **{"backend": "mxnet"} | options)
+    return api.masked_softmax(scores, whole_lengths(valid_lens), *args, **{"backend": "mxnet"} | options)
 
 
 numpy, to, reduce_sum, reduce_mean = map(namespace.method, ("asnumpy", "as_in_context", "sum", "mean"))

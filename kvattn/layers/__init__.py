@@ -247,7 +247,7 @@ def normed(tab: Any, epsilon: float | None, queries: Any, keys: Any, q_norm: Any
     return tab._normed(queries, q_norm, epsilon), tab._normed(keys, k_norm, epsilon)
 
 
-def turned(backend: str, rotary: Any, queries: Any, keys: Any, first: Any, cache: KVCache | None = None) -> Any:
+def rotated(backend: str, rotary: Any, queries: Any, keys: Any, first: Any, cache: KVCache | None = None) -> Any:
     """queries and keys (..., heads, n, d) turned by their positions: queries stand from ``first`` on, keys from 0 on; with a
     cache, both after what it holds. ``backend`` is named, since NumPy's arrays would be those of any."""
     if cache is not None:
@@ -338,7 +338,7 @@ def placed(backend: str, queries: Any, keys: Any, values: Any, cache: Any, rotar
 
     Returns queries, keys, values and the cache; the place of the queries is put among the options.
     """
-    queries, keys = turned(backend, rotary, queries, keys, options.get("query_offset", 0), cache)
+    queries, keys = rotated(backend, rotary, queries, keys, options.get("query_offset", 0), cache)
     if cache is not None:
         cache = cache.extend(keys, values, backend=backend)
         keys, values = cache.seen()
@@ -416,7 +416,7 @@ ATTENTIONS = ("attention1", "attention2")  # of a decoder's block: to its own po
 NOT_KEPT = KVCache(length=None)  # in a state, of a block that was called in a graph which can keep no cache
 
 
-def opened(state: Any, blocks: int, exactly: bool = True) -> tuple[Any, Any, list[KVCache]]:
+def parts_of_state(state: Any, blocks: int, exactly: bool = True) -> tuple[Any, Any, list[KVCache]]:
     """The encoder's outputs, their lengths and the blocks' caches in a decoder's state. Raises for what is no such state.
 
     Not ``exactly``: for the last of these blocks alone, which looks at its own cache.
@@ -462,7 +462,7 @@ def following(state: Any, i: int, cache: KVCache) -> list[Any]:
     return [outputs, lens, [*caches[:i], cache, *caches[i + 1 :]]]
 
 
-def causally(options: dict[str, Any]) -> dict[str, Any]:
+def with_causal(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a decoder's self-attention. Raises ValueError for another ``causal``: d2l's decoders looked ahead."""
     if options.get("causal", True) is not True:
         raise ValueError(f"causal is {options['causal']!r}; a decoder attends to no later position: leave it out")
@@ -510,7 +510,7 @@ def encoded(tab: Any, encoder: Any, X: Any, valid_lens: Any, cache: Any, rng: An
 
 def decoded(tab: Any, decoder: Any, X: Any, state: Any, rng: Any, **options: Any) -> tuple[Any, Any]:
     """Tokens through a decoder's embedding, blocks and dense layer: (logits, state)."""
-    *_, held = opened(state, len(decoder.blks))
+    *_, held = parts_of_state(state, len(decoder.blks))
     X = decoder._embedded(X, held[0].length if held else 0, seed_of(tab, rng, 0, attends=False))
     for i, block in enumerate(decoder.blks):
         X, state = block(X, state, **options, **seeded(seed_of(tab, rng, 1 + i)))

@@ -134,7 +134,7 @@ def _is(dtype, x):
     return tab.is_array(x) and x.dtype == dtype
 
 
-def _first(name, seed):
+def _initializer(name, seed):
     """flax's kind of function for the first values of the weight that kvattn calls ``name``."""
 
     def init(key, shape, dtype=jnp.float32):
@@ -148,7 +148,7 @@ def _first(name, seed):
 
 
 def _dense(name, features, bias, seed):
-    return nn.Dense(features, use_bias=bias, kernel_init=_first(name, seed), promote_dtype=_as_inputs)
+    return nn.Dense(features, use_bias=bias, kernel_init=_initializer(name, seed), promote_dtype=_as_inputs)
 
 
 def _as_inputs(inputs, *weights, dtype=None):
@@ -245,7 +245,7 @@ class MultiplicativeAttention(_Attention):
     @_attends
     @nn.compact
     def __call__(self, queries, keys, values, valid_lens=None, training=False, **options):
-        W = self.param("W", _first("W", self.seed), (queries.shape[-1], keys.shape[-1]))
+        W = self.param("W", _initializer("W", self.seed), (queries.shape[-1], keys.shape[-1]))
         score = partial(api.multiplicative_score, W=W.astype(queries.dtype))
         return self._attend(score, queries, keys, values, valid_lens, training, **options)
 
@@ -259,7 +259,7 @@ class GatedAttention(_Attention):
     @_attends
     @nn.compact
     def __call__(self, queries, keys, values, valid_lens=None, training=False, **options):
-        w_g = self.param("w_g", _first("w_g", self.seed), (2 * queries.shape[-1],))
+        w_g = self.param("w_g", _initializer("w_g", self.seed), (2 * queries.shape[-1],))
         score = partial(api.gated_score, w_g=w_g.astype(queries.dtype))
         return self._attend(score, queries, keys, values, valid_lens, training, **options)
 
@@ -483,7 +483,7 @@ class _Stack(_Layer):
     seed: layers.Seed = _keyword(default=None)
 
     def setup(self):
-        self.embedding = nn.Embed(self.vocab_size, self.num_hiddens, embedding_init=_first("embedding", self.seed))
+        self.embedding = nn.Embed(self.vocab_size, self.num_hiddens, embedding_init=_initializer("embedding", self.seed))
         self.pos_encoding = PositionalEncoding(self.num_hiddens, self.dropout, self.max_len)
         self.blks = [
             self.BLOCK(
@@ -557,9 +557,9 @@ class TransformerDecoderBlock(_Block):
 
     @_decodes_block
     def __call__(self, X, state, training=False, *, return_weights=None, rng=None, **options):
-        outputs, lens, caches = layers.opened(state, self.i + 1, exactly=False)
+        outputs, lens, caches = layers.parts_of_state(state, self.i + 1, exactly=False)
         seeds = [layers.seed_of(tab, rng, part, attends=part in (0, 2)) for part in range(5)]
-        options, asked = layers.causally(options), {"return_weights": return_weights}
+        options, asked = layers.with_causal(options), {"return_weights": return_weights}
         Y, *own, cache = self.attention1(X, X, X, None, training, cache=caches[self.i], rng=seeds[0], **options, **asked)
         Y = self.addnorm1(X, Y, training, rng=seeds[1])
         Z, *other = _several(self.attention2(Y, outputs, outputs, lens, training, rng=seeds[2], **asked))
@@ -592,7 +592,7 @@ class TransformerDecoder(_Stack):
 
     @_decodes
     def __call__(self, X, state, training=False, *, return_weights=None, rng=None, **options):
-        *_, caches = layers.opened(state, self.num_blks)
+        *_, caches = layers.parts_of_state(state, self.num_blks)
         X = self._embedded(X, training, caches[0].length if caches else 0, rng)
         options["return_weights"] = self._asked(return_weights)
         weights = []

@@ -93,7 +93,7 @@ class Decoding(Layer):
         if hasattr(state, "shape"):  # Keras's own call, in a functional model that runs
             return super().__call__(X, state, *args, **options)
         whole = hasattr(self, "blks")
-        outputs, lens, caches = layers.opened(state, len(self.blks) if whole else self.i + 1, whole)
+        outputs, lens, caches = layers.parts_of_state(state, len(self.blks) if whole else self.i + 1, whole)
         if any(isinstance(x, keras.KerasTensor) for x in (X, outputs)):
             output = super().__call__(X, outputs, lens, **options)
             kept = [layers.NOT_KEPT] * len(caches) if whole else layers.NOT_KEPT
@@ -124,7 +124,7 @@ class _First(keras.initializers.Initializer):
         return {"seed": self.seed, "name": self.name}
 
 
-def first(seed, name, shape=None):
+def initializer(seed, name, shape=None):
     """The initializer of the weight that kvattn calls ``name``; ``shape`` where it is no matrix of a Dense."""
     if seed is not None:
         return _First(seed, name)
@@ -135,7 +135,7 @@ def first(seed, name, shape=None):
 
 def dense(layer, name, units, bias, seed):
     """A Dense, in the layer's dtype, that knows its name."""
-    return Dense(units, use_bias=bias, kernel_initializer=first(seed, name), name=name, dtype=layer.dtype_policy)
+    return Dense(units, use_bias=bias, kernel_initializer=initializer(seed, name), name=name, dtype=layer.dtype_policy)
 
 
 def build_once(part, *shapes):

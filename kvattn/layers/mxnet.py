@@ -210,9 +210,9 @@ def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=N
     """kvattn.attention with dropout in training alone, noted as the layer's last call: at once, or when a graph runs."""
     if tab.is_array(query):
         query, key = layers.normed(tab, qk_norm, query, key, q_norm, k_norm)
-        query, key = layers.turned("mxnet", rotary, query, key, options.get("query_offset", 0))
+        query, key = layers.rotated("mxnet", rotary, query, key, options.get("query_offset", 0))
         options = layers.with_alibi("mxnet", options, alibi, query)
-    options |= {"score": score, "valid_lens": whole(valid_lens, backend)}
+    options |= {"score": score, "valid_lens": whole_lengths(valid_lens, backend)}
     layer = _traced.get(layer) if isinstance(layer, str) else layer
     if layer is not None and tab.is_array(query):
         layer._last = (query.detach(), key.detach(), {name: _as_it_is_now(x) for name, x in options.items()})
@@ -223,7 +223,7 @@ def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=N
 symbols.callable_by_name["_attend"] = _attend
 
 
-def whole(valid_lens, backend="mxnet"):
+def whole_lengths(valid_lens, backend="mxnet"):
     """Lengths as integers: MXNet makes float32 of np.array([3, 2]). Raises TypeError for fractions."""
     backend = tab if backend == "mxnet" else backend
     if not backend.is_array(valid_lens) or "float" not in str(valid_lens.dtype):
@@ -321,7 +321,7 @@ class MultiHeadAttention(_Layer):
     def hybrid_forward(self, F, queries, keys, values, valid_lens=None, *, cache=None, sink=None, q_norm=None, k_norm=None,
                        **options):  # fmt: skip
         if cache is None and tab.is_array(queries):  # a later call may look at what is nobody's now; a Symbol has no values
-            valid_lens = whole(valid_lens)
+            valid_lens = whole_lengths(valid_lens)
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = _split(self.W_q(queries), self.num_heads, self.width)  # (batch, heads, n, d)
         keys, values = (_split(x, self.num_kv_heads, self.width) for x in (self.W_k(keys), self.W_v(values)))
@@ -331,13 +331,13 @@ class MultiHeadAttention(_Layer):
             options |= {} if self.qk_norm is None else {"qk_norm": self.qk_norm, "q_norm": q_norm, "k_norm": k_norm}
         else:
             queries, keys = layers.normed(tab, self.qk_norm, queries, keys, q_norm, k_norm)
-            queries, keys = layers.turned("mxnet", self.rotary, queries, keys, options.get("query_offset", 0), cache)
+            queries, keys = layers.rotated("mxnet", self.rotary, queries, keys, options.get("query_offset", 0), cache)
         if cache is not None:
             cache = cache.extend(keys, values)
             keys, values = cache.seen()
             options["query_offset"] = cache.length - queries.shape[-2]
         if not symbols.deferred(queries):
-            valid_lens = layers.lengths(tab, whole(valid_lens), queries)
+            valid_lens = layers.lengths(tab, whole_lengths(valid_lens), queries)
             options = layers.with_alibi("mxnet", options, self.alibi, queries)
         results = self.attention(queries, keys, values, valid_lens, **layers.with_sink(options, sink))
         return layers.joined(partial(_join, width=self.num_heads * self.width), self.W_o, results, cache)
@@ -552,9 +552,9 @@ class TransformerDecoderBlock(_Layer):
         self.addnorm3 = AddNorm(dropout, num_hiddens)
 
     def hybrid_forward(self, F, X, state, *, rng=None, **options):
-        outputs, lens, caches = layers.opened(state, self.i + 1, exactly=False)
+        outputs, lens, caches = layers.parts_of_state(state, self.i + 1, exactly=False)
         seeds = [layers.seeded(layers.seed_of(tab, rng, part, attends=part in (0, 2))) for part in range(5)]
-        options = layers.causally(options) | seeds[0]
+        options = layers.with_causal(options) | seeds[0]
         if symbols.deferred(X):
             Y, cache = self.attention1(X, X, X, **options), layers.NOT_KEPT
         else:

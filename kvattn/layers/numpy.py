@@ -402,13 +402,13 @@ class TransformerDecoderBlock(Layer):
         self.addnorm3 = AddNorm(num_hiddens, dropout, rng=rng)
 
     def __call__(self, X: A, state: list[Any], **options: Any) -> tuple[A, list[Any]]:
-        outputs, lens, caches = layers.opened(state, self.i + 1, exactly=False)
+        outputs, lens, caches = layers.parts_of_state(state, self.i + 1, exactly=False)
         Y, cache = super().__call__(X, outputs, lens, cache=caches[self.i], **options)
         return Y, layers.following(state, self.i, cache)
 
     def forward(self, X, enc_outputs, enc_valid_lens, *, cache, rng=None, **options):
         seeds = [layers.seed_of(tab, rng, part, attends=part in (0, 2)) for part in range(5)]
-        options = layers.causally(options)
+        options = layers.with_causal(options)
         Y, cache = self.attention1(X, X, X, cache=cache, rng=seeds[0], **options)
         Y = self.addnorm1(X, Y, rng=seeds[1])
         Z = self.attention2(Y, enc_outputs, enc_outputs, enc_valid_lens, rng=seeds[2])
@@ -432,7 +432,7 @@ class TransformerDecoder(layers.KeepsState, _Stack):
     _block, _scores = TransformerDecoderBlock, True
 
     def __call__(self, X: Any, state: list[Any], **options: Any) -> tuple[Floats, list[Any]]:
-        outputs, lens, caches = layers.opened(state, len(self.blks))
+        outputs, lens, caches = layers.parts_of_state(state, len(self.blks))
         logits, caches = super().__call__(X, outputs, lens, caches=caches, **options)
         return logits, [outputs, lens, caches]
 

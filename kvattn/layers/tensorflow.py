@@ -20,8 +20,8 @@ from kvattn.layers.keras import (  # noqa: F401
     check_given,
     dense,
     dropped,
-    first,
     hide_padding,
+    initializer,
     keeps,
     padding_of,
     parts,
@@ -142,7 +142,7 @@ class MultiplicativeAttention(_Attention):
             self.make((queries_shape[-1], keys_shape[-1]))
 
     def make(self, shape):
-        self.W = self.add_weight(name="W", shape=shape, initializer=first(self._seed, "W"))
+        self.W = self.add_weight(name="W", shape=shape, initializer=initializer(self._seed, "W"))
 
     def _score(self, queries, keys):
         return partial(api.multiplicative_score, W=tf.convert_to_tensor(self.W))
@@ -163,7 +163,7 @@ class GatedAttention(_Attention):
             self.make((2 * queries_shape[-1],))
 
     def make(self, shape):
-        self.w_g = self.add_weight(name="w_g", shape=shape, initializer=first(self._seed, "w_g", shape))
+        self.w_g = self.add_weight(name="w_g", shape=shape, initializer=initializer(self._seed, "w_g", shape))
 
     def _score(self, queries, keys):
         return partial(api.gated_score, w_g=tf.convert_to_tensor(self.w_g))
@@ -357,7 +357,7 @@ class _Stack(Layer):
         check_given(self, num_hiddens=num_hiddens, ffn_num_hiddens=ffn_num_hiddens, num_heads=num_heads, num_blks=num_blks)
         self.autocast = False  # d2l's tokens may be floats: half precision would round them
         self.num_hiddens, dtype = num_hiddens, self.dtype_policy
-        drawn = first(seed, "embedding", (vocab_size, num_hiddens))
+        drawn = initializer(seed, "embedding", (vocab_size, num_hiddens))
         self.embedding = keras.layers.Embedding(vocab_size, num_hiddens, embeddings_initializer=drawn, dtype=dtype)
         self.embedding.supports_masking = True  # a mask of the tokens reaches the blocks from here
         self.pos_encoding = PositionalEncoding(num_hiddens, dropout, max_len, dtype=dtype)
@@ -432,7 +432,7 @@ class TransformerDecoderBlock(Decoding):
         rng, arrays = seed_among(arrays, rng)
         seeds = [layers.seed_of(tab, rng, part, attends=part in (0, 2)) for part in range(5)]
         seeds = [layers.seeded(seed) for seed in seeds]
-        options = {**layers.causally(options), "queries_mask": X_mask, "keys_mask": X_mask, "arrays": arrays}
+        options = {**layers.with_causal(options), "queries_mask": X_mask, "keys_mask": X_mask, "arrays": arrays}
         caches = [layers.KVCache()] * (self.i + 1) if cache is None else cache.cache
         if keeps(caches[self.i], X, X_mask):
             Y, kept = self.attention1(X, X, X, cache=caches[self.i], **options, **seeds[0])

@@ -373,9 +373,9 @@ class TransformerDecoderBlock(_Decodes):
         self.addnorm3 = AddNorm(num_hiddens, dropout)
 
     def forward(self, X, state, *, rng=None, **options):
-        outputs, lens, caches = layers.opened(state, self.i + 1, exactly=False)
+        outputs, lens, caches = layers.parts_of_state(state, self.i + 1, exactly=False)
         seeds = [layers.seed_of(tab, rng, part, attends=part in (0, 2)) for part in range(5)]
-        options = layers.causally(options)
+        options = layers.with_causal(options)
         Y, cache = self.attention1(X, X, X, cache=caches[self.i], rng=seeds[0], **options)
         Y = self.addnorm1(X, Y, rng=seeds[1])
         Z = self.addnorm2(Y, self.attention2(Y, outputs, outputs, lens, rng=seeds[2]), rng=seeds[3])

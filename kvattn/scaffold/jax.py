@@ -16,7 +16,7 @@ from flax.training import train_state
 from kvattn import layers, scaffold
 from kvattn.backends import jax as tab
 from kvattn.jax import get_key
-from kvattn.layers.jax import _dense, _dropped, _exact, _first, _kernel, _keyword, _Layer
+from kvattn.layers.jax import _dense, _dropped, _exact, _initializer, _kernel, _keyword, _Layer
 from kvattn.scaffold import data, training
 from kvattn.scaffold.data import DataModule, Vocab, bleu  # noqa: F401
 from kvattn.scaffold.training import HyperParameters, ProgressBoard, add_to_class, check_len  # noqa: F401
@@ -250,7 +250,7 @@ class Seq2SeqEncoder(Encoder):
     seed: layers.Seed = _keyword(default=None)
 
     def setup(self):
-        self.embedding = nn.Embed(self.vocab_size, self.embed_size, embedding_init=_first("embedding", self.seed))
+        self.embedding = nn.Embed(self.vocab_size, self.embed_size, embedding_init=_initializer("embedding", self.seed))
         self.rnn = GRU(self.num_hiddens, self.num_layers, self.dropout, seed=layers.child(self.seed, "rnn"))
 
     def __call__(self, X, *args, training=False):

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from kvattn import checks, layers, scaffold
 from kvattn.backends import tensorflow as tab
-from kvattn.layers.keras import Layer, build_once, dense, dropped, first, registered
+from kvattn.layers.keras import Layer, build_once, dense, dropped, initializer, registered
 from kvattn.scaffold import data, training
 from kvattn.scaffold.data import DataModule, Vocab, bleu  # noqa: F401
 from kvattn.scaffold.training import HyperParameters, ProgressBoard, add_to_class, check_len  # noqa: F401
@@ -168,7 +168,7 @@ class Seq2SeqEncoder(Encoder):
 
     def __init__(self, vocab_size, embed_size, num_hiddens, num_layers, dropout=0.0, *, seed=None):
         super().__init__()
-        drawn = first(seed, "embedding", (vocab_size, embed_size))
+        drawn = initializer(seed, "embedding", (vocab_size, embed_size))
         self.embedding = keras.layers.Embedding(vocab_size, embed_size, embeddings_initializer=drawn)
         self.rnn = GRU(num_hiddens, num_layers, dropout, seed=layers.child(seed, "rnn"))
 
