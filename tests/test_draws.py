@@ -92,8 +92,8 @@ def test_a_fault_is_found_and_its_smallest_call_fails_as_code(monkeypatch, old, 
 
 LAYER_FAULTS = [
     ("a block forgets what it was given", "Y = self.addnorm1(X, Y,", "Y = self.addnorm1(0 * X, Y,"),
-    ("a step forgets where it stands", 'options["query_offset"] = cache.length - queries.shape[-2]', "pass"),
-    ("positions begin anew", "caches[0].length if caches else 0", "0"),
+    ("a step forgets where it stands", "cache, self.rotary, options)", "cache, self.rotary, {**options})"),
+    ("positions begin anew", "math.sqrt(self.num_hiddens), first,", "math.sqrt(self.num_hiddens), 0,"),
     ("a gradient counts twice", "self.gradient(key, by_key)", "self.gradient(key, 2 * by_key)"),
     ("relu lets small numbers by", "np.maximum(X, 0) if", "np.maximum(X, -0.05) if"),
     ("gelu is by a logistic function", "_erfc(-X / math.sqrt(2)).astype(X.dtype) / 2", "1 / (1 + np.exp(-1.702 * X))"),
