@@ -14,7 +14,7 @@ SLICES = 4  # that are cut from one array
 PLAIN = ("dot_score", "scaled_dot_score", "multiplicative_score", "gated_score", "cosine_score")  # these hold no features
 
 
-def window_blocks(n: object, m: object, offset: object, left: int | None, right: int | None) -> list[Block]:
+def window_blocks(n: Any, m: Any, offset: Any, left: int | None, right: int | None) -> list[Block]:
     """Blocks that hold every pair in the window; [] where blocks would save nothing, and where a size or the offset is unknown.
 
     >>> window_blocks(512, 1024, 0, 10, 0)
@@ -22,9 +22,6 @@ def window_blocks(n: object, m: object, offset: object, left: int | None, right:
     """
     if not (type(n) is type(m) is type(offset) is int):
         return []
-    assert isinstance(n, int)
-    assert isinstance(m, int)
-    assert isinstance(offset, int)
     width = (m if left is None else left) + (m if right is None else right) + min(n, BLOCK)
     if 2 * width > m or (n <= BLOCK and m <= FEW):
         return []
@@ -59,7 +56,7 @@ def memory_blocks(score: Any, query: tuple[int, ...], key: tuple[int, ...], most
     return [(i, min(i + size, n), 0, m) for i in range(0, n, size)] if size < n else []
 
 
-def allows_all(n: object, m: object, offset: object, left: int | None, right: int | None) -> bool:
+def allows_all(n: Any, m: Any, offset: Any, left: int | None, right: int | None) -> bool:
     """Whether the window allows every pair; False where a size or the offset is unknown, or an array.
 
     >>> allows_all(1, 1024, 1023, None, 0)  # a decoding step: the query stands at the last key
@@ -67,15 +64,12 @@ def allows_all(n: object, m: object, offset: object, left: int | None, right: in
     """
     if not (type(n) is type(m) is type(offset) is int):
         return False
-    assert isinstance(n, int)
-    assert isinstance(m, int)
-    assert isinstance(offset, int)
     if left is not None and offset + n - 1 > left:  # the last query, from the first key
         return False
     return right is None or m - 1 - offset <= right  # the last key, from the first query
 
 
-def leaves_none_out(n: object, m: object, offset: object, left: int | None, right: int | None) -> bool:
+def leaves_none_out(n: Any, m: Any, offset: Any, left: int | None, right: int | None) -> bool:
     """Whether the window leaves each query a key and each key a query; False where a size or the offset is unknown.
 
     >>> leaves_none_out(4, 4, 0, None, 0), leaves_none_out(3, 4, 0, None, 0)  # nobody sees the fourth key
@@ -83,13 +77,21 @@ def leaves_none_out(n: object, m: object, offset: object, left: int | None, righ
     """
     if not (type(n) is type(m) is type(offset) is int and n and m):
         return False
-    assert isinstance(n, int)
-    assert isinstance(m, int)
-    assert isinstance(offset, int)
     end = offset + n - 1  # where the last query stands
-    if right is not None and (offset + right < 0 or end + right < m - 1):
+    if (right is not None and end + right < m - 1) or (left is not None and offset > left):
         return False
-    return left is None or (offset - left <= 0 and end - left < m)
+    return leaves_each_a_key(n, m, offset, left, right)
+
+
+def leaves_each_a_key(n: Any, m: Any, offset: Any, left: int | None, right: int | None) -> bool:
+    """Whether the window leaves each query a key; False where a size or the offset is unknown.
+
+    >>> leaves_each_a_key(4, 2, 0, None, 0), leaves_each_a_key(4, 2, 0, 1, 0)  # the fourth query sees keys 2 and 3 at most
+    (True, False)
+    """
+    if not (type(n) is type(m) is type(offset) is int):
+        return False
+    return (right is None or offset + right >= 0) and (left is None or offset + n - 1 - left < m)
 
 
 def heads(query: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, int]:

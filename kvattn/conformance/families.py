@@ -18,28 +18,10 @@ INF, NAN = np.inf, np.nan
 def every(rng: np.random.Generator) -> Iterator[Case]:
     keywords = (plain, masks, biases, lengths, unsigned, causal, windows, caps)
     parts = (groups, shapes, large, padding, positions, pooling.scores, pooling.pooling, pooling.normalisers)
-    for family in (
-        *keywords,
-        *parts,
-        merging,
-        blocks,
-        covariance,
-        multihead.cases,
-        combinations,
-        many_axes,
-        notfinite.cases,
-        lone,
-        places.cases,
-        sinks,
-        notfinite.sinks,
-        placed.cases,
-        scores_out,
-        places.layered,
-        notfinite.scores_out,
-        dropout,
-        multihead.dropout,
-        places.falling,
-    ):
+    together = (merging, blocks, covariance, multihead.cases, combinations, many_axes, notfinite.cases, lone, places.cases)
+    later = (sinks, notfinite.sinks, placed.cases, scores_out, places.layered, notfinite.scores_out)
+    dropped = (dropout, multihead.dropout, places.falling)
+    for family in (*keywords, *parts, *together, *later, *dropped):
         yield from family(rng)
 
 

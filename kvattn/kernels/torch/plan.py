@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from kvattn import planning
+
 CALL = 2**22  # multiplications that one more call must save, and
 READ = 32  # that take as long as reading one number of a key or value
 GAIN = 0.25  # share of the work that calls apart must save: they keep the cores less busy than one
@@ -52,23 +54,15 @@ def blocks_of_masks(n, m, masks, beyond):
 
 def each_sees_a_key(n, m, call):
     """Whether a window is all that forbids pairs, and it leaves each query some key: then there is no padding to hide."""
-    if call.masked or not (call.windowed and n):
-        return False
-    if not type(n) is type(m) is type(call.query_offset) is int:  # sizes may be symbols, an offset an array
-        return False
-    first, last = call.query_offset, call.query_offset + n - 1  # where the first query stands, and the last
-    return (call.right is None or first + call.right >= 0) and (call.left is None or last - call.left < m)
+    seen = call.windowed and not call.masked and n  # sizes may be symbols, an offset an array
+    return bool(seen) and planning.leaves_each_a_key(n, m, call.query_offset, call.left, call.right)
 
 
 def narrowed(blocks, m, call):
     """The blocks beside just the keys that some of their queries sees: NaN in others would reach them."""
     offset, left, right = call.query_offset, call.left, call.right
-    return [
-        (
-            i,
-            j,
-            0 if left is None else max(0, offset + i - left),
-            m if right is None else min(m, offset + j + right),
-        )
-        for i, j, *_ in blocks
-    ]
+
+    def seen(i, j):
+        return 0 if left is None else max(0, offset + i - left), m if right is None else min(m, offset + j + right)
+
+    return [(i, j, *seen(i, j)) for i, j, *_ in blocks]
