@@ -1,5 +1,6 @@
 """Every test that asks for ``backend`` runs once for each backend of this run: KVATTN_CONFORMANCE, or all installed."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,13 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def tab(backend):
     return kvattn.dispatch.load(backend)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_is_not_collected():
+    """What frameworks and earlier files made and keep, graphs and programs above all, no collection looks at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

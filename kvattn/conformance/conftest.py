@@ -7,6 +7,7 @@ KVATTN_SHARE=7 asks every seventh case only.
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -46,6 +47,11 @@ def chosen(config: pytest.Config) -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[BACKENDS] = chosen(config)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # modules and cases stay: no collection need look at them again
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
