@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -300,6 +301,19 @@ def test_functions_of_positions_are_measured_beside_the_calls_they_stand_for(tmp
         "the whole call", "causal=", "window=", "the plain call", "the plain call's", "its array",
     }  # fmt: skip
     assert all(row["ratio"] > 0 and row["ms"] > 0 for row in rows)
+
+
+def test_a_backends_rows_of_the_page_join_those_of_others_measured_alike(tmp_path):
+    add = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "page.py"))["add"]
+    code = "import json, sys; about, name, _, path = sys.argv[1:]; rows = [{'backend': name}]; "
+    code += "json.dump({'date': about, 'rows': rows}, open(path, 'w'))"
+    for day, backend, expected in (
+        ("1", "a", "a"), ("1", "b", "ab"), ("1", "a", "ba"), ("2", "b", "b"),  # figures of two days are not mixed
+    ):  # fmt: skip
+        add(tmp_path / "part.json", backend, [sys.executable, "-c", code, day, backend], 60)
+        found = json.loads((tmp_path / "part.json").read_text())
+        assert "".join(row["backend"] for row in found["rows"]) == expected
+        assert found["date"] == day
 
 
 def test_the_parts_of_the_page_are_measured_as_far_as_there_is_time(tmp_path):

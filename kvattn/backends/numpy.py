@@ -400,7 +400,8 @@ def _weighted(query, key, value, allowed, call):
     # output = weights @ value: (..., h, n, v)
     dropped = _fold(_dropout(weights, call), kv_heads)
     output = dropped @ _wide(value)
-    if allowed is not None and not np.isfinite(output).all():  # 0 * NaN is NaN: only pairs that may attend
+    # 0 * NaN is NaN: only pairs that may attend. A product tells of one that is not finite, in half the time of looking at each
+    if allowed is not None and not math.isfinite(np.vdot(output, output)):
         weights = identity(weights, allowed)
         output = tiles.product_of_allowed(dropped, _wide(value), _fold(np.broadcast_to(allowed, weights.shape), kv_heads))
     output = _unfold(output, heads, n).astype(dtype, copy=False)
