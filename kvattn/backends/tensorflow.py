@@ -119,6 +119,8 @@ def _lengths(valid_lens, ndim):
 
 def _positions(query_offset, n, ndim):
     """Where each query stands: (n, 1), or (batch, 1, ..., n, 1) of ndim axes."""
+    if type(query_offset) is type(n) is int:
+        return tf.range(query_offset, query_offset + n, dtype=tf.int64)[:, None]
     query_offset = tf.cast(query_offset, tf.int64)
     if len(query_offset.shape):
         query_offset = tf.reshape(query_offset, (-1, *[1] * (ndim - 1)))
@@ -127,7 +129,8 @@ def _positions(query_offset, n, ndim):
 
 def _keys(key):
     """The positions of the keys."""
-    return tf.range(tf.cast(quirks.shape(key)[-2], tf.int64))
+    m = quirks.shape(key)[-2]
+    return tf.range(m, dtype=tf.int64) if type(m) is int else tf.range(tf.cast(m, tf.int64))  # each cast is an operation
 
 
 def _allowed(n, keys, ndim, call):
