@@ -5,7 +5,7 @@ What every backend's fast path promises is in test_tiled.py.
 
 import subprocess
 import sys
-from functools import partial
+from functools import partial, wraps
 from unittest.mock import patch
 
 import numpy as np
@@ -153,6 +153,24 @@ def test_one_compilation_serves_every_length():
             kvattn.attention_grad(*arrays, causal=True, query_offset=m - n - 1, valid_lens=[m, m - 1])
     assert len(served) == 8
     assert len(traced) == 1
+
+
+def test_one_compilation_serves_half_precision_and_float32():
+    traced = []
+
+    def noted(name, function):
+        def run(call):
+            traced.append(name)
+            return function(call)
+
+        return wraps(function)(run)
+
+    passes = {name: noted(name, getattr(tiled, name)) for name in ("_forward", "_backward")}
+    with in_blocks(), patch.multiple(tiled, **passes):
+        for dtype in ("float16", "bfloat16", "float32"):
+            arrays = [tf.cast(x, dtype) for x in draw(n=9, m=8)]
+            kvattn.attention_grad(*arrays, causal=True, query_offset=3, softcap=1.25)
+    assert sorted(traced) == ["_backward", "_forward"]
 
 
 def second(query, key, value, grad, direction, **options):

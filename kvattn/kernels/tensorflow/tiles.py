@@ -89,6 +89,8 @@ def attention(tab, query, key, value, call, _blocks):
     """softmax(scores) @ value, and the log of the softmax's sums on request: what attention of ``tab`` returns."""
     segments = call.mask[1:] if type(call.mask) is Segments else ()
     of_all, m = call, key.shape[-2]  # what it says of pairs, as an array
+    dtype = query.dtype
+    query, key, value = map(tab._wide, (query, key, value))  # here, and not in each block: one trace serves half precision too
 
     def plain(*arrays):  # which no blocks of this file serve
         bias = of_all.bias and of_all.bias.whole(query.shape[-2], m)
@@ -109,7 +111,7 @@ def attention(tab, query, key, value, call, _blocks):
     rest += segments
     biased = call.bias is not None
     if biased:
-        rest.append(call.bias.values[..., None, :])
+        rest.append(tab._wide(call.bias.values)[..., None, :])
     given = call.valid_lens is not None, call.mask is not None
     most = BAND_ROWS if call.windowed else ROWS
     kind = Kind(scale, call.softcap, left, right, *given, call.return_lse, SCORES, most, FEWEST, bool(segments), biased)
@@ -140,7 +142,7 @@ def attention(tab, query, key, value, call, _blocks):
         return tuple(results), grad
 
     output, *lse = attend(query, key, value)
-    output = tf.cast(output, query.dtype)
+    output = tf.cast(output, dtype)
     return (output, *lse) if lse else output
 
 
