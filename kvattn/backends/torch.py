@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from kvattn import multihead, pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.torch import distances, dropout, gpu, nonfinite, sdpa, sharded, sinks, traces
+from kvattn.kernels.torch import distances, dropout, gpu, nonfinite, sdpa, segments, sharded, sinks, traces
 from kvattn.pairs import Pairs
 
 HALF = (torch.float16, torch.bfloat16)
@@ -396,6 +396,7 @@ def choose(query, key, value, call):
         return choose(query, key, value, call._replace(return_scores=None)).with_scores(sys.modules[__name__])
     if type(call.mask) is Pairs:
         choice = distances.choose(sys.modules[__name__], query, key, value, call)
+        choice = choice or segments.choose(sys.modules[__name__], query, key, value, call)
         return choice or pairs.choice(query, key, value, call, _in_parts)
     if call.sink is not None:
         return _choose_with_sink(query, key, value, call)

@@ -30,6 +30,11 @@ def _recording_mode():
     return is_compiling() or any(mode is not None for mode in modes)
 
 
+def compiling():
+    """Whether torch.compile records a program that runs in this process: of no other can an operator of kvattn's be a part."""
+    return is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
 def readable(x):
     """Whether the values of ``x`` may be looked at: they exist, on the CPU, and no program is recorded."""
     return not tracing() and x.is_cpu and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
