@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from kvattn import pairs
+from kvattn import dispatch, pairs
 from kvattn.call import Call, Choice
 from kvattn.kernels.torch import sdpa, traces
 
@@ -43,8 +43,7 @@ def _call(segments, query, key, value, call, _blocks=()):
 
 
 def _attend(query, key, value, of_queries, of_keys, left, right, offset, scale):
-    from kvattn.backends import torch as tab  # here, since it imports this
-
+    tab = dispatch.load("torch")  # which imports this
     said = pairs.Pairs(tab, segments=(of_queries, of_keys))
     call = Call(tab.scaled_dot_score, tab.softmax, said, query_offset=offset, left=left, right=right, scale=scale)
     return tab._attend(query, key, value, call).contiguous()
