@@ -77,6 +77,7 @@ def _part(pl, triton, lens, query, key, value, total, sums, top, *, scale, size,
     start = pl.program_id(1) * size
     end = jnp.minimum(start + size, lens[()])
     mine = jnp.arange(rows) < group
+    dot = partial(lax.dot, preferred_element_type=jnp.float32)
     q = triton.load(query.at[pl.ds(0, rows), :], mask=mine[:, None], other=0.0)
 
     def step(i, carry):
@@ -84,10 +85,10 @@ def _part(pl, triton, lens, query, key, value, total, sums, top, *, scale, size,
         at = start + i * BLOCK
         inside = at + jnp.arange(BLOCK) < end
         k, v = (triton.load(x.at[pl.ds(at, BLOCK), :], mask=inside[:, None], other=0.0) for x in (key, value))
-        scores = jnp.where(inside, triton.dot(q, k.T) * scale, -jnp.inf)
+        scores = jnp.where(inside, dot(q, k.T) * scale, -jnp.inf)
         new = jnp.maximum(highest, scores.max(axis=-1))
         weights, fade = jnp.exp(scores - new[:, None]), jnp.exp(highest - new)
-        total = fade[:, None] * total + triton.dot(weights.astype(v.dtype), v)
+        total = fade[:, None] * total + dot(weights.astype(v.dtype), v)
         return new, fade * sums + weights.sum(axis=-1), total
 
     none = jnp.zeros(rows, jnp.float32)
