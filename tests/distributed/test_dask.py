@@ -82,8 +82,9 @@ def close(x, y):
     return np.abs(x - y).max() <= 1e-12
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["", "segments"])
 @pytest.mark.parametrize("lazy", [False, True])
-def test_functions_that_know_every_entry_are_asked_of_all_where_the_batch_is_cut(lazy):
+def test_functions_that_know_every_entry_are_asked_of_all_where_the_batch_is_cut(lazy, packed):
     """Each with numbers of its own, of queries that stand elsewhere in each entry; of heads that share keys, too."""
     query, key, loss = drawn(3, 4, 5, 6), drawn(3, 2, 31, 6), drawn(3, 4, 5, 6)
     reach, slopes, offset = np.array([4, 9, 30]), drawn(3, 4, 1, 1), np.array([20, -1, 7])
@@ -95,6 +96,9 @@ def test_functions_that_know_every_entry_are_asked_of_all_where_the_batch_is_cut
     own = options | {"query_offset": da.from_array(offset)} if lazy else options
     q, k = offset[:, None, None, None] + np.arange(5)[:, None], np.arange(31)
     whole = {"mask": options["mask"](q, k), "bias": options["bias"](q, k)}
+    if packed:
+        own = {**own, "segments": (of_queries := np.arange(15).reshape(3, 5) % 3, of_keys := np.arange(93).reshape(3, 31) % 3)}
+        whole["mask"] = whole["mask"] & (of_queries[:, None, :, None] == of_keys[:, None, None])
     keys = [chunked(x, 4, 3) for x in (key, key)]  # in the second chunk of the batch is no entry
     got = dask.compute(
         *kd.attention(query, *keys, return_lse=True, **own), *kd.attention_grad(query, *keys, loss, **own),

@@ -31,14 +31,16 @@ def test_nothing_outlives_a_test_process_that_is_killed(tmp_path):
     """It has a cluster, and four ranks that wait for it."""
     (script := tmp_path / "tests.py").write_text(SCRIPT)
     process = subprocess.Popen(dying(sys.executable, script, Path(__file__).parent, tmp_path))
-    until, found = time.monotonic() + 100, []
-    while len([*tmp_path.glob("[0-3]")]) < 4 and time.monotonic() < until:
-        assert process.poll() is None
-        time.sleep(0.2)
-    found = psutil.Process(process.pid).children(recursive=True)
-    assert len(found) >= 6, found  # a worker, the ranks, and what forked them
-    process.kill()
-    process.wait()
+    try:
+        until, found = time.monotonic() + 100, []
+        while len([*tmp_path.glob("[0-3]")]) < 4 and time.monotonic() < until:
+            assert process.poll() is None
+            time.sleep(0.2)
+        found = psutil.Process(process.pid).children(recursive=True)
+        assert len(found) >= 6, found  # a worker, the ranks, and what forked them
+    finally:
+        process.kill()
+        process.wait()
     until = time.monotonic() + 30
     while (left := alive(found)) and time.monotonic() < until:
         time.sleep(0.1)

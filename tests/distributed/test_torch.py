@@ -36,7 +36,7 @@ def run(folder, tasks, ranks=4):
     command = dying(sys.executable, RANKS, ranks, folder, *tasks)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        codes = json.loads(process.communicate(timeout=240)[0])
+        codes = json.loads(process.communicate(timeout=600)[0])
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
