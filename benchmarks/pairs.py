@@ -5,7 +5,8 @@
 Each backend runs in a fresh process; the calls take turns. A figure is the time of one call over another's, the median of the
 rounds, in float32, of 64 features: eight documents of 1,024 in a row of 8,192 over the whole call; a function that says causal,
 or a window of 256 keys, over ``causal=`` and ``window=``; ALiBi by a function over the plain call, and over its array (n, m)
-for each head; sinks, one logit a head, over the plain call, and with gradients.
+for each head; sinks, one logit a head, over the plain call, and with gradients; a small call that names return_scores and
+does not ask for them, over one that does not.
 """
 
 SIZES = {"documents": 8, "document": 1024, "heads": 4, "window": 256, "lengths": (1024, 4096)}
@@ -40,6 +41,8 @@ def calls_of(kvattn, backend, sizes):
 
     found["sinks", "the plain call"] = call(inputs, sink=sink), call(inputs)
     found["sinks, gradients", "the plain call's"] = gradients(sink=sink), gradients()
+    few = [tab.asarray(rng.normal(size=(2, 4, 10, 8)), dtype="float32") for _ in range(3)]
+    found["return_scores=None, few numbers", "the same call"] = call(few, return_scores=None), call(few)
     slopes = tab.asarray(0.5 ** np.arange(1, 9)[:, None, None], dtype="float32")
     for n in sizes["lengths"]:
         inputs, places = arrays(8, n), np.arange(n)
@@ -71,4 +74,4 @@ def measure(backend, rounds, small):
 if __name__ == "__main__":
     import each_backend
 
-    each_backend.main(measure, "{backend:<11} {what:<26} {ratio:5.2f} of {beside:<15} {ms:8.2f} ms", rounds=5, small=True)
+    each_backend.main(measure, "{backend:<11} {what:<31} {ratio:5.2f} of {beside:<15} {ms:8.2f} ms", rounds=5, small=True)

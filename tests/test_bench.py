@@ -298,7 +298,7 @@ def test_functions_of_positions_are_measured_beside_the_calls_they_stand_for(tmp
     assert "of the whole call" in said
     rows = json.loads((tmp_path / "p.json").read_text())["rows"]
     assert {row["beside"] for row in rows} == {
-        "the whole call", "causal=", "window=", "the plain call", "the plain call's", "its array",
+        "the whole call", "causal=", "window=", "the plain call", "the plain call's", "its array", "the same call",
     }  # fmt: skip
     assert all(row["ratio"] > 0 and row["ms"] > 0 for row in rows)
 
