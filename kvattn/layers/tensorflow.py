@@ -383,6 +383,8 @@ class _Stack(Layer):
 class TransformerEncoder(layers.ShowsBlocks, _Stack):
     """Embedding * sqrt(h), positional encoding, and ``num_blks`` blocks: tokens (batch, n) -> (batch, n, num_hiddens)."""
 
+    __init__ = _Stack.__init__  # else Python 3.11.2 reads the arguments of Keras's __new__
+
     def _block(self, *sizes, i, **options):
         return TransformerEncoderBlock(*sizes, **options)
 
@@ -449,6 +451,7 @@ class TransformerDecoderBlock(Decoding):
 class TransformerDecoder(layers.KeepsState, Decoding, _Stack):
     """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer."""
 
+    __init__ = _Stack.__init__
     _block, _scores = TransformerDecoderBlock, True
 
     def build(self, X_shape, enc_outputs_shape):
