@@ -17,7 +17,9 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import get_abstract_mesh
 
-_known = ContextVar("known", default=None)  # of a program that is traced, whether devices share its arrays
+# Of a program that is traced, whether devices share its arrays: before JAX 0.10, under jit, the primitive below has no second
+# derivatives.
+_known = ContextVar("known", default=None if jax.__version_info__ >= (0, 10) else True)
 _asked = ContextVar("asked", default=None)  # where it is noted that such a program asked
 
 
