@@ -182,7 +182,9 @@ def test_every_text_that_a_mutant_replaces_stands_in_its_file():
         for node in parsed(Path(__file__).parent / file).body:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
                 constants[node.targets[0].id] = node.value.value
-            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.List):
+            elif (
+                isinstance(node, ast.Assign) and isinstance(node.value, ast.List) and isinstance(node.value.elts[0], ast.Tuple)
+            ):
                 for row in node.value.elts:
                     told = [x.value if isinstance(x, ast.Constant) else constants.get(getattr(x, "id", "")) for x in row.elts]
                     yield node.targets[0].id, told
@@ -203,5 +205,9 @@ def test_every_text_that_a_mutant_replaces_stands_in_its_file():
     for framework, files in (("jax", ["tiles"]), ("tensorflow", ["tiles", "plan"])):
         for _, (_, second, *_) in rows(f"test_tiled_{framework}_mutants.py"):
             assert second in source(*(f"kernels/{framework}/{file}.py" for file in files)), second
+            count += 1
+    for name, (_, second, *_) in rows("test_draws.py"):
+        if name == "LAYER_FAULTS":
+            assert second in source("layers/numpy.py"), second
             count += 1
     assert count > 100
