@@ -361,7 +361,7 @@ def test_one_compiled_window_serves_every_length():
 def test_few_programs_serve_twenty_lengths(monkeypatch, given, grows, programs):
     """One, though their dtypes are new; two where sizes grow, which PyTorch takes for unknown from the second on."""
     kvattn.attention(*[torch.zeros(1, 1)] * 3)
-    monkeypatch.setattr(kvattn.checks, "_names", {})
+    monkeypatch.setattr(kvattn.conversion, "_names", {})
     torch._dynamo.reset()
     count = CompileCounter()
     compiled = torch.compile(lambda q, k, options: kvattn.attention(q, k, k, **options), backend=count, fullgraph=True)

@@ -370,7 +370,8 @@ def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, m
         left, right = window or (None, None)
         right = 0 if causal else right
         bare = mask is None and bias is None and valid_lens is None and left is None
-        only_causal = bare and right == 0 and type(query_offset) is int and query_offset == 0  # from the first key
+        only_causal = bare and right == 0 and type(query_offset) is int  # from the first key
+        only_causal = only_causal and traces.known(query_offset == 0)
         bare = bare and (right is None or (only_causal and traces.known(query.shape[-2] == key.shape[-2])))
         small = not (bare or only_causal) and sdpa.small(query, key, mask, valid_lens, query_offset, left, right)
         if (bare or small) and not sdpa.obstacle(query, key, value, bias, scale):
