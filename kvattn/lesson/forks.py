@@ -28,10 +28,10 @@ _START = """
 import sys
 sys.path = [each for each in sys.path if each]  # a folder beside which it began is no lesson's
 import ipykernel.kernelapp
-names = {{*sys.modules}}
+names, path = {{*sys.modules}}, [*sys.path]
 sys.path.append({place!r})
 from kvattn.lesson import forks
-forks.serve({name!r}, {number}, {place!r}, names)
+forks.serve({name!r}, {number}, path, names)
 """
 KERNEL = "ipykernel_launcher"  # what `python -m` runs for a kernel
 OURS = ("numpy", "torch", "tensorflow", "jax", "mxnet")  # whose imports leave nothing running that does not outlive a fork
@@ -173,10 +173,10 @@ def provisioner(manager: Any, name: str, forks: Forks, errors: str) -> Any:
 # ---- in the process that forks
 
 
-def serve(name: str, number: int, place: str, names: set[str]) -> None:
+def serve(name: str, number: int, path: list[str], names: set[str]) -> None:
     """Import a tab, and fork for each line that comes, until there are no more.
 
-    ``place``: what was added to sys.path, as a kernel will do again; ``names``: the modules that every kernel has.
+    ``path``: what sys.path was and will be in a kernel; ``names``: the modules that every kernel has.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     children: list[int] = []
@@ -184,7 +184,7 @@ def serve(name: str, number: int, place: str, names: set[str]) -> None:
         importlib.import_module("kvattn.tab")
         importlib.import_module("kvattn.lesson.watch")
         kvattn.dispatch.load(name)
-        del sys.path[len(sys.path) - 1 - sys.path[::-1].index(place)]
+        sys.path[:] = path
         gc.freeze()  # what is collected is written to, and no longer shared
         names = {each.partition(".")[0] for each in {*sys.modules} - names}
         _say(answers, True)
