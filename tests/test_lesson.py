@@ -14,7 +14,7 @@ from rich.console import Console
 
 import kvattn
 from kvattn import cli, install, lesson, terminal
-from kvattn.lesson import agree, watch
+from kvattn.lesson import agree, forks, watch
 
 # ---- reading
 
@@ -310,3 +310,22 @@ def test_what_figures_draw_is_compared_if_asked_as_float32(world):
     assert ran.problems() == []
     (apart,) = lesson.Result(parsed, ran.tabs, lesson.compare(parsed, ran.tabs, figures=True)).problems()
     assert apart.endswith("lesson.md:7: the tabs disagree: numpy 4, twin 5 at [1, 1]: 1 apart, 2e-05 allowed")
+
+
+# ---- kernels that one process forks; more in test_lesson_site.py, by NumPy's
+
+
+UNSEEDED = {
+    "torch": "import torch\ntorch.rand(3).sum().item()",
+    "tensorflow": "import tensorflow as tf\nfloat(tf.random.uniform(()))",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in UNSEEDED if name in chosen()])
+def test_what_is_not_seeded_is_not_the_same_in_two_lessons(name, world):
+    with forks.Forks() as made:
+        parsed = [lesson.parse(cell(UNSEEDED[name]), world / f"{i}.md") for i in range(2)]
+        (one,), (other,) = (lesson.run_tab(each, name, forks=made) for each in parsed)
+        assert made.parents[name]
+    assert one.error is other.error is None
+    assert one.outputs[-1]["data"] != other.outputs[-1]["data"]

@@ -240,5 +240,7 @@ def _become(asked: dict[str, Any], parent: int) -> None:
         os.close(file)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     np.random.seed()  # else what is not seeded would be the same in all of them
+    if "torch" in sys.modules:
+        sys.modules["torch"].seed()
     sys.argv = [KERNEL, f"--IPKernelApp.parent_handle={parent}", *asked["arguments"]]
     kernelapp.launch_new_instance()
