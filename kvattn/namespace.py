@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from kvattn import api, decoding, maps, scaffold, weights
-from kvattn.cache import KVCache
 
 
 def functions(backend: str) -> dict[str, Any]:
@@ -20,8 +19,7 @@ def functions(backend: str) -> dict[str, Any]:
     """
     public = {name: getattr(api, name) for name in api.__all__} | {name: getattr(weights, name) for name in weights.__all__}
     public |= {"attention_maps": maps.attention_maps} | {name: getattr(decoding, name) for name in decoding.__all__}
-    found = {name: _bound(x, backend) if _takes_backend(x) else x for name, x in public.items()}
-    return found | {"KVCache": _cache(backend)}
+    return {name: _bound(x, backend) if _takes_backend(x) else x for name, x in public.items()}
 
 
 def _takes_backend(x: Any) -> bool:
@@ -37,21 +35,6 @@ def _bound(function: Callable[..., Any], default: str) -> Callable[..., Any]:
     here = [x.replace(default=default) if x.name == "backend" else x for x in takes.parameters.values()]
     vars(bound)["__signature__"] = takes.replace(parameters=here)
     return bound
-
-
-class _Cache(type):
-    """A namespace's KVCache: kvattn's own, but that it sets room aside on the namespace's backend."""
-
-    def __call__(cls, *args: Any, **options: Any) -> KVCache:
-        return KVCache(*args, **options)
-
-    def __instancecheck__(cls, x: Any) -> bool:
-        return isinstance(x, KVCache)
-
-
-def _cache(backend: str) -> _Cache:
-    own = {"allocate": staticmethod(_bound(KVCache.allocate, backend)), "__signature__": inspect.signature(KVCache)}
-    return _Cache("KVCache", (KVCache,), {"__doc__": KVCache.__doc__, "__slots__": (), **own})
 
 
 DRAWING = ("plot", "show_heatmaps", "show_attention", "kernel_shapes", "use_svg_display", "set_figsize", "plt")

@@ -1,7 +1,5 @@
 """KVCache: what it keeps, in every backend, with room set aside and without; what does not continue it is refused."""
 
-import importlib
-
 import numpy as np
 import pytest
 
@@ -140,16 +138,3 @@ def refuses_dtypes(tab, cache, dtypes):
     other = next(dtype for dtype in dtypes if dtype != "float32")
     with pytest.raises(TypeError, match=other):
         cache.extend(*(tab.asarray(np.ones((2, 3, 1, size)), dtype=dtype) for size, dtype in zip((4, 5), dtypes, strict=True)))
-
-
-def test_a_namespace_sets_room_aside_on_its_own_backend(tab, backend):
-    """By allocate without an array to be like; it is kvattn's own class for all else, of which there is one."""
-    here = importlib.import_module(f"kvattn.{backend}").KVCache
-    cache = here.allocate((1, 2, 4), 3)
-    assert [type(x) for x in cache[:2]] == [type(tab.asarray(KEYS))] * 2
-    assert [tuple(x.shape) for x in cache[:2]] == [(1, 2, 4), (1, 2, 3)]
-    assert {type(x) for x in (cache, here(), here(None, None, 0), cache.extend(cache.key[:, :1], cache.value[:, :1]))} == {
-        KVCache
-    }
-    assert isinstance(KVCache(), here)
-    assert not isinstance((None, None, 0), here)

@@ -709,6 +709,13 @@ def test_a_causal_encoder_never_sees_the_future_out_of_training(adapter):
     assert np.abs(before[:, 3:] - after[:, 3:]).max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["encoder", "decoder", "tab"])
+def test_an_unknown_option_is_told_whatever_its_name(adapter, backend, name):
+    layer, _ = made(adapter, "TransformerEncoder", ENCODER, (TOKENS,))
+    with pytest.raises(TypeError, match=f"has no argument '{name}'"):
+        adapter.call(layer, TOKENS, **{name: 3})
+
+
 # ---- the namespaces
 
 

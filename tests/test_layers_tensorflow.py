@@ -1,6 +1,7 @@
 """What is TensorFlow's own in the layers: d2l's calls, training=, Keras's saving, policies and models, graphs, short names."""
 
 import copy
+import inspect
 from functools import partial
 
 import numpy as np
@@ -189,6 +190,43 @@ def test_training_reaches_every_dropout(monkeypatch):
         rates.clear(), dropped.clear()
         model(TOKENS, training=training)
         assert (rates, dropped) == ([0.25 * training] * 2, [training] * 5)
+        rates.clear(), dropped.clear()
+        layer.call(*inputs, training=training)  # as a layer of one's own does, whose call asks for dropout in predictions
+        assert (rates, dropped) == ([0.25 * training] * 2, [training] * 5)
+    decoder = kv.TransformerDecoder(**ENCODER, dropout=0.25)
+    decoder(TOKENS, decoder.init_state(X, LENS))
+    rates.clear(), dropped.clear()
+    decoder.call(TOKENS, X, LENS, training=True)
+    assert (rates, dropped) == ([0.25] * 4, [True] * 7)
+
+
+def test_a_decoder_knows_use_bias_alone():
+    """d2l's TensorFlow encoders say bias, its decoders use_bias."""
+    config = kv.TransformerDecoder(**ENCODER).get_config()
+    assert (config["use_bias"], "bias" in config) == (False, False)
+    assert "bias" not in inspect.signature(kv.TransformerDecoder).parameters
+    assert kv.TransformerDecoder(**ENCODER, use_bias=True).blks[0].attention1.W_q.use_bias
+    with pytest.raises(TypeError, match=r"TransformerDecoder.*bias"):
+        kv.TransformerDecoder(**ENCODER, bias=True)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_predicted_tokens_have_the_dtype_of_the_targets(dtype):
+    class Reads(kv.Encoder):
+        def call(self, X, *args):
+            return X
+
+    class Says(kv.Decoder):
+        def init_state(self, *args):
+            return None
+
+        def call(self, X, state):
+            return tf.one_hot(X + 1, 5), state
+
+    tokens = tf.zeros((2, 3), dtype)
+    found, _ = kv.EncoderDecoder(Reads(), Says()).predict_step((tokens, tokens, None, None), None, 2)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, [[1, 2]] * 2)
 
 
 # ---- Keras's models, configurations and files

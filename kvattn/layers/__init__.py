@@ -495,12 +495,16 @@ class KeepsState:
         return [[getattr(block, name).attention.attention_weights for block in self.blks] for name in ATTENTIONS]
 
 
-def encoded(tab: Any, encoder: Any, X: Any, valid_lens: Any, cache: Any, rng: Any, **options: Any) -> Any:
+# Before the / is what no option can have the name of. ``training`` is TensorFlow's alone, whose layers tell their parts.
+
+
+def encoded(tab: Any, encoder: Any, X: Any, valid_lens: Any, cache: Any, rng: Any, training: Any = None, /, **options: Any) -> Any:
     """Tokens through an encoder's embedding and blocks; with a cache (Y, caches)."""
+    told = {} if training is None else {"training": training}
     held = None if cache is None else caches(cache, len(encoder.blks))
-    X = encoder._embedded(X, held[0].length if held else 0, seed_of(tab, rng, 0, attends=False))
+    X = encoder._embedded(X, held[0].length if held else 0, seed_of(tab, rng, 0, attends=False), **told)
     for i, block in enumerate(encoder.blks):
-        given = options | seeded(seed_of(tab, rng, 1 + i))
+        given = options | told | seeded(seed_of(tab, rng, 1 + i))
         if held is None:
             X = block(X, valid_lens, **given)
         else:
@@ -508,12 +512,13 @@ def encoded(tab: Any, encoder: Any, X: Any, valid_lens: Any, cache: Any, rng: An
     return X if held is None else (X, held)
 
 
-def decoded(tab: Any, decoder: Any, X: Any, state: Any, rng: Any, **options: Any) -> tuple[Any, Any]:
+def decoded(tab: Any, decoder: Any, X: Any, state: Any, rng: Any, training: Any = None, /, **options: Any) -> tuple[Any, Any]:
     """Tokens through a decoder's embedding, blocks and dense layer: (logits, state)."""
+    told = {} if training is None else {"training": training}
     *_, held = parts_of_state(state, len(decoder.blks))
-    X = decoder._embedded(X, held[0].length if held else 0, seed_of(tab, rng, 0, attends=False))
+    X = decoder._embedded(X, held[0].length if held else 0, seed_of(tab, rng, 0, attends=False), **told)
     for i, block in enumerate(decoder.blks):
-        X, state = block(X, state, **options, **seeded(seed_of(tab, rng, 1 + i)))
+        X, state = block(X, state, **options, **told, **seeded(seed_of(tab, rng, 1 + i)))
     return decoder.dense(X), state
 
 

@@ -227,7 +227,7 @@ class MultiHeadAttention(Layer):
         valid_lens = layers.lengths(tab, valid_lens, queries)
         options = layers.with_alibi("tensorflow", options, self.alibi, queries)
         options = layers.with_sink(options, None if self.sink is None else tf.cast(self.sink, queries.dtype))
-        results = self.attention(queries, keys, values, valid_lens, **options)
+        results = self.attention(queries, keys, values, valid_lens, training=training, **options)
         return layers.joined(tab._join, self.W_o, results, cache)
 
 
@@ -337,10 +337,10 @@ class TransformerEncoderBlock(Layer):
         cache, rng, arrays = None if cache is None else cache.cache, *seed_among(arrays, rng)
         rng, *seeds = (layers.seed_of(tab, rng, part, attends=part == 0) for part in range(3))
         options |= {} if rng is None else {"rng": rng}
-        Y = self.attention(X, X, X, valid_lens, arrays=arrays, cache=cache, **options)
+        Y = self.attention(X, X, X, valid_lens, arrays=arrays, cache=cache, training=training, **options)
         Y, cache = Y if cache is not None else (Y, None)
-        Y = self.addnorm1(X, Y, rng=seeds[0])
-        Y = self.addnorm2(Y, self.ffn(Y), rng=seeds[1])
+        Y = self.addnorm1(X, Y, training=training, rng=seeds[0])
+        Y = self.addnorm2(Y, self.ffn(Y, training=training), training=training, rng=seeds[1])
         return Y if cache is None else (Y, cache)
 
 
@@ -375,8 +375,9 @@ class _Stack(Layer):
         if self._scores:
             self.dense = dense(self, "W", vocab_size, True, layers.child(seed, "dense"))
 
-    def _embedded(self, X, first, seed):
-        return self.pos_encoding(self.embedding(X) * math.sqrt(self.num_hiddens), offset=first, rng=seed)
+    def _embedded(self, X, first, seed, training=None):
+        X = self.embedding(X) * math.sqrt(self.num_hiddens)
+        return self.pos_encoding(X, offset=first, training=training, rng=seed)
 
 
 @registered
@@ -396,7 +397,8 @@ class TransformerEncoder(layers.ShowsBlocks, _Stack):
     def call(self, X, valid_lens=None, arrays=None, cache=None, training=None, rng=None, **options):
         rng, arrays = seed_among(arrays, rng)
         options |= {} if (padding := padding_of(X)) is None else {"queries_mask": padding, "keys_mask": padding}
-        return layers.encoded(tab, self, X, valid_lens, None if cache is None else cache.cache, rng, arrays=arrays, **options)
+        cache = None if cache is None else cache.cache
+        return layers.encoded(tab, self, X, valid_lens, cache, rng, training, arrays=arrays, **options)
 
 
 @registered
@@ -433,7 +435,7 @@ class TransformerDecoderBlock(Decoding):
              enc_outputs_mask=None, **options):  # fmt: skip
         rng, arrays = seed_among(arrays, rng)
         seeds = [layers.seed_of(tab, rng, part, attends=part in (0, 2)) for part in range(5)]
-        seeds = [layers.seeded(seed) for seed in seeds]
+        seeds = [{"training": training} | layers.seeded(seed) for seed in seeds]
         options = {**layers.with_causal(options), "queries_mask": X_mask, "keys_mask": X_mask, "arrays": arrays}
         caches = [layers.KVCache()] * (self.i + 1) if cache is None else cache.cache
         if keeps(caches[self.i], X, X_mask):
@@ -443,7 +445,7 @@ class TransformerDecoderBlock(Decoding):
         Y = self.addnorm1(X, Y, **seeds[1])
         Z = self.attention2(Y, enc_outputs, enc_outputs, enc_valid_lens, keys_mask=enc_outputs_mask, **seeds[2])
         Z = self.addnorm2(Y, Z, **seeds[3])
-        Z = self.addnorm3(Z, self.ffn(Z), **seeds[4])
+        Z = self.addnorm3(Z, self.ffn(Z, training=training), **seeds[4])
         return Z if cache is None else (Z, kept)
 
 
@@ -451,8 +453,17 @@ class TransformerDecoderBlock(Decoding):
 class TransformerDecoder(layers.KeepsState, Decoding, _Stack):
     """Embedding * sqrt(h), positional encoding, ``num_blks`` blocks that attend to an encoder's outputs, and a dense layer."""
 
-    __init__ = _Stack.__init__
     _block, _scores = TransformerDecoderBlock, True
+
+    def __init__(self, vocab_size, key_size=None, query_size=None, value_size=None, num_hiddens=None, norm_shape=None,
+                 ffn_num_hiddens=None, num_heads=None, num_blks=None, dropout=0.0, use_bias=False, *, num_kv_heads=None,
+                 activation="relu", max_len=1000, rotary=None, qk_norm: bool | float = False, alibi=None, sink=False,
+                 seed=None, **kwargs):  # fmt: skip
+        given = {name: x for name, x in locals().items() if name not in ("self", "kwargs", "__class__")}
+        if "bias" in kwargs:  # an encoder's
+            raise TypeError("TransformerDecoder has no argument 'bias': d2l's decoders call it use_bias")
+        super().__init__(**given, **kwargs)
+        self._given = given
 
     def build(self, X_shape, enc_outputs_shape):
         build_once(self.embedding, X_shape)
@@ -465,7 +476,7 @@ class TransformerDecoder(layers.KeepsState, Decoding, _Stack):
         rng, arrays = seed_among(arrays, rng)
         state = self.init_state(enc_outputs, enc_valid_lens) if cache is None else [enc_outputs, enc_valid_lens, cache.cache]
         options |= {"arrays": arrays, "X_mask": X_mask, "enc_outputs_mask": enc_outputs_mask}
-        logits, state = layers.decoded(tab, self, X, state, rng, **options)
+        logits, state = layers.decoded(tab, self, X, state, rng, training, **options)
         return logits if cache is None else (logits, state[2])
 
 

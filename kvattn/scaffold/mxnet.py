@@ -139,7 +139,7 @@ class EncoderDecoder(training.EncoderDecoder, Classifier):
     def predict_step(self, batch, device, num_steps, save_attention_weights=False):
         return super().predict_step([x.as_in_ctx(device) for x in batch], device, num_steps, save_attention_weights)
 
-    def _likeliest(self, logits):
+    def _likeliest(self, logits, dtype):
         return logits.argmax(2).astype("int32")
 
     def _joined(self, tokens):

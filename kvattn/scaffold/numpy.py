@@ -187,7 +187,7 @@ class EncoderDecoder(training.EncoderDecoder, Classifier):
         self.encoder.backward(*(grads if isinstance(grads, tuple) else (grads,)))
         return ()
 
-    def _likeliest(self, logits):
+    def _likeliest(self, logits, dtype):
         return logits.argmax(2)
 
     def _joined(self, tokens):

@@ -156,8 +156,8 @@ class EncoderDecoder(training.EncoderDecoder, Classifier):
         state = self.decoder.init_state(self.encoder(enc_X, valid_lens, training=training), valid_lens)
         return self.decoder(dec_X, state, training=training)[0]
 
-    def _likeliest(self, logits):
-        return tf.argmax(logits, 2, output_type="int32")
+    def _likeliest(self, logits, dtype):
+        return tf.argmax(logits, 2, output_type=dtype)
 
     def _joined(self, tokens):
         return tf.concat(tokens, 1)

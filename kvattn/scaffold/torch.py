@@ -144,7 +144,7 @@ class EncoderDecoder(training.EncoderDecoder, Classifier):
         self.eval()
         return super().predict_step([x.to(device) for x in batch], device, num_steps, save_attention_weights)
 
-    def _likeliest(self, logits):
+    def _likeliest(self, logits, dtype):
         return logits.argmax(2)
 
     def _joined(self, tokens):

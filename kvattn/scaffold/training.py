@@ -190,7 +190,7 @@ class EncoderDecoder:
         outputs, attention_weights = [tgt[:, :1]], []
         for _ in range(num_steps):
             Y, state = self.decoder(outputs[-1], state, **self._judged)
-            outputs.append(self._likeliest(Y))
+            outputs.append(self._likeliest(Y, tgt.dtype))
             if save_attention_weights:
                 attention_weights.append(self.decoder.attention_weights)
         return self._joined(outputs[1:]), attention_weights
