@@ -366,7 +366,9 @@ def lengths(tab: Any, valid_lens: Any, queries: Any) -> Any:
 LIMITS = ("mask", "bias", "causal", "query_offset", "window", "segments", "positions")
 
 
-def hide_unseen(tab: Any, queries: Any, keys: Any, values: Any, num_heads: int, valid_lens: Any = None, **options: Any) -> Any:
+def hide_unseen(
+    tab: Any, queries: Any, keys: Any, values: Any, num_heads: int, /, valid_lens: Any = None, **options: Any
+) -> Any:
     """queries, keys and values (..., n, features) with zeros in rows that meet nobody in any head, where NaN may be: it would
     reach the gradients of the matrices that project them. Raises what attention would."""
     free = valid_lens is None and not options.keys() - {"rng"} and 0 not in (*queries.shape[:-1], *keys.shape[:-1])
@@ -498,7 +500,9 @@ class KeepsState:
 # Before the / is what no option can have the name of. ``training`` is TensorFlow's alone, whose layers tell their parts.
 
 
-def encoded(tab: Any, encoder: Any, X: Any, valid_lens: Any, cache: Any, rng: Any, training: Any = None, /, **options: Any) -> Any:
+def encoded(
+    tab: Any, encoder: Any, X: Any, valid_lens: Any, cache: Any, rng: Any, training: Any = None, /, **options: Any
+) -> Any:
     """Tokens through an encoder's embedding and blocks; with a cache (Y, caches)."""
     told = {} if training is None else {"training": training}
     held = None if cache is None else caches(cache, len(encoder.blks))
