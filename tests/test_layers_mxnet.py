@@ -4,6 +4,7 @@ import contextlib
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import numpy
 import pytest
@@ -485,6 +486,28 @@ def test_a_layer_keeps_a_learned_bias_as_it_was_and_is_copied(hybrid):
     bias[:] = 0  # as an optimiser writes into it
     same(layer.attention.attention_weights, shown)
     same(copy.deepcopy(layer)(X, X, X), layer(X, X, X))
+
+
+RANGE = np.arange(5, dtype="float32")
+
+
+def near(slope, query, key, power=1):
+    return -slope * (abs(query - key) ** power).astype("float32")
+
+
+@pytest.mark.parametrize("bias", [partial(near, 2.0, power=2), partial(near, np.array(2.0), power=2)], ids=["float", "array"])
+def test_weights_are_shown_beside_a_function_that_is_given_some_of_its_arguments(bias):
+    layer = kv.DotProductAttention()
+    layer.initialize()
+    layer(Q, K, V, bias=bias)
+    same([layer.attention_weights], [kv.attention(Q, K, V, bias=-2 * (RANGE[:3, None] - RANGE) ** 2, return_weights=True)[1]])
+
+
+def test_weights_are_shown_of_a_layer_with_alibi():
+    layer = kv.MultiHeadAttention(8, 4, alibi=True)
+    layer.initialize()
+    _, expected = layer(X, X, X, return_weights=True)
+    same([layer.attention.attention_weights], [np.reshape(expected, (8, 4, 4))])
 
 
 @pytest.mark.parametrize("how", [{"rotary": {"interleaved": True}}, {"alibi": True}], ids=["rotary", "alibi"])

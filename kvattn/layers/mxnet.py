@@ -234,13 +234,14 @@ def whole_lengths(valid_lens, backend="mxnet"):
     return backend.asarray(valid_lens, dtype="int64")
 
 
-def _as_it_is_now(x):
+def _as_it_is_now(x, learned=False):
     """An option of a call without its graph, and copied where it may be learned, since a Trainer writes into it."""
-    if isinstance(x, partial):
-        return partial(x.func, **{name: y.detach().copy() for name, y in x.keywords.items()})
+    if isinstance(x, partial):  # as a score is, which holds the layer's weights
+        now = partial(_as_it_is_now, learned=True)
+        return partial(x.func, *map(now, x.args), **{name: now(y) for name, y in x.keywords.items()})
     if not tab.is_array(x):
         return x
-    return x.detach().copy() if autograd.is_recording() else x.detach()
+    return x.detach().copy() if learned or autograd.is_recording() else x.detach()
 
 
 class DotProductAttention(_Attention):
