@@ -19,7 +19,6 @@ from functools import partial
 
 import torch
 from torch._C import _is_tracing  # private: read in 2.13, as are the other names with an underscore below
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from kvattn import planning
 from kvattn.call import Choice
 from kvattn.kernels.torch import nonfinite, plan, sinks
-from kvattn.kernels.torch.traces import fusible, known, readable, tracing
+from kvattn.kernels.torch.traces import dual, fusible, known, readable, tracing
 from kvattn.pairs import Pairs
 
 EMPTY_ROWS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 11)  # zeros on a CPU: run there, and in 2.13
@@ -74,9 +73,7 @@ def obstacle(query, key, value, bias, scale):
 
 
 def _transformed(*inputs):
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+    return torch._C._are_functorch_transforms_active() or dual(*inputs)
 
 
 def choose(query, key, value, call, masked, in_blocks):

@@ -1,5 +1,7 @@
 """Segments where torch.compile records a program and nobody can read them: an operator that it does not look into, which reads
-them when it runs, and leaves out the blocks that share none, as an eager call does. Backward computes the blocks again."""
+them when it runs, and leaves out the blocks that share none, as an eager call does. Backward computes the blocks again.
+
+Derivatives of derivatives are the formula's: the operator is not for torch.func nor for tensors with tangents."""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ _library.define(f"segments_backward({_GIVEN}, {_REST}, Tensor grad) -> (Tensor, 
 def choose(tab, query, key, value, call):
     """The operator for a call whose Pairs have segments and no more; None where it does not serve."""
     said, (n, m) = call.mask, (query.shape[-2], key.shape[-2])
-    if said.segments is None or not traces.compiling() or not query.is_cpu:
+    if said.segments is None or not traces.compiling() or not query.is_cpu or traces.transformed():
         return None
     if said._replace(segments=None) != pairs.Pairs(tab) or call._replace(mask=None).masked or call.sink is not None:
         return None
@@ -49,8 +51,11 @@ def _attend(query, key, value, of_queries, of_keys, left, right, offset, scale):
     return tab._attend(query, key, value, call).contiguous()
 
 
-def _backward(query, key, value, *given):
-    *rest, grad = given
+def _backward(query, key, value, *rest):
+    *rest, grad = rest
+    given = query, key, value, grad
+    if (torch.is_grad_enabled() and any(x.requires_grad for x in given)) or traces.dual(*given):
+        raise NotImplementedError("kvattn::segments_backward has no derivatives; kvattn::segments has, with create_graph=True")
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
         output = _attend(*inputs, *rest)
@@ -71,13 +76,29 @@ def _(query, key, value, *rest):
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
-def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5])
-    ctx.rest = inputs[5:]
+class _Segments(torch.autograd.Function):
+    """The operator with its gradients. PyTorch's own of register_autograd would drop a tangent; this refuses it."""
+
+    @staticmethod
+    def forward(*given):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.kvattn.segments(*given)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:5])
+        ctx.rest = inputs[5:]
+
+    @staticmethod
+    def backward(ctx, grad):
+        given = *ctx.saved_tensors, *ctx.rest
+        if not torch.is_grad_enabled() and not traces.dual(grad):
+            return *torch.ops.kvattn.segments_backward(*given, grad), *[None] * 6
+        with torch.enable_grad():  # what is asked is differentiated again, as what an eager call does can be
+            inputs = [x.view_as(x) for x in given[:3]]  # one tensor may be query and key: each has its own gradient
+            wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(_attend(*inputs, *given[3:]), wanted, grad, create_graph=True))
+        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), *[None] * 6
 
 
-def _gradients(ctx, grad):
-    return *torch.ops.kvattn.segments_backward(*ctx.saved_tensors, *ctx.rest, grad), *[None] * 6
-
-
-torch.library.register_autograd("kvattn::segments", _gradients, setup_context=_keep, lib=_library)
+_library.impl("segments", _Segments.apply, "Autograd")

@@ -9,6 +9,7 @@ import torch
 
 # by their names: this is asked more than once in every call, and half of what it costs would be looking for them
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 
@@ -33,6 +34,16 @@ def _recording_mode():
 def compiling():
     """Whether torch.compile records a program that runs in this process: of no other can an operator of kvattn's be a part."""
     return is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def transformed():
+    """Whether torch.func or forward derivatives are at work: an operator of kvattn's has no rules for either."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def dual(*inputs):
+    """Whether one has a tangent."""
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
 def readable(x):
