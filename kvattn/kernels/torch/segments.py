@@ -81,7 +81,7 @@ class _Segments(torch.autograd.Function):
 
     @staticmethod
     def forward(*given):
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowAutograd():  # private, as read in PyTorch 2.13
             return torch.ops.kvattn.segments(*given)
 
     @staticmethod
