@@ -26,7 +26,10 @@ def export_weights(layer: Any) -> dict[str, np.ndarray]:
     >>> {name: x.shape for name, x in export_weights(layer).items()}
     {'W': (3, 4)}
     """
-    found = {name: slot.read() for name, slot in _framework(layer).slots(layer).items()}
+    framework = _framework(layer)
+    if hasattr(framework, "check_keeps"):  # where weights can be apart from their layer
+        framework.check_keeps(layer)
+    found = {name: slot.read() for name, slot in framework.slots(layer).items()}
     layers.check_made(name for name, x in found.items() if x is None)
     return {name: layers.own(name, x).copy() for name, x in found.items()}
 

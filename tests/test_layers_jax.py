@@ -492,6 +492,7 @@ def test_flaxs_own_multi_head_attention_lives_on_in_ours(bias):
     ("strange", "error", "message"),
     [
         (lambda: kv.AddNorm(), ValueError, "keeps no weights: give its variables"),
+        (lambda: kv.DotProductAttention(), ValueError, "keeps no weights: give its variables"),
         (lambda: {"W_q": {"kernel": jnp.ones((2, 2))}}, TypeError, "variables hold W_q"),
         (lambda: nn.BatchNorm(use_running_average=True).init(KEY, X), TypeError, "variables hold batch_stats"),
         (lambda: nn.Conv(3, (2,)).init(KEY, X), TypeError, r"kernel \(2, 8, 3\) is no dense"),

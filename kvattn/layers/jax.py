@@ -679,9 +679,13 @@ class _Slot(NamedTuple):
     array: Any  # None of a module
 
     def read(self):
-        if self.array is None:
-            raise ValueError("a flax module keeps no weights: give its variables, what module.init(...) returned")
         return tab.to_numpy(self.array).reshape(self.shape)
+
+
+def check_keeps(x):
+    """Raises ValueError for a module, whose variables hold its weights."""
+    if isinstance(x, nn.Module):
+        raise ValueError("a flax module keeps no weights: give its variables, what module.init(...) returned")
 
 
 def slots(x):
