@@ -139,6 +139,25 @@ def stays(options, arrays):
     np.testing.assert_allclose(at_once, kvattn.attention(QUERY, KEY, VALUE, **options, **arrays, backend="numpy"), atol=2e-5)
 
 
+def traced_alone(whether, how, name, x, **options):
+    """An argument that ``how`` traces, beside arrays that each lie on one device; with gradients or without."""
+    n, options = 288, {"causal": True, **options}  # more pairs than of which a mask is made at once
+    arrays = [normal(2, 2, n, 8) for _ in range(4)]
+    call = lambda x, *arrays: kvattn.attention(*arrays, **options, **{name: x})  # noqa: E731
+
+    *given, grad = map(jnp.asarray, arrays)  # out here, where nothing is traced
+
+    def run(x):
+        output, back = jax.vjp(partial(call, x), *given) if whether else (call(x, *given), None)
+        return (output, *back(grad)) if whether else (output,)
+
+    found = how(run)(jnp.asarray(x))
+    want = [kvattn.attention(*arrays[:3], **options, **{name: x}, backend="numpy")]
+    want += kvattn.attention_grad(*arrays, **options, **{name: x}, backend="numpy") if whether else []
+    for x, y in zip(found, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
 def main():
     chosen = [(name, ("explicit batch, heads", "manual batch")[i % 2]) for i, name in enumerate(CALLS)]
     chosen += itertools.product(["causal, lengths"], LAYOUTS)
@@ -149,6 +168,17 @@ def main():
     tasks |= {
         f"nothing is sent: {name}": partial(stays, *CALLS[name]) for name in ("plain", "causal, lengths", "window", "mask")
     }
+    segments, lens = np.sort(draw.integers(0, 5, (2, 288))), np.array([20, 250])
+    tasks |= {
+        "traced alone: segments": partial(traced_alone, True, jax.jit, "segments", segments),
+        "traced alone: lengths beside segments": partial(
+            traced_alone, False, jax.jit, "valid_lens", lens, segments=draw.integers(0, 50, (2, 288))
+        ),
+        "traced alone: lengths beside a bias by distance": partial(
+            traced_alone, False, lambda f: lambda x: [y[0] for y in jax.vmap(f)(x[None])], "valid_lens", lens,
+            bias=lambda i, j: -0.1 * abs(i - j)
+        ),
+    }  # fmt: skip
     for what, task in tasks.items():
         try:
             with patch.object(jax_blocks, "PAIRS", 2**16 if "blocks" in what else jax_blocks.PAIRS):

@@ -17,8 +17,6 @@ import jax.numpy as jnp
 
 from kvattn import planning
 from kvattn.kernels.jax import blocks, dropout
-from kvattn.kernels.jax.distances import Line
-from kvattn.pairs import Segments
 
 _pair_by_pair = ContextVar("pair_by_pair", default=False)
 
@@ -42,10 +40,6 @@ def attention(tab, query, key, value, call, steps=()):
 
     Each block draws its dropout from a key of its own, so that the draws are others than those of a call where all is finite.
     """
-    if type(call.mask) is Segments:
-        call = call._replace(mask=call.mask.array(query.ndim))
-    if type(call.bias) is Line:
-        call = call._replace(bias=call.bias.whole(query.shape[-2], key.shape[-2]))
     features = max(1, query.shape[-1], value.shape[-1])
     steps = planning.memory_blocks(call.score, query.shape, key.shape, max(1, blocks.PAIRS // features))
     attend = partial(_alone, tab)

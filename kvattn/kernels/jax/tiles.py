@@ -42,6 +42,15 @@ def obstacle(tab, query, key, value, call):
     return ""
 
 
+def of_arrays(query, key, call):
+    """The call with arrays of all pairs in the place of segments and of a bias by distance, for kernels that read neither."""
+    if type(call.mask) is Segments:
+        call = call._replace(mask=call.mask.array(query.ndim))
+    if type(call.bias) is distances.Line:
+        call = call._replace(bias=call.bias.whole(query.shape[-2], key.shape[-2]))
+    return call
+
+
 def attention(tab, query, key, value, call, blocks=()):
     """softmax(scale * query @ key.T) @ value, and the log of the softmax's sums on request."""
     dtype, wide, axes = query.dtype, jnp.promote_types(query.dtype, jnp.float32), query.ndim
@@ -275,6 +284,7 @@ def _forward(plan, inputs, limits):
     share = 0.5 ** (plan.m - 1).bit_length()  # a power of two, so that nothing is rounded but what is nearly 0
 
     def tile(number, results):
+        number = jnp.asarray(number, jnp.int32)  # an int under jax.disable_jit
         entry, head = number // (group * tiles) * plan.heads_at_once, number // tiles % group
         first = jnp.minimum(number % tiles * plan.tile, plan.n - plan.tile)
 
