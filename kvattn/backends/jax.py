@@ -421,9 +421,7 @@ def choose(query, key, value, call):
 @programs.compiled(programs.of_results)
 def _attend(query, key, value, call):
     choice = choose(query, key, value, call)
-    if (
-        choice.kernel not in COMPARES_SEGMENTS
-    ):  # though it was thought so, before it was known that several devices share a part
+    if choice.kernel not in COMPARES_SEGMENTS:  # as it was to be, before several devices were seen to share a part
         call = tiles.of_arrays(query, key, call)
     return choice.run(query, key, value, call, choice.blocks)
 
