@@ -132,18 +132,16 @@ def poisoned(rng: np.random.Generator, query: np.ndarray, key: np.ndarray, value
         yield poison(bias, cells[at], bias == -np.inf, [np.nan, np.inf])  # -inf says what is forbidden: it stays
 
 
-def kink_free(*inputs, of=oracle.attention, score="scaled_dot_score", normalize="softmax", **how: Any) -> bool:
+def kink_free(*inputs, weights_of=oracle.weights, score="scaled_dot_score", normalize="softmax", **how: Any) -> bool:
     """Whether no weight of a sparsemax is so near 0, and no sum so near 0, that rounding could cross the kink."""
     if normalize not in ("sparsemax", "proportional"):
         return True
-    if of is oracle.attention:
-        how = {"weights_alone": True, **how}
-    weights = of(*inputs, score=score, normalize=normalize, **how).values["weights"]
+    weights = weights_of(*inputs, score=score, normalize=normalize, **how)
     if normalize == "sparsemax":
         eps = 2.0**-9
         if ((weights > 0) & (weights < eps)).any():
             return False
         nudged = {**how, "scale": (how.get("scale") or 1) * (1 + eps)}
-        support = of(*inputs, score=score, normalize=normalize, **nudged).values["weights"] > 0
+        support = weights_of(*inputs, score=score, normalize=normalize, **nudged) > 0
         return bool(((weights > 0) == support).all())
     return bool(np.abs(weights).max(initial=0) < 8)

@@ -287,17 +287,17 @@ def _options(drawn: Draw) -> dict[str, Any]:
     return options
 
 
-def _clear(*inputs: Any, options: dict[str, Any], of: Any = oracle.attention) -> bool:
+def _clear(*inputs: Any, options: dict[str, Any], weights_of: Any = oracle.weights) -> bool:
     """Whether rounding cannot take the normaliser over a kink: only then is there one answer."""
     how = {name: x for name, x in options.items() if name not in ("poisoned", "not_finite")}
     if how["normalize"] == "hardmax":
         how |= {"normalize": "sparsemax", "scale": 1e3 * how.get("scale", 1)}  # near the best, scores share its weight
-        return bool((of(*inputs, **how).values["weights"] % 1 == 0).all())
+        return bool((weights_of(*inputs, **how) % 1 == 0).all())
     if how["normalize"] == "proportional":  # terms that cancel exactly do not once they are rounded
-        scores = of(*inputs, **how | {"normalize": "identity"}).values["weights"]
+        scores = weights_of(*inputs, **how | {"normalize": "identity"})
         if ((np.abs(scores.sum(axis=-1)) < 0.05) & (scores != 0).any(axis=-1)).any():
             return False
-    return kink_free(*inputs, of=of, **how)
+    return kink_free(*inputs, weights_of=weights_of, **how)
 
 
 def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
@@ -325,7 +325,7 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
         n: x[..., None, :, :] for n, x in options.items() if alone and getattr(x, "ndim", 0) > 2 and n in ("mask", "bias")
     }
     inputs = (query, key, value, params, heads, kv_heads)
-    if "normalize" in options and not _clear(*inputs, options=options | over_heads, of=oracle.multi_head_attention):
+    if "normalize" in options and not _clear(*inputs, options=options | over_heads, weights_of=oracle.weights_of_heads):
         options.pop("normalize")
     make: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "asked": drawn.asked, "call": drawn.call}
     make["grad"] = drawn.grad and not over_heads

@@ -12,7 +12,7 @@ inf stands for whatever is not finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -248,50 +248,82 @@ def flat_rows(x: Array, lead: tuple[int, ...]) -> Array:
     return np.broadcast_to(rows, (*lead, x.shape[-2]))
 
 
-def pairs(query: Array, key: Array, *, mask: Any = None, bias: Any = None, valid_lens: Any = None,
-          causal: bool = False, query_offset: Any = 0, window: Any = None, positions: Array | None = None,
-          segments: Any = None, **_: Any) -> tuple[tuple[int, ...], int, int, list[tuple[Place, Place]]]:  # fmt: skip
+class Limits(NamedTuple):
+    """What forbids pairs: the options of attention by these names, of scores (*lead, n, m)."""
+
+    mask: Any = None  # an array, or the name of a function of positions
+    bias: Any = None
+    valid_lens: Any = None
+    causal: bool = False
+    query_offset: Any = 0
+    window: Any = None
+    positions: Any = None
+    segments: Any = None
+
+    def over(self, lead: tuple[int, ...], n: int, m: int) -> Limits:
+        """The same, with a mask and a bias of every score, and positions of every query."""
+        mask = self.mask if self.mask is None or isinstance(self.mask, str) else np.broadcast_to(self.mask, (*lead, n, m))
+        forbids = self.bias is not None and not isinstance(self.bias, tuple)  # a function's bias holds no -inf
+        bias = np.broadcast_to(self.bias, (*lead, n, m)) if forbids else None
+        positions = self.positions
+        positions = None if positions is None else np.broadcast_to(positions, (*lead, n, positions.shape[-1]))
+        return self._replace(mask=mask, bias=bias, positions=positions)
+
+    def keys(self, at: Place, i: int, m: int) -> Iterator[tuple[int, int]]:
+        """(slot, j) for each key j that query i of the batch entry and head ``at`` may attend to.
+
+        The slot is j, or, where the query selects its keys by positions, the first of the positions that selects j.
+        """
+        position = i + int(self.query_offset[at[0]] if np.ndim(self.query_offset) else self.query_offset)
+        first, end = self._range(at, i, position, m)
+        chosen = range(m) if self.positions is None else self.positions[(*at, i)].tolist()
+        segment, of_keys = self._segments(at, i)
+        for slot, j in enumerate(chosen):
+            if not first <= j < end:
+                continue
+            if self.positions is not None and j in chosen[:slot]:
+                continue
+            if isinstance(self.mask, str):
+                if not functions.allows(self.mask, position, j):
+                    continue
+            elif self.mask is not None and not self.mask[(*at, i, j)]:
+                continue
+            if of_keys is not None and of_keys[j] != segment:
+                continue
+            if self.bias is not None and self.bias[(*at, i, j)] == -np.inf:
+                continue
+            yield slot, j
+
+    def _range(self, at: Place, i: int, position: int, m: int) -> tuple[int, int]:
+        """The first key, and the one after the last, that lengths, causal and the window leave to query i."""
+        left, right = self.window if isinstance(self.window, tuple) else (self.window, self.window)
+        ends = [m] + [position + 1] * self.causal + ([] if right is None else [position + right + 1])
+        if self.valid_lens is not None:
+            lens = self.valid_lens[at[0]] if at else self.valid_lens
+            ends.append(int(lens[i] if np.ndim(lens) else lens))
+        return 0 if left is None else max(0, position - left), min(ends)
+
+    def _segments(self, at: Place, i: int) -> tuple[Any, Any]:
+        """The number of query i's segment, and those of all keys; None without segments."""
+        if self.segments is None:
+            return None, None
+        both = self.segments if isinstance(self.segments, tuple) else (self.segments, self.segments)
+        of_queries, of_keys = (x[at[0]] if x.ndim > 1 else x for x in both)
+        return of_queries[i], of_keys
+
+
+def among(kind: Any, options: dict[str, Any]) -> Any:
+    """A NamedTuple of that ``kind``, of those options that are its fields."""
+    return kind(**{name: x for name, x in options.items() if name in kind._fields})
+
+
+def pairs(query: Array, key: Array, **options: Any) -> tuple[tuple[int, ...], int, int, list[tuple[Place, Place]]]:
     """(lead, n, slots, found): the shape of the weights, and [((*at, i, slot), (*at, i, j))] for every pair that may attend."""
     lead, n, m = leading(query, key), query.shape[-2], key.shape[-2]
-    named = mask if isinstance(mask, str) else None  # a function of positions
-    mask = None if mask is None or named else np.broadcast_to(mask, (*lead, n, m))
-    bias = None if bias is None or isinstance(bias, tuple) else np.broadcast_to(bias, (*lead, n, m))
-    of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
-    positions = None if positions is None else np.broadcast_to(positions, (*lead, n, positions.shape[-1]))
-    left, right = window if isinstance(window, tuple) else (window, window)
-    found = []
-    for at in np.ndindex(*lead):
-        for i in range(n):
-            position = i + int(query_offset[at[0]] if np.ndim(query_offset) else query_offset)
-            length = m
-            if valid_lens is not None:
-                lens = valid_lens[at[0]] if lead else valid_lens
-                length = int(lens[i] if np.ndim(lens) else lens)
-            chosen = list(range(m)) if positions is None else [int(j) for j in positions[(*at, i)]]
-            for slot, j in enumerate(chosen):
-                if j < 0 or j >= length:
-                    continue
-                if positions is not None and j in chosen[:slot]:
-                    continue
-                if causal and j > position:
-                    continue
-                if left is not None and j < position - left:
-                    continue
-                if right is not None and j > position + right:
-                    continue
-                if mask is not None and not mask[(*at, i, j)]:
-                    continue
-                if named is not None and not functions.allows(named, position, j):
-                    continue
-                if segments is not None:
-                    mine, yours = (x[at[0]] if x.ndim > 1 else x for x in (of_queries, of_keys))
-                    if mine[i] != yours[j]:
-                        continue
-                if bias is not None and bias[(*at, i, j)] == -np.inf:
-                    continue
-                pair = (*at, i, j)
-                found.append((pair if slot == j else (*at, i, slot), pair))
-    return lead, n, m if positions is None else positions.shape[-1], found
+    limits = among(Limits, options).over(lead, n, m)
+    found = [((*at, i, slot), (*at, i, j)) for *at, i in np.ndindex(*lead, n) for slot, j in limits.keys(tuple(at), i, m)]
+    slots = m if limits.positions is None else limits.positions.shape[-1]
+    return lead, n, slots, found
 
 
 def _of_rows(sink: Array, axes: int) -> Array:
@@ -304,154 +336,226 @@ def leading(query: Array, key: Array) -> tuple[int, ...]:
     return (*np.broadcast_shapes(query.shape[:-3], key.shape[:-3]), *query.shape[:-2][-1:])
 
 
+class Weighing(NamedTuple):
+    """How the pairs are weighed: the options of attention by these names."""
+
+    score: Any = "scaled_dot_score"  # a name, or (name, parameters)
+    normalize: str = "softmax"
+    scale: float | None = None
+    softcap: float | None = None
+    sink: Any = None
+    dropout: float = 0.0
+    rng: int = 0
+    return_scores: str | None = None
+
+    def named(self) -> tuple[str, dict[str, Any]]:
+        """The name that the score has here, and its parameters."""
+        name, parameters = self.score if isinstance(self.score, tuple) else (self.score, {})
+        return "dot_score" if name == "scaled_dot_score" and self.scale is not None else name, parameters
+
+    def raw(self, q: Array, k: Array, parameters: dict[str, Any]) -> Array:
+        return globals()[self.named()[0]](q, k, **parameters) * (1 if self.scale is None else self.scale)
+
+    def capped(self, q: Array, k: Array, parameters: dict[str, Any]) -> Array:
+        s = self.raw(q, k, parameters)
+        return s if self.softcap is None else self.softcap * np.tanh(s / self.softcap)
+
+
 def attention(query: Array, key: Array, value: Array, grad_output: Array | None = None, **how: Any) -> Answer:
     """Output, weights and lse; with grad_output, the gradients of sum(grad_output * output) by every array. m > 0 or not."""
     with np.errstate(invalid="ignore", over="ignore"):
-        values, sizes, largest = _attention(query, key, value, grad_output, **how)
+        values, sizes, largest = _Attention(query, key, value, grad_output, how).answer()
     return Answer(_marked(values), _plain(sizes), largest)
 
 
-def _attention(query: Array, key: Array, value: Array, grad_output: Array | None, *, score: Any = "scaled_dot_score",
-               normalize: str = "softmax", bias: Any = None, scale: float | None = None, softcap: float | None = None,
-               sink: Array | float | None = None, dropout: float = 0.0, rng: int = 0, return_scores: str | None = None,
-               absolute: Any = None, weights_alone: bool = False,
-               **which: Any) -> tuple[dict[str, Array], dict[str, Any], float]:  # fmt: skip
-    """(values, magnitudes element by element or at once, the largest score). ``weights_alone``: of values only these.
+def weights(query: Array, key: Array, value: Array, **how: Any) -> Array:
+    """The weights alone, in a fraction of the time."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        call = _Attention(query, key, value, None, how)
+        for at, of in call.rows():
+            call.weigh(at, of)
+    return call.weights
 
-    ``absolute``: the magnitudes of query, key, value and grad_output, where these are sums themselves.
+
+class _Attention:
+    """A call of attention in four steps: its pairs, their scores, the weights of a row at a time, sums over the pairs.
+
+    What has one entry for each pair is named for one of them: q and k are the vectors of its query and key, s is its score.
+    ``x_size`` is the magnitude of ``x``. ``absolute``: the magnitudes of query, key, value and grad_output, where these are
+    sums themselves.
     """
-    name, parameters = score if isinstance(score, tuple) else (score, {})
-    if name == "scaled_dot_score" and scale is not None:
-        name = "dot_score"
-    lead, n, slots, found = pairs(query, key, bias=bias, **which)
-    by_function = isinstance(bias, tuple)
-    if by_function:
-        bias = functions.bias_of(bias, lead, n, key.shape[-2], which.get("query_offset", 0))
-    at_pair = tuple(np.array([f[1] for f in found], dtype=int).reshape(-1, len(lead) + 2).T)
-    at_slot = at_pair  # but where queries select their keys
-    if which.get("positions") is not None:
-        at_slot = tuple(np.array([f[0] for f in found], dtype=int).reshape(-1, len(lead) + 2).T)
-    at_query, at_key = at_pair[:-1], (*at_pair[:-2], at_pair[-1])
-    sources = {"query": (query, flat_rows(query, lead)[at_query]), "key": (key, flat_rows(key, lead)[at_key])}
-    sources["value"] = (value, flat_rows(value, lead)[at_key])
-    q, k, v = (_flat(x)[rows] for x, rows in sources.values())
-    share = survivors(found, lead, dropout, rng) if dropout else np.ones(len(v))
-    v, v_size = v * share[:, None], np.abs(v) * share[:, None]  # what multiplies a weight may as well multiply its value
-    q_size, k_size = q, k
-    g_size: Any = None if grad_output is None else np.abs(grad_output)
-    if absolute is not None:
-        *inputs, g_size = absolute
-        rows = [rows for _, rows in sources.values()]
-        q_size, k_size, v_size = (_flat(x)[r] for x, r in zip(inputs, rows, strict=True))
-        v_size = v_size * share[:, None]
-        k_size = -k_size  # a difference of such sums is rounded relative to the sum of their magnitudes
 
-    def raw_scores_of(q: Array, k: Array, parameters: dict[str, Any]) -> Array:
-        return globals()[name](q, k, **parameters) * (1 if scale is None else scale)
+    def __init__(self, query: Array, key: Array, value: Array, grad_output: Array | None, how: dict[str, Any],
+                 absolute: list[Any] | None = None) -> None:  # fmt: skip
+        self.how: Weighing = among(Weighing, how)
+        self.grad_output, self.axes, self.m = grad_output, query.ndim, key.shape[-2]
+        lead, n, slots, found = pairs(query, key, **how)
+        self.shape = (*lead, n)  # of the rows
+        self.at_pair = _columns([pair for _, pair in found], len(lead) + 2)  # places in (*lead, n, m)
+        self.at_slot = self.at_pair  # and in (*lead, n, slots)
+        if how.get("positions") is not None:
+            self.at_slot = _columns([slot for slot, _ in found], len(lead) + 2)
+        at_key = (*self.at_pair[:-2], self.at_pair[-1])
+        self.sources = {"query": (query, flat_rows(query, lead)[self.at_pair[:-1]])}  # an array, and which of its rows
+        self.sources |= {"key": (key, flat_rows(key, lead)[at_key]), "value": (value, flat_rows(value, lead)[at_key])}
+        self.q, self.k, v = (_flat(x)[rows] for x, rows in self.sources.values())
+        self.share = survivors(found, lead, self.how.dropout, self.how.rng) if self.how.dropout else np.ones(len(v))
+        each = self.share[:, None]
+        self.v, self.v_size = v * each, np.abs(v) * each  # what multiplies a weight may as well multiply its value
+        self.g_size: Any = None if grad_output is None else np.abs(grad_output)
+        q_size, k_size = self.q, self.k
+        if absolute is not None:
+            *inputs, self.g_size = absolute
+            rows = [rows for _, rows in self.sources.values()]
+            q_size, k_size, v_size = (_flat(x)[r] for x, r in zip(inputs, rows, strict=True))
+            self.v_size = v_size * each
+            k_size = -k_size  # a difference of such sums is rounded relative to the sum of their magnitudes
+        self.bias: Any = how.get("bias")
+        self.learned_bias = isinstance(self.bias, np.ndarray)  # else one by a function of positions
+        if isinstance(self.bias, tuple):
+            self.bias = functions.bias_of(self.bias, lead, n, self.m, how.get("query_offset", 0))
+        self._score(q_size, k_size)
+        self._begin_rows(value.shape[-1], slots)
 
-    def scores_of(q: Array, k: Array, parameters: dict[str, Any]) -> Array:
-        s = raw_scores_of(q, k, parameters)
-        return s if softcap is None else softcap * np.tanh(s / softcap)
+    def _score(self, q_size: Array, k_size: Array) -> None:
+        """The scores of the pairs, at each of the stages that return_scores names, and what their rounding is relative to."""
+        how, (name, parameters) = self.how, self.how.named()
+        self.bound = bounds(name, q_size, k_size, **parameters)
+        self.factor = 1 if how.scale is None else abs(how.scale)
+        self.s, self.s_size = how.capped(self.q, self.k, parameters), self.bound["size"] * self.factor
+        self.stages = {"raw": how.raw(self.q, self.k, parameters), "capped": self.s}
+        if self.bias is not None:
+            b = np.broadcast_to(self.bias, (*self.shape, self.m))[self.at_pair]
+            self.s, self.s_size = self.s + b, self.s_size + np.abs(b)
+        self.stages["biased"] = self.s
 
-    s = scores_of(q, k, parameters)
-    stages = {"raw": raw_scores_of(q, k, parameters), "capped": s}
-    bound = bounds(name, q_size, k_size, **parameters)
-    factor = 1 if scale is None else abs(scale)
-    size = bound["size"] * factor
-    if bias is not None:
-        b = np.broadcast_to(bias, (*lead, n, key.shape[-2]))[at_pair]
-        s, size = s + b, size + np.abs(b)
-    stages["biased"] = s
-
-    # a row at a time: weights, and how they change with the scores
-    output, log_sum = np.zeros((*lead, n, value.shape[-1])), np.full((*lead, n), -np.inf)
-    if sink is not None:  # one more score in every row, of no pair: it has no value
-        log_sum[...] = _of_rows(np.asarray(sink), query.ndim)
-    extra, grad_sink, grad_sink_size = log_sum.copy(), np.zeros(log_sum.shape), np.zeros(log_sum.shape)
-    weights, row_sizes, weight_size = np.zeros((*lead, n, slots)), [0.0], [0.0]
-    grad_s, grad_s_size, grad_v, grad_v_size = (np.zeros(x.shape) for x in (s, s, v, v))
-    flat = np.ravel_multi_index(at_query, (*lead, n)) if len(s) else np.zeros(0, int)
-    for of in np.split(np.arange(len(s)), np.flatnonzero(np.diff(flat)) + 1) if len(s) else []:
-        at = np.unravel_index(flat[of[0]], (*lead, n))
-        row, row_size = (
-            (s[of], size[of]) if sink is None else (np.append(s[of], extra[at]), np.append(size[of], abs(extra[at])))
+    def _begin_rows(self, features: int, slots: int) -> None:
+        """What the rows fill, as a row with nothing to attend to leaves it."""
+        self.output, self.weights = np.zeros((*self.shape, features)), np.zeros((*self.shape, slots))
+        self.lse = np.full(self.shape, -np.inf)
+        if self.how.sink is not None:  # one more score in every row, of no pair: it has no value
+            self.lse[...] = _of_rows(np.asarray(self.how.sink), self.axes)
+        self.sink = self.lse.copy()
+        self.grad_sink, self.grad_sink_size = np.zeros(self.shape), np.zeros(self.shape)
+        self.grad_s, self.grad_s_size, self.grad_v, self.grad_v_size = (
+            np.zeros(x.shape) for x in (self.s, self.s, self.v, self.v)
         )
-        w = globals()[normalize](row)
-        if weights_alone:
-            weights[tuple(x[of] for x in at_slot)] = w[: len(of)]
-            continue
-        w_size, jacobian_size = weight_bounds(normalize, w, row, row_size)
+        self.row_sizes, self.weight_sizes = [0.0], [0.0]
+
+    def rows(self) -> Iterator[tuple[Place, Array]]:
+        """Each row that attends to something: its place in (*lead, n), and which of the pairs are its own."""
+        if len(self.s):
+            flat = np.ravel_multi_index(self.at_pair[:-1], self.shape)
+            for of in np.split(np.arange(len(self.s)), np.flatnonzero(np.diff(flat)) + 1):
+                yield tuple(np.unravel_index(flat[of[0]], self.shape)), of
+
+    def weigh(self, at: Place, of: Array) -> tuple[Array, Array]:
+        """The scores of a row, the sink's as the last, and the weights of all of them; those of the pairs are kept."""
+        row = self.s[of] if self.how.sink is None else np.append(self.s[of], self.sink[at])
+        w = globals()[self.how.normalize](row)
+        self.weights[tuple(x[of] for x in self.at_slot)] = w[: len(of)]
+        return row, w
+
+    def _attend(self, at: Place, of: Array) -> None:
+        """The results of a row, and the gradients of its pairs."""
+        row, w = self.weigh(at, of)
+        row_size = self.s_size[of] if self.how.sink is None else np.append(self.s_size[of], abs(self.sink[at]))
+        w_size, jacobian_size = weight_bounds(self.how.normalize, w, row, row_size)
         w, w_size, jacobian_size = w[: len(of)], w_size[: len(of)], jacobian_size[: len(of)]
-        weights[tuple(x[of] for x in at_slot)] = w
-        weight_size.append(w_size.max())
-        row_sizes.append((w_size[:, None] * v_size[of]).sum(axis=0).max(initial=0))
-        log_sum[at] = lse(row)
-        output[at] = sum(w[:, None] * v[of])
+        self.weight_sizes.append(w_size.max())
+        self.row_sizes.append((w_size[:, None] * self.v_size[of]).sum(axis=0).max(initial=0))
+        self.lse[at] = lse(row)
+        self.output[at] = sum(w[:, None] * self.v[of])
         if np.isfinite(w).all():  # a value that is not finite
-            output[at][~np.isfinite(output[at])] = np.inf
-        if grad_output is None:
-            continue
-        if not grad_output[at].any() and np.isfinite(s[of]).all() and np.isfinite(v[of]).all() and extra[at] < np.inf:
-            continue  # no loss looks at this row
-        g = grad_output[at]
-        grad_w, grad_w_size = v[of] @ g, v_size[of] @ g_size[at]
+            self.output[at][~np.isfinite(self.output[at])] = np.inf
+        if self.grad_output is None:
+            return
+        g, g_size, kept = self.grad_output[at], self.g_size[at], self.share[of][:, None]
+        finite = np.isfinite(self.s[of]).all() and np.isfinite(self.v[of]).all() and self.sink[at] < np.inf
+        if finite and not g.any():
+            return  # no loss looks at this row
+        grad_w, grad_w_size = self.v[of] @ g, self.v_size[of] @ g_size
+        self.grad_v[of], self.grad_v_size[of] = kept * w[:, None] * g, kept * w_size[:, None] * g_size
         if not (np.isfinite(w).all() and np.isfinite(grad_w).all()):  # of softmax: it reaches every score of the row
-            grad_s[of] = grad_s_size[of] = np.nan
-            grad_sink[at] = grad_sink_size[at] = 0.0 if extra[at] == -np.inf else np.nan  # -inf is no sink
-        looked_at = not np.isnan(grad_s[of]).any()
-        for j, change in enumerate(slopes_of_weights(normalize, row)[:, : len(of)] if looked_at else ()):
+            self.grad_s[of] = self.grad_s_size[of] = np.nan
+            self.grad_sink[at] = self.grad_sink_size[at] = 0.0 if self.sink[at] == -np.inf else np.nan  # -inf is no sink
+            return
+        for j, change in enumerate(slopes_of_weights(self.how.normalize, row)[:, : len(of)]):
             if j < len(of):
-                grad_s[of[j]] = grad_w @ change
-                grad_s_size[of[j]] = grad_w_size @ jacobian_size[:, j]
+                self.grad_s[of[j]] = grad_w @ change
+                self.grad_s_size[of[j]] = grad_w_size @ jacobian_size[:, j]
             else:
-                grad_sink[at], grad_sink_size[at] = grad_w @ change, grad_w_size @ jacobian_size[:, j]
-        kept = share[of][:, None]
-        grad_v[of], grad_v_size[of] = kept * w[:, None] * g, kept * w_size[:, None] * g_size[at]
+                self.grad_sink[at], self.grad_sink_size[at] = grad_w @ change, grad_w_size @ jacobian_size[:, j]
 
-    convex = normalize not in ("identity", "proportional")
-    finite = np.abs(log_sum[np.isfinite(log_sum)])
-    values = {"output": output, "weights": weights, "lse": log_sum}
-    magnitude = {"output": v_size[np.isfinite(v_size)].max(initial=0) if convex else max(row_sizes)}
-    magnitude |= {"weights": 1.0 if convex else max(weight_size), "lse": finite.max(initial=1)}
-    if return_scores is not None:
-        values["scores"] = np.full((*lead, n, slots), -np.inf)  # of no pair
-        values["scores"][at_slot] = stages[return_scores]
-        magnitude["scores"] = size[np.isfinite(size)].max(initial=0)
-    size = np.append(size, np.abs(extra))
-    largest = size[np.isfinite(size)].max(initial=0) if normalize in ("softmax", "sparsemax") else 0.0
-    if grad_output is None:
-        return values, magnitude, float(largest)
+    def answer(self) -> tuple[dict[str, Array], dict[str, Any], float]:
+        """(values, magnitudes element by element or at once, the largest score)."""
+        for at, of in self.rows():
+            self._attend(at, of)
+        convex = self.how.normalize not in ("identity", "proportional")
+        finite = np.abs(self.lse[np.isfinite(self.lse)])
+        values = {"output": self.output, "weights": self.weights, "lse": self.lse}
+        magnitude = {"output": self.v_size[np.isfinite(self.v_size)].max(initial=0) if convex else max(self.row_sizes)}
+        magnitude |= {"weights": 1.0 if convex else max(self.weight_sizes), "lse": finite.max(initial=1)}
+        if self.how.return_scores is not None:
+            values["scores"] = np.full(self.weights.shape, -np.inf)  # of no pair
+            values["scores"][self.at_slot] = self.stages[self.how.return_scores]
+            magnitude["scores"] = self.s_size[np.isfinite(self.s_size)].max(initial=0)
+        size = np.append(self.s_size, np.abs(self.sink))
+        softened = self.how.normalize in ("softmax", "sparsemax")
+        if self.grad_output is not None:
+            self._gradients(values, magnitude)
+        return values, magnitude, float(size[np.isfinite(size)].max(initial=0) if softened else 0.0)
 
-    def collect(what: str, by_pair: Array, by_pair_size: Array) -> None:
-        x, rows = sources[what]
-        for name, terms, kind in ((what, by_pair, values), (what, by_pair_size, magnitude)):
-            total = np.zeros((np.prod(x.shape[:-1], dtype=int), x.shape[-1]))
-            np.add.at(total, rows, terms)
-            kind["grad_" + name] = total.reshape(x.shape)
+    def _gradients(self, values: dict[str, Array], magnitude: dict[str, Any]) -> None:
+        """The gradients by every array, put among the values: sums over the pairs that look at each of its rows."""
+        _, parameters = self.how.named()
+        by = {
+            "query": (self.q, lambda x: self.how.capped(x, self.k, parameters)),
+            "key": (self.k, lambda x: self.how.capped(self.q, x, parameters)),
+        }
+        kinds = (values, self.grad_s, self.grad_v), (magnitude, self.grad_s_size, self.grad_v_size)
+        for what, (x, score) in by.items():
+            slopes = np.stack([np.zeros(len(x)), *(slope(score, x, (c,)) for c in range(x.shape[-1]))], axis=-1)[:, 1:]
+            values["grad_" + what] = self._collected(what, self.grad_s[:, None] * slopes)
+            magnitude["grad_" + what] = self._collected(what, self.grad_s_size[:, None] * self.bound[what] * self.factor)
+        for kind, grad_s, grad_v in kinds:
+            kind["grad_value"] = self._collected("value", grad_v)
+            if self.learned_bias:
+                cells = np.broadcast_to(_numbered(self.bias), (*self.shape, self.m))[self.at_pair]
+                kind["grad_bias"] = _summed(cells, grad_s, self.bias.size).reshape(self.bias.shape)
+        if isinstance(sink := self.how.sink, np.ndarray):
+            cells = np.broadcast_to(_of_rows(_numbered(sink), self.axes), self.shape)
+            values["grad_sink"] = _summed(cells, self.grad_sink, sink.size).reshape(sink.shape)
+            magnitude["grad_sink"] = _summed(cells, self.grad_sink_size, sink.size)
+        for what, x in parameters.items():
+            if isinstance(x, np.ndarray):
+                of_one = partial(lambda what, y: self.how.capped(self.q, self.k, {**parameters, what: y}), what)
+                by_one = [slope(of_one, x, c) for c in np.ndindex(*x.shape)]
+                values["grad_" + what] = np.reshape([self.grad_s @ one for one in by_one], x.shape)
+                size = self.grad_s_size @ self.bound[what].reshape(len(self.s), x.size)
+                magnitude["grad_" + what] = size.max(initial=0) * self.factor
 
-    by = {"query": lambda x: scores_of(x, k, parameters), "key": lambda x: scores_of(q, x, parameters)}
-    for what, x in (("query", q), ("key", k)):
-        slopes = np.stack([np.zeros(len(s)), *(slope(by[what], x, (c,)) for c in range(x.shape[-1]))], axis=-1)[:, 1:]
-        collect(what, grad_s[:, None] * slopes, grad_s_size[:, None] * bound[what] * factor)
-    collect("value", grad_v, grad_v_size)
-    if bias is not None and not by_function:
-        cells = np.broadcast_to(np.arange(bias.size).reshape(bias.shape), (*lead, n, key.shape[-2]))[at_pair]
-        sources["bias"] = (bias.reshape(-1, 1), cells)
-        collect("bias", grad_s[:, None], grad_s_size[:, None])
-        values["grad_bias"] = values["grad_bias"].reshape(bias.shape)
-    if isinstance(sink, np.ndarray):
-        for kind, terms in ((values, grad_sink), (magnitude, grad_sink_size)):
-            cells = np.broadcast_to(_of_rows(np.arange(sink.size).reshape(sink.shape), query.ndim), (*lead, n))
-            total = np.zeros(sink.size)
-            np.add.at(total, cells, terms)
-            kind["grad_sink"] = total.reshape(sink.shape)
-    for what, x in parameters.items():
-        if isinstance(x, np.ndarray):
-            of_one = partial(lambda what, y: scores_of(q, k, {**parameters, what: y}), what)
-            by_one = [slope(of_one, x, c) for c in np.ndindex(*x.shape)]
-            values["grad_" + what] = np.reshape([grad_s @ one for one in by_one], x.shape)
-            magnitude["grad_" + what] = (grad_s_size @ bound[what].reshape(len(s), x.size)).max(initial=0) * factor
-    return values, magnitude, float(largest)
+    def _collected(self, what: str, by_pair: Array) -> Array:
+        """What the pairs give, summed for each row of query, key or value."""
+        x, rows = self.sources[what]
+        return _summed(rows, by_pair, np.prod(x.shape[:-1], dtype=int)).reshape(x.shape)
+
+
+def _summed(cells: Array, terms: Array, count: int) -> Array:
+    """The terms, summed in the one of ``count`` cells that is told for each."""
+    total = np.zeros((count, *terms.shape[cells.ndim :]))
+    np.add.at(total, cells, terms)
+    return total
+
+
+def _columns(places: list[Place], axes: int) -> tuple[Array, ...]:
+    """The indices of these places, an array for each axis."""
+    return tuple(np.array(places, dtype=int).reshape(-1, axes).T)
+
+
+def _numbered(x: Array) -> Array:
+    """The flat place of each number of x."""
+    return np.arange(x.size).reshape(x.shape)
 
 
 def multi_head_attention(query: Array, key: Array, value: Array, params: dict[str, Array], num_heads: int, num_kv_heads: int,
@@ -491,7 +595,7 @@ def multi_head_attention(query: Array, key: Array, value: Array, params: dict[st
     if query.ndim == 2 and (lens := how.get("valid_lens")) is not None:  # no batch axis: every head has these lengths
         how["valid_lens"] = np.broadcast_to(lens, (num_heads, *np.shape(lens)))
     with np.errstate(invalid="ignore"):
-        values, sizes, largest = _attention(q, k, v, grads[0], absolute=[*absolute, grads[1]], **how)
+        values, sizes, largest = _Attention(q, k, v, grads[0], how, [*absolute, grads[1]]).answer()
     joined, top = join(values["output"]), np.max(sizes["output"])
     values["output"], sizes["output"] = project(joined, "o"), project(np.full(joined.shape, top), "o", size)
     if grad_output is not None:
@@ -674,6 +778,10 @@ def _moved(Q: Pair, K: Pair, params: dict[str, Array], d: int, scale: float | No
         error[name] = (X[1] @ W).max(initial=0)
     by_score = d * (1 / np.sqrt(d) if scale is None else abs(scale)) * (error["q"] * top["k"] + top["q"] * error["k"])
     return (2 * by_score * top["v"] + error["v"]) * np.abs(params["W_o"]).sum(axis=0)
+
+
+def weights_of_heads(*inputs: Any, **how: Any) -> Array:
+    return multi_head_attention(*inputs, **how).values["weights"]
 
 
 def scores(name: str, query: Array, key: Array, **parameters: Any) -> Answer:
