@@ -80,26 +80,26 @@ def flags(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, group: str, rng: np.random.Generator,
-           grad: bool = True, asked: tuple[str, ...] = WEIGHTS + LSE, dtypes: tuple[str, ...] = DTYPES,
-           call: str = "attention", looked: np.ndarray | None = None, seed: int | None = None,
+           grad: bool | np.ndarray = True, asked: tuple[str, ...] = WEIGHTS + LSE, dtypes: tuple[str, ...] = DTYPES,
            **options: Any) -> Case:  # fmt: skip
-    """A case of attention, with its answer and, unless told otherwise, every gradient: of a loss that looks at these rows.
+    """A case of attention with these options, of which ``seed`` stands for attention's own ``rng``, and with its answer.
 
-    ``seed``: attention's own ``rng``.
+    ``grad``: whether it has gradients, too; or the rows (n,) that their loss looks at, where it does not look at all.
     """
-    options |= {} if seed is None else {"rng": seed}
+    options |= {"rng": options.pop("seed")} if "seed" in options else {}
     results = ("output", *asked, *(["scores"] if "return_scores" in options else []))
     how = {n: x for n, x in options.items() if n != "splits"}
     options |= {f"return_{what}": True for what in asked}
-    grad_output = grid(rng, *oracle.leading(query, key), query.shape[-2], value.shape[-1]) if grad else None
-    if looked is not None and grad_output is not None:
-        grad_output = np.where(looked[:, None], grad_output, 0.0)
+    grad_output = None
+    if grad is not False:
+        grad_output = grid(rng, *oracle.leading(query, key), query.shape[-2], value.shape[-1])
+        grad_output = np.where(np.reshape(grad, (-1, 1)), grad_output, 0.0)
     answer = oracle.attention(query, key, value, grad_output, **how)
     wanted = [what for what in answer.values if what in results or what.startswith("grad_")]
     arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output}
     arguments |= {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
     return Case(
-        name, group, call, {n: x for n, x in arguments.items() if x is not None},
+        name, group, "attention", {n: x for n, x in arguments.items() if x is not None},
         {n: x for n, x in options.items() if not isinstance(x, np.ndarray)},
         {what: answer.values[what] for what in wanted}, {what: answer.magnitude[what] for what in wanted},
         answer.largest_score, dtypes, results,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -215,9 +216,8 @@ def case(drawn: Draw) -> Case:
             "group": "draws" if struck is None else NOT_FINITE,
             "rng": drawn.rng("grad_output"),
             "grad": drawn.grad,
-            "call": drawn.call,
         }
-        made = attend(name, q, k, x, **make, asked=drawn.asked, **options)
+        made = replace(attend(name, q, k, x, **make, asked=drawn.asked, **options), call=drawn.call)
         if drawn.call in SCORED:
             weights = options["score"][1] if isinstance(options["score"], tuple) else {}
             config = {"num_hiddens": len(weights["w_v"])} if drawn.call == "AdditiveAttention" else {}
@@ -307,7 +307,7 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     biases = multihead.BIASES if biases and not alone else ()
     sizes: dict[str, Any] = {"d": drawn.d, "v": drawn.v, "o": 2 if with_output and not alone else 0, "biases": biases}
     sizes |= {"v": drawn.d, "o": heads * drawn.d} if layer else {}
-    params = multihead.params_of(drawn.rng("params"), 3, 3, 3, heads, kv_heads, **sizes)
+    params = multihead.params_of(drawn.rng("params"), heads, kv_heads, **sizes)
     apart = drawn.call in ("multi_head_attention", "MultiHeadAttention") and not steps
     query = grid(drawn.rng("query"), *drawn.lead, drawn.n, 3)
     key, value = (grid(drawn.rng(x), *drawn.lead, drawn.m, 3) if apart else query for x in ("key", "value"))
@@ -327,9 +327,10 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     inputs = (query, key, value, params, heads, kv_heads)
     if "normalize" in options and not _clear(*inputs, options=options | over_heads, weights_of=oracle.weights_of_heads):
         options.pop("normalize")
-    make: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "asked": drawn.asked, "call": drawn.call}
+    make: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "asked": drawn.asked}
     make["grad"] = drawn.grad and not over_heads
-    made = multihead.multi_head(name, query, key, value, params, drawn.rng("grad_output"), **make, **(options | over_heads))
+    made = multihead.multi_head(name, inputs[:3], params, drawn.rng("grad_output"), **make, **(options | over_heads))
+    made = replace(made, call=drawn.call)
     if alone:
         made = multihead.as_self_attention(made, query)
         made = replace(made, arguments=made.arguments | {n: options[n] for n in over_heads})
@@ -372,7 +373,7 @@ def _transformers(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
         sizes = {"d": drawn.d, "v": drawn.d, "o": h, "biases": multihead.BIASES if use_bias else ()}
         for part in layers.ATTENTIONS if call in DECODERS else ("attention",):
             rng = drawn.rng(prefix if part == "attention" else prefix + part)
-            params = multihead.params_of(rng, h, h, h, heads, kv_heads, **sizes)
+            params = multihead.params_of(rng, heads, kv_heads, (h, h, h), **sizes)
             weights.update({f"{prefix}{part}.{x}": W for x, W in params.items()})
         add(prefix + "ffn.", W_1=(h, f), b_1=(f,), W_2=(f, h), b_2=(h,))
         for part in ("addnorm1.", "addnorm2.", "addnorm3.")[: 3 if call in DECODERS else 2]:
@@ -493,30 +494,24 @@ def code(made: Case, failure: check.Result, backend: str, device: str | None = N
         made_by = f"tab.asarray(x, dtype={failure.dtype!r}, like=like)"
     lines += [f"def array(x):\n    return {made_by}", ""]
 
-    def literal(x: Any) -> str:
-        if isinstance(x, tuple) and any(isinstance(part, np.ndarray) for part in x):
-            return f"({', '.join(map(literal, x))})"
-        if not isinstance(x, np.ndarray):
-            return repr(x)
-        text = repr(x.tolist()) if x.size else f"np.zeros({x.shape})"
-        if x.dtype.kind == "f":
-            return f"array({text})"
-        return f"np.array({text}, {x.dtype.name!r})"
+    def bound(x: Any) -> tuple[str, str]:
+        """The name of a function, and its parameters as they stand in its call."""
+        name, parameters = check._named(x)
+        return name, "".join(f", {n}={_literal(p, 'array')}" for n, p in parameters.items())
 
     def function(x: Any) -> str:
-        name, parameters = check._named(x)
-        bound = "".join(f", {n}={literal(p)}" for n, p in parameters.items())
-        return f"partial(kvattn.{name}{bound})" if bound else f"kvattn.{name}"
+        name, parameters = bound(x)
+        return f"partial(kvattn.{name}{parameters})" if parameters else f"kvattn.{name}"
 
     def of_positions(x: Any) -> str:
         lines.insert(1, "from kvattn.conformance import functions")
-        name, parameters = check._named(x)
-        bound = "".join(f", {n}={literal(p)}" for n, p in parameters.items())
-        return f"functions.function(kvattn.dispatch.load({backend!r}), {name!r}{bound})"
+        name, parameters = bound(x)
+        return f"functions.function(kvattn.dispatch.load({backend!r}), {name!r}{parameters})"
 
     given = dict(made.arguments)
     grad_output = given.pop("grad_output", None)
     wrong = failure.what.removeprefix("grad_") if failure.what.startswith("grad_") else None
+    literal = partial(_literal, floating="array")
     lines += [f"{name} = {literal(x)}" for name, x in given.items()]
     told = dict.fromkeys(check.FUNCTIONS, function) | dict.fromkeys(("mask", "bias"), of_positions)
     keywords = {n: told.get(n, literal)(x) for n, x in made.keywords.items()}
@@ -557,6 +552,16 @@ def code(made: Case, failure: check.Result, backend: str, device: str | None = N
     return "\n".join(lines + _told(made, failure)) + "\n"
 
 
+def _literal(x: Any, floating: str | None = None) -> str:
+    """x as code; ``floating``: the name of a function that makes floating-point arrays, else np.array."""
+    if isinstance(x, tuple) and any(isinstance(part, np.ndarray) for part in x):
+        return f"({', '.join(_literal(part, floating) for part in x)})"
+    if not isinstance(x, np.ndarray):
+        return repr(x)
+    text = repr(x.tolist()) if x.size else f"np.zeros({x.shape})"
+    return f"{floating}({text})" if floating and x.dtype.kind == "f" else f"np.array({text}, {x.dtype.name!r})"
+
+
 def _told(made: Case, failure: check.Result) -> list[str]:
     """What is wrong and what was expected, as comments."""
     lines = ["# " + line for line in failure.message.strip().splitlines()]
@@ -572,19 +577,14 @@ def _layer_code(made: Case, failure: check.Result, backend: str) -> str:
     lines = ["import numpy as np", "from numpy import inf, nan", "", "import kvattn"]
     lines += ["from kvattn.conformance import native", ""]
 
-    def literal(x: Any) -> str:
-        if not isinstance(x, np.ndarray):
-            return repr(x)
-        return f"np.array({x.tolist()}, {x.dtype.name!r}).reshape({x.shape})"
-
     inputs = [arguments.pop(name) for name in names]
     if not failure.what.startswith("grad_"):
         arguments.pop("grad_output", None)
-    options = {n: literal(x) for n, x in {**arguments, **keywords}.items()}
+    options = {n: _literal(x) for n, x in {**arguments, **keywords}.items()}
     options |= {n: f"kvattn.{x}" for n, x in keywords.items() if n in check.FUNCTIONS}
     told = "".join(f", {n}={x}" for n, x in options.items())
-    lines.append(f"weights = {{{', '.join(f'{n!r}: {literal(x)}' for n, x in weights.items())}}}")
-    lines.append(f"inputs = [{', '.join(map(literal, inputs))}]")
+    lines.append(f"weights = {{{', '.join(f'{n!r}: {_literal(x)}' for n, x in weights.items())}}}")
+    lines.append(f"inputs = [{', '.join(map(_literal, inputs))}]")
     call = f"{backend!r}, {made.call!r}, {config}, weights, inputs, dtype={failure.dtype!r}{told}"
     lines.append(f"results, by_inputs, by_weights = native.run({call})")
     lines.append("print(results, by_inputs, by_weights)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -210,7 +211,7 @@ def sinks(rng: np.random.Generator) -> Iterator[Case]:
     looked = np.zeros(300, bool)
     looked[[0, 130, 299]] = True
     q, k, v = qkv(rng, n=300, m=600, d=2, lead=(2,), kv=(1,))
-    yield make("sink, causal, many pairs", q, k, v, causal=True, sink=grid(rng, 2), asked=(), looked=looked)
+    yield make("sink, causal, many pairs", q, k, v, causal=True, sink=grid(rng, 2), asked=(), grad=looked)
 
 
 def scores_out(rng: np.random.Generator) -> Iterator[Case]:
@@ -245,10 +246,10 @@ def scores_out(rng: np.random.Generator) -> Iterator[Case]:
     # long enough for tiles and for blocks
     q, k, v = qkv(rng, n=264, m=560, d=2, v=1, lead=())
     yield make("scores, blocks", q, k, v, window=3, return_scores="biased", asked=LSE, grad=False)
-    (query, key, value), lens = (grid(rng, 2, rows, 3) for rows in (3, 4, 4)), np.array([4, 2])
-    params = multihead.params_of(rng, 3, 3, 3, 4, 2)
+    inputs, lens = [grid(rng, 2, rows, 3) for rows in (3, 4, 4)], np.array([4, 2])
+    params = multihead.params_of(rng, 4, 2)
     how: dict[str, Any] = {"heads": 4, "kv_heads": 2, "valid_lens": lens, "softcap": 2.0, "return_scores": "capped"}
-    yield multihead.multi_head("heads: scores", query, key, value, params, rng, asked=WEIGHTS + LSE, group="scores out", **how)
+    yield multihead.multi_head("heads: scores", inputs, params, rng, asked=WEIGHTS + LSE, group="scores out", **how)
 
 
 # ---- shapes
@@ -469,9 +470,11 @@ def merging(rng: np.random.Generator) -> Iterator[Case]:
     yield merged("merge of 1e5", grid(rng, 2, 4, 2), 131072.0 * np.array([[1, -1, 0, 1], [1, -1, 1, -1]]))
     cuts = (("two parts", [2]), ("three parts", [2, 4]), ("an empty part", [0, 3, 3]), ("single keys", [1, 2, 3, 4]))
     for name, splits in cuts:
-        yield make(f"attention over {name}", *qkv(rng), grad=False, call="split_attention", splits=splits, asked=LSE)
+        case = make(f"attention over {name}", *qkv(rng), grad=False, splits=splits, asked=LSE)
+        yield replace(case, call="split_attention")
     grouped = qkv(rng, lead=(2, 4), kv=(2, 2))
-    yield make("attention over grouped parts", *grouped, grad=False, call="split_attention", splits=[3], asked=LSE)
+    case = make("attention over grouped parts", *grouped, grad=False, splits=[3], asked=LSE)
+    yield replace(case, call="split_attention")
 
 
 def lone(rng: np.random.Generator) -> Iterator[Case]:

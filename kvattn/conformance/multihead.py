@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,9 +16,13 @@ Params = dict[str, np.ndarray]
 BIASES = ("b_q", "b_k", "b_v", "b_o")
 
 
-def params_of(rng: np.random.Generator, d_q: int, d_k: int, d_v: int, heads: int, kv_heads: int, d: int = 2, v: int = 2,
-              o: int = 3, biases: tuple[str, ...] = BIASES) -> Params:  # fmt: skip
-    """Projections on a grid of quarters: what they project stays exact enough for every dtype to hold its inputs."""
+def params_of(rng: np.random.Generator, heads: int, kv_heads: int, inputs: tuple[int, int, int] = (3, 3, 3), d: int = 2,
+              v: int = 2, o: int = 3, biases: tuple[str, ...] = BIASES) -> Params:  # fmt: skip
+    """Projections on a grid of quarters: what they project stays exact enough for every dtype to hold its inputs.
+
+    ``inputs``: the features of query, key and value; ``d``, ``v`` and ``o``: of a head's keys and values, and of the output.
+    """
+    d_q, d_k, d_v = inputs
     shapes: dict[str, tuple[int, ...]] = {
         "W_q": (d_q, heads * d),
         "W_k": (d_k, kv_heads * d),
@@ -30,11 +34,12 @@ def params_of(rng: np.random.Generator, d_q: int, d_k: int, d_v: int, heads: int
     return {name: grid(rng, *shape, top=1.0) for name, shape in shapes.items()}
 
 
-def multi_head(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, params: Params, rng: np.random.Generator, *,
-               call: str = "multi_head_attention", heads: int = 2, kv_heads: int | None = None, grad: bool = True,
-               asked: tuple[str, ...] = (), group: str = "multi-head", seed: int | None = None,
+def multi_head(name: str, inputs: Sequence[np.ndarray], params: Params, rng: np.random.Generator, *, heads: int = 2,
+               kv_heads: int | None = None, grad: bool = True, asked: tuple[str, ...] = (), group: str = "multi-head",
                **options: Any) -> Case:  # fmt: skip
-    options |= {} if seed is None else {"rng": seed}
+    """A case of multi-head attention, as `attend` makes one of attention; ``inputs``: query, key and value."""
+    query, key, value = inputs
+    options |= {"rng": options.pop("seed")} if "seed" in options else {}
     kv_heads = heads if kv_heads is None else kv_heads
     o = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] // kv_heads * heads
     grad_output = grid(rng, *query.shape[:-1], o) if grad else None
@@ -45,7 +50,7 @@ def multi_head(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray,
     arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output, **params, **arrays}
     keywords = {n: x for n, x in options.items() if n not in arrays} | {f"return_{what}": True for what in asked}
     keywords |= {"num_heads": heads} | ({"num_kv_heads": kv_heads} if kv_heads != heads else {})
-    return Case(name, group, call, {n: x for n, x in arguments.items() if x is not None}, keywords,
+    return Case(name, group, "multi_head_attention", {n: x for n, x in arguments.items() if x is not None}, keywords,
                 {what: answer.values[what] for what in kept}, {what: answer.magnitude[what] for what in kept},
                 answer.largest_score, results=results)  # fmt: skip
 
@@ -57,40 +62,40 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
         return grid(rng, *batch, n, d_q), grid(rng, *batch, m, d_k), grid(rng, *batch, m, d_v)
 
     def two() -> Params:
-        return params_of(rng, 3, 3, 3, 2, 2)
+        return params_of(rng, 2, 2)
 
     both = ("weights", "lse")
-    yield multi_head("two heads", *inputs(), two(), rng, asked=both)
-    yield multi_head("heads: without biases", *inputs(), params_of(rng, 3, 3, 3, 2, 2, biases=()), rng)
-    yield multi_head("one head", *inputs(), params_of(rng, 3, 3, 3, 1, 1, d=3), rng, heads=1, asked=("weights",))
+    yield multi_head("two heads", inputs(), two(), rng, asked=both)
+    yield multi_head("heads: without biases", inputs(), params_of(rng, 2, 2, biases=()), rng)
+    yield multi_head("one head", inputs(), params_of(rng, 1, 1, d=3), rng, heads=1, asked=("weights",))
     yield multi_head(
-        "sizes of their own", *inputs(d_q=2, d_k=4, d_v=5), params_of(rng, 2, 4, 5, 2, 2, d=3, v=1, o=4), rng, asked=both
+        "sizes of their own", inputs(d_q=2, d_k=4, d_v=5), params_of(rng, 2, 2, (2, 4, 5), d=3, v=1, o=4), rng, asked=both
     )
-    yield multi_head("grouped heads, projected", *inputs(), params_of(rng, 3, 3, 3, 4, 2), rng, heads=4, kv_heads=2, asked=both)
-    yield multi_head("one key head", *inputs(), params_of(rng, 3, 3, 3, 3, 1), rng, heads=3, kv_heads=1)
-    no_output = {n: x for n, x in params_of(rng, 3, 3, 3, 2, 2).items() if n not in ("W_o", "b_o")}
-    yield multi_head("heads: without W_o", *inputs(), no_output, rng)
-    yield multi_head("heads: no batch", *inputs(batch=()), two(), rng, asked=both)
-    yield multi_head("heads: two batch axes", *inputs(batch=(2, 2), n=2, m=2), two(), rng, grad=False)
-    yield multi_head("heads: lengths", *inputs(), two(), rng, valid_lens=np.array([4, 2]), asked=both)
-    yield multi_head("heads: lengths of 0", *inputs(), two(), rng, valid_lens=np.array([0, 3]), asked=both)
-    yield multi_head("heads: a mask for each head", *inputs(), two(), rng, mask=flags(rng, 2, 2, 3, 4))
-    yield multi_head("heads: a bias", *inputs(), two(), rng, bias=grid(rng, 2, 1, 4))
-    yield multi_head("heads: causal, scaled", *inputs(), two(), rng, causal=True, query_offset=1, scale=0.5)
+    yield multi_head("grouped heads, projected", inputs(), params_of(rng, 4, 2), rng, heads=4, kv_heads=2, asked=both)
+    yield multi_head("one key head", inputs(), params_of(rng, 3, 1), rng, heads=3, kv_heads=1)
+    no_output = {n: x for n, x in params_of(rng, 2, 2).items() if n not in ("W_o", "b_o")}
+    yield multi_head("heads: without W_o", inputs(), no_output, rng)
+    yield multi_head("heads: no batch", inputs(batch=()), two(), rng, asked=both)
+    yield multi_head("heads: two batch axes", inputs(batch=(2, 2), n=2, m=2), two(), rng, grad=False)
+    yield multi_head("heads: lengths", inputs(), two(), rng, valid_lens=np.array([4, 2]), asked=both)
+    yield multi_head("heads: lengths of 0", inputs(), two(), rng, valid_lens=np.array([0, 3]), asked=both)
+    yield multi_head("heads: a mask for each head", inputs(), two(), rng, mask=flags(rng, 2, 2, 3, 4))
+    yield multi_head("heads: a bias", inputs(), two(), rng, bias=grid(rng, 2, 1, 4))
+    yield multi_head("heads: causal, scaled", inputs(), two(), rng, causal=True, query_offset=1, scale=0.5)
     # without a batch axis n, m and the number of heads are the same here, so that no axis passes for another
-    yield multi_head("heads: no batch, lengths ()", *inputs((), 2, 2), two(), rng, valid_lens=np.array(1), asked=both)
-    yield multi_head("heads: no batch, lengths (n,)", *inputs((), 2, 2), two(), rng, valid_lens=np.array([1, 0]), asked=both)
-    grouped, offset = params_of(rng, 3, 3, 3, 4, 2), np.array(1)
+    yield multi_head("heads: no batch, lengths ()", inputs((), 2, 2), two(), rng, valid_lens=np.array(1), asked=both)
+    yield multi_head("heads: no batch, lengths (n,)", inputs((), 2, 2), two(), rng, valid_lens=np.array([1, 0]), asked=both)
+    grouped, offset = params_of(rng, 4, 2), np.array(1)
     each: dict[str, Any] = {"valid_lens": np.array([2, 0, 4]), "causal": True, "query_offset": offset}
-    yield multi_head("heads: no batch, lengths, offset ()", *inputs(()), grouped, rng, heads=4, kv_heads=2, **each)
+    yield multi_head("heads: no batch, lengths, offset ()", inputs(()), grouped, rng, heads=4, kv_heads=2, **each)
     nothing = {"W_q": np.zeros((3, 0)), "W_k": np.zeros((3, 0)), "b_q": np.zeros(0), "b_k": np.zeros(0)}
-    yield multi_head("heads: no features", *inputs(), two() | nothing, rng, valid_lens=np.array([4, 2]), asked=both)
-    yield multi_head("heads: no keys", *inputs(m=0), two(), rng, grad=False)
-    sparse = params_of(rng, 3, 3, 3, 2, 2)
-    yield multi_head("heads: averaged", *inputs(), sparse, rng, normalize="average", asked=("weights",))
-    yield multi_head("heads: a sink", *inputs(), two() | {"sink": grid(rng, 2)}, rng, asked=both)
-    grouped = params_of(rng, 3, 3, 3, 4, 2) | {"sink": grid(rng, 4)}
-    yield multi_head("heads: a sink, grouped, causal", *inputs(), grouped, rng, heads=4, kv_heads=2, causal=True)
+    yield multi_head("heads: no features", inputs(), two() | nothing, rng, valid_lens=np.array([4, 2]), asked=both)
+    yield multi_head("heads: no keys", inputs(m=0), two(), rng, grad=False)
+    sparse = params_of(rng, 2, 2)
+    yield multi_head("heads: averaged", inputs(), sparse, rng, normalize="average", asked=("weights",))
+    yield multi_head("heads: a sink", inputs(), two() | {"sink": grid(rng, 2)}, rng, asked=both)
+    grouped = params_of(rng, 4, 2) | {"sink": grid(rng, 4)}
+    yield multi_head("heads: a sink, grouped, causal", inputs(), grouped, rng, heads=4, kv_heads=2, causal=True)
     yield from self_attention(rng)
     yield from padded(rng)
     yield from decoding(rng)
@@ -100,13 +105,13 @@ def dropout(rng: np.random.Generator) -> Iterator[Case]:
     """Weights that are dropped by the pattern of an int rng, in heads."""
     make = partial(multi_head, group="dropout", dropout=0.4, seed=21)
     query, key, value = grid(rng, 2, 3, 3), grid(rng, 2, 4, 3), grid(rng, 2, 4, 3)
-    yield make("heads: dropout", query, key, value, params_of(rng, 3, 3, 3, 2, 2), rng, asked=("weights", "lse"))
-    params = params_of(rng, 3, 3, 3, 4, 2) | {"sink": grid(rng, 4)}
-    alone, make_grouped = (query[0], key[0], value[0], params, rng), partial(make, heads=4, kv_heads=2, causal=True)
-    yield make_grouped("heads: dropout, grouped, no batch", *alone)
-    x, params = grid(rng, 2, 4, 3), params_of(rng, 3, 3, 3, 1, 1, d=3, v=2, biases=())
+    yield make("heads: dropout", (query, key, value), params_of(rng, 2, 2), rng, asked=("weights", "lse"))
+    params = params_of(rng, 4, 2) | {"sink": grid(rng, 4)}
+    one = [x[0] for x in (query, key, value)]
+    yield make("heads: dropout, grouped, no batch", one, params, rng, heads=4, kv_heads=2, causal=True)
+    x, params = grid(rng, 2, 4, 3), params_of(rng, 1, 1, d=3, v=2, biases=())
     params.pop("W_o")
-    case = make("self-attention, dropout", x, x, x, params, rng, call="self_attention", heads=1, asked=("lse",))
+    case = make("self-attention, dropout", [x] * 3, params, rng, heads=1, asked=("lse",))
     yield as_self_attention(case, x)
 
 
@@ -121,8 +126,8 @@ def self_attention(rng: np.random.Generator) -> Iterator[Case]:
     ]
     for name, batch, options in forms:
         x = grid(rng, *batch, 4, 3)
-        params = {n: y for n, y in params_of(rng, 3, 3, 3, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
-        case = multi_head(name, x, x, x, params, rng, call="self_attention", heads=1, asked=("weights", "lse"), **options)
+        params = {n: y for n, y in params_of(rng, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
+        case = multi_head(name, [x] * 3, params, rng, heads=1, asked=("weights", "lse"), **options)
         yield as_self_attention(case, x)
 
 
@@ -137,10 +142,8 @@ def padded(rng: np.random.Generator) -> Iterator[Case]:
         return replace(case, arguments=arguments)
 
     def make(name: str, n: int = 3, m: int = 4, kv_heads: int = 2, **options: Any) -> Case:
-        query, key, value = (grid(rng, 2, rows, 3) for rows in (n, m, m))
-        return multi_head(
-            f"heads: NaN {name}", query, key, value, params_of(rng, 3, 3, 3, 2, kv_heads), rng, kv_heads=kv_heads, **options
-        )
+        inputs = [grid(rng, 2, rows, 3) for rows in (n, m, m)]
+        return multi_head(f"heads: NaN {name}", inputs, params_of(rng, 2, kv_heads), rng, kv_heads=kv_heads, **options)
 
     tail, nobody = [[False] * 4, [False, False, True, True]], [[False] * 4, [True] * 4]
     yield hurt(make("behind lengths", valid_lens=np.array([4, 2])), key=tail, value=tail)
@@ -165,11 +168,9 @@ def padded(rng: np.random.Generator) -> Iterator[Case]:
     yield hurt(make("without keys", m=0), query=[True] * 3)
     yield hurt(make("without queries", n=0), key=[True] * 4, value=[True] * 4)
     x = grid(rng, 2, 4, 3)
-    params = {n: y for n, y in params_of(rng, 3, 3, 3, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
+    params = {n: y for n, y in params_of(rng, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
     lens = np.array([[4, 1, 2, 3], [2, 1, 0, 0]])
-    case = multi_head(
-        "self-attention, NaN behind lengths", x, x, x, params, rng, call="self_attention", heads=1, valid_lens=lens
-    )
+    case = multi_head("self-attention, NaN behind lengths", [x] * 3, params, rng, heads=1, valid_lens=lens)
     yield hurt(as_self_attention(case, x), x=lens == 0)
 
 
@@ -184,7 +185,8 @@ def as_self_attention(case: Case, x: np.ndarray) -> Case:
         values[what] = values[what][..., 0, :] if what == "lse" else values[what][..., 0, :, :]
     arguments = {"x": x} | {n: y for n, y in case.arguments.items() if n not in ("query", "key", "value")}
     keywords = {n: y for n, y in case.keywords.items() if n != "num_heads"}
-    return replace(case, group="self-attention", arguments=arguments, keywords=keywords, answer=values, magnitude=magnitude)
+    made: dict[str, Any] = {"arguments": arguments, "keywords": keywords, "answer": values, "magnitude": magnitude}
+    return replace(case, group="self-attention", call="self_attention", **made)
 
 
 def decoding(rng: np.random.Generator) -> Iterator[Case]:
@@ -201,10 +203,10 @@ def decoding(rng: np.random.Generator) -> Iterator[Case]:
     ]
     for name, heads, kv_heads, options in forms:
         x = grid(rng, *options.pop("batch", (2,)), 5, 3)
-        params = params_of(rng, 3, 3, 3, heads, kv_heads)
+        params = params_of(rng, heads, kv_heads)
         params |= {"sink": options.pop("sink")} if "sink" in options else {}
         how = {n: y for n, y in options.items() if n != "capacity"}
-        case = multi_head(name, x, x, x, params, rng, heads=heads, kv_heads=kv_heads, grad=False, causal=True, **how)
+        case = multi_head(name, [x] * 3, params, rng, heads=heads, kv_heads=kv_heads, grad=False, causal=True, **how)
         keywords = {n: y for n, y in case.keywords.items() if n != "causal"} | options
         arguments = dict(case.arguments)
         for hidden in ("key", "value") if "NaN" in name else ():

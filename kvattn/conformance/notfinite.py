@@ -213,11 +213,11 @@ def parts(rng: np.random.Generator) -> Iterator[Case]:
     for name, kv_heads in (("causal", 2), ("causal, one key head", 1)):
         x, y, z = (grid(rng, 2, 4, 3) for _ in range(3))
         x[0, 2, 1] = y[1, 3, 1] = NAN
-        params = params_of(rng, 3, 3, 3, 2, kv_heads)
-        yield multi_head(f"heads: NaN, {name}", x, y, z, params, rng, kv_heads=kv_heads, group=NOT_FINITE, causal=True)
+        params = params_of(rng, 2, kv_heads)
+        yield multi_head(f"heads: NaN, {name}", (x, y, z), params, rng, kv_heads=kv_heads, group=NOT_FINITE, causal=True)
     x = grid(rng, 2, 5, 3)
     x[0, 3, 0] = NAN
-    case = multi_head("decoding, NaN", x, x, x, params_of(rng, 3, 3, 3, 2, 2), rng, grad=False, causal=True, group=NOT_FINITE)
+    case = multi_head("decoding, NaN", [x] * 3, params_of(rng, 2, 2), rng, grad=False, causal=True, group=NOT_FINITE)
     yield replace(case, call="decoding", keywords={"num_heads": 2})
 
 
@@ -227,7 +227,7 @@ def large(rng: np.random.Generator) -> Iterator[Case]:
     def make(name: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: list[int], **options: Any) -> Case:
         looked = np.zeros(q.shape[-2], bool)
         looked[rows] = True
-        return attend(name, q, k, v, group=NOT_FINITE, rng=rng, looked=looked, **options)
+        return attend(name, q, k, v, group=NOT_FINITE, rng=rng, grad=looked, **options)
 
     def inputs(n: int = 600, lead: tuple[int, ...] = (), **sizes: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return qkv(rng, n=n, m=600, d=2, v=2, lead=lead, **sizes)

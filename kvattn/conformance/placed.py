@@ -81,9 +81,9 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
 
     projected: Any = partial(multihead.multi_head, rng=rng)
     x, keys, packed = grid(rng, 2, 3, 3), grid(rng, 2, 4, 3), np.array([[0, 0, 4], [1, 2, 2]])
-    params, grouped = multihead.params_of(rng, 3, 3, 3, 2, 2), multihead.params_of(rng, 3, 3, 3, 4, 2)
-    yield projected("heads: segments, causal", x, x, x, params, segments=packed, causal=True)
-    yield projected("heads: no batch, segments", x[0], x[0], x[0], params, segments=packed[0], asked=WEIGHTS + LSE)
+    params, grouped = multihead.params_of(rng, 2, 2), multihead.params_of(rng, 4, 2)
+    yield projected("heads: segments, causal", [x] * 3, params, segments=packed, causal=True)
+    yield projected("heads: no batch, segments", [x[0]] * 3, params, segments=packed[0], asked=WEIGHTS + LSE)
     of_heads: Any = ("alibi", {"slopes": np.array([0.5, 0.25, 0.125, 1.0])[:, None, None]})
-    yield projected("heads: functions of positions", x, keys, keys, grouped, heads=4, kv_heads=2, mask="prefix", bias=of_heads,
-                    query_offset=1)  # fmt: skip
+    how: Any = {"heads": 4, "kv_heads": 2, "mask": "prefix", "bias": of_heads, "query_offset": 1}
+    yield projected("heads: functions of positions", (x, keys, keys), grouped, **how)

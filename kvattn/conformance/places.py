@@ -96,7 +96,7 @@ def falling(rng: np.random.Generator) -> Iterator[Case]:
 
 def _layer(rng: np.random.Generator, name: str, config: dict[str, Any], options: dict[str, Any]) -> Case:
     query, key, value = (grid(rng, 2, rows, 3) for rows in (3, 4, 4))
-    weights = multihead.params_of(rng, 3, 3, 3, 4, 2, d=4, v=4, o=16, biases=("b_q", "b_k", "b_v", "b_o"))
+    weights = multihead.params_of(rng, 4, 2, d=4, v=4, o=16, biases=("b_q", "b_k", "b_v", "b_o"))
     weights |= {"sink": grid(rng, 4)} if "sink" in config else {}
     norms = {"q_norm": 1 + grid(rng, 4, top=0.5), "k_norm": 1 + grid(rng, 4, top=0.5)}
     weights |= norms if "qk_norm" in config else {}
