@@ -235,13 +235,14 @@ def whole_lengths(valid_lens, backend="mxnet"):
 
 
 def _as_it_is_now(x, learned=False):
-    """An option of a call without its graph, and copied where it may be learned, since a Trainer writes into it."""
+    """An option of a call without its graph, and copied where it may be learned, which integers are not, since a Trainer writes
+    into it."""
     if isinstance(x, partial):  # as a score is, which holds the layer's weights
         now = partial(_as_it_is_now, learned=True)
         return partial(x.func, *map(now, x.args), **{name: now(y) for name, y in x.keywords.items()})
     if not tab.is_array(x):
         return x
-    return x.detach().copy() if learned or autograd.is_recording() else x.detach()
+    return x.detach().copy() if learned or (autograd.is_recording() and x.dtype.kind == "f") else x.detach()
 
 
 class DotProductAttention(_Attention):

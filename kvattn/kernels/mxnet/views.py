@@ -2,15 +2,18 @@
 
 The formulas and their sources are in kernels/numpy, whose tiles and blocks are the ones that run.
 MXNet's products of batches are several times slower than BLAS, and hold all the scores at once. While autograd records, the
-call is an operator of its own: the engine then knows what it reads, and which gradients are asked for.
+call is an operator of its own: the engine then knows what it reads, and which gradients are asked for. An operator takes
+longer than the work of a small call, which runs at once: of its arrays copies are kept, for MXNet to run backward alone.
 """
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import os
 import time
+import traceback
 from functools import partial
 from itertools import count
 from weakref import WeakValueDictionary
@@ -24,12 +27,14 @@ from kvattn.old_numpy import old_names
 
 with old_names():
     import mxnet as mx
-    from mxnet.base import _LIB, check_call  # _LIB is private: as read in MXNet 1.9.1
+    from mxnet.autograd import Function  # of which the types of callbacks are private, like _LIB: as read in MXNet 1.9.1
+    from mxnet.base import _LIB, MXCallbackList, NDArrayHandle, c_handle_array, check_call
 
 OPERATOR = "kvattn_on_views"
+SMALL = 2**16  # numbers of a call's arrays that copies take less time of than an operator does
 MOST = 2**23  # numbers that a block of queries holds at one time: scores, and the features of which they are made
 _calls = WeakValueDictionary()  # an operator is given text: the number of its call
-_numbers = count()
+_numbers = count(1)  # of which ctypes makes no None
 
 
 def obstacle(tab, ctx, shapes, call):
@@ -105,7 +110,9 @@ class _Memory:
 
 
 def view(x, shape, write=False):
-    """``x``, once it is computed, as a NumPy array of that shape on the same memory."""
+    """``x``, once it is computed, as a NumPy array of that shape on the same memory; NumPy's own as it is."""
+    if type(x) is np.ndarray:
+        return x
     x.wait_to_read()
     if 0 in shape:  # MXNet gives no memory to an array without elements
         return np.empty(shape, x.dtype)
@@ -201,11 +208,56 @@ class _Lent:
 
 def _record(call, arrays):
     """The results, recorded as an operator's."""
-    number, _Operator.used = next(_numbers), True
+    _Operator.used = True
+    flat = [x if x.ndim else x.reshape(1) for x in arrays]  # an operator takes no scalars
+    if sum(map(math.prod, call.shapes.values())) <= SMALL:
+        return _record_small(call, arrays, flat)
+    number = next(_numbers)
     _calls[number] = call
-    flat = (x if x.ndim else x.reshape(1) for x in arrays)  # an operator takes no scalars
     results = mx.nd.Custom(*(x.as_nd_ndarray() for x in flat), op_type=OPERATOR, call=number)
     return [x.as_np_ndarray() for x in (results if isinstance(results, list) else [results])]
+
+
+def _record_small(call, arrays, flat):
+    """The results, computed here and now. The engine does not know what backward will read, so it reads copies."""
+    operator, number = _Operator(call), next(_numbers)
+    results = [mx.np.empty(shape, dtype=dtype, ctx=arrays[0].ctx) for shape, dtype in call.results.values()]
+    copies = [view(x, shape).copy() for x, shape in zip(arrays, call.shapes.values(), strict=True)]
+    operator.forward(True, (), copies, results, ())
+    numbers = (ctypes.c_void_p * len(_CALLBACKS))(*[number] * len(_CALLBACKS))
+    callbacks = MXCallbackList(len(_CALLBACKS), ctypes.cast(_CALLBACKS, _POINTERS), numbers)
+    _recorded[number] = operator, copies, [x.copy() for x in call.views_of_results(results)], callbacks
+    handles = c_handle_array(flat), len(results), c_handle_array(results)
+    check_call(_LIB.MXCustomFunctionRecord(len(flat), *handles, ctypes.byref(callbacks)))
+    return results
+
+
+_recorded = {}  # what backward needs of each small call, by its number, until MXNet has forgotten it
+REQUESTS = ("null", "write", "inplace", "add")
+
+
+@Function._bwd_functype
+def _backward(results, arrays, handles, requests, is_train, number):
+    """What MXNet calls for a small call's gradients; ``handles``: of those by its results, then of those by its arrays."""
+    try:
+        operator, copies, outputs, _ = _recorded[number]
+        found = [mx.nd.NDArray(ctypes.cast(handles[i], NDArrayHandle)) for i in range(results + arrays)]
+        requests = [REQUESTS[requests[i]] for i in range(arrays)]
+        operator.backward(requests, found[:results], copies, outputs, found[results:], ())
+    except Exception:  # which MXNet would not see
+        traceback.print_exc()
+        return False
+    return True
+
+
+@Function._del_functype
+def _forget(number, recorded=_recorded):  # which this module has no longer when Python ends
+    recorded.pop(number, None)
+    return True
+
+
+_POINTERS = ctypes.POINTER(ctypes.CFUNCTYPE(ctypes.c_int))
+_CALLBACKS = (ctypes.c_void_p * 2)(*(ctypes.cast(x, ctypes.c_void_p).value for x in (_backward, _forget)))
 
 
 def _wait_for_operators():
