@@ -689,7 +689,7 @@ def multi_head_attention(
     Source: Vaswani et al. 2017, section 3.2.2; grouped heads: Ainslie et al. 2023.
     """
     tab, query, key, value, params, heads, options = prepare.multi_head(
-        backend, query, key, value, params, num_heads, num_kv_heads, cache, options
+        backend, (query, key, value), params, (num_heads, num_kv_heads), cache, options
     )
     if cache is None:
         return dispatch.offered(tab, "multi_head_attention")(query, key, value, params, **heads, **options)
@@ -730,7 +730,7 @@ def multi_head_attention_grad(
     """
     given, named = {"query": query, "key": key, "value": value}, params
     tab, query, key, value, params, heads, options = prepare.multi_head(
-        backend, query, key, value, params, num_heads, num_kv_heads, None, options, grad_output
+        backend, (query, key, value), params, (num_heads, num_kv_heads), None, options, grad_output
     )
     if any([options.pop("return_weights"), options.pop("return_lse"), options.pop("return_scores", None)]):
         raise ValueError("a gradient returns neither weights nor lse nor scores")

@@ -135,9 +135,13 @@ def given_back(tab: Any, given: dict[str, Any], wrt: Any, gradients: Any) -> tup
 # ---- multi-head attention
 
 
-def multi_head(backend: Any, query: Any, key: Any, value: Any, params: Any, num_heads: Any, num_kv_heads: Any, cache: Any,
+def multi_head(backend: Any, inputs: tuple[Any, Any, Any], params: Any, counts: tuple[Any, Any], cache: Any,
                given: dict[str, Any], grad_output: Any = None) -> tuple[Any, ...]:  # fmt: skip
-    """The tab, the arrays, the params, the numbers of heads and the options of multi-head attention."""
+    """The tab, the arrays, the params, the numbers of heads and the options of multi-head attention.
+
+    ``inputs``: query, key and value; ``counts``: num_heads and num_kv_heads.
+    """
+    query, key, value = inputs
     if not isinstance(params, Mapping):
         raise TypeError(f"params must be a dict of arrays by name, not {type(params).__name__}")
     checks.param_names(params)
@@ -148,7 +152,7 @@ def multi_head(backend: Any, query: Any, key: Any, value: Any, params: Any, num_
         **{**{name: given.get(name) for name in ARRAYS}, **params}, cache=None if cache is None else cache.key,
     )  # fmt: skip
     query, key, value = arrays(tab, query=query, key=key, value=value)
-    num_heads, num_kv_heads = checks.heads(num_heads, num_kv_heads)
+    num_heads, num_kv_heads = checks.heads(*counts)
     params = projections(tab, query, key, value, params, num_heads, num_kv_heads)
     *batch, n, m = checks.joined(query, key, value)
     if cache is not None:
