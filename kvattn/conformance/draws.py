@@ -35,6 +35,7 @@ SCORED = {  # layers of one head, and their scores
 PLAIN = ("PositionalEncoding", "AddNorm", "PositionWiseFFN")  # layers without attention
 DEEP = ("TransformerEncoderBlock", "TransformerEncoder")
 DECODERS = ("TransformerDecoderBlock", "TransformerDecoder")
+HEADED = (*check.HEADED, "MultiHeadAttention", *DEEP, *DECODERS)  # calls of several heads
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Draw:
     asked: tuple[str, ...] = ()
     alone: bool = False
     grad: bool = True
+    large: bool = False
 
     def rng(self, name: str) -> np.random.Generator:
         return np.random.default_rng([*self.seed, zlib.crc32(name.encode())])
@@ -68,116 +70,183 @@ def cases(count: int, seed: int = 0) -> Iterator[Case]:
     return (case(draw(seed, number)) for number in range(count))
 
 
+class _Dice:
+    """What a draw is drawn with. Each throw moves the generator on, so that their order decides what is drawn after."""
+
+    def __init__(self, *seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def one(self, *of: Any) -> Any:
+        return of[self.rng.integers(len(of))]
+
+    def often(self, share: float) -> bool:
+        return bool(self.rng.random() < share)
+
+    def axes(self, most: int, least: int = 0) -> tuple[bool, ...]:
+        """Which of the last axes, so many at most, are full."""
+        return tuple(self.often(0.7) for _ in range(self.rng.integers(least, most + 1)))
+
+
 def draw(seed: int, number: int) -> Draw:
     """The draw of that number."""
-    rng = np.random.default_rng([seed, number])
-
-    def one(*of: Any) -> Any:
-        return of[rng.integers(len(of))]
-
-    def often(share: float) -> bool:
-        return bool(rng.random() < share)
-
-    rest = ("multi_head_attention", "self_attention", "decoding", "split_attention")
-    call = "attention" if often(0.65) else one(*rest, *layers.LAYERS) if often(0.5) else one(*rest)
-    lead, kv = LEADS[rng.integers(len(LEADS))]
-    n, m, d, v = (0 if often(0.05) else one(*SIZES) for _ in range(4))
-    made = Draw((seed, number), call, one(*DTYPES), lead, kv, n, m, d, v, {}, alone=often(0.5))
-    large = often(0.02)
-    if large:
-        call = "attention"
-        n, m = (int(one(*EDGES)) if often(0.7) else one(1, 3) for _ in range(2))
-        lead, kv = one(((), ()), ((2,), (2,)), ((1, 2), (1, 1)))
-        made = replace(made, call=call, lead=lead, kv=kv, n=n, m=m, d=one(1, 2), v=1, grad=n * m < 70_000)
-    made = replace(made, asked=tuple(what for what in ("weights", "lse") if often(0.2 if large else 0.4)))
-    if call in layers.LAYERS:  # of a batch; in half precision each framework's dense layers round as they do
-        lead = (int(rng.integers(0, 4)),)
-        made = replace(made, dtype=one("float32", "float64"), lead=lead, kv=lead, n=n)
-        if call in PLAIN:
-            made = replace(made, d=one(1, 2, 3, 8), v=max(v, 1), asked=())
-            return replace(made, options={"activation": one("relu", "gelu")} if call == "PositionWiseFFN" else {})
-    headed = call in (*check.HEADED, "MultiHeadAttention", *DEEP, *DECODERS)
-    options: dict[str, Any] = {}
-    if headed:
-        if call in check.HEADED:
-            lead = () if often(0.2) else (int(rng.integers(0, 4)),) if often(0.8) else (2, 1)
-        heads, kv_heads = (1, 1) if call == "self_attention" else one(*HEADS)
-        options |= {"num_heads": heads, "num_kv_heads": kv_heads, "biases": often(0.5), "W_o": often(0.8)}
-        n = max(n, 2) if call == "decoding" else n
-        made = replace(made, lead=lead, kv=lead, n=n, d=one(1, 2, 3), v=one(1, 2))
-        if call in (*DEEP, *DECODERS):
-            options |= {"activation": one("relu", "gelu")}
-            made = replace(made, asked=(), grad=False)
-        if call in DECODERS:  # lengths are those of the encoder's outputs; the rest is of the self-attention
-            drawn = {"steps": n > 1 and often(0.5), "window": one(None, (1, 0), (2, 0)), "softcap": one(None, 2.0)}
-            options |= {name: x for name, x in drawn.items() if x}
-            if often(0.6):
-                options["valid_lens"] = often(0.5) and "steps" not in options  # whether of each query
-            return replace(made, options=options, dtype="float64")  # the bounds through three norms say nothing of float32
-        if call in layers.LAYERS and n > 1 and often(0.3):
-            options |= {"steps": True, "window": one(None, (1, 0))}
-            return replace(made, options={name: x for name, x in options.items() if x is not None}, asked=(), grad=False)
-    axes = len(made.lead) + (2 if not headed or call == "self_attention" else 3)
-
-    def broadcast() -> tuple[bool, ...]:
-        return tuple(often(0.7) for _ in range(rng.integers(0, axes + 1)))
-
-    if call == "decoding":
-        options |= {"window": one(None, None, (1, 0), (2, None)), "capacity": bool(made.lead) and often(0.5)}
-        return replace(made, options={name: x for name, x in options.items() if x is not None}, asked=(), grad=False)
-    if call == "split_attention":
-        options |= {"splits": sorted(int(rng.integers(0, made.m + 1)) for _ in range(rng.integers(1, 4)))}
-        options |= {"softcap": 2.0} if often(0.3) else {}
+    dice = _Dice(seed, number)
+    made = _sized(dice, (seed, number))
+    if made.call in layers.LAYERS:  # of a batch; in half precision each framework's dense layers round as they do
+        lead = (int(dice.rng.integers(0, 4)),)
+        made = replace(made, dtype=dice.one("float32", "float64"), lead=lead, kv=lead)
+    if made.call in PLAIN:
+        return _plain_layer(dice, made)
+    if made.call in HEADED:
+        made = _with_heads(dice, made)
+    if made.call in DECODERS:
+        return _decoder(dice, made)
+    if made.call in (*DEEP, "MultiHeadAttention") and made.n > 1 and dice.often(0.3):
+        options = made.options | {"steps": True} | _given(window=dice.one(None, (1, 0)))
+        return replace(made, options=options, asked=(), grad=False)
+    if made.call == "decoding":
+        windows = None, None, (1, 0), (2, None)
+        options = _given(window=dice.one(*windows)) | {"capacity": bool(made.lead) and dice.often(0.5)}
+        return replace(made, options=made.options | options, asked=(), grad=False)
+    if made.call == "split_attention":
+        options = {"splits": sorted(int(dice.rng.integers(0, made.m + 1)) for _ in range(dice.rng.integers(1, 4)))}
+        options |= {"softcap": 2.0} if dice.often(0.3) else {}
         return replace(made, options=options, asked=("lse",), grad=False, alone=False)
-    if often(0.3):
-        options["mask"] = broadcast()
-    if often(0.3):
-        options["bias"] = broadcast()
-    if often(0.35):
-        options["valid_lens"] = often(0.5)
-    if often(0.4):
+    for add in (_restrictions, _formula, _functions_of_positions, _of_the_layer):
+        add(dice, made)
+    return made
+
+
+def _sized(dice: _Dice, seed: tuple[int, int]) -> Draw:
+    """A call of attention mostly, its sizes, which may be those where kernels cut, and what it returns."""
+    rest = ("multi_head_attention", "self_attention", "decoding", "split_attention")
+    call = "attention"
+    if not dice.often(0.65):
+        call = dice.one(*rest, *layers.LAYERS) if dice.often(0.5) else dice.one(*rest)
+    lead, kv = dice.one(*LEADS)
+    n, m, d, v = (0 if dice.often(0.05) else dice.one(*SIZES) for _ in range(4))
+    made = Draw(seed, call, dice.one(*DTYPES), lead, kv, n, m, d, v, {}, alone=dice.often(0.5))
+    if large := dice.often(0.02):
+        n, m = (int(dice.one(*EDGES)) if dice.often(0.7) else dice.one(1, 3) for _ in range(2))
+        lead, kv = dice.one(((), ()), ((2,), (2,)), ((1, 2), (1, 1)))
+        sizes = {"lead": lead, "kv": kv, "n": n, "m": m, "d": dice.one(1, 2), "v": 1}
+        made = replace(made, call="attention", grad=n * m < 70_000, large=True, **sizes)
+    return replace(made, asked=tuple(what for what in ("weights", "lse") if dice.often(0.2 if large else 0.4)))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: x for name, x in options.items() if x is not None}
+
+
+def _plain_layer(dice: _Dice, made: Draw) -> Draw:
+    made = replace(made, d=dice.one(1, 2, 3, 8), v=max(made.v, 1), asked=())
+    options = {"activation": dice.one("relu", "gelu")} if made.call == "PositionWiseFFN" else {}
+    return replace(made, options=options)
+
+
+def _with_heads(dice: _Dice, made: Draw) -> Draw:
+    """The same, of so many heads: one batch axis, or none or two where it is no layer."""
+    lead = made.lead
+    if made.call in check.HEADED:
+        lead = () if dice.often(0.2) else (int(dice.rng.integers(0, 4)),) if dice.often(0.8) else (2, 1)
+    heads, kv_heads = (1, 1) if made.call == "self_attention" else dice.one(*HEADS)
+    options = {"num_heads": heads, "num_kv_heads": kv_heads, "biases": dice.often(0.5), "W_o": dice.often(0.8)}
+    n = max(made.n, 2) if made.call == "decoding" else made.n
+    made = replace(made, lead=lead, kv=lead, n=n, d=dice.one(1, 2, 3), v=dice.one(1, 2), options=options)
+    if made.call in (*DEEP, *DECODERS):
+        options["activation"] = dice.one("relu", "gelu")
+        made = replace(made, asked=(), grad=False)
+    return made
+
+
+def _decoder(dice: _Dice, made: Draw) -> Draw:
+    """Its lengths are those of the encoder's outputs; the rest is of the self-attention."""
+    steps = made.n > 1 and dice.often(0.5)
+    options = {"steps": True} if steps else {}
+    options |= _given(window=dice.one(None, (1, 0), (2, 0)), softcap=dice.one(None, 2.0))
+    if dice.often(0.6):
+        options["valid_lens"] = dice.often(0.5) and not steps  # whether of each query
+    # the bounds through three norms say nothing of float32
+    return replace(made, options=made.options | options, dtype="float64")
+
+
+def _restrictions(dice: _Dice, made: Draw) -> None:
+    """Add what forbids pairs, and a bias."""
+    options, axes = made.options, len(made.lead) + 2 + (made.call in HEADED and made.call != "self_attention")
+    if dice.often(0.3):
+        options["mask"] = dice.axes(axes)
+    if dice.often(0.3):
+        options["bias"] = dice.axes(axes)
+    if dice.often(0.35):
+        options["valid_lens"] = dice.often(0.5)
+    if dice.often(0.4):
         options["causal"] = True
-    if often(0.3):
-        options["window"] = one(0, 1, (2, 0), (0, None), (None, 1), (None, None))
-    if often(0.4):
-        per_entry = bool(made.lead) and often(0.4)
-        options["query_offset"] = "each" if per_entry else int(rng.integers(-2, made.m + 2))
-    if often(0.3):
-        options["scale"] = one(0.5, 1.0, 0.3, -1.5, 0.0)
-    if often(0.2):
-        options["softcap"] = one(0.5, 2.0)
-    if often(0.15) and not headed:
-        options["positions"] = (tuple(often(0.7) for _ in range(rng.integers(1, len(made.lead) + 2))), int(rng.integers(0, 4)))
-    if often(0.35) and not large and call not in layers.LAYERS:
-        options["score"] = one(*(SCORES if not headed else pooling.SIMPLE))
-    if often(0.25) and "lse" not in made.asked and not large and call not in DEEP:
-        options["normalize"] = one(*NORMALISERS)
-    if often(0.4) and not headed:
+    if dice.often(0.3):
+        options["window"] = dice.one(0, 1, (2, 0), (0, None), (None, 1), (None, None))
+    if dice.often(0.4):
+        per_entry = bool(made.lead) and dice.often(0.4)
+        options["query_offset"] = "each" if per_entry else int(dice.rng.integers(-2, made.m + 2))
+
+
+def _formula(dice: _Dice, made: Draw) -> None:
+    """Add how pairs are scored and weighed, and NaN in what is looked at or what is not."""
+    options, headed, layer = made.options, made.call in HEADED, made.call in layers.LAYERS
+    if dice.often(0.3):
+        options["scale"] = dice.one(0.5, 1.0, 0.3, -1.5, 0.0)
+    if dice.often(0.2):
+        options["softcap"] = dice.one(0.5, 2.0)
+    if dice.often(0.15) and not headed:
+        options["positions"] = dice.axes(len(made.lead) + 1, 1), int(dice.rng.integers(0, 4))
+    if dice.often(0.35) and not made.large and not layer:
+        options["score"] = dice.one(*(SCORES if not headed else pooling.SIMPLE))
+    if dice.often(0.25) and "lse" not in made.asked and not made.large and made.call not in DEEP:
+        options["normalize"] = dice.one(*NORMALISERS)
+    if dice.often(0.4) and not headed:
         options["poisoned"] = True
     finite_only = {options.get("score"), options.get("normalize")} & {*pooling.KERNELS, *NORMALISERS}
-    if often(0.15) and call == "attention" and made.v and not finite_only:
-        options["not_finite"] = one("query", "key", "value", "bias" if "bias" in options else "key")
-    if often(0.3) and not {"normalize", "score"} & {*options} and call not in layers.LAYERS:
-        options["sink"] = () if call == "self_attention" else (often(0.7),) if headed else one("each", broadcast()[:-2])
-    if often(0.2) and call not in layers.LAYERS:
-        options["return_scores"] = one("raw", "capped", "biased")
-    if often(0.2) and call not in layers.LAYERS and "not_finite" not in options:
-        options |= {"dropout": one(0.1, 0.5, 0.9), "seed": one(0, 1, 2**64 - 1)}
-    if call not in layers.LAYERS and not large:
-        if "mask" not in options and often(0.15):
-            options["mask"] = one(*functions.MASKS)
-        if "bias" not in options and often(0.1):
-            options["bias"] = one(*functions.BIASES)
-        if often(0.15):
-            options["segments"] = one("sorted", "apart")
-    if call == "MultiHeadAttention":
-        if made.d % 2 == 0 and options.get("query_offset") != "each" and often(0.4):
-            options["rotary"] = one({}, {"interleaved": True, "base": 50.0})
-        if often(0.3):
-            options["qk_norm"] = 0.0625
-        if "bias" not in options and often(0.4):
-            options["alibi"] = tuple(0.5 * 2.0**-head for head in range(options["num_heads"]))
-    return replace(made, options=options)
+    if dice.often(0.15) and made.call == "attention" and made.v and not finite_only:
+        options["not_finite"] = dice.one("query", "key", "value", "bias" if "bias" in options else "key")
+    if dice.often(0.3) and not {"normalize", "score"} & {*options} and not layer:
+        options["sink"] = _sink(dice, made)
+    if dice.often(0.2) and not layer:
+        options["return_scores"] = dice.one("raw", "capped", "biased")
+    if dice.often(0.2) and not layer and "not_finite" not in options:
+        options |= {"dropout": dice.one(0.1, 0.5, 0.9), "seed": dice.one(0, 1, 2**64 - 1)}
+
+
+def _sink(dice: _Dice, made: Draw) -> Any:
+    """Which axes of the sink are full; "each": one logit for each query."""
+    if made.call == "self_attention":
+        return ()
+    if made.call in HEADED:
+        return (dice.often(0.7),)
+    return dice.one("each", dice.axes(len(made.lead) + 2)[:-2])
+
+
+def _functions_of_positions(dice: _Dice, made: Draw) -> None:
+    """Add a mask or a bias by a function, and segments."""
+    options = made.options
+    if made.call in layers.LAYERS or made.large:
+        return
+    if "mask" not in options and dice.often(0.15):
+        options["mask"] = dice.one(*functions.MASKS)
+    if "bias" not in options and dice.often(0.1):
+        options["bias"] = dice.one(*functions.BIASES)
+    if dice.often(0.15):
+        options["segments"] = dice.one("sorted", "apart")
+
+
+def _of_the_layer(dice: _Dice, made: Draw) -> None:
+    """Add what the layer has of its own, and no call."""
+    options = made.options
+    if made.call != "MultiHeadAttention":
+        return
+    if made.d % 2 == 0 and options.get("query_offset") != "each" and dice.often(0.4):
+        options["rotary"] = dice.one({}, {"interleaved": True, "base": 50.0})
+    if dice.often(0.3):
+        options["qk_norm"] = 0.0625
+    if "bias" not in options and dice.often(0.4):
+        options["alibi"] = tuple(0.5 * 2.0**-head for head in range(options["num_heads"]))
 
 
 def number_of(name: str) -> int:
