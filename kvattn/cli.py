@@ -305,7 +305,7 @@ def _cases(options: argparse.Namespace, console: Console) -> list[Case]:
 
 def _smallest(document: dict[str, Any], seed: int, console: Console, device: str | None) -> None:
     """For each backend that fails a drawn call, the smallest such call that is found, as code."""
-    from kvattn.conformance import draws
+    from kvattn.conformance import draws, programs
     from kvattn.report import clean
 
     for row in document["backends"]:
@@ -313,7 +313,7 @@ def _smallest(document: dict[str, Any], seed: int, console: Console, device: str
             number = min(draws.number_of(each["case"]) for each in row["failures"])
             made, failure = draws.shrink(row["backend"], draws.draw(seed, number), device=device)
             console.print(f"\nThe smallest call found on which {row['backend']} fails, made from draw {number}:\n")
-            console.print(clean(draws.code(made, failure, row["backend"], device)), soft_wrap=True)
+            console.print(clean(programs.code(made, failure, row["backend"], device)), soft_wrap=True)
 
 
 def _suite(

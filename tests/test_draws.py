@@ -13,7 +13,7 @@ from test_mutants import altered, mutant
 import kvattn
 import kvattn.numpy
 from kvattn import cli, dispatch, layers
-from kvattn.conformance import check, draws
+from kvattn.conformance import check, draws, programs
 
 COUNT = {"numpy": 1000, "jax": 60}  # JAX compiles a program for each
 
@@ -79,7 +79,7 @@ def test_a_fault_is_found_and_its_smallest_call_fails_as_code(monkeypatch, old, 
     made, failure = draws.shrink(tab, draws.draw(0, number))
     arrays = [x for x in made.arguments.values() if isinstance(x, np.ndarray)]
     assert sum(x.size for x in arrays) <= 24
-    program = draws.code(made, failure, "broken")
+    program = programs.code(made, failure, "broken")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(program, {})
@@ -110,7 +110,7 @@ def test_a_fault_of_a_layer_is_found_and_its_smallest_call_fails_as_code(monkeyp
         drawn = (draws.draw(0, number) for number in range(3000))
         drawn = next(each for each in drawn if each.call in layers.LAYERS and draws._failure("numpy", each))
         made, failure = draws.shrink("numpy", drawn)
-        program = draws.code(made, failure, "numpy")
+        program = programs.code(made, failure, "numpy")
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(program, {})
     with contextlib.redirect_stdout(io.StringIO()) as right:
@@ -135,7 +135,7 @@ def test_every_kind_of_call_can_be_printed_as_code(call):
         made = draws.case(replace(drawn, dtype="float32"))
         failure = check.Result(made.name, made.group, "float32", what, 1.0, 0.0, False, "is off")
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(draws.code(made, failure, "numpy"), {})
+            exec(programs.code(made, failure, "numpy"), {})
         assert printed.getvalue()
 
 

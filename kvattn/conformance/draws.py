@@ -1,7 +1,7 @@
 """Calls drawn at random over every option, dtype, edge of the shapes and layer, judged as the cases are: `conform --draws`.
 
 A draw is plain data; its arrays are drawn from its seed and their names. So it can be made smaller, an option or a size at
-a time, while the rest stays as it was, and the smallest draw that still fails is printed as code.
+a time, while the rest stays as it was, and the smallest draw that still fails is printed as code (programs.py).
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from kvattn import checks, layers
+from kvattn import layers
 from kvattn.conformance import check, functions, multihead, oracle, pooling
 from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case, attend, grid, kink_free, poisoned
 
@@ -545,116 +544,3 @@ def shrink(backend: Any, drawn: Draw, tries: int = 300, device: str | None = Non
 
 def _failure(backend: Any, drawn: Draw, device: str | None = None) -> check.Result | None:
     return next(iter(check.run(backend, [case(drawn)], device=device).failures), None)
-
-
-# ---- as code
-
-
-def code(made: Case, failure: check.Result, backend: str, device: str | None = None) -> str:
-    """The call of a case as a program, and what it should give."""
-    if made.call in layers.LAYERS:
-        return _layer_code(made, failure, backend)
-    lines = ["from functools import partial", "", "import numpy as np", "from numpy import inf, nan", "", "import kvattn", ""]
-    made_by = f"kvattn.asarray(x, dtype={failure.dtype!r}, backend={backend!r})"
-    if device is not None:
-        lines[:0] = ["from contextlib import ExitStack"]
-        lines += [f"tab, stack = kvattn.dispatch.load({backend!r}), ExitStack()"]
-        lines += [f"like = stack.enter_context(tab.on(kvattn.dispatch.device(tab, {device!r})))", ""]
-        made_by = f"tab.asarray(x, dtype={failure.dtype!r}, like=like)"
-    lines += [f"def array(x):\n    return {made_by}", ""]
-
-    def bound(x: Any) -> tuple[str, str]:
-        """The name of a function, and its parameters as they stand in its call."""
-        name, parameters = check._named(x)
-        return name, "".join(f", {n}={_literal(p, 'array')}" for n, p in parameters.items())
-
-    def function(x: Any) -> str:
-        name, parameters = bound(x)
-        return f"partial(kvattn.{name}{parameters})" if parameters else f"kvattn.{name}"
-
-    def of_positions(x: Any) -> str:
-        lines.insert(1, "from kvattn.conformance import functions")
-        name, parameters = bound(x)
-        return f"functions.function(kvattn.dispatch.load({backend!r}), {name!r}{parameters})"
-
-    given = dict(made.arguments)
-    grad_output = given.pop("grad_output", None)
-    wrong = failure.what.removeprefix("grad_") if failure.what.startswith("grad_") else None
-    literal = partial(_literal, floating="array")
-    lines += [f"{name} = {literal(x)}" for name, x in given.items()]
-    told = dict.fromkeys(check.FUNCTIONS, function) | dict.fromkeys(("mask", "bias"), of_positions)
-    keywords = {n: told.get(n, literal)(x) for n, x in made.keywords.items()}
-    params = [name for name in checks.PARAMS if name in given and made.call in check.HEADED]
-    params = [name for name in params if name != "sink" or made.call != "self_attention"]
-    inputs: list[str] = [name for name in ("query", "key", "value", "x") if name in given]
-    call, asked = made.call, {n: x for n, x in keywords.items() if n.startswith("return_")}
-    rest = {n: x for n, x in keywords.items() if n not in asked}
-    rest |= {name: name for name in given if name not in (*params, *inputs)}
-    if call == "self_attention":
-        inputs += params
-    elif params:
-        inputs.append("{" + ", ".join(f"{name!r}: {name}" for name in params) + "}")
-    keyed = "".join(f", {n}={x}" for n, x in rest.items() if n not in ("splits", "capacity"))
-    if call == "split_attention":
-        lines.append(f"ends = [0, *{rest['splits']}, {given['key'].shape[-2]}]")
-        part = f"query, key[..., i:j, :], value[..., i:j, :]{keyed}, return_lse=True, backend={backend!r}"
-        lines.append(f"parts = [kvattn.attention({part}) for i, j in zip(ends, ends[1:])]")
-        lines.append("print(kvattn.merge_attention(*map(list, zip(*parts)), return_lse=True))")
-    elif call == "decoding":
-        lines.append("cache = kvattn.KVCache()")
-        if "capacity" in rest:
-            lead, size = rest["capacity"].rsplit(", ", 1)
-            size = f"{lead}), {size[:-1]}, dtype={failure.dtype!r}, like=query, backend={backend!r}"
-            lines[-1] = f"cache = kvattn.KVCache.allocate({size})"
-        lines.append(f"for i, j in [(0, 2), *((i, i + 1) for i in range(2, {given['query'].shape[-2]}))]:")
-        step = ", ".join([*(f"{x}[..., i:j, :]" for x in inputs[:3]), inputs[3]])
-        how = f"{keyed}, causal=True, cache=cache, backend={backend!r}"
-        lines += [f"    output, cache = kvattn.multi_head_attention({step}{how})", "    print(output)"]
-    else:
-        if wrong is not None and call != "self_attention":
-            lines.append(f"grad_output = {literal(grad_output)}")
-            call, inputs, asked = f"{call}_grad", [*inputs, "grad_output"], {"wrt": repr([wrong])}
-        elif failure.what == check.ALONE:
-            asked = {}
-        keyed += "".join(f", {n}={x}" for n, x in asked.items())
-        lines.append(f"print(kvattn.{call}({', '.join(inputs)}{keyed}, backend={backend!r}))")
-    return "\n".join(lines + _told(made, failure)) + "\n"
-
-
-def _literal(x: Any, floating: str | None = None) -> str:
-    """x as code; ``floating``: the name of a function that makes floating-point arrays, else np.array."""
-    if isinstance(x, tuple) and any(isinstance(part, np.ndarray) for part in x):
-        return f"({', '.join(_literal(part, floating) for part in x)})"
-    if not isinstance(x, np.ndarray):
-        return repr(x)
-    text = repr(x.tolist()) if x.size else f"np.zeros({x.shape})"
-    return f"{floating}({text})" if floating and x.dtype.kind == "f" else f"np.array({text}, {x.dtype.name!r})"
-
-
-def _told(made: Case, failure: check.Result) -> list[str]:
-    """What is wrong and what was expected, as comments."""
-    lines = ["# " + line for line in failure.message.strip().splitlines()]
-    answer = made.answer.get("output" if failure.what == check.ALONE else failure.what)
-    if answer is not None and answer.size <= 64:
-        lines.append(f"# expected {failure.what}: {answer.tolist()}")
-    return lines
-
-
-def _layer_code(made: Case, failure: check.Result, backend: str) -> str:
-    arguments, keywords = dict(made.arguments), dict(made.keywords)
-    names, config, weights = (keywords.pop(name) for name in ("inputs", "config", "weights"))
-    lines = ["import numpy as np", "from numpy import inf, nan", "", "import kvattn"]
-    lines += ["from kvattn.conformance import native", ""]
-
-    inputs = [arguments.pop(name) for name in names]
-    if not failure.what.startswith("grad_"):
-        arguments.pop("grad_output", None)
-    options = {n: _literal(x) for n, x in {**arguments, **keywords}.items()}
-    options |= {n: f"kvattn.{x}" for n, x in keywords.items() if n in check.FUNCTIONS}
-    told = "".join(f", {n}={x}" for n, x in options.items())
-    lines.append(f"weights = {{{', '.join(f'{n!r}: {_literal(x)}' for n, x in weights.items())}}}")
-    lines.append(f"inputs = [{', '.join(map(_literal, inputs))}]")
-    call = f"{backend!r}, {made.call!r}, {config}, weights, inputs, dtype={failure.dtype!r}{told}"
-    lines.append(f"results, by_inputs, by_weights = native.run({call})")
-    lines.append("print(results, by_inputs, by_weights)")
-    return "\n".join(lines + _told(made, failure)) + "\n"
