@@ -225,18 +225,11 @@ def resolved(query: Any, key: Any, value: Any, call: Call,
     said: Pairs = call.mask
     plain = call._replace(mask=said.mask)
     n, m = query.shape[-2], key.shape[-2]
-    known = all(type(size) is int for x in (query, key, value) for size in x.shape)
-    of_all = call.positions is not None or call.return_weights or call.return_scores is not None
-    of_all = of_all or len(query.shape) > getattr(said.tab, "MOST_AXES", len(query.shape))  # of arrays that can be cut
-    if not known or 0 in (*query.shape[:-1], *key.shape[:-1]) or of_all:
-        return said.whole(query, key, plain), ()
-    if n * m <= FEW and said.segments is None:
+    if not _can_be_cut(query, key, value, call) or (n * m <= FEW and said.segments is None):
         return said.whole(query, key, plain), ()
     parts: Sequence[Part] | None = None
     if said.segments is not None:
-        parts = _of_segments(query, key, value, call)
-        if parts is not None and len({_form(part) for part in parts}) > getattr(said.tab, "MOST_SHAPES", len(parts)):
-            parts = None
+        parts = _of_few_shapes(said.tab, _of_segments(query, key, value, call))
         if parts is None and (compared := _compared(query, key, value, plain, said)) is not None:
             return compared, ()
     if parts is None and said.restricts:
@@ -249,8 +242,7 @@ def resolved(query: Any, key: Any, value: Any, call: Call,
             plain = in_window(plain, left, right, query, key)
             said = said._replace(mask_function=None)
             call = plain._replace(mask=said)
-    if parts is not None and len({_form(part) for part in parts}) > getattr(said.tab, "MOST_SHAPES", len(parts)):
-        parts = None
+    parts = _of_few_shapes(said.tab, parts)
     if said.bias_function is not None and parts is None and by_distance is not None:
         line = line_of(query, key, call)
         bias = None if line is None else by_distance(line, query, key, value, plain)
@@ -265,20 +257,33 @@ def resolved(query: Any, key: Any, value: Any, call: Call,
     return call, parts
 
 
+def _can_be_cut(query: Any, key: Any, value: Any, call: Call) -> bool:
+    """Whether a call may be served in parts: there are pairs, so many as is known, and it asks for nothing of all of them."""
+    most_axes = getattr(call.mask.tab, "MOST_AXES", len(query.shape))  # of arrays that can be cut
+    known = all(type(size) is int for x in (query, key, value) for size in x.shape)
+    if not known or 0 in (*query.shape[:-1], *key.shape[:-1]) or len(query.shape) > most_axes:
+        return False
+    return call.positions is None and not call.return_weights and call.return_scores is None
+
+
+def _of_few_shapes(tab: Any, parts: Sequence[Part] | None) -> Sequence[Part] | None:
+    """The parts; None where they have more shapes than the tab makes programs for, one for each."""
+    if parts is None or len({_form(part) for part in parts}) <= getattr(tab, "MOST_SHAPES", len(parts)):
+        return parts
+    return None
+
+
 def _compared(query: Any, key: Any, value: Any, call: Call, said: Pairs) -> Call | None:
     """The call with its segments as they are, where the kernel that serves it compares them; else None."""
     kernels = getattr(said.tab, "COMPARES_SEGMENTS", ())
     grouped = len(query.shape) == 3 and query.shape[0] != key.shape[0]  # heads that share keys, of segments of their own
-    if (
-        not kernels
-        or grouped
-        or said.bias_function is not None
-        or said.tab.choose(query, key, value, call).kernel not in kernels
-    ):
+    if not kernels or grouped or said.bias_function is not None:
+        return None
+    if said.tab.choose(query, key, value, call).kernel not in kernels:
         return None
     assert said.segments is not None
-    mask, _ = said._replace(segments=None).arrays(query, key, (*_lead(query.shape, key.shape), query.shape[-2], key.shape[-2]),
-                                                  call.query_offset)  # fmt: skip
+    full = (*_lead(query.shape, key.shape), query.shape[-2], key.shape[-2])
+    mask, _ = said._replace(segments=None).arrays(query, key, full, call.query_offset)
     return call._replace(mask=Segments(mask, *said.segments))
 
 
@@ -288,6 +293,7 @@ def _form(part: Part) -> tuple[Any, ...]:
 
 
 def in_window(call: Call, left: int | None, right: int | None, query: Any, key: Any) -> Call:
+    """The call in the narrower of its own window and this one, on each side."""
     left = call.left if left is None else left if call.left is None else min(left, call.left)
     right = call.right if right is None else right if call.right is None else min(right, call.right)
     return call._replace(left=left, right=right)._of_a_block(query, key)

@@ -286,44 +286,53 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[s
     arguments: dict[str, Any] = {
         n: [convert(n, part) for part in x] if n in stacked else convert(n, x) for n, x in case.arguments.items()
     }
-    keywords: dict[str, Any] = {}
-    for name, x in case.keywords.items():
-        if name in FUNCTIONS:
-            function, parameters = _named(x)
-            parameters = {n: convert(n, p) for n, p in parameters.items()}
-            keywords[name] = partial(getattr(kvattn, function), **parameters) if parameters else getattr(kvattn, function)
-        elif name in ("mask", "bias"):  # functions of positions
-            function, parameters = _named(x)
-            keywords[name] = functions.function(tab, function, **{n: convert(n, p) for n, p in parameters.items()})
-        elif name == "segments":  # of the queries, and of the keys
-            keywords[name] = tuple(convert(name, part) for part in x)
-        else:
-            keywords[name] = x
-    grad_output = arguments.pop("grad_output", None)
+    keywords = {name: _keyword(tab, name, x, convert) for name, x in case.keywords.items()}
     before = [_bytes(tab, x) for _, x in given]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # PyTorch, once, of a context that it then makes itself
         if case.group == NOT_FINITE:
             warnings.simplefilter("ignore", RuntimeWarning)  # NumPy may warn of what it meets
-        options = {n: x for n, x in keywords.items() if not n.startswith("return_")}
-        results = {}
+        grad_output = arguments.pop("grad_output", None)
         if case.call == "split_attention":
             results = dict(zip(case.results, _split(tab, arguments, keywords, like), strict=True))
         elif case.call in HEADED:
             results = _headed(tab, case, arguments, keywords, grad_output, like)
-        elif thorough or not case.alone:
-            got = getattr(kvattn, case.call)(**arguments, **keywords, backend=tab)
-            results = dict(zip(case.results, parts(got, case.results), strict=True))
-        if case.alone or (thorough and case.call == "attention" and len(case.results) > 1):
-            what = ALONE if results else "output"
-            results[what] = kvattn.attention(**arguments, **options, backend=tab)
-        if case.call not in HEADED and (wrt := _wrt(case)):
-            grads = kvattn.attention_grad(**arguments, grad_output=grad_output, wrt=wrt, **options, backend=tab)
-            results |= zip((f"grad_{name}" for name in wrt), parts(grads, wrt, single=False), strict=True)
+        else:
+            results = _plain_call(tab, case, arguments, keywords, grad_output, thorough)
     for (name, x), bits in zip(given, before, strict=True):
         if _bytes(tab, x) != bits:
             raise Wrong(f"the argument {name} was written to")
+    return results
+
+
+def _keyword(tab: Any, name: str, x: Any, convert: Callable[[str, Any], Any]) -> Any:
+    """A keyword of a case as it is given to the call; ``convert``: (name, NumPy array) -> the backend's, the rest as it is."""
+    if name == "segments":  # of the queries, and of the keys
+        return tuple(convert(name, part) for part in x)
+    if name not in (*FUNCTIONS, "mask", "bias"):
+        return x
+    function, parameters = _named(x)
+    parameters = {n: convert(n, p) for n, p in parameters.items()}
+    if name in ("mask", "bias"):  # functions of positions
+        return functions.function(tab, function, **parameters)
+    return partial(getattr(kvattn, function), **parameters) if parameters else getattr(kvattn, function)
+
+
+def _plain_call(
+    tab: Any, case: Case, arguments: dict[str, Any], keywords: dict[str, Any], grad_output: Any, thorough: bool
+) -> dict[str, Any]:
+    """The quantities of a case of attention, or of another function of the public API without heads of its own."""
+    options = {n: x for n, x in keywords.items() if not n.startswith("return_")}
+    results = {}
+    if thorough or not case.alone:
+        got = getattr(kvattn, case.call)(**arguments, **keywords, backend=tab)
+        results = dict(zip(case.results, parts(got, case.results), strict=True))
+    if case.alone or (thorough and case.call == "attention" and len(case.results) > 1):
+        results[ALONE if results else "output"] = kvattn.attention(**arguments, **options, backend=tab)
+    if wrt := _wrt(case):
+        grads = kvattn.attention_grad(**arguments, grad_output=grad_output, wrt=wrt, **options, backend=tab)
+        results |= zip((f"grad_{name}" for name in wrt), parts(grads, wrt, single=False), strict=True)
     return results
 
 

@@ -562,61 +562,40 @@ def multi_head_attention(query: Array, key: Array, value: Array, params: dict[st
                          grad_output: Array | None = None, rotary: dict[str, Any] | None = None, qk_norm: float | None = None,
                          **how: Any) -> Answer:  # fmt: skip
     """Heads by `attention`; projections and their gradients are sums written out, over values and over absolute values."""
-
-    def split(x: Array, heads: int) -> Array:
-        return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
-
-    def join(x: Array) -> Array:
-        return x.swapaxes(-2, -3).reshape(*x.shape[:-3], x.shape[-2], x.shape[-3] * x.shape[-1])
-
-    def project(x: Array, name: str, of: dict[str, Array] = params) -> Array:
-        return x @ of[f"W_{name}"] + of.get(f"b_{name}", 0.0) if f"W_{name}" in of else x
-
     if "sink" in params:
         how["sink"] = params["sink"]
     size = {name: np.abs(x) for name, x in params.items()}
     inputs, heads = {"query": query, "key": key, "value": value}, (num_heads, num_kv_heads, num_kv_heads)
-    q, k, v = (split(project(x, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True))
-    absolute = [split(project(np.abs(x), n[0], size), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
+    projected = [split(project(x, params, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
+    absolute = [split(project(np.abs(x), size, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
     steps: list[Any] = []  # what becomes of queries and keys, to go back by
-    for at, (x, first) in enumerate(((q, how.get("query_offset", 0)), (k, 0))):
-        norm = _RowNorm(params["qk"[at] + "_norm"], x, absolute[at], qk_norm) if qk_norm is not None else None
-        x, absolute[at] = (x, absolute[at]) if norm is None else norm.forward()
-        turn = None if rotary is None else _Turn(x.shape, int(first), **rotary)
-        x, absolute[at] = (x, absolute[at]) if turn is None else (turn.values(x), turn.sizes(absolute[at]))
-        steps.append((x, norm, turn))
-    q, k = steps[0][0], steps[1][0]
-    grads: list[Array] | list[None] = [None, None]
+    for at, first in enumerate((how.get("query_offset", 0), 0)):
+        norm = turn = None
+        if qk_norm is not None:
+            norm = _RowNorm(params["qk"[at] + "_norm"], projected[at], absolute[at], qk_norm)
+            projected[at], absolute[at] = norm.forward()
+        if rotary is not None:
+            turn = _Turn(projected[at].shape, int(first), **rotary)
+            projected[at], absolute[at] = turn.values(projected[at]), turn.sizes(absolute[at])
+        steps.append((norm, turn))
+    back: list[Any] = [None, None]  # the gradient of the joined heads' output, and its magnitude
     if grad_output is not None:
         back = [grad_output, np.abs(grad_output)]
         if "W_o" in params:
             back = [back[0] @ params["W_o"].T, back[1] @ size["W_o"].T]
-        grads = [split(x, num_heads) for x in back]
+        back = [split(x, num_heads) for x in back]
     if query.ndim == 2 and (lens := how.get("valid_lens")) is not None:  # no batch axis: every head has these lengths
         how["valid_lens"] = np.broadcast_to(lens, (num_heads, *np.shape(lens)))
     with np.errstate(invalid="ignore"):
-        values, sizes, largest = _Attention(q, k, v, grads[0], how, [*absolute, grads[1]]).answer()
+        q, k, v = projected
+        values, sizes, largest = _Attention(q, k, v, back[0], how, [*absolute, back[1]]).answer()
     joined, top = join(values["output"]), np.max(sizes["output"])
-    values["output"], sizes["output"] = project(joined, "o"), project(np.full(joined.shape, top), "o", size)
+    values["output"], sizes["output"] = project(joined, params, "o"), project(np.full(joined.shape, top), size, "o")
     if grad_output is not None:
-        for name, (_, norm, turn) in zip(("query", "key"), steps, strict=True):
-            by, by_size = values["grad_" + name], sizes["grad_" + name]
-            if turn is not None:
-                by, by_size = turn.values(by, back=True), turn.sizes(by_size)
-            if norm is not None:
-                weight = f"grad_{name[0]}_norm"
-                by, by_size, values[weight], sizes[weight] = norm.backward(by, by_size)
-            values["grad_" + name], sizes["grad_" + name] = by, by_size
-        for kind, params_of, g, o in (
-            (values, params, grad_output, joined),
-            (sizes, size, np.abs(grad_output), joined * 0 + top),
-        ):
-            for name, x in inputs.items():
-                x, by = (x if kind is values else np.abs(x)), join(kind["grad_" + name])
-                kind["grad_W_" + name[0]] = _flat(x).T @ _flat(by)
-                kind["grad_b_" + name[0]] = _flat(by).sum(axis=0)
-                kind["grad_" + name] = by @ params_of["W_" + name[0]].T
-            kind["grad_W_o"], kind["grad_b_o"] = _flat(o).T @ _flat(g), _flat(g).sum(axis=0)
+        _back_through(steps, values, sizes)
+        _by_projections(values, params, inputs, joined, grad_output)
+        absolute_inputs = {name: np.abs(x) for name, x in inputs.items()}
+        _by_projections(sizes, size, absolute_inputs, joined * 0 + top, np.abs(grad_output))
     if "scores" in sizes:
         sizes["scores"] = 3 * sizes["scores"]  # query, key, product: each rounds
     kept = {"output", "weights", "lse", "scores", *(f"grad_{name}" for name in (*inputs, *params))}
@@ -624,6 +603,45 @@ def multi_head_attention(query: Array, key: Array, value: Array, params: dict[st
     sizes = _plain({name: sizes[name] for name in values})
     roundings = 3 + 3 * (qk_norm is not None) + (rotary is not None)  # query, key, product: each rounds
     return Answer(_marked(values), sizes, roundings * largest)
+
+
+def split(x: Array, heads: int) -> Array:
+    """(..., n, heads * c) to (..., heads, n, c)."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
+
+
+def join(x: Array) -> Array:
+    """(..., heads, n, c) to (..., n, heads * c)."""
+    return x.swapaxes(-2, -3).reshape(*x.shape[:-3], x.shape[-2], x.shape[-3] * x.shape[-1])
+
+
+def project(x: Array, params: dict[str, Array], name: str) -> Array:
+    """x W + b, by the params of that letter: q, k, v or o; x, where there is no such W."""
+    return x @ params[f"W_{name}"] + params.get(f"b_{name}", 0.0) if f"W_{name}" in params else x
+
+
+def _back_through(steps: list[Any], values: dict[str, Array], sizes: dict[str, Any]) -> None:
+    """The gradients by what is projected, of those by what heads attend to: back through rotations and norms."""
+    for name, (norm, turn) in zip(("query", "key"), steps, strict=True):
+        by, by_size = values["grad_" + name], sizes["grad_" + name]
+        if turn is not None:
+            by, by_size = turn.values(by, back=True), turn.sizes(by_size)
+        if norm is not None:
+            weight = f"grad_{name[0]}_norm"
+            by, by_size, values[weight], sizes[weight] = norm.backward(by, by_size)
+        values["grad_" + name], sizes["grad_" + name] = by, by_size
+
+
+def _by_projections(
+    found: dict[str, Any], params: dict[str, Array], inputs: dict[str, Array], joined: Array, grad: Array
+) -> None:
+    """The gradients by the inputs and by the projections, of those by what is projected. ``joined``: the heads' output."""
+    for name, x in inputs.items():
+        by = join(found["grad_" + name])
+        found["grad_W_" + name[0]] = _flat(x).T @ _flat(by)
+        found["grad_b_" + name[0]] = _flat(by).sum(axis=0)
+        found["grad_" + name] = by @ params["W_" + name[0]].T
+    found["grad_W_o"], found["grad_b_o"] = _flat(joined).T @ _flat(grad), _flat(grad).sum(axis=0)
 
 
 class _RowNorm:
