@@ -12,6 +12,8 @@ busy machine it tells more than the clock. ``apart`` is how far the outputs are 
 What two workers could reach at best, without Dask, stands beside them: two processes, each of which has half of the keys for
 NumPy's kernel of one thread, over one that has all; and the same of products of float32 matrices that a cache holds, which
 share nothing but the processor. Dask's sampling of what its workers do, a hundred times a second, is off.
+
+Dask's own cost is some 10 ms for a call and 2 to 4 ms for each chunk, of which the scheduler has a third: --chunk.
 """
 
 import argparse
@@ -23,18 +25,18 @@ from pathlib import Path
 
 import numpy as np
 
-FEATURES, QUERIES, CHUNK = 64, 64, 100_000
+FEATURES, QUERIES, DRAWN = 64, 64, 100_000
 
 
 def generate(folder, name, size):
-    """The file of so many rows, drawn chunk by chunk, so that a shorter one begins like a longer."""
+    """The file of so many rows, drawn in turns, so that a shorter one begins like a longer."""
     path = Path(folder) / f"{name}-{size}.npy"
     if not path.exists():
         made = np.lib.format.open_memmap(part := path.with_suffix(".part"), "w+", np.float32, (size, FEATURES))
-        for start in range(0, size, CHUNK):
-            some = made[start : start + CHUNK]
-            rng = np.random.default_rng((start // CHUNK, name == "values"))
-            some[...] = rng.standard_normal((CHUNK, FEATURES), np.float32)[: len(some)]
+        for start in range(0, size, DRAWN):
+            some = made[start : start + DRAWN]
+            rng = np.random.default_rng((start // DRAWN, name == "values"))
+            some[...] = rng.standard_normal((DRAWN, FEATURES), np.float32)[: len(some)]
         made.flush()
         part.rename(path)
     return str(path)
@@ -45,11 +47,11 @@ def read(path, block_info=None):
     return np.load(path, mmap_mode="r")[start:end]
 
 
-def chunked(path, size):
+def chunked(path, size, chunk):
     """The file as a dask array: workers map it by its name, and no rows travel."""
     import dask.array as da
 
-    sizes = (CHUNK,) * (size // CHUNK) + ((size % CHUNK,) if size % CHUNK else ())
+    sizes = (chunk,) * (size // chunk) + ((size % chunk,) if size % chunk else ())
     return da.map_blocks(read, path, chunks=(sizes, (FEATURES,)), dtype=np.float32, meta=np.empty((0, 0), np.float32))
 
 
@@ -102,7 +104,7 @@ def measure(asked, size, clients, pool, limits):
 
     paths = [generate(asked.folder, name, size) for name in ("keys", "values")]
     query = np.random.default_rng(0).standard_normal((QUERIES, FEATURES), np.float32)
-    key, value = (chunked(path, size) for path in paths)
+    key, value = (chunked(path, size, asked.chunk) for path in paths)
     mapped = [np.load(path, mmap_mode="r") for path in paths]
 
     def by(client, what):
@@ -174,6 +176,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True, help="where the files are, or are to be written")
     parser.add_argument("--keys", default="100000,1000000", help="how many (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, default=500_000, help="how many keys a task has (default: %(default)s)")
     parser.add_argument("--workers", default="1,2", help="processes of one thread (default: %(default)s)")
     parser.add_argument("--memory-limit", default="1GiB", help="of each worker (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each call (default: %(default)s)")

@@ -27,6 +27,7 @@ import dask
 import dask.array as da
 import numpy as np
 from dask import delayed
+from dask._task_spec import Task
 from dask.core import flatten
 from dask.graph_manipulation import bind
 
@@ -47,6 +48,7 @@ by_hand: Any = gradients
 by_blocks: Any = memory
 
 CHILDREN = 8  # results that one task of a tree takes
+INLINE = 2**23  # bytes of an array in all tasks that take it
 OPTIONS = ("score", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "segments", "scale", "softcap", "sink")
 REFUSED = {
     "normalize": "only softmax can be merged from chunks; the key that hardmax looks up is topk's, with k = 1",
@@ -75,10 +77,11 @@ def attention(query: Array, key: da.Array, value: da.Array, *, return_lse: bool 
             first of all keys.
 
     Returns:
-        The output (..., n, v) in the query's dtype, or (output, lse): dask arrays, in chunks of the query's rows. Beside what
-        reads keys and values, the graph has a task for each chunk of keys, a merge for every seven of them, and at most ten
-        more for each chunk of the output. A chunk of keys is neither read nor computed where lengths and window together, or a
-        mask, a bias or segments, leave no query a key in it; what dask arrays and functions say is not known in time.
+        The output (..., n, v) in the query's dtype, or (output, lse): dask arrays, in chunks of the query's rows. The graph
+        has a task for each chunk of keys, which reads it too, a merge for every seven of them, and at most ten more for each
+        chunk of the output. Where the queries are in chunks, or chunks of keys are made of something that they share, what
+        reads them is beside these. A chunk of keys is neither read nor computed where lengths and window together, or a mask, a
+        bias or segments, leave no query a key in it; what dask arrays and functions say is not known in time.
 
     Half precision is float32 until all is merged.
 
@@ -260,10 +263,15 @@ class _Cut(NamedTuple):
         return [(i // group, j // group) for i, j in self.batches]
 
     def in_rows(self, x: Array, axis: int) -> dict[At, Any]:
-        """An array (..., n, c), or (..., n) of axis -1, in the parts of the queries."""
+        """An array (..., n, c), or (..., n) of axis -1, in the parts of the queries.
+
+        A small one is a part of the tasks that take it, and no task itself, which workers would send each other: so reading a
+        chunk of keys and computing with it is one task, where no other needs the chunk.
+        """
         rest = (slice(None),) * (-1 - axis)
+        small = isinstance(x, np.ndarray) and x.nbytes * len(self.columns) <= INLINE
         return {
-            (batch, row): delayed(self.first(x, batch)[(..., slice(i, j), *rest)])
+            (batch, row): (np.array if small else delayed)(self.first(x, batch)[(..., slice(i, j), *rest)])
             for batch in range(len(self.batches))
             for row, (i, j) in enumerate(self.rows)
         }
@@ -330,6 +338,10 @@ def _pairs(key: da.Array, value: da.Array) -> da.Array:
 def _blocks(call: Call, cut: _Cut, query: Array, pairs: da.Array) -> Iterator[tuple[Any, ...]]:
     """For each part of the queries: which it is, its sink, and (column, (query, pair), call) where any may attend."""
     chunks, rows = pairs.to_delayed(optimize_graph=False).reshape(-1, len(cut.columns)), cut.in_rows(query, -2)
+    if len(cut.rows) == 1:  # a chunk is read by the one task that needs it
+        for at, chunk in np.ndenumerate(chunks):
+            reading = pairs.dask[chunk.key]
+            chunks[at] = reading if isinstance(reading, Task) and not reading.dependencies else chunk
     for (batch, row), calls in cut.calls(call, query.ndim):
         (i, j), blocks = cut.rows[row], []
         for column, ((k, l), block) in enumerate(zip(cut.columns, calls, strict=True)):

@@ -59,12 +59,18 @@ def cut(parts, batches, lazy):
     return adapter.backend(tab, attention, attention_grad, functions=True)
 
 
-@pytest.mark.parametrize(("parts", "batches", "lazy"), [(1, 1, ()), (2, 2, ()), (3, 1, ("query",)), (4, 3, ())])
+LAYOUTS = (1, 1, ()), (2, 2, ()), (3, 1, ("query",)), (4, 3, ())
+
+
+@pytest.mark.parametrize(("parts", "batches", "lazy"), LAYOUTS)
 def test_the_suite(parts, batches, lazy):
-    counts = adapter.judge(cut(parts, batches, lazy), REFUSES)
+    """Each case in one way, the next case in the next; in all of them where KVATTN_EVERY is set, once a week."""
+    first, every = LAYOUTS.index((parts, batches, lazy)), len(LAYOUTS)
+    asked = adapter.cases() if os.environ.get("KVATTN_EVERY") else adapter.cases()[first::every]
+    counts = adapter.judge(cut(parts, batches, lazy), REFUSES, asked=asked)
     assert set(counts) == {adapter.JUDGED, *REFUSES}
-    assert sum(counts.values()) == len(adapter.cases())
-    assert counts[adapter.JUDGED] > 380
+    assert sum(counts.values()) == len(asked)
+    assert counts[adapter.JUDGED] > 380 // every
 
 
 def test_the_suite_where_options_are_dask_arrays():
@@ -188,8 +194,8 @@ def test_chunks_that_no_query_may_attend_to_are_not_read(options, chunks):
 def test_the_graph_is_as_large_as_its_docstring_says(chunks):
     key = da.zeros((chunks * 2, 4), chunks=(2, 4))
     output = kd.attention(np.zeros((3, 4)), key, key)
+    assert chunks < len(dict(output.__dask_graph__())) <= chunks + chunks / 7 + 10
     reading = len(dict(key.__dask_graph__()))
-    assert chunks < len(dict(output.__dask_graph__())) - reading <= chunks + chunks / 7 + 10
     halves = kd.attention(da.zeros((6, 4), chunks=(3, 4)), key, key)
     assert len(dict(halves.__dask_graph__())) - reading <= 2 * (chunks + chunks / 7 + 10) + 2
 
@@ -336,7 +342,7 @@ def test_the_page_does_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for code in others:
         exec(code, {})
-    small = search.replace("10_000_000, 64, 100_000", "3_000, 8, 400")
+    small = search.replace("10_000_000, 64, 250_000", "3_000, 8, 400")
     assert small != search
     exec(small, found := {"__name__": "search"})
     query, positions, scores, pooled, nearest = found["main"]()
