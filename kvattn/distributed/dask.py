@@ -27,7 +27,6 @@ import dask
 import dask.array as da
 import numpy as np
 from dask import delayed
-from dask._task_spec import Task
 from dask.core import flatten
 from dask.graph_manipulation import bind
 
@@ -341,7 +340,7 @@ def _blocks(call: Call, cut: _Cut, query: Array, pairs: da.Array) -> Iterator[tu
     if len(cut.rows) == 1:  # a chunk is read by the one task that needs it
         for at, chunk in np.ndenumerate(chunks):
             reading = pairs.dask[chunk.key]
-            chunks[at] = reading if isinstance(reading, Task) and not reading.dependencies else chunk
+            chunks[at] = chunk if getattr(reading, "dependencies", True) else reading
     for (batch, row), calls in cut.calls(call, query.ndim):
         (i, j), blocks = cut.rows[row], []
         for column, ((k, l), block) in enumerate(zip(cut.columns, calls, strict=True)):
