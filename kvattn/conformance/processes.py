@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,48 +66,25 @@ def judge(
     """
     order = sorted(names, key=lambda name: LAST.get(name, 0))
     shares = {name: jobs if name in SHARED else 1 for name in order}
-    tasks = deque((name, share) for name in order for share in range(shares[name]))
+    tasks = deque(_Share(name, share, shares[name], words) for name in order for share in range(shares[name]))
+    deals = {name: _Deal() for name in order}
     events: queue.Queue[tuple[str, Any]] = queue.Queue()
     running: set[subprocess.Popen[str]] = set()
-    lock = threading.Lock()
-    deals = {name: itertools.count() for name in order}
-    returned: dict[str, list[int]] = {name: [] for name in order}  # by a process that ended before it was done
 
     def work() -> None:
         while True:
-            with lock:
-                if not tasks:
-                    return
-                name, share = tasks.popleft()
-            start = time.perf_counter()
-            asked = {"backend": name, "share": share, "of": shares[name], "words": words}
-            flags = QUICK.get(name, "").split() if "XLA_FLAGS" not in os.environ else []
-            begun = False
-            dealt: list[int] = []
+            try:
+                share = tasks.popleft()
+            except IndexError:
+                return
 
-            def tell(case: Any, name: str = name) -> None:
-                nonlocal begun
-                begun = True
+            def tell(case: str, name: str = share.backend) -> None:
                 events.put((name, case))
 
-            def deal(name: str = name, dealt: list[int] = dealt) -> int:
-                with lock:
-                    dealt.append(returned[name].pop() if returned[name] else next(deals[name]))
-                return dealt[-1]
+            events.put((share.backend, share.judged(deals[share.backend], running, tell)))
 
-            while (found := _ask(asked, (quick := " ".join(flags) or None), running, tell, deal)) is None:
-                if not flags or begun:
-                    found = {"error": "the process in which it was judged ended by itself"}
-                    break
-                flags.pop()  # a release of XLA that does not know a flag aborts; the newest flag is the last
-                with lock:
-                    returned[name] += dealt
-                    dealt.clear()
-            events.put((name, found | {"quick": quick, "start": start, "share": share}))
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
-    for thread in threads:
-        thread.start()
+    for _ in range(jobs):
+        threading.Thread(target=work, daemon=True).start()
     done: dict[str, list[dict[str, Any]]] = {name: [] for name in order}
     try:
         while any(len(done[name]) < shares[name] for name in order):
@@ -122,6 +99,58 @@ def judge(
         tasks.clear()
         for process in list(running):
             process.kill()
+
+
+class _Deal:
+    """The numbers of the cases of a backend, which its processes take in turn."""
+
+    def __init__(self) -> None:
+        self.lock, self.numbers = threading.Lock(), itertools.count()
+        self.returned: list[int] = []  # by a process that ended before it was done
+
+    def take(self) -> int:
+        with self.lock:
+            return self.returned.pop() if self.returned else next(self.numbers)
+
+    def put_back(self, numbers: list[int]) -> None:
+        with self.lock:
+            self.returned += numbers
+
+
+class _Share(NamedTuple):
+    """What one process is asked: of a backend, which share of how many."""
+
+    backend: str
+    share: int
+    of: int
+    words: str
+
+    def judged(self, deal: _Deal, running: set[subprocess.Popen[str]], tell: Callable[[str], None]) -> dict[str, Any]:
+        """What a process found; another is asked, with a flag less, where one ended before it began.
+
+        A release of XLA that does not know a flag aborts; the newest flag is the last.
+        """
+        start, flags = time.perf_counter(), [] if "XLA_FLAGS" in os.environ else QUICK.get(self.backend, "").split()
+        while True:
+            begun: list[str] = []
+            dealt: list[int] = []
+
+            def told(case: str, begun: list[str] = begun) -> None:
+                begun.append(case)
+                tell(case)
+
+            def dealing(dealt: list[int] = dealt) -> int:
+                dealt.append(deal.take())
+                return dealt[-1]
+
+            quick = " ".join(flags) or None
+            found = _ask(self._asdict(), quick, running, told, dealing)
+            if found is None and flags and not begun:
+                flags.pop()
+                deal.put_back(dealt)
+                continue
+            found = {"error": "the process in which it was judged ended by itself"} if found is None else found
+            return found | {"quick": quick, "start": start, "share": self.share}
 
 
 def _ask(

@@ -65,9 +65,8 @@ def allowed(*, config: Any = None, **options: Any) -> torch.Tensor | None:
     if not all(model._supports_sdpa or model._supports_attention_backend for model in models):
         return eager_mask(config=config, **options)  # some of its layers may add the mask to scores themselves
     written = partial(sdpa_mask, config=config, **options | {"allow_is_causal_skip": False})
-    traced = (
-        torch.compiler.is_compiling() or torch.jit.is_tracing()
-    )  # a trace is run with other lengths, and holds tensors only
+    # a trace is run with other lengths, and holds tensors only
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     packed = None if traced else Packed.read(options.get("mask_function"))
     if packed is not None:
         return Causal.of(written, packed, **options)
@@ -101,10 +100,10 @@ class Packed(NamedTuple):
         placed, same = _parts(mask_function, and_masks, "mask_functions", (None, None))
         segments = _parts(same, packed_sequence_mask_function, "packed_sequence_mask")
         within = _parts(placed, remap_positions_for_packed_sequence, "mask_function")
-        if (
-            segments is None or within is causal_mask_function
-        ):  # which is so by positions within a sequence as by places in the row
-            return None if segments is None else cls(segments, None)
+        if segments is None:
+            return None
+        if within is causal_mask_function:  # which is so by positions within a sequence as by places in the row
+            return cls(segments, None)
         window, causal = _parts(within, and_masks, "mask_functions", (None, None))
         size = _parts(window, sliding_window_overlay, "sliding_window")
         return None if size is None or causal is not causal_mask_function else cls(segments, size - 1)
@@ -173,11 +172,7 @@ def forward(
 
     Raises NotImplementedError for what docs/howto/transformers.md says is refused, TypeError for a mask of integers.
     """
-    for name in REFUSED.keys() & others.keys():
-        if others[name] is not None:
-            raise NotImplementedError(
-                f'kvattn does not know {name} ({REFUSED[name]}): use attn_implementation="eager" for this model'
-            )
+    _refuse(others)
     if backend != "torch" and dropout and module.training:
         raise NotImplementedError(
             f"dropout while training needs PyTorch's own random numbers: 'kvattn', not 'kvattn-{backend}'"
@@ -186,12 +181,42 @@ def forward(
     if not query.dtype == key.dtype == dtype:  # float32 from a rotation, under autocast
         common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), dtype)
         query, key, value = query.to(common), key.to(common), value.to(common)
-    mask, bias, causal = attention_mask, position_bias, isinstance(attention_mask, Causal)
-    segments, window = _sequences(query, key, **others), None
-    if isinstance(attention_mask, Causal):
+    options = _restrictions(query, key, attention_mask, position_bias, others) | {"scale": scaling, "softcap": softcap}
+    sink = s_aux if s_aux is not None else sinks  # of each head; of each query, (batch, heads, n, 1)
+    for name, x in (("bias", options["bias"]), ("sink", sink)):
+        options[name] = None if x is None else x.to(query.dtype)
+    shown, weights = output_attentions or _attentions_are_collected(), None
+    if backend != "torch":
+        bias, sink = options.pop("bias"), options.pop("sink")
+        output = _Elsewhere.apply(query, key, value, bias, sink, options, backend)
+        if shown:  # each value is one key's unit vector, so that the weights have their gradients as the output has
+            unit = torch.eye(key.shape[2], dtype=query.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
+            weights = _Elsewhere.apply(query, key, unit, bias, sink, options, backend)
+    else:
+        options["dropout"] = dropout if module.training else 0.0
+        output = kvattn.attention(query, key, value, **options, return_weights=shown)
+        if shown:
+            output, weights = output
+    if output.dtype != dtype:
+        output = output.to(dtype)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _refuse(others: dict[str, Any]) -> None:
+    """Raises NotImplementedError for what a model hands on that kvattn does not know."""
+    for name in REFUSED.keys() & others.keys():
+        if others[name] is not None:
+            raise NotImplementedError(
+                f'kvattn does not know {name} ({REFUSED[name]}): use attn_implementation="eager" for this model'
+            )
+
+
+def _restrictions(query: Any, key: Any, mask: Any, bias: Any, others: dict[str, Any]) -> dict[str, Any]:
+    """Which pairs may attend, as `kvattn.attention`'s options say it, and what is added to their scores."""
+    segments, window, causal = _sequences(query, key, **others), None, isinstance(mask, Causal)
+    if isinstance(mask, Causal):
+        segments, window = (segments, None) if mask.packed is None else mask.packed
         mask = None
-        if attention_mask.packed is not None:
-            segments, window = attention_mask.packed
     elif mask is not None and mask.dtype != torch.bool:  # a caller's own 4-d mask, to be added
         if not mask.dtype.is_floating_point:
             raise TypeError(
@@ -199,33 +224,13 @@ def forward(
                 "floats to be added to the scores"
             )
         mask, bias = None, mask if bias is None else mask + bias
-    options: dict[str, Any] = {
+    return {
         "mask": mask,
-        "bias": None if bias is None else bias.to(query.dtype),
+        "bias": bias,
         "causal": causal and query.shape[2] > 1,  # transformers leaves out the mask of one query, which sees all keys
         "segments": segments,
         "window": None if window is None else (window, None),
-        "scale": scaling,
-        "softcap": softcap,
     }
-    sink = s_aux if s_aux is not None else sinks  # of each head; of each query, (batch, heads, n, 1)
-    sink = None if sink is None else sink.to(query.dtype)
-    weights = None
-    shown = output_attentions or _attentions_are_collected()
-    if backend != "torch":
-        bias = options.pop("bias")
-        output = _Elsewhere.apply(query, key, value, bias, sink, options, backend)
-        if shown:  # each value is one key's unit vector, so that the weights have their gradients as the output has
-            unit = torch.eye(key.shape[2], dtype=query.dtype, device=key.device).expand(*key.shape[:2], -1, -1)
-            weights = _Elsewhere.apply(query, key, unit, bias, sink, options, backend)
-    else:
-        options["dropout"] = dropout if module.training else 0.0
-        output = kvattn.attention(query, key, value, **options, sink=sink, return_weights=shown)
-        if shown:
-            output, weights = output
-    if output.dtype != dtype:
-        output = output.to(dtype)
-    return output.transpose(1, 2).contiguous(), weights
 
 
 def _sequences(query: Any, key: Any, cu_seq_lens_q: Any = None, cu_seq_lens_k: Any = None, **_: Any) -> Any:
