@@ -71,7 +71,7 @@ def ring_attention(
         causal, window, query_offset: by positions in the whole sequence, of which query_offset is the first query's.
         scale, softcap, return_lse: as `attention`'s.
         sink: as `attention`'s; one for each query is of this process's.
-        timeout: seconds to wait for a message. On a GPU that of the group holds.
+        timeout: seconds to wait for a message.
 
     Returns:
         The output (..., n, v) of this process's queries, or (output, lse).
@@ -87,7 +87,9 @@ def ring_attention(
             differ from one to another, and what one of them refuses.
         NotImplementedError: an option of `attention` that is not above, as a score.
 
-    It is proved on CPUs, with gloo. On GPUs, with NCCL, it makes the same calls, which has not been tried.
+    It is proved on CPUs, with gloo. With NCCL on GPUs it makes the same calls, on each process's current device; no card has
+    run them: tests/distributed/torch_cards.py does. There, as read in PyTorch's sources, its watchdog ends a process soon after
+    it has lost another, unless TORCH_NCCL_BLOCKING_WAIT=1 is set, which starts none: then the ConnectionError can be caught.
 
         torch.distributed.init_process_group("gloo")
         query, key, value = (shard(x, zigzag=True) for x in (query, key, value))
@@ -203,6 +205,14 @@ def _ring(group: Any, axis: Any, timeout: Any, x: Any = None) -> kernel.Ring:
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, not {type(group).__name__}")
     device = torch.device(getattr(x, "device", "cpu"))
+    if x is not None and dist.get_world_size(group) > 1:
+        had = dist.get_backend_config(group)  # "cpu:gloo,cuda:nccl"
+        backend = dict(pair.split(":") for pair in had.split(",")).get(device.type)
+        if backend is None or (backend == "gloo" and device.type != "cpu"):  # which sends to and from main memory alone
+            raise ValueError(
+                f"an array lies on {device}, and the group, {had}, sends nothing from there: on GPUs "
+                'torch.distributed.init_process_group("nccl"), on CPUs "gloo", for both "cpu:gloo,cuda:nccl"'
+            )
     return kernel.Ring(group, dist.get_rank(group), dist.get_world_size(group), timeout, device)
 
 

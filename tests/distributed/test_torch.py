@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import adapter
@@ -16,11 +17,13 @@ import torch
 from conftest import dying
 
 from kvattn.distributed.torch import ring_attention
+from kvattn.kernels.torch.ring import Ring
 
 RANKS = Path(__file__).with_name("torch_ranks.py")
 SUITE = ("1 parts", "2 parts", "3 parts", "4 parts", "2 parts in zigzag", "4 parts in zigzag")
 REST = (
     "the_page_of_the_docs",
+    "what_two_cards_try",
     "a_group_of_one",
     "what_is_refused",
     "over_an_axis_of_a_mesh",
@@ -75,6 +78,19 @@ def test_a_lost_rank_is_an_error_in_time(tmp_path):
     all_well(said, tasks[0])
     all_well([said[rank] for rank in (0, 1, 3)], tasks[1])
     assert codes == [0, 0, -9, 0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_wait_has_its_timeout(device):
+    """NCCL's, which else waits for nothing, too; no card is here, so of a stand-in for what is waited for."""
+
+    class Lost:
+        def wait(self, *patience):
+            assert patience == (timedelta(seconds=7),)
+            raise torch.distributed.DistBackendError("it timed out")
+
+    with pytest.raises(ConnectionError, match=r"has sent nothing for 7 s .*it timed out"):
+        Ring(None, 0, 2, 7.0, torch.device(device)).wait([Lost()])
 
 
 # torchrun's own store listens on every interface, of which a network of the test's own has one, loopback

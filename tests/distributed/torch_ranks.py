@@ -21,6 +21,7 @@ import adapter
 import pytest
 import torch
 import torch.distributed as dist
+import torch_cards
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -162,6 +163,10 @@ def what_is_refused(groups):
         ring_attention(x, sharded, x)
     with pytest.raises(ValueError, match="key has shape"):
         ring_attention(x, x[..., :2], x)
+    nowhere = x.to("meta")  # for which no backend sends
+    for call in (ring_attention, lambda *x: unshard(x[0])):
+        with pytest.raises(ValueError, match=r"an array lies on meta, and the group, cpu:gloo.*, sends nothing from there"):
+            call(nowhere, nowhere, nowhere)
 
 
 def over_an_axis_of_a_mesh(groups):
@@ -397,6 +402,10 @@ def the_fused_kernel(groups):
                 torch.testing.assert_close(whole_of_it, y.double(), rtol=near, atol=near, equal_nan=True)
 
 
+def what_two_cards_try(groups):
+    torch_cards.check(torch.device("cpu"))
+
+
 def second_derivatives(groups):
     query, key, value = (x.requires_grad_() for x in drawn((2, 5, 8), (2, 5, 8), (2, 5, 6)))
     output = ring_attention(query, key, value)
@@ -438,7 +447,7 @@ TASKS = {  # each case in one layout, or in all of them
     )
     for i, (parts, zigzag) in enumerate(LAYOUTS)
 }
-OTHERS = (the_page_of_the_docs, the_fused_kernel, a_group_of_one, what_is_refused, over_an_axis_of_a_mesh,
+OTHERS = (the_page_of_the_docs, what_two_cards_try, the_fused_kernel, a_group_of_one, what_is_refused, over_an_axis_of_a_mesh,
           arguments_that_differ, messages, shares_of_a_causal_call, gradients_by_the_lse, second_derivatives, dtensors,
           layers_under_ddp, layers_under_fsdp2)  # fmt: skip
 LOSSES = (a_rank_that_makes_no_call, a_rank_that_is_killed)

@@ -61,11 +61,14 @@ class Ring(NamedTuple):
             raise self._lost(error) from error
 
     def wait(self, works):
-        """Until all that was posted has come and gone."""
-        patience = () if self.device.type == "cuda" else (timedelta(seconds=self.timeout),)
+        """Until all that was posted has come and gone.
+
+        NCCL's `wait` lets the stream wait, and this process go on; only given a timeout, as here, does it wait until it knows.
+        Of what is computed, nothing waits for that: it is in the stream already.
+        """
         try:
             for work in works:
-                work.wait(*patience)
+                work.wait(timedelta(seconds=self.timeout))
         except RuntimeError as error:
             raise self._lost(error) from error
 
@@ -135,8 +138,8 @@ class _Attention(torch.autograd.Function):
                 found = found or _derived(plan, piece, part, *pairs, *asked)
                 for whole, x in zip(_cut(by_query, *by_parts, piece), found, strict=True):
                     whole += x
+            ring.wait(works)  # what was sent is kept until then
             travelling = torch.cat([x.reshape(-1) for x in by_parts])
-            ring.wait(works)
             if coming is not None:
                 travelling += coming
             coming, works = travelling, []
