@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from kvattn import multihead, pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.tensorflow import blocks, distances, dropout, nonfinite, quirks, tiles
+from kvattn.kernels.tensorflow import blocks, distances, dropout, few_pairs, nonfinite, quirks, tiles
 from kvattn.pairs import Pairs, Segments
 
 HALF = (tf.float16, tf.bfloat16)
@@ -368,10 +368,15 @@ def _zero_where(flags, x):
     return x if flags is None else tf.where(flags, tf.constant(0, x.dtype), x)
 
 
-def _softmax_of_dots(scores, where, biased):
-    """(weights, whether each row has nothing to attend to, or None) in few operations: those rows' weights mean nothing."""
+def _softmax_of_dots(scores, where, biased, full=False):
+    """(weights, whether each row has nothing to attend to, or None) in few operations: those rows' weights mean nothing.
+
+    ``full``: each row is known to have something, of which scores of nothing but -inf make NaN.
+    """
     if where is None and not biased:
         return tf.nn.softmax(scores), None
+    if full and not biased:
+        return tf.nn.softmax(tf.where(where, scores, -math.inf)), None
     least = scores.dtype.min
     scores = scores if where is None else tf.where(where, scores, least)
     top = tf.stop_gradient(tf.reduce_max(scores, axis=-1, keepdims=True))
@@ -491,12 +496,17 @@ def _formula(query, key, value, call, careful=False):
     """attention by its formula. ``careful``: where something is not finite, it reaches nothing by pairs that may not attend."""
     dtype, n, (heads, kv_heads) = query.dtype, quirks.shape(query)[-2], _heads(query, key)
     traced, tab, axes = not tf.executing_eagerly(), sys.modules[__name__], len(query.shape)
-    keys = _keys(key) if call.windowed or call.valid_lens is not None else None
+
+    def pairs_of(call):
+        return _allowed(n, _keys(key) if call.windowed or call.valid_lens is not None else None, axes, call)
+
     dots = call.score in (scaled_dot_score, dot_score)
     few = dots and call.normalize is softmax and not (careful or call.return_lse)
     hides = few and call.bias is not None and (traced or nonfinite.hides(tf.convert_to_tensor(call.bias)))
     recorded = not (traced or careful) and nonfinite.may_come()
-    allowed = _allowed(n, keys, axes, call._replace(bias=None) if few else call)  # of a bias's -inf it needs no mask
+    limits = call._replace(bias=None) if few else call  # of a bias's -inf it needs no mask
+    found = few_pairs.allowed(n, key.shape[-2], axes, limits) if few and not traced and limits.restricted else None
+    allowed, full = found or (pairs_of(limits), False)
     if traced and not dots and (call.masked or not call.leaves_none_out(n, key.shape[-2])):
         query, key, value = _hide_padding(allowed, query, key, value)
     if not dots and None in (*query.shape[:-1], *key.shape[:-1]):
@@ -505,7 +515,7 @@ def _formula(query, key, value, call, careful=False):
     product = quirks.matmul
     if traced or ((careful or recorded) and call.restricted):
         shape = (*quirks.lead(query, key), n, quirks.shape(key)[-2])
-        every = lambda: tf.broadcast_to(_allowed(n, keys, axes, call), shape)  # noqa: E731
+        every = lambda: tf.broadcast_to(pairs_of(call), shape)  # noqa: E731
         pairs = nonfinite.AllowedPairs((lambda: _fold(every(), kv_heads)) if call.restricted else None, careful)
         product = pairs.recorded_product if recorded else pairs.product
         if call.restricted and not recorded:
@@ -517,7 +527,7 @@ def _formula(query, key, value, call, careful=False):
     if few:
         if hides and (traced or recorded):
             scores = nonfinite.shielded(scores, lambda: tf.not_equal(call.bias, -math.inf))
-        weights, empty = _softmax_of_dots(scores, allowed, hides)
+        weights, empty = _softmax_of_dots(scores, allowed, hides, full)
     elif call.return_lse or (careful and call.normalize is softmax):
         weights, lse = _softmax_lse(scores, allowed)
     else:

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from kvattn import api, checks, conversion, layers
 from kvattn.backends import tensorflow as tab
+from kvattn.kernels.tensorflow import quirks
 from kvattn.layers.keras import (  # noqa: F401
     Decoding,
     Layer,
@@ -196,6 +197,7 @@ class MultiHeadAttention(Layer):
         for part, shape in ((self.W_q, queries_shape), (self.W_k, keys_shape), (self.W_v, values_shape)):
             build_once(part, shape)
         build_once(self.W_o, (None, self.W_q.units))
+        self.attention.built = True  # it has nothing to build, and is not called by Keras
         self.make()
 
     def make(self, shape=None):
@@ -216,8 +218,12 @@ class MultiHeadAttention(Layer):
             valid_lens = options.pop("valid_lens")
         else:  # a later call may look at what is nobody's now
             options |= {"queries_mask": queries_mask, "keys_mask": keys_mask, "values_mask": values_mask}
-        queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
-        keys, values = tab._split(self.W_k(keys), self.num_kv_heads), tab._split(self.W_v(values), self.num_kv_heads)
+        rows = _rows(queries)
+        of_keys = rows if keys is queries else _rows(keys)
+        of_values = of_keys if values is keys else _rows(values)
+        queries = _split(self.W_q(rows), queries, self.num_heads)  # (batch, heads, n, d)
+        keys = _split(self.W_k(of_keys), keys, self.num_kv_heads)
+        values = _split(self.W_v(of_values), values, self.num_kv_heads)
         cache = None if cache is None else cache.cache
         norms = (None if x is None else tf.convert_to_tensor(x) for x in (self.q_norm, self.k_norm))
         queries, keys = layers.normed(tab, self.qk_norm, queries, keys, *norms)
@@ -227,8 +233,24 @@ class MultiHeadAttention(Layer):
         valid_lens = layers.lengths(tab, valid_lens, queries)
         options = layers.with_alibi("tensorflow", options, self.alibi, queries)
         options = layers.with_sink(options, None if self.sink is None else tf.cast(self.sink, queries.dtype))
-        results = self.attention(queries, keys, values, valid_lens, training=training, **options)
-        return layers.joined(tab._join, self.W_o, results, cache)
+        # a layer inside a layer: Keras's own __call__ would take a third of what attention takes, and change nothing
+        results = self.attention.call(queries, keys, values, valid_lens, training=training, **options)
+        return layers.joined(tab._swap, self._mixed, results, cache)
+
+    def _mixed(self, output):
+        """(batch, n, heads, d) -> (batch, n, num_hiddens)"""
+        rows = self.W_o(tf.reshape(output, (math.prod(quirks.shape(output)[:-2]), self.num_heads * output.shape[-1])))
+        return tf.reshape(rows, (*quirks.shape(output)[:-2], rows.shape[-1]))
+
+
+def _rows(X):
+    """(..., n, features) -> (rows, features), as which Keras's Dense would put them itself, each time, by several operations."""
+    return tf.reshape(X, (math.prod(quirks.shape(X)[:-1]), X.shape[-1]))
+
+
+def _split(rows, X, heads):
+    """The rows of X (..., n, features), projected, as (..., heads, n, d)."""
+    return tab._swap(tf.reshape(rows, (*quirks.shape(X)[:-1], heads, rows.shape[-1] // heads)))
 
 
 # ---- the other parts of a transformer
