@@ -244,7 +244,7 @@ class MultiHeadAttention(Layer):
 
 
 def _rows(X):
-    """(..., n, features) -> (rows, features), as which Keras's Dense would put them itself, each time, by several operations."""
+    """(..., n, features) -> (rows, features), as which Keras's Dense would put them itself, each time, by more operations."""
     return tf.reshape(X, (math.prod(quirks.shape(X)[:-1]), X.shape[-1]))
 
 
