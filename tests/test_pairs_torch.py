@@ -1,6 +1,5 @@
 """Functions of positions and segments where PyTorch records a program, and gradients by what a bias function reads."""
 
-from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -13,7 +12,6 @@ if "torch" not in chosen():
 import torch
 from paired import SEGMENTS, SLOPES, answers, inputs, looked_at, said
 from torch._dynamo.backends.debugging import aot_eager
-from torch.autograd import forward_ad
 
 import kvattn
 from kvattn import pairs
@@ -121,96 +119,3 @@ def test_programs_for_other_machines_hold_no_operator_of_segments():
     arrays, ids = _packed()
     program = torch.export.export(Attend({"segments": ids}), tuple(arrays[:3]), strict=True)
     assert "kvattn" not in str(program.graph)
-
-
-def _by_jvp(attend, query, grad):
-    return torch.func.jvp(attend, (query,), (grad,))[1]
-
-
-def _by_dual(attend, query, grad):
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(attend(forward_ad.make_dual(query, grad))).tangent
-
-
-def _by_grad(attend, query, grad):
-    return torch.func.grad(lambda x: (attend(x) * grad).sum())(query)
-
-
-def _by_vjp(attend, query, grad):
-    return torch.func.vjp(attend, query)[1](grad)[0]
-
-
-def _twice(attend, query, grad):
-    query = query.clone().requires_grad_()
-    first = torch.autograd.grad((attend(query) * grad).sum(), query, create_graph=True)[0]
-    return torch.autograd.grad(first.pow(2).sum(), query)[0]
-
-
-def _by_hessian(attend, query, grad):
-    return torch.func.jvp(torch.func.grad(lambda x: (attend(x) * grad).sum()), (query,), (grad,))[1]
-
-
-def _forward_over_reverse(attend, query, grad):
-    query = query.clone().requires_grad_()
-    output = attend(query)
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(torch.autograd.grad(output, query, forward_ad.make_dual(grad, grad))[0]).tangent
-
-
-def _by_each(attend, query, grad):
-    query = query.clone().requires_grad_()
-    return torch.autograd.grad(attend(query), query, torch.stack([grad, 2 * grad]), is_grads_batched=True)[0]
-
-
-INSIDE, AROUND = (_by_jvp, _by_grad, _by_vjp), (_twice, _by_each)
-REFUSED = _by_hessian, _by_dual, _forward_over_reverse  # as with the mask of all pairs: SDPA has no forward derivatives
-
-
-def _derived_from_segments():
-    """Attention of segments where key and value are made of the query, the same by a mask, a query and a direction."""
-    (query, _, _, grad), ids = _packed()
-    mask = ids[:, None, :, None] == ids[:, None, None, :]
-    attend, formula = (
-        lambda x, options=options: kvattn.attention(x, x, x.sin(), **options) for options in ({"segments": ids}, {"mask": mask})
-    )
-    return attend, formula, query, grad
-
-
-def _formula(derive, formula, query, grad):
-    if derive is _by_each:  # one after another
-        return torch.stack([_by_vjp(formula, query, x) for x in (grad, 2 * grad)])
-    return derive(formula, query, grad)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("derive", INSIDE + AROUND + REFUSED)
-def test_derivatives_of_a_compiled_program_of_segments(derive):
-    attend, formula, query, grad = _derived_from_segments()
-    torch._dynamo.reset()
-    compiled = torch.compile(attend, backend="eager")
-    compiled(query)  # the program that holds the operator is there before it is asked for more
-    run = partial(derive, compiled)
-    if derive in INSIDE or derive is _by_hessian:
-        run = torch.compile(partial(derive, attend), backend="eager")
-    if derive in REFUSED:
-        with pytest.raises(NotImplementedError, match="forward"):
-            run(query, grad)
-    else:
-        torch.testing.assert_close(run(query, grad), _formula(derive, formula, query, grad), rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("derive", [_by_dual, _by_jvp])
-def test_the_operator_of_segments_refuses_a_tangent(derive):
-    query, ids = torch.ones(1, 1, 300, 8), torch.zeros(1, 300, dtype=torch.int64)
-    with pytest.raises(RuntimeError):
-        derive(lambda x: torch.ops.kvattn.segments(x, query, query, ids, ids, None, None, 0, None), query, query)
-
-
-def test_the_gradients_of_the_operator_of_segments_refuse_to_be_differentiated():
-    query, ids = torch.ones(1, 1, 300, 8, requires_grad=True), torch.zeros(1, 300, dtype=torch.int64)
-    given = ids, ids, None, None, 0, None
-    with pytest.raises(NotImplementedError, match="has no derivatives"):
-        torch.ops.kvattn.segments_backward(query, query, query, *given, query)
-    query = query.detach()
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no derivatives"):
-        torch.ops.kvattn.segments_backward(query, query, query, *given, forward_ad.make_dual(query, query))

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kvattn import planning
 from kvattn.call import Choice
-from kvattn.kernels.torch import nonfinite, plan, sinks
+from kvattn.kernels.torch import nonfinite, operators, plan, sinks
 from kvattn.kernels.torch.traces import dual, fusible, known, readable, tracing
 from kvattn.pairs import Pairs
 
@@ -109,7 +109,7 @@ def _equal_lengths(query, key, value, call):
 
 def _blocks_of_masks(query, key, value, call):
     """Blocks of queries where a mask would be large that is not given; with gradients each block would keep its own."""
-    if query.shape[-2] <= plan.ROWS or tracing() or wants_gradients(query, key, value):
+    if tracing() or query.shape[-2] <= plan.ROWS or wants_gradients(query, key, value):
         return []
     by_query = call.lengths_per_query(query.ndim)
     if call.mask is not None and call.bias is not None:
@@ -206,6 +206,8 @@ def masked(query, key, value, mask, bias, scale, hide, sink=None):
         return torch.where(some, fused(query, key, value, added, False, scale, pair_by_pair), 0)
 
     if sink is None and not (EMPTY_ROWS and query.numel() and readable(query)):
+        if not operators.obstacle(query, key, value, scale):
+            return operators.masked(query, key, value, mask, bias, scale)
         return hidden(query, key, value)
     added = bias if mask is None else mask
     if mask is not None and bias is not None:  # a sum, since torch.where of two shapes takes several times as long

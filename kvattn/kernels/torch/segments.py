@@ -11,14 +11,7 @@ import torch
 
 from kvattn import dispatch, pairs
 from kvattn.call import Call, Choice
-from kvattn.kernels.torch import sdpa, traces
-
-_library = torch.library.Library("kvattn", "FRAGMENT")
-_TAGS = torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order
-_GIVEN = "Tensor query, Tensor key, Tensor value, Tensor of_queries, Tensor of_keys"
-_REST = "SymInt? left, SymInt? right, SymInt offset, float? scale"
-_library.define(f"segments({_GIVEN}, {_REST}) -> Tensor", tags=_TAGS)
-_library.define(f"segments_backward({_GIVEN}, {_REST}, Tensor grad) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+from kvattn.kernels.torch import operators, sdpa, traces
 
 
 def choose(tab, query, key, value, call):
@@ -53,52 +46,14 @@ def _attend(query, key, value, of_queries, of_keys, left, right, offset, scale):
 
 def _backward(query, key, value, *rest):
     *rest, grad = rest
-    given = query, key, value, grad
-    if (torch.is_grad_enabled() and any(x.requires_grad for x in given)) or traces.dual(*given):
-        raise NotImplementedError("kvattn::segments_backward has no derivatives; kvattn::segments has, with create_graph=True")
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        output = _attend(*inputs, *rest)
-        return tuple(x.contiguous() for x in torch.autograd.grad(output, inputs, grad, materialize_grads=True))
+    return operators.differentiated(lambda *given: _attend(*given, *rest), query, key, value, grad)
 
 
-_library.impl("segments", _attend, "CPU")
-_library.impl("segments_backward", _backward, "CPU")
-
-
-@torch.library.register_fake("kvattn::segments", lib=_library)
-def _(query, key, value, *rest):
+def _like(query, key, value, *rest):
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-@torch.library.register_fake("kvattn::segments_backward", lib=_library)
-def _(query, key, value, *rest):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
-
-
-class _Segments(torch.autograd.Function):
-    """The operator with its gradients. PyTorch's own of register_autograd would drop a tangent; this refuses it."""
-
-    @staticmethod
-    def forward(*given):
-        with torch._C._AutoDispatchBelowAutograd():  # private, as read in PyTorch 2.13
-            return torch.ops.kvattn.segments(*given)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:5])
-        ctx.rest = inputs[5:]
-
-    @staticmethod
-    def backward(ctx, grad):
-        given = *ctx.saved_tensors, *ctx.rest
-        if not torch.is_grad_enabled() and not traces.dual(grad):
-            return *torch.ops.kvattn.segments_backward(*given, grad), *[None] * 6
-        with torch.enable_grad():  # what is asked is differentiated again, as what an eager call does can be
-            inputs = [x.view_as(x) for x in given[:3]]  # one tensor may be query and key: each has its own gradient
-            wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-            found = iter(torch.autograd.grad(_attend(*inputs, *given[3:]), wanted, grad, create_graph=True))
-        return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), *[None] * 6
-
-
-_library.impl("segments", _Segments.apply, "Autograd")
+operators.define(
+    "segments", ("Tensor query", "Tensor key", "Tensor value", "Tensor of_queries", "Tensor of_keys"),
+    ("SymInt? left", "SymInt? right", "SymInt offset", "float? scale"), ("output",), _attend, _backward, _attend, _like,
+)  # fmt: skip
