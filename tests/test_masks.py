@@ -1,7 +1,5 @@
 """A mask is built only where it forbids something: one that allows every pair costs many times a decoding step."""
 
-import itertools
-
 import numpy as np
 import pytest
 from near import assert_near
@@ -79,35 +77,3 @@ def test_the_answer_is_the_same_with_the_mask(backend):
         masked = {**options, "query_offset": np.array([options.get("query_offset", 0)])}
         found, expected = (kvattn.attention(query, key, value, **given, backend=backend) for given in (options, masked))
         assert_near(kvattn.to_numpy(found), kvattn.to_numpy(expected))
-
-
-# ---- restrictions together, of small calls that ask for nothing beside the output: a tab may have a shorter way for these
-
-RESTRICTIONS = {
-    "mask": np.array([[1, 0, 1, 1, 1], [1, 1, 1, 0, 1], [0, 1, 1, 1, 1], [1, 1, 0, 1, 1]], bool),
-    "bias": np.array([[0, 1, -np.inf, 2, 0.5]] * 4),
-    "valid_lens": np.array([3, 4]),
-    "causal": {"causal": True, "query_offset": 1},
-    "window": (2, 1),
-}
-
-
-@pytest.mark.parametrize("names", [*itertools.combinations(RESTRICTIONS, 2), tuple(RESTRICTIONS)], ids=", ".join)
-def test_restrictions_compose_where_the_output_is_all_that_is_asked_for(backend, names):
-    rng = np.random.default_rng(5)
-    query, key, value = (rng.standard_normal((2, 3, size, 4)) for size in (4, 5, 5))
-    options = {name: RESTRICTIONS[name] for name in names}
-    options |= options.pop("causal", {})
-    found = kvattn.attention(*(kvattn.asarray(x, backend=backend) for x in (query, key, value)), **options)
-    at, to = np.arange(4)[:, None] + options.get("query_offset", 0), np.arange(5)
-    allowed = (
-        np.ones((2, 1, 4, 5), bool)
-        & options.get("mask", True)
-        & (to < options.get("valid_lens", np.array([5, 5]))[:, None, None, None])
-    )
-    allowed &= (to <= at) | ("causal" not in options)
-    allowed &= ((to >= at - 2) & (to <= at + 1)) | ("window" not in options)
-    scores = np.where(allowed, query @ key.swapaxes(-1, -2) / 2 + options.get("bias", 0), -np.inf)
-    weights = np.exp(scores)
-    expected = weights @ value / np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    np.testing.assert_allclose(kvattn.to_numpy(found), expected, rtol=1e-12, atol=1e-12)

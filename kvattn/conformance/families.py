@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn.conformance import multihead, notfinite, oracle, placed, places, pooling
+from kvattn.conformance import multihead, notfinite, oracle, placed, places, pooling, together
 from kvattn.conformance.cases import LSE, WEIGHTS, Case, attend, flags, grid, merged, poisoned, qkv
 from kvattn.conformance.pooling import parametrised
 
@@ -19,10 +19,11 @@ INF, NAN = np.inf, np.nan
 def every(rng: np.random.Generator) -> Iterator[Case]:
     keywords = (plain, masks, biases, lengths, unsigned, causal, windows, caps)
     parts = (groups, shapes, large, padding, positions, pooling.scores, pooling.pooling, pooling.normalisers)
-    together = (merging, blocks, covariance, multihead.cases, combinations, many_axes, notfinite.cases, lone, places.cases)
+    combined = (merging, blocks, covariance, multihead.cases, combinations, many_axes, notfinite.cases, lone, places.cases)
     later = (sinks, notfinite.sinks, placed.cases, scores_out, places.layered, notfinite.scores_out)
     dropped = (dropout, multihead.dropout, places.falling)
-    for family in (*keywords, *parts, *together, *later, *dropped):
+    last = (together.cases, together.plainly)  # where what is new does not shift the data of the others
+    for family in (*keywords, *parts, *combined, *later, *dropped, *last):
         yield from family(rng)
 
 

@@ -1,0 +1,146 @@
+"""The cases of options that are asked for together: any two of them meet in one call, whatever is asked of it.
+
+A fault that shows with two options alone, one that leaves out lengths where there is a mask too, is seen by no case of one
+of them, and by none that goes another way for want of the weights. So each call here is made twice: for the output alone
+and every gradient, and for all that can be returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from kvattn.conformance import oracle
+from kvattn.conformance.cases import LSE, WEIGHTS, Case, attend, flags, grid, kink_free, poisoned, qkv
+from kvattn.conformance.pooling import parametrised
+
+GROUP = "options together"
+LEADS = {"grouped": ((2, 4), (2, 2)), "shared keys": ((2, 2), (1, 2)), "3 axes": ((2,), (2,))}
+STAGES = ("raw", "capped", "biased")
+# any two choices meet in a line, of softmax; with another normaliser each choice does
+PLANS = (
+    "2 axes, window at -1, mask, lengths per query, scale, sink, dropout, distance",
+    "shared keys, offset 1, bias function, lengths per query, segments, positions, softcap, additive",
+    "3 axes, offsets, mask function, bias, lengths, segments, dropout",
+    "grouped, mask function, bias, positions, scale, softcap, sink",
+    "3 axes, window at -1, mask, segments, positions, softcap, distance",
+    "shared keys, bias function, lengths, scale, sink, dropout, additive",
+    "2 axes, offsets, mask, bias function, positions, scale, softcap, dropout, additive",
+    "grouped, offset 1, mask, bias, lengths, segments, sink, distance",
+    "2 axes, lengths, segments, softcap",
+    "3 axes, offset 1, mask function, lengths per query, positions, scale, sink, dropout, additive",
+    "shared keys, offsets, segments, scale, sink, distance",
+    "grouped, window at -1, bias, lengths per query, positions, softcap, dropout, additive",
+    "shared keys, window at -1, mask function, bias function, lengths, positions",
+    "3 axes, bias function, lengths per query, segments, positions, scale, softcap, dropout, distance",
+    "2 axes, offset 1, mask function, bias, positions, scale, softcap, dropout, distance",
+    "grouped, offsets, mask, lengths per query, segments, positions",
+    "shared keys, mask, bias, sink, dropout",
+    "grouped, offset 1, mask, bias function, segments, softcap, sink, dropout",
+    "3 axes, offsets, mask function, segments, positions, dropout, distance, average",
+    "grouped, window at -1, bias, lengths per query, scale, softcap, sparsemax",
+    "shared keys, offsets, mask, segments, positions, dropout, additive, sparsemax",
+    "shared keys, window at -1, mask, bias function, lengths per query, scale, softcap, average",
+    "grouped, bias, lengths, dropout, additive, average",
+    "3 axes, mask function, bias function, lengths, segments, scale, softcap, dropout, distance, sparsemax",
+    "2 axes, offset 1, mask function, bias function, lengths per query, positions, softcap, sparsemax",
+    "2 axes, offset 1, bias, lengths, scale, softcap, dropout, distance, average",
+)
+
+
+def cases(rng: np.random.Generator) -> Iterator[Case]:
+    for number, chosen in enumerate(PLANS):
+        plan = {*chosen.split(", ")}
+        query, key, value, options = _drawn(rng, plan, poison=number % 2 == 1)
+        make: dict[str, Any] = {"group": GROUP, "rng": rng}
+        stage: dict[str, Any] = {"return_scores": STAGES[number % 3]}
+        if "normalize" in options:
+            yield attend(f"together: {chosen}", query, key, value, asked=WEIGHTS, **make, **options, **stage)
+            continue
+        yield attend(f"together: {chosen}", query, key, value, asked=(), **make, **options)
+        asked = WEIGHTS + LSE
+        yield attend(f"together, with all: {chosen}", query, key, value, asked=asked, grad=False, **make, **options, **stage)
+
+
+def plainly(rng: np.random.Generator) -> Iterator[Case]:
+    """Restrictions by twos and all, of calls that ask for nothing else: a backend may have a shorter way for these."""
+    n, m = 4, 5
+    each: dict[str, dict[str, Any]] = {
+        "mask": {"mask": (2 * np.arange(n)[:, None] + np.arange(m)) % 5 != 3},
+        "bias": {"bias": np.where(np.arange(m) == 2, -np.inf, grid(rng, n, m))},
+        "lengths": {"valid_lens": np.array([3, 4])},
+        "lengths per query": {"valid_lens": np.array([[1, 4, 2, 5], [3, 0, 4, 2]])},
+        "causal": {"causal": True, "query_offset": 1},
+        "window": {"window": (2, 1)},
+    }
+    both = [*combinations(each, 2), tuple(each)[:3] + tuple(each)[4:]]
+    for number, names in enumerate(names for names in both if not {"lengths", "lengths per query"} <= {*names}):
+        options: dict[str, Any] = {}
+        for name in names:
+            options |= each[name]
+        grouped: dict[str, Any] = {"lead": (2, 4), "kv": (2, 2)} if number % 2 else {}
+        arrays = qkv(rng, n, m, **grouped)
+        yield attend(f"nothing but {', '.join(names)}", *arrays, group=GROUP, rng=rng, asked=(), **options)
+
+
+def _drawn(rng: np.random.Generator, plan: set[str], poison: bool) -> Any:
+    """query, key, value and the options of such a call, each of which makes a difference to its answer."""
+    while True:
+        query, key, value, options = _arrays(rng, plan)
+        where = [name for name in ("mask", "valid_lens", "segments", "positions", "causal", "window") if name in options]
+        found = _attending(query, key, options)
+        fewer = [{n: x for n, x in options.items() if n != name} for name in where]
+        fewer += [options | {"query_offset": 0}] if "query_offset" in options else []
+        if len(found) < len({pair[:-1] for pair in found}) + 2 or any(
+            _attending(query, key, which) == found for which in fewer
+        ):
+            continue
+        if not kink_free(query, key, value, **options):
+            continue
+        if poison:
+            query, key, value, *bias = poisoned(rng, query, key, value, **options)
+            options |= {"bias": bias[0]} if bias else {}
+        return query, key, value, options
+
+
+def _attending(query: np.ndarray, key: np.ndarray, options: dict[str, Any]) -> set[tuple[int, ...]]:
+    """The pairs that attend: those that may, and are not dropped."""
+    lead, _, _, found = oracle.pairs(query, key, **options)
+    if "dropout" in options:
+        kept = oracle.survivors(found, lead, options["dropout"], options["seed"])
+        found = [pair for pair, share in zip(found, kept, strict=True) if share]
+    return {pair for _, pair in found}
+
+
+def _arrays(rng: np.random.Generator, plan: set[str]) -> Any:
+    n, m = 5, 8  # so that something is left where all forbid some
+    lead, kv = next((LEADS[name] for name in LEADS if name in plan), ((), ()))
+    batch, heads = lead[:1], lead[-1:]
+    offsets = {"offset 1": 1, "window at -1": -1, "offsets": rng.integers(-1, 3, batch)}
+    every: dict[str, dict[str, Any]] = {
+        **{name: {"causal": True, "query_offset": offset} for name, offset in offsets.items()},
+        "window at -1": {"window": (1, 2), "query_offset": -1},
+        "mask": {"mask": flags(rng, *batch, *[1] * (len(lead) - 1), n, m)},
+        "mask function": {"mask": "every other"},
+        "bias": {"bias": np.where(rng.random((*heads, n, m)) < 0.1, -np.inf, grid(rng, *heads, n, m))},
+        "bias function": {"bias": ("alibi", {"slopes": grid(rng, *heads, 1, 1)})},
+        "lengths": {"valid_lens": rng.integers(1, m + 1, batch)},
+        "lengths per query": {"valid_lens": rng.integers(1, m + 1, (*batch, n))},
+        "segments": {"segments": tuple(rng.integers(0, 2, (*batch, size)) for size in (n, m))},
+        "positions": {"positions": rng.integers(-1, m, (n, m))},
+        "scale": {"scale": 0.75},
+        "softcap": {"softcap": 1.5},
+        "sink": {"sink": grid(rng, *(heads or (n, 1)))},
+        "dropout": {"dropout": 0.4, "seed": int(rng.integers(2**32))},
+        "distance": {"score": "distance_score"},
+        "additive": {"score": next(parametrised(rng, 3, 3))},
+        "average": {"normalize": "average"},
+        "sparsemax": {"normalize": "sparsemax"},
+    }
+    options: dict[str, Any] = {}
+    for name, which in every.items():
+        options |= which if name in plan else {}
+    return *qkv(rng, n, m, lead=lead, kv=kv), options
