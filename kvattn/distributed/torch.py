@@ -7,7 +7,7 @@ exactly. No process holds more than two parts of the keys at a time. kvattn/kern
 PyTorch's own, torch.distributed.tensor.experimental.context_parallel, serves none of this, as read and run in 2.13:
 
 - It is for CUDA's kernels: on a CPU it raises NotImplementedError.
-- It takes plain and causal calls of parts of one size, and gives no lse: no lengths, windows, masks, soft caps, sinks.
+- It takes plain and causal calls of parts of one size, and gives no lse: no lengths, masks, segments, soft caps.
 - NaN reaches rows that may not see it, as in CUDA's kernels themselves.
 - It gathers the keys of all processes in each, unless told otherwise, and waits as long as the group does.
 - While it is on, F.scaled_dot_product_attention is another function in the whole process.
@@ -49,6 +49,7 @@ def ring_attention(
     causal: bool = False,
     query_offset: Any = 0,
     window: Any = None,
+    segments: Any = None,
     scale: float | None = None,
     softcap: float | None = None,
     sink: Any = None,
@@ -67,6 +68,8 @@ def ring_attention(
             much to do where the call is causal. Else rows lie in the order of the processes.
         mask, bias: of this process's queries and the keys of all, (..., n, m of all), in the sequence's order; or
             functions of positions in it.
+        segments: a pair: of this process's queries, (batch, n), and of the keys of all, (batch, m of all), in the sequence's
+            order.
         valid_lens: (batch,), counted over the whole sequence; or (batch, n), of this process's queries.
         causal, window, query_offset: by positions in the whole sequence, of which query_offset is the first query's.
         scale, softcap, return_lse: as `attention`'s.
@@ -101,6 +104,7 @@ def ring_attention(
     ring = _ring(group, axis, timeout, query)
     tab = dispatch.load("torch")
     given = {"query": query, "key": key, "value": value, "mask": mask, "bias": bias, "valid_lens": valid_lens, "sink": sink}
+    given |= {"segments": segments}
     options = {"causal": causal, "query_offset": query_offset, "window": window, "scale": scale, "softcap": softcap}
     arrays: tuple[Any, ...] = ()
     refused, told = None, [0] * len(TOLD)
@@ -236,13 +240,13 @@ def _exchange(ring: kernel.Ring, numbers: Sequence[int]) -> list[list[int]]:
 
 # ---- what processes tell each other
 
-HAD = ("mask", "bias", "valid_lens", "causal", "query_offset", "window", "scale", "softcap", "sink", "return_lse")
+HAD = ("mask", "bias", "valid_lens", "causal", "query_offset", "window", "segments", "scale", "softcap", "sink", "return_lse")
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COUNTS = ("axes", "query heads", "key heads", "features of the query", "features of the value")
 SAME = ("dtype", *(f"number of {x}" for x in COUNTS), "batch axes", "options: causal, query_offset, window, scale, softcap and "
-        "zigzag, and which of mask, bias, valid_lens and sink are given", "need of gradients")  # fmt: skip
-TOLD = (*SAME, "n", "m", "columns", "fine")
+        "zigzag, and which of mask, bias, valid_lens, segments and sink are given", "need of gradients")  # fmt: skip
+TOLD = (*SAME, "n", "m", "columns", "ids", "fine")
 
 
 def _checked(tab: Any, given: dict[str, Any], options: dict[str, Any], zigzag: bool) -> tuple[Any, Any, list[int]]:
@@ -255,7 +259,13 @@ def _checked(tab: Any, given: dict[str, Any], options: dict[str, Any], zigzag: b
     pairs = [rest[name] for name in ("mask", "bias") if name in rest and not callable(rest[name])]
     pairs = [conversion.array(tab, "mask or bias", x, query) for x in pairs]
     columns = max((x.shape[-1] for x in pairs if x.ndim), default=1)
-    features, shape = (query.shape[-1], key.shape[-1]), (*scores[:-1], columns)
+    ids = -1  # of the keys; there are none
+    if "segments" in rest:
+        if not isinstance(rest["segments"], (tuple, list)) or len(rest["segments"]) != 2:
+            raise TypeError("segments must be a pair here: of this process's queries, and of the keys of all processes")
+        rest["segments"] = [conversion.array(tab, "segments", x, query) for x in rest["segments"]]
+        ids = [1, *rest["segments"][1].shape][-1]
+    features, shape = (query.shape[-1], key.shape[-1]), (*scores[:-1], ids if columns == 1 and ids >= 0 else columns)
     options = prepare.options(tab, query, shape, features, return_lse=True, **rest, **options)
     made = query, key, value, options.pop("bias"), options.pop("sink", None)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in made)
@@ -264,7 +274,7 @@ def _checked(tab: Any, given: dict[str, Any], options: dict[str, Any], zigzag: b
     told += [_crc(*(x.shape[:-3] for x in (query, key, value)))]
     offset = options["query_offset"] if type(options["query_offset"]) is int else "an array"
     told += [_crc(*(options[name] for name in ("causal", "window", "scale", "softcap")), offset, zigzag, *rest), int(learns)]
-    return made, options | {"scores": shape}, [*told, query.shape[-2], key.shape[-2], columns, 1]
+    return made, options | {"scores": shape}, [*told, query.shape[-2], key.shape[-2], columns, ids, 1]
 
 
 def _not_had(unknown: dict[str, Any]) -> Exception:
@@ -356,6 +366,9 @@ def _plan(tab: Any, ring: kernel.Ring, everyone: list[list[int]], options: dict[
             raise ValueError(
                 f"mask or bias has {columns} columns on rank {rank}; expected one for each key of all ranks, {total}"
             )
+    for rank, ids in enumerate(told["ids"]):
+        if ids not in (-1, total):
+            raise ValueError(f"segments of the keys are {ids} on rank {rank}; expected one for each key of all ranks, {total}")
     queries, keys = _runs(told["n"], zigzag), _runs(told["m"], zigzag)
     scores, mask, lens = (options.pop(name) for name in ("scores", "mask", "valid_lens"))
     return Plan(queries[ring.rank], keys, scores, tab.attention, mask, lens, options | {"return_lse": True})

@@ -45,7 +45,6 @@ REFUSES = {
     "normalize": lambda case: case.keywords.get("normalize", "softmax") != "softmax",
     "positions": lambda case: "positions" in case.arguments,
     "dropout": lambda case: case.keywords.get("dropout", 0) > 0,
-    "segments": lambda case: "segments" in {*case.arguments, *case.keywords},
 }
 
 
@@ -73,7 +72,9 @@ class Form:
         said = options.get("mask")
         if type(said) is Pairs:
             options |= {"mask": said.mask_function or said.mask, "bias": said.bias_function or options.get("bias")}
-            options |= {} if said.segments is None else {"segments": said.segments}
+            if said.segments is not None:
+                of_queries, of_keys = said.segments if query.ndim > 2 else (x[0] for x in said.segments)
+                options["segments"] = self.own(of_queries, -1), of_keys
         for name in ("mask", "bias", "sink"):
             x = options.get(name)
             if (
@@ -152,6 +153,7 @@ def what_is_refused(groups):
         ("zigzag must be", TypeError, {"zigzag": "yes"}),
         ("score is not to be had .* there are mask, bias", NotImplementedError, {"score": kvattn.dot_score}),
         ("has no argument 'is_causal': here it is causal", TypeError, {"is_causal": True}),
+        ("segments must be a pair here", TypeError, {"segments": torch.zeros(2, 3).int()}),
     ):
         with pytest.raises(error, match=words):
             ring_attention(x, x, x, **options)
@@ -194,6 +196,7 @@ def arguments_that_differ(groups):
     rank = dist.get_rank()
     other = {"query": drawn((2, 4, 3, 8))[0], "key": drawn((2, 4, 3, 8))[0], "value": drawn((2, 4, 3, 8))[0]}
     narrow = {name: x[:, :2] for name, x in other.items() if name != "query"}
+    ids = torch.zeros(2, 12, dtype=torch.int64)
     asked = {
         "number of key heads: 4 on rank 0, 2 on rank 2": narrow,
         "dtype: torch.float64 on rank 0, torch.float32 on rank 2": {name: x.float() for name, x in other.items()},
@@ -202,9 +205,14 @@ def arguments_that_differ(groups):
         "options: .* as on rank 2": {"causal": True},
         "need of gradients as on rank 2": {"query": other["query"].clone().requires_grad_()},
         "mask or bias has 3 columns on rank 2; expected .* 12": {"mask": torch.ones(3, 3, dtype=torch.bool)},
+        "segments of the keys are 3 on rank 2; expected .* 12": {"segments": (ids[:, :3], ids[:, :3])},
         "rank 2 holds 5 rows of 14; expected 4": {"query": drawn((2, 4, 5, 8))[0]},
     }
-    every = {"mask or": {"mask": torch.ones(3, 12, dtype=torch.bool)}, "rank 2 holds": {"zigzag": True}}
+    every = {
+        "mask or": {"mask": torch.ones(3, 12, dtype=torch.bool)},
+        "segments": {"segments": (ids[:, :3], ids)},
+        "rank 2 holds": {"zigzag": True},
+    }
     for words, odd in asked.items():
         extra = next((x for start, x in every.items() if words.startswith(start)), {})
         with pytest.raises(ValueError, match=words):

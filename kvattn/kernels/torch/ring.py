@@ -189,9 +189,12 @@ def _of_pairs(x, piece):
 
 
 def _mask(mask, piece):
-    """The mask of a piece; functions of positions are asked for those in the whole sequence."""
+    """The mask of a piece; functions of positions are asked for those in the whole sequence, segments are of its own rows."""
     if type(mask) is not Pairs:
         return _of_pairs(mask, piece)
+    if mask.segments is not None:
+        of_queries, of_keys = mask.segments
+        mask = mask._replace(segments=(of_queries[:, piece.rows], of_keys[:, piece.places]))
     moved = {name: _moved(getattr(mask, name), piece.places.start) for name in ("mask_function", "bias_function")}
     return mask._replace(mask=_of_pairs(mask.mask, piece), **moved)
 
