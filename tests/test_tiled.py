@@ -29,13 +29,14 @@ EVERY = "KVATTN_EVERY" in os.environ
 
 
 def subjects(*tables, few=FEW, first=True):
-    """(subject, restriction, table). NumPy's tiles meet every pair of these, the others every third pair, and with KVATTN_EVERY
-    every one; where shapes are compiled the ``few`` only, but with the first table all, or as few."""
+    """(subject, restriction, table). NumPy's tiles meet every pair of these, the others every third, every sixth where programs
+    are compiled for kinds of calls, and with KVATTN_EVERY every one; where shapes are compiled the ``few`` only, but with the
+    first table all, or as few."""
 
     def meets(subject, place, at):
         if subject.compiles == "shapes":
             return [*RESTRICTIONS][place] in few or (first and at == 0)
-        return subject.name == "numpy" or (place + at) % 3 == 0 or EVERY
+        return subject.name == "numpy" or (place + at) % (6 if subject.compiles else 3) == 0 or EVERY
 
     return [
         pytest.param(subject, name, table, id=f"{subject.name}-{name}-{table}")
@@ -391,11 +392,11 @@ GROUPS = ("plain", "masks", "bias", "lengths", "causal", "window", "softcap", "p
 
 def suite(subject):
     """The cases that the subject runs: where shapes are compiled two of each group, of those that ask for no weights; where
-    kinds of calls are, all of those groups and every seventh of the others, and with KVATTN_EVERY all."""
+    kinds of calls are, every other of those groups and every seventh of the others, and with KVATTN_EVERY all."""
     cases = [case for case in conformance.cases() if " of 600" not in case.name]  # long enough for tiles of the usual size
     if subject.compiles != "shapes":
-        every = 7 if subject.compiles and not EVERY else 1
-        return [case for number, case in enumerate(cases) if case.group in GROUPS or number % every == 0]
+        few, many = (2, 7) if subject.compiles and not EVERY else (1, 1)
+        return [case for number, case in enumerate(cases) if number % (few if case.group in GROUPS else many) == 0]
     groups = [[case for case in cases if case.group == group and case.alone] for group in GROUPS]
     return [case for cases in groups for case in (cases[0], cases[-1])]
 
