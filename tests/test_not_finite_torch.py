@@ -177,3 +177,16 @@ def test_a_row_of_scores_of_minus_inf_has_gradients_of_zero():
         assert x[0, :3].isfinite().all()
         assert x[0, 5].isnan().all()
     assert by_value.isnan().all()
+
+
+@pytest.mark.parametrize("where", [None, torch.tensor([True, False, True])])
+def test_softmax_is_pytorchs_own_where_no_row_is_empty(where):
+    scores = draw(4, 3).requires_grad_()
+    weights = kvattn.softmax(scores, where=where)
+    assert weights.grad_fn.name() == "SoftmaxBackward0"
+    kept = torch.ones(3) if where is None else where
+    torch.testing.assert_close(weights, kept * scores.exp() / (kept * scores.exp()).sum(dim=-1, keepdim=True))
+    scores = torch.full((2, 3), -INF, dtype=torch.float64).index_fill(0, torch.tensor(1), 1.0).requires_grad_()
+    weights = kvattn.softmax(scores, where=where)
+    torch.testing.assert_close(weights, torch.stack([torch.zeros(3).double(), kept.double() / kept.sum()]))
+    assert not torch.autograd.grad(weights.square().sum(), scores)[0].any()

@@ -284,7 +284,8 @@ def _squared_distance(query, key):
 
 
 def softmax(scores, where=None):
-    return _softmax_lse(scores, where)[0].to(scores.dtype)
+    weights = nonfinite.softmax(scores, where)
+    return (_softmax_lse(scores, where)[0] if weights is None else weights).to(scores.dtype)
 
 
 def masked_softmax(scores, valid_lens=None, where=None):

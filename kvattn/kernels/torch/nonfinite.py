@@ -91,6 +91,16 @@ def _product(weights, value, allowed):
     return torch.where(allowed.to(weights.dtype) @ odd.to(weights.dtype) > 0, math.nan, output)
 
 
+def softmax(scores, where):
+    """PyTorch's own softmax of the pairs in ``where`` (None: all), one pass forward and one back; None where it gives another
+    answer, in rows that are empty or not finite, and where nobody can tell."""
+    if not readable(scores) or not scores.numel():
+        return None
+    scores = scores if where is None else torch.where(where, scores, -math.inf)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32 if scores.dtype in HALF else None)
+    return weights if finite(weights) else None
+
+
 def cleared(weights, allowed):
     """The weights, 0 for what may not attend in a row of NaN too."""
     return weights if readable(weights) and finite(weights) else torch.where(allowed, weights, 0)
