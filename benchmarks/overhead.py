@@ -9,6 +9,7 @@ many turns. One call of (1, 1, 8, 8), float32.
 
 import argparse
 import math
+import os
 import statistics
 
 KINDS = {"plain": {}, "causal": {"causal": True}, "scale": {"scale": 0.5}, "valid_lens": {"valid_lens": [6]}}
@@ -81,9 +82,10 @@ def measure(backend, rounds):
 
 
 def importing(module):
-    """Milliseconds of a fresh process that imports a module after NumPy: the median of seven."""
+    """Milliseconds of a fresh process that imports a module after NumPy: the median of seven, the first of which may compile."""
     from kvattn import timing
 
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each would compile all that it imports
     code = f"import numpy, json, time; t = time.perf_counter(); import {module}; t = time.perf_counter() - t; "
     runs = [row for _ in range(7) for row in timing.in_a_process(["-c", code + "print(json.dumps({'took': t}))"])]
     return 1e3 * statistics.median(run["took"] for run in runs)

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -283,6 +284,15 @@ def test_the_overhead_is_measured_and_written_as_the_page_of_speed_reads_it(tmp_
     assert all(smallest <= median for median, smallest in document["calls"]["numpy"].values())
     assert document["import"] > 0
     assert document["processor"]
+
+
+def test_an_import_is_timed_with_the_bytecode_that_users_have(monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    asked = []
+    monkeypatch.setattr(timing, "in_a_process", lambda command: asked.append({**os.environ}) or [{"took": len(asked)}])
+    importing = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "overhead.py"))["importing"]
+    assert importing("kvattn") == 4000
+    assert not any("PYTHONDONTWRITEBYTECODE" in each for each in asked)
 
 
 def test_rotary_is_measured_beside_the_formula(tmp_path):
