@@ -82,7 +82,7 @@ def measure(backend, rounds):
 
 
 def importing(module):
-    """Milliseconds of a fresh process that imports a module after NumPy: the median of seven, the first of which may compile."""
+    """Milliseconds of a fresh process that imports a module after NumPy: the median of seven; the first may compile it."""
     from kvattn import timing
 
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each would compile all that it imports
