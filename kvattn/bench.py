@@ -218,9 +218,8 @@ def _measure(
     backend: str, problem: Problem, rounds: int, turn: Callable[[timing.Call], float] = timing.looped
 ) -> Iterator[dict[str, Any]]:
     layers = bool(problem.matrices)
-    named = dict(
-        (peers.LAYERS if layers else peers.ATTENTION)[backend](problem)
-    )  # first: MXNet's import leaves PyTorch half its threads
+    # its own first: MXNet's import leaves PyTorch half its threads
+    named = dict((peers.LAYERS if layers else peers.ATTENTION)[backend](problem))
     plain, yardstick = problem._replace(options={}), YARDSTICKS[layers]
     calls = ({yardstick: (peers.mha if layers else peers.sdpa)(plain)} if _yardstick(problem.device) else {}) | named
     errors = {what: _error(call(), plain if what == yardstick else problem) for what, call in calls.items()}  # and each is warm

@@ -269,9 +269,8 @@ def scaling(base: Any, rotary_dim: Any, given: Any, d: Any) -> tuple[float, int,
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(f"scaling must be a dict, as Hugging Face's rope_scaling, not {type(given).__name__}")
     found = {key: x for key, x in (given or {}).items() if x is not None}
-    theta, part, kind = (
-        found.pop(key, None) for key in ("rope_theta", "partial_rotary_factor", "type")
-    )  # "type": an older name
+    theta, part = found.pop("rope_theta", None), found.pop("partial_rotary_factor", None)
+    kind = found.pop("type", None)  # an older name
     kind = found.pop("rope_type", "default" if kind is None and not found else kind)
     if not isinstance(kind, str) or kind not in rotation.SCALINGS:
         raise ValueError(f"scaling has the rope_type {kind!r}; known: {', '.join(rotation.SCALINGS)}")

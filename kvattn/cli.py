@@ -405,9 +405,9 @@ def _row(judged: Judged) -> dict[str, Any]:
         row["notes"] = _notes(result) + ([] if judged.quick is None else [f"compiled quickly: XLA_FLAGS={judged.quick!r}"])
         if not row["cases"]:
             row["error"] = "no case ran: it offers none of the functions"
-        told = ("case", "group", "dtype", "what", "error", "allowed", "message")
-        row["failures"] = [{key: getattr(each, key) for key in told} for each in result.failures]
-        row["results"] = [{key: getattr(each, key) for key in (*told, "passed")} for each in result.results]
+        fields = ("case", "group", "dtype", "what", "error", "allowed", "message")
+        row["failures"] = [{key: getattr(each, key) for key in fields} for each in result.failures]
+        row["results"] = [{key: getattr(each, key) for key in (*fields, "passed")} for each in result.results]
     row["seconds"] = judged.seconds
     return row
 

@@ -116,8 +116,8 @@ def look_up(
     ends = np.cumsum([0, widths[0], asks, widths[1], 3, widths[2], gets, widths[3]]) + 2
     height, top = 34.0, 26.0
     middle = top + rows * height / 2
-    told = ", ".join(f"{key} {share:.2f}" for key, share in zip(keys, shares, strict=True))
-    alt = f"The query {query}, and what each key weighs: {told}." + (f" The answer: {answer}" if answer else "")
+    words = ", ".join(f"{key} {share:.2f}" for key, share in zip(keys, shares, strict=True))
+    alt = f"The query {query}, and what each key weighs: {words}." + (f" The answer: {answer}" if answer else "")
     drawing = Drawing(float(ends[-1]) + 2, top + rows * height + 8, alt, caption)
     for place, width, head in zip(ends[[0, 2, 4, 6]], widths, ("query", "keys", "values", "answer"), strict=True):
         drawing.words(place + width / 2, 15, head, 12)
@@ -147,9 +147,9 @@ def seq2seq(source: Sequence[Any], target: Sequence[Any], weights: Any, *, capti
     cell = max(_wide(str(word)) for word in (*source, *target))
     step = cell + 20
     ground = max(max(len(source), len(target)) * step, 270) + 20
-    told = ", ".join(f"{word} {share:.2f}" for word, share in zip(source, shares, strict=True))
+    shown = ", ".join(f"{word} {share:.2f}" for word, share in zip(source, shares, strict=True))
     before = f" after {' '.join(map(str, target[:-1]))}" if len(target) > 1 else ""
-    alt = f"A decoder that writes {target[-1]}{before}; its query asks the states of an encoder: {told}"
+    alt = f"A decoder that writes {target[-1]}{before}; its query asks the states of an encoder: {shown}"
     drawing = Drawing(ground, 252, alt, caption)
     lefts = [[(ground - len(row) * step) / 2 + 10 + i * step for i in range(len(row))] for row in (source, target)]
     writes = lefts[1][-1] + cell / 2
@@ -213,8 +213,8 @@ def encoder_block(*, caption: str = "") -> Drawing:
     >>> encoder_block().alt
     'From below: self-attention; add, then norm; small network; add, then norm. What goes in is added to what comes out'
     """
-    told = "; ".join(name for name, *_ in ENCODER)
-    drawing = Drawing(290, 286, f"From below: {told}. What goes in is added to what comes out", caption)
+    names = "; ".join(name for name, *_ in ENCODER)
+    drawing = Drawing(290, 286, f"From below: {names}. What goes in is added to what comes out", caption)
     _column(drawing, 60, 190, 244, ENCODER)
     drawing.line((155, 36), (155, 20))
     return drawing.words(155, 262, "a row for each word").words(155, 14, "a row for each word")
@@ -226,8 +226,8 @@ def decoder_block(*, caption: str = "") -> Drawing:
     >>> decoder_block().alt.partition(":")[2][:60]
     ' self-attention; add, then norm; cross-attention; add, then '
     """
-    told = "; ".join(name for name, *_ in DECODER)
-    drawing = Drawing(350, 390, f"From below: {told}. What goes in is added to what comes out", caption)
+    names = "; ".join(name for name, *_ in DECODER)
+    drawing = Drawing(350, 390, f"From below: {names}. What goes in is added to what comes out", caption)
     heights = _column(drawing, 60, 190, 348, DECODER)
     drawing.line((155, 36), (155, 20))
     drawing.line((346, heights[2]), (250, heights[2]), kind="key").words(305, heights[2] - 8, "the encoder's", 12)

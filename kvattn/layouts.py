@@ -9,7 +9,7 @@ import numpy as np
 
 from kvattn import dispatch
 
-TOLD = 8  # names in an error
+LISTED = 8  # names in an error
 
 
 class Layout(NamedTuple):
@@ -52,10 +52,10 @@ def translated(state: Mapping[str, Any], layout: str, prefix: str = "") -> dict[
     biases = {f"{part}.bias" for part in parts.values()} | {f"{name}.weight" for name in norms}
     missing, left = [name for name in needed if name not in own], sorted(set(own) - {*needed, *biases, *beside})
     if missing or left:
-        wrong = [f"missing: {start}{name}" for name in missing] + [f"left over: {start}{name}" for name in left[:TOLD]]
-        wrong += [f"left over: {len(left) - TOLD} more"] if len(left) > TOLD else []
+        wrong = [f"missing: {start}{name}" for name in missing] + [f"left over: {start}{name}" for name in left[:LISTED]]
+        wrong += [f"left over: {len(left) - LISTED} more"] if len(left) > LISTED else []
         blocks = sorted(name.removesuffix(needed[0]).rstrip(".") for name in state if name.endswith(f".{needed[0]}"))
-        hint = f"\ngive prefix=, the name of one block: {', '.join(map(repr, blocks[:TOLD]))}" if missing and blocks else ""
+        hint = f"\ngive prefix=, the name of one block: {', '.join(map(repr, blocks[:LISTED]))}" if missing and blocks else ""
         raise ValueError(f"this is no {layout} attention block, and nothing was loaded:\n  " + "\n  ".join(wrong) + hint)
     found: dict[str, np.ndarray] = {name: _plain(own[f"{name}.weight"]) for name in norms if f"{name}.weight" in own}
     for letters, part in parts.items():

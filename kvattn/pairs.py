@@ -208,8 +208,14 @@ def _dtype(tab: Any, x: Any, first: int, end: int) -> str:
 
 def _lead(query: Any, key: Any) -> Shape:
     """The leading axes of the scores, None where they are unknown."""
-    pairs = zip(query[:-3], key[:-3], strict=True)
-    return (*(None if None in pair else 0 if 0 in pair else max(pair) for pair in pairs), *query[:-2][-1:])
+
+    def broadcast(a: Any, b: Any) -> Any:
+        if a is None or b is None:
+            return None
+        return 0 if 0 in (a, b) else max(a, b)
+
+    batch = [broadcast(a, b) for a, b in zip(query[:-3], key[:-3], strict=True)]
+    return (*batch, *query[:-2][-1:])
 
 
 # ---- what a call becomes

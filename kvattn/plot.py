@@ -14,7 +14,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -172,42 +172,61 @@ def show_attention(
     if high <= low:
         raise ValueError(f"vmax must be above {low}, where the colour scale starts; got {high}")
 
-    # in inches: a cell, a map, the labels left of the maps and below them
-    cell = min(max((3.6 if heads == 1 else 2.4) / max(n, m), 0.13), 0.45 if heads == 1 else 0.38, 6 / max(n, m))
-    width, height = max(m * cell, 0.6), max(n * cell, 0.6)
-    points = min(max(40 * cell, 7), 10)
-    letter, below, beside = points / 72 * 0.62, max(map(len, columns_named)), max(map(len, rows_named))
-    turned = below * letter > width / m
-    left, bottom = beside * letter + 0.4, (below if turned else 2) * letter + 0.4
-    cols = min(heads, max(2, int((WIDEST - left - BAR) / (width + GAP))))
-    rows = math.ceil(heads / cols)
-    cols = math.ceil(heads / rows)  # as many in each row
-    flat = _flat(cols * width, rows * height) or rows * height < 1.2
-    across, down = cols * (width + GAP), rows * (height + GAP + 0.3 * any(titles))
-    figsize = (max(left + across + (0 if flat else BAR), 2), bottom + down + (BAR if flat else 0))
-    figure, grid = pyplot.subplots(rows, cols, figsize=figsize, squeeze=False, layout="compressed")
+    sizes = _Sizes.of(maps.shape, max(map(len, rows_named)), max(map(len, columns_named)), titled=any(titles))
+    rows, cols = sizes.grid
+    figure, grid = pyplot.subplots(rows, cols, figsize=sizes.figure, squeeze=False, layout="compressed")
     figure.get_layout_engine().set(w_pad=GAP / 2, h_pad=GAP / 2)
-    every = math.ceil(1.3 * points / 72 / cell)  # 1, unless neighbouring labels would overlap
-
+    every = math.ceil(1.3 * sizes.points / 72 / sizes.cell)  # 1, unless neighbouring labels would overlap
     for i, axes in enumerate(grid.flat):
         if i >= heads:
             axes.remove()
             continue
         image = _heat(axes, maps[i], cmap, (low, high))
-        axes.set_aspect((height / n) / (width / m))
-        axes.set_title(titles[i], fontsize=max(points + 1, 9))
-        axes.tick_params(which="both", length=0, labelsize=points)
-        _label(axes.xaxis, columns_named, every, "key" if i + cols >= heads else None, rotation=90 if turned else 0)
+        axes.set_aspect((sizes.map[1] / n) / (sizes.map[0] / m))
+        axes.set_title(titles[i], fontsize=max(sizes.points + 1, 9))
+        axes.tick_params(which="both", length=0, labelsize=sizes.points)
+        _label(axes.xaxis, columns_named, every, "key" if i + cols >= heads else None, rotation=90 if sizes.turned else 0)
         _label(axes.yaxis, rows_named, every, "query" if i % cols == 0 else None, rotation=0)
         axes.grid(which="minor", color="0.85", linewidth=0.5)
         if max(n, m) <= ANNOTATED:
-            _write_values(axes, image, points - 1)
-    length = across if flat else down
+            _write_values(axes, image, sizes.points - 1)
     figure.colorbar(
-        image, ax=figure.axes, label="attention weight", location="bottom" if flat else "right",
-        shrink=min(1.0, 4 / length), aspect=min(length, 4) / 0.13, extend="max" if greatest > high else "neither",
+        image, ax=figure.axes, label="attention weight", location="bottom" if sizes.flat else "right",
+        shrink=min(1.0, 4 / sizes.beside_bar), aspect=min(sizes.beside_bar, 4) / 0.13,
+        extend="max" if greatest > high else "neither",
     )  # fmt: skip
     return _once(figure)
+
+
+class _Sizes(NamedTuple):
+    """How large the parts of a figure of attention are, in inches: wide and high; letters are in points."""
+
+    cell: float
+    map: tuple[float, float]
+    points: float  # of the tokens
+    turned: bool  # whether those below a map stand upright
+    grid: tuple[int, int]  # rows and columns of maps
+    flat: bool  # whether the colour bar lies below the maps, not beside them
+    beside_bar: float  # how long the maps are along it
+    figure: tuple[float, float]
+
+    @classmethod
+    def of(cls, shape: tuple[int, int, int], beside: int, below: int, titled: bool) -> _Sizes:
+        """For maps (heads, n, m), with tokens of so many letters at most beside and below them."""
+        heads, n, m = shape
+        cell = min(max((3.6 if heads == 1 else 2.4) / max(n, m), 0.13), 0.45 if heads == 1 else 0.38, 6 / max(n, m))
+        width, height = max(m * cell, 0.6), max(n * cell, 0.6)
+        points = min(max(40 * cell, 7), 10)
+        letter = points / 72 * 0.62
+        turned = below * letter > width / m
+        left, bottom = beside * letter + 0.4, (below if turned else 2) * letter + 0.4
+        cols = min(heads, max(2, int((WIDEST - left - BAR) / (width + GAP))))
+        rows = math.ceil(heads / cols)
+        cols = math.ceil(heads / rows)  # as many in each row
+        flat = _flat(cols * width, rows * height) or rows * height < 1.2
+        across, down = cols * (width + GAP), rows * (height + GAP + 0.3 * titled)
+        figure = max(left + across + (0 if flat else BAR), 2), bottom + down + (BAR if flat else 0)
+        return cls(cell, (width, height), points, turned, (rows, cols), flat, across if flat else down, figure)
 
 
 def kernel_shapes(kernels: Any = None, width: float = 1.0) -> Figure:

@@ -737,10 +737,8 @@ def multi_head_attention(query, key, value, params, *, num_heads, num_kv_heads, 
 def _project(x, params, name):
     """x W + b, in float32 for half precision; without W, x."""
     x, W, b = _wide(x), params.get(f"W_{name}"), params.get(f"b_{name}")
-    if W is not None and 0 in (
-        *x.shape[:-1],
-        W.shape[-1],
-    ):  # backward of a product or a sum over nothing gives whatever lay in memory
+    if W is not None and 0 in (*x.shape[:-1], W.shape[-1]):
+        # backward of a product or a sum over nothing gives whatever lay in memory
         nothing = np.concatenate([x.reshape(x.size)[:0], _wide(W).reshape(W.size)[:0]])
         return nothing.reshape(*x.shape[:-1], W.shape[-1])
     x = x if W is None else np.dot(x, _wide(W))

@@ -131,13 +131,13 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
         place = ""
         with suppress(Exception):  # of a stranger's asarray each case will say what is wrong
             place = _place(tab.asarray(np.zeros(()), like=like))
-        _run(tab, name, cases, dtypes, progress, report, like, place, told=device is not None)
+        _run(tab, name, cases, dtypes, progress, report, like, place, there=device is not None)
     return report
 
 
 def _run(tab: Any, name: str, cases: Sequence[Case], dtypes: Sequence[str] | None, progress: Callable[[str], None] | None,
-         report: Report, like: Any, place: str, told: bool) -> None:  # fmt: skip
-    """``place``: where arrays lie; ``told``: that they lie there was asked for, so that results have to."""
+         report: Report, like: Any, place: str, there: bool) -> None:  # fmt: skip
+    """``place``: where arrays lie; ``there``: whether results have to lie there too."""
     dtypes_asked = () if _is_ours(tab) else (dtype for dtype in DTYPES if dtype != "float32")
     lacks = {dtype: LACKS.format(dtype) for dtype in dtypes_asked if not _makes(tab, dtype, like)}
     for case in cases:
@@ -151,7 +151,7 @@ def _run(tab: Any, name: str, cases: Sequence[Case], dtypes: Sequence[str] | Non
         if not able and dtypes is None and "float32" in case.dtypes:  # no case goes unasked for want of bfloat16
             able = [] if difference(name, "float32", case.name, case.group, place) else ["float32"]
         for dtype in able:
-            _judge(tab, case, dtype, report, thorough=dtypes is not None, like=like, place=place if told else None)
+            _judge(tab, case, dtype, report, thorough=dtypes is not None, like=like, place=place if there else None)
 
 
 def pairwise(reports: Sequence[Report]) -> dict[tuple[str, str], Agreement]:

@@ -269,28 +269,30 @@ def case(drawn: Draw) -> Case:
     elif drawn.call in (*check.HEADED, "MultiHeadAttention"):
         made = _headed(drawn, name, options)
     else:
-        q, k, x = (grid(drawn.rng(which), *shape) for which, shape in _shapes(drawn).items())
-        if "normalize" in options and not _clear(q, k, x, options=options):
-            options.pop("normalize")
-        struck = options.pop("not_finite", None)
-        if options.pop("poisoned", False):
-            which = {n: x for n, x in options.items() if n not in ("scale", "softcap", "score", "normalize")}
-            q, k, x, *bias = poisoned(drawn.rng("poison"), q, k, x, **which)
-            options |= {"bias": bias[0]} if bias else {}
-        if struck is not None:
-            x_struck = {"query": q, "key": k, "value": x, **options}[struck]
-            x_struck.flat[drawn.rng("not_finite").integers(0, max(x_struck.size, 1), min(x_struck.size, 2))] = np.nan
-        make: dict[str, Any] = {
-            "group": "draws" if struck is None else NOT_FINITE,
-            "rng": drawn.rng("grad_output"),
-            "grad": drawn.grad,
-        }
-        made = replace(attend(name, q, k, x, **make, asked=drawn.asked, **options), call=drawn.call)
-        if drawn.call in SCORED:
-            weights = options["score"][1] if isinstance(options["score"], tuple) else {}
-            config = {"num_hiddens": len(weights["w_v"])} if drawn.call == "AdditiveAttention" else {}
-            made = _of_layer(made, config, weights)
+        made = _of_one_head(drawn, name, options)
     return replace(made, usual=(drawn.dtype,), alone=drawn.alone and made.call == "attention")
+
+
+def _of_one_head(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
+    """Attention, in parts or not, or a layer that computes it: poisoned where nothing may look, or struck where it may."""
+    q, k, x = (grid(drawn.rng(which), *shape) for which, shape in _shapes(drawn).items())
+    if "normalize" in options and not _clear(q, k, x, options=options):
+        options.pop("normalize")
+    struck, group = options.pop("not_finite", None), "draws"
+    if options.pop("poisoned", False):
+        which = {n: x for n, x in options.items() if n not in ("scale", "softcap", "score", "normalize")}
+        q, k, x, *bias = poisoned(drawn.rng("poison"), q, k, x, **which)
+        options |= {"bias": bias[0]} if bias else {}
+    if struck is not None:
+        group, at = NOT_FINITE, {"query": q, "key": k, "value": x, **options}[struck]
+        at.flat[drawn.rng("not_finite").integers(0, max(at.size, 1), min(at.size, 2))] = np.nan
+    rng = drawn.rng("grad_output")
+    made = attend(name, q, k, x, group=group, rng=rng, grad=drawn.grad, asked=drawn.asked, **options)
+    made = replace(made, call=drawn.call)
+    if drawn.call not in SCORED:
+        return made
+    weights = options["score"][1] if isinstance(options["score"], tuple) else {}
+    return _of_layer(made, {"num_hiddens": len(weights["w_v"])} if drawn.call == "AdditiveAttention" else {}, weights)
 
 
 def _shapes(drawn: Draw) -> dict[str, tuple[int, ...]]:
@@ -343,16 +345,21 @@ def _options(drawn: Draw) -> dict[str, Any]:
         rng, axes = drawn.rng("sink"), options["sink"]
         of = (*lead, n, 1) if axes == "each" else shape(axes, lead)
         options["sink"] = np.asarray(np.where(rng.random(of) < 0.1, -np.inf, grid(rng, *of)))
-    name = options["score"] = SCORED.get(drawn.call, options.get("score"))
-    if name is None:
-        options.pop("score")
-    if name in PARAMETRISED:
-        options["score"] = next(x for x in pooling.parametrised(drawn.rng(name), drawn.d, drawn.d) if x[0] == name)
-        if drawn.call in SCORED:
-            options["score"][1].pop("b", None)  # which no layer has
-    elif name in pooling.KERNELS:
-        options["score"] = (name, {"width": pooling.WIDTH})
+    if (name := SCORED.get(drawn.call, options.get("score"))) is not None:
+        options["score"] = _score(drawn, name)
     return options
+
+
+def _score(drawn: Draw, name: str) -> Any:
+    """A score's name, with its parameters where it has some."""
+    if name in pooling.KERNELS:
+        return name, {"width": pooling.WIDTH}
+    if name not in PARAMETRISED:
+        return name
+    _, parameters = next(x for x in pooling.parametrised(drawn.rng(name), drawn.d, drawn.d) if x[0] == name)
+    if drawn.call in SCORED:
+        parameters.pop("b", None)  # which no layer has
+    return name, parameters
 
 
 def _clear(*inputs: Any, options: dict[str, Any], weights_of: Any = oracle.weights) -> bool:
@@ -369,53 +376,67 @@ def _clear(*inputs: Any, options: dict[str, Any], weights_of: Any = oracle.weigh
 
 
 def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
-    heads, kv_heads = options.pop("num_heads"), options.pop("num_kv_heads")
+    """Multi-head attention, and what is made of a case of it: self-attention, decoding, the layer."""
+    call, layer, steps = drawn.call, drawn.call in layers.LAYERS, options.pop("steps", False)
+    counts = heads, kv_heads = options.pop("num_heads"), options.pop("num_kv_heads")
     biases, with_output, capacity = options.pop("biases"), options.pop("W_o"), options.pop("capacity", False)
-    alone, layer, steps = drawn.call == "self_attention", drawn.call in layers.LAYERS, options.pop("steps", False)
-    biases = multihead.BIASES if biases and not alone else ()
-    sizes: dict[str, Any] = {"d": drawn.d, "v": drawn.v, "o": 2 if with_output and not alone else 0, "biases": biases}
-    sizes |= {"v": drawn.d, "o": heads * drawn.d} if layer else {}
-    params = multihead.params_of(drawn.rng("params"), heads, kv_heads, **sizes)
-    apart = drawn.call in ("multi_head_attention", "MultiHeadAttention") and not steps
+    params = _projections(drawn, counts, biases, with_output)
     query = grid(drawn.rng("query"), *drawn.lead, drawn.n, 3)
+    apart = call in ("multi_head_attention", "MultiHeadAttention") and not steps
     key, value = (grid(drawn.rng(x), *drawn.lead, drawn.m, 3) if apart else query for x in ("key", "value"))
-    params |= {} if alone or "sink" not in options else {"sink": options.pop("sink")}
+    if "sink" in options and call != "self_attention":
+        params["sink"] = options.pop("sink")
     config: dict[str, Any] = {n: options[n] for n in ("rotary", "qk_norm", "alibi") if n in options}  # not of its call
     if "qk_norm" in config:
         params |= {n: 1 + grid(drawn.rng(n), drawn.d, top=0.5) for n in ("q_norm", "k_norm")}
     if (slopes := options.pop("alibi", None)) is not None:
-        first = np.reshape(options.get("query_offset", 0), (-1, 1, 1, 1))
-        far = np.abs(np.arange(drawn.n)[:, None] + first - np.arange(drawn.m))
-        options["bias"] = -np.array(slopes)[:, None, None] * far
-    options |= {"causal": True} if steps or drawn.call == "decoding" else {}
-    # The gradients of self-attention are asked of multi-head attention, whose masks have an axis of heads.
-    over_heads = {
-        n: x[..., None, :, :] for n, x in options.items() if alone and getattr(x, "ndim", 0) > 2 and n in ("mask", "bias")
-    }
-    inputs = (query, key, value, params, heads, kv_heads)
-    if "normalize" in options and not _clear(*inputs, options=options | over_heads, weights_of=oracle.weights_of_heads):
-        options.pop("normalize")
+        options["bias"] = _falling(drawn, slopes, options.get("query_offset", 0))
+    options |= {"causal": True} if steps or call == "decoding" else {}
+    given = options | _over_heads(call, options)
+    inputs = query, key, value
+    if "normalize" in options and not _clear(*inputs, params, *counts, options=given, weights_of=oracle.weights_of_heads):
+        given.pop("normalize")
     make: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "asked": drawn.asked}
-    make["grad"] = drawn.grad and not over_heads
-    made = multihead.multi_head(name, inputs[:3], params, drawn.rng("grad_output"), **make, **(options | over_heads))
-    made = replace(made, call=drawn.call)
-    if alone:
+    make["grad"] = drawn.grad and not _over_heads(call, options)
+    made = multihead.multi_head(name, inputs, params, drawn.rng("grad_output"), **make, **given)
+    made = replace(made, call=call)
+    if call == "self_attention":
         made = multihead.as_self_attention(made, query)
-        made = replace(made, arguments=made.arguments | {n: options[n] for n in over_heads})
-    if drawn.call == "decoding":
+        made = replace(made, arguments=made.arguments | {n: options[n] for n in _over_heads(call, options)})
+    if call == "decoding":
         keywords = {n: x for n, x in made.keywords.items() if n != "causal"}
-        if capacity:
-            keywords["capacity"] = (*drawn.lead, kv_heads, drawn.n + 1, drawn.d, drawn.v)
+        keywords |= {"capacity": (*drawn.lead, kv_heads, drawn.n + 1, drawn.d, drawn.v)} if capacity else {}
         made = replace(made, keywords=keywords)
     if layer:
-        made = replace(
-            made,
-            arguments={n: x for n, x in made.arguments.items() if n != "bias" or "alibi" not in config},
-            keywords={n: x for n, x in made.keywords.items() if n not in config},
-        )
-        config |= {"num_hiddens": heads * drawn.d, "num_heads": heads, "num_kv_heads": kv_heads, "bias": bool(biases)}
-        made = _of_layer(made, config, params, steps)
+        arguments = {n: x for n, x in made.arguments.items() if n != "bias" or "alibi" not in config}
+        keywords = {n: x for n, x in made.keywords.items() if n not in config}
+        config |= {"num_hiddens": heads * drawn.d, "num_heads": heads, "num_kv_heads": kv_heads, "bias": biases}
+        made = _of_layer(replace(made, arguments=arguments, keywords=keywords), config, params, steps)
     return replace(made, group="draws")
+
+
+def _projections(drawn: Draw, counts: tuple[int, int], biases: bool, with_output: bool) -> dict[str, np.ndarray]:
+    """The params; ``counts``: of heads, and of the heads of keys and values."""
+    if drawn.call == "self_attention":
+        biases = with_output = False
+    sizes: dict[str, Any] = {"d": drawn.d, "v": drawn.v, "o": 2 if with_output else 0}
+    if drawn.call in layers.LAYERS:  # whose output is as wide as its heads
+        sizes = {"d": drawn.d, "v": drawn.d, "o": counts[0] * drawn.d}
+    return multihead.params_of(drawn.rng("params"), *counts, **sizes, biases=multihead.BIASES if biases else ())
+
+
+def _falling(drawn: Draw, slopes: tuple[float, ...], offset: Any) -> np.ndarray:
+    """ALiBi's bias, by which a layer is to lower its scores."""
+    far = np.abs(np.arange(drawn.n)[:, None] + np.reshape(offset, (-1, 1, 1, 1)) - np.arange(drawn.m))
+    bias: np.ndarray = -np.array(slopes)[:, None, None] * far
+    return bias
+
+
+def _over_heads(call: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Masks of self-attention with an axis of heads, which those of multi-head attention have, of which gradients are asked."""
+    if call != "self_attention":
+        return {}
+    return {n: x[..., None, :, :] for n, x in options.items() if n in ("mask", "bias") and getattr(x, "ndim", 0) > 2}
 
 
 def _of_layer(made: Case, config: dict[str, Any], weights: dict[str, np.ndarray], steps: bool = False) -> Case:

@@ -107,15 +107,15 @@ def ring_attention(
     given |= {"segments": segments}
     options = {"causal": causal, "query_offset": query_offset, "window": window, "scale": scale, "softcap": softcap}
     arrays: tuple[Any, ...] = ()
-    refused, told = None, [0] * len(TOLD)
+    refused, message = None, [0] * len(MESSAGE)
     try:
         if unknown:
-            raise _not_had(unknown)
+            raise _refusal(unknown)
         zigzag, return_lse = checks.flag("zigzag", zigzag), checks.flag("return_lse", return_lse)
-        arrays, options, told = _checked(tab, given, options, zigzag)
-    except Exception as error:  # whatever it is, the others are told
+        arrays, options, message = _checked(tab, given, options, zigzag)
+    except Exception as error:  # whatever it is, the others learn of it
         refused = error
-    everyone = _exchange(ring, told)
+    everyone = _exchange(ring, message)
     if refused is not None:
         raise refused
     plan = _plan(tab, ring, everyone, options, zigzag)
@@ -240,17 +240,18 @@ def _exchange(ring: kernel.Ring, numbers: Sequence[int]) -> list[list[int]]:
 
 # ---- what processes tell each other
 
-HAD = ("mask", "bias", "valid_lens", "causal", "query_offset", "window", "segments", "scale", "softcap", "sink", "return_lse")
+OPTIONS = ("mask", "bias", "valid_lens", "causal", "query_offset", "window", "segments", "scale", "softcap", "sink",
+           "return_lse")  # fmt: skip
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COUNTS = ("axes", "query heads", "key heads", "features of the query", "features of the value")
 SAME = ("dtype", *(f"number of {x}" for x in COUNTS), "batch axes", "options: causal, query_offset, window, scale, softcap and "
         "zigzag, and which of mask, bias, valid_lens, segments and sink are given", "need of gradients")  # fmt: skip
-TOLD = (*SAME, "n", "m", "columns", "ids", "fine")
+MESSAGE = (*SAME, "n", "m", "columns", "ids", "fine")  # the integers that each process sends to all, in this order
 
 
 def _checked(tab: Any, given: dict[str, Any], options: dict[str, Any], zigzag: bool) -> tuple[Any, Any, list[int]]:
-    """(query, key, value, bias, sink) and the options as the tab takes them, and what the other processes are told."""
+    """(query, key, value, bias, sink) and the options as the tab takes them, and the message to the other processes."""
     for name, x in given.items():
         if hasattr(x, "to_local"):
             raise TypeError(f"{name} is a DTensor; expected the rows that this process holds: {name}.to_local()")
@@ -270,19 +271,19 @@ def _checked(tab: Any, given: dict[str, Any], options: dict[str, Any], zigzag: b
     made = query, key, value, options.pop("bias"), options.pop("sink", None)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in made)
     heads = [x.shape[-3] if x.ndim > 2 else 0 for x in (query, key)]
-    told = [DTYPES.index(query.dtype), query.ndim, *heads, query.shape[-1], value.shape[-1]]
-    told += [_crc(*(x.shape[:-3] for x in (query, key, value)))]
+    message = [DTYPES.index(query.dtype), query.ndim, *heads, query.shape[-1], value.shape[-1]]
+    message += [_crc(*(x.shape[:-3] for x in (query, key, value)))]
     offset = options["query_offset"] if type(options["query_offset"]) is int else "an array"
-    told += [_crc(*(options[name] for name in ("causal", "window", "scale", "softcap")), offset, zigzag, *rest), int(learns)]
-    return made, options | {"scores": shape}, [*told, query.shape[-2], key.shape[-2], columns, ids, 1]
+    message += [_crc(*(options[name] for name in ("causal", "window", "scale", "softcap")), offset, zigzag, *rest), int(learns)]
+    return made, options | {"scores": shape}, [*message, query.shape[-2], key.shape[-2], columns, ids, 1]
 
 
-def _not_had(unknown: dict[str, Any]) -> Exception:
+def _refusal(unknown: dict[str, Any]) -> Exception:
     for name in unknown:
         if name in prepare.OPTIONS:
-            had = ", ".join(HAD)
-            return NotImplementedError(f"{name} is not to be had of a sequence that processes share: there are {had}")
-    return checks.unknown(unknown, HAD)
+            known = ", ".join(OPTIONS)
+            return NotImplementedError(f"{name} is not to be had of a sequence that processes share: there are {known}")
+    return checks.unknown(unknown, OPTIONS)
 
 
 def _crc(*values: Any) -> int:
@@ -348,27 +349,27 @@ class Plan(NamedTuple):
 
 def _plan(tab: Any, ring: kernel.Ring, everyone: list[list[int]], options: dict[str, Any], zigzag: bool) -> Plan:
     """The plan of this process. What does not fit from process to process, each of them raises."""
-    told = {name: [numbers[i] for numbers in everyone] for i, name in enumerate(TOLD)}
-    if 0 in told["fine"]:
-        raise ValueError(f"rank {told['fine'].index(0)} of the ring refuses its arguments: its own error says why")
+    sent = {name: [numbers[i] for numbers in everyone] for i, name in enumerate(MESSAGE)}
+    if 0 in sent["fine"]:
+        raise ValueError(f"rank {sent['fine'].index(0)} of the ring refuses its arguments: its own error says why")
     for name in SAME:
-        other = next((rank for rank, x in enumerate(told[name]) if x != told[name][0]), None)
+        other = next((rank for rank, x in enumerate(sent[name]) if x != sent[name][0]), None)
         if other is not None:
-            both = [str(told[name][rank]) for rank in (0, other)]
+            both = [str(sent[name][rank]) for rank in (0, other)]
             both = [str(DTYPES[int(x)]) for x in both] if name == "dtype" else both
             shown = (
                 f": {both[0]} on rank 0, {both[1]} on rank {other}" if name in ("dtype", *SAME[1:6]) else f" as on rank {other}"
             )
             raise ValueError(f"the processes of the ring differ in their {name}{shown}; expected the same on all")
-    total = sum(told["m"])
-    for rank, columns in enumerate(told["columns"]):
+    total = sum(sent["m"])
+    for rank, columns in enumerate(sent["columns"]):
         if columns not in (1, total):
             raise ValueError(
                 f"mask or bias has {columns} columns on rank {rank}; expected one for each key of all ranks, {total}"
             )
-    for rank, ids in enumerate(told["ids"]):
+    for rank, ids in enumerate(sent["ids"]):
         if ids not in (-1, total):
             raise ValueError(f"segments of the keys are {ids} on rank {rank}; expected one for each key of all ranks, {total}")
-    queries, keys = _runs(told["n"], zigzag), _runs(told["m"], zigzag)
+    queries, keys = _runs(sent["n"], zigzag), _runs(sent["m"], zigzag)
     scores, mask, lens = (options.pop(name) for name in ("scores", "mask", "valid_lens"))
     return Plan(queries[ring.rank], keys, scores, tab.attention, mask, lens, options | {"return_lse": True})

@@ -424,10 +424,10 @@ def parts_of_state(state: Any, blocks: int, exactly: bool = True) -> tuple[Any, 
     Not ``exactly``: for the last of these blocks alone, which looks at its own cache.
     """
     if not (isinstance(state, (list, tuple)) and len(state) == 3 and isinstance(state[2], (list, tuple))):
-        raise TypeError(f"state must be [enc_outputs, enc_valid_lens, caches], what init_state gives, not {_told(state)}")
+        raise TypeError(f"state must be [enc_outputs, enc_valid_lens, caches], what init_state gives, not {_described(state)}")
     outputs, lens, caches = state
     if outputs is None or isinstance(outputs, (list, tuple)):
-        raise TypeError(f"state[0] must be the encoder's outputs, an array, not {_told(outputs)}")
+        raise TypeError(f"state[0] must be the encoder's outputs, an array, not {_described(outputs)}")
     if blocks < 1 and not exactly:
         raise ValueError(f"i is {blocks - 1}; expected the block's place in the decoder, from 0 on")
     if len(caches) != blocks if exactly else len(caches) < blocks:
@@ -435,7 +435,7 @@ def parts_of_state(state: Any, blocks: int, exactly: bool = True) -> tuple[Any, 
         raise ValueError(f"state[2] holds {len(caches)} blocks' caches; {needs}")
     for i, cache in [*enumerate(caches)][0 if exactly else blocks - 1 : blocks]:
         if not (cache is None or isinstance(cache, KVCache)):
-            raise TypeError(f"state[2][{i}] must be None, at first, or a kvattn.KVCache, not {_told(cache)}")
+            raise TypeError(f"state[2][{i}] must be None, at first, or a kvattn.KVCache, not {_described(cache)}")
         if cache is not None and cache.length is None:
             raise ValueError(
                 f"state[2][{i}] kept nothing: the call before was in a graph of an unknown length, of padding that Keras "
@@ -454,7 +454,7 @@ def of_one_position(caches: list[KVCache], name: str) -> None:
         raise ValueError(f"{name} holds {' and '.join(map(str, held))} positions; expected as many for each block")
 
 
-def _told(x: Any) -> str:
+def _described(x: Any) -> str:
     return f"{type(x).__name__} of {len(x)}" if isinstance(x, (list, tuple)) else type(x).__name__
 
 
@@ -504,25 +504,25 @@ def encoded(
     tab: Any, encoder: Any, X: Any, valid_lens: Any, cache: Any, rng: Any, training: Any = None, /, **options: Any
 ) -> Any:
     """Tokens through an encoder's embedding and blocks; with a cache (Y, caches)."""
-    told = {} if training is None else {"training": training}
-    held = None if cache is None else caches(cache, len(encoder.blks))
-    X = encoder._embedded(X, held[0].length if held else 0, seed_of(tab, rng, 0, attends=False), **told)
+    mode = {} if training is None else {"training": training}
+    kept = None if cache is None else caches(cache, len(encoder.blks))
+    X = encoder._embedded(X, kept[0].length if kept else 0, seed_of(tab, rng, 0, attends=False), **mode)
     for i, block in enumerate(encoder.blks):
-        given = options | told | seeded(seed_of(tab, rng, 1 + i))
-        if held is None:
+        given = options | mode | seeded(seed_of(tab, rng, 1 + i))
+        if kept is None:
             X = block(X, valid_lens, **given)
         else:
-            X, held[i] = block(X, valid_lens, cache=held[i], **given)
-    return X if held is None else (X, held)
+            X, kept[i] = block(X, valid_lens, cache=kept[i], **given)
+    return X if kept is None else (X, kept)
 
 
 def decoded(tab: Any, decoder: Any, X: Any, state: Any, rng: Any, training: Any = None, /, **options: Any) -> tuple[Any, Any]:
     """Tokens through a decoder's embedding, blocks and dense layer: (logits, state)."""
-    told = {} if training is None else {"training": training}
-    *_, held = parts_of_state(state, len(decoder.blks))
-    X = decoder._embedded(X, held[0].length if held else 0, seed_of(tab, rng, 0, attends=False), **told)
+    mode = {} if training is None else {"training": training}
+    *_, kept = parts_of_state(state, len(decoder.blks))
+    X = decoder._embedded(X, kept[0].length if kept else 0, seed_of(tab, rng, 0, attends=False), **mode)
     for i, block in enumerate(decoder.blks):
-        X, state = block(X, state, **options, **told, **seeded(seed_of(tab, rng, 1 + i)))
+        X, state = block(X, state, **options, **mode, **seeded(seed_of(tab, rng, 1 + i)))
     return decoder.dense(X), state
 
 
@@ -555,10 +555,10 @@ def describe(module: dict[str, Any], details: Mapping[str, str] = DETAILS) -> No
         called = next(vars(cls)[name] for cls in layer.__mro__ for name in METHODS if name in vars(cls))
         taken = ("state" if name == "enc_outputs" else name for name in inspect.signature(called).parameters)
         asked = {name: CALLS[name] for name in taken if name in CALLS}
-        arguments = "\n".join(f"    {name}: {told}" for name, told in made.items())
-        call = "\n".join(f"- {name}: {told}" for name, told in asked.items())
-        told = [layer.__doc__ or "", *([details[layer.__name__]] if layer.__name__ in details else [])]
-        parts = [*map(inspect.cleandoc, told), f"Args:\n{arguments}", f"A call of the layer takes\n\n{call}"]
+        arguments = "\n".join(f"    {name}: {text}" for name, text in made.items())
+        call = "\n".join(f"- {name}: {text}" for name, text in asked.items())
+        docs = [layer.__doc__ or "", *([details[layer.__name__]] if layer.__name__ in details else [])]
+        parts = [*map(inspect.cleandoc, docs), f"Args:\n{arguments}", f"A call of the layer takes\n\n{call}"]
         layer.__doc__ = "\n\n".join(parts) + "\n"
 
 

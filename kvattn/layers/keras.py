@@ -155,7 +155,8 @@ def check_given(layer, **sizes):
 
 def seed_among(arrays, rng):
     """The seed, which is among the ``arrays`` where it is a tensor, and the others."""
-    return (arrays or {}).get("rng", rng), {name: x for name, x in (arrays or {}).items() if name != "rng"} or None
+    others = dict(arrays or {})
+    return others.pop("rng", rng), others or None
 
 
 def dropped(dropout, X, training, rng):

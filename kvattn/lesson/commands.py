@@ -48,8 +48,8 @@ def _run_lesson(given: Lesson, options: argparse.Namespace) -> int:
         where = f"on {', '.join(names)}" if given.cells else "in it"
         raise Refused(f"{options.file}: there is no code {where}, so nothing was run: {CELLS}")
     if absent := [name for name in given.tabs if name not in names and options.backend is None]:
-        told = ", ".join(f"{name} ({install.line(name)})" for name in absent)
-        console.print(f"Not installed, so not run: {told}", soft_wrap=True)
+        missing = ", ".join(f"{name} ({install.line(name)})" for name in absent)
+        console.print(f"Not installed, so not run: {missing}", soft_wrap=True)
     ran = {}
     with Progress(console) as progress:
         for name in names:
@@ -167,8 +167,8 @@ class _Site:
             where = f"on {', '.join(names)}" if any(given.cells for given in book.lessons.values()) else "in it"
             raise Refused(f"{self.options.folder}: there is no code {where}, so nothing was run: {CELLS}")
         if absent := [name for name in book.tabs if name not in names and self.options.backend is None]:
-            told = ", ".join(f"{name} ({install.line(name)})" for name in absent)
-            self.console.print(f"Not installed, so not run: {told}", soft_wrap=True)
+            missing = ", ".join(f"{name} ({install.line(name)})" for name in absent)
+            self.console.print(f"Not installed, so not run: {missing}", soft_wrap=True)
         self.ran, begun = 0, time.perf_counter()
         title = self.options.title or site.title_of(book)
         with Progress(self.console) as self.progress:

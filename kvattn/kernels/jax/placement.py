@@ -32,10 +32,10 @@ def shared(arrays):
     """Whether several devices share these arrays, or may."""
     if (asked := _asked.get()) is not None:
         asked.append(arrays)
-    return told(arrays) is not False
+    return shared_if_known(arrays) is not False
 
 
-def told(arrays):
+def shared_if_known(arrays):
     """Whether several devices share these arrays; None where that is known when their program is compiled."""
     if not several():
         return False
@@ -101,7 +101,7 @@ _either.multiple_results = True
 
 @_either.def_impl
 def _run(*args, programs):
-    return jaxpr_as_fun(programs[told(args) is True])(*args)
+    return jaxpr_as_fun(programs[shared_if_known(args) is True])(*args)
 
 
 @_either.def_abstract_eval

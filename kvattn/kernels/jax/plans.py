@@ -64,9 +64,8 @@ def plan(query, key, call):
     narrow = CAUSAL_TILE if call.windowed or segments is not None else TILE
     tile = _part(n, WINDOW_TILE if both and WINDOW_TILE + left + right <= WINDOW else narrow)
     block = cut_block = _part(m, BLOCK)
-    if (
-        call.windowed or call.valid_lens is not None or segments is not None
-    ):  # never all keys in a block: XLA would take its products out of the loop
+    if call.windowed or call.valid_lens is not None or segments is not None:
+        # never all keys in a block: XLA would take its products out of the loop
         block, cut_block = max(1, min(block, m // 2)), _part(m, min(BLOCK, CAUSAL_TILE * CAUSAL_TILE // tile))
     cut_blocks = -(-m // cut_block)
     if both:

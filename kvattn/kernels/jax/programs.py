@@ -116,7 +116,7 @@ def compiled(layout):
                 return inner(*arrays, call, **named)
             call, given = _split(call, arrays[0].shape[-2])
             wide = not jax.config.jax_enable_x64 and any(map(_is_wide, (arrays[0], *(jax.tree.leaves(given) if given else ()))))
-            how = nonfinite.pair_by_pair(), placement.told((arrays, given))
+            how = nonfinite.pair_by_pair(), placement.shared_if_known((arrays, given))
             return (_run_exact if wide else _run)(inner, call, tuple(named.items()), how, arrays, given)
 
         return run
@@ -138,7 +138,7 @@ def one(function, *args):
     """What a tab's own function of arrays and, as the last argument, a Call returns, by one program."""
     *arrays, call = args
     call, given = _split(call, arrays[0].shape[-2])
-    return _run(function, call, (), (False, placement.told((arrays, given))), arrays, given)
+    return _run(function, call, (), (False, placement.shared_if_known((arrays, given))), arrays, given)
 
 
 def _split(call, n):

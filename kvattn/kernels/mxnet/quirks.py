@@ -82,9 +82,9 @@ def one_batch_axis(kernel):
             return fold(x.reshape(-1, *[1] * (len(batch) - 1), *x.shape[1:])) if getattr(x, "ndim", 0) else x
 
         def fold_sink(x):
-            if x is None or x.ndim == axes:
-                return x if x is None else fold(x)
-            return x if x.ndim < 2 else fold(x.reshape(*[1] * (len(batch) + 1 - x.ndim), *x.shape))
+            if x is None or x.ndim < 2:
+                return x
+            return fold(x if x.ndim == axes else x.reshape(*[1] * (len(batch) + 1 - x.ndim), *x.shape))
 
         call = call._replace(
             positions=fold_pairs(call.positions), mask=fold_pairs(call.mask), bias=fold_pairs(call.bias),
