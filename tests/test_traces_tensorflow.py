@@ -77,6 +77,24 @@ def test_one_trace_serves_every_input(way, which, tmp_path):
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-5, err_msg=str(arrays["query"].shape))
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"mask": True, "valid_lens": np.array([3, 0])}], ids=str)
+def test_a_trace_of_unknown_numbers_of_heads_serves_grouped_ones(options):
+    rng = np.random.default_rng(0)
+    options = options | ({"mask": rng.random((2, 4, 5, 6)) < 0.6} if "mask" in options else {})
+
+    def gradients(query, key, value, grad):
+        return kvattn.attention(query, key, value, **options), *kvattn.attention_grad(query, key, value, grad, **options)
+
+    traced = tf.function(gradients, input_signature=[tf.TensorSpec([None, None, None, 3], tf.float64)] * 4)
+    for kv_heads in (4, 2, 1):
+        shapes = (2, 4, 5, 3), (2, kv_heads, 6, 3), (2, kv_heads, 6, 3), (2, 4, 5, 3)
+        arrays = [rng.standard_normal(shape) for shape in shapes]
+        with kvattn.use_backend("numpy"):
+            expected = gradients(*arrays)
+        for x, y in zip(traced(*map(tf.constant, arrays)), expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=1e-13)
+
+
 @pytest.mark.parametrize("score", ["cosine_score", "additive_score", "gated_score"])
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])
 def test_a_trace_of_unknown_sizes_has_no_gradient_where_there_is_no_pair(score, sizes):

@@ -81,9 +81,9 @@ def places(x, first=0, count=None):
 
 
 def _heads(query, key):
-    """(query heads, key heads), or (None, None) where one is unknown: they count as equal, or broadcast."""
+    """(query heads, key heads): ints, or where the trace does not know them, scalar tensors."""
     heads = planning.heads(query.shape, key.shape)
-    return (None, None) if None in heads else heads
+    return planning.heads(quirks.shape(query), quirks.shape(key)) if None in heads else heads
 
 
 def _wide(x):
@@ -94,18 +94,24 @@ def _wide(x):
 
 def _fold(x, heads):
     """(..., h, n, c) -> (..., heads, h / heads * n, c): the queries of one key head lie in a row."""
-    if len(x.shape) < 3 or heads is None or x.shape[-3] == heads:
+    if len(x.shape) < 3 or _same(x.shape[-3], heads):
         return x
     *lead, h, n, c = quirks.shape(x)
-    return tf.reshape(x, (*lead, heads, h // heads * n, c))
+    group = h // (heads if type(heads) is int else tf.maximum(heads, 1))
+    return tf.reshape(x, (*lead, heads, group * n, c))
 
 
 def _unfold(x, heads, n):
     """(..., h / g, g * n, c) -> (..., h, n, c): the inverse of _fold."""
-    if len(x.shape) < 3 or heads is None or x.shape[-3] == heads:
+    if len(x.shape) < 3 or _same(x.shape[-3], heads):
         return x
     *lead, _, _, c = quirks.shape(x)
     return tf.reshape(x, (*lead, heads, n, c))
+
+
+def _same(size, other):
+    """Whether two sizes are known to be the same."""
+    return type(size) is type(other) is int and size == other
 
 
 def _lengths(valid_lens, ndim):
