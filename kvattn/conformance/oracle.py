@@ -276,13 +276,15 @@ class Limits(NamedTuple):
         """
         position = i + int(self.query_offset[at[0]] if np.ndim(self.query_offset) else self.query_offset)
         first, end = self._range(at, i, position, m)
-        chosen = range(m) if self.positions is None else self.positions[(*at, i)].tolist()
+        chosen: Any = ((j, j) for j in range(first, end))
+        if self.positions is not None:
+            named = self.positions[(*at, i)].tolist()
+            chosen = ((slot, j) for slot, j in enumerate(named) if first <= j < end and j not in named[:slot])
         segment, of_keys = self._segments(at, i)
-        for slot, j in enumerate(chosen):
-            if not first <= j < end:
-                continue
-            if self.positions is not None and j in chosen[:slot]:
-                continue
+        if self.mask is self.bias is of_keys is None:
+            yield from chosen
+            return
+        for slot, j in chosen:
             if isinstance(self.mask, str):
                 if not functions.allows(self.mask, position, j):
                     continue
