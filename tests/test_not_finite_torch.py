@@ -190,3 +190,47 @@ def test_softmax_is_pytorchs_own_where_no_row_is_empty(where):
     weights = kvattn.softmax(scores, where=where)
     torch.testing.assert_close(weights, torch.stack([torch.zeros(3).double(), kept.double() / kept.sum()]))
     assert not torch.autograd.grad(weights.square().sum(), scores)[0].any()
+
+
+LENS = torch.tensor([300, 40, 0])
+PADDING = (torch.arange(300) < LENS[:, None])[:, None, None]  # of a batch of three
+BIASES = {  # beside four heads, of 300 queries and keys
+    "no bias": {}, "each its own": {"bias": draw(3, 4, 300, 300)}, "a bias for all": {"bias": draw(4, 300, 300)},
+    "one key": {"bias": draw(3, 1, 300, 1)}, "with a sink": {"bias": draw(1, 1, 1, 300), "sink": draw(3, 4)},
+    "causal": {"causal": True},
+}  # fmt: skip
+
+
+def in_numpy(arrays, grad, options):
+    options = {name: x.numpy() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    given = [x.numpy() for x in arrays]
+    return kvattn.attention(*given, **options), *kvattn.attention_grad(*given, grad.numpy(), **options)
+
+
+@pytest.mark.parametrize("given", [{"mask": PADDING}, {"valid_lens": LENS}], ids=["mask", "lengths"])
+@pytest.mark.parametrize("name", BIASES)
+def test_a_mask_of_padding_is_lengths(name, given):
+    arrays, grad = [draw(3, heads, 300, 64, seed=heads) for heads in (4, 2, 2)], draw(3, 4, 300, 64)
+    if "bias" in BIASES[name] and BIASES[name]["bias"].shape[-2:] == (300, 300):
+        BIASES[name]["bias"][..., 5, :] = -INF
+    want = in_numpy(arrays, grad, BIASES[name] | given)
+    arrays = [x.clone() for x in arrays]
+    arrays[1][1, :, 40:], arrays[2][2] = NAN, INF  # which nobody may attend to
+    options = BIASES[name] | given
+    assert kvattn.explain(*arrays, **options).kernel == "SDPA, by lengths"
+    found = kvattn.attention(*arrays, **options), *kvattn.attention_grad(*arrays, grad, **options)
+    for x, y in zip(found, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", {
+    "at the start": PADDING.flip(-1), "with a hole": PADDING & (torch.arange(300) != 20),
+    "of queries": PADDING & (torch.arange(300)[:, None] != 20), "of each head": PADDING.expand(3, 4, 1, 300),
+}.values())  # fmt: skip
+def test_other_masks_are_not_lengths(mask):
+    arrays = [draw(3, heads, 300, 64, seed=heads) for heads in (4, 2, 2)]
+    assert kvattn.explain(*arrays, mask=mask).kernel == "SDPA"
+    np.testing.assert_allclose(kvattn.attention(*arrays, mask=mask), in_numpy(arrays, arrays[0], {"mask": mask})[0], atol=1e-12)
+    square = [draw(3, 4, n, 64) for n in (3, 300, 300)]  # as many queries as entries
+    mask = PADDING.permute(1, 2, 0, 3)
+    np.testing.assert_allclose(kvattn.attention(*square, mask=mask), in_numpy(square, square[0], {"mask": mask})[0], atol=1e-12)

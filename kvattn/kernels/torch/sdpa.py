@@ -79,9 +79,9 @@ def _transformed(*inputs):
 def choose(query, key, value, call, masked, in_blocks):
     """The way to serve a call that asks for nothing else and meets no obstacle. ``masked``, ``in_blocks``: the tab's."""
     why, n, m = "softmax of scaled dot products", query.shape[-2], key.shape[-2]
-    if call.valid_lens is not None and (lengths := _equal_lengths(query, key, value, call)):
+    if (call.valid_lens is not None or call.mask is not None) and (lengths := _equal_lengths(query, key, value, call)):
         runs = f"{len(lengths)} runs of batch entries of one length, each over its own keys"
-        return Choice("SDPA, by lengths", f"{why}; {runs}", lengths, by_lengths)
+        return Choice("SDPA, by lengths", f"{why}; {runs}", lengths, partial(by_lengths, masked))
     if not call.restricted or (call.only_causal and (type(n) is type(m) is int or known(n == m))):
         return Choice("SDPA", why, (), whole)
     shared = plan.each_sees_a_key(n, m, call)
@@ -94,17 +94,30 @@ def choose(query, key, value, call, masked, in_blocks):
 
 
 def _equal_lengths(query, key, value, call):
-    """Runs of batch entries, where lengths are all that forbids pairs, but for causal, and they can be read without a wait."""
-    lengths = call.valid_lens
-    if lengths.ndim != 1 or not (call.mask is None and call.bias is None and readable(lengths)):
+    """Runs of batch entries, where lengths are all that forbids pairs, but for a bias or causal, and they can be read without
+    a wait."""
+    if call.mask is not None and call.valid_lens is not None:
+        return []
+    lengths = call.valid_lens if call.mask is None else _lengths_of(call.mask, query, key)
+    if lengths is None or lengths.ndim != 1 or not readable(lengths):
         return []
     causal = call.windowed
-    if causal and not (call.right == 0 and call.left is None and call.from_the_first):
+    if causal and not (call.bias is None and call.right == 0 and call.left is None and call.from_the_first):
         return []
     if not query.shape[0] == key.shape[0] == value.shape[0] == len(lengths) or query.ndim < 3:
         return []
     numbers = math.prod(query.shape[1:-2]) * (query.shape[-1] + value.shape[-1])
     return plan.equal_lengths(lengths.tolist(), query.shape[-2], key.shape[-2], causal, numbers)
+
+
+def _lengths_of(mask, query, key):
+    """The lengths (batch,) that a mask (batch, 1, ..., 1, m) tells, if it forbids keys at the end and no others; else None."""
+    batch, m = query.shape[0], key.shape[-2]
+    if not readable(mask) or mask.shape != (batch, *[1] * (query.ndim - 2), m):
+        return None
+    rows = mask.reshape(batch, m)
+    lengths = rows.sum(dim=-1)
+    return lengths if torch.equal(rows, torch.arange(m) < lengths[:, None]) else None
 
 
 def _blocks_of_masks(query, key, value, call):
@@ -142,19 +155,22 @@ def whole(query, key, value, call, blocks=()):
     return fused(query, key, value, None, causal, call.scale, sink=call.sink).to(query.dtype)  # autocast's is another
 
 
-def by_lengths(query, key, value, call, lengths):
-    """Each run of batch entries by itself: no work on padding, and none to hide."""
-    sizes, sink = [size for size, _ in lengths], call.sink
+def by_lengths(masked, query, key, value, call, lengths):
+    """Each run of batch entries by itself: no work on padding, and none to hide. ``masked``: the tab's, for a bias."""
+    sizes, sink, bias = [size for size, _ in lengths], call.sink, call.bias
     parts = [x.split(sizes) for x in (query, key, value)] if len(sizes) > 1 else [(query,), (key,), (value,)]
-    each_entry = sink is not None and sink.ndim > 1 and len(sink) > 1  # each batch entry has sinks of its own
-    parts.append(sink.split(sizes) if each_entry else [sink] * len(sizes))
+    for x, of_entries in ((sink, sink is not None and sink.ndim > 1), (bias, bias is not None and bias.ndim == query.ndim)):
+        parts.append(x.split(sizes) if of_entries and len(x) > 1 else [x] * len(sizes))  # each batch entry has its own, or not
     outputs = []
-    for (_, length), q, k, v, s in zip(lengths, *parts, strict=True):
+    for (_, length), q, k, v, s, b in zip(lengths, *parts, strict=True):
         k, v = k[..., :length, :], v[..., :length, :]
-        if length:
-            outputs.append(fused(q, k, v, None, call.windowed, call.scale, sink=s))
-        else:  # zeros, with gradients of 0
+        if not length:  # zeros, with gradients of 0
             outputs.append(nonfinite.attention(q, k, v, None, None, call.scale))
+        elif b is None:
+            outputs.append(fused(q, k, v, None, call.windowed, call.scale, sink=s))
+        else:
+            b = b if b.shape[-1] == 1 else b[..., :length]
+            outputs.append(masked(q, k, v, call._replace(mask=None, valid_lens=None, bias=b, sink=s)))
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).to(query.dtype)
 
 
