@@ -17,8 +17,8 @@ from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import get_abstract_mesh
 
-# Of a program that is traced, whether devices share its arrays: before JAX 0.10, under jit, the primitive below has no second
-# derivatives.
+# Of a program that is traced, whether devices share its arrays: before JAX 0.10, under jit, the primitive below has no
+# derivative along a direction of a gradient, in whose program values of the one around it stay, which JAX 0.7.1 cannot compile.
 _known = ContextVar("known", default=None if jax.__version_info__ >= (0, 10) else True)
 _asked = ContextVar("asked", default=None)  # where it is noted that such a program asked
 
