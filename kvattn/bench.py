@@ -15,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,19 +49,30 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-
 YARDSTICKS = ("torch SDPA", "torch MHA")  # of attention, and of layers
 
 
-def run(backends: list[str], shapes: list[str], kinds: list[str], *, dtype: str = "float32", grad: bool = False,
-        device: str = "cpu", rounds: int = 15, layers: bool = False, quick: bool = False,
-        progress: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:  # fmt: skip
+class Settings(NamedTuple):
+    """What is timed, by names of SHAPES and KINDS, and how."""
+
+    shapes: list[str]
+    kinds: list[str]
+    dtype: str = "float32"
+    grad: bool = False
+    device: str = "cpu"
+    rounds: int = 15
+    layers: bool = False  # MultiHeadAttention instead of attention
+    quick: bool = False  # a call or two of each, whose figures mean nothing
+
+
+def run(
+    backends: list[str], settings: Settings, progress: Callable[[dict[str, Any]], None] = lambda row: None
+) -> list[dict[str, Any]]:
     """A row for every backend, shape, kind and peer: seconds, the ratio to the yardstick, its quartiles, and the error.
 
     A row of kvattn's has ``own``, the ratios to what its framework has for the call. A backend whose process fails gives one
     row with ``failed``: the last line that it wrote.
     """
     rows: list[dict[str, Any]] = []
-    how = {"shapes": shapes, "kinds": kinds, "dtype": dtype, "grad": grad, "device": device, "rounds": rounds, "layers": layers}
-    how["quick"] = quick
     for backend in backends:
-        for row in timing.in_a_process(["-m", "kvattn.bench", json.dumps({"backend": backend, **how})]):
+        for row in _in_its_process(backend, settings):
             rows.append({"backend": backend, "failed": row["failed"]} if "failed" in row else row)
             progress(rows[-1])
     return rows
@@ -71,10 +82,15 @@ def lacking(backends: list[str], device: str) -> dict[str, str]:
     """What each backend that has no such device says; asked in processes of their own, since some take a GPU whole."""
     found = {}
     for backend in backends if device.strip().lower() != "cpu" else ():
-        for row in timing.in_a_process(["-m", "kvattn.bench", json.dumps({"backend": backend, "device": device})]):
+        for row in _in_its_process(backend, Settings([], [], device=device)):
             if "words" not in row:  # a backend that cannot be imported is told when it is to be timed
                 found[backend] = row["failed"]
     return found
+
+
+def _in_its_process(backend: str, settings: Settings) -> Iterator[dict[str, Any]]:
+    """The rows of a process in which a backend is timed."""
+    return timing.in_a_process(["-m", "kvattn.bench", json.dumps([backend, *settings])])
 
 
 def count(backends: list[str], shapes: list[str], kinds: list[str], layers: bool = False) -> int:
@@ -158,21 +174,21 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 # ---- in the backend's own process
 
 
-def _work(asked: dict[str, Any]) -> None:
-    tab: Any = dispatch.load(asked["backend"])
+def _work(backend: str, settings: Settings) -> None:
+    tab: Any = dispatch.load(backend)
     try:
-        device = dispatch.device(tab, asked["device"])
+        device = dispatch.device(tab, settings.device)
     except ValueError as error:
-        timing.tell({"backend": asked["backend"], "failed": str(error)})
+        timing.tell({"backend": backend, "failed": str(error)})
         return
+    about = {"dtype": settings.dtype, "grad": settings.grad} | ({"layer": True} if settings.layers else {})
     with dispatch.on(tab, device):
-        for shape in asked.get("shapes", ()):
-            for kind in (kind for kind in asked["kinds"] if _meaningful(shape, kind, asked["layers"])):
-                given = problem(shape, kind, asked["dtype"], asked["grad"], device, asked["layers"])
-                for row in _measure(asked["backend"], given, asked["rounds"], timing.wall if asked["quick"] else timing.looped):
-                    about = {"backend": asked["backend"], "what": row.pop("what"), "shape": shape, "kind": kind}
-                    about |= {"dtype": asked["dtype"], "grad": asked["grad"]} | ({"layer": True} if asked["layers"] else {})
-                    timing.tell(about | row | {"device": tab.devices()[device]})
+        for shape in settings.shapes:
+            for kind in (kind for kind in settings.kinds if _meaningful(shape, kind, settings.layers)):
+                given = problem(shape, kind, settings.dtype, settings.grad, device, settings.layers)
+                for row in _measure(backend, given, settings.rounds, timing.wall if settings.quick else timing.looped):
+                    first = {"backend": backend, "what": row.pop("what"), "shape": shape, "kind": kind}
+                    timing.tell(first | about | row | {"device": tab.devices()[device]})
 
 
 def problem(
@@ -259,4 +275,5 @@ def _error(got: Any, problem: Problem) -> float:
 
 
 if __name__ == "__main__":
-    _work(json.loads(sys.argv[1]))
+    name, *given = json.loads(sys.argv[1])
+    _work(name, Settings(*given))

@@ -469,10 +469,8 @@ def bench(options: argparse.Namespace) -> int:
             done.add(tuple(str(row.get(key)) for key in ("backend", "shape", "kind")))
             progress.move(len(done), " ".join(str(row.get(key, "")) for key in ("what", "shape", "kind")))
 
-        rows = bench.run(
-            names, shapes, kinds, dtype=options.dtype, grad=options.grad, device=options.device, rounds=options.rounds,
-            layers=options.layers, quick=options.quick, progress=advance,
-        )  # fmt: skip
+        given = {name: getattr(options, name) for name in ("dtype", "grad", "device", "rounds", "layers", "quick")}
+        rows = bench.run(names, bench.Settings(shapes, kinds, **given), advance)
         progress.done("done", f"{len(rows)} measurements")
     console.print(*bench.tables(rows, console.width))
     for row in rows:

@@ -205,9 +205,12 @@ class _Attention(_Layer):
 _traced = WeakValueDictionary()  # layers by the name that their graphs, which are text, have for them
 
 
-def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=None, rotary=None, qk_norm=None, q_norm=None,
-            k_norm=None, alibi=None, backend="mxnet", **options):  # fmt: skip
+OWN = ("rotary", "qk_norm", "q_norm", "k_norm", "alibi")  # what a graph hands on of the layer's own, and not of the call
+
+
+def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=None, backend="mxnet", **options):
     """kvattn.attention with dropout in training alone, noted as the layer's last call: at once, or when a graph runs."""
+    rotary, qk_norm, q_norm, k_norm, alibi = (options.pop(name, None) for name in OWN)
     if tab.is_array(query):
         query, key = layers.normed(tab, qk_norm, query, key, q_norm, k_norm)
         query, key = layers.rotated("mxnet", rotary, query, key, options.get("query_offset", 0))
