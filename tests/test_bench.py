@@ -59,7 +59,7 @@ def test_who_has_no_such_device_is_named_and_the_others_are_measured_on_theirs(c
     asked = []
     monkeypatch.setattr(dispatch, "available_backends", lambda: ("numpy", "torch"))
     monkeypatch.setattr(bench, "lacking", lambda names, device: {"torch": "backend 'torch' has no device 'card' here"})
-    monkeypatch.setattr(bench, "run", lambda names, *args, **options: asked.append((names, options["device"])) or [row])
+    monkeypatch.setattr(bench, "run", lambda names, settings, _: asked.append((names, settings.device)) or [row])
     assert cli.main(["bench", "--device", "card", "--json", str(tmp_path / "b.json")]) == 0
     assert asked == [(["numpy"], "card")]
     said = capsys.readouterr().out
