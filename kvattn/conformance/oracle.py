@@ -173,21 +173,30 @@ def lse(s: Array) -> float:
     return s.max() + np.log(np.exp(s - s.max()).sum())
 
 
-def weight_bounds(name: str, w: Array, s: Array, size: Array) -> tuple[Array, Array]:
-    """For one row: what rounding the weights (k,) is relative to, and what d weights / d scores (k, k) is."""
-    one = np.eye(len(w))
-    if name in ("hardmax", "average"):
-        return w, 0 * one
+def weight_bounds(name: str, w: Array, s: Array, size: Array) -> Array:
+    """What rounding the weights (k,) of one row is relative to."""
     if name == "identity":
-        return size, one
+        return size
     if name == "proportional":
         total = abs(s.sum())
-        condition = size.sum() / total if total else 0.0
-        return condition * np.maximum(np.abs(w), 1), (condition / total if total else 0.0) * (one + np.abs(w))
+        return (size.sum() / total if total else 0.0) * np.maximum(np.abs(w), 1)
+    return np.ones(len(w)) if name == "sparsemax" else w
+
+
+def slope_bounds(name: str, w: Array, s: Array, size: Array) -> Array:
+    """The same of the weights' slopes, d weights / d scores (k, k)."""
+    one = np.eye(len(w))
+    if name in ("hardmax", "average"):
+        return 0 * one
+    if name == "identity":
+        return one
+    if name == "proportional":
+        total = abs(s.sum())
+        return (size.sum() / total / total if total else 0.0) * (one + np.abs(w))
     if name == "sparsemax":
         support = w > 0
-        return np.ones(len(w)), support[:, None] * (one + 1 / support.sum()) * support
-    return w, w[:, None] * (one + w)
+        return support[:, None] * (one + 1 / support.sum()) * support
+    return w[:, None] * (one + w)
 
 
 def slopes_of_weights(name: str, s: Array) -> Array:
@@ -462,8 +471,8 @@ class _Attention:
         """The results of a row, and the gradients of its pairs."""
         row, w = self.weigh(at, of)
         row_size = self.s_size[of] if self.how.sink is None else np.append(self.s_size[of], abs(self.sink[at]))
-        w_size, jacobian_size = weight_bounds(self.how.normalize, w, row, row_size)
-        w, w_size, jacobian_size = w[: len(of)], w_size[: len(of)], jacobian_size[: len(of)]
+        of_weights = self.how.normalize, w, row, row_size
+        w, w_size = w[: len(of)], weight_bounds(*of_weights)[: len(of)]
         self.weight_sizes.append(w_size.max())
         self.row_sizes.append((w_size[:, None] * self.v_size[of]).sum(axis=0).max(initial=0))
         self.lse[at] = lse(row)
@@ -482,6 +491,7 @@ class _Attention:
             self.grad_s[of] = self.grad_s_size[of] = np.nan
             self.grad_sink[at] = self.grad_sink_size[at] = 0.0 if self.sink[at] == -np.inf else np.nan  # -inf is no sink
             return
+        jacobian_size = slope_bounds(*of_weights)[: len(of)]
         for j, change in enumerate(slopes_of_weights(self.how.normalize, row)[:, : len(of)]):
             if j < len(of):
                 self.grad_s[of[j]] = grad_w @ change
@@ -824,7 +834,7 @@ def normalise(name: str, scores: Array, where: Array | None = None, valid_lens: 
         if may.any():
             s = scores[at][may]
             output[at][may] = w = globals()["softmax" if name == "masked_softmax" else name](s)
-            sizes.append(weight_bounds(name, w, s, np.abs(s))[0].max())
+            sizes.append(weight_bounds(name, w, s, np.abs(s)).max())
             largest.append(np.ptp(s[np.isfinite(s)]))  # scores are exact here: what rounds is how far they lie from the top
     softened = name in ("softmax", "masked_softmax", "sparsemax")
     magnitude = {"output": float(1.0 if softened else max(sizes))}
