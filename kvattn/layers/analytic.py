@@ -130,10 +130,14 @@ class Layer:
         names = [*self._inputs, *(f"input {i}" for i in range(len(self._inputs), len(inputs)))]
         named = {name: _array(name, x, like) for name, x in zip(names, inputs, strict=False)}
         floats = {name: x for name, x in named.items() if _floats(x)}
-        for name, x in {**floats, **{name: x for name, x in options.items() if _floats(x)}}.items():
-            conversion.floating(name, x, next(iter(floats.items()), None))
-        wide = [{name: tab._wide(x) if _floats(x) else x for name, x in given.items()} for given in (named, options)]
-        return [*wide[0].values()], wide[1], [x.dtype for x in floats.values()]
+        first = next(iter(floats.items()), None)
+        for name, x in floats.items():
+            conversion.floating(name, x, first)
+        for name, x in options.items():
+            if _floats(x):
+                conversion.floating(name, x, first)
+                options[name] = tab._wide(x)
+        return [tab._wide(x) if _floats(x) else x for x in named.values()], options, [x.dtype for x in floats.values()]
 
     def backward(self, grad_output: Any) -> Any:
         """The gradients of sum(grad_output * output) by the floating-point inputs of the last recorded call: an array, or a

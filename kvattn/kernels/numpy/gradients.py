@@ -222,18 +222,27 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, known=tiled_g
     elif selected:
         found = _of_selected_keys(tab, query, key, value, grad_output, wrt, call)
     elif choice.run is tiled.attention:
-        if call.sink is not None:  # the same formulas serve, of the output and the lse with the sink
-            wide = (tab._wide(x) for x in (query, key, value))
-            output, lse = tab._attend(*wide, call._replace(return_lse=True))
-            known = known._replace(output=output, lse=lse)
-        found = tiled_grad.attention_grad(query, key, value, grad_output, call, known)
-        found = dict(zip(("query", "key", "value"), found, strict=True))
-        if "sink" in wrt:
-            found["sink"] = _by_sink(tab, call.sink, lse, (tab._wide(grad_output) * output).sum(axis=-1), query.ndim)
-        return tuple(sum_to(found[name], sources[name].shape).astype(sources[name].dtype, copy=False) for name in wrt)
+        found = _in_tiles(tab, query, key, value, grad_output, wrt, call, known)
+        found = {name: sum_to(found[name], sources[name].shape) for name in wrt}
     else:
         found = _formula(tab, query, key, value, grad_output, call, known.grad_lse)
     return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
+
+
+def _in_tiles(tab, query, key, value, grad_output, wrt, call, known):
+    """The gradients by query, key and value, and by the sink if asked for, before those of what was broadcast are summed.
+
+    With a sink the formulas of tiles stay as they are, if the output and the lse are those with it.
+    """
+    if call.sink is not None:
+        wide = (tab._wide(x) for x in (query, key, value))
+        output, lse = tab._attend(*wide, call._replace(return_lse=True))
+        known = known._replace(output=output, lse=lse)
+    found = tiled_grad.attention_grad(query, key, value, grad_output, call, known)
+    found = dict(zip(("query", "key", "value"), found, strict=True))
+    if "sink" in wrt:
+        found["sink"] = _by_sink(tab, call.sink, lse, (tab._wide(grad_output) * output).sum(axis=-1), query.ndim)
+    return found
 
 
 def _of_part(tab, query, key, value, grad_output, wrt, call, grad_lse=None):
@@ -383,14 +392,14 @@ def multi_head_attention_grad(tab, inputs, params, grad_output, wrt, *, num_head
             joined = tab._join(tab.attention(*split.values(), **options))
             grads |= {"W_o": _outer(joined, grad), "b_o": sum_to(grad, grad.shape[-1:])}
         grad = grad @ tab._wide(params["W_o"]).T
-    by_heads = (*split, "sink") if "sink" in params else (*split,)
-    by_heads = dict(
-        zip(by_heads, attention_grad(tab, *split.values(), tab._split(grad, num_heads), by_heads, call), strict=True)
-    )
-    grads |= {"sink": by_heads.pop("sink", None)}
-    for (name, x), grad in zip(inputs.items(), map(tab._join, by_heads.values()), strict=True):
-        W = tab._wide(params[f"W_{name[0]}"])
-        grads |= {f"W_{name[0]}": _outer(tab._wide(x), grad), f"b_{name[0]}": sum_to(grad, grad.shape[-1:]), name: grad @ W.T}
+    names = (*split, "sink") if "sink" in params else (*split,)
+    by_heads = attention_grad(tab, *split.values(), tab._split(grad, num_heads), names, call)
+    by_heads = dict(zip(names, by_heads, strict=True))
+    grads["sink"] = by_heads.pop("sink", None)
+    for name, x in inputs.items():
+        letter, grad = name[0], tab._join(by_heads[name])
+        grads[f"W_{letter}"], grads[f"b_{letter}"] = _outer(tab._wide(x), grad), sum_to(grad, grad.shape[-1:])
+        grads[name] = grad @ tab._wide(params[f"W_{letter}"]).T
     return tuple(grads[name].astype((inputs | params)[name].dtype) for name in wrt)
 
 
