@@ -101,6 +101,43 @@ def test_what_nobody_sees_reaches_nothing_in_a_graph(which):
     assert served
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"causal": True}, {"window": (None, 2), "query_offset": -3}, {"valid_lens": np.array([7, 0])}, {"causal": True, "scale": 60.0},
+        {"causal": True, "valid_lens": np.array([0, 9]), "query_offset": np.array([2, -4])}, {"score": kvattn.dot_score},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_sink_is_a_key_of_its_own(options):
+    """And nothing else of a call changes: rows without keys, grouped heads, a sink of each query, one far above the scores."""
+    rng = np.random.default_rng(0)
+    shapes = (2, 4, 9, 3), (2, 2, 11, 3), (2, 2, 11, 5)
+    arrays = [rng.standard_normal(shape) for shape in shapes]
+    given = [tf.constant(x) for x in arrays]
+    for sink in (rng.standard_normal(4), rng.standard_normal((2, 4, 9, 1)), np.array([50.0, -50.0, 0.0, 1.0])):
+        expected = kvattn.attention(*arrays, sink=sink, **options)
+        with in_blocks() as served:
+            assert_near(kvattn.attention(*given, sink=tf.constant(sink), **options), expected)
+            assert "key of its own" in kvattn.explain(*given, sink=tf.constant(sink), **options).why
+        assert served
+
+
+@pytest.mark.parametrize("broken", ["query", "key", "sink"])
+def test_a_sink_is_no_key_where_something_is_not_finite(broken):
+    rng = np.random.default_rng(0)
+    arrays = {"query": rng.standard_normal((1, 2, 9, 3)), "key": rng.standard_normal((1, 2, 9, 3)), "sink": np.zeros(2)}
+    if broken == "sink":
+        arrays["sink"][1] = -np.inf
+    else:
+        arrays[broken][..., -2:, 0] = -np.inf
+    with np.errstate(invalid="ignore"):
+        expected = kvattn.attention(arrays["query"], arrays["key"], arrays["key"], sink=arrays["sink"], causal=True)
+    query, key, sink = map(tf.constant, arrays.values())
+    with in_blocks():
+        assert_near(kvattn.attention(query, key, key, sink=sink, causal=True), expected)
+
+
 def test_a_trace_knows_the_shapes_of_results():
     @tf.function(input_signature=[tf.TensorSpec((None, 4, 9, 3))] * 2, autograph=False)
     def traced(query, key):

@@ -31,6 +31,7 @@ UNSEEN = partial(noticed, "what_nobody_sees_reaches_nothing")
 SHAPES = noticed_here("a_trace_knows_the_shapes_of_results")
 JACOBIANS = noticed_here("forward_derivatives_and_jacobians")
 BY_DISTANCE = noticed_here("derivatives_beside_a_bias_by_distance")
+A_SINK = noticed_here("a_sink_is_a_key_of_its_own", {"causal": True})
 LENGTHS = "lengths per query"
 LEFT = {"window": (2, None)}
 MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction, options or a test that should notice
@@ -53,6 +54,10 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
     ("reads another head's line", "first = self._of(", "first = 0 * self._of(", BY_DISTANCE),
     ("takes the biases of later queries", "first - end + low,", "first - start + low - 1,", BY_DISTANCE),
     ("forgets the bias beside a soft cap", "if self.kind.biased:", "if self.kind.biased and slope is None:", BY_DISTANCE),
+    ("forgets where the sink stands", "above += int(kind.sunk)", "pass", A_SINK),
+    ("hides the sink beside far scores", "constant_values=True", "constant_values=False",
+     noticed_here("a_sink_is_a_key_of_its_own", {"causal": True, "scale": 60.0})),
+    ("gives a sink a key's value", "tf.pad(block.value, [[1, 0], [0, 0]])", "tf.pad(block.value, [[0, 1], [0, 0]])", A_SINK),
     ("loses what is small", ">= LOSSLESS", ">= -1", noticed("scores_that_need_their_maximum_taken_off", "window")),
     ("lets NaN through", "value), hidden)", "value), lambda: (query, key, value))",
      noticed_here("what_nobody_sees_reaches_nothing_in_a_graph", "mask of columns")),

@@ -420,8 +420,10 @@ def choose(query, key, value, call):
     tab = sys.modules[__name__]
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
-        why = f"{choice.why}; the sink takes its share of each row"
-        return choice._replace(why=why, run=partial(_with_sink, choice.run))
+        why, run = f"{choice.why}; the sink takes its share of each row", partial(_with_sink, choice.run)
+        if choice.kernel == "blocks" and tiles.takes_sink(query, key, call):
+            why, run = f"{choice.why}; the sink is a key of its own", partial(tiles.attention_with_sink, tab, run)
+        return choice._replace(why=why, run=run)
     if len(query.shape) > 4:
         batch = quirks.lead(query, key)[:-1]
         apart = partial(tf.nest.map_structure, lambda x: tf.reshape(x, (*batch, *quirks.shape(x)[1:])))

@@ -17,8 +17,10 @@ from functools import lru_cache, partial, reduce
 from typing import NamedTuple
 
 import tensorflow as tf
-from tensorflow.python.ops import control_flow_util  # private; read in TensorFlow 2.21
+from tensorflow.python.eager import record  # private; read in TensorFlow 2.21, like the next
+from tensorflow.python.ops import control_flow_util
 
+from kvattn import planning
 from kvattn.kernels.tensorflow import distances, plan, quirks
 from kvattn.kernels.tensorflow.nonfinite import AllowedPairs, absent
 from kvattn.pairs import Segments
@@ -49,6 +51,7 @@ class Kind(NamedTuple):
     segmented: bool = False  # whether segments are given, which are compared, and a bias by distance
     biased: bool = False
     careful: bool = False  # whether something is NaN or inf
+    sunk: bool = False  # whether a sink is a key of its own, before the others
 
     @property
     def windowed(self):
@@ -98,24 +101,7 @@ def attention(tab, query, key, value, call, _blocks):
         return tab._attend(*arrays, call=call._replace(normalize=partial(tab.softmax), bias=bias))
 
     call = call._replace(mask=call.mask.mask) if segments else call
-    scale = call.scale
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[-1] or 1) if call.score is tab.scaled_dot_score else 1.0
-    rest = [tf.cast(tf.clip_by_value(tf.cast(call.query_offset, tf.int64), -FAR, FAR), tf.int32)]
-    if call.valid_lens is not None:
-        rest.append(tf.cast(tf.minimum(tf.cast(call.valid_lens, tf.int64), key.shape[-2]), tf.int32))
-    if call.mask is not None:
-        mask = tf.reshape(call.mask, (*[1] * (2 - len(call.mask.shape)), *quirks.shape(call.mask)))
-        rest.append(mask if mask.shape[-1] == m else tf.broadcast_to(mask, (*quirks.shape(mask)[:-1], m)))
-    left, right = (None if side is None else min(side, FAR) for side in (call.left, call.right))
-    rest += segments
-    biased = call.bias is not None
-    if biased:
-        rest.append(tab._wide(call.bias.values)[..., None, :])
-    given = call.valid_lens is not None, call.mask is not None
-    most = BAND_ROWS if call.windowed else ROWS
-    kind = Kind(scale, call.softcap, left, right, *given, call.return_lse, SCORES, most, FEWEST, bool(segments), biased)
-    specs = tuple((x.dtype, x.shape.rank) for x in (query, key, value, *rest))
+    (_, _, _, *rest), kind, specs = _described(tab, query, key, value, call, segments)
 
     if call.mask is not None or segments or call.lengths_per_query(len(query.shape)):
         query, key, value = _without_padding(tab, query, key, value, of_all._replace(bias=None))
@@ -144,6 +130,48 @@ def attention(tab, query, key, value, call, _blocks):
     output, *lse = attend(query, key, value)
     output = tf.cast(output, dtype)
     return (output, *lse) if lse else output
+
+
+def _described(tab, query, key, value, call, segments=()):
+    """The arrays that a program is given, its Kind, and the dtype and the number of axes of each array."""
+    scale = call.scale
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1] or 1) if call.score is tab.scaled_dot_score else 1.0
+    rest = [tf.cast(tf.clip_by_value(tf.cast(call.query_offset, tf.int64), -FAR, FAR), tf.int32)]
+    if call.valid_lens is not None:
+        rest.append(tf.cast(tf.minimum(tf.cast(call.valid_lens, tf.int64), key.shape[-2]), tf.int32))
+    if call.mask is not None:
+        mask, m = tf.reshape(call.mask, (*[1] * (2 - len(call.mask.shape)), *quirks.shape(call.mask))), key.shape[-2]
+        rest.append(mask if mask.shape[-1] == m else tf.broadcast_to(mask, (*quirks.shape(mask)[:-1], m)))
+    left, right = (None if side is None else min(side, FAR) for side in (call.left, call.right))
+    rest += segments
+    biased = call.bias is not None
+    if biased:
+        rest.append(tab._wide(call.bias.values)[..., None, :])
+    given = call.valid_lens is not None, call.mask is not None
+    most = BAND_ROWS if call.windowed else ROWS
+    kind = Kind(scale, call.softcap, left, right, *given, call.return_lse, SCORES, most, FEWEST, bool(segments), biased)
+    arrays = [query, key, value, *rest]
+    return arrays, kind, tuple((x.dtype, x.shape.rank) for x in arrays)
+
+
+def takes_sink(query, key, call):
+    """Whether a sink is one key more for the blocks, which every query sees: it costs no lse, but no tape may record it."""
+    if not tf.executing_eagerly() or record.could_possibly_record() or call.return_lse or call.softcap is not None:
+        return False
+    if call.left is not None or call.mask is not None or call.bias is not None or call.lengths_per_query(len(query.shape)):
+        return False
+    return planning.lead(query.shape, key.shape) == tuple(query.shape[:-2]) and absent(tf.convert_to_tensor(call.sink))
+
+
+def attention_with_sink(tab, otherwise, query, key, value, call, _blocks):
+    """The output of a call that `takes_sink`; ``otherwise``: what serves it if something is not finite."""
+    sink, axes = tab._wide(call.sink), len(query.shape)
+    sink = tf.broadcast_to(sink if len(sink.shape) == axes else sink[..., None, None], (*query.shape[:-1], 1))
+    arrays, kind, specs = _described(tab, *map(tab._wide, (query, key, value)), call)
+    arrays, specs = [*arrays, sink], (*specs, (sink.dtype, axes))
+    (output,) = _compiled(_forward, kind._replace(sunk=True), specs)(*arrays)
+    return tf.cast(output, query.dtype) if absent(output) else otherwise(query, key, value, call, _blocks)
 
 
 def _without_padding(tab, query, key, value, call):
@@ -216,6 +244,7 @@ class Arguments:
         lens, mask = rest.pop(0) if kind.padded else None, rest.pop(0) if kind.masked else None
         segments = [rest.pop(0), rest.pop(0)] if kind.segmented else []
         line = rest.pop(0) if kind.biased else None  # (..., 1, n + m - 1)
+        self.sink = _rows(rest.pop(0)) if kind.sunk else None
         self.dtype = tf.float64 if query.dtype == tf.float64 else tf.float32
         self.given, self.without_heads = (query, key, value), query.shape.rank == 2
         if self.without_heads:
@@ -355,11 +384,17 @@ class Block:
                 for x, name in zip(arguments.segments, ("segments", "segments of keys"), strict=True)
             )
             allowed.append(tf.equal(of_queries[:, None], of_keys))
-        return reduce(tf.logical_and, allowed)
+        allowed = reduce(tf.logical_and, allowed)
+        return tf.pad(allowed, [[0, 0], [1, 0]], constant_values=True) if kind.sunk else allowed
 
     def scores(self):
         """The scores of all pairs, and the slope of softcap."""
-        scores = tf.matmul(self.query * tf.constant(self.kind.scale, self.query.dtype), self.key, transpose_b=True)
+        query, key = self.query * tf.constant(self.kind.scale, self.query.dtype), self.key
+        if self.kind.sunk:  # [scale q, sink] . [0, 1] = sink
+            query = tf.concat([query, self.take(self.arguments.sink, "query")], axis=1)
+            last = tf.one_hot([tf.shape(key)[1]], tf.shape(key)[1] + 1, dtype=key.dtype)
+            key = tf.raw_ops.InplaceUpdate(x=tf.pad(key, [[1, 0], [0, 1]]), i=[0], v=last)
+        scores = tf.matmul(query, key, transpose_b=True)
         slope = None
         if self.kind.softcap is not None:
             capped = tf.tanh(scores / self.kind.softcap)
@@ -385,6 +420,7 @@ class Block:
 
         weights, lse = self._softmax(scores)
         below, above = (x[0] for x in self.ends["window"])
+        above += int(kind.sunk)
         weights = tf.linalg.band_part(weights, -1 if kind.left is None else below, -1 if kind.right is None else above)
         total = tf.reduce_sum(weights, axis=1, keepdims=True)
         masked_after = [weights, total] + ([lse + tf.math.log(total)] if kind.with_lse else [])
@@ -446,7 +482,8 @@ def _forward(arguments):
             found = pairs.matmul(weights, block.value)
         else:
             weights, total, lse, _ = block.weights()
-            found = tf.matmul(weights, block.value) / total
+            value = tf.pad(block.value, [[1, 0], [0, 0]]) if kind.sunk else block.value  # a sink's is 0
+            found = tf.matmul(weights, value) / total
         output = block.put(output, block.of_rows_with_keys(found))
         return output, *(block.put(x, block.of_rows_with_keys(lse, other=-math.inf)) for x in lses)
 
