@@ -104,7 +104,8 @@ def test_what_nobody_sees_reaches_nothing_in_a_graph(which):
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"causal": True}, {"window": (None, 2), "query_offset": -3}, {"valid_lens": np.array([7, 0])}, {"causal": True, "scale": 60.0},
+        {}, {"causal": True}, {"window": (None, 2), "query_offset": -3}, {"valid_lens": np.array([7, 0])},
+        {"causal": True, "scale": 60.0},
         {"causal": True, "valid_lens": np.array([0, 9]), "query_offset": np.array([2, -4])}, {"score": kvattn.dot_score},
     ],
     ids=str,
