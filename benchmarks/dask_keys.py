@@ -202,7 +202,7 @@ def main():
         clients = {}
         for workers in map(int, asked.workers.split(",")):
             options = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
-            cluster = stack.enter_context(LocalCluster(workers, memory_limit=asked.memory_limit, **options))
+            cluster = stack.enter_context(LocalCluster(n_workers=workers, memory_limit=asked.memory_limit, **options))
             clients[workers] = stack.enter_context(Client(cluster))
         start = multiprocessing.get_context("spawn")
         pool = stack.enter_context(ProcessPoolExecutor(2, start, initializer=one_thread))

@@ -321,7 +321,7 @@ def test_a_worker_that_is_killed_changes_nothing(tmp_path):
     key = da.from_npy_stack(stack)
     with (
         LocalCluster(
-            2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", memory_limit="1GiB"
+            n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", memory_limit="1GiB"
         ) as cluster,
         Client(cluster) as client,
     ):

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
     import test_torch
 
-    cluster = LocalCluster(1, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0")
+    cluster = LocalCluster(n_workers=1, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0")
     test_torch.run(Path(sys.argv[2]), ("all_wait",))
 """
 
