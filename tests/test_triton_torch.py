@@ -126,6 +126,54 @@ def test_keys_that_are_split_among_programs_give_the_same(options):
         same(called(*arrays, options)[:2], expected(*arrays, options)[:2])
 
 
+SINKS = {
+    "of each head": (np.array([0.5, -1.0]), {}),
+    "of each entry's head, behind a mask": (np.random.default_rng(1).standard_normal((3, 2)), EXTRA[1]),
+    "of each query, with lengths": (np.random.default_rng(2).standard_normal((1, 2, 20, 1)), EXTRA[5]),
+    "for all, with a softcap": (np.array(3.0), EXTRA[4]),
+    "none, and much": (np.array([-np.inf, 80.0]), {}),
+}
+
+
+def with_sink(attention, dtype, arrays, sink, options):
+    """Output, lse and the gradients by query, key, value and the sink, of both results."""
+    *leaves, of_sink = (torch.tensor(x, dtype=dtype).requires_grad_() for x in (*arrays[:3], sink))
+    output, lse = attention(*leaves, **options, sink=of_sink, return_lse=True)
+    grad_lse = np.random.default_rng(3).standard_normal(lse.shape)
+    chosen = lse > -np.inf
+    grads = torch.tensor(arrays[3], dtype=dtype), torch.tensor(grad_lse, dtype=dtype)[chosen]
+    return [output.detach(), lse.detach(), *torch.autograd.grad([output, lse[chosen]], [*leaves, of_sink], grads)]
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_a_sink_takes_its_share_in_the_kernel(name):
+    sink, options = SINKS[name]
+    arrays = draw(20, 40, d=5, v=7, heads=2, kv_heads=1)
+    given = {option: torch.tensor(x) if isinstance(x, np.ndarray) else x for option, x in options.items()}
+    wanted = with_sink(kvattn.attention, torch.float64, arrays, sink, given)
+    with small_tiles():
+        same(with_sink(attend, torch.float32, arrays, sink, options), wanted)
+
+
+def test_keys_that_are_split_among_programs_share_with_a_sink():
+    arrays, sink = draw(2, 70, d=8, v=8, heads=2, kv_heads=1), np.array([0.5, 2.0])
+    with small_tiles(parts=4):
+        found = attend(*map(here, arrays[:3]), sink=sink, return_lse=True)
+    same(found, kvattn.attention(*map(torch.tensor, arrays[:3]), sink=torch.tensor(sink), return_lse=True))
+
+
+def test_second_derivatives_with_a_sink():
+    arrays, sink = draw(9, 11, d=5, v=5, heads=2, kv_heads=2), np.array([0.5, 2.0])
+
+    def twice(attention, dtype):
+        leaves = [torch.tensor(x, dtype=dtype).requires_grad_() for x in (*arrays[:3], sink)]
+        first = torch.autograd.grad(attention(*leaves[:3], sink=leaves[3]).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+
+    with small_tiles():
+        same(twice(attend, torch.float32), twice(kvattn.attention, torch.float64))
+
+
 def test_arrays_of_any_strides_of_the_batch_the_heads_and_the_rows():
     query, key, value, grad = draw(20, 40, d=8, v=8)
     options = {"mask": np.random.default_rng(1).random((3, 1, 40, 20)).swapaxes(2, 3) < 0.5}
@@ -303,7 +351,7 @@ def cases(*asked):
 def test_the_conformance_suite():
     """Every third case, since an interpreter is slow; with KVATTN_EVERY all."""
     every = 1 if "KVATTN_EVERY" in os.environ else 3
-    half = [*cases("mask", "bias", "valid_lens", "window", "softcap", "query_offset")][::every]
+    half = [*cases("mask", "bias", "valid_lens", "window", "softcap", "query_offset", "sink")][::every]
     full = [case for case in cases("window", "softcap") if case.group != NOT_FINITE][::every]  # the rest is SDPA's in float32
     with on_a_device() as counted:
         reports = conformance.run("torch", half, dtypes=["float16"]), conformance.run("torch", full, dtypes=["float32"])
@@ -412,6 +460,9 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and the options t
         "(seen == seen)",
         {"mask": EXTRA[1]["mask"], "causal": True, "query_offset": 20},
     ),
+    ("forgets what the sink leaves", "o = o * left[:, None]", "pass", {"sink": np.array([0.5, 2.0])}),
+    ("takes the first head's sink for all", "own * sink_h", "0 * own * sink_h", {"sink": np.array([0.5, 2.0])}),
+    ("leaves the sink out of the lse", "lse + tl.log(1 + tl.exp(-ahead))", "lse", {"sink": np.array([0.5, 2.0])}),
     ("adds keys to one member of a group", "for member in tl.range(0, group):", "for member in tl.range(0, 1):", {}),
 ]
 

@@ -434,7 +434,11 @@ def _choose_with_sink(query, key, value, call):
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
         return _with_sink(choice.run, query, key, value, call, choice.blocks)
 
-    obstacle = call.beyond_softmax(sys.modules[__name__], "dropout", "return_weights", "return_lse", "softcap")
+    tab = sys.modules[__name__]
+    on_gpu = query.is_cuda and call.positions is None and not call.beyond_softmax(tab, "dropout", "return_weights")
+    if on_gpu and (choice := gpu.choose(query, key, value, call)):
+        return choice
+    obstacle = call.beyond_softmax(tab, "dropout", "return_weights", "return_lse", "softcap")
     obstacle = "positions are given" if call.positions is not None else obstacle
     obstacle = obstacle or sdpa.obstacle(query, key, value, call.bias, call.scale) or sinks.obstacle(query, key, value)
     if not obstacle:
@@ -538,7 +542,8 @@ def _of_selected_keys(run, query, key, value, call, blocks, *_):
 def _with_sink(run, query, key, value, call, blocks):
     """What ``run`` gives without the sink, less the sink's share of every row: a key of this score whose value is 0."""
     # wide, so that half precision is rounded once; but for a GPU's kernels, which take it
-    arrays = (x if x.is_cuda else _wide(x) for x in (query, key, value))
+    kernels = query.is_cuda and not (call.return_weights or call.dropout)
+    arrays = (x if kernels else _wide(x) for x in (query, key, value))
     output, *weights, lse = run(*arrays, call._replace(sink=None, return_lse=True), blocks)
     left, lse = _left(lse, call.sink, query.ndim, call.return_lse)
     output = (left * _wide(output)).to(query.dtype)

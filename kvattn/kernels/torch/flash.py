@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from kvattn.kernels.torch import tiles
+from kvattn import dispatch
+from kvattn.kernels.torch import sinks, tiles
 
 HALF = (torch.float16, torch.bfloat16)
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, for tests
@@ -84,17 +85,21 @@ class Prepared:
         self.as_given = all(x is y for x, y in zip(arrays, given, strict=True))
         self.headless = query.ndim == 3
         self.rest = _rest(query, call)
-        self.plan = _planned(*arrays, self.rest)
+        self.plan = _planned(*arrays, self.rest, sink=_rows_of(call.sink, query.shape[:-1]))
         self.backward_plans = {}
 
     def __call__(self, query, key, value, call, blocks=()):
         arrays = query, key, value, call.mask, call.bias, call.valid_lens, None
         if not self.as_given:
             arrays = _arrays(query, key, value, call)
-        if (query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
-            output, lse = _Attention.apply(*arrays, self)
+        sink = call.sink
+        differentiated = (
+            query.requires_grad or key.requires_grad or value.requires_grad or (sink is not None and sink.requires_grad)
+        )
+        if differentiated and torch.is_grad_enabled():
+            output, lse = _Attention.apply(*arrays, sink, self)
         else:
-            output, lse = _forward(self.plan, *arrays)
+            output, lse = _forward(self.plan, *arrays, sink)
         return _returned(output, lse, self.headless, call) if self.headless or call.return_lse else output
 
     def backward(self, arrays, output, lse, grad, grad_lse):
@@ -111,28 +116,39 @@ class _Attention(torch.autograd.Function):
     """The kernels' output, lse and gradients; the formula's under create_graph, since the kernels have no derivative."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, bias, lens, offsets, prepared):
-        output, lse = _forward(prepared.plan, query, key, value, mask, bias, lens, offsets)
-        ctx.save_for_backward(query, key, value, mask, bias, lens, offsets, output, lse)
+    def forward(ctx, query, key, value, mask, bias, lens, offsets, sink, prepared):
+        output, lse = _forward(prepared.plan, query, key, value, mask, bias, lens, offsets, sink)
+        ctx.save_for_backward(query, key, value, mask, bias, lens, offsets, sink, output, lse)
         ctx.prepared = prepared
         ctx.set_materialize_grads(False)
         return output, lse
 
     @staticmethod
     def backward(ctx, grad, grad_lse):
-        *arrays, output, lse = ctx.saved_tensors
+        *arrays, sink, output, lse = ctx.saved_tensors
         if not torch.is_grad_enabled():
             grad = torch.zeros_like(output) if grad is None else grad
-            return *ctx.prepared.backward(arrays, output, lse, grad, grad_lse), None, None, None, None, None
-        wanted = ctx.needs_input_grad[:3]
+            *grads, delta = ctx.prepared.backward(arrays, output, lse, grad, grad_lse)
+            by_sink = sinks.gradient(sink, lse, delta) if ctx.needs_input_grad[7] else None
+            return *grads, None, None, None, None, by_sink, None
+        wanted = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[7])
         with torch.enable_grad():
-            inputs = [x.view_as(x) for x in arrays[:3]]  # apart, where one tensor is query and key
-            results = zip(formula(*inputs, *arrays[3:], ctx.prepared.rest), (grad, grad_lse), strict=True)
-            results = [(x, g) for x, g in results if g is not None]
+            inputs = [x if x is None else x.view_as(x) for x in (*arrays[:3], sink)]  # apart, where one tensor is query and key
+            output, lse = formula(*inputs[:3], *arrays[3:], ctx.prepared.rest)
+            if sink is not None:
+                left, lse = dispatch.load("torch")._left(lse, inputs[3], output.ndim)
+                output = (left * output).to(output.dtype)
+            results = [(x, g) for x, g in ((output, grad), (lse, grad_lse)) if g is not None]
         chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]
         outputs, grads = zip(*results, strict=True)
         found = iter(torch.autograd.grad(outputs, chosen, grads, create_graph=True))
-        return *(next(found) if w else None for w in wanted), None, None, None, None, None
+        *grads, by_sink = (next(found) if w else None for w in wanted)
+        return *grads, None, None, None, None, by_sink, None
+
+
+def _rows_of(sink, lse_shape):
+    """The sink of each row (batch, heads, n), a view."""
+    return None if sink is None else sinks.rows(sink.detach(), sink).expand(lse_shape)
 
 
 def formula(query, key, value, mask, bias, lens, offsets, rest):
@@ -225,13 +241,14 @@ def forward(query, key, value, mask, bias, lens, offsets, rest):
     return _forward(_planned(*arrays, rest), *arrays)
 
 
-def _forward(plan, query, key, value, mask, bias, lens, offsets):
+def _forward(plan, query, key, value, mask, bias, lens, offsets, sink=None):
     output = _empty(query, plan.output)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     parts = lse if plan.partial is None else query.new_empty(plan.partial, dtype=torch.float32)
-    plan.forward(query, key, value, output, lse, parts, *_given(lse, mask, bias, lens, offsets))
+    sink = lse if sink is None else _rows_of(sink, lse.shape)
+    plan.forward(query, key, value, output, lse, parts, *_given(lse, mask, bias, lens, offsets), sink)
     if plan.partial is not None:
-        plan.combine(parts, output, lse)
+        plan.combine(parts, output, lse, sink)
     return output, lse
 
 
@@ -240,7 +257,7 @@ def backward(query, key, value, mask, bias, lens, offsets, rest, output, lse, gr
     arrays = query, key, value, mask, bias, lens, offsets
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     plan = _planned(*arrays, rest, grad.stride(), grad_lse is not None)
-    return _backward(plan, *arrays, _as_made(output, query), lse, grad, grad_lse)
+    return _backward(plan, *arrays, _as_made(output, query), lse, grad, grad_lse)[:3]
 
 
 def _backward(plan, query, key, value, mask, bias, lens, offsets, output, lse, grad, grad_lse):
@@ -250,7 +267,7 @@ def _backward(plan, query, key, value, mask, bias, lens, offsets, output, lse, g
     given = _given(lse, mask, bias, lens, offsets)
     plan.by_query(query, key, value, output, lse, grad, grad_lse, delta, by_query, *given)
     plan.by_key(query, key, value, lse, grad, delta, by_key, by_value, *given)
-    return by_query, by_key, by_value
+    return by_query, by_key, by_value, delta
 
 
 def _given(other, mask, bias, lens, offsets):
@@ -290,10 +307,11 @@ def _heads_last(shape, strides):
 # ---- what is the same for all calls of some shapes
 
 
-def _planned(query, key, value, mask, bias, lens, offsets, rest, grad_strides=None, by_lse=False):
+def _planned(query, key, value, mask, bias, lens, offsets, rest, grad_strides=None, by_lse=False, sink=None):
     shapes = query.shape, key.shape, value.shape[-1], query.stride(), key.stride(), value.stride()
     masks = [None if x is None else (x.dtype, x.shape, x.stride()) for x in (mask, bias, lens, offsets)]
-    return _plan(query.device, query.dtype, *shapes, *masks, rest, grad_strides, by_lse)
+    of_sink = None if sink is None else (sink.dtype, sink.stride())
+    return _plan(query.device, query.dtype, *shapes, *masks, rest, grad_strides, by_lse, of_sink)
 
 
 class _Plan(NamedTuple):
@@ -307,7 +325,22 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def _plan(
-    device, dtype, shape, of_keys, v, q_strides, k_strides, v_strides, mask, bias, lens, offsets, rest, grad_strides, by_lse
+    device,
+    dtype,
+    shape,
+    of_keys,
+    v,
+    q_strides,
+    k_strides,
+    v_strides,
+    mask,
+    bias,
+    lens,
+    offsets,
+    rest,
+    grad_strides,
+    by_lse,
+    sink,
 ):
     (batch, heads, n, d), (_, kv_heads, m, _) = shape, of_keys
     group, width = heads // kv_heads, max(d, v)
@@ -334,14 +367,16 @@ def _plan(
         rows, cols, *how = forward_tiles(dtype, width, group * n, light, kinds != [0, 0])
         programs = -(-group * n // rows) * batch * kv_heads
         parts = how_many_parts(programs, m, cols, device)
-        constants = (*sizes, rows, cols, parts, *flags)
-        strides = (*inputs, *outputs, *masks)
+        constants = (*sizes, rows, cols, parts, *flags, sink is not None)
+        kind_of_sink, of_sink = sink or (None, (0, 0, 0))
+        types = (*types, kind_of_sink)
+        strides = (*inputs, *outputs, *masks, *of_sink)
         forward = Launch(tiles.forward, device, types, programs * parts, strides, numbers, constants, *how)
         output = _laid_out(shape, q_strides, v)
         if parts == 1:
             return _Plan(forward, None, None, None, None, output)
-        constants = (v, _wide(v), parts, parts)
-        combine = Launch(tiles.combine, device, types, batch * heads * n, outputs, (heads, n), constants, 4, 1)
+        constants = (v, _wide(v), parts, parts, sink is not None)
+        combine = Launch(tiles.combine, device, types, batch * heads * n, (*outputs, *of_sink), (heads, n), constants, 4, 1)
         return _Plan(forward, combine, None, None, parts * batch * heads * n * (v + 2), output)
     rows, cols, *how = query_tiles(dtype, width, light, narrow)
     strides = (*inputs, *outputs, *grad_strides[:3], *_rows(shape, q_strides, d), *masks)

@@ -61,7 +61,7 @@ def _name(query, key, value, call):
     if lens is not None and not lens.is_cuda:
         return None
     placed = offset if type(offset) is int else (offset.device, offset.dtype, offset.shape)
-    given = [None if x is None else (x.dtype, x.device, x.shape, x.stride()) for x in (mask, bias, lens)]
+    given = [None if x is None else (x.dtype, x.device, x.shape, x.stride()) for x in (mask, bias, lens, call.sink)]
     return (
         query.device, query.dtype, query.shape, query.stride(), key.device, key.dtype, key.shape, key.stride(), value.device,
         value.dtype, value.shape, value.stride(), *given, placed, call.left, call.right, call.scale, call.softcap,
@@ -71,10 +71,12 @@ def _name(query, key, value, call):
 
 def _choose(query, key, value, call):
     """The kernel that serves softmax of scaled dot products; None for the tab's own path."""
-    alone = call.mask is None and call.bias is None and not call.softcap and not call.return_lse
+    alone = call.mask is None and call.bias is None and call.sink is None and not call.softcap and not call.return_lse
     if alone and not call.restricted:
         return None
     recorded = tracing()
+    if call.sink is not None and (recorded or query.ndim != 4):  # the tab adds it to the kernel's lse
+        return None
     if recorded and (not torch.compiler.is_compiling() or torch.compiler.is_exporting()):
         return None
     if torch.is_autocast_enabled("cuda") or not _in_heads(query, key, value):
@@ -103,7 +105,7 @@ def _choose(query, key, value, call):
     wide = max(query.shape[-1], value.shape[-1]) > 128
     if wide and not (call.softcap or window or call.return_lse) and sdpa.wants_gradients(query, key, value):
         return None  # three times as slow backward as SDPA with a mask, on an H100
-    others = key, value, call.mask, call.bias
+    others = key, value, call.mask, call.bias, call.sink
     if any(x is not None and x.device != query.device for x in others):  # the kernel would take their addresses for its own
         return None
     return FLASH if _flexible(query, key, value) else None

@@ -52,8 +52,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sink, mask, causal, scale):
         output, lse = ATTEND(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-        rows = _rows(sink, lse)
-        both = torch.logaddexp(lse, rows)
+        of_rows = rows(sink, lse)
+        both = torch.logaddexp(lse, of_rows)
         left = torch.exp(lse - both)[..., None]
         output = output.mul_(left)
         ctx.save_for_backward(query, key, value, sink, mask, output, both)
@@ -70,16 +70,21 @@ class _Fused(torch.autograd.Function):
         by_sink = None
         if ctx.needs_input_grad[3]:
             sums = torch.linalg.vecdot(grad_output.to(lse.dtype), output.to(lse.dtype))
-            rows = _rows(sink, lse)
-            by_sink = torch.where(rows == -math.inf, 0, -sums * torch.exp(rows - lse))  # -inf is none, whatever is NaN
-            by_sink = by_sink[..., None] if sink.ndim == 4 else by_sink.sum(dim=-1)
-            by_sink = by_sink.sum_to_size(sink.shape).to(sink.dtype)
+            by_sink = gradient(sink, lse, sums)
         if not any(ctx.needs_input_grad[:3]):
             return None, None, None, by_sink, None, None, None
         grads = DERIVE(grad_output, query, key, value, output, lse, 0.0, causal, attn_mask=mask, scale=scale)
         return *grads, by_sink, None, None, None
 
 
-def _rows(sink, lse):
+def gradient(sink, lse, sums):
+    """The gradient by the sink; ``sums``: of grad_output * output in each row."""
+    of_rows = rows(sink, lse)
+    by_sink = torch.where(of_rows == -math.inf, 0, -sums * torch.exp(of_rows - lse))  # -inf is none, whatever is NaN
+    by_sink = by_sink[..., None] if sink.ndim == 4 else by_sink.sum(dim=-1)
+    return by_sink.sum_to_size(sink.shape).to(sink.dtype)
+
+
+def rows(sink, lse):
     """The sink as it broadcasts to the rows (batch, heads, n)."""
     return (sink[..., 0] if sink.ndim == 4 else sink[..., None]).to(lse.dtype)

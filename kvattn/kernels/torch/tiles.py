@@ -265,16 +265,27 @@ def _attend(
     return acc, largest, total
 
 
+@triton.jit
+def _left(lse, sink):
+    """What a sink, a key of this score whose value is 0, leaves to the other keys of a row, and the lse of all."""
+    sink = sink.to(tl.float32)
+    sink = tl.where(sink == float("inf"), float("nan"), sink)
+    ahead = tl.where(lse == -float("inf"), -float("inf"), lse - sink)
+    left = 1 / (1 + tl.exp(-ahead))
+    lse = tl.where(ahead > 0, lse + tl.log(1 + tl.exp(-ahead)), sink + tl.log(1 + tl.exp(ahead)))
+    return left, lse
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def forward(
-    Q, K, V, O, Lse, Parts, Lens, Offsets, Mask, Bias,
+    Q, K, V, O, Lse, Parts, Lens, Offsets, Mask, Bias, Sink,
     q_b, q_h, q_n, k_b, k_h, k_m, v_b, v_h, v_m, o_b, o_h, o_n, mask_b, mask_h, mask_n, mask_m, bias_b, bias_h,
-    bias_n, bias_m,
+    bias_n, bias_m, sink_b, sink_h, sink_n,
     heads, group, n, m, first, last, scale, cap,
     D: tl.constexpr, V_D: tl.constexpr, WIDE_D: tl.constexpr, WIDE_V: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr, SPLIT: tl.constexpr,
     LENS: tl.constexpr, OFFSETS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASK: tl.constexpr,
-    BIAS: tl.constexpr, CAP: tl.constexpr,
+    BIAS: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
     """The output and lse of one tile of queries; with SPLIT > 1, what one part of the keys adds to them."""
     tiles = tl.cdiv(group * n, ROWS)
@@ -370,6 +381,10 @@ def forward(
         total = tl.where(empty, 1.0, total)
         o = acc / total[:, None]
         lse = tl.where(empty, -float("inf"), (top * unit + tl.log2(total)) * LN2)
+        if SINK:
+            sink = tl.load(Sink + big * sink_b + own * sink_h + i_ * sink_n, mask=inside, other=0.0)
+            left, lse = _left(lse, sink)
+            o = o * left[:, None]
         o_at = O + big * o_b + (own * o_h + i_ * o_n)[:, None] + e[None, :]
         tl.store(o_at, o.to(O.dtype.element_ty), mask=inside[:, None] & (e < V_D)[None, :])
         tl.store(Lse + at, lse, mask=inside)
@@ -380,15 +395,20 @@ def combine(
     Parts,
     O,
     Lse,
+    Sink,
     o_b,
     o_h,
     o_n,
+    sink_b,
+    sink_h,
+    sink_n,
     heads,
     n,
     V_D: tl.constexpr,
     WIDE_V: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE_SPLIT: tl.constexpr,
+    SINK: tl.constexpr,
 ):
     """The output and lse of one query, from the parts of its keys. ``heads``: of the queries."""
     row = tl.program_id(0).to(tl.int64)
@@ -408,9 +428,13 @@ def combine(
     empty = sums == 0
     sums = tl.where(empty, 1.0, sums)
     o = tl.sum(acc * fade[:, None], 0) / sums
-    at = row // n // heads * o_b + row // n % heads * o_h + row % n * o_n
-    tl.store(O + at + e, o.to(O.dtype.element_ty), mask=e < V_D)
-    tl.store(Lse + row, tl.where(empty, -float("inf"), (largest + tl.log2(sums)) * LN2))
+    lse = tl.where(empty, -float("inf"), (largest + tl.log2(sums)) * LN2)
+    entry, head, i = row // n // heads, row // n % heads, row % n
+    if SINK:
+        left, lse = _left(lse, tl.load(Sink + entry * sink_b + head * sink_h + i * sink_n))
+        o = o * left
+    tl.store(O + entry * o_b + head * o_h + i * o_n + e, o.to(O.dtype.element_ty), mask=e < V_D)
+    tl.store(Lse + row, lse)
 
 
 # ---- backward
