@@ -90,8 +90,10 @@ def broadcastable(name: str, shape: tuple[Any, ...], full: tuple[Any, ...], what
 
 
 def _headless(name: str, shape: tuple[Any, ...], full: tuple[Any, ...], last: int) -> str:
-    """The cure where an array has no axis for the heads, and fits without."""
+    """The cure where an array has no axis for the heads, or none for heads and queries, and fits without."""
     lead, lacks = len(shape) - last, len(full) - len(shape)
+    if not lead and lacks and not any(a != 1 and _differ(a, b) for a, b in zip(shape, (full[0], full[-1]), strict=True)):
+        return f"; for padding, the keys of each batch entry, it is {name}[:, {'None, ' * lacks}:]"
     if (
         lead < 1
         or not lacks

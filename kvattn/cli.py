@@ -121,7 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="FILE", help="also write the measurements as JSON")
     bench.add_argument("--plot", metavar="FILE", help="also draw them; needs matplotlib")
 
-    lesson = commands.add_parser("lesson", help="run a lesson on all its tabs, or make a notebook of it for one")
+    lesson = commands.add_parser(
+        "lesson", help="run a lesson on all its tabs, make a notebook of it for one, or a site of many"
+    )
     actions = lesson.add_subparsers(dest="action", metavar="ACTION", required=True)
     run = actions.add_parser(
         "run",
@@ -147,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("file", metavar="FILE", help="a lesson: Markdown in the notation of d2l or MyST, or a notebook")
     convert.add_argument("--backend", metavar="NAME", required=True, help="the tab")
     convert.add_argument(
+        "-o",
         "--output",
         metavar="FILE",
         help="where to, in the format of its ending: .ipynb, .py, .md (default: beside the lesson, as LESSON.NAME.ipynb)",

@@ -123,7 +123,8 @@ def floating(name: str, x: Any, first: tuple[str, Any] | None = None, tab: Any =
     if dtype not in FLOATS:
         if type(x).__module__ == "numpy":
             neutral(tab, name, x)  # which may know better what is wrong
-        raise TypeError(f"{name} has dtype {dtype}; expected floating point: one of {', '.join(FLOATS)}")
+        cure = "; booleans are mask=, True where a query may attend" if name == "bias" and dtype.startswith("bool") else ""
+        raise TypeError(f"{name} has dtype {dtype}; expected floating point: one of {', '.join(FLOATS)}{cure}")
     if first is not None and dtype != (expected := dtype_name(first[1])):
         if hasattr(tab, "converts") and tab.converts(x, first[1]):
             return tab.asarray(x, dtype=expected)

@@ -116,6 +116,8 @@ BAD = {
     "a name that nobody knows": ({"temperature": 2.0}, TypeError, ["'temperature'", "it has score, normalize, mask"]),
     "a mask without heads": ({"mask": zeros(2, 3, 6, dtype=bool)}, ValueError, ["mask", "(2, 3, 6)", "mask[:, None]"]),
     "a bias without heads": ({"bias": zeros(2, 3, 6)}, ValueError, ["bias", "for all heads alike it is bias[:, None]"]),
+    "a mask of padding": ({"mask": zeros(2, 6, dtype=bool)}, ValueError, ["mask", "(2, 6)", "it is mask[:, None, None, :]"]),
+    "a bias of booleans": ({"bias": zeros(3, 6, dtype=bool)}, TypeError, ["bias", "bool", "booleans are mask="]),
     "query of text": ({"query": "he saw"}, TypeError, ["query"]),
     "ragged query": ({"query": [[1.0], [1.0, 2.0]]}, TypeError, ["query", "list"]),
 }  # fmt: skip

@@ -172,10 +172,19 @@ def test_a_page_of_a_site_has_the_same_citations(folder):
     assert "{ref}`sec_two`" in text
 
 
+def test_a_label_that_stands_at_nothing_leads_nowhere(folder):
+    text = "# One\n:label:`sec_before`\n\n## Two\n\n" + cell("1") + ":label:`fig_of_code`\n\n"
+    (folder / "01-first.md").write_text(
+        text + ":ref:`sec_before`, :numref:`fig_of_code`, :numref:`sec_after`\n\n:label:`sec_after`\n## Three\n"
+    )
+    (lost,) = lesson.References(lesson.read(folder / "01-first.md")).lost
+    assert ":numref:`fig_of_code` leads nowhere: no heading, figure" in lost
+
+
 def test_what_leads_nowhere_fails_a_run_and_a_conversion(folder, command):
     text = REFERRING.replace("sec_two", "sec_too").replace("citet:`Holder`", "citet:`Hoelder`") + cell("1")
     said = [
-        "FILE:4: :ref:`sec_too` leads nowhere: no lesson of this folder has the label",
+        "FILE:4: :ref:`sec_too` leads nowhere: no heading, figure, table or equation of this folder's lessons has it",
         "FILE:23: :citet:`Hoelder` cites nothing: the .bib files here have no such entry",
     ]
     got = command(text, "run", "--backend", "numpy")

@@ -187,7 +187,7 @@ def test_what_is_wrong_is_told_and_nothing_is_written(book, world):
     made = book(a=f"# A\n{TWINS}{cell('1 / 0', 'twin')}", b="# B\n:numref:`sec_nowhere`\n", c=cell("1", "twin"))
     problems = site.write(made, world / "pages", ["numpy"])
     assert [re.sub(r".*/book/", "", each) for each in problems] == [
-        "b.md:2: :numref:`sec_nowhere` leads nowhere: no lesson of this folder has the label",
+        "b.md:2: :numref:`sec_nowhere` leads nowhere: no heading, figure, table or equation of this folder's lessons has it",
         "c.md has none of the tabs numpy; it has: twin",
     ]
     assert "a.md:8: 1 / 0" in site.write(made, world / "pages", ["twin"])[0]

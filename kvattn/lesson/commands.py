@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -35,6 +36,10 @@ def command(options: argparse.Namespace) -> int:
 def _lesson(file: str) -> Lesson:
     try:
         return lesson.read(file)
+    except IsADirectoryError as error:
+        raise Refused(
+            f"{file!r} is a folder; a site of its lessons, each of them run: kvattn lesson site {file} -o OUT"
+        ) from error
     except OSError as error:
         raise Refused(f"cannot read {file!r}: {error.strerror or error}") from error
     except ValueError as error:
@@ -183,7 +188,9 @@ class _Site:
             return False
 
         def say(line: str) -> None:
-            self.console.print(line.replace(str(self.source), str(self.folder)), soft_wrap=True)
+            line = line.replace(str(self.source), str(self.folder))
+            line = re.sub(r"(\.md):\d+(?=: )", r"\1", line)  # of the page that was made, which is not the lesson's
+            self.console.print(line, soft_wrap=True)
 
         site.html(self.source, self.out, title, say)
         lessons = f"{len(book.lessons)} lessons on {', '.join(names)}"

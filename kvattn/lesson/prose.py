@@ -16,6 +16,7 @@ TITLES = {"numpy": "NumPy", "torch": "PyTorch", "tensorflow": "TensorFlow", "jax
 _BEGIN, _END = re.compile(r"^:begin_tab:`([^`]*)`\s*$"), re.compile(r"^:end_tab:\s*$")
 _SLIDE = re.compile(r"([\[(])(\*\*|~~)((?:(?!\n\n).){1,2000}?)\2[\])](?!\()", re.DOTALL)  # not **[a link](target)**
 HEADING = re.compile(r"^(#{1,6} [^\n]*)\n\s*?\n?:label:`([^`]*)`[ \t]*$", re.MULTILINE)
+BEFORE = re.compile(r"^:label:`([^`]*)`[ \t]*\n\s*(#{1,6} [^\n]*)$", re.MULTILINE)
 FIGURE = re.compile(
     r"^!\[((?:(?!\n\n).){,2000}?)\]\(([^()\s]+)\)[ \t]*((?:\n:(?:width|height|label):`[^`\n]*`[ \t]*)+)$",
     re.MULTILINE | re.DOTALL,

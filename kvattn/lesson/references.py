@@ -13,6 +13,7 @@ from typing import NamedTuple
 from kvattn.lesson import prose
 from kvattn.lesson.reader import MARKDOWN, Lesson, Prose
 
+WHAT = "heading, figure, table or equation"  # what a label may stand at: Sphinx finds no other
 _ENTRY = re.compile(r"@(\w++)\s*+\{\s*+([^,\s{}]++)\s*+,")
 _FIELD = re.compile(r"\s*+,?\s*+(\w++)\s*+=\s*+")
 _ACCENTS = {"`": "\u0300", "'": "\u0301", "^": "\u0302", "~": "\u0303", '"': "\u0308", "c": "\u0327", "v": "\u030c"}
@@ -41,7 +42,7 @@ class References:
     @cached_property
     def own(self) -> dict[str, Target]:
         """The labels of the lesson itself."""
-        return _labels("\n\n".join(self._texts))
+        return _labels("\n\n<!-- a cell -->\n\n".join(self._texts))  # beyond which no label goes with a heading
 
     @cached_property
     def others(self) -> dict[str, Target]:
@@ -73,7 +74,9 @@ class References:
         lost = []
         for line, kind, name in self._used():
             if not kind.startswith("cite") and self.target(name) is None:
-                lost.append(f"{self.lesson.at(line)}: :{kind}:`{name}` leads nowhere: no lesson of this folder has the label")
+                lost.append(
+                    f"{self.lesson.at(line)}: :{kind}:`{name}` leads nowhere: no {WHAT} of this folder's lessons has it"
+                )
             elif kind.startswith("cite") and name not in self.entries:
                 bib = "the .bib files here have no such entry" if self.entries else "there is no .bib file beside the lesson"
                 lost.append(f"{self.lesson.at(line)}: :{kind}:`{name}` cites nothing: {bib}")
@@ -108,8 +111,8 @@ class References:
 def _labels(text: str) -> dict[str, Target]:
     """The labels of a text: titles of headings, and figures, tables and equations counted from 1."""
     text = prose.without_fences(prose._unslide(text))
-    found = {label: Target(label) for kind, label in prose.ALONE.findall(text) if kind == "label"}
-    found |= {label: Target(title.lstrip("#").strip()) for title, label in prose.HEADING.findall(text)}
+    headings = [*prose.HEADING.findall(text), *(found[::-1] for found in prose.BEFORE.findall(text))]
+    found = {label: Target(title.lstrip("#").strip()) for title, label in headings}
     figures = [dict(prose.ATTRIBUTE.findall(each[2])).get("label") for each in prose.FIGURE.findall(text)]
     tables = [before or after for _, before, _, after in prose.TABLE.findall(text)]
     equations = [label for _, label in prose.EQUATION.findall(text)]
