@@ -273,13 +273,18 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[s
     if case.call in layers.LAYERS:
         return _layer(tab, case, dtype, like)
     given: list[tuple[str, Any]] = []
+    given_for: list[tuple[np.ndarray, Any]] = []
 
     def convert(name: str, x: Any) -> Any:
         if not isinstance(x, np.ndarray):
             return x
         kept = "float32" if name == "lses" and dtype in tolerance.HALF else dtype
+        for other, one in given_for:  # one array as query, key and value is one of the backend's too
+            if other is x and name in ("query", "key", "value"):
+                return one
         made = tab.asarray(x.copy(), dtype=kept if x.dtype.kind == "f" else None, like=like)
         given.append((name, made))
+        given_for.append((x, made))
         return made
 
     stacked = ("outputs", "lses")

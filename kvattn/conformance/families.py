@@ -22,7 +22,7 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
     combined = (merging, blocks, covariance, multihead.cases, combinations, many_axes, notfinite.cases, lone, places.cases)
     later = (sinks, notfinite.sinks, placed.cases, scores_out, places.layered, notfinite.scores_out)
     dropped = (dropout, multihead.dropout, places.falling)
-    last = (together.cases, together.plainly)  # where what is new does not shift the data of the others
+    last = (together.cases, together.plainly, together.edges)  # where what is new does not shift the data of the others
     for family in (*keywords, *parts, *combined, *later, *dropped, *last):
         yield from family(rng)
 

@@ -86,6 +86,47 @@ def plainly(rng: np.random.Generator) -> Iterator[Case]:
         yield attend(f"nothing but {', '.join(names)}", *arrays, group=GROUP, rng=rng, asked=(), **options)
 
 
+def edges(rng: np.random.Generator) -> Iterator[Case]:
+    """What implementers got wrong that none of the cases before saw."""
+    make: dict[str, Any] = {"group": "edges", "rng": rng}
+    yield attend("bias ()", *qkv(rng), bias=np.array(-0.5), mask=flags(rng, 4, 5), **make)
+    for offset in (2**40, -(2**40)):
+        group = {"group": "empty rows"} if offset < 0 else {}
+        yield attend(f"causal, offset {offset}", *qkv(rng), causal=True, query_offset=offset, asked=LSE, **make | group)
+    yield attend(
+        "a window as wide as int32 counts", *qkv(rng), window=(2**31 - 1, 2**31 - 2), query_offset=3, asked=LSE, **make
+    )
+    same: dict[str, Any] = {"d": 3, "v": 3}  # with as many features of values as of keys a kernel may give the lse itself
+    yield attend("scale, lse, as many features", *qkv(rng, **same), scale=0.75, asked=LSE, grad=False, **make)
+    yield attend(
+        "causal, scale, lse, as many features", *qkv(rng, **same), causal=True, scale=1.5, asked=LSE, grad=False, **make
+    )
+    x = grid(rng, 2, 2, 4, 3)
+    yield attend("one array is query, key and value", x, x, x, causal=True, asked=(), **make)
+    (q, k, _), (_, _, v) = qkv(rng, kv=(1, 2)), qkv(rng)
+    yield attend("keys that entries share, values of each", q, k, v, valid_lens=np.array([3, 5]), asked=(), **make)
+    (q, k, _), (_, _, v) = qkv(rng), qkv(rng, kv=(1, 2))
+    yield attend("values that entries share, keys of each", q, k, v, mask=flags(rng, 2, 1, 4, 5), asked=(), **make)
+    # where the largest output has as many digits as the largest value, to round twice is seen
+    q, k, _ = qkv(rng, n=9, m=9)
+    near = 1 + rng.integers(1, 5, (2, 2, 9, 2)) / 16
+    yield attend("sink: rounded once", q, k, near, sink=np.array([-1.5, -2.0]), asked=(), **make | {"group": "half precision"})
+
+    # long enough for tiles, and for calls by lengths
+    many: dict[str, Any] = {"n": 68, "m": 484, "d": 2, "lead": (2, 2), "kv": (2, 1)}
+    looked = np.arange(68) == 40
+    each: dict[str, Any] = {"valid_lens": np.array([484, 150]), "query_offset": np.array([416, 60]), "causal": True}
+    yield attend("many pairs, lengths and offsets", *qkv(rng, **many), grad=looked, asked=LSE, **each | make)
+    arrays = qkv(rng, **many | {"d": 64, "v": 64})
+    yield attend("many pairs, lengths", *arrays, valid_lens=np.array([484, 12]), grad=False, asked=(), **make)
+    yield attend("many pairs, large scores", *qkv(rng, **many), scale=256.0, grad=looked, asked=LSE, **make)
+    lens = rng.integers(0, 500, 264)
+    q, k, v = qkv(rng, n=264, m=560, d=2, v=1, lead=())
+    yield attend(
+        "many pairs, lengths per query", q, k, v, causal=True, query_offset=200, valid_lens=lens, asked=(), grad=False, **make
+    )
+
+
 def _drawn(rng: np.random.Generator, plan: set[str], poison: bool) -> Any:
     """query, key, value and the options of such a call, each of which makes a difference to its answer."""
     while True:
