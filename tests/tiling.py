@@ -293,7 +293,7 @@ class Torch(Differentiating):
 
         from kvattn.kernels.torch import plan, sdpa, sinks
 
-        served, masks, fused = [], [] if masks is None else masks, sinks.fused
+        served, masks, fused, with_lse = [], [] if masks is None else masks, sinks.fused, sinks.with_lse
 
         def counted(query, key, value, mask=None, **options):
             served.append("SDPA")
@@ -305,9 +305,13 @@ class Torch(Differentiating):
             masks.append(mask)
             return fused(query, key, value, mask, causal, scale, sink)
 
+        def counted_with_lse(*args):
+            served.append("SDPA")
+            return with_lse(*args)
+
         with (
             patch.dict(vars(plan), {"FEW": 0} | sizes), patch.object(sdpa, "scaled_dot_product_attention", counted),
-            patch.object(sinks, "fused", counted_with_sink),
+            patch.object(sinks, "fused", counted_with_sink), patch.object(sinks, "with_lse", counted_with_lse),
             patch.multiple(planning, BLOCK=2, SLICES=2),
         ):  # fmt: skip
             yield served
@@ -360,7 +364,9 @@ class TensorFlow(Differentiating):
             yield served
 
     def passes(self, case):
-        return {"_forward", "_backward"} if super().passes(case) and "bias" not in case.arguments | case.keywords else set()
+        passes = super().passes(case) and "bias" not in case.arguments | case.keywords
+        alike = passes and case.arguments["key"].shape[:-2] == case.arguments["value"].shape[:-2]
+        return {"_forward", "_backward"} if alike else set()
 
     def vjp(self, function, inputs, grad_output):
         with self.tab.tf.GradientTape() as tape:

@@ -133,7 +133,9 @@ def _lengths(valid_lens, ndim):
 
 def _positions(query_offset, n, ndim):
     """Where each query stands: (n, 1), or (batch, 1, ..., n, 1) of ndim axes."""
-    if not isinstance(query_offset, int) and query_offset.ndim:
+    if isinstance(query_offset, int):  # MLX counts in int32, which is more than any array is long
+        query_offset = max(-(2**30), min(query_offset, 2**30))
+    elif query_offset.ndim:
         query_offset = query_offset.reshape(-1, *[1] * (ndim - 1))
     return query_offset + mx.arange(n)[:, None]
 

@@ -156,7 +156,8 @@ def _split(call, n):
     if not call.windowed:
         call = call._replace(query_offset=0)  # nor where the queries stand
     elif _traces_offset(call, n):
-        given["query_offset"] = call.query_offset
+        far = call.query_offset  # no array is as long as 2^30, and an argument of a program is an int32
+        given["query_offset"] = max(-(2**30), min(far, 2**30)) if type(far) is int else far
     return call._replace(**dict.fromkeys(given)) if given else call, given
 
 
