@@ -24,7 +24,8 @@ def said(slopes, segments, floats):
     """Options by positions, by name; ``slopes`` and ``segments``: the framework's; ``floats``: makes floats of integers."""
     return {
         "mask": {"mask": lambda q, k: k <= q + 1},
-        "no window": {"mask": lambda q, k: ~((k > q) * (k > 5))},
+        # k <= q or k <= 5, in integers: TensorFlow 2.18 multiplies no bools, and MXNet has no | of them
+        "no window": {"mask": lambda q, k: (abs(k - q) + k - q) * (abs(k - 5) + k - 5) == 0},
         "bias": {"bias": lambda q, k: -slopes[:, None, None] * floats(abs(q - k)), "causal": True},
         "segments": {"segments": segments},
     }
