@@ -158,7 +158,8 @@ def attention(
         normalize: a function (scores, where=None) -> weights; default `softmax`.
         mask: bool, broadcastable to (..., n, m): True where a query may attend. Or a function that gives this of positions,
             integer arrays: of queries, (n, 1), or (batch, 1, ..., n, 1) where each entry has an offset, and of keys, (1, m), of
-            int32 or int64 as the framework has them: any in which a product of two positions fits.
+            int32 or int64 as the framework has them: any in which a product of two positions fits, except where JAX has its
+            64 bits off, whose int32 products wrap from position 46,341 on.
             It is asked for some queries and keys at a time, and more than once: what nobody may attend to is left out.
         bias: added to the scores; the query's dtype, broadcastable to (..., n, m). -inf forbids a pair, as the mask does. Or a
             function of positions, as the mask's, that gives floats of any dtype: there is no array (n, m) then.

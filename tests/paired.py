@@ -20,12 +20,16 @@ def inputs():
     return [rng.standard_normal((2, 2, N, 4)).astype("float32") for _ in range(3)]
 
 
+def past(x):
+    """0 up to 0, then above it: masks in integers, since TensorFlow 2.18 multiplies no bools, and MXNet has no | of them."""
+    return abs(x) + x
+
+
 def said(slopes, segments, floats):
     """Options by positions, by name; ``slopes`` and ``segments``: the framework's; ``floats``: makes floats of integers."""
     return {
         "mask": {"mask": lambda q, k: k <= q + 1},
-        # k <= q or k <= 5, in integers: TensorFlow 2.18 multiplies no bools, and MXNet has no | of them
-        "no window": {"mask": lambda q, k: (abs(k - q) + k - q) * (abs(k - 5) + k - 5) == 0},
+        "no window": {"mask": lambda q, k: past(k - q) * past(k - 5) == 0},
         "bias": {"bias": lambda q, k: -slopes[:, None, None] * floats(abs(q - k)), "causal": True},
         "segments": {"segments": segments},
     }

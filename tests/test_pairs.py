@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+from paired import past
 
 import kvattn
 from kvattn import conversion, pairs, planning
@@ -89,11 +90,11 @@ def test_the_cases_tell_of_a_fault(what):
 
 SAID = {  # a mask by positions, its array, and what is made of it
     "causal": (lambda q, k: k <= q, "a window"),
-    "a window": (lambda q, k: (k <= q + 3) * (q - k < 40), "a window"),
-    "causal after a prefix": (lambda q, k: ~((k > q) * (k > 200)), "blocks"),
-    "a window, and a first key for all": (lambda q, k: (k <= q) * (k * (q - k) < 40 * k), "blocks"),
+    "a window": (lambda q, k: past(k - q - 3) + past(q - k - 39) == 0, "a window"),
+    "causal after a prefix": (lambda q, k: past(k - q) * past(k - 200) == 0, "blocks"),
+    "a window, and a first key for all": (lambda q, k: past(k - q) + k * past(q - k - 39) == 0, "blocks"),
     "later keys": (lambda q, k: k > q + 500, "blocks"),
-    "a block on the diagonal": (lambda q, k: (q < 300) * (k < 300), "blocks"),
+    "a block on the diagonal": (lambda q, k: past(q - 299) + past(k - 299) == 0, "blocks"),
     "everything": (lambda q, k: k * q >= 0, "arrays"),
 }
 
@@ -118,11 +119,11 @@ def test_few_positions_are_asked_where_they_tell_of_all(backend, tab):
 
     def window(q, k):
         asked.append(math.prod((q - k).shape))
-        return (k <= q) * (q - k < 40)
+        return past(k - q) + past(q - k - 39) == 0
 
     def prefix(q, k):
         asked.append(type(q))
-        return ~((k > q) * (k > 200))
+        return past(k - q) * past(k - 200) == 0
 
     with patch.multiple(pairs, FEW=0):
         found = kvattn.explain(x, x, x, mask=window)
@@ -138,13 +139,13 @@ CALLS = {
     "alone": {},
     "causal": {"causal": True},
     "a window": {"window": (40, 9), "query_offset": 30},
-    "a window function": {"mask": lambda q, k: (k <= q) * (q - k < 40)},
+    "a window function": {"mask": lambda q, k: past(k - q) + past(q - k - 39) == 0},
     "some see nobody": {"window": (5, 5), "query_offset": 500},
     "before all keys": {"causal": True, "query_offset": -50},
     "lengths": {"valid_lens": [200]},
     "a sink": {"sink": 0.5, "causal": True},
     "the lse": {"return_lse": True},
-    "another mask": {"mask": lambda q, k: ~((k > q) * (k > 200))},
+    "another mask": {"mask": lambda q, k: past(k - q) * past(k - 200) == 0},
 }
 
 
@@ -190,7 +191,7 @@ def test_what_a_mask_function_reads_is_read_in_its_framework(backend, tab):
     places = np.arange(300)
     ahead = places - places[:, None]
     said = {
-        "a window": (lambda q, k: (k <= q) * (q - k < own), (ahead <= 0) & (ahead > -30)),
+        "a window": (lambda q, k: past(k - q) + past(q - k + 1 - own) == 0, (ahead <= 0) & (ahead > -30)),
         "some keys": (lambda q, k: k < own, ahead * 0 + places < 30),
         "halves": (lambda q, k: q / 2 < k / 2, places[:, None] < places),
     }
