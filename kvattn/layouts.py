@@ -57,11 +57,11 @@ def translated(state: Mapping[str, Any], layout: str, prefix: str = "") -> dict[
         blocks = sorted(name.removesuffix(needed[0]).rstrip(".") for name in state if name.endswith(f".{needed[0]}"))
         hint = f"\ngive prefix=, the name of one block: {', '.join(map(repr, blocks[:LISTED]))}" if missing and blocks else ""
         raise ValueError(f"this is no {layout} attention block, and nothing was loaded:\n  " + "\n  ".join(wrong) + hint)
-    found: dict[str, np.ndarray] = {name: _plain(own[f"{name}.weight"]) for name in norms if f"{name}.weight" in own}
+    found: dict[str, np.ndarray] = {name: plain(own[f"{name}.weight"]) for name in norms if f"{name}.weight" in own}
     for letters, part in parts.items():
         for kind, name in (("W", f"{part}.weight"), ("b", f"{part}.bias")):
             if name in own:
-                x = _plain(own[name])
+                x = plain(own[name])
                 x = x.T if transposed else x
                 if len(letters) > 1 and (not x.ndim or x.shape[-1] % len(letters)):
                     raise ValueError(
@@ -72,7 +72,7 @@ def translated(state: Mapping[str, Any], layout: str, prefix: str = "") -> dict[
     return found
 
 
-def _plain(x: Any) -> np.ndarray:
+def plain(x: Any) -> np.ndarray:
     """Any framework's array as NumPy's; bfloat16 as float32, which holds it."""
     array = np.asarray(dispatch.choose(None, x=x).to_numpy(x))
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array

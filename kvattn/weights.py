@@ -39,6 +39,10 @@ def import_weights(layer: Any, weights: Mapping[str, Any], layout: str | None = 
 
     JAX: give variables, or a module that has none yet; returns new variables.
 
+    A layer that was never called, and so has no values yet for a weight, becomes float64 if one of ``weights`` is, and float32
+    otherwise, which holds half precision and bfloat16 exactly. One that has all its values keeps its dtype, to which the new
+    ones are rounded, and so does one that was given a dtype: ``.half()``, ``cast("float16")``, Keras's ``dtype=``.
+
     Args:
         weights: arrays by kvattn's names; any framework's.
         layout: "llama", "gpt2", "bert" or "t5", for a MultiHeadAttention: ``weights`` are then the state of a Hugging Face
@@ -51,7 +55,8 @@ def import_weights(layer: Any, weights: Mapping[str, Any], layout: str | None = 
     relative_attention_bias.
 
     Raises TypeError for weights that are no dict, and ValueError, listing every name that is missing or unknown and every
-    shape that differs: then nothing is changed.
+    shape that differs. Raises TypeError for float64 and a Keras layer of float32 that was never called, or a flax module
+    that takes tokens, without JAX's 64 bits. Then nothing is changed.
     """
     if not hasattr(weights, "items"):
         raise TypeError(
@@ -63,7 +68,7 @@ def import_weights(layer: Any, weights: Mapping[str, Any], layout: str | None = 
     elif prefix:
         raise ValueError(f"prefix is {prefix!r}, but no layout is given, of {', '.join(layouts.LAYOUTS)}")
     framework = _framework(layer)
-    arrays = {name: np.asarray(x) for name, x in weights.items()}
+    arrays = {name: layouts.plain(x) for name, x in weights.items()}
     expected = {name: slot.shape for name, slot in framework.slots(layer).items()}
     wrong = [f"missing: {name} {_show(shape)}" for name, shape in expected.items() if name not in arrays]
     wrong += [f"unknown: {name} {x.shape}" for name, x in arrays.items() if name not in expected]
@@ -75,6 +80,8 @@ def import_weights(layer: Any, weights: Mapping[str, Any], layout: str | None = 
     wrong += [f"{name} has dtype {x.dtype}; expected floating point" for name, x in arrays.items() if x.dtype.kind != "f"]
     if wrong:
         raise ValueError("these weights do not fit, and nothing was loaded:\n  " + "\n  ".join(wrong))
+    if any(x.dtype.itemsize > 4 for x in arrays.values()):  # one dtype for all, since a layer has one
+        arrays = {name: x.astype(np.float64) for name, x in arrays.items()}
     return framework.assign(layer, arrays)
 
 
@@ -87,18 +94,34 @@ def save_weights(layer: Any, path: str | Path) -> None:
 def load_weights(path: str | Path, layer: Any = None, layout: str | None = None, *, prefix: str = "") -> Any:
     """The arrays of a .safetensors file by name, or, given a layer, what `import_weights` returns for them.
 
-    Raises ValueError, naming the file, for one that is damaged, and for dtypes that NumPy has not.
+    bfloat16 comes as float32, which holds it. Raises ValueError, naming the file, for one that is damaged, and for other dtypes
+    that NumPy has not.
     """
     read = _safetensors()
     with open(path, "rb"):  # that it is there, and a file, Python says better
         pass
     try:
-        arrays = read.load_file(path)
+        arrays = {name: layouts.plain(x) for name, x in _arrays(read, path).items()}
     except OSError:
         raise
     except Exception as error:  # its own class of error, which names no file; and NumPy's, of dtypes that it has not
         raise ValueError(f"{path} is no .safetensors file that can be read: {error}") from None
     return arrays if layer is None else import_weights(layer, arrays, layout, prefix=prefix)
+
+
+def _arrays(read: Any, path: str | Path) -> Any:
+    try:
+        return read.load_file(path)
+    except TypeError:  # of a name of a dtype that NumPy has not, unless something has loaded ml_dtypes
+        parts: Any = importlib.import_module("safetensors")
+        return {name: _array(**x) for name, x in parts.deserialize(Path(path).read_bytes())}
+
+
+def _array(dtype: str, shape: list[int], data: bytearray) -> np.ndarray:
+    """An array of a .safetensors file, which names dtypes F32, I64, BF16; bfloat16 is half a float32."""
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").reshape(shape)
+    return np.frombuffer(data, "?" if dtype == "BOOL" else f"<{dtype[0].lower()}{int(dtype[1:]) // 8}").reshape(shape)
 
 
 def _plain(x: Any) -> bool:

@@ -216,3 +216,102 @@ def test_a_file_that_is_not_there_or_a_folder_says_so(tmp_path):
         weights.load_weights(tmp_path / "none.safetensors")
     with pytest.raises(IsADirectoryError):
         weights.load_weights(tmp_path)
+
+
+# ---- the dtype of a layer that was never called is that of what is loaded
+
+
+BIASED = {"num_hiddens": 8, "num_heads": 4, "bias": True, "qk_norm": True, "sink": True}
+ENCODER = {"vocab_size": 11, "num_hiddens": 8, "ffn_num_hiddens": 12, "num_heads": 4, "num_blks": 1}
+UNCALLED = [("MultiHeadAttention", BIASED), ("TransformerEncoder", ENCODER)]
+
+
+def wide(name, config):
+    """A layer's weights in float64, whose digits float32 has not."""
+    from adapters import numpy as adapter
+
+    layer = adapter.layer(name, **config)
+    adapter.call(layer, *([np.array([[1, 2, 3]])] if name == "TransformerEncoder" else [QUERY] * 3))
+    return {n: RNG.normal(size=x.shape) / 3 for n, x in weights.export_weights(layer).items()}
+
+
+@pytest.mark.parametrize(("name", "config"), UNCALLED, ids=[name for name, _ in UNCALLED])
+def test_float64_stays_in_a_layer_that_was_never_called(backend, name, config):
+    adapter = importlib.import_module(f"adapters.{backend}")
+    arrays = wide(name, config)
+    layer = adapter.layer(name, **config)
+    if backend == "tensorflow":  # whose layers have a dtype from the first
+        with pytest.raises(TypeError, match=r"weights are float64, and this layer.*make the layer with dtype='float64'"):
+            weights.import_weights(layer, arrays)
+        with pytest.raises(ValueError, match="no values yet"):
+            weights.export_weights(layer)
+        layer = adapter.layer(name, **config, dtype="float64")
+    if backend == "jax" and name == "TransformerEncoder":  # tokens do not tell that this is float64
+        with pytest.raises(TypeError, match=r"weights are float64.*jax_enable_x64"):
+            adapter.load(layer, arrays)
+        return
+    layer = adapter.load(layer, arrays)
+    for n, x in adapter.weights(layer).items():
+        assert x.dtype == np.float64, n
+        np.testing.assert_array_equal(x, arrays[n], err_msg=n)
+    if name == "MultiHeadAttention":
+        inputs = [x.astype("float64") for x in (QUERY, MEMORY, MEMORY)]
+        oracle = importlib.import_module("adapters.numpy").layer(name, **config)
+        want = importlib.import_module("adapters.numpy").call(weights.import_weights(oracle, arrays), *inputs)
+        got = adapter.call(layer, *(inputs if backend != "jax" else [kvattn.asarray(x, backend="jax") for x in inputs]))
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
+    else:
+        adapter.call(layer, np.array([[1, 2, 3]]))
+
+
+def test_a_layer_that_was_called_keeps_its_dtype(backend):
+    adapter = importlib.import_module(f"adapters.{backend}")
+    arrays = wide("MultiHeadAttention", BIASED)
+    layer = adapter.layer("MultiHeadAttention", **BIASED)
+    layer = adapter.load(layer, {n: np.zeros(x.shape, "float32") for n, x in arrays.items()})
+    layer = adapter.load(layer, arrays)
+    for n, x in adapter.weights(layer).items():
+        assert x.dtype == np.float32, n
+        np.testing.assert_array_equal(x, arrays[n].astype("float32"), err_msg=n)
+
+
+def test_bfloat16_is_taken_as_float32_that_holds_it(backend):
+    adapter = importlib.import_module(f"adapters.{backend}")
+    arrays = wide("MultiHeadAttention", BIASED)
+    if backend == "torch":
+        import torch
+
+        given = {n: torch.nn.Parameter(torch.tensor(x).bfloat16()) for n, x in arrays.items()}
+        want = {n: x.detach().float().numpy() for n, x in given.items()}
+    elif backend == "jax":
+        import jax.numpy as jnp
+
+        given = {n: jnp.asarray(x, "bfloat16") for n, x in arrays.items()}
+        want = {n: np.asarray(x.astype("float32")) for n, x in given.items()}
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        given = {n: tf.cast(x, "bfloat16") for n, x in arrays.items()}
+        want = {n: tf.cast(x, "float32").numpy() for n, x in given.items()}
+    else:
+        given = want = {n: x.astype("float16") for n, x in arrays.items()}
+    layer = adapter.load(adapter.layer("MultiHeadAttention", **BIASED), given)
+    for n, x in adapter.weights(layer).items():
+        assert x.dtype == np.float32, n
+        np.testing.assert_array_equal(x, want[n].astype("float32"), err_msg=n)
+
+
+def test_a_file_of_bfloat16_is_read_as_float32(tmp_path):
+    bits = np.array([0x3F80, 0xC040, 0x7F80], "<u2")  # 1, -3 and infinity
+    header = json.dumps({
+        "b": {"dtype": "BF16", "shape": [3], "data_offsets": [0, 6]},
+        "i": {"dtype": "I32", "shape": [1], "data_offsets": [6, 10]},
+        "t": {"dtype": "BOOL", "shape": [2], "data_offsets": [10, 12]},
+    }).encode()  # fmt: skip
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bits.tobytes() + np.array([7], "<i4").tobytes() + b"\x01\x00")
+    found = weights.load_weights(path)
+    assert {name: (x.dtype.name, x.tolist()) for name, x in found.items()} == {
+        "b": ("float32", [1.0, -3.0, np.inf]), "i": ("int32", [7]), "t": ("bool", [True, False]),
+    }  # fmt: skip

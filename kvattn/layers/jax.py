@@ -311,7 +311,8 @@ class MultiHeadAttention(_Layer):
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self._kv_heads), tab._split(self.W_v(values), self._kv_heads)
-        queries, keys = layers.normed(tab, self._epsilon, queries, keys, *self._norms)
+        norms = (x.astype(queries.dtype) if _is(np.float64, x) else x for x in self._norms)
+        queries, keys = layers.normed(tab, self._epsilon, queries, keys, *norms)
         queries, keys, values, cache = layers.placed("jax", queries, keys, values, cache, self._turns, options)
         valid_lens = layers.lengths(tab, valid_lens, queries)
         options = layers.with_alibi("jax", options, self._slopes, queries)
@@ -716,11 +717,20 @@ def slots(x):
 
 
 def assign(x, arrays):
-    """New variables with these arrays, whose names and shapes fit, in the dtypes of the old ones, or float32."""
-    made = {}
-    for name, (path, _, old) in slots(x).items():
+    """New variables with these arrays, whose names and shapes fit, in the dtypes of the old ones, else float64 or float32.
+
+    Raises TypeError for a new embedding of float64 without JAX's 64 bits: calls with tokens would round it.
+    """
+    wide, found, made = any(array.dtype == np.float64 for array in arrays.values()), slots(x), {}
+    embeds = any(path[-1] == "embedding" and old is None for path, _, old in found.values())
+    if wide and embeds and not jax.config.jax_enable_x64:
+        raise TypeError(
+            "weights are float64, which a module that takes tokens computes in JAX's 64 bits only: "
+            "jax.config.update('jax_enable_x64', True), or give weights of float32, x.astype('float32')"
+        )
+    for name, (path, _, old) in found.items():
         array = layers.native(name, arrays[name]) if old is None else arrays[name].reshape(old.shape)
-        made[path] = tab.asarray(array, dtype="float32" if old is None else old.dtype.name)
+        made[path] = tab.asarray(array, dtype=old.dtype.name if old is not None else "float64" if wide else "float32")
     if isinstance(x, nnx.Module):
         nnx.update(x, unflatten_dict(made))
         return x

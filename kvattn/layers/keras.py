@@ -56,7 +56,7 @@ class Layer(keras.layers.Layer):
 
     def build_from_config(self, config):
         if "weights" in config:
-            assign(self, {name: np.zeros(shape) for name, shape in config["weights"].items()})
+            assign(self, {name: np.zeros(shape, np.float32) for name, shape in config["weights"].items()})
         else:
             super().build_from_config(config)
 
@@ -313,8 +313,18 @@ def _heads(part):
 
 
 def assign(module, arrays):
-    """Put these arrays, whose names and shapes fit, in the module's weights; returns the module."""
-    for name, slot in slots(module).items():
+    """Put these arrays, whose names and shapes fit, in the module's weights; returns the module.
+
+    Raises TypeError for float64, which a layer that is to make weights of float32 would round.
+    """
+    found = slots(module)
+    fresh = {slot.owner.dtype_policy.name for slot in found.values() if slot.variable is None}
+    if "float32" in fresh and any(x.dtype == np.float64 for x in arrays.values()):
+        raise TypeError(
+            "weights are float64, and this layer, which was never called, is to make its own in float32: "
+            "make the layer with dtype='float64', or give weights of float32, x.astype('float32')"
+        )
+    for name, slot in found.items():
         if slot.variable is None:
             _make(slot.owner, arrays[name].shape)
         array = tf.reshape(arrays[name], slot.variable.shape)

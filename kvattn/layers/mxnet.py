@@ -639,6 +639,10 @@ def slots(block, path=()):
 @mx.util.use_np
 def assign(block, arrays):
     """Put these arrays, whose names and shapes fit, in the block's weights; returns the block."""
+    parameters = [slot.parameter for slot in slots(block).values()]
+    fresh = any(x._data is None for x in parameters) and all(numpy.dtype(x.dtype) == numpy.float32 for x in parameters)
+    if fresh and any(x.dtype == numpy.float64 for x in arrays.values()):
+        block.cast("float64")
     for name, slot in slots(block).items():
         array = layers.native(name, arrays[name]).T if slot.transposed else arrays[name]
         array = np.array(array, dtype=slot.parameter.dtype)

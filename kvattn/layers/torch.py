@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -466,6 +467,10 @@ def _packed(part):
 
 def assign(module, arrays):
     """Put these arrays, whose names and shapes fit, in the module's weights; returns the module."""
+    parameters = {slot.parameter for slot in slots(module).values()}
+    fresh = any(map(is_lazy, parameters)) and all(x.dtype == torch.float32 for x in parameters)
+    if fresh and any(x.dtype == np.float64 for x in arrays.values()):
+        module.double()
     with torch.no_grad():
         for name, slot in slots(module).items():
             array = layers.native(name, arrays[name])
