@@ -12,7 +12,7 @@ import pytest
 from paired import past
 
 import kvattn
-from kvattn import conversion, pairs, planning
+from kvattn import conversion, pairs, planning, positions
 from kvattn.conformance import check, native, placed
 from kvattn.pairs import Part
 
@@ -133,6 +133,38 @@ def test_few_positions_are_asked_where_they_tell_of_all(backend, tab):
         kvattn.attention(x, x, x, mask=prefix)
     own = type(tab.places(x))
     assert asked.count(own) <= 1 or own is np.ndarray
+
+
+def test_a_window_is_asked_for_once_where_nothing_can_change_it(backend, tab):
+    x, asked, limits = tab.asarray(np.random.default_rng(0).standard_normal((1, 1, 300, 4))), [], [40]
+
+    def of_distances(*arguments, _of=positions.of_distances):
+        asked.append(None)
+        return _of(*arguments)
+
+    def asks(mask, left, offset=0):
+        asked.clear()
+        got, want = (
+            kvattn.to_numpy(kvattn.attention(x, x, x, query_offset=offset, **how))
+            for how in ({"mask": mask}, {"window": (left, None)})
+        )
+        np.testing.assert_allclose(got, want, atol=1e-13)
+        return bool(asked)
+
+    def back(left):
+        return lambda q, k: q - k <= left
+
+    with patch.multiple(pairs, FEW=0, _windows={}), patch.object(positions, "of_distances", of_distances):
+        assert asks(back(40), 40)
+        assert not asks(back(40), 40)
+        assert asks(back(30), 30)
+        assert asks(back(40), 40, offset=7)
+        assert asks(lambda q, k, left=40: q - k <= left, 40)
+        assert asks(lambda q, k: q - k <= limits[0], 40)
+        limits[0] = 30
+        assert asks(lambda q, k: q - k <= limits[0], 30)
+        for _ in range(2):
+            assert asks(lambda q, k: past(q - k - 40) == 0, 40)  # a name may be another function the next time
 
 
 CALLS = {
