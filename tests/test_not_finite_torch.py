@@ -234,3 +234,15 @@ def test_other_masks_are_not_lengths(mask):
     square = [draw(3, 4, n, 64) for n in (3, 300, 300)]  # as many queries as entries
     mask = PADDING.permute(1, 2, 0, 3)
     np.testing.assert_allclose(kvattn.attention(*square, mask=mask), in_numpy(square, square[0], {"mask": mask})[0], atol=1e-12)
+
+
+def test_lengths_by_themselves_take_one_number_as_a_bias_and_any_default_device():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 8, 64, 64), *torch.randn(2, 2, 8, 1024, 64)
+    mask = torch.arange(1024) < torch.tensor([100, 30])[:, None, None, None]
+    assert kvattn.explain(query, key, value, mask=mask).kernel == "SDPA, by lengths"
+    expected = kvattn.attention(query, key, value, mask=mask)
+    with torch.device("meta"):
+        assert torch.equal(kvattn.attention(query, key, value, mask=mask), expected)
+    biased = kvattn.attention(query, key, value, mask=mask, bias=torch.tensor(0.5))
+    assert (biased - expected).abs().max() < 1e-4

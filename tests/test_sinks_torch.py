@@ -70,3 +70,17 @@ def test_each_batch_entry_keeps_its_own_sinks_where_lengths_divide_the_batch(sha
     gradients = (torch.autograd.grad(x.sin().sum(), [*arrays, sink]) for x in (found, torch.cat(alone)))
     for x, y in [(found, torch.cat(alone)), *zip(*gradients, strict=True)]:
         assert (x - y).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("lens", [None, torch.tensor([7, 7])], ids=["causal", "lengths"])
+def test_a_query_of_nan_beside_few_of_many_keys_and_a_sink_is_nan(lens):
+    """Of fewer than 16 keys the kernel gives zeros for it."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 5, 64), *torch.randn(2, 2, 4, 9000, 64)
+    query[0, 0, 3] = torch.nan
+    options = {"sink": torch.zeros(4), "valid_lens": lens, "causal": lens is None}
+    kernel = kvattn.explain(query, key, value, **options).kernel
+    assert kernel == ("SDPA" if lens is None else "SDPA, by lengths") or not sinks.KNOWN
+    lost = attend(query, key, value, **options).isnan()
+    assert lost[0, 0, 3].all()
+    assert lost.sum() == 64  # numbers of this row

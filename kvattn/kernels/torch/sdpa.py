@@ -113,11 +113,11 @@ def _equal_lengths(query, key, value, call):
 def _lengths_of(mask, query, key):
     """The lengths (batch,) that a mask (batch, 1, ..., 1, m) tells, if it forbids keys at the end and no others; else None."""
     batch, m = query.shape[0], key.shape[-2]
-    if not readable(mask) or mask.shape != (batch, *[1] * (query.ndim - 2), m):
+    if query.ndim < 3 or not readable(mask) or mask.shape != (batch, *[1] * (query.ndim - 2), m):
         return None
     rows = mask.reshape(batch, m)
     lengths = rows.sum(dim=-1)
-    return lengths if torch.equal(rows, torch.arange(m) < lengths[:, None]) else None
+    return lengths if torch.equal(rows, torch.arange(m, device=mask.device) < lengths[:, None]) else None
 
 
 def _blocks_of_masks(query, key, value, call):
@@ -169,7 +169,7 @@ def by_lengths(masked, query, key, value, call, lengths):
         elif b is None:
             outputs.append(fused(q, k, v, None, call.windowed, call.scale, sink=s))
         else:
-            b = b if b.shape[-1] == 1 else b[..., :length]
+            b = b if not b.ndim or b.shape[-1] == 1 else b[..., :length]
             outputs.append(masked(q, k, v, call._replace(mask=None, valid_lens=None, bias=b, sink=s)))
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).to(query.dtype)
 
@@ -318,7 +318,10 @@ def fused(query, key, value, mask, causal, scale, pair_by_pair=None, otherwise=N
     Its derivatives serve where something is not finite, and as second ones. ``otherwise``: by default the same.
     """
     if sink is not None:
-        return sinks.fused(query, key, value, mask, causal, scale, sink)
+        output = sinks.fused(query, key, value, mask, causal, scale, sink)
+        few_keys = mask is None and key.shape[-2] < nonfinite.VECTOR  # `with_sink`, which looks at all parts, has more
+        lost = few_keys and not nonfinite.sound(output, query, key, False, False)
+        return torch.full_like(output, math.nan) if lost else output
     output = _run(query, key, value, mask, causal, scale)
     differentiable = wants_gradients(query, key, value) and not tracing()
     sound = nonfinite.sound(output, query, key, mask is not None, causal)
