@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     lesson = commands.add_parser(
         "lesson", help="run a lesson on all its tabs, make a notebook of it for one, or a site of many"
     )
-    actions = lesson.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions = lesson.add_subparsers(dest="action", metavar="{run,convert,site}", required=True)
     run = actions.add_parser(
         "run",
         help="execute each tab in a kernel of its own, and compare what the common cells show",

@@ -59,7 +59,13 @@ def masked_softmax(scores, valid_lens=None, *args, **options):
     return api.masked_softmax(scores, whole_lengths(valid_lens), *args, **{"backend": "mxnet"} | options)
 
 
-numpy, to, reduce_sum, reduce_mean = map(namespace.method, ("asnumpy", "as_in_context", "sum", "mean"))
+def numpy(x):
+    """The array as a NumPy array."""
+    return to_numpy(x)  # noqa: F405
+
+
+to, reduce_sum, reduce_mean = map(namespace.method, ("as_in_context", "sum", "mean"))
+
 astype, reshape, swapaxes, repeat, argmax = map(namespace.method, ("astype", "reshape", "swapaxes", "repeat", "argmax"))
 transpose, size = attrgetter("T"), attrgetter("size")
 

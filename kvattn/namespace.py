@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +61,9 @@ def lazily(framework: str) -> Callable[[str], Any]:
             return getattr(plot, name)
         if name in scaffold.NAMES[framework]:
             return getattr(importlib.import_module(f"kvattn.scaffold.{framework}"), name)
-        raise AttributeError(f"kvattn's namespaces have no {name!r}")
+        near = [] if name.startswith("_") else difflib.get_close_matches(name, dir(sys.modules[f"kvattn.{framework}"]))
+        hint = f": did you mean {' or '.join(near)}?" if near else ""
+        raise AttributeError(f"kvattn's namespaces have no {name!r}{hint}")
 
     return found
 

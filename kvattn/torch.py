@@ -29,7 +29,7 @@ batch_matmul = torch.bmm
 
 def numpy(x):
     """The tensor as a NumPy array."""
-    return x.numpy(force=True)
+    return to_numpy(x)  # noqa: F405
 
 
 reshape, swapaxes, repeat, reduce_sum, reduce_mean = map(namespace.method, ("reshape", "swapaxes", "repeat", "sum", "mean"))

@@ -502,3 +502,9 @@ def test_the_doctor_says_which_backend_serves_and_why(capsys, world, monkeypatch
     got, out, _ = run(capsys, "doctor")
     assert got == status
     assert said in out
+
+
+def test_a_lesson_without_an_action_is_told_the_three(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["lesson"])
+    assert "required: {run,convert,site}" in capsys.readouterr().err

@@ -719,6 +719,22 @@ def test_an_unknown_option_is_told_whatever_its_name(adapter, backend, name):
 # ---- the namespaces
 
 
+def test_a_namespace_names_what_is_near(backend):
+    kv = importlib.import_module(f"kvattn.{backend}")
+    with pytest.raises(AttributeError, match=r"no 'MultiheadAttention': did you mean MultiHeadAttention"):
+        kv.MultiheadAttention  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no 'qqqqq'$"):
+        kv.qqqqq  # noqa: B018
+
+
+def test_a_namespaces_numpy_takes_lists_as_well(backend):
+    kv = importlib.import_module(f"kvattn.{backend}")
+    for given in ([1, 2, 3], np.array([1, 2, 3]), kvattn.asarray(np.array([1, 2, 3]), backend=backend)):
+        found = kv.numpy(given)
+        assert type(found) is np.ndarray
+        np.testing.assert_array_equal(found, [1, 2, 3])
+
+
 def test_a_namespace_loads_no_other_framework(backend):
     others = {"torch", "tensorflow", "keras", "jax", "flax", "mxnet", "matplotlib"}
     code = (

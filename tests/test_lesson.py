@@ -329,3 +329,11 @@ def test_what_is_not_seeded_is_not_the_same_in_two_lessons(name, world):
         assert made.parents[name]
     assert one.error is other.error is None
     assert one.outputs[-1]["data"] != other.outputs[-1]["data"]
+
+
+@pytest.mark.parametrize(("fence", "line"), [("```python\nx = 1\n", 3), ("~~~~\nwords\n~~~\n", 3), ("```", 3)])
+def test_a_fence_that_is_never_closed_is_told_by_its_line(fence, line):
+    with pytest.raises(ValueError, match=rf"^lesson\.md:{line}: this fence is never closed"):
+        lesson.parse(f"# Title\n\n{fence}")
+    for end in ("````", "~~~~~  "):
+        assert lesson.parse(f"# Title\n\n{end}\nwords\n  {end}\n").cells == []

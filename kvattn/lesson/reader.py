@@ -105,6 +105,7 @@ def parse(text: str, path: Path = Path("lesson.md")) -> Lesson:
     (('torch', 'jax'), [Cell(line=4, code='1 + 1', tabs=('torch', 'jax'), setup=False)])
     """
     lines = text.split("\n")
+    rows = re.split("\r\n?|\n", text)  # as Markdown counts them
     parts: list[Prose | Cell] = []
     found = fences(text)
     fenced = next((each for each in _FENCED if any(each.fullmatch(info) for _, _, info, *_ in found)), None)
@@ -112,6 +113,10 @@ def parse(text: str, path: Path = Path("lesson.md")) -> Lesson:
     end = front.group().count("\n") if front else 0
     names: list[str] = []
     for start, stop, info, code, nested in found:
+        if not nested and not _closed(rows[start:stop]):
+            raise ValueError(
+                f"{path}:{start + 1}: this fence is never closed, and all that follows is in it: end it with its marks"
+            )
         if fenced is None or not fenced.fullmatch(info):
             continue
         options = _OPTIONS.match(code) if fenced is _FENCED[1] else None
@@ -174,6 +179,12 @@ def fences(text: str) -> list[tuple[int, int, str, str, bool]]:
         for token in MarkdownIt("commonmark").parse(text)
         if token.type == "fence" and token.map
     ]
+
+
+def _closed(lines: list[str]) -> bool:
+    """Whether a fenced block, which else runs to the end of its text, ends with the marks that it begins with, or more."""
+    marks = re.match(r"(`+|~+)", lines[0].lstrip())
+    return len(lines) > 1 and marks is not None and bool(re.fullmatch(rf" {{0,3}}{marks[1]}{marks[1][0]}*[ \t]*", lines[-1]))
 
 
 def _prose(lines: list[str], start: int, stop: int) -> Prose:
