@@ -3,6 +3,7 @@
 from itertools import combinations, product
 
 import numpy as np
+import pytest
 
 from kvattn import conformance
 from kvattn.conformance import oracle, together
@@ -51,3 +52,11 @@ def test_each_option_makes_a_difference():
             with np.errstate(all="ignore"):
                 found = oracle.attention(**rest).values["output"]
             assert not np.array_equal(found, case.answer["output"]), (case.name, name)
+
+
+def test_a_line_that_cannot_be_drawn_is_told(monkeypatch):
+    query, key, value, _ = together._arrays(np.random.default_rng(0), {"2 axes"})
+    monkeypatch.setattr(together, "_arrays", lambda rng, plan: (query, key, value, {"mask": np.ones((5, 8), bool)}))
+    monkeypatch.setattr(together, "TRIES", 3)
+    with pytest.raises(RuntimeError, match="'2 axes, mask' held none in which each option makes a difference"):
+        together._drawn(np.random.default_rng(0), {"mask", "2 axes"}, poison=False)

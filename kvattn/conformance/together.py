@@ -20,6 +20,7 @@ from kvattn.conformance.pooling import parametrised
 GROUP = "options together"
 LEADS = {"grouped": ((2, 4), (2, 2)), "shared keys": ((2, 2), (1, 2)), "3 axes": ((2,), (2,))}
 STAGES = ("raw", "capped", "biased")
+TRIES = 1000  # of drawing a call in which every option matters: more than a line needs unless it never can
 # any two choices meet in a line, of softmax; with another normaliser each choice does
 PLANS = (
     "2 axes, window at -1, mask, lengths per query, scale, sink, dropout, distance",
@@ -129,7 +130,7 @@ def edges(rng: np.random.Generator) -> Iterator[Case]:
 
 def _drawn(rng: np.random.Generator, plan: set[str], poison: bool) -> Any:
     """query, key, value and the options of such a call, each of which makes a difference to its answer."""
-    while True:
+    for _ in range(TRIES):
         query, key, value, options = _arrays(rng, plan)
         where = [name for name in ("mask", "valid_lens", "segments", "positions", "causal", "window") if name in options]
         found = _attending(query, key, options)
@@ -145,6 +146,10 @@ def _drawn(rng: np.random.Generator, plan: set[str], poison: bool) -> Any:
             query, key, value, *bias = poisoned(rng, query, key, value, **options)
             options |= {"bias": bias[0]} if bias else {}
         return query, key, value, options
+    raise RuntimeError(
+        f"{TRIES} draws of {', '.join(sorted(plan))!r} held none in which each option makes a difference and no score lies"
+        " near a kink: two of these options may say the same; take one of them out of this line of PLANS"
+    )
 
 
 def _attending(query: np.ndarray, key: np.ndarray, options: dict[str, Any]) -> set[tuple[int, ...]]:
