@@ -563,3 +563,21 @@ def test_draws_follow_pythons_generator():
     assert 0 <= uniform.min() <= uniform.max() < 1
     assert (uniform != column[:, 0]).all()
     assert standard.min() < 0
+
+
+@pytest.mark.parametrize("base", ["Encoder", "Decoder", "AttentionDecoder"])
+def test_a_base_of_the_scaffold_without_a_call_says_what_lacks(base):
+    """As `EncoderDecoder` calls them: Python would say that they are not callable."""
+    from kvattn.scaffold import jax as scaffold
+
+    class Own(getattr(scaffold, base)):
+        pass
+
+    class Around(nn.Module):
+        part: nn.Module
+
+        def __call__(self, x):
+            return self.part(x, None)
+
+    with pytest.raises(NotImplementedError, match=r"^Own has no __call__"):
+        Around(Own()).init(KEY, X)

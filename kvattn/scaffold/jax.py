@@ -198,10 +198,16 @@ class Classifier(Module):
 class Encoder(nn.Module):
     """The base of encoders: (X, valid_lens, training=False) -> what a decoder's init_state takes."""
 
+    def __call__(self, X, *args, training=False):
+        raise NotImplementedError(f"{type(self).__name__} has no __call__")
+
 
 class Decoder(nn.Module, training.Decoder):
     """The base of decoders: init_state(enc_outputs, valid_lens) gives a state, (X, state, training=False) -> (logits,
     state)."""
+
+    def __call__(self, X, state, *args, training=False):
+        raise NotImplementedError(f"{type(self).__name__} has no __call__")
 
 
 class AttentionDecoder(Decoder):
