@@ -749,3 +749,16 @@ def test_the_short_names_mean_what_they_mean_in_d2l():
     assert kv.get_key() != kv.get_key()
     assert kv.softmax([0.0, 0.0]).dtype == tf.float64  # kvattn's functions, on TensorFlow
     assert kv.masked_softmax(kv.rand((2, 2, 4)), kv.tensor([2, 3])).shape == (2, 2, 4)
+
+
+def test_an_attention_put_into_multi_head_attention_builds_its_weights():
+    X = np.random.default_rng(0).normal(size=(2, 5, 8)).astype("float32")
+    layer, attention = kv.MultiHeadAttention(num_hiddens=8, num_heads=2, seed=0), kv.AdditiveAttention(num_hiddens=4, seed=0)
+    layer.attention = attention
+    output = layer(X, X, X)
+    q, k, v = (np.swapaxes((X @ part.kernel.numpy()).reshape(2, 5, 2, 4), 1, 2) for part in (layer.W_q, layer.W_k, layer.W_v))
+    W_q, W_k, w_v = (part.kernel.numpy() for part in (attention.W_q, attention.W_k, attention.w_v))
+    scores = np.tanh((q @ W_q)[..., :, None, :] + (k @ W_k)[..., None, :, :]) @ w_v[:, 0]
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    expected = np.swapaxes(weights @ v, 1, 2).reshape(2, 5, 8) @ layer.W_o.kernel.numpy()
+    np.testing.assert_allclose(output, expected, atol=1e-4)

@@ -197,7 +197,8 @@ class MultiHeadAttention(Layer):
         for part, shape in ((self.W_q, queries_shape), (self.W_k, keys_shape), (self.W_v, values_shape)):
             build_once(part, shape)
         build_once(self.W_o, (None, self.W_q.units))
-        self.attention.built = True  # it has nothing to build, and is not called by Keras
+        if type(self.attention) is DotProductAttention:
+            self.attention.built = True  # it has nothing to build, and is not called by Keras
         self.make()
 
     def make(self, shape=None):
@@ -234,7 +235,10 @@ class MultiHeadAttention(Layer):
         options = layers.with_alibi("tensorflow", options, self.alibi, queries)
         options = layers.with_sink(options, None if self.sink is None else tf.cast(self.sink, queries.dtype))
         # a layer inside a layer: Keras's own __call__ would take a third of what attention takes, and change nothing
-        results = self.attention.call(queries, keys, values, valid_lens, training=training, **options)
+        attend = (
+            self.attention.call if type(self.attention) is DotProductAttention else self.attention
+        )  # a user's own may build
+        results = attend(queries, keys, values, valid_lens, training=training, **options)
         return layers.joined(tab._swap, self._mixed, results, cache)
 
     def _mixed(self, output):
