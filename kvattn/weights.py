@@ -112,7 +112,7 @@ def load_weights(path: str | Path, layer: Any = None, layout: str | None = None,
 def _arrays(read: Any, path: str | Path) -> Any:
     try:
         return read.load_file(path)
-    except TypeError:  # of a name of a dtype that NumPy has not, unless something has loaded ml_dtypes
+    except (TypeError, AttributeError):  # a dtype that NumPy has not; safetensors 0.4 raises the second, later ones the first
         parts: Any = importlib.import_module("safetensors")
         return {name: _array(**x) for name, x in parts.deserialize(Path(path).read_bytes())}
 
