@@ -6,7 +6,8 @@ Keys and values of 64 float32 features are generated into the folder from a seed
 they are attended to by 64 queries. A worker is a process of one thread with its memory limited, and so NumPy's kernel has one
 thread too. The calls take turns; a figure is the median of the rounds' ratios. The share of reading is the time of the same
 tasks that only touch each page of their chunk: pages in the system's cache, if its memory holds them, or, with --cold, dropped
-from it before each call. CPU is the time of all processes on a processor, the scheduler's too, over the kernel's: on a
+from it before each call. With --persist, and one number of --workers, the workers hold keys and values in their own memory, and
+map no file. CPU is the time of all processes on a processor, the scheduler's too, over the kernel's: on a
 busy machine it tells more than the clock. ``apart`` is how far the outputs are from the kernel's at most.
 
 What two workers could reach at best, without Dask, stands beside them: two processes, each of which has half of the keys for
@@ -133,7 +134,8 @@ def measure(asked, size, clients, pool, limits):
         calls[what] = partial(halves, count)
         calls[f"{what}, product"] = partial(products, count)
     for workers, client in clients.items():
-        calls[f"{workers} workers"] = partial(by, client, kd.attention(query, key, value))
+        held = client.persist([key, value]) if asked.persist else [key, value]
+        calls[f"{workers} workers"] = partial(by, client, kd.attention(query, *held))
         calls[f"{workers} workers, reading"] = partial(by, client, touch)
 
     def turn(call):
@@ -181,9 +183,12 @@ def main():
     parser.add_argument("--memory-limit", default="1GiB", help="of each worker (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each call (default: %(default)s)")
     parser.add_argument("--cold", action="store_true", help="drop the files from the system's cache before each call")
+    parser.add_argument("--persist", action="store_true", help="let the workers hold keys and values in their memory")
     parser.add_argument("--progress", action="store_true", help="show Dask's progress bar")
     parser.add_argument("--json", help="write the figures to this file")
     asked = parser.parse_args()
+    if asked.persist and "," in asked.workers:
+        parser.error("--persist needs one number of --workers: what one cluster holds another does not find")
 
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
