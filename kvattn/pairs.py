@@ -470,8 +470,9 @@ def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None]
     if call.mask.segments is not None:
         return None
     name = _name_for_good(query, key, call)
-    if name is not None and name in _windows:
-        return _windows[name]
+    remembered = None if name is None else _windows.get(name)  # at once: another thread may forget it in between
+    if remembered is not None:
+        return remembered
     made = _of_distances(call.mask.mask_function, query, key, call, in_numpy=True)
     if made is None or conversion.dtype_name(made) not in ("bool", "bool_"):
         return None
