@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kvattn import layers
-from kvattn.conformance import check, functions, multihead, oracle, pooling
+from kvattn.conformance import check, functions, multihead, oracle, oracle_layers, pooling
 from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case, attend, grid, kink_free, poisoned
 
 SIZES = (1, 1, 2, 3, 4, 5, 7)
@@ -394,7 +394,9 @@ def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
     options |= {"causal": True} if steps or call == "decoding" else {}
     given = options | _over_heads(call, options)
     inputs = query, key, value
-    if "normalize" in options and not _clear(*inputs, params, *counts, options=given, weights_of=oracle.weights_of_heads):
+    if "normalize" in options and not _clear(
+        *inputs, params, *counts, options=given, weights_of=oracle_layers.weights_of_heads
+    ):
         given.pop("normalize")
     make: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "asked": drawn.asked}
     make["grad"] = drawn.grad and not _over_heads(call, options)
@@ -495,7 +497,7 @@ def _transformers(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
         inputs["enc_outputs"] = grid(drawn.rng("enc_outputs"), *drawn.lead, drawn.m, h)
         inputs |= {"enc_valid_lens": options.pop("valid_lens")} if "valid_lens" in options else {}
     options |= {"causal": True} if steps else {}
-    answer = oracle.layer(call, weights, [*inputs.values()], config, **options)
+    answer = oracle_layers.layer(call, weights, [*inputs.values()], config, **options)
     arrays = {x: y for x, y in options.items() if isinstance(y, np.ndarray)}
     keywords = {x: y for x, y in options.items() if x not in arrays} | ({"steps": True} if steps else {})
     keywords |= {"inputs": (*inputs,), "config": config, "weights": weights}

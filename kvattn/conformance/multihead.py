@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn.conformance import oracle
+from kvattn.conformance import oracle_layers
 from kvattn.conformance.cases import Case, flags, grid, poisoned  # noqa: F401
 
 Params = dict[str, np.ndarray]
@@ -43,7 +43,7 @@ def multi_head(name: str, inputs: Sequence[np.ndarray], params: Params, rng: np.
     kv_heads = heads if kv_heads is None else kv_heads
     o = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] // kv_heads * heads
     grad_output = grid(rng, *query.shape[:-1], o) if grad else None
-    answer = oracle.multi_head_attention(query, key, value, params, heads, kv_heads, grad_output, **options)
+    answer = oracle_layers.multi_head_attention(query, key, value, params, heads, kv_heads, grad_output, **options)
     results = ("output", *asked, *(["scores"] if "return_scores" in options else []))
     kept = [what for what in answer.values if what in results or what.startswith("grad_")]
     arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}

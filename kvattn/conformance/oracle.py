@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvattn.conformance import functions, tolerance
+from kvattn.conformance import functions
 
 STEP = 1e-30
 
@@ -244,7 +244,7 @@ def survivors(pairs: list[tuple[Place, Place]], lead: tuple[int, ...], rate: flo
 # ---- attention
 
 
-def _flat(x: Array) -> Array:
+def flat(x: Array) -> Array:
     """(..., m, c) -> (rows, c), also where c is 0."""
     return x.reshape(np.prod(x.shape[:-1], dtype=int), x.shape[-1])
 
@@ -375,20 +375,20 @@ class Weighing(NamedTuple):
 def attention(query: Array, key: Array, value: Array, grad_output: Array | None = None, **how: Any) -> Answer:
     """Output, weights and lse; with grad_output, the gradients of sum(grad_output * output) by every array. m > 0 or not."""
     with np.errstate(invalid="ignore", over="ignore"):
-        values, sizes, largest = _Attention(query, key, value, grad_output, how).answer()
-    return Answer(_marked(values), _plain(sizes), largest)
+        values, sizes, largest = Attention(query, key, value, grad_output, how).answer()
+    return Answer(marked(values), largest_finite(sizes), largest)
 
 
 def weights(query: Array, key: Array, value: Array, **how: Any) -> Array:
     """The weights alone, in a fraction of the time."""
     with np.errstate(invalid="ignore", over="ignore"):
-        call = _Attention(query, key, value, None, how)
+        call = Attention(query, key, value, None, how)
         for at, of in call.rows():
             call.weigh(at, of)
     return call.weights
 
 
-class _Attention:
+class Attention:
     """A call of attention in four steps: its pairs, their scores, the weights of a row at a time, sums over the pairs.
 
     What has one entry for each pair is named for one of them: q and k are the vectors of its query and key, s is its score.
@@ -409,7 +409,7 @@ class _Attention:
         at_key = (*self.at_pair[:-2], self.at_pair[-1])
         self.sources = {"query": (query, flat_rows(query, lead)[self.at_pair[:-1]])}  # an array, and which of its rows
         self.sources |= {"key": (key, flat_rows(key, lead)[at_key]), "value": (value, flat_rows(value, lead)[at_key])}
-        self.q, self.k, v = (_flat(x)[rows] for x, rows in self.sources.values())
+        self.q, self.k, v = (flat(x)[rows] for x, rows in self.sources.values())
         self.share = survivors(found, lead, self.how.dropout, self.how.rng) if self.how.dropout else np.ones(len(v))
         each = self.share[:, None]
         self.v, self.v_size = v * each, np.abs(v) * each  # what multiplies a weight may as well multiply its value
@@ -418,7 +418,7 @@ class _Attention:
         if absolute is not None:
             *inputs, self.g_size = absolute
             rows = [rows for _, rows in self.sources.values()]
-            q_size, k_size, v_size = (_flat(x)[r] for x, r in zip(inputs, rows, strict=True))
+            q_size, k_size, v_size = (flat(x)[r] for x, r in zip(inputs, rows, strict=True))
             self.v_size = v_size * each
             k_size = -k_size  # a difference of such sums is rounded relative to the sum of their magnitudes
         self.bias: Any = how.get("bias")
@@ -570,248 +570,7 @@ def _numbered(x: Array) -> Array:
     return np.arange(x.size).reshape(x.shape)
 
 
-def multi_head_attention(query: Array, key: Array, value: Array, params: dict[str, Array], num_heads: int, num_kv_heads: int,
-                         grad_output: Array | None = None, rotary: dict[str, Any] | None = None, qk_norm: float | None = None,
-                         **how: Any) -> Answer:  # fmt: skip
-    """Heads by `attention`; projections and their gradients are sums written out, over values and over absolute values."""
-    if "sink" in params:
-        how["sink"] = params["sink"]
-    size = {name: np.abs(x) for name, x in params.items()}
-    inputs, heads = {"query": query, "key": key, "value": value}, (num_heads, num_kv_heads, num_kv_heads)
-    projected = [split(project(x, params, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
-    absolute = [split(project(np.abs(x), size, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
-    steps: list[Any] = []  # what becomes of queries and keys, to go back by
-    for at, first in enumerate((how.get("query_offset", 0), 0)):
-        norm = turn = None
-        if qk_norm is not None:
-            norm = _RowNorm(params["qk"[at] + "_norm"], projected[at], absolute[at], qk_norm)
-            projected[at], absolute[at] = norm.forward()
-        if rotary is not None:
-            turn = _Turn(projected[at].shape, int(first), **rotary)
-            projected[at], absolute[at] = turn.values(projected[at]), turn.sizes(absolute[at])
-        steps.append((norm, turn))
-    back: list[Any] = [None, None]  # the gradient of the joined heads' output, and its magnitude
-    if grad_output is not None:
-        back = [grad_output, np.abs(grad_output)]
-        if "W_o" in params:
-            back = [back[0] @ params["W_o"].T, back[1] @ size["W_o"].T]
-        back = [split(x, num_heads) for x in back]
-    if query.ndim == 2 and (lens := how.get("valid_lens")) is not None:  # no batch axis: every head has these lengths
-        how["valid_lens"] = np.broadcast_to(lens, (num_heads, *np.shape(lens)))
-    with np.errstate(invalid="ignore"):
-        q, k, v = projected
-        values, sizes, largest = _Attention(q, k, v, back[0], how, [*absolute, back[1]]).answer()
-    joined, top = join(values["output"]), np.max(sizes["output"])
-    values["output"], sizes["output"] = project(joined, params, "o"), project(np.full(joined.shape, top), size, "o")
-    if grad_output is not None:
-        _back_through(steps, values, sizes)
-        _by_projections(values, params, inputs, joined, grad_output)
-        absolute_inputs = {name: np.abs(x) for name, x in inputs.items()}
-        _by_projections(sizes, size, absolute_inputs, joined * 0 + top, np.abs(grad_output))
-    if "scores" in sizes:
-        sizes["scores"] = 3 * sizes["scores"]  # query, key, product: each rounds
-    kept = {"output", "weights", "lse", "scores", *(f"grad_{name}" for name in (*inputs, *params))}
-    values = {name: x for name, x in values.items() if name in kept}
-    sizes = _plain({name: sizes[name] for name in values})
-    roundings = 3 + 3 * (qk_norm is not None) + (rotary is not None)  # query, key, product: each rounds
-    return Answer(_marked(values), sizes, roundings * largest)
-
-
-def split(x: Array, heads: int) -> Array:
-    """(..., n, heads * c) to (..., heads, n, c)."""
-    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
-
-
-def join(x: Array) -> Array:
-    """(..., heads, n, c) to (..., n, heads * c)."""
-    return x.swapaxes(-2, -3).reshape(*x.shape[:-3], x.shape[-2], x.shape[-3] * x.shape[-1])
-
-
-def project(x: Array, params: dict[str, Array], name: str) -> Array:
-    """x W + b, by the params of that letter: q, k, v or o; x, where there is no such W."""
-    return x @ params[f"W_{name}"] + params.get(f"b_{name}", 0.0) if f"W_{name}" in params else x
-
-
-def _back_through(steps: list[Any], values: dict[str, Array], sizes: dict[str, Any]) -> None:
-    """The gradients by what is projected, of those by what heads attend to: back through rotations and norms."""
-    for name, (norm, turn) in zip(("query", "key"), steps, strict=True):
-        by, by_size = values["grad_" + name], sizes["grad_" + name]
-        if turn is not None:
-            by, by_size = turn.values(by, back=True), turn.sizes(by_size)
-        if norm is not None:
-            weight = f"grad_{name[0]}_norm"
-            by, by_size, values[weight], sizes[weight] = norm.backward(by, by_size)
-        values["grad_" + name], sizes["grad_" + name] = by, by_size
-
-
-def _by_projections(
-    found: dict[str, Any], params: dict[str, Array], inputs: dict[str, Array], joined: Array, grad: Array
-) -> None:
-    """The gradients by the inputs and by the projections, of those by what is projected. ``joined``: the heads' output."""
-    for name, x in inputs.items():
-        by = join(found["grad_" + name])
-        found["grad_W_" + name[0]] = _flat(x).T @ _flat(by)
-        found["grad_b_" + name[0]] = _flat(by).sum(axis=0)
-        found["grad_" + name] = by @ params["W_" + name[0]].T
-    found["grad_W_o"], found["grad_b_o"] = _flat(joined).T @ _flat(grad), _flat(grad).sum(axis=0)
-
-
-class _RowNorm:
-    """RMSNorm of rows, x / sqrt(mean(x^2) + epsilon) * weight, and the way back; ``size``: the magnitude of x."""
-
-    def __init__(self, weight: Array, x: Array, size: Array, epsilon: float) -> None:
-        self.weight, self.x, self.size = weight, x, size
-        self.scale = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon)
-
-    def forward(self) -> Pair:
-        spread = np.abs(self.x) * self.scale**2 * (np.abs(self.x) * self.size).mean(axis=-1, keepdims=True)
-        return self.x * self.scale * self.weight, (self.size + spread) * self.scale * np.abs(self.weight)
-
-    def backward(self, by: Array, by_size: Array) -> tuple[Array, Array, Array, Array]:
-        """The gradients by x and by the weight, each with its magnitude."""
-        d = self.x.shape[-1]
-        inner, inner_size = by * self.weight, by_size * np.abs(self.weight)
-        along = (inner * self.x).mean(axis=-1, keepdims=True)
-        along_size = (inner_size * self.size).mean(axis=-1, keepdims=True)
-        by_x = self.scale * (inner - self.x * self.scale**2 * along)
-        grown = (1 + self.size * self.scale).max(initial=0)
-        by_x_size = self.scale * (inner_size + self.size * self.scale**2 * along_size) * grown
-        by_weight = (by * self.x * self.scale).reshape(-1, d).sum(axis=0)
-        by_weight_size = (by_size * self.size * self.scale).reshape(-1, d).sum(axis=0)
-        return by_x, by_x_size, by_weight, by_weight_size
-
-
-class _Turn:
-    """Rotary embedding of rows (..., n, d) from a position on, as cosines and sines written out; back by the same angles."""
-
-    def __init__(self, shape: tuple[int, ...], first: int, base: float = 10000.0, interleaved: bool = False,
-                 rotary_dim: int | None = None, scaling: dict[str, Any] | None = None) -> None:  # fmt: skip
-        n, d = shape[-2:]
-        width = d if rotary_dim is None else rotary_dim
-        self.map = np.zeros((n, d, d)) + np.eye(d)  # row i becomes map[i] @ row
-        for i in range(n):
-            for pair in range(width // 2):
-                a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + width // 2)
-                frequency, factor = _frequency(pair, width, base, scaling or {}, first + n)
-                angle = (first + i) * frequency
-                cos, sin = factor * math.cos(angle), factor * math.sin(angle)
-                self.map[i, a, a], self.map[i, a, b], self.map[i, b, a], self.map[i, b, b] = cos, -sin, sin, cos
-
-    def values(self, x: Array, back: bool = False) -> Array:
-        return np.einsum("nij,...ni->...nj" if back else "nij,...nj->...ni", self.map, x)
-
-    def sizes(self, x: Array) -> Array:
-        both = np.maximum(np.abs(self.map), np.abs(self.map).swapaxes(-1, -2))
-        return np.einsum("nij,...nj->...ni", both, x)
-
-
-# ---- the other layers of a transformer, on pairs (value, magnitude)
-
-
-def layer(name: str, weights: dict[str, Array], inputs: list[Array], config: dict[str, Any], **how: Any) -> Answer:
-    """The output of a layer of kvattn that is no attention on its own: by weights of kvattn's names."""
-    X = (inputs[0], np.abs(inputs[0]))
-    if name == "AddNorm":
-        made = _norm((inputs[0] + inputs[1], np.abs(inputs[0]) + np.abs(inputs[1])), weights)
-    elif name == "PositionWiseFFN":
-        made = _feed_forward(X, weights, config["activation"])
-    elif name == "PositionalEncoding":
-        made = _placed(X, how.get("offset", 0))
-    elif name == "TransformerEncoderBlock":
-        made = _block(X, weights, config, how)
-    elif name.startswith("TransformerDecoder"):
-        made = _decoded(name, weights, inputs, config, how)
-    else:
-        X = weights["embedding"][inputs[0]] * np.sqrt(config["num_hiddens"])
-        made = _placed((X, np.abs(X)))
-        for i in range(config["num_blks"]):
-            made = _block(made, _under(weights, f"blocks.{i}"), config, how)
-    return Answer({"output": made[0]}, _plain({"output": made[1]}), 0.0)
-
-
-def _under(weights: dict[str, Array], prefix: str) -> dict[str, Array]:
-    return {name.removeprefix(prefix + "."): x for name, x in weights.items() if name.startswith(prefix + ".")}
-
-
-def _placed(X: Pair, offset: int = 0) -> Pair:
-    n, h = X[0].shape[-2:]
-    P = np.zeros((n, h))
-    for i, j in np.ndindex(n, h):
-        angle = (i + offset) / 10000 ** ((j - j % 2) / h)
-        P[i, j] = np.cos(angle) if j % 2 else np.sin(angle)
-    return X[0] + P, X[1] + np.abs(P)
-
-
-def _norm(X: Pair, w: dict[str, Array]) -> Pair:
-    """Layer norm: an error of X changes the centred features, and the deviation that divides them."""
-    centred, size = X[0] - X[0].mean(axis=-1, keepdims=True), X[1] + X[1].mean(axis=-1, keepdims=True)
-    deviation = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-5)
-    unit = centred / deviation
-    size = size / deviation + np.abs(unit) * (np.abs(unit) * size / deviation).mean(axis=-1, keepdims=True)
-    return unit * w["gamma"] + w["beta"], size * np.abs(w["gamma"]) + np.abs(w["beta"])
-
-
-def _feed_forward(X: Pair, w: dict[str, Array], activation: str) -> Pair:
-    X = _dense(X, w, "1")
-    if activation == "relu":
-        return _dense((np.maximum(X[0], 0), X[1]), w, "2")
-    erfc = np.vectorize(math.erfc, otypes=[float])
-    return _dense((X[0] * erfc(-X[0] / math.sqrt(2)) / 2, 2 * X[1]), w, "2")  # of a slope below 1.13, and rounded itself
-
-
-def _dense(X: Pair, w: dict[str, Array], name: str) -> Pair:
-    W, b = w[f"W_{name}"], w[f"b_{name}"]
-    return X[0] @ W + b, X[1] @ np.abs(W) + np.abs(b)
-
-
-def _block(X: Pair, w: dict[str, Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
-    Y = _norm(_added(X, _attended(X, X, _under(w, "attention"), config, how)), _under(w, "addnorm1"))
-    return _norm(_added(Y, _feed_forward(Y, _under(w, "ffn"), config["activation"])), _under(w, "addnorm2"))
-
-
-def _decoded(name: str, w: dict[str, Array], inputs: list[Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
-    """A decoder or its block, of inputs X, the encoder's outputs, and their lengths, if there are three."""
-    outputs, lens = (inputs[1], np.abs(inputs[1])), {"valid_lens": inputs[2]} if len(inputs) > 2 else {}
-
-    def block(X: Pair, w: dict[str, Array]) -> Pair:
-        Y = _norm(_added(X, _attended(X, X, _under(w, "attention1"), config, {**how, "causal": True})), _under(w, "addnorm1"))
-        Z = _norm(_added(Y, _attended(Y, outputs, _under(w, "attention2"), config, lens)), _under(w, "addnorm2"))
-        return _norm(_added(Z, _feed_forward(Z, _under(w, "ffn"), config["activation"])), _under(w, "addnorm3"))
-
-    if name == "TransformerDecoderBlock":
-        return block((inputs[0], np.abs(inputs[0])), w)
-    X = w["embedding"][inputs[0]] * np.sqrt(config["num_hiddens"])
-    made = _placed((X, np.abs(X)))
-    for i in range(config["num_blks"]):
-        made = block(made, _under(w, f"blocks.{i}"))
-    return _dense(made, {"W_d": w["dense.W"], "b_d": w["dense.b"]}, "d")
-
-
-def _added(X: Pair, Y: Pair) -> Pair:
-    return X[0] + Y[0], X[1] + Y[1]
-
-
-def _attended(Q: Pair, K: Pair, params: dict[str, Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
-    """Multi-head attention of Q to K, whose values are its keys."""
-    heads = config["num_heads"], config["num_kv_heads"]
-    attended = multi_head_attention(Q[0], K[0], K[0], params, *heads, **how)
-    rounded = attended.magnitude["output"] * (1 + attended.largest_score / tolerance.CONSTANT)  # see tolerance.py
-    return attended.values["output"], rounded + _moved(Q, K, params, config["num_hiddens"] // heads[0], how.get("scale"))
-
-
-def _moved(Q: Pair, K: Pair, params: dict[str, Array], d: int, scale: float | None) -> Array:
-    """How far an error of Q and K moves the output of attention: a weight by at most twice what any score moves by."""
-    top, error = {}, {}
-    for name, X in zip("qkv", (Q, K, K), strict=True):
-        W = np.abs(params[f"W_{name}"])
-        top[name] = (np.abs(X[0]) @ W + np.abs(params.get(f"b_{name}", 0.0))).max(initial=0)
-        error[name] = (X[1] @ W).max(initial=0)
-    by_score = d * (1 / np.sqrt(d) if scale is None else abs(scale)) * (error["q"] * top["k"] + top["q"] * error["k"])
-    return (2 * by_score * top["v"] + error["v"]) * np.abs(params["W_o"]).sum(axis=0)
-
-
-def weights_of_heads(*inputs: Any, **how: Any) -> Array:
-    return multi_head_attention(*inputs, **how).values["weights"]
+# ---- what is asked by itself
 
 
 def scores(name: str, query: Array, key: Array, **parameters: Any) -> Answer:
@@ -852,7 +611,7 @@ def rotary(x: Array, positions: Any = None, base: float = 10000.0, interleaved: 
     for at in np.ndindex(*x.shape[:-1]):
         for pair in range(width // 2):
             i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + width // 2)
-            frequency, factor = _frequency(pair, width, base, scaling or {}, int(places.max()) + 1)
+            frequency, factor = frequency_of(pair, width, base, scaling or {}, int(places.max()) + 1)
             angle = int(places[at]) * frequency
             turned = complex(x[at][i], x[at][j]) * complex(math.cos(angle), math.sin(angle)) * factor
             output[at][i], output[at][j] = turned.real, turned.imag
@@ -860,7 +619,7 @@ def rotary(x: Array, positions: Any = None, base: float = 10000.0, interleaved: 
     return Answer({"output": output}, {"output": float(max(size, np.abs(x).max(initial=0)))}, 0.0)
 
 
-def _frequency(pair: int, width: int, base: float, scaling: dict[str, Any], length: int) -> tuple[float, float]:
+def frequency_of(pair: int, width: int, base: float, scaling: dict[str, Any], length: int) -> tuple[float, float]:
     """A pair's frequency and the factor of its cosine and sine, each scaling by its paper."""
     kind, s = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
     trained = scaling.get("original_max_position_embeddings", 1)
@@ -901,15 +660,15 @@ def merge(outputs: Array, lses: Array) -> Answer:
                 largest.append(np.ptp(s))
             log_sum[at] = lse(s)
     sizes = {"output": np.abs(outputs[lses != -np.inf]), "lse": np.maximum(np.abs(log_sum), 1)}
-    return Answer(_marked({"output": output, "lse": log_sum}), _plain(sizes), float(max(largest)))
+    return Answer(marked({"output": output, "lse": log_sum}), largest_finite(sizes), float(max(largest)))
 
 
-def _marked(values: dict[str, Array]) -> dict[str, Array]:
+def marked(values: dict[str, Array]) -> dict[str, Array]:
     """inf for every lse, score and gradient that is not finite: which of them it is depends on the order of the operations."""
     for name, x in values.items():
         x[~np.isfinite(x) & (name.startswith("grad_") | ((name in ("lse", "scores")) & (x != -np.inf)))] = np.inf
     return values
 
 
-def _plain(magnitude: dict[str, Any]) -> dict[str, float]:
+def largest_finite(magnitude: dict[str, Any]) -> dict[str, float]:
     return {name: float(np.max(x, initial=0, where=np.isfinite(x))) for name, x in magnitude.items()}

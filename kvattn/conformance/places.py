@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn.conformance import multihead, oracle
+from kvattn.conformance import multihead, oracle, oracle_layers
 from kvattn.conformance.cases import DTYPES, Case, grid
 
 TRAINED = "original_max_position_embeddings"
@@ -106,7 +106,7 @@ def _layer(rng: np.random.Generator, name: str, config: dict[str, Any], options:
         slopes = np.array(config["alibi"] if config["alibi"] is not True else [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])
         how["bias"] = -slopes[:, None, None] * np.abs(np.arange(3)[:, None] + options.get("query_offset", 0) - np.arange(4))
     grad_output = grid(rng, 2, 3, 16)
-    answer = oracle.multi_head_attention(query, key, value, weights, 4, 2, grad_output, **how, **options)
+    answer = oracle_layers.multi_head_attention(query, key, value, weights, 4, 2, grad_output, **how, **options)
     kept = [what for what in answer.values if what == "output" or what.startswith("grad_")]
     arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
     keywords = {n: x for n, x in options.items() if n not in arrays}

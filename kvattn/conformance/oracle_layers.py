@@ -1,0 +1,259 @@
+"""The answers of multi-head attention and of a transformer's other layers, in float64, over those of `oracle`.
+
+Projections, norms and rotations, and the way back through them, are sums written out, over values and over absolute values.
+The layers that hold them are computed on pairs (value, magnitude), and have no gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from kvattn.conformance import oracle, tolerance
+from kvattn.conformance.oracle import Array, Pair
+
+
+def multi_head_attention(query: Array, key: Array, value: Array, params: dict[str, Array], num_heads: int, num_kv_heads: int,
+                         grad_output: Array | None = None, rotary: dict[str, Any] | None = None, qk_norm: float | None = None,
+                         **how: Any) -> oracle.Answer:  # fmt: skip
+    """Heads by `attention`; projections and their gradients are sums written out, over values and over absolute values."""
+    if "sink" in params:
+        how["sink"] = params["sink"]
+    size = {name: np.abs(x) for name, x in params.items()}
+    inputs, heads = {"query": query, "key": key, "value": value}, (num_heads, num_kv_heads, num_kv_heads)
+    projected = [split(project(x, params, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
+    absolute = [split(project(np.abs(x), size, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
+    steps: list[Any] = []  # what becomes of queries and keys, to go back by
+    for at, first in enumerate((how.get("query_offset", 0), 0)):
+        norm = turn = None
+        if qk_norm is not None:
+            norm = _RowNorm(params["qk"[at] + "_norm"], projected[at], absolute[at], qk_norm)
+            projected[at], absolute[at] = norm.forward()
+        if rotary is not None:
+            turn = _Turn(projected[at].shape, int(first), **rotary)
+            projected[at], absolute[at] = turn.values(projected[at]), turn.sizes(absolute[at])
+        steps.append((norm, turn))
+    back: list[Any] = [None, None]  # the gradient of the joined heads' output, and its magnitude
+    if grad_output is not None:
+        back = [grad_output, np.abs(grad_output)]
+        if "W_o" in params:
+            back = [back[0] @ params["W_o"].T, back[1] @ size["W_o"].T]
+        back = [split(x, num_heads) for x in back]
+    if query.ndim == 2 and (lens := how.get("valid_lens")) is not None:  # no batch axis: every head has these lengths
+        how["valid_lens"] = np.broadcast_to(lens, (num_heads, *np.shape(lens)))
+    with np.errstate(invalid="ignore"):
+        q, k, v = projected
+        values, sizes, largest = oracle.Attention(q, k, v, back[0], how, [*absolute, back[1]]).answer()
+    joined, top = join(values["output"]), np.max(sizes["output"])
+    values["output"], sizes["output"] = project(joined, params, "o"), project(np.full(joined.shape, top), size, "o")
+    if grad_output is not None:
+        _back_through(steps, values, sizes)
+        _by_projections(values, params, inputs, joined, grad_output)
+        absolute_inputs = {name: np.abs(x) for name, x in inputs.items()}
+        _by_projections(sizes, size, absolute_inputs, joined * 0 + top, np.abs(grad_output))
+    if "scores" in sizes:
+        sizes["scores"] = 3 * sizes["scores"]  # query, key, product: each rounds
+    kept = {"output", "weights", "lse", "scores", *(f"grad_{name}" for name in (*inputs, *params))}
+    values = {name: x for name, x in values.items() if name in kept}
+    sizes = oracle.largest_finite({name: sizes[name] for name in values})
+    roundings = 3 + 3 * (qk_norm is not None) + (rotary is not None)  # query, key, product: each rounds
+    return oracle.Answer(oracle.marked(values), sizes, roundings * largest)
+
+
+def split(x: Array, heads: int) -> Array:
+    """(..., n, heads * c) to (..., heads, n, c)."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
+
+
+def join(x: Array) -> Array:
+    """(..., heads, n, c) to (..., n, heads * c)."""
+    return x.swapaxes(-2, -3).reshape(*x.shape[:-3], x.shape[-2], x.shape[-3] * x.shape[-1])
+
+
+def project(x: Array, params: dict[str, Array], name: str) -> Array:
+    """x W + b, by the params of that letter: q, k, v or o; x, where there is no such W."""
+    return x @ params[f"W_{name}"] + params.get(f"b_{name}", 0.0) if f"W_{name}" in params else x
+
+
+def _back_through(steps: list[Any], values: dict[str, Array], sizes: dict[str, Any]) -> None:
+    """The gradients by what is projected, of those by what heads attend to: back through rotations and norms."""
+    for name, (norm, turn) in zip(("query", "key"), steps, strict=True):
+        by, by_size = values["grad_" + name], sizes["grad_" + name]
+        if turn is not None:
+            by, by_size = turn.values(by, back=True), turn.sizes(by_size)
+        if norm is not None:
+            weight = f"grad_{name[0]}_norm"
+            by, by_size, values[weight], sizes[weight] = norm.backward(by, by_size)
+        values["grad_" + name], sizes["grad_" + name] = by, by_size
+
+
+def _by_projections(
+    found: dict[str, Any], params: dict[str, Array], inputs: dict[str, Array], joined: Array, grad: Array
+) -> None:
+    """The gradients by the inputs and by the projections, of those by what is projected. ``joined``: the heads' output."""
+    for name, x in inputs.items():
+        by = join(found["grad_" + name])
+        found["grad_W_" + name[0]] = oracle.flat(x).T @ oracle.flat(by)
+        found["grad_b_" + name[0]] = oracle.flat(by).sum(axis=0)
+        found["grad_" + name] = by @ params["W_" + name[0]].T
+    found["grad_W_o"], found["grad_b_o"] = oracle.flat(joined).T @ oracle.flat(grad), oracle.flat(grad).sum(axis=0)
+
+
+class _RowNorm:
+    """RMSNorm of rows, x / sqrt(mean(x^2) + epsilon) * weight, and the way back; ``size``: the magnitude of x."""
+
+    def __init__(self, weight: Array, x: Array, size: Array, epsilon: float) -> None:
+        self.weight, self.x, self.size = weight, x, size
+        self.scale = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon)
+
+    def forward(self) -> Pair:
+        spread = np.abs(self.x) * self.scale**2 * (np.abs(self.x) * self.size).mean(axis=-1, keepdims=True)
+        return self.x * self.scale * self.weight, (self.size + spread) * self.scale * np.abs(self.weight)
+
+    def backward(self, by: Array, by_size: Array) -> tuple[Array, Array, Array, Array]:
+        """The gradients by x and by the weight, each with its magnitude."""
+        d = self.x.shape[-1]
+        inner, inner_size = by * self.weight, by_size * np.abs(self.weight)
+        along = (inner * self.x).mean(axis=-1, keepdims=True)
+        along_size = (inner_size * self.size).mean(axis=-1, keepdims=True)
+        by_x = self.scale * (inner - self.x * self.scale**2 * along)
+        grown = (1 + self.size * self.scale).max(initial=0)
+        by_x_size = self.scale * (inner_size + self.size * self.scale**2 * along_size) * grown
+        by_weight = (by * self.x * self.scale).reshape(-1, d).sum(axis=0)
+        by_weight_size = (by_size * self.size * self.scale).reshape(-1, d).sum(axis=0)
+        return by_x, by_x_size, by_weight, by_weight_size
+
+
+class _Turn:
+    """Rotary embedding of rows (..., n, d) from a position on, as cosines and sines written out; back by the same angles."""
+
+    def __init__(self, shape: tuple[int, ...], first: int, base: float = 10000.0, interleaved: bool = False,
+                 rotary_dim: int | None = None, scaling: dict[str, Any] | None = None) -> None:  # fmt: skip
+        n, d = shape[-2:]
+        width = d if rotary_dim is None else rotary_dim
+        self.map = np.zeros((n, d, d)) + np.eye(d)  # row i becomes map[i] @ row
+        for i in range(n):
+            for pair in range(width // 2):
+                a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + width // 2)
+                frequency, factor = oracle.frequency_of(pair, width, base, scaling or {}, first + n)
+                angle = (first + i) * frequency
+                cos, sin = factor * math.cos(angle), factor * math.sin(angle)
+                self.map[i, a, a], self.map[i, a, b], self.map[i, b, a], self.map[i, b, b] = cos, -sin, sin, cos
+
+    def values(self, x: Array, back: bool = False) -> Array:
+        return np.einsum("nij,...ni->...nj" if back else "nij,...nj->...ni", self.map, x)
+
+    def sizes(self, x: Array) -> Array:
+        both = np.maximum(np.abs(self.map), np.abs(self.map).swapaxes(-1, -2))
+        return np.einsum("nij,...nj->...ni", both, x)
+
+
+# ---- the other layers of a transformer, on pairs (value, magnitude)
+
+
+def layer(name: str, weights: dict[str, Array], inputs: list[Array], config: dict[str, Any], **how: Any) -> oracle.Answer:
+    """The output of a layer of kvattn that is no attention on its own: by weights of kvattn's names."""
+    X = (inputs[0], np.abs(inputs[0]))
+    if name == "AddNorm":
+        made = _norm((inputs[0] + inputs[1], np.abs(inputs[0]) + np.abs(inputs[1])), weights)
+    elif name == "PositionWiseFFN":
+        made = _feed_forward(X, weights, config["activation"])
+    elif name == "PositionalEncoding":
+        made = _placed(X, how.get("offset", 0))
+    elif name == "TransformerEncoderBlock":
+        made = _block(X, weights, config, how)
+    elif name.startswith("TransformerDecoder"):
+        made = _decoded(name, weights, inputs, config, how)
+    else:
+        X = weights["embedding"][inputs[0]] * np.sqrt(config["num_hiddens"])
+        made = _placed((X, np.abs(X)))
+        for i in range(config["num_blks"]):
+            made = _block(made, _under(weights, f"blocks.{i}"), config, how)
+    return oracle.Answer({"output": made[0]}, oracle.largest_finite({"output": made[1]}), 0.0)
+
+
+def _under(weights: dict[str, Array], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix + "."): x for name, x in weights.items() if name.startswith(prefix + ".")}
+
+
+def _placed(X: Pair, offset: int = 0) -> Pair:
+    n, h = X[0].shape[-2:]
+    P = np.zeros((n, h))
+    for i, j in np.ndindex(n, h):
+        angle = (i + offset) / 10000 ** ((j - j % 2) / h)
+        P[i, j] = np.cos(angle) if j % 2 else np.sin(angle)
+    return X[0] + P, X[1] + np.abs(P)
+
+
+def _norm(X: Pair, w: dict[str, Array]) -> Pair:
+    """Layer norm: an error of X changes the centred features, and the deviation that divides them."""
+    centred, size = X[0] - X[0].mean(axis=-1, keepdims=True), X[1] + X[1].mean(axis=-1, keepdims=True)
+    deviation = np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-5)
+    unit = centred / deviation
+    size = size / deviation + np.abs(unit) * (np.abs(unit) * size / deviation).mean(axis=-1, keepdims=True)
+    return unit * w["gamma"] + w["beta"], size * np.abs(w["gamma"]) + np.abs(w["beta"])
+
+
+def _feed_forward(X: Pair, w: dict[str, Array], activation: str) -> Pair:
+    X = _dense(X, w, "1")
+    if activation == "relu":
+        return _dense((np.maximum(X[0], 0), X[1]), w, "2")
+    erfc = np.vectorize(math.erfc, otypes=[float])
+    return _dense((X[0] * erfc(-X[0] / math.sqrt(2)) / 2, 2 * X[1]), w, "2")  # of a slope below 1.13, and rounded itself
+
+
+def _dense(X: Pair, w: dict[str, Array], name: str) -> Pair:
+    W, b = w[f"W_{name}"], w[f"b_{name}"]
+    return X[0] @ W + b, X[1] @ np.abs(W) + np.abs(b)
+
+
+def _block(X: Pair, w: dict[str, Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
+    Y = _norm(_added(X, _attended(X, X, _under(w, "attention"), config, how)), _under(w, "addnorm1"))
+    return _norm(_added(Y, _feed_forward(Y, _under(w, "ffn"), config["activation"])), _under(w, "addnorm2"))
+
+
+def _decoded(name: str, w: dict[str, Array], inputs: list[Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
+    """A decoder or its block, of inputs X, the encoder's outputs, and their lengths, if there are three."""
+    outputs, lens = (inputs[1], np.abs(inputs[1])), {"valid_lens": inputs[2]} if len(inputs) > 2 else {}
+
+    def block(X: Pair, w: dict[str, Array]) -> Pair:
+        Y = _norm(_added(X, _attended(X, X, _under(w, "attention1"), config, {**how, "causal": True})), _under(w, "addnorm1"))
+        Z = _norm(_added(Y, _attended(Y, outputs, _under(w, "attention2"), config, lens)), _under(w, "addnorm2"))
+        return _norm(_added(Z, _feed_forward(Z, _under(w, "ffn"), config["activation"])), _under(w, "addnorm3"))
+
+    if name == "TransformerDecoderBlock":
+        return block((inputs[0], np.abs(inputs[0])), w)
+    X = w["embedding"][inputs[0]] * np.sqrt(config["num_hiddens"])
+    made = _placed((X, np.abs(X)))
+    for i in range(config["num_blks"]):
+        made = block(made, _under(w, f"blocks.{i}"))
+    return _dense(made, {"W_d": w["dense.W"], "b_d": w["dense.b"]}, "d")
+
+
+def _added(X: Pair, Y: Pair) -> Pair:
+    return X[0] + Y[0], X[1] + Y[1]
+
+
+def _attended(Q: Pair, K: Pair, params: dict[str, Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
+    """Multi-head attention of Q to K, whose values are its keys."""
+    heads = config["num_heads"], config["num_kv_heads"]
+    attended = multi_head_attention(Q[0], K[0], K[0], params, *heads, **how)
+    rounded = attended.magnitude["output"] * (1 + attended.largest_score / tolerance.CONSTANT)  # see tolerance.py
+    return attended.values["output"], rounded + _moved(Q, K, params, config["num_hiddens"] // heads[0], how.get("scale"))
+
+
+def _moved(Q: Pair, K: Pair, params: dict[str, Array], d: int, scale: float | None) -> Array:
+    """How far an error of Q and K moves the output of attention: a weight by at most twice what any score moves by."""
+    top, error = {}, {}
+    for name, X in zip("qkv", (Q, K, K), strict=True):
+        W = np.abs(params[f"W_{name}"])
+        top[name] = (np.abs(X[0]) @ W + np.abs(params.get(f"b_{name}", 0.0))).max(initial=0)
+        error[name] = (X[1] @ W).max(initial=0)
+    by_score = d * (1 / np.sqrt(d) if scale is None else abs(scale)) * (error["q"] * top["k"] + top["q"] * error["k"])
+    return (2 * by_score * top["v"] + error["v"]) * np.abs(params["W_o"]).sum(axis=0)
+
+
+def weights_of_heads(*inputs: Any, **how: Any) -> Array:
+    return multi_head_attention(*inputs, **how).values["weights"]
