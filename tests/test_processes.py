@@ -1,5 +1,7 @@
 """Backends judged in processes of their own: what comes back is what one process finds; none harms another."""
 
+import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -37,6 +39,28 @@ def strangers(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     return names
+
+
+def test_cases_travel_as_text():
+    every = conformance.cases()
+    arrays = lambda case: [id(x) for x in case.arguments.values() if isinstance(x, np.ndarray)]  # noqa: E731
+    for case, came in zip(every, processes.read(processes.written(every)), strict=True):
+        same = [x == y for x, y in itertools.combinations(arrays(case), 2)]
+        assert [x == y for x, y in itertools.combinations(arrays(came), 2)] == same, case.name  # one array stays one
+        for field in dataclasses.fields(case):
+            assert _equal(getattr(case, field.name), getattr(came, field.name)), (case.name, field.name)
+
+
+def _equal(x, y):
+    if type(x) is not type(y):
+        return False
+    if isinstance(x, np.ndarray):
+        return (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
+    if isinstance(x, dict):
+        return list(x) == list(y) and all(_equal(x[name], y[name]) for name in x)
+    if isinstance(x, (list, tuple)):
+        return len(x) == len(y) and all(map(_equal, x, y))
+    return x == y or (x != x and y != y)
 
 
 def test_what_comes_back_is_what_one_process_finds(strangers, monkeypatch):

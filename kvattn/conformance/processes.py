@@ -1,7 +1,8 @@
 """Backends side by side, each in a process of its own: what ``kvattn conform`` waits for is half of the sum, on two cores.
 
 A process loads one backend, and answers on its standard output with lines of JSON: the case that begins, and at last all of
-the report. One that crashes takes nothing else with it.
+the report. One that crashes takes nothing else with it. The oracle answers once for all of them, while they import their
+frameworks: cases are plain data, which they are sent as text.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvattn.conformance.cases import Case
 from kvattn.conformance.check import Report, Result, run
 from kvattn.conformance.suite import cases, version
 from kvattn.quiet import quiet
@@ -70,6 +73,7 @@ def judge(
     deals = {name: _Deal() for name in order}
     events: queue.Queue[tuple[str, Any]] = queue.Queue()
     running: set[subprocess.Popen[str]] = set()
+    every: Future[str] = Future()
 
     def work() -> None:
         while True:
@@ -81,12 +85,13 @@ def judge(
             def tell(case: str, name: str = share.backend) -> None:
                 events.put((name, case))
 
-            events.put((share.backend, share.judged(deals[share.backend], running, tell)))
+            events.put((share.backend, share.judged(every, deals[share.backend], running, tell)))
 
     for _ in range(jobs):
         threading.Thread(target=work, daemon=True).start()
     done: dict[str, list[dict[str, Any]]] = {name: [] for name in order}
     try:
+        every.set_result(written(cases()))
         while any(len(done[name]) < shares[name] for name in order):
             name, event = events.get()
             if isinstance(event, str):
@@ -125,7 +130,9 @@ class _Share(NamedTuple):
     of: int
     words: str
 
-    def judged(self, deal: _Deal, running: set[subprocess.Popen[str]], tell: Callable[[str], None]) -> dict[str, Any]:
+    def judged(
+        self, every: Future[str], deal: _Deal, running: set[subprocess.Popen[str]], tell: Callable[[str], None]
+    ) -> dict[str, Any]:
         """What a process found; another is asked, with a flag less, where one ended before it began.
 
         A release of XLA that does not know a flag aborts; the newest flag is the last.
@@ -144,7 +151,7 @@ class _Share(NamedTuple):
                 return dealt[-1]
 
             quick = " ".join(flags) or None
-            found = _ask(self._asdict(), quick, running, told, dealing)
+            found = _ask(self._asdict(), quick, every, running, told, dealing)
             if found is None and flags and not begun:
                 flags.pop()
                 deal.put_back(dealt)
@@ -156,11 +163,15 @@ class _Share(NamedTuple):
 def _ask(
     asked: dict[str, Any],
     quick: str | None,
+    every: Future[str],
     running: set[subprocess.Popen[str]],
     tell: Callable[[str], None],
     deal: Callable[[], int],
 ) -> dict[str, Any] | None:
-    """The answer of a process to what it is asked; None if it ends without one. It asks for its cases, a deal at a time."""
+    """The answer of a process to what it is asked; None if it ends without one.
+
+    It asks for the cases, and then which of them are its own, a deal at a time.
+    """
     environment = ENVIRONMENT | os.environ | ({} if quick is None else {"XLA_FLAGS": quick})
     command = [sys.executable, "-c", _CODE, json.dumps(sys.path), json.dumps(asked)]
     pipe = subprocess.PIPE
@@ -171,9 +182,10 @@ def _ask(
         try:
             for line in process.stdout:
                 found = json.loads(line)
-                if "deal" in found:
+                if "next" in found:
+                    answer = every.result() if found["next"] == "cases" else str(deal())
                     with suppress(BrokenPipeError):  # it ended meanwhile
-                        process.stdin.write(f"{deal()}\n")
+                        process.stdin.write(answer + "\n")
                         process.stdin.flush()
                 elif "case" in found:
                     tell(found["case"])
@@ -203,6 +215,43 @@ def _joined(name: str, parts: list[dict[str, Any]]) -> Judged:
     return judged
 
 
+# ---- cases as text
+
+
+def written(every: Sequence[Case]) -> str:
+    """The cases on one line, in JSON: their arrays, each once however often it is named, and what names them."""
+    arrays: list[Any] = []
+    places: dict[int, int] = {}  # by id, since a case may give one array as query, key and value
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            if id(x) not in places:
+                places[id(x)] = len(arrays)
+                arrays.append((x.dtype.str, x.shape, base64.b64encode(x.tobytes()).decode("ascii")))
+            return {"#array": places[id(x)]}
+        if isinstance(x, tuple):
+            return {"#tuple": [plain(each) for each in x]}
+        if isinstance(x, list):
+            return [plain(each) for each in x]
+        return {name: plain(each) for name, each in x.items()} if isinstance(x, dict) else x
+
+    named = [[plain(getattr(case, field.name)) for field in fields(Case)] for case in every]
+    return json.dumps([arrays, json.dumps(named)])
+
+
+def read(text: str) -> list[Case]:
+    """The cases of which this is the text, equal in every bit."""
+    arrays, named = json.loads(text)
+    made = [np.frombuffer(base64.b64decode(numbers), kind).reshape(shape) for kind, shape, numbers in arrays]
+
+    def whole(x: dict[str, Any]) -> Any:
+        if "#array" in x:
+            return made[x["#array"]]
+        return tuple(x["#tuple"]) if "#tuple" in x else x
+
+    return [Case(*each) for each in json.loads(named, object_hook=whole)]
+
+
 # ---- the process of a backend
 
 
@@ -216,10 +265,10 @@ def answer() -> None:
         answers.flush()
 
     with suppress(BrokenPipeError):  # nobody listens any more
-        say(**_found(json.loads(sys.argv[2]), lambda case: say(case=case), lambda: say(deal=True)))
+        say(**_found(json.loads(sys.argv[2]), lambda case: say(case=case), lambda what: say(next=what)))
 
 
-def _found(asked: dict[str, Any], tell: Callable[[str], None], ask: Callable[[], None]) -> dict[str, Any]:
+def _found(asked: dict[str, Any], tell: Callable[[str], None], ask: Callable[[str], None]) -> dict[str, Any]:
     from kvattn import dispatch, text
 
     name = asked["backend"]
@@ -232,7 +281,8 @@ def _found(asked: dict[str, Any], tell: Callable[[str], None], ask: Callable[[],
     if asked["share"] == 0:
         made = text.attend(asked["words"], name)
         found["text"] = made if isinstance(made, str) else [x.tolist() for x in made]
-    every = cases()
+    ask("cases")
+    every = read(sys.stdin.readline())
     gc.collect()
     gc.freeze()  # modules and cases stay: no collection need look at them again
     size = SHARED.get(name, len(every)) if asked["of"] > 1 else len(every)
@@ -240,7 +290,7 @@ def _found(asked: dict[str, Any], tell: Callable[[str], None], ask: Callable[[],
     try:
         report = run(name, cases=[])
         while True:
-            ask()
+            ask("deal")
             first = size * int(sys.stdin.readline())
             if first >= len(every):
                 break
