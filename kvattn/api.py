@@ -216,9 +216,9 @@ def attention(
     if unknown:  # another library's name of an argument
         raise checks.unknown(unknown, prepare.OPTIONS)
     known = prepare.remembered(query, key, value, backend)
-    plain = score is normalize is window is segments is positions is scale is softcap is sink is None
-    plain = plain and return_scores is None and not dropout
+    plain = score is normalize is window is segments is positions is scale is softcap is sink is return_scores is None
     plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool and type(query_offset) is int
+    plain = plain and not dropout
     if plain and known is not None:
         try:
             bare = mask is bias is valid_lens is None

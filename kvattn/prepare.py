@@ -370,10 +370,12 @@ def remember(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, 
 
 def _all_that_is_checked(tab: Any, query: Any, key: Any, value: Any) -> tuple[Any, ...] | None:
     """What the checks of query, key and value look at; None where it cannot be told: lists, traced sizes."""
-    kind = type(query)
+    kind, dtype = type(query), query.dtype
     if kind is not type(key) or kind is not type(value) or (hasattr(tab, "tracing") and tab.tracing()):
         return None
-    return id(tab), kind, query.shape, query.dtype, key.shape, key.dtype, value.shape, value.dtype
+    if key.dtype is not dtype or value.dtype is not dtype:  # TensorFlow takes as long to hash one as for all of the rest
+        return None
+    return id(tab), kind, dtype, query.shape, key.shape, value.shape
 
 
 def _kinds(options: tuple[Any, ...]) -> tuple[Any, ...]:

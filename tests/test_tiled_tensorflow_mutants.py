@@ -67,7 +67,7 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
     ("cuts a long window", "None if side is None else min(side, FAR)", "side", noticed("a_window_without_end")),
     ("cuts a large length", "tf.minimum(tf.cast(call.valid_lens, tf.int64), key.shape[-2])", "call.valid_lens",
      noticed("lengths_far_beyond_the_keys")),
-    ("serves XLA", "if _compiles_with_xla() or ", "if ", noticed_here("ways_to_call", "jit_compile", "nothing")),
+    ("serves XLA", "if quirks.compiles_with_xla() or ", "if ", noticed_here("ways_to_call", "jit_compile", "nothing")),
     ("forgets its results' shapes", "x.set_shape(shape)", "pass", SHAPES),
     ("lets a tape look inside", "[tf.stop_gradient(x) for x in tensors]", "[*tensors]", JACOBIANS),
     ("starts from a constant", "tf.raw_ops.Empty(shape=tf.stack([rows, width]), dtype=arguments.dtype, init=True)",

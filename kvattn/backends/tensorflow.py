@@ -387,6 +387,8 @@ def _softmax_of_dots(scores, where, biased, full=False):
         return tf.nn.softmax(scores), None
     if full and not biased:
         return tf.nn.softmax(tf.where(where, scores, -math.inf)), None
+    if biased and quirks.compiles_with_xla():  # where a condition would copy the scores
+        return _softmax_lse(scores, where)[0], None
     least = scores.dtype.min
     scores = scores if where is None else tf.where(where, scores, least)
     top = tf.stop_gradient(tf.reduce_max(scores, axis=-1, keepdims=True))

@@ -11,10 +11,13 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import record  # private; read in TensorFlow 2.21
+
+from kvattn.kernels.tensorflow import quirks
 
 _expected = ContextVar("expected", default=None)  # whether a loss is known to bring something; None: nobody knows
 
@@ -54,11 +57,14 @@ def _small(x):
     return bool(tf.math.is_finite(_squares(x)))
 
 
-def _if_finite(x, otherwise):
-    """x where it is finite, else ``otherwise()``."""
+def _if_finite(x, otherwise, *beside):
+    """x where it is finite, or those ``beside`` it of which it is made, else ``otherwise()``, which is right for any."""
     if tf.executing_eagerly():
         return x if _small(x) else otherwise()
-    return tf.cond(tf.math.is_finite(tf.reduce_sum(x)), lambda: x, otherwise)
+    if quirks.compiles_with_xla():  # where a condition would copy x
+        return otherwise()
+    sums = [tf.nn.l2_loss(y) for y in beside] or [tf.reduce_sum(x)]
+    return tf.cond(tf.math.is_finite(tf.add_n(sums)), lambda: x, otherwise)
 
 
 def _squares(x):
@@ -146,8 +152,7 @@ class AllowedPairs:
             def grad(by):
                 by_a = tf.matmul(x, by, transpose_b=True) if transposed else tf.matmul(by, x, transpose_b=True)
                 if self.allowed is not None:
-                    small = tf.math.is_finite(tf.nn.l2_loss(x) + tf.nn.l2_loss(by))
-                    by_a = tf.cond(small, lambda: by_a, lambda: self.zero_others(by_a))
+                    by_a = _if_finite(by_a, partial(self.zero_others, by_a), x, by)
                 return by_a, self._product(a, by, not transposed)
 
             return self._checked(a, x, transposed), grad

@@ -9,8 +9,14 @@ import math
 from functools import wraps
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util  # private; read in TensorFlow 2.21
 
 from kvattn import planning
+
+
+def compiles_with_xla():
+    """Whether what is traced now is for XLA: it computes an operation along with its neighbours, but a condition apart."""
+    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 def shape(x):

@@ -17,8 +17,7 @@ from functools import lru_cache, partial, reduce
 from typing import NamedTuple
 
 import tensorflow as tf
-from tensorflow.python.eager import record  # private; read in TensorFlow 2.21, like the next
-from tensorflow.python.ops import control_flow_util
+from tensorflow.python.eager import record  # private; read in TensorFlow 2.21
 
 from kvattn import planning
 from kvattn.kernels.tensorflow import distances, plan, quirks
@@ -81,11 +80,7 @@ def obstacle(tab, query, key, value, call):
         return "blocks are for softmax of dot products"
     if value.shape[:-2] != key.shape[:-2] or None in (*query.shape[-3:], *key.shape[-3:]):
         return "keys and values differ in their leading axes, or sizes are unknown"
-    return "blocks are for the CPU, without XLA" if _compiles_with_xla() or tf.config.list_physical_devices("GPU") else ""
-
-
-def _compiles_with_xla():
-    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    return "blocks are for the CPU, without XLA" if quirks.compiles_with_xla() or tf.config.list_physical_devices("GPU") else ""
 
 
 def attention(tab, query, key, value, call, _blocks):
