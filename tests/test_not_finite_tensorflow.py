@@ -19,6 +19,7 @@ AT, N = 3, 6
 SEES = np.tri(N, dtype=bool)
 BIAS = np.where(SEES, np.cos(np.arange(N)), -np.inf)
 WAYS = {"eager": lambda f: f, "tf.function": tf.function(autograph=False)}
+WITH_XLA = tf.function(autograph=False, jit_compile=True)
 
 
 def by_own_tape(query, key, value, grad, **options):
@@ -29,7 +30,7 @@ def by_own_tape(query, key, value, grad, **options):
     return tape.gradient(output, by, grad)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS.values(), ids=[*WAYS])
 @pytest.mark.parametrize("kv", [(2, 4), (2, 2), (1, 1)], ids="{0[0]} x {0[1]} heads of keys".format)
 @pytest.mark.parametrize("options", [
     {"bias": BIAS},
@@ -48,13 +49,29 @@ def test_nan_of_a_loss_stays_with_its_query_and_what_it_sees(options, kv, way):
     clean = kvattn.attention_grad(*arrays, wrt=wrt, **options)
     nan = arrays[-1].numpy()
     nan[:, :, AT] = np.nan
-    found = WAYS[way](lambda *arrays: by_own_tape(*arrays, **options))(*arrays[:3], tf.constant(nan))
+    found = way(lambda *arrays: by_own_tape(*arrays, **options))(*arrays[:3], tf.constant(nan))
     after, others = np.arange(N) > AT, np.arange(N) != AT
     for x, y, untouched in zip(found[:3], clean, (others, after, after), strict=False):
         np.testing.assert_allclose(x.numpy()[..., untouched, :], y.numpy()[..., untouched, :], rtol=1e-9, atol=1e-12)
         assert np.isnan(x.numpy()[..., ~untouched, :]).any(axis=-1).all()
     for x in found[3:]:
         assert np.isfinite(x.numpy()[..., ~SEES]).all()
+
+
+@pytest.mark.parametrize("options", [{"bias": BIAS}, {"bias": np.where(SEES, BIAS, 0), "mask": SEES}], ids=", ".join)
+def test_nan_of_a_loss_stays_there_with_xla(options):
+    test_nan_of_a_loss_stays_with_its_query_and_what_it_sees(options, (2, 2), WITH_XLA)
+
+
+@pytest.mark.parametrize("options", [{"bias": BIAS}, {"mask": SEES}, {"valid_lens": np.array([6, 3])}], ids=", ".join)
+def test_no_condition_copies_scores_with_xla(options):
+    """XLA computes what leaves pairs out along with the softmax, but copies what a condition hands through."""
+    arrays = [tf.constant(x) for x in draw(lead=(2, 4), n=N, m=N)]
+    options = {name: tf.constant(x) for name, x in options.items()}
+    graph = WITH_XLA(lambda *arrays: by_own_tape(*arrays, **options)).get_concrete_function(*arrays).graph
+    found = [x.shape[-2:] for op in graph.get_operations() if op.type in ("If", "StatelessIf") for x in op.outputs]
+    assert found
+    assert [N, N] not in found
 
 
 def test_nan_of_a_loss_in_one_head_changes_no_other():
