@@ -590,3 +590,21 @@ def test_a_symbol_may_be_the_sink():
     for eager, hybrid in zip(*made, strict=True):
         numpy.testing.assert_allclose(hybrid, eager, atol=1e-5)
     numpy.testing.assert_allclose(made[0][0], kv.attention(x, x, x, causal=True, sink=block.sink.data()).asnumpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "together"), [(10, True), (3000, False)])
+def test_the_operators_of_a_small_call_reach_the_engine_together(n, together):
+    layer, X, seen = kv.MultiHeadAttention(32, 4), mx.np.ones((1, n, 32)), []
+
+    def look(*_):
+        seen.append(mx.engine.set_bulk_size(0))
+        mx.engine.set_bulk_size(seen[-1])
+
+    layer.initialize()
+    layer.W_o.register_forward_hook(look)
+    with mx.engine.bulk(3):
+        layer(X, X, X)
+        with pytest.raises(ValueError, match="valid_lens"):
+            layer(X, X, X, mx.np.array([1, 2, 3]))
+        assert mx.engine.set_bulk_size(3) == 3
+    assert (seen[0] > 3) == together

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import NamedTuple
 from uuid import uuid4
@@ -13,7 +14,7 @@ import numpy
 
 from kvattn import api, checks, conversion, layers
 from kvattn.backends import mxnet as tab
-from kvattn.kernels.mxnet import symbols
+from kvattn.kernels.mxnet import symbols, views
 from kvattn.old_numpy import old_names
 
 with old_names():
@@ -23,6 +24,8 @@ with old_names():
     from mxnet.gluon.parameter import Parameter
 
 __all__ = [*layers.LAYERS]
+
+TOGETHER = 16  # operators of a small call that MXNet's engine is handed at one time, since waking it for each takes longer
 
 # X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
 # kvattn.attention's: mask, causal, window, ... ``kwargs`` are gluon's: prefix and params.
@@ -62,7 +65,8 @@ class _Layer(nn.HybridBlock):
             for parameter in self._reg_params.values():
                 parameter._finish_deferred_init()
         values = {name: x.data(args[0].ctx) for name, x in self._reg_params.items()}
-        return self.hybrid_forward(mx.ndarray, *args, **values, **options)
+        with mx.engine.bulk(TOGETHER) if args[0].size < views.SMALL else nullcontext():
+            return self.hybrid_forward(mx.ndarray, *args, **values, **options)
 
     def _fits_graph(self, args):
         """Whether one graph holds calls like this: gluon makes it of the first call, for arrays and Nones in its places.
@@ -139,7 +143,7 @@ class _Wide:
             if not x.size:  # which MXNet's operators have no gradient for
                 nothing = np.concatenate([a.reshape(a.size)[:0] for a in (x, *params.values())])
                 return nothing.reshape(*x.shape[:-1], getattr(self, "_units", x.shape[-1]))
-        if numpy.dtype(next(iter(self._reg_params.values())).dtype).name not in tab.HALF:
+        if numpy.dtype(next(iter(self._reg_params.values())).dtype) != numpy.float16:
             return super().hybrid_forward(F, x, **params)
         y = super().hybrid_forward(F, x.astype("float32"), **{name: p.astype("float32") for name, p in params.items()})
         return y.astype("float16")
