@@ -138,3 +138,46 @@ def test_a_cache_with_room_takes_what_autocast_gives_and_a_program_is_compiled()
     with narrow():
         found = program(torch.tensor(Q).to(HALF), torch.tensor(K), torch.tensor(V).to(HALF), torch.tensor(BIAS))
     near(found, kvattn.attention(Q, K, V, bias=BIAS), HALF)
+
+
+PARTS = {
+    "MultiHeadAttention": ({"num_hiddens": 8, "num_heads": 2}, 3, "queries has dtype {} but the layer's weight has {}"),
+    "AdditiveAttention": ({"num_hiddens": 4}, 3, None),  # once its weights are there, they are arguments of the score
+    "PositionWiseFFN": ({"ffn_num_hiddens": 4, "ffn_num_outputs": 8}, 1, "X has dtype {} but the layer's weight has {}"),
+    "TransformerEncoderBlock": (
+        {"num_hiddens": 8, "ffn_num_hiddens": 4, "num_heads": 2}, 1, "queries has dtype {} but the layer's weight has {}"
+    ),
+    "AddNorm": ({"norm_shape": 8}, 2, "X has dtype {} but the layer's weight has {}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_layer_names_an_input_of_another_dtype_than_its_weights(name, called):
+    config, count, words = PARTS[name]
+    layer, x = getattr(kv, name)(**config), torch.tensor(X)
+    if called:
+        layer(*[x] * count)
+    for dtype in (torch.float64, torch.bfloat16):
+        if name == "AddNorm" and dtype == torch.bfloat16:
+            assert layer(x.to(dtype), x.to(dtype)).dtype == dtype  # as PyTorch's own norm
+            continue
+        told = (words or "{}").format(*[str(each)[6:] for each in (dtype, torch.float32)])
+        with pytest.raises(TypeError, match=told if words else "has dtype .*; convert one of them"):
+            layer(*[x.to(dtype)] * count)
+        with narrow():
+            if dtype == torch.bfloat16:
+                layer(*[x.to(dtype)] * count)
+            else:
+                with pytest.raises(TypeError, match="float64"):
+                    layer(*[x.to(dtype)] * count)
+        layer = layer.to(dtype)
+        assert layer(*[x.to(dtype)] * count).dtype == dtype
+        layer = layer.float()
+
+
+def test_a_part_that_converts_its_input_itself_is_not_asked():
+    layer, x = kv.PositionWiseFFN(4, 8), torch.tensor(X)
+    expected = layer(x)
+    layer.dense1.register_forward_pre_hook(lambda part, given: tuple(x.float() for x in given))
+    assert torch.equal(layer(x.double()), expected)

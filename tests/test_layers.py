@@ -709,6 +709,17 @@ def test_a_causal_encoder_never_sees_the_future_out_of_training(adapter):
     assert np.abs(before[:, 3:] - after[:, 3:]).max() > 1e-3
 
 
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("name", [*SCORED, "MultiHeadAttention", "AddNorm", "PositionWiseFFN", "PositionalEncoding"])
+def test_integers_are_refused_where_a_layer_takes_floats(adapter, name, called):
+    name, config, inputs = {"PositionalEncoding": (name, {"num_hiddens": 8}, (X,))}.get(name) or CASES[name][:3]
+    layer = adapter.layer(name, **config)
+    if called:
+        adapter.call(layer, *inputs)
+    with pytest.raises(TypeError, match=r"has dtype int(32|64); expected floating point"):
+        adapter.call(layer, *(x.astype("int32") for x in inputs))
+
+
 @pytest.mark.parametrize("name", ["encoder", "decoder", "tab"])
 def test_an_unknown_option_is_told_whatever_its_name(adapter, backend, name):
     layer, _ = made(adapter, "TransformerEncoder", ENCODER, (TOKENS,))

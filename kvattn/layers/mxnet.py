@@ -380,6 +380,7 @@ class PositionalEncoding(_Layer):
         if symbols.deferred(X):
             X = F.Custom(X.as_nd_ndarray(), op_type=POSITIONS, max_len=max_len, h=h, offset=offset).as_np_ndarray()
         else:
+            conversion.floating("X", X)
             layers.check_length(max_len, X.shape[1], offset)
             P = np.array(_table(max_len, h), dtype="float64") if X.dtype == numpy.float64 else self.P
             X = X + P[:, offset : offset + X.shape[1]].as_in_ctx(X.ctx).astype(X.dtype)

@@ -210,6 +210,8 @@ class MultiHeadAttention(Layer):
 
     def call(self, queries, keys, values, valid_lens=None, arrays=None, cache=None, training=None, queries_mask=None,
              keys_mask=None, values_mask=None, **options):  # fmt: skip
+        for name, x in (("queries", queries), ("keys", keys), ("values", values)):
+            conversion.floating(name, x)
         options |= tensors(arrays)
         if cache is None:
             options["valid_lens"] = valid_lens
@@ -274,6 +276,7 @@ class PositionalEncoding(Layer):
         self.P = layers.encoding(max_len, num_hiddens)[None]
 
     def call(self, X, offset=0, arrays=None, training=None, rng=None):
+        conversion.floating("X", X)
         n = keras.ops.shape(X)[1]
         layers.check_length(self.P.shape[1], n, offset)
         if conversion.is_integer(n) and conversion.is_integer(offset):
@@ -308,6 +311,8 @@ class AddNorm(Layer):
         build_once(self.ln, X_shape)
 
     def call(self, X, Y, arrays=None, training=None, rng=None):
+        conversion.floating("X", X)
+        conversion.floating("Y", Y)
         return self.ln(dropped(self.dropout, Y, training, (arrays or {}).get("rng", rng)) + X)
 
 
@@ -327,6 +332,7 @@ class PositionWiseFFN(Layer):
         build_once(self.dense2, (None, self.dense1.units))
 
     def call(self, X, training=None):
+        conversion.floating("X", X)
         X = self.dense1(X)
         # tf.nn.gelu rounds the root of its formula to float32
         return self.dense2(tf.nn.relu(X) if self.activation == "relu" else X * tf.math.erfc(-X * math.sqrt(0.5)) / 2)

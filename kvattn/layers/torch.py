@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from kvattn import api, checks, layers
+from kvattn import api, checks, conversion, layers
 from kvattn.backends import torch as tab
 from kvattn.layers import calls
 
@@ -61,6 +61,15 @@ def _fill(parameter, seed, name, shape):
             parameter.normal_(std=1 / math.sqrt(shape[-1]))
         else:
             parameter.uniform_(-layers.glorot(shape), layers.glorot(shape))
+
+
+def _fit(part, **inputs):
+    """Raises TypeError for an input of another dtype than the weight of the ``part`` that takes it: PyTorch's error names
+    neither. A part that is wrapped, hooked or quantized may convert it."""
+    if type(part) is _Linear or (type(part) in (nn.Linear, nn.LayerNorm) and not part._forward_pre_hooks):
+        for name, x in inputs.items():
+            if x.dtype != part.weight.dtype and not (x.is_floating_point() and tab.converts(x, part.weight)):
+                conversion.floating(name, x, ("the layer's weight", part.weight), tab)
 
 
 # ---- what type checkers see of a call, which PyTorch leaves open
@@ -151,6 +160,7 @@ class AdditiveAttention(_Attention):
 
     def _score(self, queries, keys):
         if isinstance(self.w_v, _Linear):  # not called yet, though its weights may have been loaded
+            _fit(self.W_q, queries=queries, keys=keys)
             self.w_v(self.W_q(queries))
             self.W_k(keys)
         if not all(map(_only_multiplies, (self.W_q, self.W_k, self.w_v))):
@@ -219,6 +229,8 @@ class MultiHeadAttention(_Attends):
         self.W_o = _Linear("W_o", num_hiddens, bias, seed)
 
     def forward(self, queries, keys, values, valid_lens=None, *, cache=None, **options):
+        for part, name, x in (self.W_q, "queries", queries), (self.W_k, "keys", keys), (self.W_v, "values", values):
+            _fit(part, **{name: x})
         # with a cache, a later call may look at what is nobody's now; on a GPU, where it is not compiled, this costs 5 to 15 %
         if cache is None and (queries.device.type == "cpu" or tab.tracing()):
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
@@ -246,6 +258,7 @@ class PositionalEncoding(_Changes):
         self.register_buffer("P", P[None], persistent=False)  # computed, so not saved
 
     def forward(self, X, offset=0, *, rng=None):
+        conversion.floating("X", X)
         layers.check_length(self.P.shape[1], X.shape[1], offset)
         P = self.P
         if X.dtype == torch.float64:  # a buffer of float64 could not go to every device
@@ -273,6 +286,8 @@ class AddNorm(_Changes):
         self.ln = nn.LayerNorm(norm_shape, eps=layers.EPSILON)
 
     def forward(self, X, Y, *, rng=None):
+        if X.dtype not in tab.HALF:  # which PyTorch norms with weights of float32
+            _fit(self.ln, X=X, Y=Y)
         return self.ln(_dropped(self.dropout, Y, rng) + X)
 
 
@@ -287,6 +302,7 @@ class PositionWiseFFN(_Changes):
         self.dense2 = _Linear("W_2", ffn_num_outputs, True, seed)
 
     def forward(self, X):
+        _fit(self.dense1, X=X)
         X = self.dense1(X)
         return self.dense2(nn.functional.relu(X) if self.activation == "relu" else nn.functional.gelu(X))
 
