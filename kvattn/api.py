@@ -215,6 +215,7 @@ def attention(
     """
     if unknown:  # another library's name of an argument
         raise checks.unknown(unknown, prepare.OPTIONS)
+    score = None if score is scaled_dot_score else score  # the default by its name, as layers give it
     known = prepare.remembered(query, key, value, backend)
     plain = score is normalize is window is segments is positions is scale is softcap is sink is return_scores is None
     plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool and type(query_offset) is int

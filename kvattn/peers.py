@@ -2,7 +2,8 @@
 
 Each function yields (name, call) pairs, kvattn's first. A call returns when its work is done, and copies nothing to show it:
 the output, or with ``grad`` the gradient by the query, which is computed with those by key and value.
-A framework that has no such option is given the mask that means the same, made beforehand.
+A framework that has no such option is given the mask that means the same, made beforehand; where that is a mask and a bias in
+one, which a user who has the two makes in each call, PyTorch is timed both ways.
 """
 
 from __future__ import annotations
@@ -194,8 +195,8 @@ def tensors(device: str) -> Callable[[np.ndarray, str], Any]:
     return lambda x, dtype: torch.tensor(x, dtype=getattr(torch, dtype), device=device)
 
 
-def sdpa(problem: Problem) -> Call:
-    """PyTorch's own kernel, told as its users tell it what is allowed."""
+def sdpa(problem: Problem, each_call: bool = False) -> Call:
+    """PyTorch's own kernel, told as its users tell it what is allowed; a mask and a bias are one before, or in each_call."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -208,8 +209,12 @@ def sdpa(problem: Problem) -> Call:
         mask = allowed if added is None else added
         how = {"attn_mask": None if mask is None else make(mask, "bool" if added is None else problem.dtype)}
     leaves = [x.requires_grad_(problem.grad) for x in leaves]
+    if each_call:
+        mask, bias = (problem.cast(make)[1][name] for name in ("mask", "bias"))
 
     def call() -> Any:
+        if each_call:
+            how["attn_mask"] = bias.masked_fill(~mask, -math.inf)
         output = scaled_dot_product_attention(*leaves, **how)
         return settled(torch.autograd.grad(output, leaves, back)[0] if problem.grad else output)
 
@@ -222,6 +227,8 @@ def _torch(problem: Problem) -> Named:
     yield "kvattn torch", lambda: settled(first(call(*given)))
     if options:
         yield f"torch SDPA, {'causal' if 'causal' in options else 'masked'}", sdpa(problem)
+    if {*options} == {"mask", "bias"}:
+        yield "torch SDPA, masked in each call", sdpa(problem, each_call=True)
 
 
 def _torch_trained(layer: Any, problem: Problem, x: Any, back: Any, **how: Any) -> Call:

@@ -114,6 +114,18 @@ def test_a_wrong_answer_is_told_from_a_right_one():
         assert bench._error(answer, problem._replace(options={name: option})) > 1e-3, name
 
 
+@pytest.mark.skipif("torch" not in chosen(), reason="this run is without PyTorch")
+@pytest.mark.parametrize("grad", [False, True])
+def test_pytorch_is_given_a_mask_and_a_bias_as_one_and_as_two(grad):
+    draw = np.random.default_rng(0)
+    options = {"mask": draw.random((1, 1, 8, 8)) < 0.6, "bias": draw.standard_normal((1, 1, 8, 8))}
+    problem = Problem([draw.standard_normal((1, 1, 8, 8)) for _ in range(3 + grad)], options, "float64", grad)
+    calls = dict(peers.ATTENTION["torch"](problem))
+    assert [*calls] == ["kvattn torch", "torch SDPA, masked", "torch SDPA, masked in each call"]
+    for name, call in calls.items():
+        assert bench._error(call(), problem) < 1e-12, name
+
+
 def test_the_yardstick_is_given_its_threads_after_the_backend_is_loaded(monkeypatch):
     """Importing MXNet takes half of them away."""
     made = []
