@@ -209,12 +209,11 @@ def sdpa(problem: Problem, each_call: bool = False) -> Call:
         mask = allowed if added is None else added
         how = {"attn_mask": None if mask is None else make(mask, "bool" if added is None else problem.dtype)}
     leaves = [x.requires_grad_(problem.grad) for x in leaves]
-    if each_call:
-        mask, bias = (problem.cast(make)[1][name] for name in ("mask", "bias"))
+    given = problem.cast(make)[1]
 
     def call() -> Any:
         if each_call:
-            how["attn_mask"] = bias.masked_fill(~mask, -math.inf)
+            how["attn_mask"] = given["bias"].masked_fill(~given["mask"], -math.inf)
         output = scaled_dot_product_attention(*leaves, **how)
         return settled(torch.autograd.grad(output, leaves, back)[0] if problem.grad else output)
 
