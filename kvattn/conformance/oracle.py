@@ -11,6 +11,7 @@ inf stands for whatever is not finite.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -453,30 +454,32 @@ class Attention:
         )
         self.row_sizes, self.weight_sizes = [0.0], [0.0]
 
-    def rows(self) -> Iterator[tuple[Place, Array]]:
+    def rows(self) -> Iterator[tuple[Place, slice]]:
         """Each row that attends to something: its place in (*lead, n), and which of the pairs are its own."""
         if len(self.s):
-            flat = np.ravel_multi_index(self.at_pair[:-1], self.shape)
-            for of in np.split(np.arange(len(self.s)), np.flatnonzero(np.diff(flat)) + 1):
-                yield tuple(np.unravel_index(flat[of[0]], self.shape)), of
+            places = np.transpose(self.at_pair[:-1])
+            first = [0, *(np.flatnonzero((places[1:] != places[:-1]).any(axis=-1)) + 1).tolist(), len(self.s)]
+            for start, end in itertools.pairwise(first):
+                yield tuple(places[start].tolist()), slice(start, end)
 
-    def weigh(self, at: Place, of: Array) -> tuple[Array, Array]:
+    def weigh(self, at: Place, of: slice) -> tuple[Array, Array]:
         """The scores of a row, the sink's as the last, and the weights of all of them; those of the pairs are kept."""
         row = self.s[of] if self.how.sink is None else np.append(self.s[of], self.sink[at])
         w = globals()[self.how.normalize](row)
-        self.weights[tuple(x[of] for x in self.at_slot)] = w[: len(of)]
+        self.weights[at][self.at_slot[-1][of]] = w[: of.stop - of.start]
         return row, w
 
-    def _attend(self, at: Place, of: Array) -> None:
+    def _attend(self, at: Place, of: slice) -> None:
         """The results of a row, and the gradients of its pairs."""
+        count = of.stop - of.start
         row, w = self.weigh(at, of)
         row_size = self.s_size[of] if self.how.sink is None else np.append(self.s_size[of], abs(self.sink[at]))
         of_weights = self.how.normalize, w, row, row_size
-        w, w_size = w[: len(of)], weight_bounds(*of_weights)[: len(of)]
+        w, w_size = w[:count], weight_bounds(*of_weights)[:count]
         self.weight_sizes.append(w_size.max())
         self.row_sizes.append((w_size[:, None] * self.v_size[of]).sum(axis=0).max(initial=0))
         self.lse[at] = lse(row)
-        self.output[at] = sum(w[:, None] * self.v[of])
+        self.output[at] = (w[:, None] * self.v[of]).sum(axis=0)
         if np.isfinite(w).all():  # a value that is not finite
             self.output[at][~np.isfinite(self.output[at])] = np.inf
         if self.grad_output is None:
@@ -491,13 +494,11 @@ class Attention:
             self.grad_s[of] = self.grad_s_size[of] = np.nan
             self.grad_sink[at] = self.grad_sink_size[at] = 0.0 if self.sink[at] == -np.inf else np.nan  # -inf is no sink
             return
-        jacobian_size = slope_bounds(*of_weights)[: len(of)]
-        for j, change in enumerate(slopes_of_weights(self.how.normalize, row)[:, : len(of)]):
-            if j < len(of):
-                self.grad_s[of[j]] = grad_w @ change
-                self.grad_s_size[of[j]] = grad_w_size @ jacobian_size[:, j]
-            else:
-                self.grad_sink[at], self.grad_sink_size[at] = grad_w @ change, grad_w_size @ jacobian_size[:, j]
+        grad_row = slopes_of_weights(self.how.normalize, row)[:, :count] @ grad_w  # the sink's as the last
+        grad_row_size = grad_w_size @ slope_bounds(*of_weights)[:count]
+        self.grad_s[of], self.grad_s_size[of] = grad_row[:count], grad_row_size[:count]
+        if self.how.sink is not None:
+            self.grad_sink[at], self.grad_sink_size[at] = grad_row[-1], grad_row_size[-1]
 
     def answer(self) -> tuple[dict[str, Array], dict[str, Any], float]:
         """(values, magnitudes element by element or at once, the largest score)."""
