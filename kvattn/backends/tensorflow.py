@@ -486,8 +486,7 @@ def _by_formula(query, key, value, call, plan=()):
     results = _formula(query, key, value, call)
     if not tf.executing_eagerly() or _finite(query, key, call, results):
         return results
-    allowed = _allowed(quirks.shape(query)[-2], _keys(key), len(query.shape), call)
-    query, key, value = _hide_padding(allowed, query, key, value)
+    query, key, value = _hide_padding(_pairs(query, key, call), query, key, value)
     results = _formula(query, key, value, call)
     if _finite(query, key, call, results):
         return results
@@ -509,55 +508,100 @@ def _finite(query, key, call, results):
 def _formula(query, key, value, call, careful=False):
     """attention by its formula. ``careful``: where something is not finite, it reaches nothing by pairs that may not attend."""
     dtype, n, (heads, kv_heads) = query.dtype, quirks.shape(query)[-2], _heads(query, key)
-    traced, tab, axes = not tf.executing_eagerly(), sys.modules[__name__], len(query.shape)
-
-    def pairs_of(call):
-        return _allowed(n, _keys(key) if call.windowed or call.valid_lens is not None else None, axes, call)
-
-    dots = call.score in (scaled_dot_score, dot_score)
+    traced, dots = not tf.executing_eagerly(), call.score in (scaled_dot_score, dot_score)
     few = dots and call.normalize is softmax and not (careful or call.return_lse)
-    hides = few and call.bias is not None and (traced or nonfinite.hides(tf.convert_to_tensor(call.bias)))
     recorded = not (traced or careful) and nonfinite.may_come()
-    limits = call._replace(bias=None) if few else call  # of a bias's -inf it needs no mask
-    found = few_pairs.allowed(n, key.shape[-2], axes, limits) if few and not traced and limits.restricted else None
-    allowed, full = found or (pairs_of(limits), False)
-    if traced and not dots and (call.masked or not call.leaves_none_out(n, key.shape[-2])):
-        query, key, value = _hide_padding(allowed, query, key, value)
-    if not dots and None in (*query.shape[:-1], *key.shape[:-1]):
-        some = tf.reduce_all(tf.concat([tf.shape(query)[:-1], tf.shape(key)[:-1]], axis=0) > 0)  # without pairs, no gradient
-        query, key = tf.where(some, query, 0), tf.where(some, key, 0)
-    product = quirks.matmul
-    if traced or ((careful or recorded) and call.restricted):
-        shape = (*quirks.lead(query, key), n, quirks.shape(key)[-2])
-        every = lambda: tf.broadcast_to(pairs_of(call), shape)  # noqa: E731
-        pairs = nonfinite.AllowedPairs((lambda: _fold(every(), kv_heads)) if call.restricted else None, careful)
-        product = pairs.recorded_product if recorded else pairs.product
-        if call.restricted and not recorded:
-            score = dot_score if call.score is scaled_dot_score and call.scale is not None else call.score
-            call = call._replace(score=pairs.score(tab, score))
+    allowed, full = _limits(query, key, call, few)
+    if not dots:
+        query, key, value = _for_other_scores(query, key, value, call, allowed)
+    score, product = _of_allowed_pairs(query, key, call, careful, recorded)
 
     # weights = normalize(score(query, key)): (..., h, n, m)
-    scores, lse, empty = _scores(query, key, call), None, None
+    scores = _scores(query, key, call._replace(score=score))
     if few:
-        if hides and (traced or recorded):
-            scores = nonfinite.shielded(scores, lambda: tf.not_equal(call.bias, -math.inf))
-        weights, empty = _softmax_of_dots(scores, allowed, hides, full)
-    elif call.return_lse or (careful and call.normalize is softmax):
-        weights, lse = _softmax_lse(scores, allowed)
+        weights, empty = _weights_of_dots(scores, allowed, full, call, recorded)
     else:
-        weights = call.normalize(scores, where=allowed)
-        if allowed is not None and (traced or careful) and not blocks.is_kvattns(tab, call.normalize):
-            weights = tf.where(allowed, weights, 0)  # whatever a row of NaN has there, and its gradient
+        weights, lse = _weights_and_lse(scores, allowed, call, careful)
 
     # output = weights @ value: (..., h, n, v)
-    output = product(_fold(_dropout(weights, call), kv_heads), _wide(value))
-    output = _unfold(output, heads, n)
-    output = tf.cast(_zero_where(empty, output), dtype)
+    output = _unfold(product(_fold(_dropout(weights, call), kv_heads), _wide(value)), heads, n)
+    if few:
+        output = _zero_where(empty, output)
     if few and call.return_weights:
         weights = _zero_where(empty, weights)
-        weights = nonfinite.whole_rows(weights, every if call.restricted else None) if traced else weights
-    results = [output] + [tf.cast(weights, dtype)] * call.return_weights + [lse] * call.return_lse
-    return tuple(results) if len(results) > 1 else output
+        every = partial(_all_pairs, query, key, call) if call.restricted else None
+        weights = nonfinite.whole_rows(weights, every) if traced else weights
+    results = [tf.cast(output, dtype)]
+    results += [tf.cast(weights, dtype)] * call.return_weights + ([lse] if call.return_lse else [])
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _pairs(query, key, call):
+    """What `_allowed` says of these queries and all keys."""
+    keys = _keys(key) if call.windowed or call.valid_lens is not None else None
+    return _allowed(quirks.shape(query)[-2], keys, len(query.shape), call)
+
+
+def _all_pairs(query, key, call):
+    """The same for every pair by itself: (..., h, n, m)."""
+    shape = (*quirks.lead(query, key), quirks.shape(query)[-2], quirks.shape(key)[-2])
+    return tf.broadcast_to(_pairs(query, key, call), shape)
+
+
+def _limits(query, key, call, few):
+    """(what pairs a normaliser is told of, whether each query is known to have one). ``few``: not of those a bias forbids."""
+    call = call._replace(bias=None) if few else call
+    found = None
+    if few and call.restricted and tf.executing_eagerly():
+        found = few_pairs.allowed(query.shape[-2], key.shape[-2], len(query.shape), call)
+    return found or (_pairs(query, key, call), False)
+
+
+def _for_other_scores(query, key, value, call, allowed):
+    """The arguments for a score that is no dot product: in a trace, where nobody sees what is NaN, without unused rows."""
+    n, m = quirks.shape(query)[-2], key.shape[-2]
+    if not tf.executing_eagerly() and (call.masked or not call.leaves_none_out(n, m)):
+        query, key, value = _hide_padding(allowed, query, key, value)
+    if None in (*query.shape[:-1], *key.shape[:-1]):
+        some = tf.reduce_all(tf.concat([tf.shape(query)[:-1], tf.shape(key)[:-1]], axis=0) > 0)  # without pairs, no gradient
+        query, key = tf.where(some, query, 0), tf.where(some, key, 0)
+    return query, key, value
+
+
+def _of_allowed_pairs(query, key, call, careful, recorded):
+    """The score and the product with the values; where something may not be finite, of the pairs that may attend alone.
+
+    ``recorded``: it may come when a tape asks for gradients.
+    """
+    if tf.executing_eagerly() and not ((careful or recorded) and call.restricted):
+        return call.score, quirks.matmul
+    _, kv_heads = _heads(query, key)
+    folded = (lambda: _fold(_all_pairs(query, key, call), kv_heads)) if call.restricted else None
+    pairs = nonfinite.AllowedPairs(folded, careful)
+    if recorded:
+        return call.score, pairs.recorded_product
+    score = dot_score if call.score is scaled_dot_score and call.scale is not None else call.score
+    return pairs.score(sys.modules[__name__], score) if call.restricted else call.score, pairs.product
+
+
+def _weights_of_dots(scores, allowed, full, call, recorded):
+    """`_softmax_of_dots` of a call's scores, which its bias is in."""
+    traced = not tf.executing_eagerly()
+    hides = call.bias is not None and (traced or nonfinite.hides(tf.convert_to_tensor(call.bias)))
+    if hides and (traced or recorded):
+        scores = nonfinite.shielded(scores, lambda: tf.not_equal(call.bias, -math.inf))
+    return _softmax_of_dots(scores, allowed, hides, full)
+
+
+def _weights_and_lse(scores, allowed, call, careful):
+    """The weights by the call's normaliser; and the lse, or None."""
+    if call.return_lse or (careful and call.normalize is softmax):
+        return _softmax_lse(scores, allowed)
+    weights = call.normalize(scores, where=allowed)
+    looks = careful or not tf.executing_eagerly()
+    if allowed is not None and looks and not blocks.is_kvattns(sys.modules[__name__], call.normalize):
+        weights = tf.where(allowed, weights, 0)  # whatever a row of NaN has there, and its gradient
+    return weights, None
 
 
 def _scores(query, key, call):
