@@ -266,12 +266,13 @@ def attention(
 
 @overload
 def attention_grad(
-    query: A, key: A, value: A, grad_output: A, *, wrt: Sequence[str] = ..., backend: None = None, **options: Unpack[Options]
-) -> tuple[A, ...]: ...
+    query: A, key: A, value: A, grad_output: A, *, wrt: Sequence[str] = ..., return_scores: str | None = None,
+    grad_scores: A | None = None, backend: None = None, **options: Unpack[Options],
+) -> tuple[A, ...]: ...  # fmt: skip
 @overload
 def attention_grad(
-    query: Array, key: Array, value: Array, grad_output: Array, *, wrt: Sequence[str] = ..., backend: Any = None,
-    **options: Unpack[Options],
+    query: Array, key: Array, value: Array, grad_output: Array, *, wrt: Sequence[str] = ..., return_scores: str | None = None,
+    grad_scores: Array | None = None, backend: Any = None, **options: Unpack[Options],
 ) -> tuple[Array, ...]: ...  # fmt: skip
 def attention_grad(
     query: Array,
@@ -295,6 +296,8 @@ def attention_grad(
     sink: Array | None = None,
     dropout: float = 0.0,
     rng: Any = None,
+    return_scores: str | None = None,
+    grad_scores: Array | None = None,
     backend: Any = None,
     **unknown: Never,
 ) -> tuple[Array, ...]:
@@ -304,6 +307,10 @@ def attention_grad(
         grad_output: (..., n, v), in the query's dtype: the gradient of a loss by attention's output.
         wrt: what to differentiate by, any of "query", "key", "value", "bias", "sink" and the keywords that ``score``, a
             functools.partial, binds to arrays ("W_q", ...).
+        return_scores: `attention`'s: the stage of the scores, where the loss looks at these too. It comes with grad_scores.
+        grad_scores: (..., n, m), with positions (..., n, s), in the scores' dtype, float32 for half precision: the gradient of
+            the loss by them. The results are then the gradients of sum(grad_scores * scores) as well, over the pairs that may
+            attend.
 
     The other arguments are `attention`'s. NumPy's gradients, and MXNet's on the CPU, are analytic and recompute the weights;
     the other backends use their own autodiff, which works through `attention` as well, in MXNet too.
@@ -315,8 +322,8 @@ def attention_grad(
     if unknown:
         raise checks.unknown(unknown, prepare.OPTIONS)
     tab = dispatch.choose(
-        backend, query=query, key=key, value=value, grad_output=grad_output, mask=mask, bias=bias, valid_lens=valid_lens,
-        query_offset=query_offset, segments=segments, positions=positions, sink=sink,
+        backend, query=query, key=key, value=value, grad_output=grad_output, grad_scores=grad_scores, mask=mask, bias=bias,
+        valid_lens=valid_lens, query_offset=query_offset, segments=segments, positions=positions, sink=sink,
     )  # fmt: skip
     given = {"query": query, "key": key, "value": value, "bias": bias, "sink": sink, **getattr(score, "keywords", {})}
     query, key, value, scores = prepare.inputs(tab, query, key, value, score)
@@ -328,6 +335,8 @@ def attention_grad(
     grad_output = conversion.floating("grad_output", grad_output, ("query", query), tab)
     checks.same_shape("grad_output", grad_output, (*checks.pairs(query, key)[:-1], tuple(value.shape)[-1]), "the output")
     checks.not_by_function(wrt, bias)
+    if not grad_scores is return_scores is None:
+        options |= prepare.through_scores(tab, query, scores, options["positions"], return_scores, grad_scores)
     bindable = {"query", "key", "value"} | {name for name, x in (("bias", bias), ("sink", sink)) if x is not None}
     bindable |= {name for name, x in getattr(options["score"], "keywords", {}).items() if tab.is_array(x)}
     wrt = prepare.differentiable(wrt, bindable)

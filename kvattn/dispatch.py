@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial
@@ -206,13 +206,19 @@ def lacking(tab: Any) -> list[str]:
 
     from kvattn.call import Call
 
+    return not_taken(tab.attention, list(inspect.signature(Call.of).parameters)[2:])
+
+
+def not_taken(function: Any, keywords: Sequence[str]) -> list[str]:
+    """Those of the keywords that a function does not take; none if it tells no signature."""
+    import inspect
+
     try:
-        takes = inspect.signature(tab.attention).parameters
+        takes = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return []
     if any(each.kind is each.VAR_KEYWORD for each in takes.values()):
         return []
-    keywords = list(inspect.signature(Call.of).parameters)[2:]
     return [each for each in keywords if each not in takes or takes[each].kind is takes[each].POSITIONAL_ONLY]
 
 

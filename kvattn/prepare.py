@@ -103,6 +103,20 @@ def returned(options: dict[str, Any]) -> dict[str, Any]:
     return found if stage is None else found | {"return_scores": checks.stage("return_scores", stage)}
 
 
+def through_scores(tab: Any, query: Any, scores: tuple[Any, ...], positions: Any, stage: Any, grad: Any) -> dict[str, Any]:
+    """return_scores and grad_scores, the gradient by scores of that stage and shape, for a loss that looks at them."""
+    if stage is None or grad is None:
+        missing, given = ("return_scores", "grad_scores") if stage is None else ("grad_scores", "return_scores")
+        raise TypeError(f"{given} is given without {missing}: a gradient by scores, and which scores it is by, come together")
+    stage, grad = checks.stage("return_scores", stage), conversion.array(tab, "grad_scores", grad, like=query)
+    found, half = conversion.dtype_name(conversion.floating("grad_scores", grad)), conversion.dtype_name(query)
+    if found != (expected := "float32" if half in ("float16", "bfloat16") else half):
+        raise TypeError(f"grad_scores has dtype {found}; expected {expected}, in which the scores of a {half} query are")
+    selected = scores[-1] if positions is None else positions.shape[-1]
+    checks.same_shape("grad_scores", grad, (*scores[:-1], selected), "the scores")
+    return {"return_scores": stage, "grad_scores": grad}
+
+
 def arrays(tab: Any, **arguments: Any) -> list[Any]:
     """The arguments as floating-point arrays of one dtype; lists take the dtype of the arrays beside them."""
     typed = [x for x in arguments.values() if hasattr(x, "dtype")]

@@ -204,9 +204,26 @@ def test_attention_grad_says_the_same(backend, what):
 
 
 def test_a_gradient_returns_gradients_alone(backend):
-    for name, x in (("return_weights", True), ("return_lse", True), ("return_scores", "raw")):
+    for name, x in (("return_weights", True), ("return_lse", True)):
         with pytest.raises(TypeError, match=f"attention_grad has no argument '{name}': it returns gradients alone"):
             kvattn.attention_grad(**GOOD, grad_output=zeros(2, 4, 3, 7), **{name: x}, backend=backend)
+
+
+BY_SCORES = zeros(2, 4, 3, 6)
+THROUGH_SCORES = {
+    "no gradient": ({"return_scores": "raw"}, TypeError, "return_scores is given without grad_scores"),
+    "no stage": ({"grad_scores": BY_SCORES}, TypeError, "grad_scores is given without return_scores"),
+    "another stage": ({"return_scores": "scaled", "grad_scores": BY_SCORES}, ValueError, "'raw', 'capped' or 'biased'"),
+    "another shape": ({"return_scores": "raw", "grad_scores": BY_SCORES[..., :5]}, ValueError, "grad_scores has shape"),
+    "another dtype": ({"return_scores": "raw", "grad_scores": BY_SCORES.astype("float16")}, TypeError, "has dtype float16"),
+}
+
+
+@pytest.mark.parametrize("what", THROUGH_SCORES)
+def test_a_gradient_by_scores_says_what_is_missing_or_wrong(backend, what):
+    given, error, words = THROUGH_SCORES[what]
+    with pytest.raises(error, match=words):
+        kvattn.attention_grad(**GOOD, grad_output=zeros(2, 4, 3, 7), **given, backend=backend)
 
 
 @pytest.mark.parametrize("lead", [(2,), (2, 2)])

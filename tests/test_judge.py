@@ -81,3 +81,52 @@ def test_a_report_says_which_cases_were_asked():
     other = replace(few[3], arguments={**few[3].arguments, "query": few[3].arguments["query"] + 0.5})
     for changed in (few[:5], few[::-1], [*few[:3], other, *few[4:]], [*few[:5], replace(few[5], name="another")]):
         assert conformance.version(changed) != version
+
+
+def stranger(changed):
+    """NumPy's tab as a stranger's, whose call of attention ``changed`` changes: (query, key, options) -> options."""
+    own = {name: getattr(by_numpy, name) for name in dir(by_numpy) if not name.startswith("__")}
+    del own["choose"], own["places"]
+
+    def attention(query, key, value, **options):
+        return by_numpy.attention(query, key, value, **changed(query, key, options))
+
+    return SimpleNamespace(**own | {"__name__": "a.stranger", "attention": attention})
+
+
+MISTAKES = {
+    "at the end": (
+        "causal 4 x 5, offset 1", "count from the last key, not by query_offset",
+        lambda q, k, options: options | {"query_offset": options["query_offset"] + k.shape[-2] - q.shape[-2]},
+    ),
+    "no offset": ("causal 4 x 5, offset 1", "query_offset is ignored", lambda q, k, options: options | {"query_offset": 0}),
+    "lengths": ("valid_lens (b, n)", "valid_lens is ignored", lambda q, k, options: options | {"valid_lens": None}),
+    "scale": ("plain", "not divided by sqrt(d)", lambda q, k, options: options | {"scale": 1.0}),
+    "mask": ("mask (4, 5)", "True in the mask forbids", lambda q, k, options: options | {"mask": ~options["mask"]}),
+    "window": ("golden: window", "one key too narrow", lambda q, k, options: options | _narrower(options["window"])),
+}  # fmt: skip
+
+
+def _narrower(window):
+    return {} if window is None else {"window": (window[0] - 1, window[1])}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_report_names_the_mistake_that_gives_the_same(mistake):
+    name, words, changed = MISTAKES[mistake]
+    failures = conformance.run(stranger(changed), [CASES[name]], ["float64"]).failures
+    assert any(words in failure.message for failure in failures)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "changed", "words"),
+    [
+        ("plain", "lse", lambda results: results["lse"] * np.log2(np.e), "the lse in base 2"),
+        ("mask of nothing", "output", lambda results: results["output"] + 0.5, "in rows that may attend to nothing"),
+        ("plain", "output", lambda results: results["output"] + np.nan, "0 * NaN is NaN"),
+        ("plain", "weights", lambda results: 2 * results["weights"], "80 of 80 wrong, the first at (0, 0, 0, 0): "),
+    ],
+)
+def test_a_report_says_where_and_what_kind_of_numbers_are_wrong(name, what, changed, words):
+    failures = judged(name, "float64", lambda results: {what: changed(results)})
+    assert any(failure.what == what and words in failure.message for failure in failures)

@@ -339,3 +339,23 @@ def test_any_tab_that(backend, wrong, old, new, group):
     else:
         tab = mutant(backend, old, new)
     assert notices(tab, group)
+
+
+DETACHED = {  # the scores that are returned, as constants
+    "torch": "scores.detach()", "mxnet": "scores.detach()", "jax": "__import__('jax').lax.stop_gradient(scores)",
+    "tensorflow": "__import__('tensorflow').stop_gradient(scores)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", [name for name in TABS if name in chosen()])
+def test_a_tab_that_lets_no_gradient_through_scores(backend):
+    tab = mutant(backend, "import math", "import math")
+    if backend == "numpy":
+        through = "grad_scores = grad_scores + by_scores", "pass"
+        tab.gradients = altered("kernels/numpy/gradients.py", "kvattn_mutants.gradients", *through)
+    else:
+        returned = "(results,)), scores)", f"(results,)), {DETACHED[backend]})"
+        module = altered("call.py", "kvattn_mutants.call", *returned)
+        tab.Call, tab.Choice = module.Call, module.Choice
+    failures = conformance.run(tab, [case for case in cases() if case.name == "a loss of raw scores"]).failures
+    assert {failure.what for failure in failures} == {"grad_query", "grad_key"}

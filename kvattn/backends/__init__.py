@@ -121,7 +121,7 @@ class Functions(Protocol):
         self, query: Any, key: Any, value: Any, grad_output: Any, *, wrt: Sequence[str] = ..., **options: Any
     ) -> tuple[Any, ...]:
         """A gradient for each name of ``wrt``. What may be named beside query, key and value is among the options, or bound by
-        ``score``, a functools.partial."""
+        ``score``, a functools.partial. ``return_scores`` and ``grad_scores`` are passed only where a caller gives them."""
         ...
 
     def merge_attention(self, outputs: Sequence[Any], lses: Sequence[Any], /, return_lse: bool = False) -> Any: ...

@@ -591,9 +591,9 @@ def _repeated(index):
     return jnp.take_along_axis(again[..., :size], jnp.argsort(order, axis=-1), axis=-1)
 
 
-def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
-    call = Call.of(query, key, **options)
-    return (_grad_of_pairs if type(call.mask) is Pairs else _attend_grad)(query, key, value, grad_output, call, wrt=wrt)
+def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), grad_scores=None, **options):
+    call, loss = Call.of(query, key, **options), grad_output if grad_scores is None else (grad_output, grad_scores)
+    return (_grad_of_pairs if type(call.mask) is Pairs else _attend_grad)(query, key, value, loss, call, wrt=wrt)
 
 
 @programs.exact

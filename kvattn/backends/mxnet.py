@@ -620,18 +620,19 @@ def _repeated(index):
 
 
 @quirks.shaped
-def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
-    return _attend_grad(query, key, value, grad_output, wrt, Call.of(query, key, **options))
+def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), grad_scores=None, **options):
+    return _attend_grad(query, key, value, grad_output, wrt, Call.of(query, key, **options), grad_scores)
 
 
-def _attend_grad(query, key, value, grad_output, wrt, call):
+def _attend_grad(query, key, value, grad_output, wrt, call, grad_scores=None):
     call, parts = pairs.resolved(query, key, value, call) if type(call.mask) is Pairs else (call, ())
     bound = call.score.keywords if isinstance(call.score, partial) else {}
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **bound}
     choice = None if parts else choose(query, key, value, call)
-    if choice and choice.run_grad:
+    if choice and choice.run_grad and grad_scores is None:
         return choice.run_grad(query, key, value, grad_output, wrt, call)
     few = call.positions is not None or call.left is not None or call.right not in (None, 0)  # pairs, in a window
+    few = few or grad_scores is not None  # scores that are returned are held anyway
     if not (parts or few) and (blocks := planning.memory_blocks(call.score, query.shape, key.shape, views.MOST // 4)):
         call, parts = pairs.of_blocks(sys.modules[__name__], blocks, call)
     if parts:
@@ -645,17 +646,19 @@ def _attend_grad(query, key, value, grad_output, wrt, call):
             score = partial(score.func, *(x.detach() if is_array(x) else x for x in score.args), **bound)
         return _attend(query, key, value, call._replace(score=score, bias=bias, sink=sink))
 
-    return _grad_by_autograd(attend, sources, grad_output, wrt)
+    return _grad_by_autograd(attend, sources, grad_output if grad_scores is None else [grad_output, grad_scores], wrt)
 
 
 def _grad_by_autograd(function, sources, grad_output, wrt):
-    """The gradients of sum(grad_output * function(**sources)), taken of copies, whose gradients are nobody else's."""
+    """The gradients of sum(grad_output * function(**sources)), of each result's, taken of copies, whose gradients are nobody
+    else's."""
     copies = {name: x.detach() if is_array(x) else x for name, x in sources.items()}
     for name in {*wrt, "value"}:  # value: where nothing else is reached, as by hardmax, backward needs a graph
         copies[name].attach_grad()
     with autograd.record():
-        output = function(**copies)
-    output.backward(grad_output)
+        results = function(**copies)
+    several = isinstance(results, tuple)
+    autograd.backward([*results] if several else results, grad_output)
     return tuple(copies[name].grad for name in wrt)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvattn import multihead, pairs, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.numpy import dropout, gradients, memory, tiled, tiles
+from kvattn.kernels.numpy import dropout, gradients, memory, tiled, tiled_grad, tiles
 from kvattn.pairs import Pairs
 
 HALF = ("float16", "bfloat16")
@@ -512,9 +512,10 @@ def _repeated(index):
     return repeated
 
 
-def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
+def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), grad_scores=None, **options):
     call = Call.of(query, key, **options)
-    return gradients.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, call)
+    known = tiled_grad.Known(grad_scores=grad_scores)
+    return gradients.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, call, known)
 
 
 def merge_attention(outputs, lses, return_lse=False):

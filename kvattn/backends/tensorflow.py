@@ -703,7 +703,7 @@ def _repeated(index):
     return tf.gather(repeated, tf.argsort(order, axis=-1), axis=-1, batch_dims=lead)
 
 
-def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
+def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), grad_scores=None, **options):
     finite = not tf.executing_eagerly() or nonfinite.absent(tf.convert_to_tensor(grad_output))
     score = options.get("score", scaled_dot_score)
     given = {**getattr(score, "keywords", {}), "query": query, "key": key, "value": value, "bias": options.get("bias")}
@@ -717,8 +717,9 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
         if given:
             score = partial(score, **given)
         options |= blocks.self_contained(sys.modules[__name__], score=score, normalize=options.get("normalize", softmax))
-        output = attention(query, key, value, **{**options, "bias": bias, "sink": sink})
-    grads = tape.gradient(output, [by[name] for name in wrt], grad_output, unconnected_gradients="zero")
+        results = attention(query, key, value, **{**options, "bias": bias, "sink": sink})
+    loss = grad_output if grad_scores is None else (grad_output, grad_scores)
+    grads = tape.gradient(results, [by[name] for name in wrt], loss, unconnected_gradients="zero")
     return tuple(tf.convert_to_tensor(grad) for grad in grads)  # the gradient of a gather is sparse
 
 

@@ -636,7 +636,7 @@ def _usable(x):
 
 
 @_recording
-def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
+def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), grad_scores=None, **options):
     score = options.pop("score", scaled_dot_score)
     parameters = score.keywords if isinstance(score, partial) else {}
     given = {"query": query, "key": key, "value": value, "bias": options.pop("bias", None), "sink": options.pop("sink", None)}
@@ -645,12 +645,14 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
     given |= leaves
     if parameters:
         score = partial(score.func, *score.args, **{name: given[name] for name in parameters})
-    output = attention(
+    results = attention(
         *(given[x] for x in ("query", "key", "value")), bias=given["bias"], sink=given["sink"], score=score, **options
     )
-    if not output.requires_grad:
+    loss = [(results, grad_output)] if grad_scores is None else zip(results, (grad_output, grad_scores), strict=True)
+    if not (loss := [(x, grad) for x, grad in loss if x.requires_grad]):
         return tuple(torch.zeros_like(x) for x in leaves.values())
-    return torch.autograd.grad(output, [*leaves.values()], grad_output, materialize_grads=True)
+    results, grads = zip(*loss, strict=True)
+    return torch.autograd.grad(results, [*leaves.values()], grads, materialize_grads=True)
 
 
 def merge_attention(outputs, lses, return_lse=False):

@@ -81,10 +81,11 @@ def flags(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, group: str, rng: np.random.Generator,
            grad: bool | np.ndarray = True, asked: tuple[str, ...] = WEIGHTS + LSE, dtypes: tuple[str, ...] = DTYPES,
-           **options: Any) -> Case:  # fmt: skip
+           by_scores: bool = False, **options: Any) -> Case:  # fmt: skip
     """A case of attention with these options, of which ``seed`` stands for attention's own ``rng``, and with its answer.
 
     ``grad``: whether it has gradients, too; or the rows (n,) that their loss looks at, where it does not look at all.
+    ``by_scores``: whether their loss looks at the scores that are returned, too.
     """
     options |= {"rng": options.pop("seed")} if "seed" in options else {}
     results = ("output", *asked, *(["scores"] if "return_scores" in options else []))
@@ -94,6 +95,9 @@ def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, 
     if grad is not False:
         grad_output = grid(rng, *oracle.leading(query, key), query.shape[-2], value.shape[-1])
         grad_output = np.where(np.reshape(grad, (-1, 1)), grad_output, 0.0)
+    if by_scores:
+        selected = options["positions"].shape[-1] if "positions" in options else key.shape[-2]
+        how["grad_scores"] = options["grad_scores"] = grid(rng, *oracle.leading(query, key), query.shape[-2], selected)
     answer = oracle.attention(query, key, value, grad_output, **how)
     wanted = [what for what in answer.values if what in results or what.startswith("grad_")]
     arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output}

@@ -14,7 +14,7 @@ import numpy as np
 
 import kvattn
 from kvattn import checks, conversion, dispatch, layers
-from kvattn.conformance import functions, native, tolerance
+from kvattn.conformance import functions, mistakes, native, tolerance
 from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case
 from kvattn.conformance.known_differences import difference
 
@@ -176,16 +176,14 @@ def _agreement(a: Report, b: Report) -> Agreement:
 def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, like: Any, place: str | None) -> None:
     def result(what: str, error: float, allowed: float, message: str = "") -> None:
         passed = not message and error <= allowed
-        if not message and not passed:
-            message = f"{case.name} {dtype}: {what} is off by {error:.4g} eps, {allowed:.4g} allowed"
         report.results.append(Result(case.name, case.group, dtype, what, error, allowed, passed, message))
 
     if missing := _missing(tab, case):
         result("output", 0.0, 0.0, NOT_OFFERED + ", ".join(missing))
         return
     grad = "multi_head_attention_grad" if case.call in HEADED else "attention_grad"
-    if _wrt(case) and not _is_ours(tab) and not callable(getattr(tab, grad, None)):  # what it computes is judged all the same
-        result("gradients", 0.0, 0.0, NOT_OFFERED + grad)
+    if _wrt(case) and (lacks := _missing_of_gradients(tab, case, grad)):  # what it computes is judged all the same
+        result("gradients", 0.0, 0.0, NOT_OFFERED + lacks)
         case = replace(case, answer={what: x for what, x in case.answer.items() if not what.startswith("grad_")})
     try:
         got = _call(tab, case, dtype, thorough, like)
@@ -193,7 +191,8 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, lik
         if isinstance(error, NotImplementedError) and not _is_ours(tab):
             result("output", 0.0, 0.0, f"{REFUSED}{error}")
         else:
-            result("output", np.inf, 0.0, f"{case.name} {dtype}: {type(error).__name__}: {error}")
+            said = " (every warning is an error here)" if isinstance(error, Warning) else ""
+            result("output", np.inf, 0.0, f"{case.name} {dtype}: {type(error).__name__}: {error}{said}")
         return
     answer, magnitude = dict(case.answer), dict(case.magnitude)
     if ALONE in got:
@@ -214,7 +213,18 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, lik
         x = np.where(case.judged.get("output" if what == ALONE else what, True), x, want)
         report.outputs[case.name, dtype, what] = x
         report.tolerances[case.name, dtype, what] = (unit, allowed)
-        result(what, _distance(x, want, unit), allowed)
+        error = _distance(x, want, unit)
+        result(what, error, allowed, _wrong(case, what, dtype, (x, want), unit, (error, allowed)) if error > allowed else "")
+
+
+def _wrong(case: Case, what: str, dtype: str, both: tuple[np.ndarray, np.ndarray], unit: float,
+           errors: tuple[float, float]) -> str:  # fmt: skip
+    """What is said of a result that is wrong, and of what was promised; ``errors``: its own, and what is allowed."""
+    error, allowed = errors
+    hint = ""
+    with suppress(Exception), np.errstate(all="ignore"):  # of no hint the judgement is to fail
+        hint = "; " + mistakes.words(case, what, dtype, *both, lambda x, y: _apart(x, y, unit) <= allowed)
+    return f"{case.name} {dtype}: {what} is off by {error:.4g} eps, {allowed:.4g} allowed{hint}"
 
 
 def _is_ours(tab: Any) -> bool:
@@ -255,6 +265,15 @@ def _missing(tab: Any, case: Case) -> list[str]:
     return sorted(name for name in needed if not callable(getattr(tab, name, None))) + lacks
 
 
+def _missing_of_gradients(tab: Any, case: Case, name: str) -> str:
+    """What a stranger's backend lacks for the gradients of this case, those of the function of that name; "" for nothing."""
+    if _is_ours(tab):
+        return ""
+    if not callable(function := getattr(tab, name, None)):
+        return name
+    return "".join(f"{name}({each}=)" for each in dispatch.not_taken(function, ["grad_scores"]) if each in case.arguments)
+
+
 def _named(x: Any) -> tuple[str, dict[str, Any]]:
     return x if isinstance(x, tuple) else (x, {})
 
@@ -278,7 +297,7 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[s
     def convert(name: str, x: Any) -> Any:
         if not isinstance(x, np.ndarray):
             return x
-        kept = "float32" if name == "lses" and dtype in tolerance.HALF else dtype
+        kept = "float32" if name in ("lses", "grad_scores") and dtype in tolerance.HALF else dtype
         for other, one in given_for:  # one array as query, key and value is one of the backend's too
             if other is x and name in ("query", "key", "value"):
                 return one
@@ -329,14 +348,16 @@ def _plain_call(
 ) -> dict[str, Any]:
     """The quantities of a case of attention, or of another function of the public API without heads of its own."""
     options = {n: x for n, x in keywords.items() if not n.startswith("return_")}
-    results = {}
+    results, through = {}, {}
+    if "grad_scores" in arguments:
+        through = {"grad_scores": arguments.pop("grad_scores"), "return_scores": keywords["return_scores"]}
     if thorough or not case.alone:
         got = getattr(kvattn, case.call)(**arguments, **keywords, backend=tab)
         results = dict(zip(case.results, parts(got, case.results), strict=True))
     if case.alone or (thorough and case.call == "attention" and len(case.results) > 1):
         results[ALONE if results else "output"] = kvattn.attention(**arguments, **options, backend=tab)
     if wrt := _wrt(case):
-        grads = kvattn.attention_grad(**arguments, grad_output=grad_output, wrt=wrt, **options, backend=tab)
+        grads = kvattn.attention_grad(**arguments, grad_output=grad_output, wrt=wrt, **options, **through, backend=tab)
         results |= zip((f"grad_{name}" for name in wrt), parts(grads, wrt, single=False), strict=True)
     return results
 
@@ -455,7 +476,12 @@ def _plain(tab: Any, x: Any, what: str, shape: tuple[int, ...], dtype: str) -> n
 
 
 def _distance(x: np.ndarray, y: np.ndarray, unit: float) -> float:
-    """The largest difference in units; infinities must be equal, and NaN is equal to NaN alone."""
+    """The largest difference in units."""
+    return float(_apart(x, y, unit).max(initial=0.0))
+
+
+def _apart(x: np.ndarray, y: np.ndarray, unit: float) -> np.ndarray:
+    """The differences in units; infinities must be equal, and NaN is equal to NaN alone."""
     with np.errstate(invalid="ignore", over="ignore"):
         apart = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y) / unit)
-    return float(np.where(np.isnan(apart), np.inf, apart).max(initial=0.0))
+    return np.where(np.isnan(apart), np.inf, apart)

@@ -287,7 +287,9 @@ def _of_one_head(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
         group, at = NOT_FINITE, {"query": q, "key": k, "value": x, **options}[struck]
         at.flat[drawn.rng("not_finite").integers(0, max(at.size, 1), min(at.size, 2))] = np.nan
     rng = drawn.rng("grad_output")
-    made = attend(name, q, k, x, group=group, rng=rng, grad=drawn.grad, asked=drawn.asked, **options)
+    how: dict[str, Any] = {"group": group, "rng": rng, "grad": drawn.grad, "asked": drawn.asked}
+    how["by_scores"] = drawn.grad and "return_scores" in options and struck is None
+    made = attend(name, q, k, x, **how, **options)
     made = replace(made, call=drawn.call)
     if drawn.call not in SCORED:
         return made

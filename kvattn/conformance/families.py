@@ -22,7 +22,8 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
     combined = (merging, blocks, covariance, multihead.cases, combinations, many_axes, notfinite.cases, lone, places.cases)
     later = (sinks, notfinite.sinks, placed.cases, scores_out, places.layered, notfinite.scores_out)
     dropped = (dropout, multihead.dropout, places.falling)
-    last = (together.cases, together.plainly, together.edges)  # where what is new does not shift the data of the others
+    # where what is new does not shift the data of the others
+    last = (together.cases, together.plainly, together.edges, through_scores, streamed, multihead.one_head)
     for family in (*keywords, *parts, *combined, *later, *dropped, *last):
         yield from family(rng)
 
@@ -595,3 +596,33 @@ def combinations(rng: np.random.Generator, count: int = 24) -> Iterator[Case]:
         name = f"combination {number}: " + ", ".join(options)
         asked = ("weights",) * sometimes(0.5) + ("lse",) * sometimes(0.5)
         yield make(name, q, k, x, **options, asked=asked)
+
+
+def through_scores(rng: np.random.Generator) -> Iterator[Case]:
+    """A loss that looks at the scores that are returned, beside the output."""
+    make = partial(attend, group="scores out", rng=rng, by_scores=True, asked=())
+    which: dict[str, Any] = {"softcap": 1.5, "scale": 0.75, "causal": True, "query_offset": 1}
+    for stage in ("raw", "capped", "biased"):
+        bias, mask = np.where(flags(rng, 4, 5), grid(rng, 2, 1, 4, 5), -INF), flags(rng, 4, 1, 5)
+        q, k, v = qkv(rng, lead=(2, 4), kv=(2, 2))
+        yield make(f"a loss of {stage} scores", q, k, v, bias=bias, mask=mask, **which, return_scores=stage)
+    chosen, lens = np.array([[0, 3, 3], [3, -1, 1], [-1, -1, -1], [2, 4, 0]]), np.array([[1, 2, 3, 0], [4, 5, 0, 1]])
+    sink: dict[str, Any] = {"sink": grid(rng, 2), "dropout": 0.4, "seed": 3}
+    sink |= {"mask": "prefix"}
+    yield make("a loss of scores, positions, sink", *qkv(rng), positions=chosen, bias=bias, **sink, return_scores="biased")
+    additive = next(parametrised(rng, 3, 3))
+    yield make("a loss of scores, lengths, additive", *qkv(rng), valid_lens=lens, score=additive, return_scores="raw")
+    segments: dict[str, Any] = {"segments": (np.array([0, 0, 1, 1]), np.array([0, 0, 1, 1, 4]))}
+    yield make("a loss of scores, segments, 2 axes", *qkv(rng, lead=()), **segments, return_scores="raw")
+
+
+def streamed(rng: np.random.Generator) -> Iterator[Case]:
+    """Scores that rise with the keys for some queries, and fall for others, from 128 to 128: a kernel that goes through tiles
+    of any size up to 512 meets a larger maximum after others, and sums under the one before that still weigh something."""
+    n, m = 264, 560
+    step = np.arange(m) // 128 / 16
+    turn = rng.choice([-3, -2, -1, 1, 2, 3], n) / 16
+    q, k = np.stack([np.full(n, 2.0), turn], axis=-1), np.stack([np.full(m, 2.0), step], axis=-1)
+    looked = np.isin(np.arange(n), [0, 130, 263])
+    which: dict[str, Any] = {"scale": 256.0, "causal": True, "query_offset": 296}  # of 1024, more than exp holds
+    yield attend("a maximum that rises", q, k, grid(rng, m, 1), group="edges", rng=rng, grad=looked, asked=LSE, **which)

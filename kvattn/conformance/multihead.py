@@ -134,12 +134,7 @@ def self_attention(rng: np.random.Generator) -> Iterator[Case]:
 def padded(rng: np.random.Generator) -> Iterator[Case]:
     """NaN and inf in rows that no head looks at, which the projections multiply: they reach no gradient of a weight."""
 
-    def hurt(case: Case, **unseen: Any) -> Case:
-        arguments = dict(case.arguments)
-        for name, rows in unseen.items():
-            bad = rng.choice([np.nan, np.inf, -np.inf], arguments[name].shape)
-            arguments[name] = np.where(np.array(rows)[..., None], bad, arguments[name])
-        return replace(case, arguments=arguments)
+    hurt = partial(_hurt, rng)
 
     def make(name: str, n: int = 3, m: int = 4, kv_heads: int = 2, **options: Any) -> Case:
         inputs = [grid(rng, 2, rows, 3) for rows in (n, m, m)]
@@ -172,6 +167,26 @@ def padded(rng: np.random.Generator) -> Iterator[Case]:
     lens = np.array([[4, 1, 2, 3], [2, 1, 0, 0]])
     case = multi_head("self-attention, NaN behind lengths", [x] * 3, params, rng, heads=1, valid_lens=lens)
     yield hurt(as_self_attention(case, x), x=lens == 0)
+
+
+def one_head(rng: np.random.Generator) -> Iterator[Case]:
+    """NaN in rows without keys that nobody looks at, of self-attention without a batch: its lengths are those of one head."""
+    for name, lens in (("(n,)", np.array([2, 1, 0, 0])), ("() of 0", np.array(0))):
+        x = grid(rng, 4, 3)
+        params = {n: y for n, y in params_of(rng, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
+        case = multi_head(
+            f"self-attention, no batch, NaN behind lengths {name}", [x] * 3, params, rng, heads=1, valid_lens=lens
+        )
+        yield _hurt(rng, as_self_attention(case, x), x=np.broadcast_to(lens == 0, 4))
+
+
+def _hurt(rng: np.random.Generator, case: Case, **unseen: Any) -> Case:
+    """The case with NaN and inf in these rows of its arguments."""
+    arguments = dict(case.arguments)
+    for name, rows in unseen.items():
+        bad = rng.choice([np.nan, np.inf, -np.inf], arguments[name].shape)
+        arguments[name] = np.where(np.array(rows)[..., None], bad, arguments[name])
+    return replace(case, arguments=arguments)
 
 
 def as_self_attention(case: Case, x: np.ndarray) -> Case:

@@ -374,7 +374,8 @@ class Weighing(NamedTuple):
 
 
 def attention(query: Array, key: Array, value: Array, grad_output: Array | None = None, **how: Any) -> Answer:
-    """Output, weights and lse; with grad_output, the gradients of sum(grad_output * output) by every array. m > 0 or not."""
+    """Output, weights and lse; with grad_output, the gradients of sum(grad_output * output) by every array, and with
+    grad_scores those of sum(grad_scores * scores) as well, over the pairs that may attend. m > 0 or not."""
     with np.errstate(invalid="ignore", over="ignore"):
         values, sizes, largest = Attention(query, key, value, grad_output, how).answer()
     return Answer(marked(values), largest_finite(sizes), largest)
@@ -413,6 +414,8 @@ class Attention:
         self.q, self.k, v = (flat(x)[rows] for x, rows in self.sources.values())
         self.share = survivors(found, lead, self.how.dropout, self.how.rng) if self.how.dropout else np.ones(len(v))
         each = self.share[:, None]
+        # the gradient by the scores that are returned, of each pair
+        self.by_scores: Any = 0 if how.get("grad_scores") is None else how["grad_scores"][self.at_slot]
         self.v, self.v_size = v * each, np.abs(v) * each  # what multiplies a weight may as well multiply its value
         self.g_size: Any = None if grad_output is None else np.abs(grad_output)
         q_size, k_size = self.q, self.k
@@ -522,15 +525,23 @@ class Attention:
     def _gradients(self, values: dict[str, Array], magnitude: dict[str, Any]) -> None:
         """The gradients by every array, put among the values: sums over the pairs that look at each of its rows."""
         _, parameters = self.how.named()
+        ways = [(self.grad_s, self.how.capped)]  # through the weights, and through the scores that are returned
+        if np.ndim(self.by_scores):
+            ways.append((self.by_scores, self.how.raw if self.how.return_scores == "raw" else self.how.capped))
+        size = self.grad_s_size + np.abs(self.by_scores)
         by = {
-            "query": (self.q, lambda x: self.how.capped(x, self.k, parameters)),
-            "key": (self.k, lambda x: self.how.capped(self.q, x, parameters)),
+            "query": (self.q, lambda score, x: score(x, self.k, parameters)),
+            "key": (self.k, lambda score, x: score(self.q, x, parameters)),
         }
-        kinds = (values, self.grad_s, self.grad_v), (magnitude, self.grad_s_size, self.grad_v_size)
-        for what, (x, score) in by.items():
-            slopes = np.stack([np.zeros(len(x)), *(slope(score, x, (c,)) for c in range(x.shape[-1]))], axis=-1)[:, 1:]
-            values["grad_" + what] = self._collected(what, self.grad_s[:, None] * slopes)
-            magnitude["grad_" + what] = self._collected(what, self.grad_s_size[:, None] * self.bound[what] * self.factor)
+        for what, (x, of_score) in by.items():
+            values["grad_" + what] = np.zeros(self.sources[what][0].shape)
+            for grad_s, score in ways:
+                of_x = partial(of_score, score)
+                slopes = np.stack([np.zeros(len(x)), *(slope(of_x, x, (c,)) for c in range(x.shape[-1]))], axis=-1)[:, 1:]
+                values["grad_" + what] += self._collected(what, grad_s[:, None] * slopes)
+            magnitude["grad_" + what] = self._collected(what, size[:, None] * self.bound[what] * self.factor)
+        by_biased = self.by_scores if self.how.return_scores == "biased" else 0 * self.by_scores
+        kinds = (values, self.grad_s + by_biased, self.grad_v), (magnitude, size, self.grad_v_size)
         for kind, grad_s, grad_v in kinds:
             kind["grad_value"] = self._collected("value", grad_v)
             if self.learned_bias:
@@ -542,11 +553,13 @@ class Attention:
             magnitude["grad_sink"] = _summed(cells, self.grad_sink_size, sink.size)
         for what, x in parameters.items():
             if isinstance(x, np.ndarray):
-                of_one = partial(lambda what, y: self.how.capped(self.q, self.k, {**parameters, what: y}), what)
-                by_one = [slope(of_one, x, c) for c in np.ndindex(*x.shape)]
-                values["grad_" + what] = np.reshape([self.grad_s @ one for one in by_one], x.shape)
-                size = self.grad_s_size @ self.bound[what].reshape(len(self.s), x.size)
-                magnitude["grad_" + what] = size.max(initial=0) * self.factor
+                values["grad_" + what] = np.zeros(x.shape)
+                for grad_s, score in ways:
+                    of_one = partial(lambda score, what, y: score(self.q, self.k, {**parameters, what: y}), score, what)
+                    by_one = [slope(of_one, x, c) for c in np.ndindex(*x.shape)]
+                    values["grad_" + what] += np.reshape([grad_s @ one for one in by_one], x.shape)
+                of_entry = size @ self.bound[what].reshape(len(self.s), x.size)
+                magnitude["grad_" + what] = of_entry.max(initial=0) * self.factor
 
     def _collected(self, what: str, by_pair: Array) -> Array:
         """What the pairs give, summed for each row of query, key or value."""

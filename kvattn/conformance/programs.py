@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvattn import checks, layers
-from kvattn.conformance import check
+from kvattn.conformance import check, tolerance
 from kvattn.conformance.cases import Case
 
 
@@ -26,7 +26,7 @@ def code(made: Case, failure: check.Result, backend: str, device: str | None = N
 
 def _of_function(made: Case, failure: check.Result, backend: str, device: str | None) -> list[str]:
     given = dict(made.arguments)
-    grad_output = given.pop("grad_output", None)
+    grad_output, grad_scores = given.pop("grad_output", None), given.pop("grad_scores", None)
     keywords = {name: _keyword(name, x, backend) for name, x in made.keywords.items()}
     inputs, others = _inputs(made.call, given)
     options = {n: x for n, x in keywords.items() if not n.startswith("return_")} | others
@@ -42,7 +42,12 @@ def _of_function(made: Case, failure: check.Result, backend: str, device: str | 
     if failure.what.startswith("grad_") and call != "self_attention":
         lines.append(f"grad_output = {_literal(grad_output, 'array')}")
         call, inputs = f"{call}_grad", [*inputs, "grad_output"]
-        asked = {"wrt": repr([failure.what.removeprefix("grad_")])}
+        through = {}
+        if grad_scores is not None:  # in the scores' dtype
+            wide = "float32" if failure.dtype in tolerance.HALF else failure.dtype
+            lines.append(f"grad_scores = {_literal(grad_scores.astype(wide))}")
+            through = {"return_scores": keywords["return_scores"], "grad_scores": "grad_scores"}
+        asked = {"wrt": repr([failure.what.removeprefix("grad_")])} | through
     elif failure.what == check.ALONE:
         asked = {}
     keyed += "".join(f", {n}={x}" for n, x in asked.items())

@@ -222,7 +222,7 @@ def sound(results, query, key, value, *grad, bias=None):
     derived = isinstance(found[0], jax.core.Tracer)
     if not grad and not derived:  # weights are 0 where they should be, and reach values alone
         return _small(value) or not _has_nan(found[0])
-    if not all(map(_small, (query, key, value, *grad))):
+    if not all(map(_small, (query, key, value, *jax.tree.leaves(grad)))):
         return not derived and not any(map(_has_nan, found))
     return bias is None or not any(map(_has_nan, found))
 

@@ -204,8 +204,10 @@ def _users_own(grad, what):
 def attention_grad(tab, query, key, value, grad_output, wrt, call, known=tiled_grad.NOTHING):
     """The gradients named by ``wrt`` of sum(grad_output * attention(...)), as a tuple, each in its argument's dtype.
 
-    With a gradient by the lse among what is ``known`` they are those of sum(grad_lse * lse) as well.
+    With a gradient by the lse or by the scores among what is ``known`` they are those of sum(grad_lse * lse) or of
+    sum(grad_scores * scores) as well.
     """
+    asked, call = call, call._replace(return_scores=None)
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **_parameters(call.score)}
     selected = () if call.positions is None else call.positions.shape
     if 0 in (*query.shape[:-1], *key.shape[:-1], *selected):  # no pair, so no gradient
@@ -220,13 +222,26 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, known=tiled_g
         zeros = lambda x: np.zeros(x.shape, tab._wide(x).dtype)  # noqa: E731
         found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, of_part, known.grad_lse)
     elif selected:
-        found = _of_selected_keys(tab, query, key, value, grad_output, wrt, call)
+        call = call._replace(return_scores=asked.return_scores)
+        found = _of_selected_keys(tab, query, key, value, grad_output, wrt, call, known.grad_scores)
     elif choice.run is tiled.attention:
         found = _in_tiles(tab, query, key, value, grad_output, wrt, call, known)
         found = {name: sum_to(found[name], sources[name].shape) for name in wrt}
     else:
         found = _formula(tab, query, key, value, grad_output, call, known.grad_lse)
+    if known.grad_scores is not None and not selected:  # where each query lies beside its own keys, they are among these
+        by_scores = _through_scores(tab, query, key, value, known.grad_scores, asked)
+        found = {name: found[name] + by_scores.get(name, 0) for name in wrt}
     return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
+
+
+def _through_scores(tab, query, key, value, grad_scores, call):
+    """The gradients of sum(grad_scores * scores), by name: of weights that are the scores, and of values without features."""
+    call = call.mask.whole(query, key, call) if type(call.mask) is Pairs else call
+    nothing = np.zeros((*grad_scores.shape[:-1], 0), grad_scores.dtype)
+    found = _formula(tab, query, key, value[..., :0], nothing, call.of_scores(tab.identity), None, grad_scores)
+    del found["value"]
+    return found
 
 
 def _in_tiles(tab, query, key, value, grad_output, wrt, call, known):
@@ -254,7 +269,7 @@ def _of_block(tab, query, key, value, grad_output, wrt, call, grad_lse=None):
     return [found[name] for name in wrt]
 
 
-def _of_selected_keys(tab, query, key, value, grad_output, wrt, call):
+def _of_selected_keys(tab, query, key, value, grad_output, wrt, call, grad_scores):
     """The gradients of the selected pairs, added up at the keys they came from."""
     (n, m), lead = (query.shape[-2], key.shape[-2]), planning.lead(query.shape, key.shape)
     index = np.broadcast_to(call.positions, (*lead, n, call.positions.shape[-1]))
@@ -262,7 +277,8 @@ def _of_selected_keys(tab, query, key, value, grad_output, wrt, call):
     *selected, of_these = tab._select(query, key, value, call)
     if call.sink is not None:  # each query has become an entry of its own
         of_these = of_these._replace(sink=call.sink[..., 0] if call.sink.ndim == query.ndim else call.sink[..., None])
-    grads = attention_grad(tab, *selected, grad_output[..., None, :], wrt, of_these)
+    known = tiled_grad.Known(grad_scores=None if grad_scores is None else grad_scores[..., None, :])
+    grads = attention_grad(tab, *selected, grad_output[..., None, :], wrt, of_these, known)
 
     def scatter(grad, shape):  # (*lead, n, s, c) -> (*lead, m, c) -> shape, whose heads may be shared by a group
         total = np.zeros((len(index), m, grad.shape[-1]), grad.dtype)
@@ -294,8 +310,9 @@ def _parameters(score):
     return dict(score.keywords) if isinstance(score, partial) else {}
 
 
-def _formula(tab, query, key, value, grad_output, call, grad_lse):
-    """Every gradient, by name, in float32 for half precision, from all scores at one time."""
+def _formula(tab, query, key, value, grad_output, call, grad_lse, by_scores=None):
+    """Every gradient, by name, in float32 for half precision, from all scores at one time; ``by_scores``: that by these, which
+    is added to what comes through the weights."""
     score, scale, softcap, bias = call.score, call.scale, call.softcap, call.bias
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
     n, (heads, kv_heads) = query.shape[-2], planning.heads(query.shape, key.shape)
@@ -329,11 +346,13 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse):
         grad_scores = normal(weights, scores, allowed, grad_weights)
         if grad_lse is not None:
             grad_scores = grad_scores + weights * grad_lse[..., None]
+        if by_scores is not None:
+            grad_scores = grad_scores + by_scores
         grad_scores = tab.identity(grad_scores, allowed)
         grads = {}
         if call.sink is not None:
             grads["sink"] = _by_sink(tab, call.sink, lse, (weights * grad_weights).sum(axis=-1), query.ndim)
-        if bias is not None:
+        if call.adds_bias:
             grads["bias"] = sum_to(np.broadcast_to(grad_scores, np.broadcast_shapes(grad_scores.shape, bias.shape)), bias.shape)
         if softcap is not None:
             capped = np.tanh(tab._scores(query, key, call._replace(softcap=None, bias=None)) / softcap)

@@ -18,11 +18,13 @@ from kvattn.kernels.numpy.tiles import EXP, UNIT, blocks, fold, product, take
 
 
 class Known(NamedTuple):
-    """What attention returned, which need not be computed again then; and the gradient by the lse, where there is one."""
+    """What attention returned, which need not be computed again then; and the gradients by the lse and by the scores that
+    return_scores names, where there are such."""
 
     output: np.ndarray | None = None
     lse: np.ndarray | None = None
     grad_lse: np.ndarray | None = None
+    grad_scores: np.ndarray | None = None
 
 
 NOTHING = Known()
@@ -33,7 +35,7 @@ def attention_grad(query, key, value, grad_output, call, known=NOTHING):
 
     Each has its argument's heads and every batch entry. With a gradient by the lse it is of sum(grad_lse * lse) as well.
     """
-    output, lse, grad_lse = known
+    output, lse, grad_lse, _ = known
     tiling = tiles.Tiling(query, key, value, call)
     workers = threads.count()
     if output is None:

@@ -1,0 +1,97 @@
+"""What a wrong result tells of the mistake: the oracle makes those that implementers make, and compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from kvattn.conformance import oracle
+from kvattn.conformance.cases import Case
+
+ALWAYS = ("query", "key", "value")
+
+
+def words(case: Case, what: str, dtype: str, x: np.ndarray, want: np.ndarray, same: Callable[..., Any]) -> str:
+    """Where a result is wrong, and what gives the same, if a mistake known here does.
+
+    ``same``: whether numbers are as near to each other as is allowed, of two arrays, number by number.
+    """
+    wrong = ~same(x, want)
+    at = tuple(int(i) for i in np.argwhere(wrong)[0])
+    said = f"{wrong.sum()} of {x.size} wrong, the first at {at}: {x[at]:.6g}, promised {want[at]:.6g}"
+    return "; ".join([said, *_causes(case, what, dtype, x, want, wrong, same)][:2])
+
+
+def _causes(case: Case, what: str, dtype: str, x: np.ndarray, want: np.ndarray, wrong: np.ndarray,
+            same: Callable[..., Any]) -> Iterator[str]:  # fmt: skip
+    """What explains all that is wrong, the likeliest first."""
+    if np.isnan(x).any() and not np.isnan(want).any():
+        yield "NaN: what may not attend is to be zeros before a product, as 0 * NaN is NaN, and an empty sum is not to divide"
+    if case.call != "attention" or what.startswith("grad_"):
+        return
+    how = {
+        n: x for n, x in (case.arguments | case.keywords).items() if n[:5] != "grad_" and (n[:7] != "return_" or "scores" in n)
+    }
+    empty = np.isneginf(oracle.attention(**{**how, "sink": None, "normalize": "softmax"}).values["lse"])
+    if wrong.any() and not (wrong & ~(empty if what == "lse" else empty[..., None])).any():
+        yield "all in rows that may attend to nothing, which are zeros, with an lse of -inf, or the sink"
+    if what == "lse" and same(x, want * np.log2(np.e)).all():
+        yield "this is the lse in base 2, not of exp"
+    name = "output" if what not in ("weights", "lse", "scores") else what
+    for mistake, changed in _changed(how):
+        try:
+            found = oracle.attention(**changed).values[name]
+        except (IndexError, ValueError):  # what was changed does not fit the rest
+            continue
+        if found.shape == x.shape and same(x, found).all():
+            yield f"the same as where {mistake}"
+    if (
+        dtype in ("float16", "bfloat16")
+        and np.abs(x - want).max(initial=0, where=np.isfinite(want)) < 2**-5 * np.abs(want).max()
+    ):
+        yield f"as where scores, softmax or products are computed in {dtype}: float32 is promised"
+
+
+def _changed(how: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Mistakes in words, each with the call that it makes of this one."""
+    query, key, value = (how[name] for name in ALWAYS)
+    n, m, d = query.shape[-2], key.shape[-2], max(query.shape[-1], 1)
+    offset, window, scale = how.get("query_offset", 0), how.get("window"), how.get("scale")
+    if how.get("causal") or window is not None:
+        yield "causal and window count from the last key, not by query_offset", how | {"query_offset": offset + m - n}
+        yield "query_offset is ignored", how | {"query_offset": 0}
+        yield "query_offset is subtracted", how | {"query_offset": -offset}
+        yield "causal leaves out a query's own position", how | {"query_offset": offset - 1}
+    if window is not None:
+        left, right = window if isinstance(window, tuple) else (window, window)
+        for less, size in ((1, "narrow"), (-1, "wide")):
+            near, far = (None if x is None else x - less for x in (left, right))
+            for ends in ((near, right), (left, far), (near, far)):
+                yield f"the window is one key too {size}", how | {"window": ends}
+    for name in (
+        "mask",
+        "bias",
+        "valid_lens",
+        "causal",
+        "window",
+        "segments",
+        "softcap",
+        "scale",
+        "sink",
+        "dropout",
+        "positions",
+    ):
+        if how.get(name) is not None and how[name] is not False:
+            yield f"{name} is ignored", {n: x for n, x in how.items() if n != name}
+    if isinstance(how.get("mask"), np.ndarray):
+        yield "True in the mask forbids", how | {"mask": ~how["mask"]}
+    if scale is None and how.get("score", "scaled_dot_score") == "scaled_dot_score":
+        yield "scores are not divided by sqrt(d)", how | {"scale": 1.0}
+    elif scale is not None:
+        yield "the scale is taken beside 1/sqrt(d), which it replaces", how | {"scale": scale / d**0.5}
+    if query.ndim > 2 and key.shape[-3] != query.shape[-3]:
+        order = np.arange(query.shape[-3]) % key.shape[-3]
+        tiled = {"key": key[..., order, :, :], "value": value[..., order, :, :]}
+        yield "query head h looks at key head h modulo their number, not at h // group", how | tiled
