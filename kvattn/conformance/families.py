@@ -23,7 +23,7 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
     later = (sinks, notfinite.sinks, placed.cases, scores_out, places.layered, notfinite.scores_out)
     dropped = (dropout, multihead.dropout, places.falling)
     # where what is new does not shift the data of the others
-    last = (together.cases, together.plainly, together.edges, through_scores, streamed, multihead.one_head)
+    last = (together.cases, together.plainly, together.edges, through_scores, streamed, multihead.one_head, merged_once)
     for family in (*keywords, *parts, *combined, *later, *dropped, *last):
         yield from family(rng)
 
@@ -626,3 +626,8 @@ def streamed(rng: np.random.Generator) -> Iterator[Case]:
     looked = np.isin(np.arange(n), [0, 130, 263])
     which: dict[str, Any] = {"scale": 256.0, "causal": True, "query_offset": 296}  # of 1024, more than exp holds
     yield attend("a maximum that rises", q, k, grid(rng, m, 1), group="edges", rng=rng, grad=looked, asked=LSE, **which)
+
+
+def merged_once(rng: np.random.Generator) -> Iterator[Case]:
+    """Parts whose every output has as many digits as the largest, where weights or products that are rounded are seen."""
+    yield merged("merge: rounded once", 1 + rng.integers(1, 9, (3, 2, 9, 2)) / 16, grid(rng, 3, 2, 9), "half precision")
