@@ -213,8 +213,8 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, lik
         x = np.where(case.judged.get("output" if what == ALONE else what, True), x, want)
         report.outputs[case.name, dtype, what] = x
         report.tolerances[case.name, dtype, what] = (unit, allowed)
-        error = _distance(x, want, unit)
-        result(what, error, allowed, _wrong(case, what, dtype, (x, want), unit, (error, allowed)) if error > allowed else "")
+        off = _distance(x, want, unit)
+        result(what, off, allowed, _wrong(case, what, dtype, (x, want), unit, (off, allowed)) if off > allowed else "")
 
 
 def _wrong(case: Case, what: str, dtype: str, both: tuple[np.ndarray, np.ndarray], unit: float,
