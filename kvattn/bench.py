@@ -264,7 +264,7 @@ def _error(got: Any, problem: Problem) -> float:
     mask = np.broadcast_to(True if allowed is None else allowed, (len(got), 1, n, m))[0, 0]
     if problem.matrices:
         arrays, matrices = (x[:1].astype(float) for x in problem.arrays), [W.astype(float) for W in problem.matrices]
-        expected = peers.naive_layer(*arrays, matrices=matrices, heads=problem.heads, allowed=mask)
+        expected = peers.first(peers.naive_layer(*arrays, matrices=matrices, heads=problem.heads, allowed=mask))
         got = got[:1]
     else:
         query, key, value, *back = (x[0, 0].astype(float) for x in problem.arrays)

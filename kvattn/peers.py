@@ -119,30 +119,38 @@ def softmax(scores: Any, axis: int = -1) -> Any:
 def naive(*given: Any, allowed: Any = None, bias: Any = None, softmax: Callable[..., Any] = softmax) -> Any:
     """Attention in three lines of NumPy; given the gradient of the output, the gradients by query, key and value."""
     query, key, value, *back = given
-    scale = query.dtype.type(1 / math.sqrt(query.shape[-1]))
-    scores = query @ key.swapaxes(-1, -2) * scale
+    weights = naive_weights(query, key, allowed, bias, softmax)
+    return naive_back(query, key, value, weights, *back) if back else weights @ value
+
+
+def naive_weights(query: Any, key: Any, allowed: Any = None, bias: Any = None, softmax: Callable[..., Any] = softmax) -> Any:
+    scores = query @ key.swapaxes(-1, -2) * query.dtype.type(1 / math.sqrt(query.shape[-1]))
     scores = scores if bias is None else scores + bias
     scores = scores if allowed is None else np.where(allowed, scores, query.dtype.type(-np.inf))
-    weights = softmax(scores, axis=-1)
-    if not back:
-        return weights @ value
-    slope = back[0] @ value.swapaxes(-1, -2)
-    slope = weights * (slope - (weights * slope).sum(axis=-1, keepdims=True)) * scale
-    return slope @ key, slope.swapaxes(-1, -2) @ query, weights.swapaxes(-1, -2) @ back[0]
+    return softmax(scores, axis=-1)
+
+
+def naive_back(query: Any, key: Any, value: Any, weights: Any, back: Any) -> tuple[Any, Any, Any]:
+    """The gradients by query, key and value; ``back``: the gradient of the output."""
+    slope = back @ value.swapaxes(-1, -2)
+    slope = weights * (slope - (weights * slope).sum(axis=-1, keepdims=True)) * query.dtype.type(1 / math.sqrt(query.shape[-1]))
+    return slope @ key, slope.swapaxes(-1, -2) @ query, weights.swapaxes(-1, -2) @ back
 
 
 def naive_layer(x: Any, *back: Any, matrices: Any, heads: int, allowed: Any) -> Any:
-    """Multi-head self-attention in NumPy: the output, or given its gradient, that by the input, and by the matrices beside."""
+    """Multi-head self-attention in NumPy: the output; given its gradient, those by the input and by each matrix, and it."""
     W_q, W_k, W_v, W_o = matrices
-    qkv = [split(x @ W, heads) for W in (W_q, W_k, W_v)]
-    joined = join(naive(*qkv, allowed=allowed))
+    query, key, value = (split(x @ W, heads) for W in (W_q, W_k, W_v))
+    weights = naive_weights(query, key, allowed)
+    joined = join(weights @ value)
+    output = joined @ W_o
     if not back:
-        return joined @ W_o
+        return output
     flat = x.reshape(-1, x.shape[-1])
-    by = [join(each) for each in naive(*qkv, split(back[0] @ W_o.T, heads), allowed=allowed)]
-    grads = [flat.T @ each.reshape(flat.shape) for each in by]  # by the weights, as a layer's
+    by = [join(each) for each in naive_back(query, key, value, weights, split(back[0] @ W_o.T, heads))]
+    grads = [flat.T @ each.reshape(flat.shape) for each in by]
     grads.append(joined.reshape(flat.shape).T @ back[0].reshape(flat.shape))
-    return sum(each @ W.T for each, W in zip(by, (W_q, W_k, W_v), strict=True))
+    return sum(each @ W.T for each, W in zip(by, (W_q, W_k, W_v), strict=True)), *grads, output
 
 
 def _numpy(problem: Problem) -> Named:
@@ -172,7 +180,7 @@ def _numpy_layer(problem: Problem) -> Named:
     if problem.scores > LARGE:
         return
     matrices, allowed = [W.astype(problem.dtype) for W in problem.matrices], problem.allowed()
-    yield "NumPy, naive", lambda: naive_layer(x, *back, matrices=matrices, heads=problem.heads, allowed=allowed)
+    yield "NumPy, naive", lambda: first(naive_layer(x, *back, matrices=matrices, heads=problem.heads, allowed=allowed))
 
 
 # ---- PyTorch

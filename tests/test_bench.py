@@ -94,6 +94,27 @@ def test_layers_in_training_are_timed_and_right_and_compared_with_the_frameworks
     assert "torch MHA, all to all" in said or "torch" not in chosen()
 
 
+def test_numpys_layer_by_hand_computes_what_a_step_in_training_does_and_nothing_twice(monkeypatch):
+    """The output, for the loss; the gradients by the input and by all four matrices; the weights once."""
+    from kvattn import numpy as kv
+
+    given = bench.problem("tiny", "causal", "float64", grad=True, layer=True)
+    x, back = given.cast(lambda x, dtype: x.astype(dtype))[0]
+    matrices, made = [W.astype(float) for W in given.matrices], []
+    weights = peers.naive_weights
+    monkeypatch.setattr(peers, "naive_weights", lambda *args, **how: made.append(1) or weights(*args, **how))
+    how = {"matrices": matrices, "heads": given.heads, "allowed": given.allowed()}
+    found = peers.naive_layer(x, back, **how)
+    layer = peers.weighted(kv.MultiHeadAttention(x.shape[-1], given.heads), given._replace(matrices=tuple(matrices)))
+    output = layer(x, x, x, training=True, causal=True)
+    by_input = sum(layer.backward(back))
+    expected = [by_input, *(layer.grads[name] for name in ("W_q", "W_k", "W_v", "W_o")), output]
+    assert len(made) == 1
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-12)
+    np.testing.assert_array_equal(peers.naive_layer(x, **how), found[-1])
+
+
 def test_a_wrong_answer_of_a_layer_is_told_from_a_right_one():
     for grad in (False, True):
         problem = bench.problem("tiny", "full", "float64", grad, layer=True)
