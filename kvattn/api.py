@@ -217,19 +217,20 @@ def attention(
         raise checks.unknown(unknown, prepare.OPTIONS)
     score = None if score is scaled_dot_score else score  # the default by its name, as layers give it
     known = prepare.remembered(query, key, value, backend)
-    plain = score is normalize is window is segments is positions is scale is softcap is sink is return_scores is None
+    plain = score is normalize is segments is positions is scale is softcap is sink is return_scores is None
     plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool and type(query_offset) is int
     plain = plain and not dropout
     if plain and known is not None:
         try:
             bare = mask is bias is valid_lens is None
-            if bare and not (causal or return_weights or return_lse):  # nothing is left to check
+            if bare and not (causal or return_weights or return_lse or window is not None):  # nothing is left to check
                 return known.tab.attention(query, key, value)
             if bare or known.fits(query, mask, bias, valid_lens):
                 checks.not_negative(known.tab, valid_lens)
                 return known.tab.attention(
                     query, key, value, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal, query_offset=query_offset,
-                    return_weights=return_weights, return_lse=return_lse,
+                    window=None if window is None else checks.window(window), return_weights=return_weights,
+                    return_lse=return_lse,
                 )  # fmt: skip
         except RuntimeError:
             conversion.together("key", key, query)
@@ -321,11 +322,24 @@ def attention_grad(
     """
     if unknown:
         raise checks.unknown(unknown, prepare.OPTIONS)
+    known = prepare.remembered(query, key, value, backend)
+    plain = score is normalize is segments is positions is scale is softcap is sink is None and not dropout
+    plain = plain and type(causal) is bool and type(query_offset) is int and wrt == ("query", "key", "value")
+    if plain and known is not None and known.fits(query, mask, bias, valid_lens, grad_output):
+        for name, x in (("key", key), ("value", value), ("grad_output", grad_output)):
+            conversion.together(name, x, query)
+        checks.not_negative(known.tab, valid_lens)
+        own = {name: getattr(known.tab, default, None) for name, default in prepare.DEFAULTS.items()}
+        return dispatch.offered(known.tab, "attention_grad")(
+            query, key, value, grad_output, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
+            query_offset=query_offset, window=None if window is None else checks.window(window), wrt=wrt, **own,
+        )  # fmt: skip
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, grad_output=grad_output, grad_scores=grad_scores, mask=mask, bias=bias,
         valid_lens=valid_lens, query_offset=query_offset, segments=segments, positions=positions, sink=sink,
     )  # fmt: skip
     given = {"query": query, "key": key, "value": value, "bias": bias, "sink": sink, **getattr(score, "keywords", {})}
+    taken = query, key, value, grad_output
     query, key, value, scores = prepare.inputs(tab, query, key, value, score)
     options = prepare.options(
         tab, query, scores, (query.shape[-1], key.shape[-1]), score, normalize, mask, bias, valid_lens, causal, query_offset,
@@ -345,6 +359,11 @@ def attention_grad(
     except Exception:
         checks.own_functions(tab, options, query, key)
         raise
+    if plain and (known is None or known.tab is not tab):
+        known = prepare.remember(tab, *taken[:3], scores)
+    if plain and known is not None:
+        checked = options["mask"], options["bias"], options["valid_lens"], grad_output
+        known.remember((mask, bias, valid_lens, taken[3]), checked)
     return prepare.given_back(tab, given, wrt, gradients)
 
 

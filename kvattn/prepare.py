@@ -22,6 +22,7 @@ ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "segments", "positions",
 OPTIONS = ("score", "normalize", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "segments",
            "positions", "scale", "softcap", "sink", "dropout", "rng", "return_weights", "return_lse",
            "return_scores")  # fmt: skip
+DEFAULTS = {"score": "scaled_dot_score", "normalize": "softmax"}  # the tab's own
 DOT_PRODUCTS = ("dot_score", "scaled_dot_score", "cosine_score")  # for which query and key need as many features
 REMEMBERED = 4096  # calls: then it starts anew, since lengths that grow step by step would fill the memory
 REMEMBERED_OPTIONS = 64  # sets of options beside each of these

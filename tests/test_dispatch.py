@@ -334,6 +334,29 @@ def test_after_a_good_call_with_options_others_are_refused_as_before(tab, checke
             )
 
 
+def test_after_a_good_call_a_gradient_of_another_kind_is_refused_as_before(tab, checked):
+    options = {name: tab.asarray(x) for name, x in OPTIONS.items()}
+    back = tab.asarray(np.ones((2, 4, 3, 7), "float32"))
+    wrong = (np.ones((2, 4, 3, 5), "float32"), np.ones((2, 4, 3, 7)), np.ones((2, 4, 3, 7), "int32"))
+    for given in ({}, options, {"causal": True, "window": (2, 0)}):
+        expected = kvattn.attention_grad(*checked.values(), back, **given)
+        for x in wrong:
+            with pytest.raises((TypeError, ValueError), match="grad_output"):
+                kvattn.attention_grad(*checked.values(), tab.asarray(x), **given)
+        for name, others in WRONG.items():
+            for x in others if name in given else ():
+                with pytest.raises((TypeError, ValueError), match=name):
+                    kvattn.attention_grad(*checked.values(), back, **given | {name: tab.asarray(x)})
+        known = prepare.remembered(*checked.values(), None)
+        assert known.fits(checked["query"], *(given.get(name) for name in OPTIONS), back), "else there is nothing to test"
+        for found, first in zip(kvattn.attention_grad(*checked.values(), back, **given), expected, strict=True):
+            np.testing.assert_array_equal(kvattn.to_numpy(found), kvattn.to_numpy(first))
+    for window in (-1, (1, 2, 3), 1.5, "2"):
+        for call, extra in ((kvattn.attention, ()), (kvattn.attention_grad, (back,))):
+            with pytest.raises((TypeError, ValueError), match="window"):
+                call(*checked.values(), *extra, window=window)
+
+
 @pytest.mark.parametrize("which", INPUTS)
 def test_after_a_good_call_neutral_data_is_converted_and_a_strangers_array_refused(tab, checked, backend, which):
     class Theirs:

@@ -1,5 +1,6 @@
 """NaN where somebody looks, beyond what the conformance suite asks: a loss's gradient, dropout, the judge."""
 
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -166,3 +167,32 @@ def test_nan_in_inputs_without_a_batch(backend, lens):
     params = dict(zip(("W_q", "W_k", "W_v"), given[1:], strict=True))
     found = kvattn.multi_head_attention(*given[:1] * 3, params, num_heads=2, valid_lens=np.array(lens))
     assert np.isnan(kvattn.to_numpy(found)).any(axis=-1).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": 1}, {"mask": np.tri(4, dtype=bool)}, {"valid_lens": [3, 3]}])
+@pytest.mark.parametrize("backend", chosen())
+def test_a_query_of_minus_inf_whose_scores_are_all_minus_inf_has_no_gradient(backend, options):
+    """It attends to nothing: zeros, in its own gradient too; the keys that it sees are told that it is not finite."""
+    rng = np.random.default_rng(0)
+    query, key, value, grad_output = (rng.random((2, 1, 4, 3)) + 0.5 for _ in range(4))
+    query[:, :, 1] = -np.inf
+    given = [kvattn.convert(x.astype("float32"), backend) for x in (query, key, value, grad_output)]
+    by_query, by_key, by_value = map(kvattn.to_numpy, kvattn.attention_grad(*given, **options))
+    assert (by_query[:, :, 1] == 0).all()
+    assert np.isfinite(by_query).all()
+    assert np.isfinite(by_value).all()
+    assert np.isnan(by_key[:, :, :2]).all()
+    assert np.isfinite(by_key[:, :, 3]).all()
+
+
+@pytest.mark.parametrize("n", [4, 600])
+@pytest.mark.parametrize("sink", [np.inf, np.nan])
+def test_numpy_warns_of_no_sink_beside_a_row_of_minus_inf(sink, n):
+    query, key, value = (np.random.default_rng(n).random((1, n, 3)) + 0.5 for _ in range(3))
+    query[:, 1] = -np.inf
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        output = kvattn.attention(query, key, value, sink=sink, causal=True, backend="numpy")
+    assert not [str(each.message) for each in told if "logaddexp" in str(each.message)]
+    assert np.isnan(np.delete(output, 1, axis=1)).all()
+    assert (output[:, 1] == 0).all()

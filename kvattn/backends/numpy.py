@@ -400,8 +400,8 @@ def _weighted(query, key, value, allowed, call):
     # output = weights @ value: (..., h, n, v)
     dropped = _fold(_dropout(weights, call), kv_heads)
     output = dropped @ _wide(value)
-    # 0 * NaN is NaN: only pairs that may attend. A product tells of one that is not finite, in half the time of looking at each
-    if allowed is not None and not math.isfinite(np.vdot(output, output)):
+    # 0 * NaN is NaN: only pairs that may attend
+    if allowed is not None and not tiles.small(output):
         weights = identity(weights, allowed)
         output = tiles.product_of_allowed(dropped, _wide(value), _fold(np.broadcast_to(allowed, weights.shape), kv_heads))
     output = _unfold(output, heads, n).astype(dtype, copy=False)
@@ -458,7 +458,8 @@ def _with_sink(run, query, key, value, call, blocks):
 def _left(lse, sink, ndim, with_lse=True):
     """What the sink leaves to the keys of each row's weight, (..., n, 1), and the lse of both; -inf is none, inf makes NaN."""
     sink = _wide(sink[..., 0] if sink.ndim == ndim else sink[..., None])
-    both = np.logaddexp(lse, np.where(sink == math.inf, math.nan, sink).astype(sink.dtype))
+    with np.errstate(invalid="ignore"):  # NaN beside -inf
+        both = np.logaddexp(lse, np.where(sink == math.inf, math.nan, sink).astype(sink.dtype))
     left = np.exp(lse - np.where(lse == -math.inf, 0, both)).astype(lse.dtype)
     return left[..., None], both
 

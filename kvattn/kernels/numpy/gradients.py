@@ -317,9 +317,9 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse, by_scores=None
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
     n, (heads, kv_heads) = query.shape[-2], planning.heads(query.shape, key.shape)
     allowed = tab._allowed(n, np.arange(key.shape[-2]), query.ndim, call)
-    hidden = tab._hide_padding(allowed, query, key, value)
-    query, key, value = (tab._wide(x) for x in hidden)
-    grad_output = tab._wide(grad_output)
+    query, key, value, grad_output = (tab._wide(x) for x in (query, key, value, grad_output))
+    if allowed is not None and (call.beyond_softmax(tab) or not all(tiles.small(x) for x in (query, key, value))):
+        query, key, value = tab._hide_padding(allowed, query, key, value)  # else 0 times them is 0, and no score overflows
 
     # forward again
     scores = tab._scores(query, key, call)
@@ -329,7 +329,7 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse, by_scores=None
         weights, lse = tab._softmax_lse(scores, allowed)
         left, lse = tab._left(lse, call.sink, query.ndim)
         weights = np.where(weights == 0, 0, left * weights).astype(weights.dtype)
-    kept = tab._dropout(np.ones_like(weights), call) if call.dropout else 1
+    kept = tab._dropout(np.ones_like(weights), call) if call.dropout else None
 
     # and back
     grad_output, folded = tab._fold(grad_output, kv_heads), tab._fold(query, kv_heads)
@@ -341,8 +341,9 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse, by_scores=None
 
     def gradients(pairs):
         """By name; given the pairs that may attend, bool (..., n, m), no NaN of another pair reaches them."""
-        kept_weights = _t(tab._fold(weights * kept, kv_heads))
-        grad_weights = tab.identity(tab._unfold(grad_output @ _t(value), heads, n), pairs) * kept
+        kept_weights = _t(tab._fold(weights if kept is None else weights * kept, kv_heads))
+        grad_weights = tab.identity(tab._unfold(grad_output @ _t(value), heads, n), pairs)
+        grad_weights = grad_weights if kept is None else grad_weights * kept
         grad_scores = normal(weights, scores, allowed, grad_weights)
         if grad_lse is not None:
             grad_scores = grad_scores + weights * grad_lse[..., None]
@@ -364,13 +365,14 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse, by_scores=None
             grads |= by_score(folded, key, grad_scores, args, rest) | {"value": kept_weights @ grad_output}
         else:
             pairs = tab._fold(pairs, kv_heads)
-            grads |= _of_finite(by_score, folded, key, grad_scores, pairs, args, rest)
+            linear = getattr(scored, "func", scored) in (tab.dot_score, tab.scaled_dot_score, tab.multiplicative_score)
+            grads |= _of_finite(by_score, folded, key, grad_scores, pairs, args, rest, linear)
             grads["value"] = tiles.product_of_allowed(kept_weights, grad_output, _t(pairs))
         grads["query"] = tab._unfold(grads["query"], heads, n)
         return grads
 
     grads = gradients(None)
-    if allowed is not None and not all(np.isfinite(grad).all() for grad in grads.values()):
+    if allowed is not None and not all(tiles.small(x) or np.isfinite(x).all() for x in grads.values()):
         grads = gradients(np.broadcast_to(allowed, weights.shape))
     return grads | {name: sum_to(grads[name], shape) for name, shape in shapes.items()}
 
@@ -385,13 +387,18 @@ def _by_sink(tab, sink, lse, delta, ndim):
     return sum_to(grad[..., None] if sink.ndim == ndim else grad, sink.shape)
 
 
-def _of_finite(product, query, key, grad_scores, allowed, args, keywords):
-    """A score's product with zeros for queries and keys that are not finite, and NaN for whom these reach."""
+def _of_finite(product, query, key, grad_scores, allowed, args, keywords, linear):
+    """A score's product with zeros for queries and keys that are not finite, and NaN for whom these reach.
+
+    ``linear``: of a score that is linear in each, whose gradient by a query is of the keys alone.
+    """
     bad_query, bad_key = (~np.isfinite(x).all(axis=-1, keepdims=True) for x in (query, key))
-    bad = allowed & (bad_query | _t(bad_key))
+    by_query, by_key = allowed & bad_query, allowed & _t(bad_key)
+    bad = by_query | by_key
     query, key = (np.where(hidden, 0, x).astype(x.dtype) for hidden, x in ((bad_query, query), (bad_key, key)))
     grads = product(query, key, grad_scores, args, keywords)
-    reached = {"query": bad.any(axis=-1)[..., None], "key": bad.any(axis=-2)[..., None]}
+    reached = {"query": (by_key if linear else bad).any(axis=-1)[..., None]}
+    reached["key"] = (by_query if linear else bad).any(axis=-2)[..., None]
     for name, x in grads.items():
         reached_by_bad = sum_to(reached[name], (*x.shape[:-1], 1)) if name in reached else bad.any()
         grads[name] = np.where(reached_by_bad, math.nan, x).astype(x.dtype)

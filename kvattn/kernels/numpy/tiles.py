@@ -371,6 +371,14 @@ def allowed_pairs(block):
     return fold(ones)
 
 
+def small(x):
+    """Whether the squares of all numbers have a finite sum: a product of two such arrays overflows nowhere, and has no NaN.
+
+    One product tells, in half the time of looking at each number.
+    """
+    return math.isfinite(np.vdot(x, x))
+
+
 def product_of_allowed(weights, x, allowed):
     """weights @ x, where x is not finite: over the pairs that are allowed alone, since 0 * NaN of the others would be NaN."""
     bad = ~np.isfinite(x)
