@@ -323,17 +323,19 @@ def attention_grad(
     if unknown:
         raise checks.unknown(unknown, prepare.OPTIONS)
     known = prepare.remembered(query, key, value, backend)
-    plain = score is normalize is segments is positions is scale is softcap is sink is None and not dropout
-    plain = plain and type(causal) is bool and type(query_offset) is int and wrt == ("query", "key", "value")
+    plain = score is normalize is segments is positions is scale is softcap is sink is return_scores is None
+    plain = plain and grad_scores is None and not dropout and wrt == ("query", "key", "value")
+    plain = plain and type(causal) is bool and type(query_offset) is int
     if plain and known is not None and known.fits(query, mask, bias, valid_lens, grad_output):
         for name, x in (("key", key), ("value", value), ("grad_output", grad_output)):
             conversion.together(name, x, query)
         checks.not_negative(known.tab, valid_lens)
         own = {name: getattr(known.tab, default, None) for name, default in prepare.DEFAULTS.items()}
-        return dispatch.offered(known.tab, "attention_grad")(
+        found: tuple[Array, ...] = dispatch.offered(known.tab, "attention_grad")(
             query, key, value, grad_output, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
             query_offset=query_offset, window=None if window is None else checks.window(window), wrt=wrt, **own,
         )  # fmt: skip
+        return found
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, grad_output=grad_output, grad_scores=grad_scores, mask=mask, bias=bias,
         valid_lens=valid_lens, query_offset=query_offset, segments=segments, positions=positions, sink=sink,
@@ -349,7 +351,7 @@ def attention_grad(
     grad_output = conversion.floating("grad_output", grad_output, ("query", query), tab)
     checks.same_shape("grad_output", grad_output, (*checks.pairs(query, key)[:-1], tuple(value.shape)[-1]), "the output")
     checks.not_by_function(wrt, bias)
-    if not grad_scores is return_scores is None:
+    if return_scores is not None or grad_scores is not None:
         options |= prepare.through_scores(tab, query, scores, options["positions"], return_scores, grad_scores)
     bindable = {"query", "key", "value"} | {name for name, x in (("bias", bias), ("sink", sink)) if x is not None}
     bindable |= {name for name, x in getattr(options["score"], "keywords", {}).items() if tab.is_array(x)}
