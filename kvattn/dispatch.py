@@ -67,9 +67,11 @@ _OURS: dict[str, Callable[[], Any]] = {
 }
 _ALIASES = {"pytorch": "torch", "tf": "tensorflow"}
 _PACKAGES = {"torch": "torch", "tensorflow": "tensorflow", "jax": "jax", "jaxlib": "jax", "mxnet": "mxnet"}
+# Classes that torch.compile meets are told by their modules: where it saw _homes read, it would compile anew once that grew.
+_MODULES = {"torch": "torch", "torch.nn.parameter": "torch", "numpy": None}
 
 _loaded: dict[str, Backend] = {}
-_homes: dict[type, str | None] = {}  # a plain dict: torch.compile cannot trace lru_cache
+_homes: dict[type, str | None] = {}  # of other classes; a plain dict: torch.compile cannot trace lru_cache
 _installed: tuple[Any, dict[str, EntryPoint], dict[str, str]] | None = None
 _process: str | None = None
 _context: ContextVar[str | None] = ContextVar("kvattn_backend", default=None)
@@ -181,13 +183,14 @@ def load(name: str) -> Backend:
         _homes.clear()  # classes that were met before may be its own, or claimed by two now
     else:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(known_backends())} (pytorch = torch, tf = tensorflow)")
-    _loaded[name] = tab
-    return _loaded[name]
+    if not (hasattr(tab, "tracing") and tab.tracing()):  # torch.compile would compile anew at the next call
+        _loaded[name] = tab
+    return tab
 
 
 def name_of(tab: Any) -> str:
     """The name that ``tab`` was loaded by; a backend that was given as an object: its own."""
-    own = getattr(tab, "__name__", type(tab).__name__)
+    own = getattr(tab, "__name__", type(tab).__name__).removeprefix("kvattn.backends.")  # loaded in a trace: not remembered
     return next((name for name, loaded in _loaded.items() if loaded is tab), own)
 
 
@@ -269,6 +272,10 @@ def home(x: Any, wanted: str | None = None) -> str | None:
     Raises TypeError for a class that two plugins claim, unless the one that is ``wanted`` is among them.
     """
     cls = type(x)
+    if isinstance(x, (int, float)) or cls in NEUTRAL:
+        return None
+    if cls.__module__ in _MODULES:
+        return _MODULES[cls.__module__]
     try:
         return _homes[cls]
     except KeyError:
@@ -316,7 +323,10 @@ def on(tab: Any, name: str | None) -> AbstractContextManager[Any]:
 
 def loaded(cls: type, backend: Any) -> Backend:
     """The backend that serves arrays of a class that was met before; a KeyError if it is new, or no backend is loaded."""
-    name: Any = _homes[cls] or get_backend() if backend is None else backend
+    name: Any = backend
+    if backend is None:
+        home: Any = _MODULES.get(cls.__module__, cls)
+        name = (_homes[cls] if home is cls else home) or get_backend()
     tab: Backend = _loaded[name] if type(name) is str else name
     return tab
 

@@ -345,6 +345,24 @@ def test_a_cache_with_room_is_written_where_the_trace_is_told(way):
         np.testing.assert_allclose(found[1][..., : at + 1, :], written[..., : at + 1, :], rtol=0, atol=1e-5)
 
 
+def test_a_program_outlives_what_eager_calls_of_other_classes_leave_behind(monkeypatch):
+    """Also where no call came before it: the first, which loads the tab, would make another program of the second."""
+    monkeypatch.setattr(kvattn.dispatch, "_homes", {})
+    monkeypatch.setattr(kvattn.dispatch, "_loaded", {})
+    torch._dynamo.reset()
+    count = CompileCounter()
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    call = torch.compile(
+        lambda x: kvattn.attention(x @ weight, x, x, mask=lambda query, key: key <= query, query_offset=0),
+        backend=count, fullgraph=True,
+    )  # fmt: skip
+    for _ in range(3):
+        call(torch.ones(2, 3, 4))
+        of_a_new_class = np.ones((3, 4)).view(type("New", (np.ndarray,), {}))
+        kvattn.attention(*[of_a_new_class] * 3, mask=lambda query, key: key <= query)
+    assert count.frame_count == 1
+
+
 def test_one_compiled_window_serves_every_length():
     programs = []
     torch._dynamo.reset()

@@ -712,7 +712,7 @@ def _project(x, params, name):
 def _affine(x, W=None, b=None):
     """One program, where eager JAX would pay for each operation, and compile it."""
     x, W, b = (y if y is None or jax_gpu.projects(y.dtype) else _wide(y) for y in (x, W, b))
-    x = x if W is None else x @ W
+    x = x if W is None else programs.product(x, W)
     return x if b is None else x + b
 
 

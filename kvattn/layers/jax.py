@@ -148,7 +148,13 @@ def _initializer(name, seed):
 
 
 def _dense(name, features, bias, seed):
-    return nn.Dense(features, use_bias=bias, kernel_init=_initializer(name, seed), promote_dtype=_as_inputs)
+    how = {"kernel_init": _initializer(name, seed), "promote_dtype": _as_inputs, "dot_general": _product}
+    return nn.Dense(features, use_bias=bias, **how)
+
+
+def _product(inputs, kernel, dimensions, precision=None):
+    """What flax asks for in place of lax.dot_general, always along the last axis."""
+    return programs.product(inputs, kernel)
 
 
 def _as_inputs(inputs, *weights, dtype=None):
