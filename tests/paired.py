@@ -6,7 +6,7 @@ from unittest.mock import patch
 import numpy as np
 
 import kvattn
-from kvattn import pairs
+from kvattn import partition
 
 N = 40
 SLOPES = np.array([0.5, 0.25], "float32")
@@ -51,5 +51,5 @@ def answers():
 @contextmanager
 def looked_at(**more):
     """Calls so small are looked at too."""
-    with patch.multiple(pairs, FEW=0, **more):
+    with patch.multiple(partition, FEW=0, **more):
         yield

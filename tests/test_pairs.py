@@ -12,9 +12,9 @@ import pytest
 from paired import past
 
 import kvattn
-from kvattn import conversion, pairs, planning, positions
+from kvattn import conversion, pairs, partition, planning, positions
 from kvattn.conformance import check, native, placed
-from kvattn.pairs import Part
+from kvattn.partition import Part
 
 SMALL = {"FEW": 0, "BLOCK": 2, "LOOK": 12, "WHOLE": 0, "GAP": 1, "SHORT": 2, "BIAS": 24}
 SLOW = {"jax": 7, "tensorflow": 4, "mxnet": 3}  # of so many cases one: each block is a program, or waits for an engine
@@ -22,7 +22,7 @@ SLOW = {"jax": 7, "tensorflow": 4, "mxnet": 3}  # of so many cases one: each blo
 
 @contextmanager
 def in_blocks(**more):
-    with patch.multiple(pairs, **SMALL, **more):
+    with patch.multiple(partition, **SMALL, **more):
         yield
 
 
@@ -42,13 +42,13 @@ def _of_the_first_keys(self, query, key, offset, rows, runs, _of=pairs.Pairs.pla
     return _of(self, query, key, offset, rows, runs and [(0, sum(last - first for first, last in runs))])
 
 
-def _one_less(flags, start, call, _of=pairs._narrowed):
+def _one_less(flags, start, call, _of=partition._narrowed):
     part = _of(flags, start, call)
     return part._replace(runs=tuple((first, max(first, last - 1)) for first, last in part.runs))
 
 
-def _one_more(bands, m, _of=pairs._one_window):
-    window = _of(bands, m)
+def _one_more(windows, m, _of=pairs.one_window):
+    window = _of(windows, m)
     return window and (window[0], window[1] and window[1] + 1)
 
 
@@ -57,24 +57,24 @@ def _one_further(*arguments, _of=pairs.window_of):
     return window and (window[0] and window[0] + 1, window[1] and window[1] + 1)
 
 
-def _without_looks(parts, *arguments, _of=pairs.cut):
+def _without_looks(parts, *arguments, _of=partition.cut):
     return _of([part._replace(looks=False) for part in parts], *arguments)
 
 
-def _of_the_first_entry(which, *arrays, _of=pairs._of_entries):
+def _of_the_first_entry(which, *arrays, _of=partition._of_entries):
     first = _of((0, which[1] - which[0]), *arrays)
     return (*arrays[:3], arrays[3]) if arrays[0].shape[0] == 1 else first
 
 
 BROKEN = {  # what a block may get wrong
-    "each block stands where the first does": ("Pairs.places", _of_the_first_rows),
-    "the keys of each block begin at 0": ("Pairs.places", _of_the_first_keys),
-    "a function is forgotten beside a mask": ("both", lambda mask, other: other if mask is None else mask),
-    "a key too few": ("_narrowed", _one_less),
-    "a window that is wider": ("_one_window", _one_more),
-    "a window of distances that is wider": ("window_of", _one_further),
-    "what looks is not looked at": ("cut", _without_looks),
-    "each entry is the first": ("_of_entries", _of_the_first_entry),
+    "each block stands where the first does": ("pairs.Pairs.places", _of_the_first_rows),
+    "the keys of each block begin at 0": ("pairs.Pairs.places", _of_the_first_keys),
+    "a function is forgotten beside a mask": ("pairs.both", lambda mask, other: other if mask is None else mask),
+    "a key too few": ("partition._narrowed", _one_less),
+    "a window that is wider": ("pairs.one_window", _one_more),
+    "a window of distances that is wider": ("pairs.window_of", _one_further),
+    "what looks is not looked at": ("partition.cut", _without_looks),
+    "each entry is the first": ("partition._of_entries", _of_the_first_entry),
 }
 
 
@@ -83,8 +83,9 @@ def test_the_cases_tell_of_a_fault(what):
     """Of what all tabs share: run once."""
     name, fault = BROKEN[what]
     where, _, name = name.rpartition(".")
+    where = {"pairs": pairs, "pairs.Pairs": pairs.Pairs, "partition": partition}[where]
     cases = [*placed.cases(np.random.default_rng(1))]
-    with in_blocks(), patch.object(getattr(pairs, where) if where else pairs, name, fault):
+    with in_blocks(), patch.object(where, name, fault):
         assert check.run("numpy", cases, dtypes=("float64",)).failures
 
 
@@ -105,7 +106,7 @@ def test_a_function_gives_what_its_array_gives(backend, tab, name):
     rng = np.random.default_rng(0)
     query, key, value = (tab.asarray(rng.standard_normal((1, 2, 600, 8))) for _ in range(3))
     whole = tab.asarray(np.broadcast_to(mask(np.arange(600)[:, None], np.arange(600)), (600, 600)))
-    with patch.multiple(pairs, FEW=0):
+    with patch.multiple(partition, FEW=0):
         found = kvattn.explain(query, key, value, mask=mask)
         got = kvattn.attention(query, key, value, mask=mask)
     assert what in f"{found.kernel}, {found.why}" or what == "arrays", found
@@ -125,7 +126,7 @@ def test_few_positions_are_asked_where_they_tell_of_all(backend, tab):
         asked.append(type(q))
         return past(k - q) * past(k - 200) == 0
 
-    with patch.multiple(pairs, FEW=0):
+    with patch.multiple(partition, FEW=0):
         found = kvattn.explain(x, x, x, mask=window)
         assert "a window" in found.why
         assert sum(asked) <= 1600  # n + m - 1 distances, and the keys beside the first query and the last
@@ -154,7 +155,11 @@ def test_a_window_is_asked_for_once_where_nothing_can_change_it(backend, tab):
     def back(left):
         return lambda q, k: q - k <= left
 
-    with patch.multiple(pairs, FEW=0, _windows={}), patch.object(positions, "of_distances", of_distances):
+    with (
+        patch.multiple(partition, FEW=0),
+        patch.multiple(pairs, _windows={}),
+        patch.object(positions, "of_distances", of_distances),
+    ):
         assert asks(back(40), 40)
         assert not asks(back(40), 40)
         assert asks(back(30), 30)
@@ -227,7 +232,7 @@ def test_what_a_mask_function_reads_is_read_in_its_framework(backend, tab):
         "some keys": (lambda q, k: k < own, ahead * 0 + places < 30),
         "halves": (lambda q, k: q / 2 < k / 2, places[:, None] < places),
     }
-    with patch.multiple(pairs, FEW=0):
+    with patch.multiple(partition, FEW=0):
         for mask, whole in said.values():
             got = kvattn.attention(query, key, value, mask=mask)
             want = kvattn.to_numpy(kvattn.attention(query, key, value, mask=tab.asarray(whole)))
@@ -236,13 +241,13 @@ def test_what_a_mask_function_reads_is_read_in_its_framework(backend, tab):
 
 def resolved(n, m, **options):
     """What a call of these options becomes: the call, and its parts."""
-    made, original = [], pairs.resolved
+    made, original = [], partition.resolved
 
     def resolve(*arguments):
         made.append(original(*arguments))
         return made[-1]
 
-    with patch.object(pairs, "resolved", resolve):
+    with patch.object(partition, "resolved", resolve):
         kvattn.explain(np.zeros((2, 2, n, 4)), np.zeros((2, 2, m, 4)), np.zeros((2, 2, m, 4)), backend="numpy", **options)
     return made[0]
 
@@ -295,7 +300,7 @@ def test_a_bias_by_positions_exists_a_block_at_a_time(backend, tab):
     query, key, value = (tab.asarray(rng.standard_normal((1, 2, 300, 4))) for _ in range(3))
     places = np.arange(300)
     whole = tab.asarray(-0.5 * abs(places[:, None] - places))
-    with patch.multiple(pairs, FEW=0, BIAS=50_000):
+    with patch.multiple(partition, FEW=0, BIAS=50_000):
         got = kvattn.attention(query, key, value, bias=bias, window=100)
     assert max(sizes) <= 25_000
     want = kvattn.to_numpy(kvattn.attention(query, key, value, bias=whole, window=100))

@@ -14,7 +14,7 @@ from paired import SEGMENTS, SLOPES, answers, inputs, looked_at, said
 from torch._dynamo.backends.debugging import aot_eager
 
 import kvattn
-from kvattn import pairs
+from kvattn import partition
 
 TENSORS = [torch.from_numpy(x) for x in inputs()]
 SAID = said(torch.from_numpy(SLOPES), torch.from_numpy(SEGMENTS), torch.Tensor.float)
@@ -104,13 +104,13 @@ def test_a_compiled_program_leaves_out_what_shares_no_segment():
     (query, key, value, _), sizes = _packed(1024)[0], []
     ids = (torch.arange(1024) // 128).repeat(2, 1)
 
-    def cut(parts, *rest, _of=pairs.cut):
+    def cut(parts, *rest, _of=partition.cut):
         if len(parts) > 1:  # else it is the one by whose shape a kernel is chosen
             sizes.extend((part.end - part.start) * (part.runs[0][1] - part.runs[0][0]) for part in parts)
         return _of(parts, *rest)
 
     torch._dynamo.reset()
-    with patch.object(pairs, "cut", cut):
+    with patch.object(partition, "cut", cut):
         torch.compile(lambda *given: kvattn.attention(*given, segments=ids), backend="eager")(query, key, value)
     assert sum(sizes) == 1024 * 128
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from tiling import INF, call, draw, right, subject
 
 import kvattn
-from kvattn import pairs
+from kvattn import partition
 from kvattn.backends import jax as tab
 from kvattn.call import Call
 from kvattn.conformance import check, placed
@@ -202,7 +202,7 @@ def test_a_bias_by_distance_is_one_line_in_small_tiles():
         lines.append(original(*arguments))
         return lines[-1]
 
-    with in_tiles(), patch.multiple(pairs, FEW=0), patch.object(distances, "by_distance", by_distance):
+    with in_tiles(), patch.multiple(partition, FEW=0), patch.object(distances, "by_distance", by_distance):
         report = check.run("jax", cases, dtypes=("float64",))
     assert [x.message for x in report.failures] == []
     assert sum(line is not None for line in lines) > len(cases) // 2

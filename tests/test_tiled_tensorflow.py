@@ -21,7 +21,7 @@ import tensorflow as tf
 from tiling import RESTRICTIONS, WRT, allowed, call, draw, functions, judge, subject, with_arrays
 
 import kvattn
-from kvattn import pairs
+from kvattn import partition
 from kvattn.backends import tensorflow as tab
 from kvattn.call import Call
 from kvattn.conformance import check, placed
@@ -310,7 +310,7 @@ def test_a_bias_by_distance_is_one_line_in_small_blocks():
         lines.append(original(*arguments))
         return lines[-1]
 
-    with in_blocks(), patch.multiple(pairs, FEW=0), patch.object(distances, "by_distance", by_distance):
+    with in_blocks(), patch.multiple(partition, FEW=0), patch.object(distances, "by_distance", by_distance):
         report = check.run("tensorflow", cases, dtypes=("float64",))
     assert [x.message for x in report.failures] == []
     assert sum(line is not None for line in lines) > len(cases) // 2
@@ -347,7 +347,7 @@ def test_derivatives_beside_a_bias_by_distance():
         yield forward.jvp(output)
 
     expected = [*derivatives(whole=True)]
-    with in_blocks() as served, patch.multiple(pairs, FEW=0):
+    with in_blocks() as served, patch.multiple(partition, FEW=0):
         for x, y in zip(derivatives(whole=False), expected, strict=True):
             np.testing.assert_allclose(x, y, rtol=0, atol=1e-12)
     assert "_backward" in served

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvattn import multihead, pairs, patterns, planning, rotation
+from kvattn import multihead, partition, patterns, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.jax import blocks, distances, dropout, nonfinite, programs, tiles
 from kvattn.kernels.jax import gpu as jax_gpu
@@ -387,7 +387,7 @@ def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, m
 def choose(query, key, value, call):
     """The kernel that serves a call. It looks at the call, at shapes and at dtypes, so that a program knows it while traced."""
     if type(call.mask) is Pairs:
-        return pairs.choice(query, key, value, call, _in_parts, partial(distances.by_distance, _in_tiles))
+        return partition.choice(query, key, value, call, _in_parts, partial(distances.by_distance, _in_tiles))
     tab = sys.modules[__name__]
     if call.return_scores:
         return choose(query, key, value, call._replace(return_scores=None)).with_scores(sys.modules[__name__])
@@ -519,7 +519,7 @@ def _in_window_blocks(query, key, value, call, blocks):
 @programs.exact
 def _of_pairs(query, key, value, call):
     """A call whose functions of positions are run before its program is made, which would freeze what they read."""
-    plain, parts = pairs.resolved(query, key, value, call, partial(distances.by_distance, _in_tiles))
+    plain, parts = partition.resolved(query, key, value, call, partial(distances.by_distance, _in_tiles))
     return _in_parts(query, key, value, plain, parts) if parts else _attend(query, key, value, plain)
 
 
@@ -529,8 +529,8 @@ def _in_tiles(query, key, value, call):
 
 def _in_parts(query, key, value, call, parts):
     """One part of the pairs after another, each a call of its own."""
-    cuts = _of_own_rng(call, pairs.cut(parts, query, key, value, call, jnp.concatenate), len(parts))
-    return pairs.joined(call, parts, [_attend(*cut) for cut in cuts], jnp.concatenate)
+    cuts = _of_own_rng(call, partition.cut(parts, query, key, value, call, jnp.concatenate), len(parts))
+    return partition.joined(call, parts, [_attend(*cut) for cut in cuts], jnp.concatenate)
 
 
 def _of_own_rng(call, cuts, count):
@@ -598,7 +598,7 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
 
 @programs.exact
 def _grad_of_pairs(query, key, value, grad_output, call, *, wrt):
-    call, parts = pairs.resolved(query, key, value, call)
+    call, parts = partition.resolved(query, key, value, call)
     if not parts:
         return _attend_grad(query, key, value, grad_output, call, wrt=wrt)
     return _by_vjp(partial(_in_parts, parts=parts), query, key, value, grad_output, call, wrt)

@@ -19,7 +19,7 @@ from functools import partial, reduce
 
 import numpy
 
-from kvattn import multihead, pairs, patterns, planning, rotation
+from kvattn import multihead, partition, patterns, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.mxnet import dropout, quirks, views
 from kvattn.old_numpy import old_names
@@ -399,7 +399,7 @@ def choose(query, key, value, call):
     if type(call.mask) is Pairs:
         with quirks.any_shape():
             by_distance = partial(views.by_distance, sys.modules[__name__])
-            return pairs.choice(query, key, value, call, _in_parts, by_distance)
+            return partition.choice(query, key, value, call, _in_parts, by_distance)
     shapes = query.shape, key.shape, value.shape
     obstacle = views.obstacle(sys.modules[__name__], query.ctx, shapes, call)
     if call.sink is not None and (obstacle or autograd.is_recording()):
@@ -523,8 +523,8 @@ def _in_blocks(query, key, value, call, blocks):
 
 def _in_parts(query, key, value, call, parts):
     """One part of the pairs after another, each a call of its own."""
-    cuts = pairs.cut(parts, query, key, value, call, np.concatenate)
-    return pairs.joined(call, parts, _one_by_one(cuts), np.concatenate)
+    cuts = partition.cut(parts, query, key, value, call, np.concatenate)
+    return partition.joined(call, parts, _one_by_one(cuts), np.concatenate)
 
 
 def _one_by_one(cuts):
@@ -625,7 +625,7 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
 
 
 def _attend_grad(query, key, value, grad_output, wrt, call, grad_scores=None):
-    call, parts = pairs.resolved(query, key, value, call) if type(call.mask) is Pairs else (call, ())
+    call, parts = partition.resolved(query, key, value, call) if type(call.mask) is Pairs else (call, ())
     bound = call.score.keywords if isinstance(call.score, partial) else {}
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **bound}
     choice = None if parts else choose(query, key, value, call)
@@ -634,10 +634,10 @@ def _attend_grad(query, key, value, grad_output, wrt, call, grad_scores=None):
     few = call.positions is not None or call.left is not None or call.right not in (None, 0)  # pairs, in a window
     few = few or grad_scores is not None  # scores that are returned are held anyway
     if not (parts or few) and (blocks := planning.memory_blocks(call.score, query.shape, key.shape, views.MOST // 4)):
-        call, parts = pairs.of_blocks(sys.modules[__name__], blocks, call)
+        call, parts = partition.of_blocks(sys.modules[__name__], blocks, call)
     if parts:
         zeros = lambda x: np.zeros(x.shape, dtype=_wide(x).dtype, ctx=x.ctx)  # noqa: E731
-        found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, _waited_for)
+        found = partition.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, _waited_for)
         return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
 
     def attend(query, key, value, bias, sink, **bound):

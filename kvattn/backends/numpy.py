@@ -9,7 +9,7 @@ from functools import partial, reduce
 
 import numpy as np
 
-from kvattn import multihead, pairs, patterns, planning, rotation
+from kvattn import multihead, pairs, partition, patterns, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.numpy import dropout, gradients, memory, tiled, tiled_grad, tiles
 from kvattn.pairs import Pairs
@@ -344,7 +344,7 @@ def choose(query, key, value, call):
     if call.return_scores:
         return choose(query, key, value, call._replace(return_scores=None)).with_scores(sys.modules[__name__])
     if type(call.mask) is Pairs:
-        return pairs.choice(query, key, value, call, _in_parts, tiles.by_distance)
+        return partition.choice(query, key, value, call, _in_parts, tiles.by_distance)
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
         run = choice.run if choice.run is tiled.attention else partial(_with_sink, choice.run)
@@ -435,8 +435,8 @@ def _in_blocks(query, key, value, call, blocks):
 
 def _in_parts(query, key, value, call, parts):
     """One part of the pairs after another, each a call of its own."""
-    cuts = pairs.cut(parts, query, key, value, call, np.concatenate)
-    return pairs.joined(call, parts, [_attend(*cut) for cut in cuts], np.concatenate)
+    cuts = partition.cut(parts, query, key, value, call, np.concatenate)
+    return partition.joined(call, parts, [_attend(*cut) for cut in cuts], np.concatenate)
 
 
 def _of_selected_keys(choice, query, key, value, call, blocks):

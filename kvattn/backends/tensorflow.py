@@ -10,7 +10,7 @@ from functools import partial, reduce
 import numpy as np
 import tensorflow as tf
 
-from kvattn import multihead, pairs, patterns, planning, rotation
+from kvattn import multihead, partition, patterns, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.tensorflow import blocks, distances, dropout, few_pairs, nonfinite, quirks, tiles
 from kvattn.pairs import Pairs, Segments
@@ -418,7 +418,7 @@ def choose(query, key, value, call):
     if call.return_scores:
         return choose(query, key, value, call._replace(return_scores=None)).with_scores(sys.modules[__name__])
     if type(call.mask) is Pairs:
-        return pairs.choice(query, key, value, call, _in_parts, partial(distances.by_distance, _in_tiles))
+        return partition.choice(query, key, value, call, _in_parts, partial(distances.by_distance, _in_tiles))
     tab = sys.modules[__name__]
     if call.sink is not None:
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
@@ -469,8 +469,8 @@ def _in_tiles(query, key, value, call):
 
 def _in_parts(query, key, value, call, parts):
     """One part of the pairs after another, each a call of its own."""
-    cuts = pairs.cut(parts, query, key, value, call, tf.concat)
-    return pairs.joined(call, parts, _one_by_one(call, cuts, len(parts)), tf.concat)
+    cuts = partition.cut(parts, query, key, value, call, tf.concat)
+    return partition.joined(call, parts, _one_by_one(call, cuts, len(parts)), tf.concat)
 
 
 def _one_by_one(call, cuts, count):

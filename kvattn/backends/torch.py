@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from kvattn import multihead, pairs, patterns, planning, rotation
+from kvattn import multihead, pairs, partition, patterns, planning, rotation
 from kvattn.call import Call, Choice
 from kvattn.kernels.torch import distances, dropout, gpu, nonfinite, sdpa, segments, sharded, sinks, traces
 from kvattn.pairs import Pairs
@@ -400,7 +400,7 @@ def choose(query, key, value, call):
     if type(call.mask) is Pairs:
         choice = distances.choose(sys.modules[__name__], query, key, value, call)
         choice = choice or segments.choose(sys.modules[__name__], query, key, value, call)
-        return choice or pairs.choice(query, key, value, call, _in_parts)
+        return choice or partition.choice(query, key, value, call, _in_parts)
     if call.sink is not None:
         return _choose_with_sink(query, key, value, call)
     if call.positions is not None:
@@ -530,8 +530,8 @@ def _in_blocks_computed_again(query, key, value, call, blocks):
 
 def _in_parts(query, key, value, call, parts):
     """One part of the pairs after another, each a call of its own."""
-    cuts = pairs.cut(parts, query, key, value, call, torch.cat)
-    return pairs.joined(call, parts, [_attend(*cut) for cut in cuts], torch.cat)
+    cuts = partition.cut(parts, query, key, value, call, torch.cat)
+    return partition.joined(call, parts, [_attend(*cut) for cut in cuts], torch.cat)
 
 
 def _of_selected_keys(run, query, key, value, call, blocks, *_):

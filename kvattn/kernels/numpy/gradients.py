@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from kvattn import multihead, pairs, planning
+from kvattn import multihead, partition, planning
 from kvattn.call import Call
 from kvattn.kernels.numpy import memory, threads, tiled, tiled_grad, tiles
 from kvattn.pairs import Pairs
@@ -214,13 +214,13 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, known=tiled_g
         return tuple(np.zeros(sources[name].shape, sources[name].dtype) for name in wrt)
     parts, of_part = (), partial(_of_part, tab)
     if type(call.mask) is Pairs:
-        call, parts = pairs.resolved(query, key, value, call)
+        call, parts = partition.resolved(query, key, value, call)
     choice = None if parts or selected else tab._choose(query.shape, key.shape, call, wrt)
     if choice and choice.blocks:
-        (call, parts), of_part = pairs.of_blocks(tab, choice.blocks, call), partial(_of_block, tab)
+        (call, parts), of_part = partition.of_blocks(tab, choice.blocks, call), partial(_of_block, tab)
     if parts:
         zeros = lambda x: np.zeros(x.shape, tab._wide(x).dtype)  # noqa: E731
-        found = pairs.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, of_part, known.grad_lse)
+        found = partition.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, of_part, known.grad_lse)
     elif selected:
         call = call._replace(return_scores=asked.return_scores)
         found = _of_selected_keys(tab, query, key, value, grad_output, wrt, call, known.grad_scores)

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from kvattn import pairs
+from kvattn import pairs, partition
 from kvattn.call import Choice
 from kvattn.kernels.torch import sdpa
 from kvattn.kernels.torch.traces import readable
@@ -29,7 +29,7 @@ def choose(tab, query, key, value, call):
     said, (n, m) = call.mask, (query.shape[-2], key.shape[-2])
     if said.bias_function is None or said.mask is not None or said.segments is not None or not readable(query):
         return None
-    if n * m <= pairs.FEW or call.valid_lens is not None or call.positions is not None or call.sink is not None:
+    if n * m <= partition.FEW or call.valid_lens is not None or call.positions is not None or call.sink is not None:
         return None
     plain = call._replace(mask=None)
     if plain.beyond_softmax(tab, "dropout", "return_weights", "return_lse", "softcap"):
@@ -39,7 +39,7 @@ def choose(tab, query, key, value, call):
     if said.mask_function is not None:
         if (window := pairs.window_of(query, key, call)) is None:
             return None
-        plain = pairs.in_window(plain, *window, query, key)
+        plain = partition.in_window(plain, *window, query, key)
     line = pairs.line_of(query, key, call)
     if line is None or line.requires_grad or type(plain.query_offset) is not int:
         return None

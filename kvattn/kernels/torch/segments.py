@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from kvattn import dispatch, pairs
+from kvattn import dispatch, pairs, partition
 from kvattn.call import Call, Choice
 from kvattn.kernels.torch import operators, sdpa, traces
 
@@ -26,7 +26,7 @@ def choose(tab, query, key, value, call):
     if len(query.shape) != 4 or query.shape[0] != key.shape[0] or key.shape[:2] != value.shape[:2]:
         return None
     numbers = type(call.query_offset) is int and (call.scale is None or type(call.scale) in (int, float))
-    if not numbers or traces.known(n * m <= pairs.FEW) or sdpa.obstacle(query, key, value, None, call.scale):
+    if not numbers or traces.known(n * m <= partition.FEW) or sdpa.obstacle(query, key, value, None, call.scale):
         return None
     why = "softmax of scaled dot products; segments are read when the program runs, and blocks that share none left out"
     return Choice("an operator of segments", why, (), partial(_call, said.segments))
