@@ -233,8 +233,8 @@ def attention(
                     return_lse=return_lse,
                 )  # fmt: skip
         except RuntimeError:
-            conversion.together("key", key, query)
-            conversion.together("value", value, query)
+            conversion.same_device("key", key, query)
+            conversion.same_device("value", value, query)
             raise
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, mask=mask, bias=bias, valid_lens=valid_lens,
@@ -242,8 +242,8 @@ def attention(
     )  # fmt: skip
     if known is not None and known.tab is tab:
         scores = known.scores
-        conversion.together("key", key, query)  # which is not remembered
-        conversion.together("value", value, query)
+        conversion.same_device("key", key, query)  # which is not remembered
+        conversion.same_device("value", value, query)
     else:
         given = query, key, value
         query, key, value, scores = prepare.inputs(tab, query, key, value, score)
@@ -791,7 +791,7 @@ def self_attention(x: Array, W_q: Array, W_k: Array, W_v: Array, *, backend: Any
     params = prepare.projections(tab, x, x, x, named, 1, 1)
     back = prepare.returned(options)
     features = (params["W_q"].shape[-1], params["W_k"].shape[-1])
-    checks.same_widths(features, prepare.is_dot_product(options.get("score")))
+    checks.same_projected_features(features, prepare.is_dot_product(options.get("score")))
     options = prepare.options(tab, x, checks.joined(x, x, x), features, return_lse=back["return_lse"], **options)
     return dispatch.offered(tab, "self_attention")(x, *params.values(), **options, **back)
 

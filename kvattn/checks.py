@@ -56,8 +56,8 @@ def seed(tab: Any, rng: Any) -> Any:
     if not is_integer(rng):
         kinds = getattr(tab, "GENERATORS", None)  # another backend's own generators are its own affair
         if kinds is not None and not (rng is None or hasattr(rng, "dtype") or isinstance(rng, kinds)):
-            told = "".join(f", or a {kind.__name__}" for kind in kinds)
-            raise TypeError(f"rng must be an int, the seed of a pattern{told}; not {type(rng).__name__}")
+            others = "".join(f", or a {kind.__name__}" for kind in kinds)
+            raise TypeError(f"rng must be an int, the seed of a pattern{others}; not {type(rng).__name__}")
         return rng
     if not 0 <= rng < 2**64:
         raise ValueError(f"rng is {rng}; expected a seed of 64 bits, from 0 to 2^64 - 1")
@@ -389,7 +389,7 @@ def joined(query: Any, key: Any, value: Any) -> tuple[Any, ...]:
     return (*q[:-1], k[-2])
 
 
-def same_widths(features: tuple[Any, Any], dots: bool) -> None:
+def same_projected_features(features: tuple[Any, Any], dots: bool) -> None:
     """Raises ValueError unless projected queries and keys have as many features: a dot product needs it."""
     if dots and _differ(*features):
         raise ValueError(f"W_q gives heads of {features[0]} features but W_k of {features[1]}: a dot product needs as many")

@@ -50,7 +50,7 @@ def array(tab: Any, name: str, x: Any, like: Any = None) -> Any:
         if getattr(x, "stype", "default") != "default":
             raise TypeError(f"{name} is a sparse array; expected a dense one: x.tostype('default')")
         if like is not None:
-            together(name, x, like)
+            same_device(name, x, like)
         return x
     device = like if like is not None and tab.is_array(like) else None
     given, x = x, neutral(tab, name, x)
@@ -64,7 +64,7 @@ def array(tab: Any, name: str, x: Any, like: Any = None) -> Any:
     return made
 
 
-def together(name: str, x: Any, like: Any) -> None:
+def same_device(name: str, x: Any, like: Any) -> None:
     """Raises ValueError where PyTorch's tensors lie on two devices and neither is moved; integers on the CPU are."""
     if (
         hasattr(x, "is_meta")

@@ -173,7 +173,7 @@ def multi_head(backend: Any, inputs: tuple[Any, Any, Any], params: Any, counts: 
     if cache is not None:
         m = checks.cached(cache, n, m, given)
     features = (params["W_q"].shape[-1] // num_heads, params["W_k"].shape[-1] // num_kv_heads)
-    checks.same_widths(features, is_dot_product(given.get("score")))
+    checks.same_projected_features(features, is_dot_product(given.get("score")))
     back = returned(given)
     scores = (*batch, num_heads, n, m)
     given |= {"sink": params["sink"]} if "sink" in params else {}

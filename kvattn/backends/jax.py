@@ -369,8 +369,9 @@ def _softmax_lse(scores, where):
 def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, mask=None, bias=None, valid_lens=None,
               causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, sink=None, dropout=0.0,
               rng=None, return_weights=False, return_lse=False, return_scores=None):  # fmt: skip
-    limited = not mask is bias is valid_lens is window is positions is scale is softcap is sink is rng is return_scores is None
-    usual = score is scaled_dot_score and normalize is softmax and not (limited or dropout)
+    anywhere = mask is None and bias is None and valid_lens is None and window is None and positions is None
+    unchanged = scale is None and softcap is None and sink is None and rng is None and return_scores is None and not dropout
+    usual = anywhere and unchanged and score is scaled_dot_score and normalize is softmax
     if usual and type(query_offset) is int and query_offset == 0 and programs.at_once(query):  # looking at more would cost more
         flags = {"causal": causal, "return_weights": return_weights, "return_lse": return_lse}
         results = _attend_plainly(query, key, value, **{name: True for name, x in flags.items() if x})
@@ -587,8 +588,8 @@ def _repeated(index):
     size = index.shape[-1]
     order = jnp.argsort(index, axis=-1, stable=True)
     ordered = jnp.take_along_axis(index, order, axis=-1)
-    again = jnp.concatenate([jnp.zeros_like(ordered[..., :1], bool), ordered[..., 1:] == ordered[..., :-1]], axis=-1)
-    return jnp.take_along_axis(again[..., :size], jnp.argsort(order, axis=-1), axis=-1)
+    repeated = jnp.concatenate([jnp.zeros_like(ordered[..., :1], bool), ordered[..., 1:] == ordered[..., :-1]], axis=-1)
+    return jnp.take_along_axis(repeated[..., :size], jnp.argsort(order, axis=-1), axis=-1)
 
 
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), grad_scores=None, **options):

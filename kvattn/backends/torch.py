@@ -133,8 +133,8 @@ def _mask_and_bias(query, key, mask, bias, valid_lens, query_offset, left, right
     if left is not None or right is not None:
         place = query_offset, left, right, n, m
         if bias is None:
-            return mask, sdpa.constant((*place, query.dtype), lambda: sdpa.band(*place, query))
-        inside = sdpa.constant((*place, torch.bool), lambda: sdpa.band(*place, query) == 0)  # else -inf would meet inf
+            return mask, sdpa.constant((*place, query.dtype), lambda: sdpa.window_bias(*place, query))
+        inside = sdpa.constant((*place, torch.bool), lambda: sdpa.window_bias(*place, query) == 0)  # else -inf would meet inf
         mask = inside if mask is None else mask & inside
     return mask, bias
 
@@ -612,8 +612,8 @@ def _repeated(index):
     places = torch.arange(size, device=index.device)
     order = (index * size + places).argsort(dim=-1)  # of equals the first first; a stable sort would be none of ONNX's
     ordered = index.gather(-1, order)
-    again = torch.cat([torch.zeros_like(ordered[..., :1], dtype=torch.bool), ordered[..., 1:] == ordered[..., :-1]], dim=-1)
-    return again[..., :size].gather(-1, order.argsort(dim=-1))
+    repeated = torch.cat([torch.zeros_like(ordered[..., :1], dtype=torch.bool), ordered[..., 1:] == ordered[..., :-1]], dim=-1)
+    return repeated[..., :size].gather(-1, order.argsort(dim=-1))
 
 
 def _recording(function):

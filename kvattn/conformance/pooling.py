@@ -131,8 +131,8 @@ def beside_nan(rng: np.random.Generator, name: str) -> Case:
     where[0, :3], where[1, 1, 0], where[1, 3] = [True, False, True, False, True], True, False
     case, bad = normal(f"{name} beside NaN", "normalisers", name, s, where=where), s.copy()
     bad[0, 1, 2] = bad[0, 2, 1] = bad[1, 1, 0] = bad[1, 3] = NAN  # of which the second and the last are hidden
-    told = ~(np.isnan(bad) & where).any(axis=-1, keepdims=True) | ~where
-    return replace(case, arguments={"scores": bad, "where": where}, judged={"output": told})
+    defined = ~(np.isnan(bad) & where).any(axis=-1, keepdims=True) | ~where
+    return replace(case, arguments={"scores": bad, "where": where}, judged={"output": defined})
 
 
 def normalisers(rng: np.random.Generator) -> Iterator[Case]:

@@ -142,7 +142,7 @@ class _Share(NamedTuple):
             begun: list[str] = []
             dealt: list[int] = []
 
-            def told(case: str, begun: list[str] = begun) -> None:
+            def announce(case: str, begun: list[str] = begun) -> None:
                 begun.append(case)
                 tell(case)
 
@@ -151,7 +151,7 @@ class _Share(NamedTuple):
                 return dealt[-1]
 
             quick = " ".join(flags) or None
-            found = _ask(self._asdict(), quick, every, running, told, dealing)
+            found = _ask(self._asdict(), quick, every, running, announce, dealing)
             if found is None and flags and not begun:
                 flags.pop()
                 deal.put_back(dealt)

@@ -37,10 +37,10 @@ def _shared_out(made: list[Case]) -> list[Case]:
     Every case in every dtype, both ways, is `run(..., dtypes=DTYPES)`: seconds where each operation runs by itself, many
     minutes where XLA compiles a program for each.
     """
-    met: dict[str, int] = {}
+    counts: dict[str, int] = {}
     shared = []
     for case in made:
-        turn = met[case.group] = met.get(case.group, -1) + 1
+        turn = counts[case.group] = counts.get(case.group, -1) + 1
         usual = tuple(TURNS[(turn + step) % len(TURNS)] for step in range(len(TURNS)))
         usual = next((dtype,) for dtype in usual if dtype in case.dtypes)
         usual = case.dtypes if case.group in ("plain", "half precision", "large scores") else usual

@@ -63,7 +63,7 @@ def _sharing(mesh):
 def either(function, known, *args):
     """What ``function`` gives of these arrays, in a program that is `told` this of them; where it is None, as one of two."""
     if known is not None:
-        return _telling(known, function)(*args)
+        return _knowing(known, function)(*args)
     given, tree = jax.tree.flatten(args)
     asked, results = _asked.set([]), []
 
@@ -73,15 +73,17 @@ def either(function, known, *args):
         return found
 
     try:
-        programs = [jax.make_jaxpr(_telling(False, flat))(*given)]
-        programs += [jax.make_jaxpr(_telling(True, flat))(*given)] if _asked.get() else []
+        programs = [jax.make_jaxpr(_knowing(False, flat))(*given)]
+        programs += [jax.make_jaxpr(_knowing(True, flat))(*given)] if _asked.get() else []
     finally:
         _asked.reset(asked)
     found = _either.bind(*given, programs=tuple(programs)) if len(programs) > 1 else jaxpr_as_fun(programs[0])(*given)
     return jax.tree.unflatten(results[0], found)
 
 
-def _telling(known, function):
+def _knowing(known, function):
+    """``function``, in which `told` gives ``known``."""
+
     def run(*args):
         token = _known.set(known)
         try:

@@ -194,23 +194,23 @@ def _sent(ring, x, hops, closed=True):
     return lax.ppermute(x, ring.axis, pairs) if hops % ring.size else x
 
 
-def _around(ring, meet, own, keys, left):
-    """``own`` after ``meet`` of it and the keys of each device that is reached, one after the other; and what travelled along.
+def _around(ring, visit, own, keys, left):
+    """``own`` after ``visit`` of it and the keys of each device that is reached, one after the other; and what travelled along.
 
-    ``meet``: (own, keys, left, hop) -> (own, left). ``left`` begins so, travels with the keys and is brought home.
+    ``visit``: (own, keys, left, hop) -> (own, left). ``left`` begins so, travels with the keys and is brought home.
     """
     home = []
     for first, step, stops in ring.runs:
 
         def stop(state, hop, step=step):
             own, keys, left = state
-            own, left = meet(own, keys, left, hop)
+            own, left = visit(own, keys, left, hop)
             return (own, _sent(ring, keys, step, ring.closed), _sent(ring, left, step)), None
 
         last, state = first + step * (stops - 1), (own, _sent(ring, keys, first, ring.closed), left)
         if stops > 1:
             state, _ = lax.scan(stop, state, first + step * jnp.arange(stops - 1, dtype=jnp.int32))
-        own, back = meet(*state, jnp.int32(last))
+        own, back = visit(*state, jnp.int32(last))
         home.append(_sent(ring, back, -last))
     return own, home
 
@@ -284,7 +284,7 @@ def _attend(ring, rows, keys, score, limits):
     """The output and lse of the device's parts, in float32 for half precision. rows: query, bias; keys: key, value; limits:
     mask, valid_lens, query_offset; all with an axis of parts before the others."""
 
-    def meet(sums, keys, left, hop):
+    def visit(sums, keys, left, hop):
         def work(sums, i, j, row, column):
             output, lse = _part(ring, _at(limits, i), _wide(_at(rows, i)), _wide(_at(keys, j)), score, row, column)
             top, weight, total = _at(sums, i)
@@ -301,7 +301,7 @@ def _attend(ring, rows, keys, score, limits):
     shape = (ring.parts, *planning.lead(query.shape[1:], keys["key"].shape[1:]), query.shape[-2])
     zeros = _zeros(shape, query)
     sums = zeros - math.inf, zeros, _zeros((*shape, value.shape[-1]), query)
-    (top, weight, total), _ = _around(ring, meet, sums, keys, ())
+    (top, weight, total), _ = _around(ring, visit, sums, keys, ())
     empty = weight == 0
     weight = jnp.where(empty, 1, weight)
     return total / weight[..., None], jnp.where(empty, -math.inf, top + jnp.log(weight))
@@ -321,7 +321,7 @@ def _attend_bwd(ring, kept, grads):
     grad, grad_lse = grads
     along = (grad * output).sum(axis=-1) - grad_lse
 
-    def meet(own, keys, left, hop):
+    def visit(own, keys, left, hop):
         def work(state, i, j, row, column):
             (d_rows, d_score), d_keys = state
 
@@ -339,7 +339,7 @@ def _attend_bwd(ring, kept, grads):
         return _pairs(ring, limits, keys, rows, hop, work, (own, left))
 
     d_rows, d_keys, d_score = jax.tree.map(lambda x: _zeros(x.shape, x), (rows, keys, score))
-    (d_rows, d_score), home = _around(ring, meet, (d_rows, d_score), keys, d_keys)
+    (d_rows, d_score), home = _around(ring, visit, (d_rows, d_score), keys, d_keys)
     d_keys = jax.tree.map(lambda *x: reduce(jnp.add, x), *home)
     return *jax.tree.map(lambda x, y: y.astype(x.dtype), (rows, keys, score), (d_rows, d_keys, d_score)), None
 

@@ -151,7 +151,7 @@ def _dot(x, y):
     return jnp.matmul(x, y, precision="highest")
 
 
-def _masked_step(step, carry, rows, keys, pairs, limits, low, high, start, at, holes):
+def _masked_step(step, carry, rows, keys, pairs, limits, low, high, start, at, forbids):
     """``step`` with the keys from ``start`` on, of which those before ``at`` are left out."""
     position = start + jnp.arange(keys["key"].shape[-2], dtype=jnp.int32)
     low = jnp.maximum(low, at)
@@ -163,7 +163,7 @@ def _masked_step(step, carry, rows, keys, pairs, limits, low, high, start, at, h
     if "segment" in rows:
         allowed &= rows["segment"][:, None] == keys["segment_of_key"][:, 0]
         keys = {name: x for name, x in keys.items() if name != "segment_of_key"}
-    if holes or "segment" in rows or not pairs.keys() <= {"line"}:
+    if forbids or "segment" in rows or not pairs.keys() <= {"line"}:
         has_key, has_query = allowed.any(axis=-1), allowed.any(axis=-2)
     else:  # the same, in less time
         has_key = jnp.maximum(low, start) < jnp.minimum(high, start + len(position))
@@ -309,7 +309,7 @@ def _forward(plan, inputs, limits):
         def inside(carry, at):
             return _absorb(carry, rows, keys(at, plan.block), line(at, plan.block), limits, None)
 
-        def edge(carry, at):
+        def cut(carry, at):
             start = jnp.minimum(at, plan.m - plan.cut_block)
             here = {name: part(name, (head, 1), (first, plan.tile), (start, plan.cut_block))[:, 0] for name in pairs}
             here |= line(start, plan.cut_block)
@@ -330,15 +330,15 @@ def _forward(plan, inputs, limits):
         carry = sums + jnp.finfo(dtype).min, sums, _zeros((*shape, inputs["value"].shape[-1]), limits)
         limited = pairs or "low" in arrays or "high" in arrays
         if limited and plan.cut_block == plan.m:
-            carry = edge(carry, jnp.int32(0))
+            carry = cut(carry, jnp.int32(0))
         else:
             if "low" in arrays:
                 uneven = -((at - jnp.minimum(inner_lowest, highest)) // plan.cut_block)
-                carry, at = walk(carry, at, uneven, plan.cut_block, edge)
+                carry, at = walk(carry, at, uneven, plan.cut_block, cut)
             if not (pairs or "segment" in rows):
                 carry, at = walk(carry, at, (inner_highest - at) // plan.block, plan.block, inside)
             if limited:
-                carry, at = walk(carry, at, -((at - highest) // plan.cut_block), plan.cut_block, edge)
+                carry, at = walk(carry, at, -((at - highest) // plan.cut_block), plan.cut_block, cut)
         top, sums, total = carry
         empty = sums == 0
         sums = jnp.where(empty, 1, sums)
@@ -430,16 +430,16 @@ def _tile(plan, rows, keys, pairs, limits):
         def inside():
             return _along(carry, rows, keys, {}, limits, None)
 
-        def edge():
+        def cut():
             here = {name: _cut(x, 1, start, plan.cut_block) for name, x in pairs.items()}
             return _masked_step(_along, carry, rows, keys, here, limits, low, high, start, start, plan.gaps)
 
         if not limited:
-            return (edge() if pairs else inside()), None
+            return (cut() if pairs else inside()), None
         some, whole = (lowest < end) & (start < highest), (inner_lowest <= start) & (end <= inner_highest)
         if pairs or "segment" in rows:
-            return lax.cond(some, edge, lambda: carry), None
-        return lax.switch(jnp.where(some, jnp.where(whole, 1, 2), 0), [lambda: carry, inside, edge]), None
+            return lax.cond(some, cut, lambda: carry), None
+        return lax.switch(jnp.where(some, jnp.where(whole, 1, 2), 0), [lambda: carry, inside, cut]), None
 
     carry = _zeros((plan.tile, 1), limits), _zeros((plan.tile, keys["value"].shape[-1]), limits)
     if plan.cut_blocks == 1:

@@ -182,13 +182,13 @@ def in_the_window(query, key, value, call, blocks):
     for *arrays, block in [(query, key, value, call)] if blocks == [(0, n, 0, m)] else call.cut(blocks, query, key, value):
         place = block.query_offset, block.left, block.right, *(x.shape[-2] for x in arrays[:2])
         if place != last:
-            make = partial(band, *place, query)
+            make = partial(window_bias, *place, query)
             last, mask = place, constant((*place, query.dtype), make) if few(*arrays[:2]) else make()
         parts.append(fused(*arrays, mask, False, call.scale, sink=block.sink))
     return (torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]).to(query.dtype)
 
 
-def band(offset, left, right, n, m, like):
+def window_bias(offset, left, right, n, m, like):
     """0 in the window and -inf beyond it: (n, m); None where all of it lies in the window."""
     if left is None and right is None:
         return None
