@@ -328,7 +328,7 @@ def attention_grad(
     plain = plain and type(causal) is bool and type(query_offset) is int
     if plain and known is not None and known.fits(query, mask, bias, valid_lens, grad_output):
         for name, x in (("key", key), ("value", value), ("grad_output", grad_output)):
-            conversion.together(name, x, query)
+            conversion.same_device(name, x, query)
         checks.not_negative(known.tab, valid_lens)
         own = {name: getattr(known.tab, default, None) for name, default in prepare.DEFAULTS.items()}
         found: tuple[Array, ...] = dispatch.offered(known.tab, "attention_grad")(

@@ -166,7 +166,7 @@ def load(name: str) -> Backend:
         return _loaded[name]
     if name in _OURS:
         try:
-            tab = _OURS[name]()
+            tab: Backend = _OURS[name]()
         except Exception as error:  # a broken framework may raise anything while it is imported
             if importlib.util.find_spec(name) is None:
                 from kvattn import install
