@@ -221,6 +221,8 @@ def attention(
     plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool and type(query_offset) is int
     plain = plain and not dropout
     if plain and known is not None:
+        if rng is not None:
+            checks.seed(known.tab, rng)
         try:
             bare = mask is bias is valid_lens is None
             if bare and not (causal or return_weights or return_lse or window is not None):  # nothing is left to check
@@ -324,18 +326,18 @@ def attention_grad(
         raise checks.unknown(unknown, prepare.OPTIONS)
     known = prepare.remembered(query, key, value, backend)
     plain = score is normalize is segments is positions is scale is softcap is sink is return_scores is None
-    plain = plain and grad_scores is None and not dropout and wrt == ("query", "key", "value")
+    plain = plain and grad_scores is None and not dropout and type(wrt) is tuple and wrt == ("query", "key", "value")
     plain = plain and type(causal) is bool and type(query_offset) is int
     if plain and known is not None and known.fits(query, mask, bias, valid_lens, grad_output):
         for name, x in (("key", key), ("value", value), ("grad_output", grad_output)):
             conversion.same_device(name, x, query)
         checks.not_negative(known.tab, valid_lens)
-        own = {name: getattr(known.tab, default, None) for name, default in prepare.DEFAULTS.items()}
-        found: tuple[Array, ...] = dispatch.offered(known.tab, "attention_grad")(
+        gradients = dispatch.offered(known.tab, "attention_grad")(
             query, key, value, grad_output, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
-            query_offset=query_offset, window=None if window is None else checks.window(window), wrt=wrt, **own,
+            query_offset=query_offset, window=None if window is None else checks.window(window),
+            rng=None if rng is None else checks.seed(known.tab, rng), wrt=wrt, **prepare.defaults(known.tab),
         )  # fmt: skip
-        return found
+        return prepare.given_back(known.tab, {"query": query, "key": key, "value": value}, wrt, gradients)
     tab = dispatch.choose(
         backend, query=query, key=key, value=value, grad_output=grad_output, grad_scores=grad_scores, mask=mask, bias=bias,
         valid_lens=valid_lens, query_offset=query_offset, segments=segments, positions=positions, sink=sink,

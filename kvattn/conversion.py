@@ -144,10 +144,19 @@ def integers(tab: Any, name: str, x: Any, like: Any) -> Any:
         raise TypeError(f"{name} has dtype {dtype}; expected an integer dtype")
     if not dtype.startswith("u"):
         return x
-    seen = peek(tab, x)
+    seen = _values(tab, x)
     if seen is not None:
         return tab.asarray(_signed(seen), like=x)
     return tab.signed(x) if hasattr(tab, "signed") else tab.asarray(x, dtype="int32")
+
+
+def _values(tab: Any, x: Any) -> Any:
+    """What `peek` shows; of a backend that makes signed integers in no other way, what it reads, if it is not traced."""
+    seen = peek(tab, x)
+    if seen is None and not hasattr(tab, "signed"):
+        with suppress(Exception):  # of whatever class a framework raises for an array without values
+            seen = tab.to_numpy(x)
+    return seen
 
 
 def _signed(x: Any) -> Any:
@@ -159,7 +168,7 @@ def exact_integers(tab: Any, name: str, x: Any, like: Any) -> Any:
     """As `integers`, where far away is no one place. Raises ValueError for what some framework's int32 would not hold."""
     seen, traced = None, hasattr(tab, "tracing") and tab.tracing()
     if tab.is_array(x):
-        seen = peek(tab, x) if dtype_name(x).startswith("u") else None
+        seen = _values(tab, x) if dtype_name(x).startswith("u") else None
     elif not traced:
         with suppress(TypeError, ValueError):  # what is no array has its error below
             seen = distances.values(x)

@@ -22,7 +22,6 @@ ARRAYS = ("mask", "bias", "valid_lens", "query_offset", "segments", "positions",
 OPTIONS = ("score", "normalize", "mask", "bias", "valid_lens", "causal", "query_offset", "window", "segments",
            "positions", "scale", "softcap", "sink", "dropout", "rng", "return_weights", "return_lse",
            "return_scores")  # fmt: skip
-DEFAULTS = {"score": "scaled_dot_score", "normalize": "softmax"}  # the tab's own
 DOT_PRODUCTS = ("dot_score", "scaled_dot_score", "cosine_score")  # for which query and key need as many features
 REMEMBERED = 4096  # calls: then it starts anew, since lengths that grow step by step would fill the memory
 REMEMBERED_OPTIONS = 64  # sets of options beside each of these
@@ -95,6 +94,12 @@ def _said_of_pairs(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bia
         return said, bias
     mask, made = said.arrays(query, query, scores, query_offset, (0, scores[-2]), [(0, scores[-1])])
     return mask, bias if made is None else made
+
+
+def defaults(tab: Any) -> dict[str, Any]:
+    """What `options` makes of those that are not given, where such a call is remembered."""
+    own = {"score": getattr(tab, "scaled_dot_score", None), "normalize": getattr(tab, "softmax", None)}
+    return own | {"positions": None, "scale": None, "softcap": None, "dropout": 0.0}
 
 
 def returned(options: dict[str, Any]) -> dict[str, Any]:

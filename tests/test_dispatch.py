@@ -1,5 +1,6 @@
 """Who serves a call: the argument, the arrays, use_backend, set_backend, the environment, numpy."""
 
+import contextlib
 import functools
 import subprocess
 import sys
@@ -355,6 +356,48 @@ def test_after_a_good_call_a_gradient_of_another_kind_is_refused_as_before(tab, 
         for call, extra in ((kvattn.attention, ()), (kvattn.attention_grad, (back,))):
             with pytest.raises((TypeError, ValueError), match="window"):
                 call(*checked.values(), *extra, window=window)
+
+
+def test_after_a_good_call_an_rng_that_is_none_is_refused_as_before(tab, checked):
+    back = tab.asarray(np.ones((2, 4, 3, 7), "float32"))
+    for call, extra in ((kvattn.attention, ()), (kvattn.attention_grad, (back,))):
+        call(*checked.values(), *extra, rng=0)
+        with pytest.raises(ValueError, match="rng is -1"):
+            call(*checked.values(), *extra, rng=-1)
+
+
+def test_after_a_good_call_a_gradients_wrt_may_be_an_array_of_names(tab, checked):
+    back = tab.asarray(np.ones((2, 4, 3, 7), "float32"))
+    expected = kvattn.attention_grad(*checked.values(), back)
+    found = kvattn.attention_grad(*checked.values(), back, wrt=np.array(INPUTS))
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(kvattn.to_numpy(x), kvattn.to_numpy(y))
+
+
+@pytest.mark.parametrize("called", [1, 2])
+def test_the_gradients_of_another_backend_are_looked_at_in_every_call(called):
+    tab = dispatch.load("numpy")
+    gradients, asked = {"two": lambda x: x[:2], "a list": list, "wide": lambda x: [y.astype("float64") for y in x]}, []
+
+    def attention_grad(*arrays, wrt, **options):
+        asked.append({*options})
+        return gradients[which](tab.attention_grad(*arrays, wrt=wrt, **options))
+
+    x = np.ones((3, 4), "float32")
+    for which in gradients:
+        theirs = types.SimpleNamespace(**{**vars(tab), "attention_grad": attention_grad})
+        for _ in range(called - 1):
+            with contextlib.suppress(TypeError):
+                kvattn.attention_grad(x, x, x, x, backend=theirs)
+        if which == "two":
+            with pytest.raises(TypeError, match="returned no tuple of 3 gradients"):
+                kvattn.attention_grad(x, x, x, x, backend=theirs)
+        else:
+            found = kvattn.attention_grad(x, x, x, x, backend=theirs)
+            assert type(found) is tuple
+            assert {y.dtype.name for y in found} == {"float32"}
+    assert {"scale", "dropout", "rng", "positions", "score"} < asked[0], "which it may read without a default"
+    assert all(each == asked[0] for each in asked)
 
 
 @pytest.mark.parametrize("which", INPUTS)

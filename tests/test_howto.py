@@ -10,6 +10,7 @@ import tomllib
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import chosen
 
@@ -117,6 +118,19 @@ def test_the_backend_of_the_page_fails_nothing_and_refuses_what_the_page_says():
     lacks = [] if "ml_dtypes" in sys.modules else ["its asarray makes no bfloat16: cases in that dtype are asked in float32"]
     assert report.excused == lacks  # ml_dtypes, which JAX and TensorFlow import, teaches NumPy bfloat16
     assert {"attention_grad"} <= {name for each in report.not_offered for name in each.message.split(": ")[1].split(", ")}
+
+
+def test_a_backend_that_shows_no_values_is_given_signed_integers():
+    example = types.ModuleType("fakecupy")
+    exec(blocks("docs/howto/add-a-backend.md")[0][1], vars(example))
+    del example.peek
+    report = conformance.run(example, [case for case in conformance.cases() if "uint" in case.name])
+    assert not report.failures
+    assert report.passed >= 4
+    x = np.ones((3, 1))
+    for far in (2**31, 2**32 - 1):  # no two of them may become one segment
+        with pytest.raises(ValueError, match=f"reach from 5 to {far}"):
+            kvattn.attention(x, x, x, segments=example.asarray(np.array([5, 5, far], "uint32")), backend=example)
 
 
 def test_the_test_of_the_page_passes(command):
