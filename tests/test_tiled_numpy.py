@@ -114,6 +114,20 @@ def test_infinite_scores_stay_where_they_are():
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"mask": np.tri(9, 7, -1, dtype=bool)}, {"valid_lens": [3, 0]}])
+def test_keys_are_told_of_a_query_of_minus_inf_whose_scores_are_all_minus_inf(options):
+    arrays = [np.abs(x) + 0.5 for x in draw(n=9, m=7)]
+    arrays[0][:, [0, 4]] = -np.inf  # which sees no key in some of these calls
+    with np.errstate(all="ignore"):
+        with in_tiles(), all_at_once():
+            expected = kvattn.attention_grad(*arrays, **options, backend="numpy")
+        with in_tiles():
+            found = kvattn.attention_grad(*arrays, **options, backend="numpy")
+    assert np.isnan(expected[1]).any()
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-9)
+
+
 def test_nothing_is_warned_of():
     arrays = draw()
     arrays[0][0] *= 1e300

@@ -24,6 +24,7 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
     dropped = (dropout, multihead.dropout, places.falling)
     # where what is new does not shift the data of the others
     last = (together.cases, together.plainly, together.edges, through_scores, streamed, multihead.one_head, merged_once)
+    last += (multihead.selected,)
     for family in (*keywords, *parts, *combined, *later, *dropped, *last):
         yield from family(rng)
 

@@ -180,6 +180,18 @@ def one_head(rng: np.random.Generator) -> Iterator[Case]:
         yield _hurt(rng, as_self_attention(case, x), x=np.broadcast_to(lens == 0, 4))
 
 
+def selected(rng: np.random.Generator) -> Iterator[Case]:
+    """NaN in keys that positions name and a mask forbids."""
+    inputs, chosen = [grid(rng, 2, rows, 3) for rows in (3, 4, 4)], np.array([[0, 3], [3, -1], [-1, -1]])
+    mask = np.ones((2, 1, 3, 4), bool)
+    mask[0, ..., 3] = mask[1, ..., 0] = mask[1, :, 1] = False
+    case = multi_head(
+        "heads: NaN at positions, forbidden by a mask", inputs, params_of(rng, 2, 2), rng, positions=chosen, mask=mask
+    )
+    keys = [[False, True, True, True], [True, True, True, False]]
+    yield _hurt(rng, case, query=[[False, True, True]] * 2, key=keys, value=keys)
+
+
 def _hurt(rng: np.random.Generator, case: Case, **unseen: Any) -> Case:
     """The case with NaN and inf in these rows of its arguments."""
     arguments = dict(case.arguments)

@@ -82,13 +82,15 @@ def _add(tiling, tile, known, grad_output, grads, buffers):
         grad_output = grad_output / tiling.dtype.type(tiling.share)
     if known.grad_lse is not None:
         delta -= known.grad_lse[tile.at]
-    if (empty := lse == -math.inf).any():  # nothing of these rows may reach a key: 0 * NaN is NaN
-        lse[empty] = delta[empty] = query[empty] = 0
-        grad_output = np.where(empty[..., None], 0, grad_output).astype(tiling.dtype)
-    finite = np.isfinite(lse).all() and np.isfinite(delta).all()  # else a row of NaN is among them
+    scored, finite = query, True
+    if (empty := lse == -math.inf).any():  # weights of 0, which times a query of -inf are NaN for the keys that it sees
+        lse[empty] = delta[empty] = 0
+        scored, grad_output = (np.where(empty[..., None], 0, x).astype(tiling.dtype) for x in (query, grad_output))
+        finite = np.isfinite(query).all()
+    finite = finite and np.isfinite(lse).all() and np.isfinite(delta).all()  # else a row of NaN is among them
     total = take(buffers, "total", query.shape, tiling.dtype)
     total[...] = 0
-    for block in blocks(tiling, tile, query, buffers):
+    for block in blocks(tiling, tile, scored, buffers):
         rows, weights = block.rows, block.scores
         weights -= lse[:, :, rows, None]
         np.maximum(weights, tiling.lowest, out=weights)
