@@ -130,3 +130,29 @@ def test_a_report_names_the_mistake_that_gives_the_same(mistake):
 def test_a_report_says_where_and_what_kind_of_numbers_are_wrong(name, what, changed, words):
     failures = judged(name, "float64", lambda results: {what: changed(results)})
     assert any(failure.what == what and words in failure.message for failure in failures)
+
+
+def _naive(query, key, value, *, mask=None, valid_lens=None, return_weights=False, return_lse=False, **_):
+    """Attention whose rows without keys divide by 0, and whose weights of 0 multiply what padding holds."""
+    scores = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
+    allowed = np.ones(scores.shape, bool) if mask is None else np.broadcast_to(mask, scores.shape)
+    if valid_lens is not None:
+        allowed = allowed & (np.arange(key.shape[-2]) < valid_lens[:, None, None, None])
+    weights = np.where(allowed, np.exp(scores), 0)
+    sums = weights.sum(axis=-1, keepdims=True)
+    weights = weights / sums
+    results = [weights @ value, *[weights] * return_weights, *[np.log(sums[..., 0])] * return_lse]
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("mask of nothing", "in rows that may attend to nothing"), ("NaN behind a mask (m,)", "0 * NaN is NaN")],
+)
+def test_a_report_names_the_mistake_behind_a_warning(name, words):
+    own = {each: getattr(by_numpy, each) for each in ("is_array", "asarray", "to_numpy", "scaled_dot_score", "softmax")}
+    tab = SimpleNamespace(**own, __name__="a.stranger", attention=_naive)
+    failures = conformance.run(tab, [CASES[name]], ["float64"]).failures
+    assert [failure.what for failure in failures][:2] == ["warnings", "output"]
+    assert "every warning is an error here" in failures[0].message
+    assert words in failures[1].message

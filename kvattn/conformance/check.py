@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -186,13 +186,17 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, lik
         result("gradients", 0.0, 0.0, NOT_OFFERED + lacks)
         case = replace(case, answer={what: x for what, x in case.answer.items() if not what.startswith("grad_")})
     try:
-        got = _call(tab, case, dtype, thorough, like)
+        try:
+            got = _call(tab, case, dtype, thorough, like)
+        except Warning as warning:  # what comes with it may tell of a mistake
+            said = f"{type(warning).__name__}: {warning} (every warning is an error here)"
+            result("warnings", np.inf, 0.0, f"{case.name} {dtype}: {said}")
+            got = _call(tab, case, dtype, thorough, like, "ignore")
     except Exception as error:
         if isinstance(error, NotImplementedError) and not _is_ours(tab):
             result("output", 0.0, 0.0, f"{REFUSED}{error}")
         else:
-            said = " (every warning is an error here)" if isinstance(error, Warning) else ""
-            result("output", np.inf, 0.0, f"{case.name} {dtype}: {type(error).__name__}: {error}{said}")
+            result("output", np.inf, 0.0, f"{case.name} {dtype}: {type(error).__name__}: {error}")
         return
     answer, magnitude = dict(case.answer), dict(case.magnitude)
     if ALONE in got:
@@ -287,10 +291,15 @@ def _place(x: Any) -> str:
     return str(getattr(x, "device", ""))
 
 
-def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[str, Any]:
-    """Every quantity of the case, by name; arguments are compared before and after, bit by bit."""
+def _call(
+    tab: Any, case: Case, dtype: str, thorough: bool, like: Any, warned: Literal["error", "ignore"] = "error"
+) -> dict[str, Any]:
+    """Every quantity of the case, by name; arguments are compared before and after, bit by bit.
+
+    ``warned``: what becomes of a warning.
+    """
     if case.call in layers.LAYERS:
-        return _layer(tab, case, dtype, like)
+        return _layer(tab, case, dtype, like, warned)
     given: list[tuple[str, Any]] = []
     given_for: list[tuple[np.ndarray, Any]] = []
 
@@ -313,7 +322,7 @@ def _call(tab: Any, case: Case, dtype: str, thorough: bool, like: Any) -> dict[s
     keywords = {name: _keyword(tab, name, x, convert) for name, x in case.keywords.items()}
     before = [_bytes(tab, x) for _, x in given]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter(warned)
         warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # PyTorch, once, of a context that it then makes itself
         if case.group == NOT_FINITE:
             warnings.simplefilter("ignore", RuntimeWarning)  # NumPy may warn of what it meets
@@ -362,7 +371,7 @@ def _plain_call(
     return results
 
 
-def _layer(tab: Any, case: Case, dtype: str, like: Any) -> dict[str, Any]:
+def _layer(tab: Any, case: Case, dtype: str, like: Any, warned: Literal["error", "ignore"]) -> dict[str, Any]:
     """The quantities of a case of a layer of ours; its weights and its configuration are among the keywords."""
     arguments, keywords = dict(case.arguments), dict(case.keywords)
     names, config, weights = (keywords.pop(name) for name in ("inputs", "config", "weights"))
@@ -371,7 +380,7 @@ def _layer(tab: Any, case: Case, dtype: str, like: Any) -> dict[str, Any]:
     if "normalize" in keywords:
         keywords["normalize"] = getattr(kvattn, keywords["normalize"])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter(warned)
         warnings.filterwarnings("ignore", "Attempting to run cuBLAS")
         results, by_inputs, by_weights = native.run(
             tab, case.call, config, weights, inputs, dtype=dtype, grad_output=grad_output, like=like, **arguments, **keywords

@@ -27,16 +27,18 @@ def words(case: Case, what: str, dtype: str, x: np.ndarray, want: np.ndarray, sa
 def _causes(case: Case, what: str, dtype: str, x: np.ndarray, want: np.ndarray, wrong: np.ndarray,
             same: Callable[..., Any]) -> Iterator[str]:  # fmt: skip
     """What explains all that is wrong, the likeliest first."""
-    if np.isnan(x).any() and not np.isnan(want).any():
-        yield "NaN: what may not attend is to be zeros before a product, as 0 * NaN is NaN, and an empty sum is not to divide"
-    if case.call != "attention" or what.startswith("grad_"):
-        return
+    of_attention = case.call == "attention" and not what.startswith("grad_")
     how = {
         n: x for n, x in (case.arguments | case.keywords).items() if n[:5] != "grad_" and (n[:7] != "return_" or "scores" in n)
     }
-    empty = np.isneginf(oracle.attention(**{**how, "sink": None, "normalize": "softmax"}).values["lse"])
-    if wrong.any() and not (wrong & ~(empty if what == "lse" else empty[..., None])).any():
-        yield "all in rows that may attend to nothing, which are zeros, with an lse of -inf, or the sink"
+    if of_attention:
+        empty = np.isneginf(oracle.attention(**{**how, "sink": None, "normalize": "softmax"}).values["lse"])
+        if wrong.any() and not (wrong & ~(empty if what == "lse" else empty[..., None])).any():
+            yield "all in rows that may attend to nothing, which are zeros, with an lse of -inf, or the sink"
+    if np.isnan(x).any() and not np.isnan(want).any():
+        yield "NaN: what may not attend is to be zeros before a product, as 0 * NaN is NaN, and an empty sum is not to divide"
+    if not of_attention:
+        return
     if what == "lse" and same(x, want * np.log2(np.e)).all():
         yield "this is the lse in base 2, not of exp"
     name = "output" if what not in ("weights", "lse", "scores") else what
