@@ -23,9 +23,9 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
     later = (sinks, notfinite.sinks, placed.cases, scores_out, places.layered, notfinite.scores_out)
     dropped = (dropout, multihead.dropout, places.falling)
     # where what is new does not shift the data of the others
-    last = (together.cases, together.plainly, together.edges, through_scores, streamed, multihead.one_head, merged_once)
-    last += (multihead.selected,)
-    for family in (*keywords, *parts, *combined, *later, *dropped, *last):
+    last = (together.cases, together.plainly, together.edges, through_scores, streamed, multihead.one_head)
+    latest = (merged_once, multihead.selected)
+    for family in (*keywords, *parts, *combined, *later, *dropped, *last, *latest):
         yield from family(rng)
 
 
