@@ -176,6 +176,16 @@ def test_a_layer_names_an_input_of_another_dtype_than_its_weights(name, called):
         layer = layer.float()
 
 
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "AddNorm"] + ["DotProductAttention"])
+def test_a_layer_names_an_input_that_is_no_tensor(name):
+    config, count, _ = PARTS.get(name, ({}, 3, None))
+    layer, x = getattr(kv, name)(**config), torch.tensor(X)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"(queries|X) is of .*numpy.ndarray.* tensors: torch.as_tensor"):
+            layer(*[x.numpy()] * count)
+        layer(*[x] * count)
+
+
 def test_a_part_that_converts_its_input_itself_is_not_asked():
     layer, x = kv.PositionWiseFFN(4, 8), torch.tensor(X)
     expected = layer(x)

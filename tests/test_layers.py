@@ -298,6 +298,14 @@ def test_dropout_works_in_training_alone(adapter, case):
     assert np.abs(adapter.call(layer, *inputs, training=True) - expected).max() > 0.05
 
 
+@pytest.mark.parametrize("name", ["DotProductAttention", "AddNorm", "PositionalEncoding"])
+@pytest.mark.parametrize("rate", [1.5, 1, -0.5])
+def test_a_rate_of_dropout_that_is_none_is_refused_where_a_layer_is_made(adapter, name, rate):
+    sizes = {"PositionalEncoding": {"num_hiddens": 4}, "AddNorm": {"norm_shape": 4}}.get(name, {})
+    with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\), not {rate}"):
+        adapter.layer(name, **sizes, dropout=rate)
+
+
 def test_positions_are_dropped_in_training_alone(adapter):
     layer, expected = adapter.layer("PositionalEncoding", num_hiddens=8, dropout=0.5), X + layers.encoding(4, 8)
     np.testing.assert_allclose(adapter.call(layer, X), expected, atol=1e-5)

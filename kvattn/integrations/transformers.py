@@ -14,7 +14,7 @@ What is supported and what is refused, and why: docs/howto/transformers.md.
 from __future__ import annotations
 
 import inspect
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +77,6 @@ def allowed(*, config: Any = None, **options: Any) -> torch.Tensor | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@cache
 def _models(config: Any) -> tuple[Any, ...]:
     """The model classes of a configuration; none where transformers lists none, as for parts of a larger model."""
     try:

@@ -178,7 +178,7 @@ class _Attention(_Layer):
 
     def __init__(self, dropout=0.0, **kwargs):
         super().__init__(**kwargs)
-        self.dropout = dropout
+        self.dropout = checks.probability("dropout", dropout)
         self._last = None
 
     def load_parameters(self, filename, ctx=None, allow_missing=False, ignore_extra=False, **how):
@@ -372,7 +372,7 @@ class PositionalEncoding(_Layer):
 
     def __init__(self, num_hiddens, dropout=0.0, max_len=1000, **kwargs):
         super().__init__(**kwargs)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(checks.probability("dropout", dropout))
         self.P = np.array(_table(max_len, num_hiddens), dtype="float32")  # no parameter: it is computed, so not saved
 
     def hybrid_forward(self, F, X, offset=0, *, rng=None):
@@ -439,7 +439,7 @@ class AddNorm(_Layer):
 
     def __init__(self, dropout=0.0, norm_shape=None, **kwargs):
         super().__init__(**kwargs)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(checks.probability("dropout", dropout))
         size = numpy.ravel(0 if norm_shape is None else norm_shape)
         if len(size) != 1:
             raise ValueError(f"norm_shape is {norm_shape}; MXNet's layer norm is over one axis, the last: give its size")

@@ -69,7 +69,7 @@ class _Attention(Layer):
 
     def __init__(self, given, dropout=0.0, **kwargs):
         super().__init__(given, **kwargs)
-        self.dropout = keras.layers.Dropout(dropout)
+        self.dropout = keras.layers.Dropout(checks.probability("dropout", dropout))
         self._last = None
 
     def _score(self, queries, keys):
@@ -272,7 +272,7 @@ class PositionalEncoding(Layer):
     def __init__(self, num_hiddens, dropout=0.0, max_len=1000, **kwargs):
         super().__init__(locals(), **kwargs)
         self.autocast = self.dtype_policy.name != "float32"  # Keras's default must not narrow float64
-        self.dropout = keras.layers.Dropout(dropout, autocast=False)
+        self.dropout = keras.layers.Dropout(checks.probability("dropout", dropout), autocast=False)
         self.P = layers.encoding(max_len, num_hiddens)[None]
 
     def call(self, X, offset=0, arrays=None, training=None, rng=None):
@@ -296,7 +296,7 @@ class AddNorm(Layer):
 
     def __init__(self, norm_shape=None, dropout=0.0, **kwargs):
         super().__init__(locals(), **kwargs)
-        self.dropout = keras.layers.Dropout(dropout, autocast=False)
+        self.dropout = keras.layers.Dropout(checks.probability("dropout", dropout), autocast=False)
         self.ln = keras.layers.LayerNormalization(epsilon=layers.EPSILON, dtype=self.dtype_policy)
         self.norm_shape = norm_shape
 

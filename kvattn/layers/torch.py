@@ -68,8 +68,15 @@ def _fit(part, **inputs):
     neither. A part that is wrapped, hooked or quantized may convert it."""
     if type(part) is _Linear or (type(part) in (nn.Linear, nn.LayerNorm) and not part._forward_pre_hooks):
         for name, x in inputs.items():
-            if x.dtype != part.weight.dtype and not (x.is_floating_point() and tab.converts(x, part.weight)):
+            if x.dtype != part.weight.dtype and not (_tensor(name, x).is_floating_point() and tab.converts(x, part.weight)):
                 conversion.floating(name, x, ("the layer's weight", part.weight), tab)
+
+
+def _tensor(name, x):
+    """``x`` as it is, or TypeError: layers take tensors alone, as PyTorch's own do."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is of {type(x)}; a layer takes tensors: torch.as_tensor({name})")
+    return x
 
 
 # ---- what type checkers see of a call, which PyTorch leaves open
@@ -97,7 +104,7 @@ class _Attention(_Attends):
 
     def __init__(self, dropout=0.0) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(checks.probability("dropout", dropout))
         self._last = None
 
     def _score(self, queries, keys):
@@ -106,9 +113,10 @@ class _Attention(_Attends):
     def forward(self, queries, keys, values, valid_lens=None, **options):
         options |= {"score": self._score(queries, keys), "valid_lens": valid_lens}
         if not tab.tracing():  # a program that is recorded must not assign what it would keep
+            last = _tensor("queries", queries).detach(), _detached(keys, queries)
             kept = {name: _detached(x, queries, copied=True) for name, x in options.items()}
             kept["score"] = _copied(options["score"], queries)
-            vars(self)["_last"] = (queries.detach(), _detached(keys, queries), kept)  # past nn.Module, which takes its time
+            vars(self)["_last"] = (*last, kept)  # past nn.Module, which takes its time
         rate = self.dropout.p if self.training else 0.0
         return api.attention(queries, keys, values, **options, dropout=rate, backend="torch")
 
@@ -252,7 +260,7 @@ class PositionalEncoding(_Changes):
 
     def __init__(self, num_hiddens, dropout=0.0, max_len=1000) -> None:
         super().__init__()
-        self.dropout, self._sizes = nn.Dropout(dropout), (max_len, num_hiddens)
+        self.dropout, self._sizes = nn.Dropout(checks.probability("dropout", dropout)), (max_len, num_hiddens)
         P = torch.from_numpy(layers.encoding(max_len, num_hiddens)).float()
         self.register_buffer("P", P[None], persistent=False)  # computed, so not saved
 
@@ -281,7 +289,7 @@ class AddNorm(_Changes):
 
     def __init__(self, norm_shape, dropout=0.0) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(checks.probability("dropout", dropout))
         self.ln = nn.LayerNorm(norm_shape, eps=layers.EPSILON)
 
     def forward(self, X, Y, *, rng=None):
