@@ -175,7 +175,8 @@ class Choice(NamedTuple):
 
     ``blocks``: the parts of the call that it serves one after another, blocks of queries or others; none for one. ``run``: a
     function (query, key, value, call, blocks) -> the results of attention. ``run_grad``: (query, key, value, grad_output, wrt,
-    call) -> the gradients, where the kernel has its own and the framework cannot differentiate it.
+    call) -> the gradients, where the kernel has its own and the framework cannot differentiate it. ``compares_segments``: it
+    takes a `kvattn.pairs.Segments` for a mask.
     """
 
     kernel: str
@@ -183,6 +184,7 @@ class Choice(NamedTuple):
     blocks: Sequence[Any] = ()
     run: Callable[..., Any] | None = None
     run_grad: Callable[..., Any] | None = None
+    compares_segments: bool = False
 
     def in_window(self, blocks: Sequence[Any], run: Callable[..., Any]) -> Choice:
         """The same kernel for each block of `Call.window_blocks`, which ``run`` goes through."""

@@ -104,11 +104,8 @@ def _of_few_shapes(tab: Any, parts: Sequence[Part] | None) -> Sequence[Part] | N
 
 def _compared(query: Any, key: Any, value: Any, call: Call, said: Pairs) -> Call | None:
     """The call with its segments as they are, where the kernel that serves it compares them; else None."""
-    kernels = getattr(said.tab, "COMPARES_SEGMENTS", ())
     grouped = len(query.shape) == 3 and query.shape[0] != key.shape[0]  # heads that share keys, of segments of their own
-    if not kernels or grouped or said.bias_function is not None:
-        return None
-    if said.tab.choose(query, key, value, call).kernel not in kernels:
+    if grouped or said.bias_function is not None or not said.tab.choose(query, key, value, call).compares_segments:
         return None
     assert said.segments is not None
     full = (*pairs.leading(query.shape, key.shape), query.shape[-2], key.shape[-2])

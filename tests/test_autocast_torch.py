@@ -191,3 +191,10 @@ def test_a_part_that_converts_its_input_itself_is_not_asked():
     expected = layer(x)
     layer.dense1.register_forward_pre_hook(lambda part, given: tuple(x.float() for x in given))
     assert torch.equal(layer(x.double()), expected)
+
+
+def test_a_norm_without_weights_takes_what_comes():
+    layer, x = kv.AddNorm(8), torch.tensor(X)
+    expected = layer(x, x)
+    layer.ln = torch.nn.LayerNorm(8, elementwise_affine=False, eps=layer.ln.eps)
+    assert torch.equal(layer(x, x), expected)

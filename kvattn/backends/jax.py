@@ -21,7 +21,6 @@ from kvattn.pairs import Pairs
 
 HALF = ("float16", "bfloat16")
 GENERATORS = (patterns.Wide,)  # what rng may be beside an int and an array: a seed of a layer's part; keys are arrays
-COMPARES_SEGMENTS = ("tiles",)  # the kernels that take a `kvattn.pairs.Segments` for a mask
 MOST_SHAPES = 4  # of the parts of a call that runs at once: each is a program of its own
 
 
@@ -408,7 +407,7 @@ def choose(query, key, value, call):
     why_not_tiles = tiles.obstacle(tab, query, key, value, call)
     if not why_not_tiles:
         why = "softmax of many dot products, of which no more than the cache holds exist at a time"
-        return Choice("tiles", why, run=partial(tiles.attention, tab))
+        return Choice("tiles", why, run=partial(tiles.attention, tab), compares_segments=True)
     why, n = why_not_tiles if jax_gpu.device() is None else why_not_cudnn, query.shape[-2]
     whole = call.return_weights or programs.serves_other_offsets(call, n, __name__)
     if steps := [] if whole else call.window_blocks(n, key.shape[-2]):
@@ -422,7 +421,7 @@ def choose(query, key, value, call):
 @programs.compiled(programs.of_results)
 def _attend(query, key, value, call):
     choice = choose(query, key, value, call)
-    if choice.kernel not in COMPARES_SEGMENTS:  # as it was to be, before several devices were seen to share a part
+    if not choice.compares_segments:  # as it was to be, before several devices were seen to share a part
         call = tiles.of_arrays(query, key, call)
     return choice.run(query, key, value, call, choice.blocks)
 

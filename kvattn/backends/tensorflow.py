@@ -16,7 +16,6 @@ from kvattn.kernels.tensorflow import blocks, distances, dropout, few_pairs, non
 from kvattn.pairs import Pairs, Segments
 
 HALF = (tf.float16, tf.bfloat16)
-COMPARES_SEGMENTS = ("blocks",)  # the kernels that take a `kvattn.pairs.Segments` for a mask
 GENERATORS = (tuple, list)  # what rng may be beside an int and an array: a stateless seed
 
 
@@ -438,7 +437,7 @@ def choose(query, key, value, call):
     obstacle = tiles.obstacle(tab, query, key, value, call)
     if not obstacle:
         why = "softmax of dot products, so many that all at once would fill the memory"
-        return Choice("blocks", why, run=partial(tiles.attention, tab))
+        return Choice("blocks", why, run=partial(tiles.attention, tab), compares_segments=True)
     cuttable = not any(None in x.shape[-2:] for x in (call.mask, call.bias) if x is not None)
     if cuttable and not call.return_weights and (plan := call.window_blocks(query.shape[-2], key.shape[-2])):
         return Choice("the formula", obstacle).in_window(plan, _in_the_window)

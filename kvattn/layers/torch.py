@@ -66,7 +66,8 @@ def _fill(parameter, seed, name, shape):
 def _fit(part, **inputs):
     """Raises TypeError for an input of another dtype than the weight of the ``part`` that takes it: PyTorch's error names
     neither. A part that is wrapped, hooked or quantized may convert it."""
-    if type(part) is _Linear or (type(part) in (nn.Linear, nn.LayerNorm) and not part._forward_pre_hooks):
+    plain = type(part) is _Linear or (type(part) in (nn.Linear, nn.LayerNorm) and not part._forward_pre_hooks)
+    if plain and part.weight is not None:  # as a LayerNorm's may be
         for name, x in inputs.items():
             if x.dtype != part.weight.dtype and not (_tensor(name, x).is_floating_point() and tab.converts(x, part.weight)):
                 conversion.floating(name, x, ("the layer's weight", part.weight), tab)
