@@ -657,8 +657,10 @@ def _grad_by_autograd(function, sources, grad_output, wrt):
         copies[name].attach_grad()
     with autograd.record():
         results = function(**copies)
-    several = isinstance(results, tuple)
-    autograd.backward([*results] if several else results, grad_output)
+        several = isinstance(results, tuple)
+        if several:  # scores that depend on nothing, as a constant's, are to be in the graph too
+            results = [x + np.zeros_like(copies["value"]).sum().astype(x.dtype) for x in results]
+    autograd.backward(results, grad_output)
     return tuple(copies[name].grad for name in wrt)
 
 

@@ -23,6 +23,7 @@ HEADED = ("multi_head_attention", "self_attention", "decoding")
 ALONE = "output alone"  # the output where neither weights nor lse are asked for: a tab may take another path to it
 NOT_OFFERED, REFUSED = "not offered: ", "refused: "  # by a stranger's backend, with which keyword or why: no failure
 LACKS = "its asarray makes no {}: cases in that dtype are asked in float32"
+EXPLAINED = 20  # failures of a report whose mistake is looked for, which takes a dozen answers of the oracle for each
 
 
 @dataclass(frozen=True)
@@ -218,17 +219,16 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, lik
         report.outputs[case.name, dtype, what] = x
         report.tolerances[case.name, dtype, what] = (unit, allowed)
         off = _distance(x, want, unit)
-        result(what, off, allowed, _wrong(case, what, dtype, (x, want), unit, (off, allowed)) if off > allowed else "")
+        explained = off > allowed and len(report.failures) < EXPLAINED
+        said = f"{case.name} {dtype}: {what} is off by {off:.4g} eps, {allowed:.4g} allowed" if off > allowed else ""
+        result(what, off, allowed, said + _hint(case, what, dtype, (x, want), unit, allowed) if explained else said)
 
 
-def _wrong(case: Case, what: str, dtype: str, both: tuple[np.ndarray, np.ndarray], unit: float,
-           errors: tuple[float, float]) -> str:  # fmt: skip
-    """What is said of a result that is wrong, and of what was promised; ``errors``: its own, and what is allowed."""
-    error, allowed = errors
-    hint = ""
+def _hint(case: Case, what: str, dtype: str, both: tuple[np.ndarray, np.ndarray], unit: float, allowed: float) -> str:
+    """Where a result is wrong, and what mistake gives the same; of the result and of what was promised."""
     with suppress(Exception), np.errstate(all="ignore"):  # of no hint the judgement is to fail
-        hint = "; " + mistakes.words(case, what, dtype, *both, lambda x, y: _apart(x, y, unit) <= allowed)
-    return f"{case.name} {dtype}: {what} is off by {error:.4g} eps, {allowed:.4g} allowed{hint}"
+        return "; " + mistakes.words(case, what, dtype, *both, lambda x, y: _apart(x, y, unit) <= allowed)
+    return ""
 
 
 def _is_ours(tab: Any) -> bool:
