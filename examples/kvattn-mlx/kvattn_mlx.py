@@ -510,20 +510,22 @@ def _repeated(index):
     return mx.take_along_axis(again[..., :size], mx.argsort(order, axis=-1), axis=-1)
 
 
-def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), **options):
-    call = Call.of(query, key, **options)
+def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), grad_scores=None, **options):
+    call, loss = Call.of(query, key, **options), [grad_output] if grad_scores is None else [grad_output, grad_scores]
     given, score = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink}, call.score
     sources = {**getattr(score, "keywords", {}), **given}
-    attend = _attend if call.positions is not None or not call.restricted or _finite(grad_output) else _apart
+    apart = call.positions is None and call.restricted and grad_scores is None and not _finite(grad_output)
+    attend = _apart if apart else _attend
 
     def output(*arrays):
         named = dict(zip(wrt, arrays, strict=True))
         bound = {name: named.pop(name) for name in wrt if name not in given}
         rebound = partial(score.func, *score.args, **{**score.keywords, **bound}) if bound else score
         query, key, value, bias, sink = {**given, **named}.values()
-        return [attend(query, key, value, call._replace(score=rebound, bias=bias, sink=sink))]
+        results = attend(query, key, value, call._replace(score=rebound, bias=bias, sink=sink))
+        return [results] if grad_scores is None else [*results]
 
-    return tuple(mx.vjp(output, [sources[name] for name in wrt], [grad_output])[1])
+    return tuple(mx.vjp(output, [sources[name] for name in wrt], loss)[1])
 
 
 def merge_attention(outputs, lses, return_lse=False):
