@@ -63,13 +63,15 @@ def cases():
 
 
 def without(case, wrt):
-    """The case without what no distributed form gives: weights, scores, gradients by other than ``wrt``."""
+    """The case without what no distributed form gives: weights, scores, gradients by other than ``wrt`` or through scores."""
+    wrt = () if "grad_scores" in case.arguments else wrt
+    arguments = {name: x for name, x in case.arguments.items() if name != "grad_scores"}
     keywords = {name: x for name, x in case.keywords.items() if name not in ("return_weights", "return_scores")}
     results = tuple(what for what in case.results if what not in ("weights", "scores"))
     answer = {
         what: x for what, x in case.answer.items() if what in (*results, *(f"grad_{name}" for name in wrt))
     }  # fmt: skip
-    return replace(case, keywords=keywords, results=results, answer=answer)
+    return replace(case, arguments=arguments, keywords=keywords, results=results, answer=answer)
 
 
 def judge(tab, refuses, wrt=("query", "key", "value"), asked=None, dtypes=None):
