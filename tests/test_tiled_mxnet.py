@@ -3,6 +3,7 @@
 What every backend's fast path promises is in test_tiled.py.
 """
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -577,3 +578,16 @@ def test_mxnets_autograd_keeps_nan_in_its_rows(way):
         finite = np.isfinite(case.answer[name])
         np.testing.assert_allclose(x.asnumpy()[finite], case.answer[name][finite], rtol=1e-9, atol=1e-12)
         assert not np.isfinite(x.asnumpy()[~finite]).any(), name
+
+
+def test_an_overflow_elsewhere_in_the_process_is_not_taken_for_ours():
+    """MXNet reads inf as out of range while the C library's errno says so, which stays until something else fails."""
+    exp = ctypes.CDLL("libm.so.6").exp
+    exp.restype, exp.argtypes = ctypes.c_double, [ctypes.c_double]
+    from kvattn.backends import mxnet as tab
+    from kvattn.kernels.mxnet import quirks
+
+    lse, sink = (kvattn.convert(x, "mxnet") for x in (np.ones((1, 2, 4)), np.zeros(2)))
+    for function in (lambda: tab._left(lse, sink, 4)[0], lambda: 1 / quirks.where(lse == 0, lse, np.inf)):
+        assert exp(1000.0) == np.inf
+        assert np.isfinite(kvattn.to_numpy(function())).all()

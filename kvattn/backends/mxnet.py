@@ -491,7 +491,8 @@ def _with_sink(query, key, value, call, blocks):
 def _left(lse, sink, ndim, with_lse=True):
     """What the sink leaves to the keys of each row's weight, (..., n, 1), and the lse of both; -inf is none, inf makes NaN."""
     sink = _wide(sink[..., 0] if sink.ndim == ndim else sink.reshape(*sink.shape, 1))
-    sink = sink + quirks.where(sink.detach() != math.inf, np.zeros_like(sink.detach()), math.nan)
+    # not != inf: where the C library has left word of an overflow, MXNet 1.9.1 takes inf, not -inf, for a number out of range
+    sink = sink + quirks.where(-sink.detach() != -math.inf, np.zeros_like(sink.detach()), math.nan)
     sink = quirks.where(sink.detach() != -math.inf, sink, -math.inf)  # which has no gradient, whatever is NaN
     softplus = partial(npx.activation, act_type="softrelu")
     ahead = quirks.where(lse.detach() != -math.inf, lse - sink, -math.inf)
@@ -556,7 +557,7 @@ def _nothing(query, key, value, call, blocks):
         alone = call.of_selected_keys(nowhere, None)._replace(return_weights=False, return_lse=True)
         output, lse = _attend(query, key, value, alone)
     weights = np.zeros((*shape, keys), dtype=query.dtype, ctx=query.ctx)
-    weights = weights - math.inf if call.normalize is _scored and weights.size else weights
+    weights = weights + -math.inf if call.normalize is _scored and weights.size else weights
     results = [output] + [weights] * call.return_weights + [lse] * call.return_lse
     return tuple(results) if len(results) > 1 else output
 

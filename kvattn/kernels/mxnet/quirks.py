@@ -151,7 +151,9 @@ def where(condition, x, other):
     if x.ndim > 5:
         condition = np.broadcast_to(condition, x.shape).reshape(-1)
         return where(condition, x.reshape(-1), other).reshape(x.shape)
-    return safe_backward(np.where(condition, x, np.full_like(x.detach(), other)))
+    # MXNet 1.9.1 takes inf, not -inf, for a number out of range where the C library has left word of an overflow
+    filled = -np.full_like(x.detach(), -other) if other == math.inf else np.full_like(x.detach(), other)
+    return safe_backward(np.where(condition, x, filled))
 
 
 def matmul(x, y, transpose=False):
