@@ -6,6 +6,7 @@ import os
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,10 +26,12 @@ def test_a_backend_gives_the_answers_of_drawn_calls(backend):
 
 
 def test_a_backend_gives_the_answers_of_every_layer(backend):
-    drawn = [draws.draw(1, number) for number in range(1000)]
+    drawn = [draws.draw(1, number) for number in range(3000)]
     each = [[x for x in drawn if x.call == name and x.dtype == "float64"] for name in layers.LAYERS]
     assert all(each)
-    cases = [draws.case(x) for of_layer in each for x in of_layer[: 1 if backend == "jax" else 4]]
+    for of_layer in each:
+        of_layer.sort(key=lambda x: "dropout" not in x.options)  # those that drop come first
+    cases = [draws.case(x) for of_layer in each for x in (of_layer[:1] if backend == "jax" else of_layer[:2] + of_layer[-2:])]
     report = check.run(backend, cases)
     assert not report.failures, "\n".join(result.message for result in report.failures)
 
@@ -50,6 +53,7 @@ def test_draws_reach_every_option_and_every_edge():
     assert {*draws.EDGES} <= {each.n for each in drawn} | {each.m for each in drawn}
     assert {len(each.lead) for each in drawn} == {0, 1, 2, 3, 4}
     of_layers = [each for each in drawn if each.call in layers.LAYERS]
+    assert {each.call for each in of_layers if "dropout" in each.options} == {*layers.LAYERS} - {"PositionWiseFFN"}
     assert {0, 1} <= {each.n for each in of_layers} & {each.lead[0] for each in of_layers}
     assert {each.options["score"] for each in drawn if "score" in each.options} == set(draws.SCORES)
     assert {each.options["normalize"] for each in drawn if "normalize" in each.options} == set(draws.NORMALISERS)
@@ -97,6 +101,8 @@ LAYER_FAULTS = [
     ("positions begin anew", "math.sqrt(self.num_hiddens), first,", "math.sqrt(self.num_hiddens), 0,"),
     ("a gradient counts twice", "self.gradient(key, by_key)", "self.gradient(key, 2 * by_key)"),
     ("relu lets small numbers by", "np.maximum(X, 0) if", "np.maximum(X, -0.05) if"),
+    ("a layer's seed begins another pattern", "seed = rng if pattern else", "seed = rng + 1 if pattern else"),
+    ("what dropout leaves is not scaled", "rate, seed = self.dropout.rate if", "rate, seed = self.dropout.rate / 2 if"),
     ("gelu is by a logistic function", "_erfc(-X / math.sqrt(2)).astype(X.dtype) / 2", "1 / (1 + np.exp(-1.702 * X))"),
 ]  # fmt: skip
 
@@ -117,6 +123,28 @@ def test_a_fault_of_a_layer_is_found_and_its_smallest_call_fails_as_code(monkeyp
     with contextlib.redirect_stdout(io.StringIO()) as right:
         exec(program, {})
     assert printed.getvalue().strip() != right.getvalue().strip()
+
+
+# what becomes of (the tab's own dropout, weights, call)
+DROPOUT_FAULTS = {
+    "the pattern begins a key late": lambda dropped, weights, call: dropped(weights, call._replace(first_key=1)),
+    "what is left is not scaled": lambda dropped, weights, call: dropped(weights, call) * (1 - call.dropout),
+    "heads drop alike": lambda dropped, weights, call: weights * dropped(weights[:, :1] * 0 + 1, call),
+}
+
+
+@pytest.mark.parametrize("fault", DROPOUT_FAULTS)
+def test_a_fault_of_a_layers_dropout_is_found(backend, monkeypatch, fault):
+    tab, options = dispatch.load(backend), {"num_heads": 2, "num_kv_heads": 2, "biases": True, "W_o": True}
+    options |= {"dropout": 0.5, "seed": 1}
+    made = draws.case(draws.Draw((0, 0), "MultiHeadAttention", lead=(2,), kv=(2,), n=3, m=5, d=2, options=options))
+    assert check.run(backend, [made]).ok
+    monkeypatch.setattr(tab, "_dropout", partial(DROPOUT_FAULTS[fault], tab._dropout))
+    if backend == "mxnet":
+        monkeypatch.setattr(tab.views, "obstacle", lambda *_: "it is a mutant")  # NumPy would answer
+    with sys.modules["jax"].disable_jit() if backend == "jax" else contextlib.nullcontext():  # it keeps what it compiled
+        failed = {result.what for result in check.run(backend, [made]).failures}
+    assert {"output", "grad_value"} <= failed
 
 
 def test_a_backend_without_layers_is_asked_for_none():

@@ -139,8 +139,9 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _plain_layer(dice: _Dice, made: Draw) -> Draw:
     made = replace(made, d=dice.one(1, 2, 3, 8), v=max(made.v, 1), asked=())
-    options = {"activation": dice.one("relu", "gelu")} if made.call == "PositionWiseFFN" else {}
-    return replace(made, options=options)
+    if made.call == "PositionWiseFFN":
+        return replace(made, options={"activation": dice.one("relu", "gelu")})
+    return replace(made, options=_dropout(dice) if dice.often(0.5) else {})
 
 
 def _with_heads(dice: _Dice, made: Draw) -> Draw:
@@ -165,6 +166,8 @@ def _decoder(dice: _Dice, made: Draw) -> Draw:
     options |= _given(window=dice.one(None, (1, 0), (2, 0)), softcap=dice.one(None, 2.0))
     if dice.often(0.6):
         options["valid_lens"] = dice.often(0.5) and not steps  # whether of each query
+    if not steps and dice.often(0.4):
+        options |= _dropout(dice)
     # the bounds through three norms say nothing of float32
     return replace(made, options=made.options | options, dtype="float64")
 
@@ -209,8 +212,13 @@ def _formula(dice: _Dice, made: Draw) -> None:
         options["sink"] = _sink(dice, made)
     if dice.often(0.2) and not layer:
         options["return_scores"] = dice.one("raw", "capped", "biased")
-    if dice.often(0.2) and not layer and "not_finite" not in options:
-        options |= {"dropout": dice.one(0.1, 0.5, 0.9), "seed": dice.one(0, 1, 2**64 - 1)}
+    if dice.often(0.2) and "not_finite" not in options:
+        options |= _dropout(dice)
+
+
+def _dropout(dice: _Dice) -> dict[str, Any]:
+    """The options of a call that drops by a seed; a layer has the rate, and its call the seed."""
+    return {"dropout": dice.one(0.1, 0.5, 0.9), "seed": dice.one(0, 1, 2**64 - 1)}
 
 
 def _sink(dice: _Dice, made: Draw) -> Any:
@@ -446,7 +454,8 @@ def _over_heads(call: str, options: dict[str, Any]) -> dict[str, Any]:
 def _of_layer(made: Case, config: dict[str, Any], weights: dict[str, np.ndarray], steps: bool = False) -> Case:
     """The case of the function as one of the layer that computes it, whose call gives no gradient by the bias."""
     arguments = {n: x for n, x in made.arguments.items() if n not in weights}
-    keywords = {n: x for n, x in made.keywords.items() if n not in ("score", "num_heads", "num_kv_heads")}
+    keywords = {n: x for n, x in made.keywords.items() if n not in ("score", "num_heads", "num_kv_heads", "dropout")}
+    config |= {n: x for n, x in made.keywords.items() if n == "dropout"}
     keywords |= {"inputs": ("query", "key", "value"), "config": config, "weights": weights} | ({"steps": True} if steps else {})
     answer = {what: x for what, x in made.answer.items() if what != "grad_bias"}
     return replace(made, arguments=arguments, keywords=keywords, answer=answer)
@@ -473,6 +482,8 @@ def _transformers(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
             add(prefix + part, gamma=(h,), beta=(h,))
 
     inputs = {"X": grid(drawn.rng("X"), *drawn.lead, drawn.n, h)}
+    dropout, seed = {n: options.pop(n) for n in ("dropout",) if n in options}, options.pop("seed", None)
+    options |= {"rng": seed} if dropout else {}
     config: dict[str, Any] = {"num_hiddens": h}
     if call == "PositionalEncoding":
         options["offset"] = int(drawn.rng("offset").integers(0, 900))
@@ -499,6 +510,7 @@ def _transformers(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
         inputs["enc_outputs"] = grid(drawn.rng("enc_outputs"), *drawn.lead, drawn.m, h)
         inputs |= {"enc_valid_lens": options.pop("valid_lens")} if "valid_lens" in options else {}
     options |= {"causal": True} if steps else {}
+    config |= dropout
     answer = oracle_layers.layer(call, weights, [*inputs.values()], config, **options)
     arrays = {x: y for x, y in options.items() if isinstance(y, np.ndarray)}
     keywords = {x: y for x, y in options.items() if x not in arrays} | ({"steps": True} if steps else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ def run(backend: Any, name: str, config: dict[str, Any], weights: dict[str, np.n
 
     Arrays and weights lie on the device of ``like``, an array.
     ``steps``: called with a cache, for two positions, then for one at a time, and the outputs are joined.
+    A layer whose ``config`` has a ``dropout`` is called in training, where it drops.
 
     >>> ones = np.ones((1, 2, 1))
     >>> results, *_ = run("numpy", "AddNorm", {"norm_shape": 1}, {"gamma": np.ones(1), "beta": np.ones(1)}, [ones, ones])
@@ -102,19 +104,20 @@ def _as_users_have_it(framework: str) -> Any:
 
 def _numpy(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], dtype: str) -> Made:
     layer = kv.import_weights(getattr(kv, name)(**config), weights)
+    call = partial(layer, training="dropout" in config)
 
     def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
-        layer(*inputs, record=True, **options)
+        call(*inputs, record=True, **options)
         by_inputs = layer.backward(grad_output)
         return by_inputs if isinstance(by_inputs, tuple) else (by_inputs,), layer.grads
 
-    return layer, gradients
+    return call, gradients
 
 
 def _torch(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], dtype: str) -> Made:
     import torch
 
-    layer = kv.import_weights(getattr(kv, name)(**config), weights).to(getattr(torch, dtype)).eval()
+    layer = kv.import_weights(getattr(kv, name)(**config), weights).to(getattr(torch, dtype)).train("dropout" in config)
 
     def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
         leaves, own = [x.requires_grad_() for x in inputs if x.is_floating_point()], [*layer.parameters()]
@@ -131,19 +134,20 @@ def _tensorflow(kv: Any, name: str, config: dict[str, Any], weights: dict[str, A
     import tensorflow as tf
 
     layer = kv.import_weights(getattr(kv, name)(**config, dtype=dtype), weights)
+    call = partial(layer, training="dropout" in config)
 
     def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
         leaves, own = [x for x in inputs if x.dtype.is_floating], layer.trainable_variables
         with tf.GradientTape() as tape:
             tape.watch(leaves)
-            output = _several(layer(*inputs, **options))[0]
+            output = _several(call(*inputs, **options))[0]
         sources = [leaves, [x.value for x in own]]
         by_inputs, by_own = tape.gradient(output, sources, grad_output, unconnected_gradients="zero")
         for variable, grad in zip(own, by_own, strict=True):
             variable.assign(grad)  # read as a weight is
         return by_inputs, kv.export_weights(layer)
 
-    return layer, gradients
+    return call, gradients
 
 
 def _jax(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], dtype: str) -> Made:
@@ -152,17 +156,18 @@ def _jax(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], dt
 
     layer = getattr(kv, name)(**config)
     variables = jax.tree.map(lambda x: x.astype(dtype), kv.import_weights(layer, weights))
-    silent = {} if name in ("PositionalEncoding", "AddNorm", "PositionWiseFFN") else {"return_weights": False}
+    how = {} if name in ("PositionalEncoding", "AddNorm", "PositionWiseFFN") else {"return_weights": False}
+    how |= {"training": True} if "dropout" in config else {}
 
     def call(*inputs: Any, **options: Any) -> Any:
-        return layer.apply(variables, *inputs, **silent | options)
+        return layer.apply(variables, *inputs, **how | options)
 
     def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
         floats = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
 
         def output(variables: Any, *leaves: Any) -> Any:
             given = dict(enumerate(inputs)) | dict(zip(floats, leaves, strict=True))
-            return _several(layer.apply(variables, *given.values(), **silent | options))[0]
+            return _several(layer.apply(variables, *given.values(), **how | options))[0]
 
         by_variables, *by_inputs = jax.vjp(output, variables, *(inputs[i] for i in floats))[1](grad_output)
         return by_inputs, kv.export_weights(by_variables)
@@ -177,16 +182,21 @@ def _mxnet(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], 
     layer.initialize()
     layer = kv.import_weights(layer, weights)
     layer.cast(dtype)
+    training = "dropout" in config
+
+    def call(*inputs: Any, **options: Any) -> Any:
+        with mx.autograd.train_mode() if training else mx.autograd.predict_mode():
+            return layer(*inputs, **options)
 
     def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
         leaves = [x for x in inputs if x.dtype.kind == "f"]
         for leaf in leaves:
             leaf.attach_grad()
-        with mx.autograd.record(train_mode=False):
+        with mx.autograd.record(train_mode=training):
             output = _several(layer(*inputs, **options))[0]
-        output.backward(grad_output, train_mode=False)
+        output.backward(grad_output, train_mode=training)
         for parameter in layer.collect_params().values():
             parameter.set_data(parameter.grad())  # read as a weight is
         return [x.grad for x in leaves], kv.export_weights(layer)
 
-    return layer, gradients
+    return call, gradients

@@ -154,28 +154,50 @@ class _Turn:
 
 
 def layer(name: str, weights: dict[str, Array], inputs: list[Array], config: dict[str, Any], **how: Any) -> oracle.Answer:
-    """The output of a layer of kvattn that is no attention on its own: by weights of kvattn's names."""
+    """The output of a layer of kvattn that is no attention on its own: by weights of kvattn's names.
+
+    With a ``dropout`` in its configuration and a seed, ``rng``, it is the output in training.
+    """
     X = (inputs[0], np.abs(inputs[0]))
+    seed = how.pop("rng", None)
     if name == "AddNorm":
-        made = _norm((inputs[0] + inputs[1], np.abs(inputs[0]) + np.abs(inputs[1])), weights)
+        made = _norm(_added(X, _dropped((inputs[1], np.abs(inputs[1])), config, seed)), weights)
     elif name == "PositionWiseFFN":
         made = _feed_forward(X, weights, config["activation"])
     elif name == "PositionalEncoding":
-        made = _placed(X, how.get("offset", 0))
+        made = _dropped(_placed(X, how.get("offset", 0)), config, seed)
     elif name == "TransformerEncoderBlock":
-        made = _block(X, weights, config, how)
+        made = _block(X, weights, config, how, seed)
     elif name.startswith("TransformerDecoder"):
-        made = _decoded(name, weights, inputs, config, how)
+        made = _decoded(name, weights, inputs, config, how, seed)
     else:
-        X = weights["embedding"][inputs[0]] * np.sqrt(config["num_hiddens"])
-        made = _placed((X, np.abs(X)))
+        made = _embedded(inputs[0], weights, config, seed)
         for i in range(config["num_blks"]):
-            made = _block(made, _under(weights, f"blocks.{i}"), config, how)
+            made = _block(made, _under(weights, f"blocks.{i}"), config, how, _part(seed, 1 + i))
     return oracle.Answer({"output": made[0]}, oracle.largest_finite({"output": made[1]}), 0.0)
 
 
 def _under(weights: dict[str, Array], prefix: str) -> dict[str, Array]:
     return {name.removeprefix(prefix + "."): x for name, x in weights.items() if name.startswith(prefix + ".")}
+
+
+def _part(seed: int | None, number: int) -> int | None:
+    """The seed of that part of a layer."""
+    return None if seed is None else oracle.splitmix64(seed, number)
+
+
+def _dropped(X: Pair, config: dict[str, Any], seed: int | None) -> Pair:
+    """X (batch, n, features) with entries dropped as weights are, a feature in the place of a key."""
+    if seed is None:
+        return X
+    places = [(at, at) for at in np.ndindex(X[0].shape)]
+    share = oracle.survivors(places, X[0].shape[:-2], config["dropout"], seed).reshape(X[0].shape)
+    return X[0] * share, X[1] * share
+
+
+def _embedded(tokens: Array, w: dict[str, Array], config: dict[str, Any], seed: int | None) -> Pair:
+    X = w["embedding"][tokens] * np.sqrt(config["num_hiddens"])
+    return _dropped(_placed((X, np.abs(X))), config, _part(seed, 0))
 
 
 def _placed(X: Pair, offset: int = 0) -> Pair:
@@ -209,26 +231,33 @@ def _dense(X: Pair, w: dict[str, Array], name: str) -> Pair:
     return X[0] @ W + b, X[1] @ np.abs(W) + np.abs(b)
 
 
-def _block(X: Pair, w: dict[str, Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
-    Y = _norm(_added(X, _attended(X, X, _under(w, "attention"), config, how)), _under(w, "addnorm1"))
-    return _norm(_added(Y, _feed_forward(Y, _under(w, "ffn"), config["activation"])), _under(w, "addnorm2"))
+def _block(X: Pair, w: dict[str, Array], config: dict[str, Any], how: dict[str, Any], seed: int | None) -> Pair:
+    seeds = [_part(seed, part) for part in range(3)]
+    Y = _attended(X, X, _under(w, "attention"), config, how, seeds[0])
+    Y = _norm(_added(X, _dropped(Y, config, seeds[1])), _under(w, "addnorm1"))
+    Z = _feed_forward(Y, _under(w, "ffn"), config["activation"])
+    return _norm(_added(Y, _dropped(Z, config, seeds[2])), _under(w, "addnorm2"))
 
 
-def _decoded(name: str, w: dict[str, Array], inputs: list[Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
+def _decoded(name: str, w: dict[str, Array], inputs: list[Array], config: dict[str, Any], how: dict[str, Any],
+             seed: int | None) -> Pair:  # fmt: skip
     """A decoder or its block, of inputs X, the encoder's outputs, and their lengths, if there are three."""
     outputs, lens = (inputs[1], np.abs(inputs[1])), {"valid_lens": inputs[2]} if len(inputs) > 2 else {}
 
-    def block(X: Pair, w: dict[str, Array]) -> Pair:
-        Y = _norm(_added(X, _attended(X, X, _under(w, "attention1"), config, {**how, "causal": True})), _under(w, "addnorm1"))
-        Z = _norm(_added(Y, _attended(Y, outputs, _under(w, "attention2"), config, lens)), _under(w, "addnorm2"))
-        return _norm(_added(Z, _feed_forward(Z, _under(w, "ffn"), config["activation"])), _under(w, "addnorm3"))
+    def block(X: Pair, w: dict[str, Array], seed: int | None) -> Pair:
+        seeds = [_part(seed, part) for part in range(5)]
+        Y = _attended(X, X, _under(w, "attention1"), config, {**how, "causal": True}, seeds[0])
+        Y = _norm(_added(X, _dropped(Y, config, seeds[1])), _under(w, "addnorm1"))
+        Z = _attended(Y, outputs, _under(w, "attention2"), config, lens, seeds[2])
+        Z = _norm(_added(Y, _dropped(Z, config, seeds[3])), _under(w, "addnorm2"))
+        made = _feed_forward(Z, _under(w, "ffn"), config["activation"])
+        return _norm(_added(Z, _dropped(made, config, seeds[4])), _under(w, "addnorm3"))
 
     if name == "TransformerDecoderBlock":
-        return block((inputs[0], np.abs(inputs[0])), w)
-    X = w["embedding"][inputs[0]] * np.sqrt(config["num_hiddens"])
-    made = _placed((X, np.abs(X)))
+        return block((inputs[0], np.abs(inputs[0])), w, seed)
+    made = _embedded(inputs[0], w, config, seed)
     for i in range(config["num_blks"]):
-        made = block(made, _under(w, f"blocks.{i}"))
+        made = block(made, _under(w, f"blocks.{i}"), _part(seed, 1 + i))
     return _dense(made, {"W_d": w["dense.W"], "b_d": w["dense.b"]}, "d")
 
 
@@ -236,12 +265,16 @@ def _added(X: Pair, Y: Pair) -> Pair:
     return X[0] + Y[0], X[1] + Y[1]
 
 
-def _attended(Q: Pair, K: Pair, params: dict[str, Array], config: dict[str, Any], how: dict[str, Any]) -> Pair:
+def _attended(Q: Pair, K: Pair, params: dict[str, Array], config: dict[str, Any], how: dict[str, Any],
+              seed: int | None) -> Pair:  # fmt: skip
     """Multi-head attention of Q to K, whose values are its keys."""
     heads = config["num_heads"], config["num_kv_heads"]
+    rate = 0.0 if seed is None else config["dropout"]
+    how = how if seed is None else {**how, "dropout": rate, "rng": seed}
     attended = multi_head_attention(Q[0], K[0], K[0], params, *heads, **how)
     rounded = attended.magnitude["output"] * (1 + attended.largest_score / tolerance.CONSTANT)  # see tolerance.py
-    return attended.values["output"], rounded + _moved(Q, K, params, config["num_hiddens"] // heads[0], how.get("scale"))
+    moved = _moved(Q, K, params, config["num_hiddens"] // heads[0], how.get("scale"))
+    return attended.values["output"], rounded + moved / (1 - rate)  # what is left of the weights is as much larger
 
 
 def _moved(Q: Pair, K: Pair, params: dict[str, Array], d: int, scale: float | None) -> Array:
