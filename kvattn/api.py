@@ -329,8 +329,9 @@ def attention_grad(
     plain = plain and grad_scores is None and not dropout and type(wrt) is tuple and wrt == ("query", "key", "value")
     plain = plain and type(causal) is bool and type(query_offset) is int
     if plain and known is not None and known.fits(query, mask, bias, valid_lens, grad_output):
-        for name, x in (("key", key), ("value", value), ("grad_output", grad_output)):
-            conversion.same_device(name, x, query)
+        if known.layout is not None:  # PyTorch's
+            for name, x in (("key", key), ("value", value), ("grad_output", grad_output)):
+                conversion.same_device(name, x, query)
         checks.not_negative(known.tab, valid_lens)
         gradients = dispatch.offered(known.tab, "attention_grad")(
             query, key, value, grad_output, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NEUTRAL = (list, tuple, float, int, bool, FunctionType, MethodType, partial)  # functions: of positions
 ENVIRONMENT = "KVATTN_BACKEND"
+_KEY: Any = os.fsencode(ENVIRONMENT) if os.name == "posix" else ENVIRONMENT  # as os.environ keeps it
 ENTRY_POINTS = "kvattn.backends"  # of plugins: by the backend's name, the module or object that it is
 NATIVE_PACKAGES = "kvattn.native_packages"  # by the same name, the package whose arrays are the backend's
 
@@ -378,9 +379,15 @@ def get_backend() -> str:
     # of `reason`, only the name: looking at the environment is most of what it costs
     name = _context.get() or _process
     if name is None:
-        name = os.environ.get(ENVIRONMENT)
+        name = _of_environment()
         name = canonical(name) if name else "numpy"
     return name
+
+
+def _of_environment() -> str | None:
+    """The environment variable as it is now. os.environ raises two errors within to tell that one is not set, in every call."""
+    kept = getattr(os.environ, "_data", None)
+    return None if kept is not None and _KEY not in kept else os.environ.get(ENVIRONMENT)
 
 
 def reason() -> tuple[str, str]:
@@ -389,7 +396,7 @@ def reason() -> tuple[str, str]:
         return name, "use_backend"
     if _process is not None:
         return _process, "set_backend"
-    if name := os.environ.get(ENVIRONMENT):
+    if name := _of_environment():
         return canonical(name), f"the environment variable {ENVIRONMENT}"
     return "numpy", "the default"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import nullcontext
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from kvattn.pairs import Pairs
 HALF = ("float16", "bfloat16")
 GENERATORS = (np.random.Generator, np.random.RandomState)  # what rng may be beside an int and an array
 SMALL = 2.0**-64  # a sum of exp(scores) above this has lost no term that float32 could add to it
+NEAR = 44  # exp of a score that is no further from 0 than this is above SMALL, and a sum of many is finite
+FEW = 2**12  # scores of which one look at all takes less time than what it may save
 
 
 # ---- data
@@ -110,17 +112,33 @@ def _positions(query_offset, n, ndim):
 def _allowed(n, keys, ndim, call):
     """Which pairs may attend: bool, broadcastable to (..., n, m), or None where all may. ``keys``: their positions."""
     allowed = [] if call.mask is None else [call.mask]
-    if call.bias is not None and not call.bias.min(initial=0) > -math.inf:  # else it forbids nothing
+    finite = call.bias is None or tiles.small(call.bias) or call.bias.min(initial=0) > -math.inf  # then it forbids nothing
+    if not finite:
         allowed.append(call.bias != -math.inf)
     if call.valid_lens is not None:
         allowed.append(keys < _lengths(call.valid_lens, ndim))
     if call.windowed:
-        ahead = keys - _positions(call.query_offset, n, ndim)  # how far each key lies after each query
-        if call.left is not None:
-            allowed.append(ahead >= -call.left)
-        if call.right is not None:
-            allowed.append(ahead <= call.right)
+        offset, limits = call.query_offset, (call.left, call.right)
+        if keys.ndim == 1 and n * keys.size <= FEW and type(offset) is int:
+            allowed.append(_in_small_window(n, keys.size, offset, *limits))
+        else:
+            allowed.append(_in_window(keys - _positions(offset, n, ndim), *limits))
     return reduce(np.logical_and, allowed) if allowed else None
+
+
+def _in_window(ahead, left, right):
+    """Which pairs are in a window; ``ahead``: how far each key lies after each query."""
+    if left is None:
+        return ahead <= right
+    return ahead >= -left if right is None else (ahead >= -left) & (ahead <= right)
+
+
+@lru_cache(maxsize=64)
+def _in_small_window(n, m, offset, left, right):
+    """The same of n queries and m keys, kept for later calls: a small call would take a third of its time to make it."""
+    pairs = _in_window(np.arange(m) - _positions(offset, n, 2), left, right)
+    pairs.flags.writeable = False
+    return pairs
 
 
 def _flags_of_rows(flags, shape):
@@ -304,9 +322,22 @@ def _top(scores, where):
     return np.where(top == -math.inf, 0, top).astype(scores.dtype, copy=False)
 
 
+def _log(total):
+    """The logarithm of sums, -inf of 0."""
+    with np.errstate(divide="ignore"):
+        return np.log(total)
+
+
 def _softmax_lse(scores, where, with_lse=True):
     """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
     scores = _wide(scores)
+    if scores.size <= FEW and np.vdot(scores, scores) < NEAR * NEAR:  # none is far from 0: no maximum need be taken off
+        weights = np.exp(scores)
+        weights = weights if where is None else np.multiply(weights, where, out=weights)
+        total = weights @ memory.ones(scores.shape[-1], scores.dtype)  # in half the time that its sum takes
+        lse = _log(total)[..., 0] if with_lse else None
+        total = total if where is None else np.maximum(total, SMALL, out=total)  # 0 where a row is empty
+        return np.divide(weights, total, out=weights), lse
     shifted = scores if where is None else np.where(where, scores, -math.inf)
     top = shifted.max(initial=-math.inf)  # of all rows: found four times as fast as each row's own
     if math.isfinite(top):
@@ -359,7 +390,7 @@ def choose(query, key, value, call):
 
 def _choose(query, key, call, wrt=()):
     """The kernel for arrays of these shapes, where no positions are given; ``wrt``: for the gradients by these."""
-    few = math.prod(query) * math.prod(key) <= tiled.TINY  # then nothing is gained by looking further
+    few = tiled.tiny(query, key)  # then nothing is gained by looking further
     why = tiled.FEW if few else tiled.obstacle(sys.modules[__name__], query, key, call, wrt)
     if not why:
         why = "softmax of dot products, so many that all at once would fill the memory, not the cache"
@@ -378,7 +409,7 @@ def _attend(query, key, value, call):
 
 
 def _formula(query, key, value, call, blocks=()):
-    allowed = _allowed(query.shape[-2], np.arange(key.shape[-2]), query.ndim, call)
+    allowed = _allowed(query.shape[-2], np.arange(key.shape[-2]), query.ndim, call) if call.restricted else None
     if allowed is None or call.beyond_softmax(sys.modules[__name__], "dropout"):
         query, key, value = _hide_padding(allowed, query, key, value)
         return _weighted(query, key, value, allowed, call)
@@ -515,7 +546,7 @@ def _repeated(index):
 
 def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "value"), grad_scores=None, **options):
     call = Call.of(query, key, **options)
-    known = tiled_grad.Known(grad_scores=grad_scores)
+    known = tiled_grad.NOTHING if grad_scores is None else tiled_grad.Known(grad_scores=grad_scores)
     return gradients.attention_grad(sys.modules[__name__], query, key, value, grad_output, wrt, call, known)
 
 

@@ -207,19 +207,20 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, known=tiled_g
     With a gradient by the lse or by the scores among what is ``known`` they are those of sum(grad_lse * lse) or of
     sum(grad_scores * scores) as well.
     """
-    asked, call = call, call._replace(return_scores=None)
+    asked, call = call, call._replace(return_scores=None) if call.return_scores else call
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **_parameters(call.score)}
     selected = () if call.positions is None else call.positions.shape
     if 0 in (*query.shape[:-1], *key.shape[:-1], *selected):  # no pair, so no gradient
         return tuple(np.zeros(sources[name].shape, sources[name].dtype) for name in wrt)
-    parts, of_part = (), partial(_of_part, tab)
+    parts, of_part = (), _of_part
     if type(call.mask) is Pairs:
         call, parts = partition.resolved(query, key, value, call)
     choice = None if parts or selected else tab._choose(query.shape, key.shape, call, wrt)
     if choice and choice.blocks:
-        (call, parts), of_part = partition.of_blocks(tab, choice.blocks, call), partial(_of_block, tab)
+        (call, parts), of_part = partition.of_blocks(tab, choice.blocks, call), _of_block
     if parts:
         zeros = lambda x: np.zeros(x.shape, tab._wide(x).dtype)  # noqa: E731
+        of_part = partial(of_part, tab)
         found = partition.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, of_part, known.grad_lse)
     elif selected:
         call = call._replace(return_scores=asked.return_scores)
@@ -316,7 +317,7 @@ def _formula(tab, query, key, value, grad_output, call, grad_lse, by_scores=None
     score, scale, softcap, bias = call.score, call.scale, call.softcap, call.bias
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
     n, (heads, kv_heads) = query.shape[-2], planning.heads(query.shape, key.shape)
-    allowed = tab._allowed(n, np.arange(key.shape[-2]), query.ndim, call)
+    allowed = tab._allowed(n, np.arange(key.shape[-2]), query.ndim, call) if call.restricted else None
     query, key, value, grad_output = (tab._wide(x) for x in (query, key, value, grad_output))
     if allowed is not None and (call.beyond_softmax(tab) or not all(tiles.small(x) for x in (query, key, value))):
         query, key, value = tab._hide_padding(allowed, query, key, value)  # else 0 times them is 0, and no score overflows

@@ -9,6 +9,7 @@ Source: Rabe and Staats 2021, "Self-attention does not need O(n^2) memory".
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -34,13 +35,19 @@ def query_blocks(score, query, key):
 def key_blocks(score, query, key):
     """Blocks (first key, end) whose features a score holds at one time."""
     m = key[-2]
-    if math.prod(query) * math.prod(key) <= tiled.TINY or (held := planning.numbers_per_pair(score, query, key)) == 1:
+    if tiled.tiny(query, key) or (held := planning.numbers_per_pair(score, query, key)) == 1:
         return [(0, m)]
     size = max(1, PAIRS // max(1, math.prod(query[:-1]) * held))
     return [(i, min(i + size, m)) for i in range(0, m, size)] or [(0, m)]
 
 
 # ---- computing
+
+
+@lru_cache(maxsize=64)
+def ones(size, dtype):
+    """A column, by which a product takes the sums of rows."""
+    return np.ones((size, 1), dtype)
 
 
 def scores(score, query, key):

@@ -24,11 +24,16 @@ from kvattn import patterns, planning
 from kvattn.kernels.numpy import threads, tiles
 from kvattn.kernels.numpy.tiles import EXP, LOG, UNIT, blocks, fold, product, take
 
-TINY = 2**14  # query.size * key.size of a call that need not be looked at: all is the tab's
+TINY = 2**16  # query.size * key.size / d of a call that is the tab's, whatever it asks for
 SMALLEST, SMALLEST_ENTRY = 2**17, 2**12  # scores of a call, and of a batch entry, that tiles are worth their own cost for
 SMALLEST_KEYS = 2**19  # numbers in keys that mask, valid_lens, causal or window would have the tab copy
 FEW = "few scores, for which tiles would cost more than they save"
 FLOOR = 2.0**-24  # a sum of exp(scores) below this may have lost small terms
+
+
+def tiny(query, key):
+    """Whether a query and keys of these shapes are so small that neither tiles nor blocks serve them."""
+    return math.prod(query) * math.prod(key) <= TINY * query[-1]
 
 
 def obstacle(tab, query, key, call, wrt=()):
