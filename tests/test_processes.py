@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kvattn import cli, conformance, text
-from kvattn.conformance import processes
+from kvattn.conformance import processes, suite
+from kvattn.conformance.cases import read, written
 
 STRANGERS = """
 import os, sys
@@ -42,13 +43,31 @@ def strangers(tmp_path, monkeypatch):
 
 
 def test_cases_travel_as_text():
-    every = conformance.cases()
+    every = suite._generated(0)  # and not what was kept as text
     arrays = lambda case: [id(x) for x in case.arguments.values() if isinstance(x, np.ndarray)]  # noqa: E731
-    for case, came in zip(every, processes.read(processes.written(every)), strict=True):
+    for case, came in zip(every, read(written(every)), strict=True):
         same = [x == y for x, y in itertools.combinations(arrays(case), 2)]
         assert [x == y for x, y in itertools.combinations(arrays(came), 2)] == same, case.name  # one array stays one
         for field in dataclasses.fields(case):
             assert _equal(getattr(case, field.name), getattr(came, field.name)), (case.name, field.name)
+
+
+def test_cases_are_kept_for_other_processes_of_the_same_code(tmp_path, monkeypatch):
+    """In the folder that is named, until what makes them changes; the suite is the same."""
+    few, package, fresh, asked = conformance.cases()[:9], tmp_path / "kvattn", suite._made.__wrapped__, []
+    monkeypatch.setenv(suite.FOLDER, str(tmp_path / "kept"))
+    monkeypatch.setattr(suite, "_generated", lambda seed: asked.append(seed) or tuple(few))
+    monkeypatch.setattr(suite.kvattn, "__file__", str(package / "__init__.py"))
+    package.mkdir()
+    for change in ("__init__.py", "golden.json", "NumPy"):
+        if change == "NumPy":
+            monkeypatch.setattr(np, "__version__", "0.1")
+        else:
+            (package / change).write_text("changed")
+        for seed in (0, 1, 0, 1):
+            assert conformance.version(fresh(seed)) == conformance.version(few)
+    assert asked == [0, 1] * 3
+    assert len([*(tmp_path / "kept").iterdir()]) == 6
 
 
 def _equal(x, y):

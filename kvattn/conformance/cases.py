@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -149,3 +151,40 @@ def kink_free(*inputs, weights_of=oracle.weights, score="scaled_dot_score", norm
         support = weights_of(*inputs, score=score, normalize=normalize, **nudged) > 0
         return bool(((weights > 0) == support).all())
     return bool(np.abs(weights).max(initial=0) < 8)
+
+
+# ---- cases as text
+
+
+def written(every: Sequence[Case]) -> str:
+    """The cases on one line, in JSON: their arrays, each once however often it is named, and what names them."""
+    arrays: list[Any] = []
+    places: dict[int, int] = {}  # by id, since a case may give one array as query, key and value
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, np.ndarray):
+            if id(x) not in places:
+                places[id(x)] = len(arrays)
+                arrays.append((x.dtype.str, x.shape, base64.b64encode(x.tobytes()).decode("ascii")))
+            return {"#array": places[id(x)]}
+        if isinstance(x, tuple):
+            return {"#tuple": [plain(each) for each in x]}
+        if isinstance(x, list):
+            return [plain(each) for each in x]
+        return {name: plain(each) for name, each in x.items()} if isinstance(x, dict) else x
+
+    named = [[plain(getattr(case, field.name)) for field in fields(Case)] for case in every]
+    return json.dumps([arrays, json.dumps(named)])
+
+
+def read(text: str) -> list[Case]:
+    """The cases of which this is the text, equal in every bit."""
+    arrays, named = json.loads(text)
+    made = [np.frombuffer(base64.b64decode(numbers), kind).reshape(shape) for kind, shape, numbers in arrays]
+
+    def whole(x: dict[str, Any]) -> Any:
+        if "#array" in x:
+            return made[x["#array"]]
+        return tuple(x["#tuple"]) if "#tuple" in x else x
+
+    return [Case(*each) for each in json.loads(named, object_hook=whole)]

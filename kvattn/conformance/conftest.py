@@ -2,7 +2,7 @@
 
 In a checkout also ``pytest kvattn/conformance --backends torch,jax``: pytest reads options before it looks up --pyargs.
 KVATTN_THOROUGH=1 runs each case in every dtype, both with and without weights and lse: minutes on JAX, for its compiler.
-KVATTN_SHARE=7 asks every seventh case only.
+KVATTN_SHARE=7 asks every seventh case only. KVATTN_CASES names a folder that keeps the cases for the next process.
 """
 
 from __future__ import annotations

@@ -21,12 +21,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvattn.conformance.cases import Case
+from kvattn.conformance.cases import read, written
 from kvattn.conformance.check import Report, Result, run
 from kvattn.conformance.suite import cases, version
 from kvattn.quiet import quiet
@@ -213,43 +213,6 @@ def _joined(name: str, parts: list[dict[str, Any]]) -> Judged:
                 report.outputs[tuple(at)] = np.frombuffer(base64.b64decode(numbers)).reshape(shape)
                 report.tolerances[tuple(at)] = tuple(tolerance)
     return judged
-
-
-# ---- cases as text
-
-
-def written(every: Sequence[Case]) -> str:
-    """The cases on one line, in JSON: their arrays, each once however often it is named, and what names them."""
-    arrays: list[Any] = []
-    places: dict[int, int] = {}  # by id, since a case may give one array as query, key and value
-
-    def plain(x: Any) -> Any:
-        if isinstance(x, np.ndarray):
-            if id(x) not in places:
-                places[id(x)] = len(arrays)
-                arrays.append((x.dtype.str, x.shape, base64.b64encode(x.tobytes()).decode("ascii")))
-            return {"#array": places[id(x)]}
-        if isinstance(x, tuple):
-            return {"#tuple": [plain(each) for each in x]}
-        if isinstance(x, list):
-            return [plain(each) for each in x]
-        return {name: plain(each) for name, each in x.items()} if isinstance(x, dict) else x
-
-    named = [[plain(getattr(case, field.name)) for field in fields(Case)] for case in every]
-    return json.dumps([arrays, json.dumps(named)])
-
-
-def read(text: str) -> list[Case]:
-    """The cases of which this is the text, equal in every bit."""
-    arrays, named = json.loads(text)
-    made = [np.frombuffer(base64.b64decode(numbers), kind).reshape(shape) for kind, shape, numbers in arrays]
-
-    def whole(x: dict[str, Any]) -> Any:
-        if "#array" in x:
-            return made[x["#array"]]
-        return tuple(x["#tuple"]) if "#tuple" in x else x
-
-    return [Case(*each) for each in json.loads(named, object_hook=whole)]
 
 
 # ---- the process of a backend

@@ -3,27 +3,61 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
+import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import kvattn
 from kvattn.conformance import families, golden
-from kvattn.conformance.cases import NOT_FINITE, Case
+from kvattn.conformance.cases import NOT_FINITE, Case, read, written
 
+FOLDER = "KVATTN_CASES"  # the environment variable that names the folder in which cases are kept
 AS_ASKED = (NOT_FINITE, "scores out", "options together")
 TURNS = ("float64", "float32", "float16", "float32", "float64", "bfloat16")
 
 
 def cases(seed: int = 0) -> list[Case]:
-    """Every case: the golden ones, whose answers are stored, and those generated here from ``seed``."""
+    """Every case: the golden ones, whose answers are stored, and those generated here from ``seed``.
+
+    The oracle takes seconds for them. Where the environment variable KVATTN_CASES names a folder they are kept there as text,
+    for other processes of the same kvattn, Python and NumPy.
+    """
     return [*_made(seed)]
 
 
-@cache  # seconds of the oracle's; cases are not written to
+@cache  # cases are not written to
 def _made(seed: int) -> tuple[Case, ...]:
+    if not (folder := os.environ.get(FOLDER)):
+        return _generated(seed)
+    kept = Path(folder, f"cases-{seed}-{_makers()}.json")
+    with suppress(FileNotFoundError):
+        return tuple(read(kept.read_text(encoding="ascii")))
+    made = _generated(seed)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=folder, delete=False) as file:
+        file.write(written(made))
+    os.replace(file.name, kept)  # another process finds all of it, or nothing
+    return made
+
+
+def _makers() -> str:
+    """Sixteen digits that change with what the cases are made by: any file of kvattn, Python or NumPy."""
+    digest = hashlib.sha256(f"{sys.version} {np.__version__}".encode())
+    package = Path(kvattn.__file__).parent
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".json")):
+        digest.update(f"{path.relative_to(package)} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _generated(seed: int) -> tuple[Case, ...]:
     made = _shared_out([*golden.stored(), *families.every(np.random.default_rng(seed))])
     names = [case.name for case in made]
     assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)

@@ -63,7 +63,8 @@ def call(layer, *inputs, training=False, **options):
 
 def gradients(layer, inputs, grad_output, **options):
     """(gradients by the floating-point inputs, {weight's name: gradient in its exported shape})."""
-    call(layer, *inputs, **options)  # sizes from the first call
+    if layer.variables is None:
+        call(layer, *inputs, **options)  # sizes from the first call
     arrays = list(map(_array, inputs))
     floats = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
 
@@ -72,8 +73,11 @@ def gradients(layer, inputs, grad_output, **options):
         results = layer.module.apply(variables, *with_state(layer, [*given.values()]), **options)
         return results[0] if isinstance(results, tuple) else results
 
-    pull = jax.vjp(output, layer.variables, *(arrays[i] for i in floats))[1]
-    by_variables, *by_inputs = pull(_array(grad_output))
+    @jax.jit  # one program for all operations takes less to compile than one for each of them
+    def pulled(grad_output, *at):
+        return jax.vjp(output, *at)[1](grad_output)
+
+    by_variables, *by_inputs = pulled(_array(grad_output), layer.variables, *(arrays[i] for i in floats))
     return list(map(np.asarray, by_inputs)), kv.export_weights(by_variables)
 
 
