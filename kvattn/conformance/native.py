@@ -169,10 +169,8 @@ def _jax(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], dt
             given = dict(enumerate(inputs)) | dict(zip(floats, leaves, strict=True))
             return _several(layer.apply(variables, *given.values(), **how | options))[0]
 
-        @jax.jit  # eagerly a program would be compiled for each operation, and for its derivative
-        def pulled(grad_output: Any, *at: Any) -> Any:
-            return jax.vjp(output, *at)[1](grad_output)
-
+        # eagerly a program would be compiled for each operation, and for its derivative
+        pulled = jax.jit(lambda grad_output, *at: jax.vjp(output, *at)[1](grad_output))
         by_variables, *by_inputs = pulled(grad_output, variables, *(inputs[i] for i in floats))
         return by_inputs, kv.export_weights(by_variables)
 

@@ -73,10 +73,8 @@ def gradients(layer, inputs, grad_output, **options):
         results = layer.module.apply(variables, *with_state(layer, [*given.values()]), **options)
         return results[0] if isinstance(results, tuple) else results
 
-    @jax.jit  # one program for all operations takes less to compile than one for each of them
-    def pulled(grad_output, *at):
-        return jax.vjp(output, *at)[1](grad_output)
-
+    # one program for all operations takes less to compile than one for each of them
+    pulled = jax.jit(lambda grad_output, *at: jax.vjp(output, *at)[1](grad_output))
     by_variables, *by_inputs = pulled(_array(grad_output), layer.variables, *(arrays[i] for i in floats))
     return list(map(np.asarray, by_inputs)), kv.export_weights(by_variables)
 
