@@ -616,8 +616,8 @@ def _by_vjp(attend, query, key, value, grad_output, call, wrt):
 
     def output(*arrays):
         named = dict(zip(wrt, arrays, strict=True))
-        bound = {name: named.pop(name) for name in wrt if name not in given}
-        rebound = partial(score.func, *score.args, **{**score.keywords, **bound}) if bound else score
+        parameters = {name: named.pop(name) for name in wrt if name not in given}
+        rebound = partial(score.func, *score.args, **{**score.keywords, **parameters}) if parameters else score
         query, key, value, bias, sink = {**given, **named}.values()
         return attend(query, key, value, call._replace(score=rebound, bias=bias, sink=sink))
 

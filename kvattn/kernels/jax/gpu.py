@@ -192,8 +192,8 @@ def _differentiable(kernel, plain):
 
     @jax.custom_jvp
     def forward(query, key, value, added, lens):
-        output, back = jax.vjp(lambda *arrays: kernel(*arrays, added, lens), query, key, value)
-        kept, tree[:] = jax.tree.leaves(back), [jax.tree.structure(back)]
+        output, vjp = jax.vjp(lambda *arrays: kernel(*arrays, added, lens), query, key, value)
+        kept, tree[:] = jax.tree.leaves(vjp), [jax.tree.structure(vjp)]
         return output, kept
 
     @forward.defjvp

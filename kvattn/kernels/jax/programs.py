@@ -125,8 +125,8 @@ def compiled(layout):
                 return inner(*arrays, call, **named)
             call, given = _split(call, arrays[0].shape[-2])
             wide = not jax.config.jax_enable_x64 and any(map(_is_wide, (arrays[0], *(jax.tree.leaves(given) if given else ()))))
-            how = nonfinite.pair_by_pair(), placement.shared_if_known((arrays, given))
-            return (_run_exact if wide else _run)(inner, call, tuple(named.items()), how, arrays, given)
+            traits = nonfinite.pair_by_pair(), placement.shared_if_known((arrays, given))
+            return (_run_exact if wide else _run)(inner, call, tuple(named.items()), traits, arrays, given)
 
         return run
 
@@ -134,9 +134,9 @@ def compiled(layout):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(function, call, named, how, arrays, given):  # ``how`` tells one program from the other
+def _run(function, call, named, traits, arrays, given):  # ``traits`` tell one program from the other
     return placement.either(
-        lambda arrays, given: function(*arrays, call._replace(**given), **dict(named)), how[1], arrays, given
+        lambda arrays, given: function(*arrays, call._replace(**given), **dict(named)), traits[1], arrays, given
     )
 
 
@@ -318,9 +318,9 @@ def of_gradients(query, key, value, grad_output, call, *, wrt):
 
 def _once(*spec):
     """A spec that names each axis of the mesh once: where it stands first."""
-    seen, found = set(), []
+    named, found = set(), []
     for names in spec:
-        names = tuple(x for x in (names if isinstance(names, tuple) else (names,)) if x is not None and x not in seen)
-        seen.update(names)
+        names = tuple(x for x in (names if isinstance(names, tuple) else (names,)) if x is not None and x not in named)
+        named.update(names)
         found.append(names or None)
     return P(*found)

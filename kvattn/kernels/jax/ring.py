@@ -81,53 +81,67 @@ def _near(x):
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def run(ring, mesh, names, given):
     """What the call returns, as one program."""
-    given, query, key = dict(given), given["query"], given["key"]
-    n, m, dtype, lead = query.shape[-2], key.shape[-2], query.dtype, planning.lead(query.shape, key.shape)
-    sink = given.pop("sink", None)
-    if any(size not in (1, own) for size, own in zip(given["value"].shape[:-3], lead, strict=False)):
-        given["key"] = jnp.broadcast_to(key, (*given["value"].shape[:-2], *key.shape[-2:]))  # values widen a batch axis
-    unit = ring.parts * ring.size
-    filled = {"n": -(-n // unit) * unit, "m": -(-m // unit) * unit}
-    batch = names[:1]
-    if filled != {"n": n, "m": m}:  # nobody may attend to what fills up, nor does it attend
-        lens = jnp.minimum(given.get("valid_lens", jnp.full(lead[:1], m, np.int32)), m)
-        if filled["n"] != n and lens.ndim == len(batch):
-            lens = jnp.broadcast_to(lens[..., None], (*lens.shape, n))
-        given["valid_lens"] = lens
-
-    def laid(name, x):
-        """An array, filled up, and how it lies."""
-        if name in ("valid_lens", "query_offset"):
-            each = x.ndim > len(batch)  # a length for each query
-            return (_filled(x, -1, filled["n"]), P(*batch, ring.axis)) if each else (x, P(*batch[: x.ndim]))
-        x, rows, columns = x.reshape(*[1] * (2 - x.ndim), *x.shape), True, None
-        if name in ("mask", "bias"):
-            rows, columns = x.shape[-2] != 1, filled["m"] if x.shape[-1] != 1 else None
-        x = _filled(x, -2, filled["m" if name in ("key", "value") else "n"]) if rows else x
-        x = _filled(x, -1, columns) if columns else x
-        named = zip(names[len(names) + 2 - x.ndim :], x.shape[:-2], strict=True)
-        return x, P(*(axis if size > 1 else None for axis, size in named), ring.axis if rows else None, None)
-
-    score = given.pop("score", None)
-    placed = {name: laid(name, x) for name, x in given.items()}
-    arrays, specs = {name: x for name, (x, _) in placed.items()}, {name: spec for name, (_, spec) in placed.items()}
-    manual, rows = {ring.axis, *names} - {None}, P(*names, ring.axis)
-    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-    if explicit:  # whose types say how they lie
-        typed = {name: P(*(x if x in explicit else None for x in spec)) for name, spec in specs.items()}
-        arrays = {name: jax.sharding.reshard(x, NamedSharding(mesh, typed[name])) for name, x in arrays.items()}
-    output, lse = jax.shard_map(
-        partial(_on_a_device, ring), mesh=mesh, in_specs=(specs, P()), out_specs=(P(*rows, None), rows), axis_names=manual
-    )(arrays, score)
-    if filled["n"] != n:
-        if explicit:  # what devices do not divide cannot be spread over them
+    given, query = dict(given), given["query"]
+    n, (score, sink) = query.shape[-2], (given.pop(name, None) for name in ("score", "sink"))
+    sizes = _padded(ring, names[:1], given)
+    placed = {name: _placed(ring, names, sizes, name, x) for name, x in given.items()}
+    output, lse = _spread(ring, mesh, names, placed, score)
+    if sizes["n"] != n:
+        if _explicit(mesh):  # what devices do not divide cannot be spread over them
             output, lse = (jax.sharding.reshard(x, NamedSharding(mesh, P(*names))) for x in (output, lse))
         output, lse = output[..., :n, :], lse[..., :n]
     if sink is not None:
         left, lse = tab._left(lse, sink, query.ndim)
         output = left * output
-    output = output.astype(dtype)
+    output = output.astype(query.dtype)
     return (output, lse) if ring.call.return_lse else output
+
+
+def _padded(ring, batch, given):
+    """n and m, padded to what the devices divide; nobody may attend to the padding, as ``given`` says afterwards."""
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    n, m, lead = query.shape[-2], key.shape[-2], planning.lead(query.shape, key.shape)
+    if any(size not in (1, own) for size, own in zip(value.shape[:-3], lead, strict=False)):
+        given["key"] = jnp.broadcast_to(key, (*value.shape[:-2], *key.shape[-2:]))  # values widen a batch axis
+    unit = ring.parts * ring.size
+    sizes = {"n": -(-n // unit) * unit, "m": -(-m // unit) * unit}
+    if sizes != {"n": n, "m": m}:
+        lens = jnp.minimum(given.get("valid_lens", jnp.full(lead[:1], m, np.int32)), m)
+        if sizes["n"] != n and lens.ndim == len(batch):  # nor does the padding attend
+            lens = jnp.broadcast_to(lens[..., None], (*lens.shape, n))
+        given["valid_lens"] = lens
+    return sizes
+
+
+def _placed(ring, names, sizes, name, x):
+    """An array, padded to ``sizes``, and its PartitionSpec."""
+    batch = names[:1]
+    if name in ("valid_lens", "query_offset"):
+        each = x.ndim > len(batch)  # a length for each query
+        return (_filled(x, -1, sizes["n"]), P(*batch, ring.axis)) if each else (x, P(*batch[: x.ndim]))
+    x, rows, columns = x.reshape(*[1] * (2 - x.ndim), *x.shape), True, None
+    if name in ("mask", "bias"):
+        rows, columns = x.shape[-2] != 1, sizes["m"] if x.shape[-1] != 1 else None
+    x = _filled(x, -2, sizes["m" if name in ("key", "value") else "n"]) if rows else x
+    x = _filled(x, -1, columns) if columns else x
+    named = zip(names[len(names) + 2 - x.ndim :], x.shape[:-2], strict=True)
+    return x, P(*(axis if size > 1 else None for axis, size in named), ring.axis if rows else None, None)
+
+
+def _spread(ring, mesh, names, placed, score):
+    """The output and lse of padded queries, each device working on its part."""
+    arrays, specs = {name: x for name, (x, _) in placed.items()}, {name: spec for name, (_, spec) in placed.items()}
+    if explicit := _explicit(mesh):  # whose types say how arrays lie
+        typed = {name: P(*(x if x in explicit else None for x in spec)) for name, spec in specs.items()}
+        arrays = {name: jax.sharding.reshard(x, NamedSharding(mesh, typed[name])) for name, x in arrays.items()}
+    manual, rows = {ring.axis, *names} - {None}, P(*names, ring.axis)
+    return jax.shard_map(
+        partial(_on_a_device, ring), mesh=mesh, in_specs=(specs, P()), out_specs=(P(*rows, None), rows), axis_names=manual
+    )(arrays, score)
+
+
+def _explicit(mesh):
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
 
 
 def _filled(x, axis, size):
@@ -184,8 +198,8 @@ def _joined(ring, x, axis):
     """The inverse of _parts."""
     if ring.parts == 1:
         return x[0]
-    back = [[(j, i) for i, j in _owners(ring, part)] for part in range(2)]
-    return jnp.concatenate([lax.ppermute(x[part], ring.axis, back[part]) for part in range(2)], axis=axis)
+    senders = [[(j, i) for i, j in _owners(ring, part)] for part in range(2)]
+    return jnp.concatenate([lax.ppermute(x[part], ring.axis, senders[part]) for part in range(2)], axis=axis)
 
 
 def _sent(ring, x, hops, closed=True):
@@ -210,8 +224,8 @@ def _around(ring, visit, own, keys, left):
         last, state = first + step * (stops - 1), (own, _sent(ring, keys, first, ring.closed), left)
         if stops > 1:
             state, _ = lax.scan(stop, state, first + step * jnp.arange(stops - 1, dtype=jnp.int32))
-        own, back = visit(*state, jnp.int32(last))
-        home.append(_sent(ring, back, -last))
+        own, travelled = visit(*state, jnp.int32(last))
+        home.append(_sent(ring, travelled, -last))
     return own, home
 
 
@@ -328,10 +342,10 @@ def _attend_bwd(ring, kept, grads):
             def part(rows, keys, score):
                 return _part(ring, _at(limits, i), rows, keys, score, row, column)
 
-            (output, part_lse), back = jax.vjp(part, _wide(_at(rows, i)), _wide(_at(keys, j)), score)
+            (output, part_lse), vjp = jax.vjp(part, _wide(_at(rows, i)), _wide(_at(keys, j)), score)
             grad_i, along_i, lse_i = _at((grad, along, lse), i)
             share = jnp.where(part_lse == -math.inf, 0, jnp.exp(part_lse - lse_i))
-            more_rows, more_keys, more_score = back(
+            more_rows, more_keys, more_score = vjp(
                 (share[..., None] * grad_i, share * ((grad_i * output).sum(axis=-1) - along_i))
             )
             return (_add(d_rows, more_rows, i), jax.tree.map(jnp.add, d_score, more_score)), _add(d_keys, more_keys, j)

@@ -42,8 +42,8 @@ def plan(query, key, value, call, copies=1):
     """Blocks of queries; [] where one block is all, or sizes are unknown. ``copies``: of each number."""
     if any(None in x.shape for x in (query, key, value, call.mask, call.bias, call.valid_lens) if x is not None):
         return []
-    held = 0 if call.bias is None else math.prod(call.bias.shape)  # a block may hold as many as are there anyway
-    return planning.memory_blocks(call.score, tuple(query.shape), tuple(key.shape), max(MOST, held) // copies)
+    there = 0 if call.bias is None else math.prod(call.bias.shape)  # a block may hold as many numbers as are there anyway
+    return planning.memory_blocks(call.score, tuple(query.shape), tuple(key.shape), max(MOST, there) // copies)
 
 
 def attention(tab, serve, query, key, value, call, plan):
@@ -52,67 +52,87 @@ def attention(tab, serve, query, key, value, call, plan):
     TensorFlow does not tell what a user's score or normaliser reads beside its arguments: unless it is SelfContained, tapes
     keep every block of it.
     """
-    n, m, size = query.shape[-2], key.shape[-2], plan[0][1]
-    count = n // size  # whole blocks; what is left is a smaller one
-    rng = (tf.random.uniform((), maxval=2**31 - 1, dtype=tf.int32), 0) if call.dropout and call.rng is None else call.rng
-    keywords = getattr(call.score, "keywords", {})
-    parameters = {name: f"the score's {name}" for name, x in keywords.items() if tab.is_array(x)}
-    arrays = {"query": query, "key": key, "value": value, "mask": call.mask, "bias": call.bias, "valid_lens": call.valid_lens}
-    arrays |= {label: tf.convert_to_tensor(keywords[name]) for name, label in parameters.items()}
-    cut = {"query": -2}  # the arrays that are cut, each along the axis of queries
-    if call.lengths_per_query(len(query.shape)):
-        cut["valid_lens"] = -1
-    for name in ("mask", "bias"):
-        if arrays[name] is not None and len(arrays[name].shape) > 1 and arrays[name].shape[-2] == n:
-            cut[name] = -2
+    blocks = _Blocks(tab, serve, query, key, value, call, plan)
+    results = blocks.one_by_one() if tf.executing_eagerly() else blocks.in_a_loop()
+    return tuple(results) if len(results) > 1 else results[0]
 
-    def serve_block(i, names, *tensors):
-        here = {**arrays, **dict(zip(names, tensors, strict=True))}
-        score = call.score
-        if parameters:
-            score = partial(score.func, *score.args, **keywords | {name: here[label] for name, label in parameters.items()})
-        at = tf.cast(call.query_offset, tf.int64) + size * tf.cast(i, tf.int64)
-        first = tf.cast(call.first_query, tf.int64) + size * tf.cast(i, tf.int64)
-        block_call = call._replace(
-            score=score, mask=here["mask"], bias=here["bias"], valid_lens=here["valid_lens"], query_offset=at,
-            rng=dropout.of_block(rng, i, len(plan)), first_query=first,
-        )  # fmt: skip
-        results = serve(here["query"], here["key"], here["value"], block_call)
-        return results if isinstance(results, tuple) else (results,)
 
-    recomputes = all(isinstance(x, SelfContained) or is_kvattns(tab, x) for x in (call.score, call.normalize))
+class _Blocks:
+    """A call in blocks: its arrays by name, and of those that are cut into blocks the axis of queries."""
 
-    def block(i, parts):
-        here = {**arrays, **parts}
+    def __init__(self, tab, serve, query, key, value, call, plan):
+        self.tab, self.serve, self.call, self.plan, self.size = tab, serve, call, plan, plan[0][1]
+        draws = call.dropout and call.rng is None
+        self.rng = (tf.random.uniform((), maxval=2**31 - 1, dtype=tf.int32), 0) if draws else call.rng
+        keywords = getattr(call.score, "keywords", {})
+        self.parameters = {name: f"the score's {name}" for name, x in keywords.items() if tab.is_array(x)}
+        self.arrays = {"query": query, "key": key, "value": value}
+        self.arrays |= {"mask": call.mask, "bias": call.bias, "valid_lens": call.valid_lens}
+        self.arrays |= {label: tf.convert_to_tensor(keywords[name]) for name, label in self.parameters.items()}
+        self.axes = {"query": -2}
+        if call.lengths_per_query(len(query.shape)):
+            self.axes["valid_lens"] = -1
+        for name, x in (("mask", call.mask), ("bias", call.bias)):
+            if x is not None and len(x.shape) > 1 and x.shape[-2] == query.shape[-2]:
+                self.axes[name] = -2
+        self.result_axes = [-2] * (1 + call.return_weights) + [-1] * call.return_lse
+        self.recomputes = all(isinstance(x, SelfContained) or is_kvattns(tab, x) for x in (call.score, call.normalize))
+
+    def one_by_one(self):
+        """The results, computed now."""
+        sizes = [end - start for start, end, *_ in self.plan]
+        # `tf.split`, since of one head for all such parts are no copies
+        parts = {name: tf.split(self.arrays[name], sizes, axis=axis) for name, axis in self.axes.items()}
+        served = [self._block(i, {name: x[i] for name, x in parts.items()}) for i in range(len(self.plan))]
+        return self._joined(served)
+
+    def in_a_loop(self):
+        """The results, of a graph that holds a block's operations once: whole blocks in a loop, what is left after it."""
+        call, size, (query, key, value) = self.call, self.size, (self.arrays[name] for name in ("query", "key", "value"))
+        count = query.shape[-2] // size
+        lead = planning.lead(tuple(query.shape), tuple(key.shape))
+        like = [tf.TensorSpec([*lead, size, value.shape[-1]], query.dtype)]
+        like += [tf.TensorSpec([*lead, size, key.shape[-2]], query.dtype)] * call.return_weights
+        like += [tf.TensorSpec([*lead, size], self.tab._wide(query[..., :0]).dtype)] * call.return_lse
+        cut = {name: (self.arrays[name], axis) for name, axis in self.axes.items()}
+        stacked = {name: _stacked(x, len(x.shape) + axis, count, size) for name, (x, axis) in cut.items()}
+        served = tf.map_fn(
+            lambda given: self._block(*given),
+            (tf.range(count), stacked),
+            fn_output_signature=tuple(like),
+            parallel_iterations=1,
+        )
+        results = [_side_by_side(x, len(x.shape) + axis) for x, axis in zip(served, self.result_axes, strict=True)]
+        if count == len(self.plan):
+            return results
+        rest = {name: x[(..., slice(count * size, None), *[slice(None)] * (-1 - axis))] for name, (x, axis) in cut.items()}
+        return self._joined([results, self._block(count, rest)])
+
+    def _joined(self, served):
+        return [tf.concat(x, axis=axis) for *x, axis in zip(*served, self.result_axes, strict=True)]
+
+    def _block(self, i, parts):
+        """The results of block i, of these parts of the arrays that are cut."""
+        here = {**self.arrays, **parts}
         names = [name for name, x in here.items() if x is not None]  # all: a loop's gradient may not reach past its arguments
         names.sort(key=lambda name: not here[name].dtype.is_floating)
         count = sum(here[name].dtype.is_floating for name in names)  # the first ones have gradients
-        run, tensors = partial(serve_block, i, names), [here[name] for name in names]
-        return _recomputed(run, count)(*tensors) if recomputes else run(*tensors)
+        run, tensors = partial(self._serve, i, names), [here[name] for name in names]
+        return _recomputed(run, count)(*tensors) if self.recomputes else run(*tensors)
 
-    axes = [-2] * (1 + call.return_weights) + [-1] * call.return_lse
-    if tf.executing_eagerly():  # of one head for all, such parts are no copies
-        sizes = [end - start for start, end, *_ in plan]
-        parts = {name: tf.split(arrays[name], sizes, axis=axis) for name, axis in cut.items()}
-        served = [block(i, {name: x[i] for name, x in parts.items()}) for i in range(len(plan))]
-        results = [tf.concat(x, axis=axis) for *x, axis in zip(*served, axes, strict=True)]
-        return tuple(results) if len(results) > 1 else results[0]
-
-    lead = planning.lead(tuple(query.shape), tuple(key.shape))
-    lse = tf.TensorSpec([*lead, size], tab._wide(query[..., :0]).dtype)
-    like = [tf.TensorSpec([*lead, size, value.shape[-1]], query.dtype)]
-    like += [tf.TensorSpec([*lead, size, m], query.dtype)] * call.return_weights + [lse] * call.return_lse
-    stacked = {name: _stacked(arrays[name], len(arrays[name].shape) + axis, count, size) for name, axis in cut.items()}
-    served = tf.map_fn(
-        lambda given: block(*given), (tf.range(count), stacked), fn_output_signature=tuple(like), parallel_iterations=1
-    )
-    results = [_side_by_side(x, len(x.shape) + axis) for x, axis in zip(served, axes, strict=True)]
-    if count < len(plan):
-        rest = {
-            name: arrays[name][(..., slice(count * size, None), *[slice(None)] * (-1 - axis))] for name, axis in cut.items()
-        }
-        results = [tf.concat(x, axis=axis) for *x, axis in zip(results, block(count, rest), axes, strict=True)]
-    return tuple(results) if len(results) > 1 else results[0]
+    def _serve(self, i, names, *tensors):
+        here, call = {**self.arrays, **dict(zip(names, tensors, strict=True))}, self.call
+        score, step = call.score, self.size * tf.cast(i, tf.int64)
+        if self.parameters:
+            given = {name: here[label] for name, label in self.parameters.items()}
+            score = partial(score.func, *score.args, **score.keywords | given)
+        block_call = call._replace(
+            score=score, mask=here["mask"], bias=here["bias"], valid_lens=here["valid_lens"],
+            query_offset=tf.cast(call.query_offset, tf.int64) + step, rng=dropout.of_block(self.rng, i, len(self.plan)),
+            first_query=tf.cast(call.first_query, tf.int64) + step,
+        )  # fmt: skip
+        results = self.serve(here["query"], here["key"], here["value"], block_call)
+        return results if isinstance(results, tuple) else (results,)
 
 
 def _recomputed(run, count):
