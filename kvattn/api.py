@@ -32,10 +32,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Never, Unpack, overload
 
-from kvattn import checks, conversion, dispatch, distances, prepare
+from kvattn import checks, conversion, dispatch, distances, prepare, registry
 from kvattn.cache import KVCache
 from kvattn.call import Call, Explanation
-from kvattn.dispatch import available_backends, get_backend, set_backend, use_backend
+from kvattn.dispatch import get_backend, set_backend, use_backend
+from kvattn.registry import available_backends
 from kvattn.signatures import A, Array, Normalizer, Options, Score
 
 # isort: off
@@ -89,7 +90,7 @@ def convert(x: Array, backend: str) -> Array:
     >>> convert([1.5, 2.5], "numpy")
     array([1.5, 2.5])
     """
-    source, target = dispatch.choose(None, x=x), dispatch.load(backend)
+    source, target = dispatch.choose(None, x=x), registry.load(backend)
     if target.is_array(x):
         return x
     dtype = conversion.dtype_name(x) if source.is_array(x) else None
@@ -333,7 +334,7 @@ def attention_grad(
             for name, x in (("key", key), ("value", value), ("grad_output", grad_output)):
                 conversion.same_device(name, x, query)
         checks.not_negative(known.tab, valid_lens)
-        gradients = dispatch.offered(known.tab, "attention_grad")(
+        gradients = registry.offered(known.tab, "attention_grad")(
             query, key, value, grad_output, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
             query_offset=query_offset, window=None if window is None else checks.window(window),
             rng=None if rng is None else checks.seed(known.tab, rng), wrt=wrt, **prepare.defaults(known.tab),
@@ -360,7 +361,7 @@ def attention_grad(
     bindable |= {name for name, x in getattr(options["score"], "keywords", {}).items() if tab.is_array(x)}
     wrt = prepare.differentiable(wrt, bindable)
     try:
-        gradients = dispatch.offered(tab, "attention_grad")(query, key, value, grad_output, wrt=wrt, **options)
+        gradients = registry.offered(tab, "attention_grad")(query, key, value, grad_output, wrt=wrt, **options)
     except Exception:
         checks.own_functions(tab, options, query, key)
         raise
@@ -398,7 +399,7 @@ def explain(query: Array, key: Array, value: Array, *, backend: Any = None, **op
     kernel, why = "a kernel of its own", "the backend tells no more, since it has no function choose"
     if hasattr(tab, "choose"):
         kernel, why, *_ = tab.choose(query, key, value, Call.of(query, key, **options))
-    return Explanation(dispatch.name_of(tab), conversion.device_name(query), kernel, why)
+    return Explanation(registry.name_of(tab), conversion.device_name(query), kernel, why)
 
 
 @overload
@@ -435,7 +436,7 @@ def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_l
     ):
         checks.same_shape(name, x, tuple(arrays[0].shape), "outputs[0]")
         checks.same_shape(lse_name, lse, tuple(x.shape)[:-1], f"{name} without its last axis")
-    return dispatch.offered(tab, "merge_attention")(arrays, lse_arrays, return_lse=checks.flag("return_lse", return_lse))
+    return registry.offered(tab, "merge_attention")(arrays, lse_arrays, return_lse=checks.flag("return_lse", return_lse))
 
 
 @overload
@@ -540,7 +541,7 @@ def rotary(
     Source: Su et al. 2021, "RoFormer", section 3.2.2; each scaling's is in kvattn/rotation.py.
     """
     tab, x, positions, frequencies, how = prepare.rotary(backend, x, positions, base, interleaved, rotary_dim, scaling)
-    return dispatch.offered(tab, "rotary")(x, positions, frequencies, **how)
+    return registry.offered(tab, "rotary")(x, positions, frequencies, **how)
 
 
 def alibi_slopes(num_heads: int, *, dtype: str = "float32", backend: Any = None) -> Array:
@@ -694,8 +695,8 @@ def multi_head_attention(
         backend, (query, key, value), params, (num_heads, num_kv_heads), cache, options
     )
     if cache is None:
-        return dispatch.offered(tab, "multi_head_attention")(query, key, value, params, **heads, **options)
-    return dispatch.offered(tab, "multi_head_attention")(query, key, value, params, **heads, cache=cache, **options)
+        return registry.offered(tab, "multi_head_attention")(query, key, value, params, **heads, **options)
+    return registry.offered(tab, "multi_head_attention")(query, key, value, params, **heads, cache=cache, **options)
 
 
 @overload
@@ -742,7 +743,7 @@ def multi_head_attention_grad(
     checks.same_shape("grad_output", grad_output, (*checks.joined(query, key, value)[:-1], width), "the output")
     bindable = {"query", "key", "value", *params}
     wrt = prepare.differentiable(wrt, bindable)
-    gradients = dispatch.offered(tab, "multi_head_attention_grad")(
+    gradients = registry.offered(tab, "multi_head_attention_grad")(
         query, key, value, params, grad_output, wrt=wrt, **heads, **options
     )
     return prepare.given_back(tab, given | dict(named), wrt, gradients)
@@ -796,7 +797,7 @@ def self_attention(x: Array, W_q: Array, W_k: Array, W_v: Array, *, backend: Any
     features = (params["W_q"].shape[-1], params["W_k"].shape[-1])
     checks.same_projected_features(features, prepare.is_dot_product(options.get("score")))
     options = prepare.options(tab, x, checks.joined(x, x, x), features, return_lse=back["return_lse"], **options)
-    return dispatch.offered(tab, "self_attention")(x, *params.values(), **options, **back)
+    return registry.offered(tab, "self_attention")(x, *params.values(), **options, **back)
 
 
 prepare.public |= {name: globals()[name] for name in __all__}

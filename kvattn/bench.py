@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvattn import dispatch, peers, timing
+from kvattn import dispatch, peers, registry, timing
 from kvattn.peers import Problem
 
 SHAPES = {  # batch, heads, queries, keys, features
@@ -175,7 +175,7 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def _work(backend: str, settings: Settings) -> None:
-    tab: Any = dispatch.load(backend)
+    tab: Any = registry.load(backend)
     try:
         device = dispatch.device(tab, settings.device)
     except ValueError as error:
@@ -225,7 +225,7 @@ def _yardstick(device: str) -> bool:
     if not find_spec("torch"):
         return False
     try:
-        return bool(dispatch.device(dispatch.load("torch"), device))
+        return bool(dispatch.device(registry.load("torch"), device))
     except ValueError:
         return False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from kvattn import checks, conversion, dispatch
+from kvattn import checks, conversion, dispatch, registry
 
 Array = Any
 
@@ -62,7 +62,7 @@ class KVCache(NamedTuple):
         for name, x, old in (("key", key, self.key), ("value", value, self.value)):
             checks.same_shape(name, x, (*tuple(old.shape)[:-2], key.shape[-2], old.shape[-1]), "the cache continues")
         length = self.length + _known(key.shape[-2])
-        write = dispatch.offered(tab, "write")
+        write = registry.offered(tab, "write")
         return KVCache(write(self.key, key, self.length), write(self.value, value, self.length), length)
 
     def seen(self) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from kvattn import dispatch, rotation
+from kvattn import registry, rotation
 from kvattn.conversion import (
     FLOATS,
     INTEGERS,
@@ -662,10 +662,10 @@ def bound(tab: Any, function: Any, name: str, own: Any, query: Any, features: tu
                 if tab.is_array(x):
                     given[parameter] = floating(parameter, x, ("query", query), tab)
             parameters(function.func.__name__, *features, given)
-        return partial(dispatch.offered(tab, function.func.__name__), *function.args, **given)
+        return partial(registry.offered(tab, function.func.__name__), *function.args, **given)
     if not callable(function):
         raise TypeError(f"{name} must be a function, not {function!r}: {', '.join(_meant(name, function))}, or your own")
-    return dispatch.offered(tab, function.__name__) if own(function) else function
+    return registry.offered(tab, function.__name__) if own(function) else function
 
 
 def own_functions(tab: Any, options: dict[str, Any], query: Any, key: Any) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvattn import __version__, dispatch, install
+from kvattn import __version__, dispatch, install, registry
 from kvattn.terminal import Progress, Refused, named_backends, new_console, writable
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "a plugin is asked where --backend names it. Exit status 1 on any failure or disagreement, 2 if the command itself is "
         "wrong.",
     )
-    names = ", ".join(dispatch._OURS)
+    names = ", ".join(registry.OURS)
     conform.add_argument("--backend", metavar="NAMES", help=f"only these, separated by commas: {names}, or a plugin's")
     conform.add_argument(
         "--device", metavar="NAME", help="where the arrays lie: cpu, cuda, cuda:1 (default: where each backend puts new ones)"
@@ -223,7 +223,7 @@ def conform(options: argparse.Namespace) -> int:
 
     console = new_console()
     names = _having(names, _lacking(names, options.device), options.backend is None, console)
-    if options.backend is None and (others := dispatch.plugins()):
+    if options.backend is None and (others := registry.plugins()):
         console.print(f"Not asked, since --backend does not name them: {_listed(others)}\n", soft_wrap=True)
     judged, backends, pairs, found = _suite(names, words, options, console)
     document = report.document(
@@ -257,7 +257,7 @@ def _lacking(names: list[str], device: str | None) -> dict[str, str]:
     for name in names if device is not None else ():
         try:
             with quiet():
-                tab = dispatch.load(name)
+                tab = registry.load(name)
         except (Exception, SystemExit):
             continue
         try:
@@ -381,7 +381,7 @@ def _in_turn(
         judged, doing = Judged(name), "it does not import"
         try:
             with quiet():
-                dispatch.load(name)
+                registry.load(name)
             doing = "the suite stopped"
             judged.text = text.attend(words, name, device)
             judged.report = conformance.run(name, cases=cases, progress=partial(begun, name), device=device)
@@ -462,7 +462,7 @@ def bench(options: argparse.Namespace) -> int:
             raise Refused(f"--layers is self-attention, and has no shape {options.shapes}")
     console = new_console()
     names = _having(names, bench.lacking(names, options.device), options.backend is None, console)
-    if "torch" not in dispatch.available_backends():
+    if "torch" not in registry.available_backends():
         console.print(f"PyTorch is not installed, so there are times but no ratios: {install.line('torch')}")
     with Progress(console) as progress:
         progress.start("bench", bench.count(names, shapes, kinds, options.layers), "starting")
@@ -510,7 +510,7 @@ def doctor(options: argparse.Namespace) -> int:
     console = new_console()
     console.print(f"kvattn {__version__}, Python {platform.python_version()}, {platform.platform()}\n", soft_wrap=True)
     table = Table(*("backend", "state", "version", "device"))
-    known, installed, plugins = dispatch.known_backends(), dispatch.available_backends(), dispatch.plugins()
+    known, installed, plugins = registry.known_backends(), registry.available_backends(), registry.plugins()
     asked = {*(named_backends(options.backend) if options.backend else ()), dispatch.get_backend()}
     broken: dict[str, str] = {}
     for name in known:
@@ -519,7 +519,7 @@ def doctor(options: argparse.Namespace) -> int:
         if name in installed and not unasked:
             try:
                 with quiet():
-                    version, device = _describe(dispatch.load(name))
+                    version, device = _describe(registry.load(name))
             except (Exception, SystemExit) as error:  # frameworks fail at import with whatever they like
                 broken[name] = _say(error)
         state = "broken" if name in broken else "works" if name in installed else "not installed"

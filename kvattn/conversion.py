@@ -10,7 +10,7 @@ from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
-from kvattn import dispatch, distances
+from kvattn import distances, registry
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -96,7 +96,7 @@ def neutral(tab: Any, name: str, x: Any) -> Any:
     Raises TypeError for what hides numbers or holds none.
     """
     traced = hasattr(tab, "tracing") and tab.tracing()  # torch.compile follows no more than this
-    if traced or dispatch.home(x, dispatch.name_of(tab)) is not None:
+    if traced or registry.home(x, registry.name_of(tab)) is not None:
         return x
     if hasattr(x, "mask") and hasattr(x, "filled"):
         raise TypeError(
@@ -205,7 +205,7 @@ def converted(tab: Any, name: str, x: Any, dtype: Any) -> Any:
     except TypeError as error:
         if dtype == "bfloat16":
             has = "NumPy has it after `import ml_dtypes`"
-            raise TypeError(f"{dispatch.name_of(tab)} has no bfloat16 here ({error}); {has}") from None
+            raise TypeError(f"{registry.name_of(tab)} has no bfloat16 here ({error}); {has}") from None
         raise
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import api, conversion, dispatch
+from kvattn import api, conversion, registry
 
 __all__ = ["Drawing", "decoder_block", "encoder_block", "heads", "look_up", "seq2seq", "transformer"]
 
@@ -277,7 +277,7 @@ def _column(drawing: Drawing, x: float, width: float, bottom: float, rows: Seque
 
 def _weights(weights: Any) -> Any:
     """One weight for each key, as NumPy."""
-    given = np.asarray(api.to_numpy(weights) if dispatch.home(weights) is not None else weights)
+    given = np.asarray(api.to_numpy(weights) if registry.home(weights) is not None else weights)
     if conversion.dtype_name(given) not in (*conversion.FLOATS, *conversion.INTEGERS):
         raise TypeError(f"weights must be an array of real numbers, not {type(weights).__name__} of dtype {given.dtype}")
     return given.astype(np.float64)

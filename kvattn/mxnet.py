@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from kvattn import api, namespace
-from kvattn.kernels.mxnet import symbols
+from kvattn.layers import symbols
 from kvattn.layers.mxnet import *  # noqa: F403
 from kvattn.layers.mxnet import mx, np, whole_lengths
 from kvattn.namespace import check_shape  # noqa: F401

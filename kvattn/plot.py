@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from kvattn import api, checks, conversion, dispatch, install, prepare
+from kvattn import api, checks, conversion, install, prepare, registry
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -347,7 +347,7 @@ def set_figsize(figsize: tuple[float, float] = (3.5, 2.5)) -> None:
 
 def _array(name: str, x: Any) -> Any:
     """``x``, any framework's array or nested lists that may hold such, as a float64 NumPy array."""
-    if dispatch.home(x) is not None:
+    if registry.home(x) is not None:
         x = api.to_numpy(x)
     elif _nested(x):
         parts = [_array(f"{name}[{i}]", each) for i, each in enumerate(x)]

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvattn import checks, conversion, dispatch, pairs, rotation
+from kvattn import checks, conversion, dispatch, pairs, registry, rotation
 
 if TYPE_CHECKING:
     from kvattn.backends import Backend
@@ -143,7 +143,7 @@ def differentiable(wrt: Any, names: set[str]) -> tuple[str, ...]:
 def given_back(tab: Any, given: dict[str, Any], wrt: Any, gradients: Any) -> tuple[Any, ...]:
     """The gradients, each in the dtype of its argument, which is another's where a framework converts them itself."""
     if not isinstance(gradients, (tuple, list)) or len(gradients) != len(wrt):  # a stranger's backend
-        raise TypeError(f"backend {dispatch.name_of(tab)!r} returned no tuple of {len(wrt)} gradients, by {', '.join(wrt)}")
+        raise TypeError(f"backend {registry.name_of(tab)!r} returned no tuple of {len(wrt)} gradients, by {', '.join(wrt)}")
     return tuple(
         tab.asarray(x, dtype=conversion.dtype_name(given[name]))
         if tab.is_array(given[name]) and given[name].dtype != x.dtype
@@ -246,7 +246,7 @@ def score(name: str, query: Any, key: Any, backend: Any, same: bool = True, **pa
             x = conversion.array(tab, parameter, x, query)
             parameters[parameter] = conversion.floating(parameter, x, ("query", query), tab)
     checks.parameters(name, query.shape[-1], key.shape[-1], parameters)
-    return dispatch.offered(tab, name)(query, key, **parameters)
+    return registry.offered(tab, name)(query, key, **parameters)
 
 
 def weights(name: str, scores: Any, where: Any, backend: Any, **extra: Any) -> Any:
@@ -259,7 +259,7 @@ def weights(name: str, scores: Any, where: Any, backend: Any, **extra: Any) -> A
     if extra.get("valid_lens") is not None:
         checks.shape("scores", scores, 2)
         extra["valid_lens"] = checks.lengths(tab, extra["valid_lens"], shape[:-2][:1], shape[-2], scores)
-    return dispatch.offered(tab, name)(scores, where=where, **extra)
+    return registry.offered(tab, name)(scores, where=where, **extra)
 
 
 def unwrapped(function: Any) -> Any:

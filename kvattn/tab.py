@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from kvattn import dispatch
+from kvattn import dispatch, registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,7 +53,7 @@ def interact_select(*tabs: str | Iterable[str]) -> None:
         if why != "the default":
             cure = f"set {dispatch.ENVIRONMENT} to one of them, or call tab.select_tab({chosen!r}) instead of interact_select"
             raise ValueError(f"the tab {chosen!r}, chosen by {why}, is not offered: {offers}; {cure}")
-        chosen = next((name for name in names if name in dispatch.available_backends()), "")
+        chosen = next((name for name in names if name in registry.available_backends()), "")
         if not chosen:
             from kvattn import install
 
@@ -66,9 +66,9 @@ def interact_select(*tabs: str | Iterable[str]) -> None:
 
 def known(*tabs: str) -> list[str]:
     """These tabs by their backends' names (pytorch = torch, tf = tensorflow). Raises ValueError for any other."""
-    names = [dispatch.canonical(tab) for tab in tabs]
-    if not set(names) <= set(dispatch._OURS):  # looking for plugins takes 20 ms
-        backends = dispatch.known_backends()
+    names = [registry.canonical(tab) for tab in tabs]
+    if not set(names) <= set(registry.OURS):  # looking for plugins takes 20 ms
+        backends = registry.known_backends()
         for tab, name in zip(tabs, names, strict=True):
             if name not in backends:
                 offers = ", ".join(backends)
@@ -140,7 +140,7 @@ def _magic(line: str, cell: str) -> None:
 
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext kvattn.tab``: the ``%%tab`` cells and the name ``tab``. Raises ImportError if the backend does."""
-    dispatch.load(dispatch.get_backend())  # now, so that `import mxnet` in a cell finds the NumPy that it needs
+    registry.load(dispatch.get_backend())  # now, so that `import mxnet` in a cell finds the NumPy that it needs
     shell.input_transformers_cleanup.append(_uncover)
     shell.register_magic_function(_magic, magic_kind="cell", magic_name="tab")
     shell.push({"tab": sys.modules[__name__]})

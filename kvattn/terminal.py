@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvattn import dispatch, install
+from kvattn import install, registry
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,15 +28,15 @@ def new_console() -> Console:
 
 def named_backends(given: str | None) -> list[str]:
     """The backends of ``--backend``, or all of ours that are installed; plugins are loaded where they are named."""
-    installed = dispatch.available_backends()
+    installed = registry.available_backends()
     if given is None:
-        return [name for name in installed if name not in dispatch.plugins()]
-    names = list(dict.fromkeys(dispatch.canonical(name) for name in given.split(",") if name.strip()))
+        return [name for name in installed if name not in registry.plugins()]
+    names = list(dict.fromkeys(registry.canonical(name) for name in given.split(",") if name.strip()))
     if not names:
-        raise Refused(f"--backend {given!r} names no backend; known: {', '.join(dispatch.known_backends())}")
+        raise Refused(f"--backend {given!r} names no backend; known: {', '.join(registry.known_backends())}")
     for name in names:
-        if name not in dispatch.known_backends():
-            known = ", ".join(dispatch.known_backends())
+        if name not in registry.known_backends():
+            known = ", ".join(registry.known_backends())
             raise Refused(f"unknown backend {name!r}; known: {known} (pytorch = torch, tf = tensorflow)")
         if name not in installed:
             raise Refused(f"backend {name!r} is not installed: {install.line(name)}")

@@ -86,12 +86,12 @@ def attend(text: str, backend: str, device: str | None = None) -> Any:
     import numpy as np
 
     import kvattn
-    from kvattn import dispatch
+    from kvattn import dispatch, registry
     from kvattn.conformance.check import parts
 
     x: Any = embed(tokenize(text)[:USED])
     try:
-        tab = dispatch.load(backend)
+        tab = registry.load(backend)
         with dispatch.on(tab, None if device is None else dispatch.device(tab, device)) as like:
             x = x if device is None else tab.asarray(x, like=like)
             pair = parts(kvattn.attention(x, x, x, return_weights=True, backend=backend), ("output", "weights"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import dispatch, layers, layouts
+from kvattn import layers, layouts, registry
 from kvattn.checks import _show
 
 __all__ = ["export_weights", "import_weights", "load_weights", "save_weights"]
@@ -158,5 +158,5 @@ def _framework(layer: Any) -> Any:
         if not isinstance(layer, Mapping):
             raise TypeError(f"expected a layer of kvattn or of its frameworks, or JAX's variables, not {type(layer).__name__}")
         name = "jax"
-    dispatch.load(name)
+    registry.load(name)
     return importlib.import_module(f"kvattn.layers.{name}")

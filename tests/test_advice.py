@@ -126,7 +126,7 @@ def test_the_line_is_for_this_python(installed, monkeypatch):
 def test_the_extras_that_are_advised_are_there():
     """And here, where the tests run, the line names what pip would find."""
     asked = set(re.findall(r"line\([\"'](\w+)[\"']\)", "".join(path.read_text() for path in PACKAGE.rglob("*.py"))))
-    assert asked | set(kvattn.dispatch._OURS) - {"numpy"} <= {*EXTRAS}
+    assert asked | set(kvattn.registry.OURS) - {"numpy"} <= {*EXTRAS}
     source = install.line("torch").partition(" install ")[2]
     if source.startswith("-e "):
         assert Path(source[3:].strip("'").removesuffix("[torch]"), "pyproject.toml").is_file()

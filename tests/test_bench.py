@@ -14,7 +14,7 @@ import pytest
 from conftest import chosen
 from rich.console import Console
 
-from kvattn import bench, cli, dispatch, peers, timing
+from kvattn import bench, cli, peers, registry, timing
 from kvattn.peers import Problem
 
 
@@ -48,7 +48,7 @@ def test_a_device_that_is_not_there_is_an_error_that_says_what_is(device, capsys
         said = capsys.readouterr()
         assert f"backend '{name}' has no device '{device}' here; it has cpu" in said.err
         assert said.out == ""
-    monkeypatch.setattr(dispatch, "available_backends", lambda: ("numpy",))
+    monkeypatch.setattr(registry, "available_backends", lambda: ("numpy",))
     assert cli.main(["bench", *flags]) == 2
     assert not (tmp_path / "b.json").exists()
 
@@ -57,7 +57,7 @@ def test_who_has_no_such_device_is_named_and_the_others_are_measured_on_theirs(c
     row = {"backend": "numpy", "what": "kvattn numpy", "shape": "S", "kind": "full", "device": "Card 3000"}
     row |= {"ratio": 1.0, "seconds": 1.0, "spread": [1, 1], "error": 0.0, "right": True}
     asked = []
-    monkeypatch.setattr(dispatch, "available_backends", lambda: ("numpy", "torch"))
+    monkeypatch.setattr(registry, "available_backends", lambda: ("numpy", "torch"))
     monkeypatch.setattr(bench, "lacking", lambda names, device: {"torch": "backend 'torch' has no device 'card' here"})
     monkeypatch.setattr(bench, "run", lambda names, settings, _: asked.append((names, settings.device)) or [row])
     assert cli.main(["bench", "--device", "card", "--json", str(tmp_path / "b.json")]) == 0

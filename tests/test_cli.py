@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import kvattn
-from kvattn import cli, conformance, dispatch, install, report, terminal, text
+from kvattn import cli, conformance, dispatch, install, registry, report, terminal, text
 from kvattn.backends import numpy as tab
 from kvattn.conformance import Agreement, Report, Result
 
@@ -38,11 +38,11 @@ def breaks():
 def world(monkeypatch):
     """numpy, its twin and a plugin that fails at import are installed, one framework is not; two cases that both pass."""
     twin = SimpleNamespace(**{name: x for name, x in vars(tab).items() if not name.startswith("__")})
-    monkeypatch.setattr(dispatch, "_plugins", lambda: {"twin": Plugin(lambda: twin), "wreck": Plugin(breaks)})
+    monkeypatch.setattr(registry, "_plugins", lambda: {"twin": Plugin(lambda: twin), "wreck": Plugin(breaks)})
     monkeypatch.setattr(
-        dispatch, "_OURS", {"numpy": dispatch._numpy, "no_such_framework": lambda: __import__("no_such_framework")}
+        registry, "OURS", {"numpy": registry.OURS["numpy"], "no_such_framework": lambda: __import__("no_such_framework")}
     )
-    monkeypatch.setattr(dispatch, "_loaded", {})
+    monkeypatch.setattr(registry, "loaded", {})
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "2")
     monkeypatch.setenv("COLUMNS", "80")
@@ -142,11 +142,11 @@ def test_what_a_framework_says_of_itself_at_import_is_not_shown_unless_it_fails(
         return twin
 
     for fails, shown in ((False, ""), (True, "I0000 custom operations are on")):
-        monkeypatch.setattr(dispatch, "_loaded", {})
-        monkeypatch.setattr(dispatch, "_plugins", lambda fails=fails: {"twin": Plugin(lambda: says(fails))})
+        monkeypatch.setattr(registry, "loaded", {})
+        monkeypatch.setattr(registry, "_plugins", lambda fails=fails: {"twin": Plugin(lambda: says(fails))})
         assert cli.main(["doctor", "--backend", "twin"]) == 0
         assert capfd.readouterr().err == shown
-        monkeypatch.setattr(dispatch, "_loaded", {})
+        monkeypatch.setattr(registry, "loaded", {})
         assert cli.main(["conform", "--backend", "twin"]) == fails
         assert capfd.readouterr().err == shown
 
@@ -229,9 +229,9 @@ def test_the_device_is_in_every_report_and_who_has_none_is_named(capsys, world, 
     monkeypatch.setattr(twin, "devices", lambda: {"cpu": "cpu", "cuda:0": "Card 3000"})
     monkeypatch.setattr(twin, "on", lambda device: asked.append(device) or tab.on("cpu"))
     paths = {kind: str(tmp_path / f"r.{kind}") for kind in ("json", "html")}
-    monkeypatch.setattr(dispatch, "_plugins", dict)
-    monkeypatch.setattr(dispatch, "_OURS", dispatch._OURS | {"twin": lambda: twin})
-    monkeypatch.setattr(dispatch, "available_backends", lambda: ("numpy", "twin"))
+    monkeypatch.setattr(registry, "_plugins", dict)
+    monkeypatch.setattr(registry, "OURS", registry.OURS | {"twin": lambda: twin})
+    monkeypatch.setattr(registry, "available_backends", lambda: ("numpy", "twin"))
     status, out, _ = run(capsys, "conform", "--device", "cuda", "--json", paths["json"], "--html", paths["html"])
     assert status == 0
     assert asked == ["cuda:0"]  # of the text
@@ -474,7 +474,7 @@ def test_the_doctor_says_what_works_and_what_to_install(capsys, world):
 def test_plugins_are_listed_and_loaded_where_they_are_named(capsys, world, monkeypatch):
     loaded = []
     plugin = SimpleNamespace(load=lambda: loaded.append("twin") or SimpleNamespace(**vars(tab)), value="[red]stranger:tab")
-    monkeypatch.setattr(dispatch, "_plugins", lambda: {"twin": plugin})
+    monkeypatch.setattr(registry, "_plugins", lambda: {"twin": plugin})
     for command, said in (("doctor", "Plugins that are loaded where --backend names them: "), ("conform", "Not asked, since ")):
         status, out, _ = run(capsys, command)
         assert status == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kvattn
-from kvattn import dispatch, prepare
+from kvattn import dispatch, prepare, registry
 
 X = np.eye(2, dtype=np.float32)
 
@@ -98,7 +98,7 @@ def test_an_absent_framework_says_what_to_install(monkeypatch):
     def absent():
         raise ModuleNotFoundError("No module named 'absent'")
 
-    monkeypatch.setitem(dispatch._OURS, "absent", absent)
+    monkeypatch.setitem(registry.OURS, "absent", absent)
     with pytest.raises(ModuleNotFoundError, match=r"pip install .*\[absent\]"):
         kvattn.attention(X, X, X, backend="absent")
 
@@ -107,7 +107,7 @@ def test_a_broken_framework_keeps_its_own_traceback(monkeypatch):
     def broken():
         raise ImportError("libfoo.so: not found")
 
-    monkeypatch.setitem(dispatch._OURS, "json", broken)
+    monkeypatch.setitem(registry.OURS, "json", broken)
     with pytest.raises(ImportError, match="json is installed but does not import") as caught:
         dispatch.load("json")
     assert str(caught.value.__cause__) == "libfoo.so: not found"
@@ -129,8 +129,8 @@ def test_a_plugin_serves_its_own_arrays(monkeypatch):
 
     tab = types.SimpleNamespace(is_array=lambda x: isinstance(x, Own), asarray=None, to_numpy=lambda x: X, attention=None)
     tab.asarray = tab.attention = lambda *a, **k: Own()
-    monkeypatch.setattr(dispatch, "_plugins", lambda: {"mine": Point(tab)})
-    monkeypatch.setattr(dispatch, "_loaded", dict(dispatch._loaded))
+    monkeypatch.setattr(registry, "_plugins", lambda: {"mine": Point(tab)})
+    monkeypatch.setattr(registry, "loaded", dict(registry.loaded))
     assert kvattn.to_numpy(Own()) is X
     assert "mine" in kvattn.available_backends()
 
@@ -152,9 +152,9 @@ def claiming(*classes):
 def plugins(monkeypatch):
     """The plugins that are installed: a dict to put them in."""
     installed = {}
-    monkeypatch.setattr(dispatch, "_plugins", lambda: installed)
-    monkeypatch.setattr(dispatch, "_loaded", dict(dispatch._loaded))
-    monkeypatch.setattr(dispatch, "_homes", {})
+    monkeypatch.setattr(registry, "_plugins", lambda: installed)
+    monkeypatch.setattr(registry, "loaded", dict(registry.loaded))
+    monkeypatch.setattr(registry, "_homes", {})
     return installed
 
 
@@ -176,8 +176,8 @@ def test_a_class_met_before_its_plugin_is_installed_is_known_after(plugins):
 def test_a_plugin_is_found_once_it_is_installed(monkeypatch, tmp_path):
     """As pip installs one while the process runs: into a folder that was looked through before."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(dispatch, "_loaded", dict(dispatch._loaded))
-    monkeypatch.setattr(dispatch, "_homes", {})
+    monkeypatch.setattr(registry, "loaded", dict(registry.loaded))
+    monkeypatch.setattr(registry, "_homes", {})
     (tmp_path / "sometime.py").write_text(
         "class Own: pass\nis_array = lambda x: isinstance(x, Own)\nasarray = attention = to_numpy = lambda *a, **k: Own()\n"
     )
@@ -213,14 +213,14 @@ def test_the_packages_are_looked_through_once(monkeypatch):
     """An unknown class is looked up at every call: it costs a look at the folders' times, and no more."""
     import importlib.metadata
 
-    dispatch.known_backends()
+    registry.known_backends()
     monkeypatch.setattr(importlib.metadata, "entry_points", None)
     assert dispatch.home(Foreign()) is None
-    assert dispatch.known_backends()
+    assert registry.known_backends()
 
 
 def test_a_plugin_that_lacks_a_function_is_refused(monkeypatch):
-    monkeypatch.setattr(dispatch, "_plugins", lambda: {"mine": Point(types.SimpleNamespace(is_array=callable))})
+    monkeypatch.setattr(registry, "_plugins", lambda: {"mine": Point(types.SimpleNamespace(is_array=callable))})
     with pytest.raises(TypeError, match="missing: asarray, to_numpy, attention"):
         dispatch.load("mine")
 
@@ -477,9 +477,9 @@ def attention(query, key, value, **keywords): return theirs.Own()
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(dispatch, "_loaded", dict(dispatch._loaded))
-    monkeypatch.setattr(dispatch, "_homes", {})
-    monkeypatch.setattr(dispatch, "_installed", None)
+    monkeypatch.setattr(registry, "loaded", dict(registry.loaded))
+    monkeypatch.setattr(registry, "_homes", {})
+    monkeypatch.setattr(registry, "_installed", None)
     (tmp_path / "theirs.py").write_text("class Own: shape, dtype = (), None\n")
     before = set(sys.modules)
     yield Installed(tmp_path)
@@ -498,7 +498,7 @@ def test_an_array_finds_its_plugin_by_the_native_package_and_no_other_is_loaded(
 
     assert "bplugin" not in sys.modules
     assert dispatch.home(np.eye(2)) is dispatch.home([1.0]) is dispatch.home(object()) is None
-    assert {"abroken": "aplugin", "bworks": "bplugin"}.items() <= dispatch.plugins().items()
+    assert {"abroken": "aplugin", "bworks": "bplugin"}.items() <= registry.plugins().items()
     assert "bplugin" not in sys.modules, "that it is listed and asked about other arrays loads nothing"
     for own in (Derived(), theirs.Own()):
         assert dispatch.choose(None, x=own) is sys.modules["bplugin"]
@@ -513,7 +513,7 @@ def test_a_broken_plugin_for_the_same_arrays_is_of_no_account_where_another_take
     with pytest.raises(ImportError, match="a broken library"):
         dispatch.home(theirs.Own())
     installed.add("bplugin", BACKEND, ["bworks = bplugin"], ["bworks = theirs"])
-    dispatch._installed = None
+    registry._installed = None
     assert dispatch.home(theirs.Own()) == "bworks"
 
 
@@ -521,9 +521,9 @@ def test_a_broken_plugin_for_the_same_arrays_is_of_no_account_where_another_take
 def test_metadata_that_cannot_be_read_hides_no_other_plugin(installed, raw):
     installed.add("aplugin", "", [], raw=raw)
     installed.add("bplugin", BACKEND, ["bworks = bplugin"])
-    assert dispatch.plugins()["bworks"] == "bplugin"
+    assert registry.plugins()["bworks"] == "bplugin"
     assert dispatch.load("bworks").attention
-    assert set(dispatch.known_backends()) >= {"numpy", "torch", "bworks"}
+    assert set(registry.known_backends()) >= {"numpy", "torch", "bworks"}
 
 
 def test_a_plugin_that_lacks_a_keyword_of_every_call_is_told_which(installed):
@@ -551,7 +551,7 @@ def test_a_plugin_that_lacks_a_keyword_of_every_call_is_told_which(installed):
 )
 def test_a_plugin_without_an_optional_function_says_so(lacks, call):
     tab = dispatch.load("numpy")
-    bare = types.SimpleNamespace(**{name: getattr(tab, name) for name in dispatch.REQUIRED}, __name__="bare")
+    bare = types.SimpleNamespace(**{name: getattr(tab, name) for name in registry.REQUIRED}, __name__="bare")
     with pytest.raises(NotImplementedError, match=f"^backend 'bare' offers no {lacks}; what it may offer"):
         call(bare)
 
@@ -562,8 +562,8 @@ def test_keywords_that_come_later_may_be_lacking():
                   return_weights=False, return_lse=False):  # fmt: skip
         return query
 
-    lacks = dispatch.lacking(types.SimpleNamespace(attention=attention))
+    lacks = registry.lacking(types.SimpleNamespace(attention=attention))
     assert "sink" in lacks
-    assert not {*lacks} & {*dispatch.ALWAYS}
-    for tab in dispatch._loaded.values():
-        assert dispatch.lacking(tab) == []
+    assert not {*lacks} & {*registry.ALWAYS}
+    for tab in registry.loaded.values():
+        assert registry.lacking(tab) == []

@@ -76,7 +76,7 @@ def test_the_farthest_distance_of_all_is_in_the_last_bucket():
 
 def test_buckets_of_a_backend_of_four_functions():
     numpy = kvattn.dispatch.load("numpy")
-    four = SimpleNamespace(**{name: getattr(numpy, name) for name in kvattn.dispatch.REQUIRED})
+    four = SimpleNamespace(**{name: getattr(numpy, name) for name in kvattn.registry.REQUIRED})
     assert kvattn.relative_position_bucket([0, 1, 900], backend=four).tolist() == [0, 17, 31]
 
 

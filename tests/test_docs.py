@@ -13,7 +13,7 @@ import pytest
 from conftest import SLOW, pytest_ignore_collect
 from packaging.version import Version
 
-from kvattn import bench, cli, dispatch, lesson
+from kvattn import bench, cli, lesson, registry
 
 DOCS = Path(__file__).parent.parent / "docs"
 ROOT = DOCS.parent
@@ -120,7 +120,7 @@ def test_a_command_that_newcomers_are_told_runs_on_numpy(command, tmp_path, caps
     flags = [part.format(tmp=tmp_path) for part in RUN[command]]
     if command not in ("kvattn doctor", "kvattn lesson run FILE --backend all"):
         flags += ["--backend", "numpy"]
-    monkeypatch.setattr(dispatch, "available_backends", lambda: ("numpy",))
+    monkeypatch.setattr(registry, "available_backends", lambda: ("numpy",))
     assert cli.main(flags) == 0, capsys.readouterr()
 
 

@@ -14,7 +14,7 @@ from test_mutants import altered, mutant
 
 import kvattn
 import kvattn.numpy
-from kvattn import cli, dispatch, layers
+from kvattn import cli, dispatch, layers, registry
 from kvattn.conformance import check, draws, programs
 
 COUNT = {"numpy": 1000, "jax": 300 if "KVATTN_EVERY" in os.environ else 40}  # JAX compiles a program for each
@@ -78,8 +78,8 @@ FAULTS = [
 @pytest.mark.parametrize(("old", "new"), [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS])
 def test_a_fault_is_found_and_its_smallest_call_fails_as_code(monkeypatch, old, new):
     tab = mutant("numpy", old, new)
-    monkeypatch.setitem(dispatch._loaded, "broken", tab)
-    monkeypatch.setattr(dispatch, "known_backends", lambda: (*dispatch._OURS, "broken"))
+    monkeypatch.setitem(registry.loaded, "broken", tab)
+    monkeypatch.setattr(registry, "known_backends", lambda: (*registry.OURS, "broken"))
     number = next(i for i in range(2000) if draws._failure(tab, draws.draw(0, i)))
     made, failure = draws.shrink(tab, draws.draw(0, number))
     arrays = [x for x in made.arguments.values() if isinstance(x, np.ndarray)]
@@ -176,7 +176,7 @@ def test_shrinking_asks_for_a_failure():
 def test_the_command_draws_and_prints_the_smallest_call(capsys, monkeypatch):
     assert cli.main(["conform", "--backend", "numpy", "--draws", "40", "--seed", "3"]) == 0
     assert "40 passed, 0 failed" in capsys.readouterr().out
-    monkeypatch.setitem(dispatch._loaded, "numpy", mutant("numpy", *FAULTS[1][1:]))
+    monkeypatch.setitem(registry.loaded, "numpy", mutant("numpy", *FAULTS[1][1:]))
     assert cli.main(["conform", "--backend", "numpy", "--draws", "40"]) == 1
     out = capsys.readouterr().out
     assert "The smallest call found on which numpy fails" in out

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvattn
-from kvattn import cli, dispatch
+from kvattn import cli, dispatch, registry
 from kvattn.lesson import reader, runner
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGVTALRM"), reason="nothing here tells a process how long it computes")
@@ -239,21 +239,21 @@ def plugins(draw):
 @given(plugins(), plugins())
 def test_what_plugins_declare(backends, natives):
     declared = {
-        dispatch.ENTRY_POINTS: [EntryPoint(name, value, dispatch.ENTRY_POINTS) for name, value in backends],
-        dispatch.NATIVE_PACKAGES: [EntryPoint(name, value, dispatch.NATIVE_PACKAGES) for name, value in natives],
+        registry.ENTRY_POINTS: [EntryPoint(name, value, registry.ENTRY_POINTS) for name, value in backends],
+        registry.NATIVE_PACKAGES: [EntryPoint(name, value, registry.NATIVE_PACKAGES) for name, value in natives],
     }
     with pytest.MonkeyPatch.context() as patch, an_end():
-        patch.setattr(dispatch, "_declarations", declared.__getitem__)
-        patch.setattr(dispatch, "_installed", None)
-        patch.setattr(dispatch, "_homes", dict(dispatch._homes))
-        patch.setattr(dispatch, "_loaded", dict(dispatch._loaded))
-        for name in dispatch.plugins():
+        patch.setattr(registry, "_declarations", declared.__getitem__)
+        patch.setattr(registry, "_installed", None)
+        patch.setattr(registry, "_homes", dict(registry._homes))
+        patch.setattr(registry, "loaded", dict(registry.loaded))
+        for name in registry.plugins():
             with contextlib.suppress(ValueError, ImportError, TypeError):
                 kvattn.attention([[1.0]], [[1.0]], [[1.0]], backend=name)
         assert kvattn.attention(np.eye(2), np.eye(2), np.eye(2)).shape == (2, 2)
         with contextlib.suppress(TypeError):
             kvattn.softmax(SimpleNamespace())
-        status, out, err = command(["doctor", "--backend", ",".join([*dispatch.plugins(), "numpy"])])
+        status, out, err = command(["doctor", "--backend", ",".join([*registry.plugins(), "numpy"])])
         assert status in (0, 1, 2), (out, err)
         assert "\x1b" not in out + err
 
@@ -267,10 +267,10 @@ def test_metadata_of_any_package(folder, content):
     (package / "entry_points.txt").write_bytes(b"[kvattn.backends]\n" + content)
     with pytest.MonkeyPatch.context() as patch, an_end():
         patch.syspath_prepend(str(folder))
-        patch.setattr(dispatch, "_installed", None)
+        patch.setattr(registry, "_installed", None)
         assert "numpy" in kvattn.available_backends()
         assert kvattn.softmax([0.0, 0.0])[0] == 0.5
-    dispatch._installed = None
+    registry._installed = None
 
 
 OPTIONS = [

@@ -15,7 +15,7 @@ import pytest
 from conftest import chosen
 
 import kvattn
-from kvattn import cli, conformance, dispatch
+from kvattn import cli, conformance, registry
 from kvattn.backends import numpy
 
 ROOT = Path(__file__).parent.parent
@@ -197,8 +197,8 @@ STRANGERS = {
 def test_judging_a_strangers_backend_never_raises(stranger, few, monkeypatch, tmp_path, capsys):
     good = stranger in (STRANGERS["does not describe itself"], STRANGERS["describes itself in a word"])
     plugin = types.SimpleNamespace(load=lambda: stranger, value="hostile")
-    monkeypatch.setattr(dispatch, "_plugins", lambda: {"hostile": plugin})
-    monkeypatch.setattr(dispatch, "_loaded", {"numpy": numpy})
+    monkeypatch.setattr(registry, "_plugins", lambda: {"hostile": plugin})
+    monkeypatch.setattr(registry, "loaded", {"numpy": numpy})
     monkeypatch.setattr(conformance, "cases", lambda seed=0: few)
     json_file = str(tmp_path / "r.json")
     status = cli.main(["conform", "--backend", "numpy,hostile", "--jobs", "1", "--json", json_file])

@@ -30,7 +30,7 @@ from test_layers_mxnet import (  # noqa: F401
 
 from kvattn import mxnet as kv
 from kvattn.backends.mxnet import autograd, mx, np
-from kvattn.kernels.mxnet import symbols
+from kvattn.layers import symbols
 
 gluon, nn = mx.gluon, mx.gluon.nn
 

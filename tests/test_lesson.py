@@ -214,7 +214,7 @@ def test_a_tab_that_the_lesson_lacks_exits_2(command, options, said):
 
 
 def test_a_framework_that_is_absent_is_left_out_with_its_cure_and_refused_if_all_are_asked_for(command, monkeypatch):
-    monkeypatch.setattr(kvattn.dispatch, "available_backends", lambda: ("numpy", "twin"))
+    monkeypatch.setattr(kvattn.registry, "available_backends", lambda: ("numpy", "twin"))
     text = setup("numpy", "mxnet") + cell("1")
     got = command(text, "run")
     assert got.status == 0

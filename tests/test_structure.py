@@ -15,6 +15,8 @@ from kvattn import decoding, maps, namespace, signatures
 PACKAGE = Path(kvattn.__file__).parent
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "mxnet", "flax", "numpy"}
 TABS = ["numpy", "torch", "tensorflow", "jax", "mxnet"]
+FRONTEND = ["__init__", "api", "scores", "prepare", "dispatch", "registry", "checks", "planning", "call", "multihead",
+            "conversion"]  # fmt: skip
 
 
 @cache
@@ -94,7 +96,7 @@ def imports(path):
 
 
 def test_the_frontend_imports_no_framework():
-    for name in ("__init__", "api", "scores", "prepare", "dispatch", "checks", "planning", "call", "multihead", "conversion"):
+    for name in FRONTEND:
         used = {module.partition(".")[0] for module in imports(PACKAGE / f"{name}.py")}
         assert not used & FRAMEWORKS, name
 
@@ -113,17 +115,46 @@ def module(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_imports_go_in_no_circle():
-    """Wherever they stand in a file; but dispatch, which loads tabs by name, as it loads plugins, does not count as theirs."""
+# From the lowest up: a module imports those of its own line and of the lines before. A folder/ is all else that is in it.
+LINES = """
+    backends call conversion distances install old_numpy patterns planning positions quiet registry rotation signatures timing
+    checks multihead pairs partition
+    kernels/
+    backends/
+    dispatch
+    prepare
+    scores
+    api cache kvattn layouts
+    decoding drawings layers/
+    maps plot scaffold weights
+    jax mxnet mxnet_compat namespace numpy tensorflow torch
+    distributed/ integrations/ scaffold/
+    conformance/ peers report terminal text
+    bench lesson/ tab
+    __main__ cli
+"""
+
+
+@cache
+def picture():
+    """What each module of the package imports of it, wherever in its file: inside functions, and for type checkers, too."""
     paths = {module(path): path for path in PACKAGE.rglob("*.py")}
-    below = {}
-    for name, path in paths.items():
-        used = {wanted if wanted in paths else wanted.rpartition(".")[0] for wanted in imports(path)}
-        loads = {f"kvattn.backends.{tab}" for tab in TABS} if name == "kvattn.dispatch" else set()
-        below[name] = (used & set(paths)) - {name, "kvattn.backends"} - loads
+    used = {name: {x if x in paths else x.rpartition(".")[0] for x in imports(path)} for name, path in paths.items()}
+    return {name: (found & set(paths)) - {name} for name, found in used.items()}
+
+
+def test_imports_go_in_no_circle():
+    below = picture()
     while leaves := {name for name, used in below.items() if not used}:
         below = {name: used - leaves for name, used in below.items() if name not in leaves}
     assert not below
+
+
+def test_no_import_goes_up():
+    line = {name: i for i, names in enumerate(LINES.strip().splitlines()) for name in names.split()}
+    inside = {name: name.removeprefix("kvattn.") for name in picture()}
+    place = {name: line[x if x in line else f"{x.partition('.')[0]}/"] for name, x in inside.items()}
+    assert {(name, x) for name, used in picture().items() for x in used if place[x] > place[name]} == set()
 
 
 def test_nothing_is_pickled_or_evaluated_or_fetched():

@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 import kvattn
-from kvattn import dispatch, tab
+from kvattn import dispatch, registry, tab
 
 LOAD = "%load_ext kvattn.tab"
 
@@ -127,9 +127,9 @@ def test_a_backend_that_is_not_there_fails_as_the_magic_is_loaded(notebook):
 @pytest.fixture
 def world(monkeypatch):
     """No kernel: three backends are known, of which all but mxnet are installed, and nobody has chosen one."""
-    monkeypatch.setattr(dispatch, "_OURS", dict.fromkeys(("numpy", "torch", "mxnet"), dispatch._numpy))
-    monkeypatch.setattr(dispatch, "available_backends", lambda: ("numpy", "torch"))
-    monkeypatch.setattr(dispatch, "_loaded", {})
+    monkeypatch.setattr(registry, "OURS", dict.fromkeys(("numpy", "torch", "mxnet"), registry.OURS["numpy"]))
+    monkeypatch.setattr(registry, "available_backends", lambda: ("numpy", "torch"))
+    monkeypatch.setattr(registry, "loaded", {})
     monkeypatch.setattr(dispatch, "_process", None)
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
 
@@ -165,7 +165,7 @@ def test_interact_select_shows_a_drop_down_that_selects(notebook):
     shown = notebook(
         LOAD,
         "from types import SimpleNamespace as Plugin\n"
-        "tab.dispatch._plugins = lambda: {'twin': Plugin(load=tab.dispatch._numpy, value='twin:tab')}",
+        "tab.registry._plugins = lambda: {'twin': Plugin(load=tab.registry.OURS['numpy'], value='twin:tab')}",
         "tab.interact_select('twin', 'numpy')",
         "%%tab twin\n'ran'",
         "import gc, ipywidgets\nmenu, = [x for x in gc.get_objects() if type(x) is ipywidgets.Dropdown]\nmenu.value = 'twin'",

@@ -347,8 +347,8 @@ def test_a_cache_with_room_is_written_where_the_trace_is_told(way):
 
 def test_a_program_outlives_what_eager_calls_of_other_classes_leave_behind(monkeypatch):
     """Also where no call came before it: the first, which loads the tab, would make another program of the second."""
-    monkeypatch.setattr(kvattn.dispatch, "_homes", {})
-    monkeypatch.setattr(kvattn.dispatch, "_loaded", {})
+    monkeypatch.setattr(kvattn.registry, "_homes", {})
+    monkeypatch.setattr(kvattn.registry, "loaded", {})
     torch._dynamo.reset()
     count = CompileCounter()
     weight = torch.nn.Parameter(torch.ones(4, 4))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 import kvattn
-from kvattn import checks, conversion, dispatch, layers
+from kvattn import checks, conversion, dispatch, layers, registry
 from kvattn.conformance import functions, mistakes, native, tolerance
 from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case
 from kvattn.conformance.known_differences import difference
@@ -118,9 +118,9 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
     from kvattn.conformance import suite
 
     cases = suite.cases() if cases is None else cases
-    tab: Any = dispatch.load(backend) if isinstance(backend, str) else backend
+    tab: Any = registry.load(backend) if isinstance(backend, str) else backend
     called = backend if isinstance(backend, str) else getattr(tab, "__name__", type(tab).__name__).rpartition(".")[2]
-    name = dispatch.canonical(called)
+    name = registry.canonical(called)
     version = card = ""
     with suppress(Exception):  # of a stranger's: no version is no reason to judge nothing
         version, card = parts(tab.describe(), ("version", "device"))
@@ -265,7 +265,7 @@ def _missing(tab: Any, case: Case) -> list[str]:
     needed |= {_named(case.keywords[what])[0] for what in FUNCTIONS if what in case.keywords}
     needed |= {"merge_attention"} if case.call == "split_attention" else set()
     given = {*case.arguments, *case.keywords} if "attention" in needed else set()
-    lacks = [f"attention({name}=)" for name in dispatch.lacking(tab) if name in given]
+    lacks = [f"attention({name}=)" for name in registry.lacking(tab) if name in given]
     return sorted(name for name in needed if not callable(getattr(tab, name, None))) + lacks
 
 
@@ -275,7 +275,7 @@ def _missing_of_gradients(tab: Any, case: Case, name: str) -> str:
         return ""
     if not callable(function := getattr(tab, name, None)):
         return name
-    return "".join(f"{name}({each}=)" for each in dispatch.not_taken(function, ["grad_scores"]) if each in case.arguments)
+    return "".join(f"{name}({each}=)" for each in registry.not_taken(function, ["grad_scores"]) if each in case.arguments)
 
 
 def _named(x: Any) -> tuple[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from itertools import combinations
 
 import pytest
 
-from kvattn import available_backends, conformance, dispatch
+from kvattn import available_backends, conformance, registry
 from kvattn.conformance.cases import DTYPES
 
 VARIABLE, THOROUGH, SHARE = "KVATTN_CONFORMANCE", "KVATTN_THOROUGH", "KVATTN_SHARE"
@@ -33,13 +33,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def chosen(config: pytest.Config) -> list[str]:
     """The backends to judge, loaded; one that was named and is absent is an error, never a skip."""
     named = config.getoption("--backends", default=None) or os.environ.get(VARIABLE)
-    names = named.split(",") if named else [name for name in available_backends() if name not in dispatch.plugins()]
-    found = [dispatch.canonical(name) for name in names if name.strip()]
+    names = named.split(",") if named else [name for name in available_backends() if name not in registry.plugins()]
+    found = [registry.canonical(name) for name in names if name.strip()]
     for name in found:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what a framework warns of at its import is its own affair
-                dispatch.load(name)
+                registry.load(name)
         except (ImportError, ValueError, TypeError) as error:
             raise pytest.UsageError(f"conformance: {error}") from error
     return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn import dispatch
+from kvattn import registry
 from kvattn.cache import KVCache
 
 Made = tuple[Callable[..., Any], Callable[[list[Any], dict[str, Any], Any], tuple[Any, Any]]]
@@ -30,7 +30,7 @@ def run(backend: Any, name: str, config: dict[str, Any], weights: dict[str, np.n
     >>> results[0].tolist()
     [[[1.0], [1.0]]]
     """
-    tab: Any = dispatch.load(backend) if isinstance(backend, str) else backend
+    tab: Any = registry.load(backend) if isinstance(backend, str) else backend
     framework = tab.__name__.rpartition(".")[2]
     kv = importlib.import_module(f"kvattn.{framework}")
 

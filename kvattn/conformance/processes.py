@@ -232,12 +232,12 @@ def answer() -> None:
 
 
 def _found(asked: dict[str, Any], tell: Callable[[str], None], ask: Callable[[str], None]) -> dict[str, Any]:
-    from kvattn import dispatch, text
+    from kvattn import registry, text
 
     name = asked["backend"]
     try:
         with quiet():
-            dispatch.load(name)
+            registry.load(name)
     except (Exception, SystemExit) as error:  # a framework that fails to import is a row, whatever it raises
         return {"error": f"it does not import: {type(error).__name__}: {error}"}
     found: dict[str, Any] = {}

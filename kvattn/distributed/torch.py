@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from kvattn import checks, conversion, dispatch, planning, prepare
+from kvattn import checks, conversion, planning, prepare, registry
 from kvattn.kernels.torch import ring as kernel
 
 __all__ = ["local_positions", "ring_attention", "shard", "unshard"]
@@ -102,7 +102,7 @@ def ring_attention(
     Source: Liu et al. 2023, "Ring attention with blockwise transformers"; zigzag: Llama 3, 2024, section 3.3.2.
     """
     ring = _ring(group, axis, timeout, query)
-    tab = dispatch.load("torch")
+    tab = registry.load("torch")
     given = {"query": query, "key": key, "value": value, "mask": mask, "bias": bias, "valid_lens": valid_lens, "sink": sink}
     given |= {"segments": segments}
     options = {"causal": causal, "query_offset": query_offset, "window": window, "scale": scale, "softcap": softcap}

@@ -14,7 +14,8 @@ import numpy
 
 from kvattn import api, checks, conversion, layers
 from kvattn.backends import mxnet as tab
-from kvattn.kernels.mxnet import symbols, views
+from kvattn.kernels.mxnet import views
+from kvattn.layers import symbols
 from kvattn.old_numpy import old_names
 
 with old_names():

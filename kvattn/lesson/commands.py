@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from kvattn import dispatch, install, lesson
+from kvattn import install, lesson, registry
 from kvattn.lesson import Lesson, Ran, live, runner, site
 from kvattn.lesson.forks import Forks
 from kvattn.terminal import Progress, Refused, named_backends, new_console, writable
@@ -69,8 +69,8 @@ def _run_lesson(given: Lesson, options: argparse.Namespace) -> int:
 
 
 def _convert_lesson(given: Lesson, options: argparse.Namespace) -> int:
-    name = dispatch.canonical(options.backend)
-    if name not in (has := given.tabs or dispatch.known_backends()):
+    name = registry.canonical(options.backend)
+    if name not in (has := given.tabs or registry.known_backends()):
         raise Refused(f"{options.file} has no tab {options.backend!r}; it has: {', '.join(has)}")
     output = options.output or str(given.path.with_suffix(f".{name}.ipynb"))
     if options.output is None and Path(output).exists():
@@ -88,9 +88,9 @@ def _convert_lesson(given: Lesson, options: argparse.Namespace) -> int:
 
 def _tabs(what: Path, tabs: Sequence[str], named: str | None) -> list[str]:
     """The tabs of a lesson, or of a folder of lessons, to run: those that are named, or those that are installed."""
-    has = tabs or dispatch.known_backends()
+    has = tabs or registry.known_backends()
     if named is None:
-        names = [name for name in has if name in (dispatch.available_backends() if tabs else named_backends(None))]
+        names = [name for name in has if name in (registry.available_backends() if tabs else named_backends(None))]
         if not names:
             raise Refused(f"none of the tabs of {what} is installed: {', '.join(install.line(name) for name in has)}")
         return names

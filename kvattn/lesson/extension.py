@@ -17,7 +17,7 @@ from sphinx.util.fileutil import copy_asset
 from sphinx.util.logging import getLogger
 
 import kvattn
-from kvattn import dispatch
+from kvattn import registry
 from kvattn.lesson import site
 
 _STATIC = Path(__file__).parent / "static"
@@ -57,8 +57,8 @@ def _lessons(app: Any) -> None:
     if not app.config.kvattn_lessons:
         return
     names = app.config.kvattn_backends
-    installed = dispatch.available_backends()
-    backends = [dispatch.canonical(name) for name in names] if names else list(installed)
+    installed = registry.available_backends()
+    backends = [registry.canonical(name) for name in names] if names else list(installed)
     if absent := [name for name in backends if name not in installed]:
         raise ExtensionError(f"kvattn_backends names what is not installed: {', '.join(absent)}")
     try:

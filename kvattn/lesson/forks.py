@@ -183,7 +183,7 @@ def serve(name: str, number: int, path: list[str], names: set[str]) -> None:
     with os.fdopen(number, "w") as answers:
         importlib.import_module("kvattn.tab")
         importlib.import_module("kvattn.lesson.watch")
-        kvattn.dispatch.load(name)
+        kvattn.registry.load(name)
         sys.path[:] = path
         gc.freeze()  # what is collected is written to, and no longer shared
         names = {each.partition(".")[0] for each in {*sys.modules} - names}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvattn import dispatch, tab
+from kvattn import registry, tab
 from kvattn.lesson.reader import fences
 
 References = Any  # kvattn.lesson.references.References, which finds labels by what stands here
@@ -61,7 +61,7 @@ def to_myst(text: str, tabs: Sequence[str] | None = None, numbered: bool = False
             group.append((blocks[1][0], blocks[1][1]))
             del blocks[:2]
         bodies = {name: to_myst(part, numbered=numbered) for given, part in group for name in given or ()}
-        shown = {name: bodies[name] for name in tabs or dispatch.known_backends() if name in bodies}
+        shown = {name: bodies[name] for name in tabs or registry.known_backends() if name in bodies}
         if tabs is not None and len(tabs) == 1:
             out.append("".join(shown.values()))
         elif tabs is None or len(shown) == len(tabs):

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvattn import dispatch, tab
+from kvattn import registry, tab
 
 # What only chooses the tab: the runner and the notebook writer do that themselves.
 _SETUP = re.compile(r"(?:\s|#[^\n]*+|%load_ext\s+(?:d2lbook|kvattn)\.tab\b|tab\.(?:interact_select|select_tab)\([^()]*\))++")
@@ -166,7 +166,7 @@ def _notebook(path: Path) -> Lesson:
 
 
 def _lesson(path: Path, parts: list[Prose | Cell], names: list[str], starts: tuple[int, ...] = ()) -> Lesson:
-    tabs = tuple(name for name in dispatch.known_backends() if name in names)
+    tabs = tuple(name for name in registry.known_backends() if name in names)
     return Lesson(path, tuple(part for part in parts if isinstance(part, Cell) or part.text.strip()), tabs, starts)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import kvattn
-from kvattn import dispatch
+from kvattn import dispatch, registry
 
 MIME = "application/vnd.kvattn.lesson+json"
 LARGEST = 10_000  # elements of an array that are noted; the shape is of the whole
@@ -157,10 +157,10 @@ def entries(x: Any) -> Iterator[dict[str, Any]]:
         yield from entries(x.as_list())
     elif hasattr(x, "get_axes") and hasattr(x, "savefig"):
         yield _figure(x)
-    elif hasattr(x, "__array__") or dispatch.home(x) is not None:
+    elif hasattr(x, "__array__") or registry.home(x) is not None:
         try:
-            home = dispatch.home(x)
-            array = np.asarray(dispatch.load(home).to_numpy(x) if home else x)
+            home = registry.home(x)
+            array = np.asarray(registry.load(home).to_numpy(x) if home else x)
         except Exception:  # a key, a symbol: no numbers to compare
             return
         if array.dtype.kind in "biuf" or array.dtype.name == "bfloat16":

@@ -28,8 +28,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kvattn import planning
-from kvattn.backends import jax as tab
+from kvattn import planning, registry
 from kvattn.call import Call
 from kvattn.kernels.jax import placement, programs, tiles
 
@@ -91,7 +90,7 @@ def run(ring, mesh, names, given):
             output, lse = (jax.sharding.reshard(x, NamedSharding(mesh, P(*names))) for x in (output, lse))
         output, lse = output[..., :n, :], lse[..., :n]
     if sink is not None:
-        left, lse = tab._left(lse, sink, query.ndim)
+        left, lse = registry.load("jax")._left(lse, sink, query.ndim)
         output = left * output
     output = output.astype(query.dtype)
     return (output, lse) if ring.call.return_lse else output
@@ -286,7 +285,8 @@ def _part(ring, here, rows, keys, score, row, column):
         changed["query_offset"] = here.get("query_offset", ring.call.query_offset) + row - column
     if score is not None:
         changed["score"] = score
-    return tab.attention(rows["query"], keys["key"], keys["value"], **ring.call._replace(**changed).keywords)
+    arrays, call = (rows["query"], keys["key"], keys["value"]), ring.call._replace(**changed)
+    return registry.load("jax").attention(*arrays, **call.keywords)
 
 
 def _wide(x):

@@ -20,8 +20,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from kvattn import planning
-from kvattn.backends import numpy as numpy_tab
+from kvattn import planning, registry
 from kvattn.kernels.numpy import gradients, tiled, tiled_grad, tiles
 from kvattn.old_numpy import old_names
 
@@ -31,6 +30,7 @@ with old_names():
     from mxnet.base import _LIB, MXCallbackList, NDArrayHandle, c_handle_array, check_call
 
 OPERATOR = "kvattn_on_views"
+numpy_tab = registry.load("numpy")
 SMALL = 2**16  # numbers of a call's arrays that copies take less time of than an operator does
 MOST = 2**23  # numbers that a block of queries holds at one time: scores, and the features of which they are made
 _calls = WeakValueDictionary()  # an operator is given text: the number of its call

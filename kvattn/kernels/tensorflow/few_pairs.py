@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from kvattn.backends import numpy as numpy_tab
+from kvattn import registry
 
 MOST = 2**14  # pairs
 
@@ -19,7 +19,7 @@ def allowed(n, m, ndim, call):
     given = {name: _read(getattr(call, name)) for name in ("mask", "valid_lens", "query_offset")}
     if n * m > MOST or any(x is NotImplemented for x in given.values()):
         return None
-    pairs = numpy_tab._allowed(n, np.arange(m), ndim, call._replace(**given))
+    pairs = registry.load("numpy")._allowed(n, np.arange(m), ndim, call._replace(**given))
     if pairs.size > MOST:
         return None
     return call.mask if pairs is given["mask"] else tf.convert_to_tensor(pairs), bool(pairs.any(axis=-1).all())

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from kvattn import dispatch
+from kvattn import registry
 from kvattn.kernels.torch import sinks, tiles
 
 HALF = (torch.float16, torch.bfloat16)
@@ -136,7 +136,7 @@ class _Attention(torch.autograd.Function):
             inputs = [x if x is None else x.view_as(x) for x in (*arrays[:3], sink)]  # apart, where one tensor is query and key
             output, lse = formula(*inputs[:3], *arrays[3:], ctx.prepared.rest)
             if sink is not None:
-                left, lse = dispatch.load("torch")._left(lse, inputs[3], output.ndim)
+                left, lse = registry.load("torch")._left(lse, inputs[3], output.ndim)
                 output = (left * output).to(output.dtype)
             results = [(x, g) for x, g in ((output, grad), (lse, grad_lse)) if g is not None]
         chosen = [x for x, w in zip(inputs, wanted, strict=True) if w]

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from kvattn import dispatch, pairs, partition
+from kvattn import pairs, partition, registry
 from kvattn.call import Call, Choice
 from kvattn.kernels.torch import operators, sdpa, traces
 
@@ -38,7 +38,7 @@ def _call(segments, query, key, value, call, _blocks=()):
 
 
 def _attend(query, key, value, of_queries, of_keys, left, right, offset, scale):
-    tab = dispatch.load("torch")  # which imports this
+    tab = registry.load("torch")  # which imports this
     said = pairs.Pairs(tab, segments=(of_queries, of_keys))
     call = Call(tab.scaled_dot_score, tab.softmax, said, query_offset=offset, left=left, right=right, scale=scale)
     return tab._attend(query, key, value, call).contiguous()

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 import numpy
 
-from kvattn import dispatch, planning, prepare
+from kvattn import planning, prepare, registry
 from kvattn.old_numpy import old_names
 from kvattn.pairs import Pairs
 
@@ -145,7 +145,7 @@ class _ChecksAlone:
     """The tab as a backend whose attention computes nothing: the checks alone, of what functions of positions give too."""
 
     def __init__(self):
-        self._tab = dispatch.load("mxnet")
+        self._tab = registry.load("mxnet")
 
     def __getattr__(self, name):
         return getattr(self._tab, name)
