@@ -436,7 +436,7 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and the options t
     ("computes no edges", "tl.range(low, high - (stop - start), COLS)", "tl.range(low, low, COLS)", {"causal": True}),
     (
         "counts inner tiles again at the edge",
-        "tl.where(edge < start, 0, stop - start)",
+        "tl.where(walked < start, 0, stop - start)",
         "0 * (stop - start)",
         {"valid_lens": np.array([20, 3, 40])},
     ),
@@ -456,8 +456,8 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and the options t
     ),
     (
         "forgets a mask",
-        "(seen != 0)",
-        "(seen == seen)",
+        "(mask != 0)",
+        "(mask == mask)",
         {"mask": EXTRA[1]["mask"], "causal": True, "query_offset": 20},
     ),
     ("forgets what the sink leaves", "o = o * left[:, None]", "pass", {"sink": np.array([0.5, 2.0])}),

@@ -25,19 +25,19 @@ COLUMNS = 64  # keys that a block has at least, where there are as many
 
 def query_blocks(score, query, key):
     """Blocks (first query, end, 0, m) that have at most PAIRS scores and features of them; [] where one block is all."""
-    n, m, held = query[-2], key[-2], planning.numbers_per_pair(score, query, key)
-    if math.prod(query) * math.prod(key) * held <= PAIRS * query[-1] * key[-1]:
+    n, m, per_pair = query[-2], key[-2], planning.numbers_per_pair(score, query, key)
+    if math.prod(query) * math.prod(key) * per_pair <= PAIRS * query[-1] * key[-1]:
         return []
-    size = max(1, PAIRS // (math.prod(planning.lead(query, key)) * max(m, min(m, COLUMNS) * held)))
+    size = max(1, PAIRS // (math.prod(planning.lead(query, key)) * max(m, min(m, COLUMNS) * per_pair)))
     return [(i, min(i + size, n), 0, m) for i in range(0, n, size)] if size < n else []
 
 
 def key_blocks(score, query, key):
     """Blocks (first key, end) whose features a score holds at one time."""
     m = key[-2]
-    if tiled.tiny(query, key) or (held := planning.numbers_per_pair(score, query, key)) == 1:
+    if tiled.tiny(query, key) or (per_pair := planning.numbers_per_pair(score, query, key)) == 1:
         return [(0, m)]
-    size = max(1, PAIRS // max(1, math.prod(query[:-1]) * held))
+    size = max(1, PAIRS // max(1, math.prod(query[:-1]) * per_pair))
     return [(i, min(i + size, m)) for i in range(0, m, size)] or [(0, m)]
 
 

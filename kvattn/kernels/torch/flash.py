@@ -104,11 +104,12 @@ class Prepared:
 
     def backward(self, arrays, output, lse, grad, grad_lse):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        output, how = _as_made(output, arrays[0]), (grad.stride(), grad_lse is not None)
-        like = (*how, *(None if x is None else x.stride() for x in arrays))  # hooks of autograd may have moved what was kept
+        output, of_grad = _as_made(output, arrays[0]), (grad.stride(), grad_lse is not None)
+        # the strides of all again: hooks of autograd may have moved what was kept
+        like = (*of_grad, *(None if x is None else x.stride() for x in arrays))
         plan = self.backward_plans.get(like)
         if plan is None:
-            plan = self.backward_plans[like] = _planned(*arrays, self.rest, *how)
+            plan = self.backward_plans[like] = _planned(*arrays, self.rest, *of_grad)
         return _backward(plan, *arrays, output, lse, grad, grad_lse)
 
 
@@ -169,8 +170,8 @@ def formula(query, key, value, mask, bias, lens, offsets, rest):
         allowed = allowed & (j < i + rest.last)
     wide = torch.float32 if query.dtype in HALF else query.dtype
     key, value = (torch.repeat_interleave(x.to(wide), query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    seen = allowed.any(dim=-2)[..., None]
-    key, value = (torch.where(seen, x, 0) for x in (key, value))
+    attended = allowed.any(dim=-2)[..., None]
+    key, value = (torch.where(attended, x, 0) for x in (key, value))
     scores = rest.scale * (query.to(wide) @ key.mT)
     scores = scores if rest.softcap is None else rest.softcap * torch.tanh(scores / rest.softcap)
     scores = scores if bias is None else scores + bias
@@ -324,24 +325,8 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(
-    device,
-    dtype,
-    shape,
-    of_keys,
-    v,
-    q_strides,
-    k_strides,
-    v_strides,
-    mask,
-    bias,
-    lens,
-    offsets,
-    rest,
-    grad_strides,
-    by_lse,
-    sink,
-):
+def _plan(device, dtype, shape, of_keys, v, q_strides, k_strides, v_strides, mask, bias, lens, offsets, rest, grad_strides,
+          by_lse, sink):  # fmt: skip
     (batch, heads, n, d), (_, kv_heads, m, _) = shape, of_keys
     group, width = heads // kv_heads, max(d, v)
     first, last, scale, softcap = rest
@@ -364,29 +349,29 @@ def _plan(
     sizes = (d, v, _wide(d), _wide(v))
     types = (dtype, *(None if x is None else x[0] for x in (mask, bias, lens, offsets)))
     if grad_strides is None:
-        rows, cols, *how = forward_tiles(dtype, width, group * n, light, kinds != [0, 0])
+        rows, cols, *launch = forward_tiles(dtype, width, group * n, light, kinds != [0, 0])
         programs = -(-group * n // rows) * batch * kv_heads
         parts = how_many_parts(programs, m, cols, device)
         constants = (*sizes, rows, cols, parts, *flags, sink is not None)
         kind_of_sink, of_sink = sink or (None, (0, 0, 0))
         types = (*types, kind_of_sink)
         strides = (*inputs, *outputs, *masks, *of_sink)
-        forward = Launch(tiles.forward, device, types, programs * parts, strides, numbers, constants, *how)
+        forward = Launch(tiles.forward, device, types, programs * parts, strides, numbers, constants, *launch)
         output = _laid_out(shape, q_strides, v)
         if parts == 1:
             return _Plan(forward, None, None, None, None, output)
         constants = (v, _wide(v), parts, parts, sink is not None)
         combine = Launch(tiles.combine, device, types, batch * heads * n, (*outputs, *of_sink), (heads, n), constants, 4, 1)
         return _Plan(forward, combine, None, None, parts * batch * heads * n * (v + 2), output)
-    rows, cols, *how = query_tiles(dtype, width, light, narrow)
+    rows, cols, *launch = query_tiles(dtype, width, light, narrow)
     strides = (*inputs, *outputs, *grad_strides[:3], *_rows(shape, q_strides, d), *masks)
     programs = -(-group * n // rows) * batch * kv_heads
     constants = (*sizes, rows, cols, by_lse, *flags)
-    by_query = Launch(tiles.backward_query, device, types, programs, strides, numbers, constants, *how)
-    rows, cols, *how = key_tiles(dtype, width, narrow)
+    by_query = Launch(tiles.backward_query, device, types, programs, strides, numbers, constants, *launch)
+    rows, cols, *launch = key_tiles(dtype, width, narrow)
     programs = -(-m // cols) * batch * kv_heads
     strides = (*inputs, *grad_strides[:3], *masks)
-    by_key = Launch(tiles.backward_key, device, types, programs, strides, numbers, (*sizes, rows, cols, *flags), *how)
+    by_key = Launch(tiles.backward_key, device, types, programs, strides, numbers, (*sizes, rows, cols, *flags), *launch)
     return _Plan(None, None, by_query, by_key, None, _laid_out(shape, q_strides, d))
 
 

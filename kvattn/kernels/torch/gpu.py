@@ -71,44 +71,55 @@ def _name(query, key, value, call):
 
 def _choose(query, key, value, call):
     """The kernel that serves softmax of scaled dot products; None for the tab's own path."""
-    alone = call.mask is None and call.bias is None and call.sink is None and not call.softcap and not call.return_lse
-    if alone and not call.restricted:
-        return None
     recorded = tracing()
-    if call.sink is not None and (recorded or query.ndim != 4):  # the tab adds it to the kernel's lse
+    plain = call.mask is None and call.bias is None and call.sink is None and not call.softcap and not call.return_lse
+    if (plain and not call.restricted) or not _possible(query, key, value, call, recorded):
         return None
-    if recorded and (not torch.compiler.is_compiling() or torch.compiler.is_exporting()):
-        return None
-    if torch.is_autocast_enabled("cuda") or not _in_heads(query, key, value):
-        return None
-    if sdpa.obstacle(query, key, value, call.bias, call.scale):
-        return None
-    exact, n, m = query.dtype == torch.float32, query.shape[-2], key.shape[-2]
     causal = call.right == 0 and call.left is None  # else it is a window
-    moved = call.windowed and type(call.query_offset) is not int
-    if alone and call.valid_lens is None and causal and not moved:
-        if call.from_the_first and known(n == m):
+    if plain and causal and call.valid_lens is None and type(call.query_offset) is int:
+        if call.from_the_first and known(query.shape[-2] == key.shape[-2]):
             return None
         if not recorded:
             return Choice("SDPA, corner", "causal from an offset, aligned to the last key without a mask", (), corner)
-    first_keys = alone and call.valid_lens is not None and call.valid_lens.ndim == 1
-    if first_keys and (not call.windowed or (causal and call.from_the_first)) and not recorded:
-        if exact:
-            lengths = _read(call.valid_lens)
-            why = "entries of one length together, each over its own keys"
-            return Choice("SDPA, slices", why, lengths, slices) if lengths and all(lengths) else None
+    entries = (
+        call.valid_lens is not None and call.valid_lens.ndim == 1 and ((causal and call.from_the_first) or not call.windowed)
+    )
+    if plain and entries and not recorded:
+        if query.dtype == torch.float32:
+            return _by_slices(call.valid_lens)
         if call.valid_lens.device.type == "cpu" and len({*call.valid_lens.tolist()}) == 1:  # the tab slices: it is one call
             return None
+    return FLASH if _flash_is_faster(query, key, value, call, causal) and _flexible(query, key, value) else None
+
+
+def _possible(query, key, value, call, recorded):
+    """Whether any kernel of this file can serve the call."""
+    if recorded and (not torch.compiler.is_compiling() or torch.compiler.is_exporting()):
+        return False
+    if call.sink is not None and (recorded or query.ndim != 4):  # the tab adds it to the kernel's lse
+        return False
+    if torch.is_autocast_enabled("cuda") or not _in_heads(query, key, value):
+        return False
+    return not sdpa.obstacle(query, key, value, call.bias, call.scale)
+
+
+def _by_slices(lens):
+    lengths = _read(lens)
+    why = "entries of one length together, each over its own keys"
+    return Choice("SDPA, slices", why, lengths, slices) if lengths and all(lengths) else None
+
+
+def _flash_is_faster(query, key, value, call, causal):
+    """Whether kvattn's kernel is faster than SDPA with a mask, and all arrays are where it reads them."""
     window = call.windowed and not causal
-    if exact and not (call.softcap or window or moved):
-        return None
+    moved = call.windowed and type(call.query_offset) is not int
+    if query.dtype == torch.float32 and not (call.softcap or window or moved):
+        return False
     wide = max(query.shape[-1], value.shape[-1]) > 128
     if wide and not (call.softcap or window or call.return_lse) and sdpa.wants_gradients(query, key, value):
-        return None  # three times as slow backward as SDPA with a mask, on an H100
+        return False  # three times as slow backward as SDPA with a mask, on an H100
     others = key, value, call.mask, call.bias, call.sink
-    if any(x is not None and x.device != query.device for x in others):  # the kernel would take their addresses for its own
-        return None
-    return FLASH if _flexible(query, key, value) else None
+    return all(x is None or x.device == query.device for x in others)  # it would take their addresses for its own
 
 
 def _in_heads(query, key, value):
@@ -138,12 +149,17 @@ def can_compile(device):
 
 
 def _read(lens):
-    """Lengths as a list; waits for a GPU's, once for each tensor; None while a CUDA graph is captured."""
-    if lens.device.type == "cpu":
-        return lens.tolist()
-    if torch.cuda.is_current_stream_capturing():
+    """Lengths as a list; waits for a GPU's, once for each tensor, unwritten since; None while a CUDA graph is captured."""
+    if lens.device.type != "cpu" and torch.cuda.is_current_stream_capturing():
         return None
-    return _once(("lengths",), [lens], lens.tolist)
+    if lens.device.type == "cpu" or lens.is_inference():  # whose versions are not counted
+        return lens.tolist()
+    ref, lengths = _kept.get(name := (id(lens), lens._version), (None, None))
+    if ref is None or ref() is not lens:
+        _make_room(_kept, KEPT)
+        lengths = lens.tolist()
+        _kept[name] = weakref.ref(lens), lengths
+    return lengths
 
 
 # ---- the kernels
@@ -210,19 +226,6 @@ class _Triangle:
 
             mask = causal_lower_right(query.shape[-2], key.shape[-2])
         return scaled_dot_product_attention(query, key, value, mask, is_causal=self.square is True, scale=self.scale, **grouped)
-
-
-def _once(how, arrays, make):
-    """What ``make`` gives for the same arrays, unwritten since, and the same ``how``."""
-    if any(x.is_inference() for x in arrays):  # their versions are not counted
-        return make()
-    name = (how, *((id(x), x._version) for x in arrays))
-    refs, made = _kept.get(name, ((), None))
-    if made is None or any(ref() is not x for ref, x in zip(refs, arrays, strict=True)):
-        _make_room(_kept, KEPT)
-        made = make()
-        _kept[name] = [weakref.ref(x) for x in arrays], made
-    return made
 
 
 def _make_room(entries, most):

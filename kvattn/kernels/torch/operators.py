@@ -27,8 +27,8 @@ def define(name, arrays, options, results, attend, derive, formula, like):
     schema = ", ".join([*arrays, *options])
     several = results if len(results) > 1 else ()
     _library.define(f"{name}({schema}) -> ({', '.join('Tensor' for _ in results)})", tags=_TAGS)
-    back = ", ".join([schema, *(f"Tensor {x}" for x in (*several, "grad"))])
-    _library.define(f"{name}_backward({back}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+    backward = ", ".join([schema, *(f"Tensor {x}" for x in (*several, "grad"))])
+    _library.define(f"{name}_backward({backward}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
     run, run_backward = getattr(torch.ops.kvattn, name), getattr(torch.ops.kvattn, f"{name}_backward")
 
     class Recorded(torch.autograd.Function):

@@ -54,15 +54,15 @@ def blocks_of_masks(n, m, masks, beyond):
 
 def each_sees_a_key(n, m, call):
     """Whether a window is all that forbids pairs, and it leaves each query some key: then there is no padding to hide."""
-    seen = call.windowed and not call.masked and n  # sizes may be symbols, an offset an array
-    return bool(seen) and planning.leaves_each_a_key(n, m, call.query_offset, call.left, call.right)
+    alone = call.windowed and not call.masked and n  # sizes may be symbols, an offset an array
+    return bool(alone) and planning.leaves_each_a_key(n, m, call.query_offset, call.left, call.right)
 
 
 def narrowed(blocks, m, call):
     """The blocks beside just the keys that some of their queries sees: NaN in others would reach them."""
     offset, left, right = call.query_offset, call.left, call.right
 
-    def seen(i, j):
+    def keys(i, j):
         return 0 if left is None else max(0, offset + i - left), m if right is None else min(m, offset + j + right)
 
-    return [(i, j, *seen(i, j)) for i, j, *_ in blocks]
+    return [(i, j, *keys(i, j)) for i, j, *_ in blocks]

@@ -155,17 +155,17 @@ class _Attention(torch.autograd.Function):
 def _round(ring, plan, key, value):
     """Whose keys are here, the keys and the values, step by step; those of the next step are on their way meanwhile."""
     shapes = [(x.shape[:-2], x.shape[-1]) for x in (key, value)]
-    held = torch.cat([key.reshape(-1), value.reshape(-1)]) if ring.size > 1 else None
+    sent = torch.cat([key.reshape(-1), value.reshape(-1)]) if ring.size > 1 else None
     for step in range(ring.size):
         last = step + 1 == ring.size
         if not last:
             rows = plan.count(ring.source(step + 1))
-            coming, works = ring.turn(held, sum(math.prod(lead) * rows * width for lead, width in shapes))
+            coming, works = ring.turn(sent, sum(math.prod(lead) * rows * width for lead, width in shapes))
         yield ring.source(step), key, value
         if not last:
             ring.wait(works)
-            held = coming
-            key, value = held.split([math.prod(lead) * rows * width for lead, width in shapes])
+            sent = coming
+            key, value = sent.split([math.prod(lead) * rows * width for lead, width in shapes])
             key, value = (x.view(*lead, rows, width) for x, (lead, width) in zip((key, value), shapes, strict=True))
 
 

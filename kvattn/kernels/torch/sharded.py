@@ -95,8 +95,8 @@ def _part(DTensor, x, mesh, axes):
     shared = [axis is not None and 0 <= axis < x.ndim and x.shape[axis] > 1 for axis in axes]
     places = [Shard(axis) if yes else Replicate() for axis, yes in zip(axes, shared, strict=True)]
     # where all have the same array, but different work, each has a part of its gradient
-    back = [Partial() if axis is not None and not yes else place for axis, yes, place in zip(axes, shared, places, strict=True)]
-    return x.redistribute(mesh, places).to_local(grad_placements=back)
+    grads = [Partial() if axis is not None and not yes else at for axis, yes, at in zip(axes, shared, places, strict=True)]
+    return x.redistribute(mesh, places).to_local(grad_placements=grads)
 
 
 def _spread(DTensor, x, mesh, axes, shape):

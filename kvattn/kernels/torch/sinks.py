@@ -57,7 +57,7 @@ class _Fused(torch.autograd.Function):
         left = torch.exp(lse - both)[..., None]
         output = output.mul_(left)
         ctx.save_for_backward(query, key, value, sink, mask, output, both)
-        ctx.how = causal, scale
+        ctx.options = causal, scale
         ctx.set_materialize_grads(False)
         return output
 
@@ -66,7 +66,7 @@ class _Fused(torch.autograd.Function):
         if grad_output is None:  # the formula took the gradient
             return (None,) * 7
         query, key, value, sink, mask, output, lse = ctx.saved_tensors
-        causal, scale = ctx.how
+        causal, scale = ctx.options
         by_sink = None
         if ctx.needs_input_grad[3]:
             sums = torch.linalg.vecdot(grad_output.to(lse.dtype), output.to(lse.dtype))

@@ -103,10 +103,10 @@ def _scores(
     end,
     cols,
     bias,
-    seen,
+    mask,
     scale,
     cap,
-    EDGE: tl.constexpr,
+    CUT: tl.constexpr,
     CAREFUL: tl.constexpr,
     MASK: tl.constexpr,
     BIAS: tl.constexpr,
@@ -124,33 +124,33 @@ def _scores(
     if BIAS:
         bias = bias.to(tl.float32)
         scores = bent * (cap if CAP else scale) + bias
-    if EDGE:
+    if CUT:
         allowed = (cols >= begin) & (cols < end)
         if MASK:
-            allowed = allowed & (seen != 0)
+            allowed = allowed & (mask != 0)
     elif MASK:
-        allowed = seen != 0
+        allowed = mask != 0
     else:
         allowed = cols >= 0
     if BIAS and CAREFUL:
         allowed = allowed & (bias != -float("inf"))
-    if EDGE or MASK or (BIAS and CAREFUL):
+    if CUT or MASK or (BIAS and CAREFUL):
         scores = tl.where(allowed, scores, -float("inf"))
     return scores, bent, allowed
 
 
 @triton.jit
 def _span_of(mask_at, mask_m, m):
-    """(begin, end, holes): the keys that a mask for all queries allows lie in [begin, end); whether it forbids some there."""
+    """(begin, end, forbids): the keys that a mask for all queries allows lie in [begin, end); whether it forbids some there."""
     begin = m
     end = m * 0
     count = m * 0
     for j in tl.range(0, m, 1024):
         cols = j + tl.arange(0, 1024)
-        seen = tl.load(mask_at + _far(j, mask_m) + tl.arange(0, 1024) * mask_m, mask=cols < m, other=0) != 0
-        begin = tl.minimum(begin, tl.min(tl.where(seen, cols, m), 0))
-        end = tl.maximum(end, tl.max(tl.where(seen, cols + 1, 0), 0))
-        count += tl.sum(seen.to(tl.int32), 0)
+        allowed = tl.load(mask_at + _far(j, mask_m) + tl.arange(0, 1024) * mask_m, mask=cols < m, other=0) != 0
+        begin = tl.minimum(begin, tl.min(tl.where(allowed, cols, m), 0))
+        end = tl.maximum(end, tl.max(tl.where(allowed, cols + 1, 0), 0))
+        count += tl.sum(allowed.to(tl.int32), 0)
     return begin, end, count < end - begin
 
 
@@ -177,11 +177,11 @@ def _apart(weights, allowed, x, total):
 
 
 @triton.jit
-def _load(at, inside, EDGE: tl.constexpr, PADDED: tl.constexpr, features):
+def _load(at, inside, CUT: tl.constexpr, PADDED: tl.constexpr, features):
     """A tile; zeros where it reaches past the last row (at an edge) or the last feature (PADDED to a power of two)."""
-    if EDGE and PADDED:
+    if CUT and PADDED:
         tile = tl.load(at, mask=inside & features, other=0.0)
-    elif EDGE:
+    elif CUT:
         tile = tl.load(at, mask=inside, other=0.0)
     elif PADDED:
         tile = tl.load(at, mask=features, other=0.0)
@@ -191,10 +191,10 @@ def _load(at, inside, EDGE: tl.constexpr, PADDED: tl.constexpr, features):
 
 
 @triton.jit
-def _extra(at, inside, PRESENT: tl.constexpr, EDGE: tl.constexpr):
+def _extra(at, inside, PRESENT: tl.constexpr, CUT: tl.constexpr):
     """A tile of a mask or a bias, if there is one."""
     tile = inside
-    if PRESENT and EDGE:
+    if PRESENT and CUT:
         tile = tl.load(at, mask=inside, other=0)
     elif PRESENT:
         tile = tl.load(at)
@@ -232,9 +232,9 @@ def _inner(low, high, begins, ends, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _past(edge, start, stop):
+def _past(walked, start, stop):
     """The tiles at both edges in one row, the inner ones left out: where they begin."""
-    return edge + tl.where(edge < start, 0, stop - start)
+    return walked + tl.where(walked < start, 0, stop - start)
 
 
 # ---- forward
@@ -243,18 +243,18 @@ def _past(edge, start, stop):
 @triton.jit
 def _attend(
     q, acc, top, total, k_at, v_at, mask_at, bias_at, begin, end, j, high, d_inside, v_inside, scale, cap, unit,
-    COLS: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
+    COLS: tl.constexpr, CUT: tl.constexpr, CAREFUL: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     CAP: tl.constexpr, PAD_D: tl.constexpr, PAD_V: tl.constexpr,
 ):  # fmt: skip
     """One more tile of keys: the running sum of values, the largest score and the sum of weights."""
     cols = j + tl.arange(0, COLS)
-    k = _load(k_at, (cols < high)[None, :], EDGE, PAD_D, d_inside[:, None])
-    v = _load(v_at, (cols < high)[:, None], EDGE, PAD_V, v_inside[None, :])
+    k = _load(k_at, (cols < high)[None, :], CUT, PAD_D, d_inside[:, None])
+    v = _load(v_at, (cols < high)[:, None], CUT, PAD_V, v_inside[None, :])
     dots = tl.dot(q, k, input_precision="ieee")
-    bias = _extra(bias_at, (cols < high)[None, :], BIAS, EDGE)
-    seen = _extra(mask_at, (cols < high)[None, :], MASK, EDGE)
+    bias = _extra(bias_at, (cols < high)[None, :], BIAS, CUT)
+    mask = _extra(mask_at, (cols < high)[None, :], MASK, CUT)
     scores, _bent, _allowed = _scores(
-        dots, begin[:, None], end[:, None], cols[None, :], bias, seen, scale, cap, EDGE, CAREFUL, MASK, BIAS, CAP
+        dots, begin[:, None], end[:, None], cols[None, :], bias, mask, scale, cap, CUT, CAREFUL, MASK, BIAS, CAP
     )
     largest = tl.maximum(top, tl.max(scores, 1))
     base = tl.where(largest == -float("inf"), 0.0, largest)  # a row without a key so far
@@ -309,14 +309,14 @@ def forward(
 
     begin, end = _spans(i, entry, Lens, Offsets, n, m, first, last, LENS, OFFSETS, LEFT, RIGHT)
     if MASK == 1:
-        opens, closes, holes = _span_of(Mask + big * mask_b, mask_m, m)
+        opens, closes, forbids = _span_of(Mask + big * mask_b, mask_m, m)
         begin = tl.maximum(begin, opens)
         end = tl.minimum(end, closes)
     low = tl.min(begin, 0) // COLS * COLS
     high = tl.max(end, 0)
     ends = tl.min(end, 0)
     if MASK == 1:
-        ends = tl.where(holes, 0, ends)
+        ends = tl.where(forbids, 0, ends)
     if SPLIT > 1:
         size = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), COLS), SPLIT) * COLS
         low = low + part * size
@@ -333,8 +333,8 @@ def forward(
             begin, end, j, high, d < D, e < V_D, scale, cap, unit, COLS, False, False, 2 * (MASK == 2), BIAS,
             CAP, WIDE_D != D, WIDE_V != V_D,
         )  # fmt: skip
-    for edge in tl.range(low, high - (stop - start), COLS):
-        j = _past(edge, start, stop)
+    for walked in tl.range(low, high - (stop - start), COLS):
+        j = _past(walked, start, stop)
         acc, top, total = _attend(
             q, acc, top, total, k_at + _far(j, k_m), v_at + _far(j, v_m), mask_at + _far(j, mask_m),
             bias_at + _far(j, bias_m),
@@ -363,9 +363,9 @@ def forward(
                 v = _load(v_at + _far(j, v_m), (cols < high)[:, None], True, WIDE_V != V_D, (e < V_D)[None, :])
                 dots = tl.dot(q, k, input_precision="ieee")
                 bias = _extra(bias_at + _far(j, bias_m), (cols < high)[None, :], BIAS, True)
-                seen = _extra(mask_at + _far(j, mask_m), (cols < high)[None, :], MASK, True)
+                mask = _extra(mask_at + _far(j, mask_m), (cols < high)[None, :], MASK, True)
                 scores, _bent, allowed = _scores(
-                    dots, begin[:, None], end[:, None], cols[None, :], bias, seen, scale, cap, True, True, MASK, BIAS, CAP
+                    dots, begin[:, None], end[:, None], cols[None, :], bias, mask, scale, cap, True, True, MASK, BIAS, CAP
                 )
                 acc = _apart(tl.exp2(scores * unit - (base * unit)[:, None]), allowed, v, acc)
 
@@ -443,18 +443,18 @@ def combine(
 @triton.jit
 def _by_query(
     q, g, base, delta, dq, k_at, v_at, mask_at, bias_at, begin, end, j, high, d_inside, v_inside, scale, cap, unit,
-    COLS: tl.constexpr, EDGE: tl.constexpr, APART: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
+    COLS: tl.constexpr, CUT: tl.constexpr, APART: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     CAP: tl.constexpr, PAD_D: tl.constexpr, PAD_V: tl.constexpr,
 ):  # fmt: skip
     """What one tile of keys adds to the gradient by a tile of queries."""
     cols = j + tl.arange(0, COLS)
-    k = _load(k_at, (cols < high)[None, :], EDGE, PAD_D, d_inside[:, None])
-    v = _load(v_at, (cols < high)[None, :], EDGE, PAD_V, v_inside[:, None])
+    k = _load(k_at, (cols < high)[None, :], CUT, PAD_D, d_inside[:, None])
+    v = _load(v_at, (cols < high)[None, :], CUT, PAD_V, v_inside[:, None])
     dots = tl.dot(q, k, input_precision="ieee")
-    bias = _extra(bias_at, (cols < high)[None, :], BIAS, EDGE)
-    seen = _extra(mask_at, (cols < high)[None, :], MASK, EDGE)
+    bias = _extra(bias_at, (cols < high)[None, :], BIAS, CUT)
+    mask = _extra(mask_at, (cols < high)[None, :], MASK, CUT)
     scores, bent, allowed = _scores(
-        dots, begin[:, None], end[:, None], cols[None, :], bias, seen, scale, cap, EDGE, APART, MASK, BIAS, CAP
+        dots, begin[:, None], end[:, None], cols[None, :], bias, mask, scale, cap, CUT, APART, MASK, BIAS, CAP
     )
     weights = tl.exp2(scores * unit - base[:, None])
     ds = weights * (tl.dot(g, v, input_precision="ieee") - delta[:, None])
@@ -512,14 +512,14 @@ def backward_query(
 
     begin, end = _spans(i, entry, Lens, Offsets, n, m, first, last, LENS, OFFSETS, LEFT, RIGHT)
     if MASK == 1:
-        opens, closes, holes = _span_of(Mask + big * mask_b, mask_m, m)
+        opens, closes, forbids = _span_of(Mask + big * mask_b, mask_m, m)
         begin = tl.maximum(begin, opens)
         end = tl.minimum(end, closes)
     low = tl.min(begin, 0) // COLS * COLS
     high = tl.max(end, 0)
     ends = tl.min(end, 0)
     if MASK == 1:
-        ends = tl.where(holes, 0, ends)
+        ends = tl.where(forbids, 0, ends)
     start, stop = _inner(low, high, tl.max(begin, 0), ends, COLS)
     dq = tl.zeros([ROWS, WIDE_D], tl.float32)
     for j in tl.range(start, stop, COLS):
@@ -529,8 +529,8 @@ def backward_query(
             begin, end, j, high, d < D, e < V_D, scale, cap, unit, COLS, False, False, 2 * (MASK == 2), BIAS, CAP,
             WIDE_D != D, WIDE_V != V_D,
         )  # fmt: skip
-    for edge in tl.range(low, high - (stop - start), COLS):
-        j = _past(edge, start, stop)
+    for walked in tl.range(low, high - (stop - start), COLS):
+        j = _past(walked, start, stop)
         dq = _by_query(
             q, g, base, delta, dq, k_at + _far(j, k_m), v_at + _far(j, v_m), mask_at + _far(j, mask_m),
             bias_at + _far(j, bias_m),
@@ -555,18 +555,18 @@ def backward_query(
 def _by_key(
     k, v, dk, dv, i, cols, Q_at, G_at, Lse_at, Delta_at, mask_at, bias_at, entry, Lens, Offsets, n, m, first, last,
     limit, d_inside, v_inside, scale, cap, unit,
-    ROWS: tl.constexpr, EDGE: tl.constexpr, APART: tl.constexpr, LENS: tl.constexpr, OFFSETS: tl.constexpr,
+    ROWS: tl.constexpr, CUT: tl.constexpr, APART: tl.constexpr, LENS: tl.constexpr, OFFSETS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr,
     MASK: tl.constexpr, BIAS: tl.constexpr, CAP: tl.constexpr, PAD_D: tl.constexpr, PAD_V: tl.constexpr,
 ):  # fmt: skip
     """What one tile of queries adds to the gradients by a tile of keys and values. Scores lie transposed: (key, query)."""
     rows = i + tl.arange(0, ROWS)
     inside = rows < n
-    q = _load(Q_at, inside[:, None], EDGE, PAD_D, d_inside[None, :])
-    g = _load(G_at, inside[:, None], EDGE, PAD_V, v_inside[None, :])
+    q = _load(Q_at, inside[:, None], CUT, PAD_D, d_inside[None, :])
+    g = _load(G_at, inside[:, None], CUT, PAD_V, v_inside[None, :])
     begin = rows
     end = rows
-    if EDGE:
+    if CUT:
         lse = tl.load(Lse_at, mask=inside, other=0.0)
         delta = tl.load(Delta_at, mask=inside, other=0.0)
         begin, end = _spans(tl.minimum(rows, n - 1), entry, Lens, Offsets, n, m, first, last, LENS, OFFSETS, LEFT, RIGHT)
@@ -577,10 +577,10 @@ def _by_key(
     base = tl.where(lse == -float("inf"), 0.0, lse * LOG2E)
     dots = tl.dot(k, tl.trans(q), input_precision="ieee")
     readable = (cols < limit)[:, None]
-    bias = _extra(bias_at, readable if BIAS == 1 else readable & inside[None, :], BIAS, EDGE)
-    seen = _extra(mask_at, readable if MASK == 1 else readable & inside[None, :], MASK, EDGE)
+    bias = _extra(bias_at, readable if BIAS == 1 else readable & inside[None, :], BIAS, CUT)
+    mask = _extra(mask_at, readable if MASK == 1 else readable & inside[None, :], MASK, CUT)
     scores, bent, allowed = _scores(
-        dots, begin[None, :], end[None, :], cols[:, None], bias, seen, scale, cap, EDGE, APART, MASK, BIAS, CAP
+        dots, begin[None, :], end[None, :], cols[:, None], bias, mask, scale, cap, CUT, APART, MASK, BIAS, CAP
     )
     weights = tl.exp2(scores * unit - base[None, :])
     ds = weights * (tl.dot(v, tl.trans(g), input_precision="ieee") - delta[None, :])
@@ -642,9 +642,9 @@ def backward_key(
         ends = ends * 0
     high = tl.where(j < limit, high, 0)
     if MASK == 1:
-        seen = tl.load(Mask + big * mask_b + cols_ * mask_m, mask=cols < limit, other=0) != 0
-        some = tl.max(seen.to(tl.int32), 0) > 0
-        every = tl.min(seen.to(tl.int32), 0) > 0
+        allowed = tl.load(Mask + big * mask_b + cols_ * mask_m, mask=cols < limit, other=0) != 0
+        some = tl.max(allowed.to(tl.int32), 0) > 0
+        every = tl.min(allowed.to(tl.int32), 0) > 0
         ends = tl.where(every, ends, 0)
         high = tl.where(some, high, 0)
     start, stop = _inner(low, high, begins, ends, ROWS)
@@ -682,8 +682,8 @@ def backward_key(
                 ROWS, False, False, LENS, OFFSETS, LEFT, RIGHT, 2 * (MASK == 2), BIAS, CAP, WIDE_D != D,
                 WIDE_V != V_D,
             )  # fmt: skip
-        for edge in tl.range(low, high - (stop - start), ROWS):
-            i = _past(edge, start, stop)
+        for walked in tl.range(low, high - (stop - start), ROWS):
+            i = _past(walked, start, stop)
             i_ = _far(i, 1)
             dk, dv = _by_key(
                 k, v, dk, dv, i, cols, q_at + i_ * q_n, g_at + i_ * g_n, lse_at + i_, delta_at + i_,
