@@ -267,8 +267,8 @@ def _error(got: Any, problem: Problem) -> float:
         expected = peers.first(peers.naive_layer(*arrays, matrices=matrices, heads=problem.heads, allowed=mask))
         got = got[:1]
     else:
-        query, key, value, *back = (x[0, 0].astype(float) for x in problem.arrays)
-        given = (query[rows], key, value, *(x[rows] for x in back))
+        query, key, value, *upstream = (x[0, 0].astype(float) for x in problem.arrays)
+        given = (query[rows], key, value, *(x[rows] for x in upstream))
         expected = peers.first(peers.naive(*given, allowed=mask[rows], bias=None if bias is None else bias[0, 0][rows]))
         got = got[0, 0][rows]
     return float(np.abs(got - expected).max() / (np.abs(expected).max() or 1))

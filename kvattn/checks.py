@@ -190,9 +190,9 @@ def positions(tab: Any, given: Any, scores: tuple[Any, ...], like: Any) -> Any:
     x = integers(tab, "positions", given, like)
     found = shape("positions", x, 2)
     broadcastable("positions", found, (*scores[:-1], found[-1]), "(..., n, s)")
-    seen, m = peek(tab, x), scores[-1]
-    if seen is not None and seen.size and (seen.min() < -1 or (m is not None and seen.max() >= m)):
-        raise ValueError(f"positions must lie in [-1, {m}), -1 for none; got {seen.min()} to {seen.max()}")
+    values, m = peek(tab, x), scores[-1]
+    if values is not None and values.size and (values.min() < -1 or (m is not None and values.max() >= m)):
+        raise ValueError(f"positions must lie in [-1, {m}), -1 for none; got {values.min()} to {values.max()}")
     return x
 
 
@@ -434,9 +434,9 @@ def lengths(tab: Any, valid_lens: Any, batch: tuple[Any, ...], n: Any, like: Any
 
 def not_negative(tab: Any, valid_lens: Any) -> None:
     """Raises ValueError for a length below 0, where there are lengths and they can be seen."""
-    seen = None if valid_lens is None else peek(tab, valid_lens)
-    if seen is not None and seen.size and (min(seen.ravel().tolist()) if seen.size <= 32 else seen.min()) < 0:
-        raise ValueError(f"valid_lens must not be negative; the smallest is {seen.min()}")
+    values = None if valid_lens is None else peek(tab, valid_lens)
+    if values is not None and values.size and (min(values.ravel().tolist()) if values.size <= 32 else values.min()) < 0:
+        raise ValueError(f"valid_lens must not be negative; the smallest is {values.min()}")
 
 
 def for_each_head(tab: Any, valid_lens: Any, num_heads: int, like: Any) -> Any:
@@ -446,8 +446,8 @@ def for_each_head(tab: Any, valid_lens: Any, num_heads: int, like: Any) -> Any:
     if len(shape) > 1:
         raise ValueError(f"valid_lens has shape {_show(shape)}; expected () or (n,), for inputs without a batch axis")
     nothing = [[0]] * num_heads if shape else [0] * num_heads
-    if (seen := peek(tab, x)) is not None:  # MXNet adds nothing to an array of no axes
-        return tab.asarray(seen + nothing, dtype=dtype_name(x), like=x)
+    if (values := peek(tab, x)) is not None:  # MXNet adds nothing to an array of no axes
+        return tab.asarray(values + nothing, dtype=dtype_name(x), like=x)
     return x + tab.asarray(nothing, dtype=dtype_name(x), like=x)
 
 
@@ -548,8 +548,8 @@ def segments(tab: Any, given: Any, batch: tuple[Any, ...], n: Any, m: Any, like:
     for name, x, size in (("queries", given[0] if pair else given, n), ("keys", given[1] if pair else given, m)):
         called = f"segments of the {name}" if pair else "segments"
         x = exact_integers(tab, called, x, like)
-        if (seen := peek(tab, x)) is not None:
-            in_int32(called, seen)
+        if (values := peek(tab, x)) is not None:
+            in_int32(called, values)
         shape, expected = _shape(x), (*batch, size)
         if len(shape) != len(expected) or any(map(_differ, shape, expected)):
             cure = (

@@ -328,11 +328,11 @@ def _suite(
     in_processes = options.jobs > 1 and not (options.draws or options.device)
     every = [] if in_processes else _cases(options, console)
     with Progress(console) as progress:
-        seen: dict[str, set[str]] = {}  # a case comes once for each of its dtypes
+        finished: dict[str, set[str]] = {}  # a case comes once for each of its dtypes
 
         def begun(name: str, case: str) -> None:
-            seen.setdefault(name, set()).add(case)
-            progress.move(len(seen[name]), case, name)
+            finished.setdefault(name, set()).add(case)
+            progress.move(len(finished[name]), case, name)
 
         if in_processes:
             from kvattn.conformance.processes import judge

@@ -144,19 +144,19 @@ def integers(tab: Any, name: str, x: Any, like: Any) -> Any:
         raise TypeError(f"{name} has dtype {dtype}; expected an integer dtype")
     if not dtype.startswith("u"):
         return x
-    seen = _values(tab, x)
-    if seen is not None:
-        return tab.asarray(_signed(seen), like=x)
+    values = _values(tab, x)
+    if values is not None:
+        return tab.asarray(_signed(values), like=x)
     return tab.signed(x) if hasattr(tab, "signed") else tab.asarray(x, dtype="int32")
 
 
 def _values(tab: Any, x: Any) -> Any:
     """What `peek` shows; of a backend that makes signed integers in no other way, what it reads, if it is not traced."""
-    seen = peek(tab, x)
-    if seen is None and not hasattr(tab, "signed"):
+    values = peek(tab, x)
+    if values is None and not hasattr(tab, "signed"):
         with suppress(Exception):  # of whatever class a framework raises for an array without values
-            seen = tab.to_numpy(x)
-    return seen
+            values = tab.to_numpy(x)
+    return values
 
 
 def _signed(x: Any) -> Any:
@@ -166,22 +166,22 @@ def _signed(x: Any) -> Any:
 
 def exact_integers(tab: Any, name: str, x: Any, like: Any) -> Any:
     """As `integers`, where far away is no one place. Raises ValueError for what some framework's int32 would not hold."""
-    seen, traced = None, hasattr(tab, "tracing") and tab.tracing()
+    values, traced = None, hasattr(tab, "tracing") and tab.tracing()
     if tab.is_array(x):
-        seen = _values(tab, x) if dtype_name(x).startswith("u") else None
+        values = _values(tab, x) if dtype_name(x).startswith("u") else None
     elif not traced:
         with suppress(TypeError, ValueError):  # what is no array has its error below
-            seen = distances.values(x)
-    if seen is not None and seen.size and seen.dtype.kind in "iu":
-        in_int32(name, seen)
-        x = seen.astype("int32") if seen.dtype.kind == "u" else x
+            values = distances.values(x)
+    if values is not None and values.size and values.dtype.kind in "iu":
+        in_int32(name, values)
+        x = values.astype("int32") if values.dtype.kind == "u" else x
     return integers(tab, name, x, like)
 
 
-def in_int32(name: str, seen: Any) -> None:
+def in_int32(name: str, values: Any) -> None:
     """Raises ValueError for integers, NumPy's, that int32 does not hold."""
-    if seen.size and seen.dtype.itemsize >= 4:
-        least, most = int(seen.min()), int(seen.max())
+    if values.size and values.dtype.itemsize >= 4:
+        least, most = int(values.min()), int(values.max())
         if not -(2**31) <= least <= most < 2**31:
             raise ValueError(f"{name} reach from {least} to {most}; expected int32's, from -2^31 to 2^31 - 1")
 

@@ -200,8 +200,8 @@ class _Asking:
         ``going``: whose scores count. What follows an end, or a token that cannot be, may be anything.
         """
         if rows is not None:
-            how = self.reorder or partial(_reordered, tab=self.tab, count=self.rows)
-            self.state = how(self.state, rows)
+            reorder = self.reorder or partial(_reordered, tab=self.tab, count=self.rows)
+            self.state = reorder(self.state, rows)
         self.rows = len(tokens)
         return self._ask(self.tab.asarray(tokens.astype(self.dtype)[:, None], like=self.like), going)
 

@@ -118,9 +118,9 @@ def softmax(scores: Any, axis: int = -1) -> Any:
 
 def naive(*given: Any, allowed: Any = None, bias: Any = None, softmax: Callable[..., Any] = softmax) -> Any:
     """Attention in three lines of NumPy; given the gradient of the output, the gradients by query, key and value."""
-    query, key, value, *back = given
+    query, key, value, *upstream = given
     weights = naive_weights(query, key, allowed, bias, softmax)
-    return naive_back(query, key, value, weights, *back) if back else weights @ value
+    return naive_back(query, key, value, weights, *upstream) if upstream else weights @ value
 
 
 def naive_weights(query: Any, key: Any, allowed: Any = None, bias: Any = None, softmax: Callable[..., Any] = softmax) -> Any:
@@ -130,26 +130,26 @@ def naive_weights(query: Any, key: Any, allowed: Any = None, bias: Any = None, s
     return softmax(scores, axis=-1)
 
 
-def naive_back(query: Any, key: Any, value: Any, weights: Any, back: Any) -> tuple[Any, Any, Any]:
+def naive_back(query: Any, key: Any, value: Any, weights: Any, upstream: Any) -> tuple[Any, Any, Any]:
     """The gradients by query, key and value; ``back``: the gradient of the output."""
-    slope = back @ value.swapaxes(-1, -2)
+    slope = upstream @ value.swapaxes(-1, -2)
     slope = weights * (slope - (weights * slope).sum(axis=-1, keepdims=True)) * query.dtype.type(1 / math.sqrt(query.shape[-1]))
-    return slope @ key, slope.swapaxes(-1, -2) @ query, weights.swapaxes(-1, -2) @ back
+    return slope @ key, slope.swapaxes(-1, -2) @ query, weights.swapaxes(-1, -2) @ upstream
 
 
-def naive_layer(x: Any, *back: Any, matrices: Any, heads: int, allowed: Any) -> Any:
+def naive_layer(x: Any, *upstream: Any, matrices: Any, heads: int, allowed: Any) -> Any:
     """Multi-head self-attention in NumPy: the output; given its gradient, those by the input and by each matrix, and it."""
     W_q, W_k, W_v, W_o = matrices
     query, key, value = (split(x @ W, heads) for W in (W_q, W_k, W_v))
     weights = naive_weights(query, key, allowed)
     joined = join(weights @ value)
     output = joined @ W_o
-    if not back:
+    if not upstream:
         return output
     flat = x.reshape(-1, x.shape[-1])
-    by = [join(each) for each in naive_back(query, key, value, weights, split(back[0] @ W_o.T, heads))]
+    by = [join(each) for each in naive_back(query, key, value, weights, split(upstream[0] @ W_o.T, heads))]
     grads = [flat.T @ each.reshape(flat.shape) for each in by]
-    grads.append(joined.reshape(flat.shape).T @ back[0].reshape(flat.shape))
+    grads.append(joined.reshape(flat.shape).T @ upstream[0].reshape(flat.shape))
     return sum(each @ W.T for each, W in zip(by, (W_q, W_k, W_v), strict=True)), *grads, output
 
 
@@ -159,28 +159,28 @@ def _numpy(problem: Problem) -> Named:
     yield "kvattn numpy", lambda: first(call(*given))
     if problem.scores > LARGE:
         return
-    how: dict[str, Any] = {"allowed": problem.allowed(), "bias": options.get("bias")}
-    yield "NumPy, naive", lambda: first(naive(*given, **how))
+    keywords: dict[str, Any] = {"allowed": problem.allowed(), "bias": options.get("bias")}
+    yield "NumPy, naive", lambda: first(naive(*given, **keywords))
     if find_spec("scipy") and not problem.grad:
         special = import_module("scipy.special")
-        yield "scipy softmax", lambda: naive(*given, **how, softmax=special.softmax)
+        yield "scipy softmax", lambda: naive(*given, **keywords, softmax=special.softmax)
 
 
 def _numpy_layer(problem: Problem) -> Named:
     from kvattn import numpy as kv
 
-    (x, *back), options = problem.cast(lambda x, dtype: x.astype(dtype))
+    (x, *upstream), options = problem.cast(lambda x, dtype: x.astype(dtype))
     made = weighted(kv.MultiHeadAttention(x.shape[-1], problem.heads), problem)
 
     def call() -> Any:
         output = made(x, x, x, training=problem.grad, **options)
-        return sum(made.backward(back[0])) if back else output
+        return sum(made.backward(upstream[0])) if upstream else output
 
     yield "kvattn numpy", call
     if problem.scores > LARGE:
         return
     matrices, allowed = [W.astype(problem.dtype) for W in problem.matrices], problem.allowed()
-    yield "NumPy, naive", lambda: first(naive_layer(x, *back, matrices=matrices, heads=problem.heads, allowed=allowed))
+    yield "NumPy, naive", lambda: first(naive_layer(x, *upstream, matrices=matrices, heads=problem.heads, allowed=allowed))
 
 
 # ---- PyTorch
@@ -210,20 +210,20 @@ def sdpa(problem: Problem, each_call: bool = False) -> Call:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     make = tensors(problem.device)
-    (*leaves, back) = problem.cast(make)[0] if problem.grad else [*problem.cast(make)[0], None]
-    how: dict[str, Any] = {"is_causal": True} if [*problem.options] == ["causal"] else {}
-    if not how:
+    (*leaves, upstream) = problem.cast(make)[0] if problem.grad else [*problem.cast(make)[0], None]
+    keywords: dict[str, Any] = {"is_causal": True} if [*problem.options] == ["causal"] else {}
+    if not keywords:
         added, allowed = problem.added(), problem.allowed()
         mask = allowed if added is None else added
-        how = {"attn_mask": None if mask is None else make(mask, "bool" if added is None else problem.dtype)}
+        keywords = {"attn_mask": None if mask is None else make(mask, "bool" if added is None else problem.dtype)}
     leaves = [x.requires_grad_(problem.grad) for x in leaves]
     given = problem.cast(make)[1]
 
     def call() -> Any:
         if each_call:
-            how["attn_mask"] = given["bias"].masked_fill(~given["mask"], -math.inf)
-        output = scaled_dot_product_attention(*leaves, **how)
-        return settled(torch.autograd.grad(output, leaves, back)[0] if problem.grad else output)
+            keywords["attn_mask"] = given["bias"].masked_fill(~given["mask"], -math.inf)
+        output = scaled_dot_product_attention(*leaves, **keywords)
+        return settled(torch.autograd.grad(output, leaves, upstream)[0] if problem.grad else output)
 
     return call
 
@@ -238,7 +238,7 @@ def _torch(problem: Problem) -> Named:
         yield "torch SDPA, masked in each call", sdpa(problem, each_call=True)
 
 
-def _torch_trained(layer: Any, problem: Problem, x: Any, back: Any, **how: Any) -> Call:
+def _torch_trained(layer: Any, problem: Problem, x: Any, upstream: Any, **keywords: Any) -> Call:
     """A layer of self-attention, in training if there are gradients: by its input, computed with those by its weights."""
     import torch
 
@@ -247,8 +247,8 @@ def _torch_trained(layer: Any, problem: Problem, x: Any, back: Any, **how: Any) 
 
     def call() -> Any:
         with torch.set_grad_enabled(problem.grad):
-            output = first(layer(x, x, x, **how))
-        return settled(torch.autograd.grad(output, leaves, back)[0] if problem.grad else output)
+            output = first(layer(x, x, x, **keywords))
+        return settled(torch.autograd.grad(output, leaves, upstream)[0] if problem.grad else output)
 
     return call
 
@@ -259,24 +259,24 @@ def mha(problem: Problem) -> Call:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     make = tensors(problem.device)
-    x, back = [*problem.cast(make)[0], None][:2]
+    x, upstream = [*problem.cast(make)[0], None][:2]
     made = weighted(torch.nn.MultiheadAttention(x.shape[-1], problem.heads, bias=False, batch_first=True), problem)
-    how: dict[str, Any] = {"need_weights": False}
+    keywords: dict[str, Any] = {"need_weights": False}
     allowed = problem.allowed()
     if allowed is not None and "causal" in problem.options:
-        how |= {"attn_mask": ~make(allowed, "bool"), "is_causal": True}
+        keywords |= {"attn_mask": ~make(allowed, "bool"), "is_causal": True}
     elif allowed is not None:
-        how |= {"key_padding_mask": ~make(allowed[:, 0, 0], "bool")}
-    return _torch_trained(made.to(x.device, x.dtype), problem, x, back, **how)
+        keywords |= {"key_padding_mask": ~make(allowed[:, 0, 0], "bool")}
+    return _torch_trained(made.to(x.device, x.dtype), problem, x, upstream, **keywords)
 
 
 def _torch_layer(problem: Problem) -> Named:
     from kvattn import torch as kv
 
     arrays, options = problem.cast(tensors(problem.device))
-    x, back = [*arrays, None][:2]
+    x, upstream = [*arrays, None][:2]
     made = weighted(kv.MultiHeadAttention(x.shape[-1], problem.heads), problem)
-    yield "kvattn torch", _torch_trained(made.to(x.device, x.dtype), problem, x, back, **options)
+    yield "kvattn torch", _torch_trained(made.to(x.device, x.dtype), problem, x, upstream, **options)
     if options:
         yield "nn.MultiheadAttention", mha(problem)
 
@@ -292,15 +292,15 @@ def _jax(problem: Problem) -> Named:
     call = jax.jit(ours("jax", options, problem.grad))
     yield "kvattn jax", lambda: jax.block_until_ready(first(call(*given)))
     moved = [x.swapaxes(1, 2) for x in given]  # its own layout: (batch, n, heads, d)
-    how = {
+    keywords = {
         "is_causal": "causal" in options, "local_window_size": options.get("window"), "bias": options.get("bias"),
         "mask": options.get("mask"), "key_value_seq_lengths": options.get("valid_lens"),
     }  # fmt: skip
     if "valid_lens" in options and options["valid_lens"].ndim == 2:  # it knows lengths of keys, not of each query's
-        how |= {"mask": jnp.asarray(problem.allowed()), "key_value_seq_lengths": None}
+        keywords |= {"mask": jnp.asarray(problem.allowed()), "key_value_seq_lengths": None}
 
     def forward(*qkv: Any) -> Any:
-        return jax.nn.dot_product_attention(*qkv, **how)
+        return jax.nn.dot_product_attention(*qkv, **keywords)
 
     native = jax.jit((lambda q, k, v, g: jax.vjp(forward, q, k, v)[1](g)) if problem.grad else forward)
     yield "jax.nn", lambda: jax.block_until_ready(first(native(*moved))).swapaxes(1, 2)
@@ -313,7 +313,7 @@ def _jax_layer(problem: Problem) -> Named:
 
     from kvattn import jax as kv
 
-    (x, *back), options = problem.cast(jnp.asarray)
+    (x, *upstream), options = problem.cast(jnp.asarray)
     heads, width = problem.heads, x.shape[-1]
     allowed = problem.allowed()
     mask = None if allowed is None else jnp.asarray(allowed)
@@ -322,7 +322,7 @@ def _jax_layer(problem: Problem) -> Named:
         params = jax.tree.map(lambda W: jnp.asarray(W, problem.dtype), params)
         program = jax.jit(forward)
         if problem.grad:
-            program = jax.jit(lambda params, x: jax.vjp(forward, params, x)[1](back[0])[::-1])
+            program = jax.jit(lambda params, x: jax.vjp(forward, params, x)[1](upstream[0])[::-1])
         return lambda: first(jax.block_until_ready(program(params, x)))
 
     made = kv.MultiHeadAttention(width, heads)
@@ -346,12 +346,12 @@ def _tensorflow(problem: Problem) -> Named:
     moved = [tf.transpose(x, [0, 2, 1, 3]) for x in given]
     causal = [*options] == ["causal"]
     allowed = None if causal else problem.allowed()
-    how: dict[str, Any] = {"is_causal": True} if causal else {"bias": options.get("bias")}
+    keywords: dict[str, Any] = {"is_causal": True} if causal else {"bias": options.get("bias")}
     if allowed is not None:
-        how["mask"] = tf.constant(allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape))
+        keywords["mask"] = tf.constant(allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape))
 
     def forward(*qkv: Any) -> Any:
-        return keras.ops.dot_product_attention(*qkv, **how)
+        return keras.ops.dot_product_attention(*qkv, **keywords)
 
     def gradients(*given: Any) -> Any:
         with tf.GradientTape() as tape:
@@ -369,17 +369,19 @@ def _tensorflow_layer(problem: Problem) -> Named:
 
     from kvattn import tensorflow as kv
 
-    (x, *back), options = problem.cast(tf.constant)
+    (x, *upstream), options = problem.cast(tf.constant)
     heads, width, allowed = problem.heads, x.shape[-1], problem.allowed()
 
-    def timed(made: Any, **how: Any) -> Call:
+    def timed(made: Any, **keywords: Any) -> Call:
         def gradients(x: Any) -> Any:
             with tf.GradientTape() as tape:
                 tape.watch(x)
-                output = made(x, x, x, training=True, **how)
-            return tape.gradient(output, [x, *made.trainable_variables], back[0])
+                output = made(x, x, x, training=True, **keywords)
+            return tape.gradient(output, [x, *made.trainable_variables], upstream[0])
 
-        program = tf.function(gradients if problem.grad else lambda x: made(x, x, x, training=False, **how), autograph=False)
+        program = tf.function(
+            gradients if problem.grad else lambda x: made(x, x, x, training=False, **keywords), autograph=False
+        )
         return lambda: np.asarray(first(program(x)))
 
     made = kv.MultiHeadAttention(num_hiddens=width, num_heads=heads, dtype=problem.dtype)
@@ -387,10 +389,10 @@ def _tensorflow_layer(problem: Problem) -> Named:
     theirs = keras.layers.MultiHeadAttention(heads, width // heads, use_bias=False, dtype=problem.dtype)
     theirs.build(x.shape, x.shape)
     weighted(theirs, problem)
-    how: dict[str, Any] = {"use_causal_mask": True} if "causal" in options else {}
-    if not how and allowed is not None:
-        how = {"attention_mask": tf.constant(allowed[:, 0])}
-    yield "keras.layers", timed(theirs, **how)
+    keywords: dict[str, Any] = {"use_causal_mask": True} if "causal" in options else {}
+    if not keywords and allowed is not None:
+        keywords = {"attention_mask": tf.constant(allowed[:, 0])}
+    yield "keras.layers", timed(theirs, **keywords)
 
 
 # ---- MXNet
@@ -438,19 +440,19 @@ def lesson(problem: Problem, options: dict[str, Any]) -> Callable[..., Any]:
     return attend
 
 
-def mxnet_trained(forward: Callable[..., Any], leaves: list[Any], back: list[Any]) -> Call:
+def mxnet_trained(forward: Callable[..., Any], leaves: list[Any], upstream: list[Any]) -> Call:
     """A call, or given the gradient of its output, one that is recorded and differentiated by all leaves."""
     tab: Any = import_module("kvattn.backends.mxnet")
 
-    for x in leaves if back else ():
+    for x in leaves if upstream else ():
         x.attach_grad()
 
     def call() -> Any:
-        if not back:
+        if not upstream:
             return waited(forward(*leaves))
         with tab.mx.autograd.record():
             output = forward(*leaves)
-        output.backward(back[0])
+        output.backward(upstream[0])
         for x in leaves:
             waited(x.grad)
         return leaves[0].grad
@@ -463,12 +465,12 @@ def _mxnet_layer(problem: Problem) -> Named:
 
     tab: Any = import_module("kvattn.backends.mxnet")
 
-    (x, *back), options = problem.cast(tab.asarray)
+    (x, *upstream), options = problem.cast(tab.asarray)
     tab.mx.npx.set_np()
     made = weighted(kv.MultiHeadAttention(x.shape[-1], problem.heads), problem)
     if problem.dtype != "float32":
         made.cast(problem.dtype)
-    yield "kvattn mxnet", mxnet_trained(lambda x: made(x, x, x, **options), [x], back)
+    yield "kvattn mxnet", mxnet_trained(lambda x: made(x, x, x, **options), [x], upstream)
     if problem.scores > LARGE:
         return
     npx, attend, width = tab.mx.npx, lesson(problem, options), x.shape[-1]
@@ -481,7 +483,7 @@ def _mxnet_layer(problem: Problem) -> Named:
         *three, W_o = matrices
         return dense(join(attend(*(split(dense(x, W), problem.heads) for W in three))), W_o)
 
-    yield "MXNet, as d2l", mxnet_trained(by_hand, [x.copy(), *matrices], back)
+    yield "MXNet, as d2l", mxnet_trained(by_hand, [x.copy(), *matrices], upstream)
 
 
 ATTENTION = {"numpy": _numpy, "torch": _torch, "jax": _jax, "tensorflow": _tensorflow, "mxnet": _mxnet}

@@ -39,8 +39,8 @@ def numbers_per_pair(score: Any, query: tuple[int, ...], key: tuple[int, ...]) -
     """How many numbers a score holds for each pair while it computes: as many as there are features, if it is not PLAIN."""
     if getattr(getattr(score, "func", score), "__name__", "") in PLAIN:
         return 1
-    bound = getattr(score, "keywords", {}).values()
-    sizes: list[int] = [size for x in bound for size in getattr(x, "shape", ())]
+    parameters = getattr(score, "keywords", {}).values()
+    sizes: list[int] = [size for x in parameters for size in getattr(x, "shape", ())]
     return max(1, query[-1], key[-1], *sizes)
 
 

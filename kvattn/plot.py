@@ -436,8 +436,8 @@ def _function(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 def _name(kernel: Callable[..., Any]) -> str:
     """What to call a kernel, with what is bound to it."""
-    bound = [f"{name} {x:g}" for name, x in getattr(kernel, "keywords", {}).items() if isinstance(x, (int, float))]
-    return "\n".join([getattr(_function(kernel), "__name__", "kernel").removesuffix("_kernel"), *bound])
+    parameters = [f"{name} {x:g}" for name, x in getattr(kernel, "keywords", {}).items() if isinstance(x, (int, float))]
+    return "\n".join([getattr(_function(kernel), "__name__", "kernel").removesuffix("_kernel"), *parameters])
 
 
 # ---- drawing

@@ -179,19 +179,19 @@ def multi_head(backend: Any, inputs: tuple[Any, Any, Any], params: Any, counts: 
         m = checks.cached(cache, n, m, given)
     features = (params["W_q"].shape[-1] // num_heads, params["W_k"].shape[-1] // num_kv_heads)
     checks.same_projected_features(features, is_dot_product(given.get("score")))
-    back = returned(given)
+    flags = returned(given)
     scores = (*batch, num_heads, n, m)
     given |= {"sink": params["sink"]} if "sink" in params else {}
     if cache is not None and not hasattr(tab, "places"):  # functions are asked now, of where the step will stand
         given |= {"query_offset": cache.length}
-    checked = options(tab, query, scores, features, return_lse=back["return_lse"], batch=tuple(batch[:1]), **given)
+    checked = options(tab, query, scores, features, return_lse=flags["return_lse"], batch=tuple(batch[:1]), **given)
     if cache is not None:
         checked["query_offset"] = 0
     if "sink" in params:
         checked.pop("sink")
     if not batch and checked["valid_lens"] is not None:
         checked["valid_lens"] = checks.for_each_head(tab, checked["valid_lens"], num_heads, query)
-    return tab, query, key, value, params, {"num_heads": num_heads, "num_kv_heads": num_kv_heads}, checked | back
+    return tab, query, key, value, params, {"num_heads": num_heads, "num_kv_heads": num_kv_heads}, checked | flags
 
 
 def projections(tab: Any, query: Any, key: Any, value: Any, params: Any, num_heads: int, num_kv_heads: int) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def rotary(backend: Any, x: Any, positions: Any, base: Any, interleaved: Any, ro
     positions = checks.rows(tab, "positions", positions, tuple(rows), x)
     base, rotary_dim, scaling = checks.scaling(base, rotary_dim, scaling, d)
     length = checks.length(tab, positions, rows[-1], scaling["rope_type"]) if rotation.by_length(scaling) else 0
-    how = {"interleaved": checks.flag("interleaved", interleaved)}
+    turn = {"interleaved": checks.flag("interleaved", interleaved)}
     key = rotary_dim, base, length, *scaling.items()
     if hasattr(tab, "tracing") and tab.tracing():  # torch.compile would watch what is kept
         frequencies, factor = rotation.frequencies(rotary_dim, base, scaling, length)
@@ -228,7 +228,7 @@ def rotary(backend: Any, x: Any, positions: Any, base: Any, interleaved: Any, ro
                 _frequencies.clear()
             _frequencies[key] = found
         frequencies, factor = found
-    return tab, x, positions, frequencies, how | {"factor": factor}
+    return tab, x, positions, frequencies, turn | {"factor": factor}
 
 
 # ---- scores and normalisers

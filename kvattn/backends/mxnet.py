@@ -627,8 +627,8 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
 
 def _attend_grad(query, key, value, grad_output, wrt, call, grad_scores=None):
     call, parts = partition.resolved(query, key, value, call) if type(call.mask) is Pairs else (call, ())
-    bound = call.score.keywords if isinstance(call.score, partial) else {}
-    sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **bound}
+    parameters = call.score.keywords if isinstance(call.score, partial) else {}
+    sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **parameters}
     choice = None if parts else choose(query, key, value, call)
     if choice and choice.run_grad and grad_scores is None:
         return choice.run_grad(query, key, value, grad_output, wrt, call)
@@ -641,10 +641,10 @@ def _attend_grad(query, key, value, grad_output, wrt, call, grad_scores=None):
         found = partition.gradients(parts, sources, grad_output, wrt, call, zeros, np.concatenate, _waited_for)
         return tuple(found[name].astype(sources[name].dtype, copy=False) for name in wrt)
 
-    def attend(query, key, value, bias, sink, **bound):
+    def attend(query, key, value, bias, sink, **parameters):
         score = call.score
         if isinstance(score, partial):
-            score = partial(score.func, *(x.detach() if is_array(x) else x for x in score.args), **bound)
+            score = partial(score.func, *(x.detach() if is_array(x) else x for x in score.args), **parameters)
         return _attend(query, key, value, call._replace(score=score, bias=bias, sink=sink))
 
     return _grad_by_autograd(attend, sources, grad_output if grad_scores is None else [grad_output, grad_scores], wrt)

@@ -118,9 +118,9 @@ def ring_attention(
     elif type(call.query_offset) is not int:
         given["query_offset"] = call.query_offset
     if isinstance(call.score, partial):
-        bound = Partial(call.score.func, *call.score.args, **call.score.keywords)
-        if all(isinstance(x, float) or tab.is_array(x) for x in jax.tree.leaves(bound)):
-            given["score"] = bound
+        as_tree = Partial(call.score.func, *call.score.args, **call.score.keywords)
+        if all(isinstance(x, float) or tab.is_array(x) for x in jax.tree.leaves(as_tree)):
+            given["score"] = as_tree
     plan = ring.plan(axis, size, call, query.shape[-2], key.shape[-2])
     rest: dict[str, Any] = dict.fromkeys(given.keys() - {"query", "key", "value"})
     return ring.run(plan._replace(call=call._replace(**rest)), mesh, tuple(names), given)

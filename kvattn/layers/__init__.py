@@ -449,9 +449,9 @@ def parts_of_state(state: Any, blocks: int, exactly: bool = True) -> tuple[Any, 
 
 def of_one_position(caches: list[KVCache], name: str) -> None:
     """Raises ValueError unless all blocks' caches hold as many positions, where lengths are numbers, not of a trace."""
-    held = [cache.length for cache in caches]
-    if all(map(conversion.is_integer, held)) and any(length != held[0] for length in held):
-        raise ValueError(f"{name} holds {' and '.join(map(str, held))} positions; expected as many for each block")
+    lengths = [cache.length for cache in caches]
+    if all(map(conversion.is_integer, lengths)) and any(length != lengths[0] for length in lengths):
+        raise ValueError(f"{name} holds {' and '.join(map(str, lengths))} positions; expected as many for each block")
 
 
 def _described(x: Any) -> str:

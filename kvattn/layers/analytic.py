@@ -345,18 +345,18 @@ def source(seed, rng):
 # ---- a layer's parts and their weights, by name
 
 
-def parts(x, path=(), seen=None):
+def parts(x, path=(), visited=None):
     """(path, layer) of a layer and of every layer in it, each once."""
-    seen = set() if seen is None else seen
-    if id(x) in seen:
+    visited = set() if visited is None else visited
+    if id(x) in visited:
         return
-    seen.add(id(x))
+    visited.add(id(x))
     if isinstance(x, Layer):
         yield path, x
         x = vars(x)
     for name, part in x.items() if isinstance(x, dict) else enumerate(x):
         if isinstance(part, (Layer, dict, list, tuple)):
-            yield from parts(part, (*path, str(name)), seen)
+            yield from parts(part, (*path, str(name)), visited)
 
 
 def slots(layer):

@@ -148,8 +148,8 @@ def _initializer(name, seed):
 
 
 def _dense(name, features, bias, seed):
-    how = {"kernel_init": _initializer(name, seed), "promote_dtype": _as_inputs, "dot_general": _product}
-    return nn.Dense(features, use_bias=bias, **how)
+    options = {"kernel_init": _initializer(name, seed), "promote_dtype": _as_inputs, "dot_general": _product}
+    return nn.Dense(features, use_bias=bias, **options)
 
 
 def _product(inputs, kernel, dimensions, precision=None):

@@ -24,10 +24,10 @@ registered = keras.saving.register_keras_serializable("kvattn")
 class Layer(keras.layers.Layer):
     """What the layers share: how attention's options pass through Keras, how it saves a layer and copies it.
 
-    OWN: the (name, shape) of the variable that a layer makes itself, None for sizes that the first call decides.
+    VARIABLES: the (name, shape) of the variable that a layer makes itself, None for sizes that the first call decides.
     """
 
-    OWN = ()
+    VARIABLES = ()
 
     def __init__(self, given, **kwargs):
         super().__init__(**kwargs)
@@ -236,14 +236,14 @@ class _Slot(NamedTuple):
         return None if self.variable is None else api.to_numpy(self.variable).reshape(self.shape)
 
 
-def parts(module, path=(), seen=None):
+def parts(module, path=(), visited=None):
     """(path, layer) of the module and every layer in it: by attribute, by name in functional and Sequential models."""
-    seen = set() if seen is None else seen
-    if id(module) not in seen:
-        seen.add(id(module))
+    visited = set() if visited is None else visited
+    if id(module) not in visited:
+        visited.add(id(module))
         yield path, module
         for name, child in _children(module):
-            yield from parts(child, (*path, name), seen)
+            yield from parts(child, (*path, name), visited)
 
 
 def _children(module):
@@ -286,7 +286,7 @@ def _own(path, part):
     elif isinstance(part, Embedding):
         kind, has = "embedding", {"weight": ("embeddings", (part.input_dim, part.output_dim))}
     else:
-        places = {name: (name, _known(part, name, shape)) for name, shape in getattr(part, "OWN", ())}
+        places = {name: (name, _known(part, name, shape)) for name, shape in getattr(part, "VARIABLES", ())}
         return {layers.names((*path, name), "embedding")["weight"]: place for name, place in places.items()}
     names = layers.names(path, kind)
     has = {names[which]: place for which, place in has.items() if place}

@@ -182,9 +182,9 @@ class _Attention(_Layer):
         self.dropout = checks.probability("dropout", dropout)
         self._last = None
 
-    def load_parameters(self, filename, ctx=None, allow_missing=False, ignore_extra=False, **how):
+    def load_parameters(self, filename, ctx=None, allow_missing=False, ignore_extra=False, **options):
         """gluon's own reads the file of a block without parts as mx.nd arrays."""
-        self.params.load_dict(mx.npx.load(filename), ctx, allow_missing, ignore_extra, self.prefix, filename, **how)
+        self.params.load_dict(mx.npx.load(filename), ctx, allow_missing, ignore_extra, self.prefix, filename, **options)
 
     _score = staticmethod(api.scaled_dot_score)
 
@@ -210,12 +210,18 @@ class _Attention(_Layer):
 _traced = WeakValueDictionary()  # layers by the name that their graphs, which are text, have for them
 
 
-OWN = ("rotary", "qk_norm", "q_norm", "k_norm", "alibi")  # what a graph hands on of the layer's own, and not of the call
+OF_THE_LAYER = (
+    "rotary",
+    "qk_norm",
+    "q_norm",
+    "k_norm",
+    "alibi",
+)  # what a graph hands on of the layer's own, and not of the call
 
 
 def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=None, backend="mxnet", **options):
     """kvattn.attention with dropout in training alone, noted as the layer's last call: at once, or when a graph runs."""
-    rotary, qk_norm, q_norm, k_norm, alibi = (options.pop(name, None) for name in OWN)
+    rotary, qk_norm, q_norm, k_norm, alibi = (options.pop(name, None) for name in OF_THE_LAYER)
     if tab.is_array(query):
         query, key = layers.normed(tab, qk_norm, query, key, q_norm, k_norm)
         query, key = layers.rotated("mxnet", rotary, query, key, options.get("query_offset", 0))
@@ -236,8 +242,8 @@ def whole_lengths(valid_lens, backend="mxnet"):
     backend = tab if backend == "mxnet" else backend
     if not backend.is_array(valid_lens) or "float" not in str(valid_lens.dtype):
         return valid_lens
-    seen = backend.peek(valid_lens)
-    if seen is not None and (seen != numpy.floor(seen)).any():
+    values = backend.peek(valid_lens)
+    if values is not None and (values != numpy.floor(values)).any():
         raise TypeError(f"valid_lens has dtype {valid_lens.dtype} and fractions; expected whole numbers")
     return backend.asarray(valid_lens, dtype="int64")
 

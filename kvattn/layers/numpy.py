@@ -207,9 +207,11 @@ class MultiHeadAttention(_Attends):
         if "sink" in self._state.declared:
             self.gradient("sink", self.attention.by_sink)
         if self.rotary is not None:  # back by the same angles
-            how = layers.of_one_length("numpy", self.rotary, queries, keys, (first, 0))
+            turned = layers.of_one_length("numpy", self.rotary, queries, keys, (first, 0))
             places = -(first + np.arange(queries.shape[-2])), -np.arange(keys.shape[-2])
-            queries, keys = (api.rotary(x, at, **how, backend="numpy") for x, at in zip((queries, keys), places, strict=True))
+            queries, keys = (
+                api.rotary(x, at, **turned, backend="numpy") for x, at in zip((queries, keys), places, strict=True)
+            )
         if self.qk_norm is not None:
             by = [_by_norm(*each, self.qk_norm) for each in zip((queries, keys), projected, norms, strict=True)]
             (queries, keys), by_norms = zip(*by, strict=True)

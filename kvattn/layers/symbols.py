@@ -53,13 +53,13 @@ def defer(function, query, key, value, **options):
         if not deferred(x):
             raise TypeError(f"query is a Symbol, but {name} is of class {type(x).__name__}: a graph takes Symbols")
     inputs |= {name: x for name, x in options.items() if deferred(x)}
-    bound = {name: x for name, x in keywords.items() if deferred(x)}
+    parameters = {name: x for name, x in keywords.items() if deferred(x)}
     call = _Deferred(
-        function, [*inputs, *bound], len(inputs), {name: x for name, x in options.items() if name not in inputs},
-        {name: x for name, x in keywords.items() if name not in bound},
+        function, [*inputs, *parameters], len(inputs), {name: x for name, x in options.items() if name not in inputs},
+        {name: x for name, x in keywords.items() if name not in parameters},
     )  # fmt: skip
     call.check()
-    symbols = {name: x.as_nd_ndarray() for name, x in {**inputs, **bound}.items()}
+    symbols = {name: x.as_nd_ndarray() for name, x in {**inputs, **parameters}.items()}
     node = mx.sym.Custom(op_type=OPERATOR, call=call.text(), **symbols)
     outputs = [node[i].as_np_ndarray() if isinstance(query, NumpySymbol) else node[i] for i in range(len(call.outputs()))]
     return tuple(outputs) if len(outputs) > 1 else outputs[0]
@@ -235,8 +235,8 @@ class AttentionShapes(mx.operator.CustomOpProp):
         d_q, d_k = query[-1], key[-1]
         sizes = {"W_q": (d_q,), "W_k": (d_k,), "W": (d_q, d_k), "w_g": (d_q + d_k,)}  # for gluon, which asks the graph
         known = [sizes.get(name, ()) for name in names[own:]]
-        bound = [(*size, *shape[len(size) :]) for size, shape in zip(known, in_shape[own:], strict=True)]
-        return [*in_shape[:own], *bound], [found[name] for name in self.list_outputs()], []
+        parameters = [(*size, *shape[len(size) :]) for size, shape in zip(known, in_shape[own:], strict=True)]
+        return [*in_shape[:own], *parameters], [found[name] for name in self.list_outputs()], []
 
     def infer_type(self, in_type):
         half = getattr(in_type[0], "__name__", "") == "float16"

@@ -132,7 +132,7 @@ class AdditiveAttention(_Attention):
 class MultiplicativeAttention(_Attention):
     """Attention by the score q W k; W takes its sizes from the first call."""
 
-    OWN = (("W", (None, None)),)
+    VARIABLES = (("W", (None, None)),)
 
     def __init__(self, dropout=0.0, *, seed=None, **kwargs):
         super().__init__(locals(), dropout, **kwargs)
@@ -153,7 +153,7 @@ class MultiplicativeAttention(_Attention):
 class GatedAttention(_Attention):
     """Attention by the score sigmoid(w_g . [q; k]) (q . k); w_g takes its size from the first call."""
 
-    OWN = (("w_g", (None,)),)
+    VARIABLES = (("w_g", (None,)),)
 
     def __init__(self, dropout=0.0, *, seed=None, **kwargs):
         super().__init__(locals(), dropout, **kwargs)
@@ -184,8 +184,8 @@ class MultiHeadAttention(Layer):
         width = layers.head_width(num_hiddens, num_heads, self.num_kv_heads)
         self.rotary = layers.check_rotary(rotary, width)
         self.qk_norm, self.alibi = layers.check_qk_norm(qk_norm), layers.check_alibi(alibi, num_heads)
-        self.OWN = () if self.qk_norm is None else (("q_norm", (width,)), ("k_norm", (width,)))
-        self.OWN += (("sink", (num_heads,)),) if checks.flag("sink", sink) else ()
+        self.VARIABLES = () if self.qk_norm is None else (("q_norm", (width,)), ("k_norm", (width,)))
+        self.VARIABLES += (("sink", (num_heads,)),) if checks.flag("sink", sink) else ()
         self.q_norm = self.k_norm = self.sink = None
         self.attention = DotProductAttention(dropout, dtype=self.dtype_policy)
         self.W_q = dense(self, "W_q", num_hiddens, bias, seed)
@@ -203,7 +203,7 @@ class MultiHeadAttention(Layer):
 
     def make(self, shape=None):
         """All of its own weights, whose shapes are known."""
-        for name, size in self.OWN:
+        for name, size in self.VARIABLES:
             if getattr(self, name) is None:
                 kind = "zeros" if name == "sink" else "ones"
                 setattr(self, name, self.add_weight(name=name, shape=size, initializer=kind))

@@ -139,28 +139,28 @@ def _lend(shapes, query, key, value, call):
     Each array is asked for its shape once: that takes a microsecond, and several where the caches are full of keys and values.
     """
     arrays, shapes = {"query": query, "key": key, "value": value}, [*shapes]
-    changed, bound = {"score": call.score, "normalize": getattr(numpy_tab, call.normalize.__name__)}, {}
+    changed, parameters = {"score": call.score, "normalize": getattr(numpy_tab, call.normalize.__name__)}, {}
     for name in ARRAYS:
         if isinstance(x := getattr(call, name), mx.nd.NDArray):
             arrays[name], changed[name] = x, None
     if isinstance(call.score, partial):
-        changed["score"], bound = call.score.func, dict(call.score.keywords)
-        for name, x in bound.items():
+        changed["score"], parameters = call.score.func, dict(call.score.keywords)
+        for name, x in parameters.items():
             if isinstance(x, mx.nd.NDArray):
-                arrays[name], bound[name] = x, None
+                arrays[name], parameters[name] = x, None
     changed["score"] = getattr(numpy_tab, changed["score"].__name__)
     shapes += [x.shape for x in [*arrays.values()][3:]]
-    return _Lent(call._replace(**changed), bound, dict(zip(arrays, shapes, strict=True)), query.dtype), [*arrays.values()]
+    return _Lent(call._replace(**changed), parameters, dict(zip(arrays, shapes, strict=True)), query.dtype), [*arrays.values()]
 
 
 class _Lent:
     """A call as NumPy takes it, but for its arrays, which are lent to it: the names and shapes of these and of the results.
 
-    ``bound``: what the call's score is bound to, None for arrays.
+    ``parameters``: what the call's score is bound to, None for arrays.
     """
 
-    def __init__(self, call, bound, shapes, dtype):
-        self.call, self.bound, self.shapes = call, bound, shapes
+    def __init__(self, call, parameters, shapes, dtype):
+        self.call, self.parameters, self.shapes = call, parameters, shapes
         query, key, value = shapes["query"], shapes["key"], shapes["value"]
         rows = (*planning.lead(query, key), query[-2])
         self.results = {"output": ((*rows, value[-1]), dtype)}
@@ -173,11 +173,11 @@ class _Lent:
     def _views(self, arrays):
         """query, key, value and the call, of NumPy arrays."""
         query, key, value, *rest = (view(x, shape) for x, shape in zip(arrays, self.shapes.values(), strict=True))
-        if not (rest or self.bound):
+        if not (rest or self.parameters):
             return query, key, value, self.call
         given = dict(zip(list(self.shapes)[3:], rest, strict=True))
-        bound = {name: given.pop(name, x) for name, x in self.bound.items()}
-        score = partial(self.call.score, **bound) if bound else self.call.score
+        parameters = {name: given.pop(name, x) for name, x in self.parameters.items()}
+        score = partial(self.call.score, **parameters) if parameters else self.call.score
         return query, key, value, self.call._replace(**given, score=score)
 
     def forward(self, arrays, results, keep=False):
