@@ -325,6 +325,7 @@ def attention_grad(
     """
     if unknown:
         raise checks.unknown(unknown, prepare.OPTIONS)
+    score = None if score is scaled_dot_score else score
     known = prepare.remembered(query, key, value, backend)
     plain = score is normalize is segments is positions is scale is softcap is sink is return_scores is None
     plain = plain and grad_scores is None and not dropout and type(wrt) is tuple and wrt == ("query", "key", "value")

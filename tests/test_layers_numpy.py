@@ -13,6 +13,7 @@ from near import assert_near
 import kvattn
 from kvattn import layers
 from kvattn import numpy as kv
+from kvattn.kernels.numpy import tiled
 from kvattn.layers.analytic import parts
 
 pytestmark = pytest.mark.skipif("numpy" not in chosen(), reason="KVATTN_CONFORMANCE names other backends only")
@@ -630,3 +631,19 @@ def test_the_namespace_has_what_pytorchs_has(backend):
 
 def test_numpys_bools_say_whether_queries_and_keys_are_normed():
     assert [layers.check_qk_norm(x) for x in (np.True_, np.False_, True, False)] == [1e-6, None, 1e-6, None]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True, "sink": np.ones(2)}, {"return_lse": True}, {"return_weights": True}], ids=str
+)
+def test_backward_computes_no_attention_again_that_forward_gave(options, dropout, monkeypatch):
+    given = np.random.default_rng(0).normal(size=(3, 1, 2, 512, 8))
+    layer, pattern = kv.DotProductAttention(dropout), {"rng": 1} if dropout else {}
+    results = layer(*given, training=True, **pattern, **options)
+    output = results[0] if type(results) is tuple else results
+    options = {name: x for name, x in options.items() if not name.startswith("return_")}
+    expected = kvattn.attention_grad(*given, output, dropout=dropout, **pattern, **options)
+    monkeypatch.setattr(tiled, "forward", lambda *_: pytest.fail("attention was computed again"))
+    for grad, x in zip(layer.backward(output), expected, strict=True):
+        assert_near(grad, x)

@@ -8,6 +8,7 @@ NumPy has no autodiff: every layer derives its own gradients, and one made of la
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cached_property
@@ -106,7 +107,7 @@ class Layer:
                 part._state.calls, part._state.grads = [], {}
 
         inputs, options, floats = self._arguments([*inputs], options)
-        half = floats[0] if floats and floats[0].name in tab.HALF else None
+        half = floats[0] if floats and floats[0].itemsize == 2 else None
         state.kept, token = (), _mode.set(mode)
         try:
             results = self.forward(*inputs, **options, **({"training": mode.training} if self._takes_training else {}))
@@ -116,7 +117,7 @@ class Layer:
             results = _halved(results, half, self._results + bool(options.get("return_weights")))
         if mode.record:
             output = results[0] if type(results) is tuple else results
-            state.calls.append((state.kept, floats, np.broadcast_to(np.zeros((), output.dtype), output.shape)))
+            state.calls.append((state.kept, floats, (output.dtype, output.shape)))
         state.kept = ()
         return results
 
@@ -132,7 +133,8 @@ class Layer:
         floats = {name: x for name, x in named.items() if _floats(x)}
         first = next(iter(floats.items()), None)
         for name, x in floats.items():
-            conversion.floating(name, x, first)
+            if x.dtype is not first[1].dtype:
+                conversion.floating(name, x, first)
         for name, x in options.items():
             if _floats(x):
                 conversion.floating(name, x, first)
@@ -151,10 +153,12 @@ class Layer:
                 f"{type(self).__name__} kept nothing for backward: call it first with training=True "
                 "(or record=True, without dropout), once for each backward"
             )
-        kept, dtypes, output = self._state.calls[-1]
-        grad_output = conversion.array(tab, "grad_output", grad_output, output)
-        conversion.floating("grad_output", grad_output, ("the output", output))
-        checks.same_shape("grad_output", grad_output, output.shape, "the output")
+        kept, dtypes, (dtype, shape) = self._state.calls[-1]
+        if not (type(grad_output) is np.ndarray and grad_output.dtype is dtype and grad_output.shape == shape):
+            output = np.broadcast_to(np.zeros((), dtype), shape)
+            grad_output = conversion.array(tab, "grad_output", grad_output, output)
+            conversion.floating("grad_output", grad_output, ("the output", output))
+            checks.same_shape("grad_output", grad_output, shape, "the output")
         self._state.calls.pop()
         grads = self.vjp(tab._wide(grad_output), *kept)
         several = type(grads) is tuple
@@ -169,6 +173,12 @@ class Layer:
         """Whether the call that runs is one in training."""
         mode = _mode.get()
         return mode is not None and mode.training
+
+    @property
+    def recording(self) -> bool:
+        """Whether what `keep` is given by the call that runs is kept."""
+        mode = _mode.get()
+        return mode is not None and mode.record
 
     def keep(self, *values: Any) -> None:
         """What `vjp` will be given, if this call is recorded."""
@@ -206,6 +216,8 @@ class Layer:
 
 def _array(name, x, like):
     """A list of numbers as an array, the rest as it is. Raises TypeError for another framework's array."""
+    if type(x) is np.ndarray or x is None:
+        return x
     if hasattr(x, "dtype"):
         dispatch.choose("numpy", **{name: x})
     leaf = x
@@ -215,7 +227,7 @@ def _array(name, x, like):
 
 
 def _floats(x):
-    return isinstance(x, np.ndarray) and conversion.dtype_name(x) in conversion.FLOATS
+    return isinstance(x, np.ndarray) and (x.dtype.char in "fd" or conversion.dtype_name(x) in conversion.FLOATS)
 
 
 def _halved(results, dtype, count):
@@ -247,15 +259,25 @@ class Dense(Layer):
         conversion.floating("X", X)
         W = self.weight("weight", (X.shape[-1], self.units), X.dtype)
         self.keep(X, W)
-        Y = X @ W
+        Y = _times(X, W)
         return Y + self.weight("bias", (self.units,), X.dtype) if self.bias else Y
 
     def vjp(self, grad, X, W):
-        rows = grad.reshape(-1, self.units)
-        self.gradient("weight", X.reshape(-1, X.shape[-1]).T @ rows)
+        rows = _rows(grad)
+        self.gradient("weight", _rows(X).T @ rows)
         if self.bias:
             self.gradient("bias", rows.sum(axis=0))
-        return grad @ W.T
+        return _times(grad, W.T)
+
+
+def _rows(X):
+    """(..., d) -> (rows, d)."""
+    return X.reshape(math.prod(X.shape[:-1]), X.shape[-1])
+
+
+def _times(X, W):
+    """X @ W in one product: NumPy would make one of each batch entry, between which the threads of BLAS wait."""
+    return (_rows(X) @ W).reshape(*X.shape[:-1], W.shape[-1])
 
 
 class Dropout(Layer):

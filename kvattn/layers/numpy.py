@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, overload
 
 import numpy as np
 
-from kvattn import api, checks, conversion, layers, patterns
+from kvattn import api, checks, conversion, layers, patterns, prepare
 from kvattn.backends import numpy as tab
+from kvattn.call import Call
+from kvattn.kernels.numpy import gradients, tiled, tiled_grad
 from kvattn.layers import calls
 from kvattn.layers.analytic import Dense, Dropout, Embedding, Layer, LayerNorm, parts, source
 from kvattn.layers.analytic import slots as declared
@@ -75,20 +77,32 @@ class _Attention(_Attends):
         if rate:  # vjp draws the same again
             own = self.dropout.rng if rng is None or pattern else np.random.default_rng(rng)
             seed = rng if pattern else np.random.SeedSequence(int(own.integers(2**63)))
-        self.keep(queries, keys, values, score, computing, rate, seed)
         # weights in one piece would draw in another order than vjp
         apart = rate and not pattern and options.pop("return_weights", False)
+        keeps = self.recording and options.get("normalize") is None and not tiled.tiny(queries.shape, keys.shape)
+        asked, options["return_lse"] = options.get("return_lse", False), options.get("return_lse", False) or keeps
         results = api.attention(queries, keys, values, score=score, **options, **_drawn(rate, seed))
-        if not apart:
-            return results
-        output, *lse = results if type(results) is tuple else (results,)
-        return (output, layers.last_weights(self._last, "numpy"), *lse)
+        output, *rest = results if type(results) is tuple else (results,)
+        known = tiled_grad.NOTHING
+        if keeps:  # so that vjp need not compute them again
+            at = 1 if options.get("return_weights", False) else 0
+            known = tiled_grad.Known(output, rest[at] if asked else rest.pop(at))
+        self.keep(queries, keys, values, score, computing, rate, seed, known)
+        rest = [layers.last_weights(self._last, "numpy"), *rest] if apart else rest
+        return (output, *rest) if rest else output
 
-    def vjp(self, grad, queries, keys, values, score, computing, rate, seed):
+    def vjp(self, grad, queries, keys, values, score, computing, rate, seed, known):
         sinks = ("sink",) if isinstance(computing.get("sink"), np.ndarray) else ()
         wrt = ("query", "key", "value", *self._state.declared, *sinks)
-        inputs = (queries, keys, values, grad)
-        grads = api.attention_grad(*inputs, wrt=wrt, score=score, **computing, **_drawn(rate, seed))
+        options = {**computing, **_drawn(rate, seed), "score": score}
+        if known is tiled_grad.NOTHING:
+            grads = api.attention_grad(queries, keys, values, grad, wrt=wrt, **options)
+        else:
+            del options["backend"]
+            query, key, value, scores = prepare.inputs(tab, queries, keys, values, score)
+            options = prepare.options(tab, query, scores, (query.shape[-1], key.shape[-1]), **options)
+            call = Call.of(query, key, **options)
+            grads = gradients.attention_grad(tab, query, key, value, grad, wrt, call, known)
         for key, by_key in zip(wrt[3:], grads[3:], strict=True):
             if key == "sink":
                 self.by_sink = by_key

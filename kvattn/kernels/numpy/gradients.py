@@ -250,7 +250,8 @@ def _in_tiles(tab, query, key, value, grad_output, wrt, call, known):
 
     With a sink the formulas of tiles stay as they are, if the output and the lse are those with it.
     """
-    if call.sink is not None:
+    output, lse = known.output, known.lse
+    if call.sink is not None and output is None:
         wide = (tab._wide(x) for x in (query, key, value))
         output, lse = tab._attend(*wide, call._replace(return_lse=True))
         known = known._replace(output=output, lse=lse)
