@@ -18,7 +18,7 @@ if "tensorflow" not in chosen():
 
 import keras
 import tensorflow as tf
-from tiling import RESTRICTIONS, WRT, allowed, call, draw, functions, judge, subject, with_arrays
+from tiling import RESTRICTIONS, WRT, allowed, call, draw, functions, judge, made, subject, with_arrays
 
 import kvattn
 from kvattn import partition
@@ -105,12 +105,12 @@ def test_what_nobody_sees_reaches_nothing_in_a_graph(which):
     "options",
     [
         {}, {"causal": True}, {"window": (None, 2), "query_offset": -3}, {"valid_lens": np.array([7, 0])},
-        {"causal": True, "scale": 60.0},
+        {"causal": True, "scale": 60.0}, {"window": (2, 1), "softcap": 5.0}, {"valid_lens": np.arange(18).reshape(2, 9) % 12},
         {"causal": True, "valid_lens": np.array([0, 9]), "query_offset": np.array([2, -4])}, {"score": kvattn.dot_score},
     ],
     ids=str,
 )  # fmt: skip
-def test_a_sink_is_a_key_of_its_own(options):
+def test_a_sink_joins_the_sums(options):
     """And nothing else of a call changes: rows without keys, grouped heads, a sink of each query, one far above the scores."""
     rng = np.random.default_rng(0)
     shapes = (2, 4, 9, 3), (2, 2, 11, 3), (2, 2, 11, 5)
@@ -120,12 +120,12 @@ def test_a_sink_is_a_key_of_its_own(options):
         expected = kvattn.attention(*arrays, sink=sink, **options)
         with in_blocks() as served:
             assert_near(kvattn.attention(*given, sink=tf.constant(sink), **options), expected)
-            assert "key of its own" in kvattn.explain(*given, sink=tf.constant(sink), **options).why
+            assert "joins each block's sums" in kvattn.explain(*given, sink=tf.constant(sink), **options).why
         assert served
 
 
 @pytest.mark.parametrize("broken", ["query", "key", "sink"])
-def test_a_sink_is_no_key_where_something_is_not_finite(broken):
+def test_a_sink_joins_no_sums_where_something_is_not_finite(broken):
     rng = np.random.default_rng(0)
     arrays = {"query": rng.standard_normal((1, 2, 9, 3)), "key": rng.standard_normal((1, 2, 9, 3)), "sink": np.zeros(2)}
     if broken == "sink":
@@ -137,6 +137,37 @@ def test_a_sink_is_no_key_where_something_is_not_finite(broken):
     query, key, sink = map(tf.constant, arrays.values())
     with in_blocks():
         assert_near(kvattn.attention(query, key, key, sink=sink, causal=True), expected)
+
+
+@pytest.mark.parametrize("given", [{"return_lse": True}, {"sink": np.full(2, -88.0, "float32")}], ids=["lse", "sink"])
+def test_what_vanishes_beside_a_small_sum_counts(given):
+    """exp(-86) is a number of float32, exp(-88.5) is none, and the one is only twelve times the other."""
+    rng = np.random.default_rng(0)
+    query, value = np.ones((2, 9, 1), "float32"), rng.standard_normal((2, 2, 3)).astype("float32")
+    key = np.broadcast_to(np.array([[-86.0], [-88.5]], "float32"), (2, 2, 1)).copy()
+    wide = {name: x if x is True else x.astype("float64") for name, x in given.items()}
+    expected = kvattn.attention(*(x.astype("float64") for x in (query, key, value)), **wide)
+    with in_blocks() as served:
+        found = kvattn.attention(*map(tf.constant, (query, key, value)), **given)
+    assert served
+    for x, y in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5)
+
+
+@pytest.mark.parametrize("which", ["nothing", "window"])
+def test_scores_beyond_the_range_of_exp_in_a_graph(which):
+    """Where nobody sees that exponentials overflow, no row goes without its maximum."""
+
+    def way(subject, arrays, options):
+        return graph(lambda *arrays: functions(subject, arrays, options))(*arrays)
+
+    query, key, value = (call().arguments[name].copy() for name in WRT)
+    key[:, 5] *= 2.0**13
+    query[:, ::2] /= 64
+    case = made(query, key, value, dtypes=("float64",), **RESTRICTIONS[which](9, 7))
+    with in_blocks() as served:
+        judge(case, "float64", SUBJECT.found(case, way=way))
+    assert served
 
 
 def test_a_trace_knows_the_shapes_of_results():

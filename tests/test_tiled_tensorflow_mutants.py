@@ -31,7 +31,8 @@ UNSEEN = partial(noticed, "what_nobody_sees_reaches_nothing")
 SHAPES = noticed_here("a_trace_knows_the_shapes_of_results")
 JACOBIANS = noticed_here("forward_derivatives_and_jacobians")
 BY_DISTANCE = noticed_here("derivatives_beside_a_bias_by_distance")
-A_SINK = noticed_here("a_sink_is_a_key_of_its_own", {"causal": True})
+A_SINK = noticed_here("a_sink_joins_the_sums", {"causal": True})
+IN_A_GRAPH = partial(noticed_here, "scores_beyond_the_range_of_exp_in_a_graph")
 LENGTHS = "lengths per query"
 LEFT = {"window": (2, None)}
 MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction, options or a test that should notice
@@ -44,7 +45,7 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
     ("shifts a mask's rows", "((start, 0), (end, 1))", "((0 * start, 0), (end - start, 1))", "mask"),
     ("reads a mask's row as every query's", "mask_rows == self.n, x, y)", "mask_rows == self.n, y, y)", "mask"),
     ("adds over no group", "tf.raw_ops.InplaceAdd(", "tf.raw_ops.InplaceUpdate(", "nothing"),
-    ("forgets the maximum in lse", "return kept, top - tf", "return kept, -tf", "nothing"),
+    ("forgets the maximum in lse", "return kept, top - tf", "return kept, -tf", LENGTHS),
     ("gives an empty row an lse", "block.of_rows_with_keys(lse, other=-math.inf)", "lse",
      noticed("lengths_around_those_of_a_tile", "lengths per query, window", (7, 1))),
     ("forgets the sums' derivative", "delta = tf.reduce_sum(grad", "delta = 0 * tf.reduce_sum(grad", "nothing"),
@@ -54,11 +55,13 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
     ("reads another head's line", "first = self._of(", "first = 0 * self._of(", BY_DISTANCE),
     ("takes the biases of later queries", "first - end + low,", "first - start + low - 1,", BY_DISTANCE),
     ("forgets the bias beside a soft cap", "if self.kind.biased:", "if self.kind.biased and slope is None:", BY_DISTANCE),
-    ("forgets where the sink stands", "above += int(kind.sunk)", "pass", A_SINK),
-    ("hides the sink beside far scores", "constant_values=True", "constant_values=False",
-     noticed_here("a_sink_is_a_key_of_its_own", {"causal": True, "scale": 60.0})),
-    ("gives a sink a key's value", "tf.pad(block.value, [[1, 0], [0, 0]])", "tf.pad(block.value, [[0, 1], [0, 0]])", A_SINK),
-    ("loses what is small", ">= LOSSLESS", ">= -1", noticed("scores_that_need_their_maximum_taken_off", "window")),
+    ("forgets the sink", "if self.kind.sunk:", "if False:", A_SINK),
+    ("sums what is outside the window", "elif self.kind.windowed:", "elif False:", A_SINK),
+    ("sums what may not attend", "if self.arguments.masked:", "if False:",
+     noticed_here("a_sink_joins_the_sums", {"valid_lens": [list(range(9)), list(range(3, 12))]})),
+    ("takes no logarithm", "return weights, total, tf.math.log(total)", "return weights, total, total", "nothing"),
+    ("takes no maximum in a graph", "and tf.executing_eagerly():  # `_served`", "and True:  # `_served`", IN_A_GRAPH("nothing")),
+    ("loses what is small", ">= LOSSLESS", ">= -1", IN_A_GRAPH("window")),
     ("lets NaN through", "value), hidden)", "value), lambda: (query, key, value))",
      noticed_here("what_nobody_sees_reaches_nothing_in_a_graph", "mask of columns")),
     ("averages values where there is no key", "tf.where(self.empty, tf.constant(other, x.dtype), x)", "x", LENGTHS),

@@ -423,7 +423,7 @@ def choose(query, key, value, call):
         choice = choose(query, key, value, call._replace(sink=None, return_lse=True))
         why, run = f"{choice.why}; the sink takes its share of each row", partial(_with_sink, choice.run)
         if choice.kernel == "blocks" and tiles.takes_sink(query, key, call):
-            why, run = f"{choice.why}; the sink is a key of its own", partial(tiles.attention_with_sink, tab, run)
+            why, run = f"{choice.why}; the sink joins each block's sums", partial(tiles.attention_with_sink, tab, run)
         return choice._replace(why=why, run=run)
     if len(query.shape) > 4:
         batch = quirks.lead(query, key)[:-1]

@@ -26,10 +26,11 @@ from kvattn.pairs import Segments
 
 SMALLEST = 2**17  # scores of a head that blocks are worth their own cost for; twice that, if they save no work
 AT_ONCE = 2**24  # scores of a call that may be held all at once
-SCORES, GRAD_SCORES = 2**20, 2**22  # of a block, forward and backward: there each adds to all the keys in its reach
+SCORES, GRAD_SCORES = 2**21, 2**22  # of a block, forward and backward: there each adds to all the keys in its reach
 ROWS, BAND_ROWS, FEWEST = 512, 256, 32  # queries of a block: at most, at most where a window limits it, at least
 IN_FLIGHT = 3  # blocks: one works while another waits for a core
 LOSSLESS = 2.0**-24  # where less than this share of the softmax is left inside the window, small terms may be lost
+LEAST = 2.0**-64  # a sum of exponentials beside which all that vanish, each below 2^-126, are nothing
 FAR = 2**29  # no array is as long: positions stay within int32
 KINDS = 256  # kinds of call that are kept compiled
 
@@ -50,7 +51,8 @@ class Kind(NamedTuple):
     segmented: bool = False  # whether segments are given, which are compared, and a bias by distance
     biased: bool = False
     careful: bool = False  # whether something is NaN or inf
-    sunk: bool = False  # whether a sink is a key of its own, before the others
+    sunk: bool = False  # whether a sink joins the sums
+    unshifted: bool = False  # whether exp(scores) may overflow or vanish: then the output says so by NaN
 
     @property
     def windowed(self):
@@ -100,6 +102,8 @@ def attention(tab, query, key, value, call, _blocks):
 
     if call.mask is not None or segments or call.lengths_per_query(len(query.shape)):
         query, key, value = _without_padding(tab, query, key, value, of_all._replace(bias=None))
+    elif call.return_lse and tf.executing_eagerly():  # `_served` looks at the output
+        kind = kind._replace(unshifted=True)
 
     @tf.custom_gradient
     def attend(query, key, value):
@@ -113,7 +117,7 @@ def attention(tab, query, key, value, call, _blocks):
             grads = [tf.cast(x, results[0].dtype) for x in given[3:]]
             wide = tuple((x.dtype, x.shape.rank) for x in (results[0], *grads))
             arrays = (*_constants(*given[:3]), *rest, *_constants(results[0], *grads))
-            firsts = _served(_backward, kind._replace(scores=GRAD_SCORES), specs + wide, *arrays)
+            firsts = _served(_backward, kind._replace(scores=GRAD_SCORES, unshifted=False, with_lse=False), specs + wide, *arrays)
             for x, like in zip(firsts, given, strict=False):
                 x.set_shape(like.shape)
             return firsts, lambda *seconds: _derivative(plain, given, seconds)
@@ -151,10 +155,8 @@ def _described(tab, query, key, value, call, segments=()):
 
 
 def takes_sink(query, key, call):
-    """Whether a sink is one key more for the blocks, which every query sees: it costs no lse, but no tape may record it."""
-    if not tf.executing_eagerly() or record.could_possibly_record() or call.return_lse or call.softcap is not None:
-        return False
-    if call.left is not None or call.mask is not None or call.bias is not None or call.lengths_per_query(len(query.shape)):
+    """Whether a sink joins the blocks' sums: it costs no lse, but no tape may record it."""
+    if not tf.executing_eagerly() or record.could_possibly_record() or call.return_lse or call.mask is not None:
         return False
     return planning.lead(query.shape, key.shape) == tuple(query.shape[:-2]) and absent(tf.convert_to_tensor(call.sink))
 
@@ -165,7 +167,7 @@ def attention_with_sink(tab, otherwise, query, key, value, call, _blocks):
     sink = tf.broadcast_to(sink if len(sink.shape) == axes else sink[..., None, None], (*query.shape[:-1], 1))
     arrays, kind, specs = _described(tab, *map(tab._wide, (query, key, value)), call)
     arrays, specs = [*arrays, sink], (*specs, (sink.dtype, axes))
-    (output,) = _compiled(_forward, kind._replace(sunk=True), specs)(*arrays)
+    (output,) = _compiled(_forward, kind._replace(sunk=True, unshifted=True), specs)(*arrays)
     return tf.cast(output, query.dtype) if absent(output) else otherwise(query, key, value, call, _blocks)
 
 
@@ -193,6 +195,8 @@ def _served(function, kind, specs, *tensors):
     results = _compiled(function, kind, specs)(*tensors)
     finite = results[:1] if function is _forward else results  # the lse of an empty row is -inf
     if tf.executing_eagerly() and not absent(*finite):
+        if kind.unshifted:
+            return _served(function, kind._replace(unshifted=False), specs, *tensors)
         return _compiled(function, kind._replace(careful=True), specs)(*tensors)
     return results
 
@@ -379,17 +383,11 @@ class Block:
                 for x, name in zip(arguments.segments, ("segments", "segments of keys"), strict=True)
             )
             allowed.append(tf.equal(of_queries[:, None], of_keys))
-        allowed = reduce(tf.logical_and, allowed)
-        return tf.pad(allowed, [[0, 0], [1, 0]], constant_values=True) if kind.sunk else allowed
+        return reduce(tf.logical_and, allowed)
 
     def scores(self):
         """The scores of all pairs, and the slope of softcap."""
-        query, key = self.query * tf.constant(self.kind.scale, self.query.dtype), self.key
-        if self.kind.sunk:  # [scale q, sink] . [0, 1] = sink
-            query = tf.concat([query, self.take(self.arguments.sink, "query")], axis=1)
-            last = tf.one_hot([tf.shape(key)[1]], tf.shape(key)[1] + 1, dtype=key.dtype)
-            key = tf.raw_ops.InplaceUpdate(x=tf.pad(key, [[1, 0], [0, 1]]), i=[0], v=last)
-        scores = tf.matmul(query, key, transpose_b=True)
+        scores = tf.matmul(self.query * tf.constant(self.kind.scale, self.query.dtype), self.key, transpose_b=True)
         slope = None
         if self.kind.softcap is not None:
             capped = tf.tanh(scores / self.kind.softcap)
@@ -402,6 +400,8 @@ class Block:
         """exp(scores) of the allowed pairs over some number, their row sums, the lse, or None, and the slope of softcap."""
         kind, masked = self.kind, self.arguments.masked
         scores, slope = self.scores()
+        if kind.unshifted:
+            return *self._exponentials(scores), slope
         if masked:
             scores = tf.where(self._allowed(), scores, scores.dtype.min)
             self.empty = tf.reduce_max(scores, axis=1, keepdims=True) <= scores.dtype.min
@@ -414,13 +414,29 @@ class Block:
             return [weights, tf.ones_like(total)] + ([lse] if kind.with_lse else [])
 
         weights, lse = self._softmax(scores)
-        below, above = (x[0] for x in self.ends["window"])
-        above += int(kind.sunk)
-        weights = tf.linalg.band_part(weights, -1 if kind.left is None else below, -1 if kind.right is None else above)
+        weights = self._in_window(weights)
         total = tf.reduce_sum(weights, axis=1, keepdims=True)
         masked_after = [weights, total] + ([lse + tf.math.log(total)] if kind.with_lse else [])
         weights, total, *lse = tf.cond(tf.reduce_all(total >= LOSSLESS), lambda: masked_after, masked_before)
         return weights, total, *(lse or [None]), slope
+
+    def _in_window(self, weights):
+        """The weights, with 0 outside the window."""
+        below, above = (x[0] for x in self.ends["window"])
+        return tf.linalg.band_part(weights, -1 if self.kind.left is None else below, -1 if self.kind.right is None else above)
+
+    def _exponentials(self, scores):
+        """exp(scores) of the allowed pairs, their sums with the sink, and the logs of these: two passes less than a softmax."""
+        weights = tf.exp(scores)
+        if self.arguments.masked:
+            weights = tf.where(self._allowed(), weights, 0)
+        elif self.kind.windowed:
+            weights = self._in_window(weights)
+        total = tf.reduce_sum(weights, axis=1, keepdims=True)
+        if self.kind.sunk:
+            total += tf.exp(self.take(self.arguments.sink, "query"))
+        total = tf.where(total > LEAST, total, math.nan)  # what vanished beside a smaller sum could have counted
+        return weights, total, tf.math.log(total)
 
     def _softmax(self, scores, allowed=None):
         """Weights that sum to 1, and the lse; what an empty row has is replaced later."""
@@ -477,8 +493,7 @@ def _forward(arguments):
             found = pairs.matmul(weights, block.value)
         else:
             weights, total, lse, _ = block.weights()
-            value = tf.pad(block.value, [[1, 0], [0, 0]]) if kind.sunk else block.value  # a sink's is 0
-            found = tf.matmul(weights, value) / total
+            found = tf.matmul(weights, block.value) / total
         output = block.put(output, block.of_rows_with_keys(found))
         return output, *(block.put(x, block.of_rows_with_keys(lse, other=-math.inf)) for x in lses)
 
