@@ -139,19 +139,21 @@ def test_a_sink_joins_no_sums_where_something_is_not_finite(broken):
         assert_near(kvattn.attention(query, key, key, sink=sink, causal=True), expected)
 
 
+@pytest.mark.parametrize("scores", [(-86.0, -88.5), (88.5, 88.25)], ids=str)
 @pytest.mark.parametrize("given", [{"return_lse": True}, {"sink": np.full(2, -88.0, "float32")}], ids=["lse", "sink"])
-def test_what_vanishes_beside_a_small_sum_counts(given):
-    """exp(-86) is a number of float32, exp(-88.5) is none, and the one is only twelve times the other."""
+@pytest.mark.parametrize("width", [3, 0])
+def test_exponentials_that_vanish_or_have_no_sum(width, given, scores):
+    """exp(-86) is a number of float32, exp(-88.5) is none; each of the others is one, their sum is not."""
     rng = np.random.default_rng(0)
-    query, value = np.ones((2, 9, 1), "float32"), rng.standard_normal((2, 2, 3)).astype("float32")
-    key = np.broadcast_to(np.array([[-86.0], [-88.5]], "float32"), (2, 2, 1)).copy()
+    query, value = np.ones((2, 9, 1), "float32"), rng.standard_normal((2, 2, width)).astype("float32") / 64
+    key = np.broadcast_to(np.array(scores, "float32")[:, None], (2, 2, 1)).copy()
     wide = {name: x if x is True else x.astype("float64") for name, x in given.items()}
     expected = kvattn.attention(*(x.astype("float64") for x in (query, key, value)), **wide)
     with in_blocks() as served:
         found = kvattn.attention(*map(tf.constant, (query, key, value)), **given)
     assert served
     for x, y in zip(*((x if isinstance(x, tuple) else (x,)) for x in (found, expected)), strict=True):
-        np.testing.assert_allclose(x, y, rtol=2e-5)
+        np.testing.assert_allclose(x, y, rtol=2e-5)  # scores of 88 in float32
 
 
 @pytest.mark.parametrize("which", ["nothing", "window"])

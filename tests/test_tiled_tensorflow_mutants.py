@@ -60,7 +60,7 @@ MUTANTS = [  # what it does wrong, the text, what replaces it, and a restriction
     ("sums what may not attend", "if self.arguments.masked:", "if False:",
      noticed_here("a_sink_joins_the_sums", {"valid_lens": [list(range(9)), list(range(3, 12))]})),
     ("takes no logarithm", "return weights, total, tf.math.log(total)", "return weights, total, total", "nothing"),
-    ("takes no maximum in a graph", "and tf.executing_eagerly():  # `_served`", "and True:  # `_served`", IN_A_GRAPH("nothing")),
+    ("takes no maximum in a graph", "value.shape[-1] and tf.executing_eagerly():", "True:", IN_A_GRAPH("nothing")),
     ("loses what is small", ">= LOSSLESS", ">= -1", IN_A_GRAPH("window")),
     ("lets NaN through", "value), hidden)", "value), lambda: (query, key, value))",
      noticed_here("what_nobody_sees_reaches_nothing_in_a_graph", "mask of columns")),

@@ -102,7 +102,7 @@ def attention(tab, query, key, value, call, _blocks):
 
     if call.mask is not None or segments or call.lengths_per_query(len(query.shape)):
         query, key, value = _without_padding(tab, query, key, value, of_all._replace(bias=None))
-    elif call.return_lse and tf.executing_eagerly():  # `_served` looks at the output
+    elif call.return_lse and value.shape[-1] and tf.executing_eagerly():  # `_served` looks at the output
         kind = kind._replace(unshifted=True)
 
     @tf.custom_gradient
@@ -117,7 +117,8 @@ def attention(tab, query, key, value, call, _blocks):
             grads = [tf.cast(x, results[0].dtype) for x in given[3:]]
             wide = tuple((x.dtype, x.shape.rank) for x in (results[0], *grads))
             arrays = (*_constants(*given[:3]), *rest, *_constants(results[0], *grads))
-            firsts = _served(_backward, kind._replace(scores=GRAD_SCORES, unshifted=False, with_lse=False), specs + wide, *arrays)
+            back = kind._replace(scores=GRAD_SCORES, unshifted=False, with_lse=False)
+            firsts = _served(_backward, back, specs + wide, *arrays)
             for x, like in zip(firsts, given, strict=False):
                 x.set_shape(like.shape)
             return firsts, lambda *seconds: _derivative(plain, given, seconds)
@@ -435,7 +436,8 @@ class Block:
         total = tf.reduce_sum(weights, axis=1, keepdims=True)
         if self.kind.sunk:
             total += tf.exp(self.take(self.arguments.sink, "query"))
-        total = tf.where(total > LEAST, total, math.nan)  # what vanished beside a smaller sum could have counted
+        fits = (total > LEAST) & (total < math.inf)  # what vanished beside a smaller sum could have counted
+        total = tf.where(fits, total, math.nan)
         return weights, total, tf.math.log(total)
 
     def _softmax(self, scores, allowed=None):
