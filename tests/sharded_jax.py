@@ -3,7 +3,9 @@ of its own, since JAX counts its devices once."""
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0"), "--xla_force_host_platform_device_count=8"]
+)
 
 import itertools
 from functools import partial

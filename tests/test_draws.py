@@ -17,7 +17,7 @@ import kvattn.numpy
 from kvattn import cli, dispatch, layers, registry
 from kvattn.conformance import check, draws, programs
 
-COUNT = {"numpy": 1000, "jax": 300 if "KVATTN_EVERY" in os.environ else 40}  # JAX compiles a program for each
+COUNT = {"numpy": 1000} | ({} if "KVATTN_EVERY" in os.environ else {"jax": 40, "tensorflow": 100})  # which compile programs
 
 
 def test_a_backend_gives_the_answers_of_drawn_calls(backend):

@@ -29,14 +29,14 @@ EVERY = "KVATTN_EVERY" in os.environ
 
 
 def subjects(*tables, few=FEW, first=True):
-    """(subject, restriction, table). NumPy's tiles meet every pair of these, the others every third, every sixth where programs
-    are compiled for kinds of calls, and with KVATTN_EVERY every one; where shapes are compiled the ``few`` only, but with the
-    first table all, or as few."""
+    """(subject, restriction, table). NumPy's tiles meet every pair of these, the others every third; where programs are
+    compiled for kinds of calls each restriction meets one of six or more; with KVATTN_EVERY all do. Where shapes are compiled
+    the ``few`` only, but with the first table all, or as few."""
 
     def meets(subject, place, at):
         if subject.compiles == "shapes":
             return [*RESTRICTIONS][place] in few or (first and at == 0)
-        return subject.name == "numpy" or (place + at) % (6 if subject.compiles else 3) == 0 or EVERY
+        return subject.name == "numpy" or (place + at) % (max(6, len(tables)) if subject.compiles else 3) == 0 or EVERY
 
     return [
         pytest.param(subject, name, table, id=f"{subject.name}-{name}-{table}")
