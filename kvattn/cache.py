@@ -63,7 +63,8 @@ class KVCache(NamedTuple):
             checks.same_shape(name, x, (*tuple(old.shape)[:-2], key.shape[-2], old.shape[-1]), "the cache continues")
         length = self.length + _known(key.shape[-2])
         write = registry.offered(tab, "write")
-        return KVCache(write(self.key, key, self.length), write(self.value, value, self.length), length)
+        kept = (x if tab.is_array(x) else tab.asarray(x, like=key) for x in (self.key, self.value))  # as NumPy may have made it
+        return KVCache(*(write(old, x, self.length) for old, x in zip(kept, (key, value), strict=True)), length)
 
     def seen(self) -> tuple[Array, Array]:
         """The filled keys and values; where ``length`` is traced, all: ``causal`` with ``query_offset`` hides the rest."""

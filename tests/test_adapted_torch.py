@@ -189,3 +189,15 @@ def test_a_call_with_a_learned_bias_is_copied_and_keeps_no_graph(heads):
     assert not attention._last[-1]["bias"].requires_grad
     copied = copy.deepcopy(attention)
     torch.testing.assert_close(copied.attention_weights, attention.attention_weights)
+
+
+@pytest.mark.parametrize("name", ["MultiHeadAttention", "TransformerEncoderBlock", "AdditiveAttention"])
+def test_a_layer_that_was_never_called_takes_float64_from_a_file_as_it_is(name):
+    config = {"num_hiddens": 8} | ({} if name == "AdditiveAttention" else {"num_heads": 2})
+    config |= {"ffn_num_hiddens": 12} if name == "TransformerEncoderBlock" else {"seed": 0}
+    X = torch.rand(2, 3, 8, dtype=torch.float64, generator=torch.manual_seed(0))
+    inputs = (X,) if name == "TransformerEncoderBlock" else (X, X, X)
+    layer = getattr(kv, name)(**config).double()
+    expected, fresh = layer(*inputs), nn.Sequential(getattr(kv, name)(**config))
+    fresh.load_state_dict({f"0.{key}": x for key, x in layer.state_dict().items()})
+    assert torch.equal(fresh[0](*inputs), expected)

@@ -1,5 +1,7 @@
 """KVCache: what it keeps, in every backend, with room set aside and without; what does not continue it is refused."""
 
+import importlib
+
 import numpy as np
 import pytest
 
@@ -82,6 +84,21 @@ def test_torch_writes_into_no_cache_that_has_gradients_itself(backend, tab, leaf
             expected = np.full(own.shape, 1.0 if leaf else 2.0)
             expected[:, :, 2] = 0
             np.testing.assert_array_equal(own.grad, expected)
+
+
+def test_a_namespace_sets_room_aside_in_its_framework(backend, tab):
+    kv = importlib.import_module(f"kvattn.{backend}")
+    cache = kv.KVCache.allocate((2, 3, 9, 4), 5)
+    assert tab.is_array(cache.key)
+    assert type(cache) is type(kv.KVCache()) is KVCache
+    assert isinstance(cache, kv.KVCache)
+    assert not isinstance((), kv.KVCache)
+
+
+def test_room_that_numpy_set_aside_is_filled_by_every_framework(tab):
+    cache = KVCache.allocate((2, 3, 9, 4), 5).extend(*(tab.asarray(x) for x in (KEYS, VALUES)))
+    assert tab.is_array(cache.key)
+    np.testing.assert_array_equal(kvattn.to_numpy(cache.seen()[0]), KEYS)
 
 
 def test_a_write_at_the_end_grows_by_what_does_not_fit(tab):

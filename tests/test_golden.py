@@ -36,3 +36,9 @@ def test_the_oracle_agrees_with_mpmath(case):
         np.testing.assert_allclose(
             answer.values[what], x, rtol=0, atol=(8 + case.largest_score) * 2**-52 * max(case.magnitude[what], 1)
         )
+
+
+def test_the_oracle_refuses_what_is_no_option_of_attention():
+    x = np.ones((2, 3))
+    with pytest.raises(TypeError, match="the oracle knows no causual, windw"):
+        oracle.attention(x, x, x, causual=True, windw=2)

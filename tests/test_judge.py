@@ -103,8 +103,19 @@ MISTAKES = {
     "lengths": ("valid_lens (b, n)", "valid_lens is ignored", lambda q, k, options: options | {"valid_lens": None}),
     "scale": ("plain", "not divided by sqrt(d)", lambda q, k, options: options | {"scale": 1.0}),
     "mask": ("mask (4, 5)", "True in the mask forbids", lambda q, k, options: options | {"mask": ~options["mask"]}),
+    "softcap": ("softcap, bias", "the softcap is applied after the bias", lambda *given: _capped_last(*given)),
     "window": ("golden: window", "one key too narrow", lambda q, k, options: options | _narrower(options["window"])),
 }  # fmt: skip
+
+
+def _capped_last(query, key, options):
+    """A score of one's own that adds the bias first, as the models do not."""
+    cap, bias = options["softcap"], options["bias"]
+
+    def score(query, key):
+        return cap * np.tanh((query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1]) + bias) / cap)
+
+    return options | {"score": score, "softcap": None, "bias": None}
 
 
 def _narrower(window):

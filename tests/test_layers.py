@@ -469,6 +469,25 @@ def test_an_encoder_carries_its_weights_to_every_other_framework(backends):
         np.testing.assert_allclose(adapters[target].call(here, TOKENS, LENS), there, atol=2e-5, err_msg=f"{source} to {target}")
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("MultiHeadAttention", {"embed_dim": 8, "num_heads": 2}, "has no embed_dim, which is called num_hiddens here"),
+        (
+            "MultiHeadAttention",
+            {"units": 8, "nhead": 2},
+            "units, which is called num_hiddens here, no nhead, which is called num_h",
+        ),
+        ("MultiHeadAttention", {"num_heads": 2, "key_dim": 4}, r"num_hiddens is of all heads together, num_heads \* key_dim"),
+        ("PositionWiseFFN", {"ffn_num_hiddens": 8, "units": 4}, "has no units, which is called ffn_num_outputs here"),
+        ("TransformerEncoder", {"num_layers": 2}, "has no num_layers, which is called num_blks here"),
+    ],
+)
+def test_what_other_libraries_call_an_argument_is_told(backend, name, given, said):
+    with pytest.raises(TypeError, match=said):
+        getattr(importlib.import_module(f"kvattn.{backend}"), name)(**given)
+
+
 def test_the_params_of_the_function_are_those_of_the_layer(adapter, backend):
     layer, w = made(adapter, "MultiHeadAttention", {**HEADS, "bias": True}, (X, X, X, LENS))
     by_function = kvattn.multi_head_attention(X, X, X, w, num_heads=4, valid_lens=LENS, backend=backend)

@@ -198,6 +198,8 @@ def test_every_keyword_of_the_other_frameworks_is_a_field():
         (lambda: kv.AddNorm(8), r"dropout must be in \[0, 1\), not 8"),  # PyTorch's norm_shape
         (lambda: kv.AddNorm(norm_shape=7).init(KEY, X, X), r"X has shape \(2, 4, 8\); expected \(2, 4, 7\), as norm_shape"),
         (lambda: kv.TransformerEncoder(**ENCODER).init(KEY, TOKENS, cache=[kv.KVCache()]), "cache holds 1 blocks'"),
+        (lambda: kv.MultiHeadAttention(8, 2)(X, X, X), r"keeps no weights: variables = layer.init\("),
+        (lambda: kv.PositionalEncoding(8)(X), r"PositionalEncoding keeps no weights: .* layer.apply\(variables, \*inputs\)"),
     ],
 )
 def test_what_is_refused(wrong, message):

@@ -762,3 +762,17 @@ def test_an_attention_put_into_multi_head_attention_builds_its_weights():
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     expected = np.swapaxes(weights @ v, 1, 2).reshape(2, 5, 8) @ layer.W_o.kernel.numpy()
     np.testing.assert_allclose(output, expected, atol=1e-4)
+
+
+def test_projections_of_ones_own_are_given_sequences():
+    class ByPosition(keras.layers.Layer):
+        def call(self, X):
+            return X * tf.range(1.0, X.shape[1] + 1)[:, None]  # of (batch, n, features) alone
+
+    X = np.random.default_rng(0).normal(size=(2, 5, 8)).astype("float32")
+    plain, layer = (kv.MultiHeadAttention(num_hiddens=8, num_heads=2, seed=0) for _ in range(2))
+    for name in ("W_q", "W_k", "W_v", "W_o"):
+        old = getattr(layer, name)
+        setattr(layer, name, keras.Sequential([ByPosition(), old]) if name != "W_o" else keras.Sequential([old, ByPosition()]))
+    places = np.arange(1, 6, dtype="float32")[:, None]
+    np.testing.assert_allclose(layer(X, X, X), plain(X * places, X * places, X * places) * places, atol=1e-4)

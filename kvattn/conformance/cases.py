@@ -142,6 +142,7 @@ def kink_free(*inputs, weights_of=oracle.weights, score="scaled_dot_score", norm
     """Whether no weight of a sparsemax is so near 0, and no sum so near 0, that rounding could cross the kink."""
     if normalize not in ("sparsemax", "proportional"):
         return True
+    how.pop("seed", None)  # weights are those before dropout
     weights = weights_of(*inputs, score=score, normalize=normalize, **how)
     if normalize == "sparsemax":
         eps = 2.0**-9

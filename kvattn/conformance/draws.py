@@ -374,7 +374,7 @@ def _score(drawn: Draw, name: str) -> Any:
 
 def _clear(*inputs: Any, options: dict[str, Any], weights_of: Any = oracle.weights) -> bool:
     """Whether rounding cannot take the normaliser over a kink: only then is there one answer."""
-    how = {name: x for name, x in options.items() if name not in ("poisoned", "not_finite")}
+    how = {name: x for name, x in options.items() if name not in ("poisoned", "not_finite", "seed")}
     if how["normalize"] == "hardmax":
         how |= {"normalize": "sparsemax", "scale": 1e3 * how.get("scale", 1)}  # near the best, scores share its weight
         return bool((weights_of(*inputs, **how) % 1 == 0).all())

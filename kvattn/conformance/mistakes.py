@@ -87,6 +87,8 @@ def _changed(how: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     ):
         if how.get(name) is not None and how[name] is not False:
             yield f"{name} is ignored", {n: x for n, x in how.items() if n != name}
+    if how.get("softcap") is not None and how.get("bias") is not None:
+        yield from (("the softcap is applied after the bias", _capped_last(how, hides)) for hides in (False, True))
     if isinstance(how.get("mask"), np.ndarray):
         yield "True in the mask forbids", how | {"mask": ~how["mask"]}
     if scale is None and how.get("score", "scaled_dot_score") == "scaled_dot_score":
@@ -97,3 +99,11 @@ def _changed(how: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         order = np.arange(query.shape[-3]) % key.shape[-3]
         tiled = {"key": key[..., order, :, :], "value": value[..., order, :, :]}
         yield "query head h looks at key head h modulo their number, not at h // group", how | tiled
+
+
+def _capped_last(how: dict[str, Any], hides: bool) -> dict[str, Any]:
+    """The call whose scores are those of this one, biased and then capped. ``hides``: a bias of -inf still forbids."""
+    plain = {n: x for n, x in how.items() if n != "softcap"}
+    scores = oracle.attention(**plain | {"return_scores": "biased", "normalize": "softmax"}).values["scores"]
+    capped = how["softcap"] * np.tanh(scores / how["softcap"])
+    return plain | {"scale": 0.0, "bias": np.where(np.isneginf(scores), -np.inf, capped) if hides else capped}

@@ -395,11 +395,13 @@ class Attention:
 
     What has one entry for each pair is named for one of them: q and k are the vectors of its query and key, s is its score.
     ``x_size`` is the magnitude of ``x``. ``absolute``: the magnitudes of query, key, value and grad_output, where these are
-    sums themselves.
+    sums themselves. Raises TypeError for what is no option of attention: without it, this would be the answer of another call.
     """
 
     def __init__(self, query: Array, key: Array, value: Array, grad_output: Array | None, how: dict[str, Any],
                  absolute: list[Any] | None = None) -> None:  # fmt: skip
+        if unknown := how.keys() - {*Limits._fields, *Weighing._fields, "grad_scores"}:
+            raise TypeError(f"the oracle knows no {', '.join(sorted(unknown))}")
         self.how: Weighing = among(Weighing, how)
         self.grad_output, self.axes, self.m = grad_output, query.ndim, key.shape[-2]
         lead, n, slots, found = pairs(query, key, **how)

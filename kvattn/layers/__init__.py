@@ -24,6 +24,7 @@ same in every framework; without it each framework draws from its own generator.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -108,6 +109,16 @@ DETAILS = {
 
         Source: Vaswani et al. 2017, section 3.1.""",
 }
+# What others call the arguments of a layer, and what these are here: the first that the layer has. Keras's key_dim is of one
+# head, and num_hiddens of all.
+ELSEWHERE = {
+    "embed_dim": ("num_hiddens",), "d_model": ("num_hiddens",), "units": ("num_hiddens", "ffn_num_outputs"),
+    "key_dim": ("num_hiddens",), "qkv_features": ("num_hiddens",), "hidden_size": ("num_hiddens",),
+    "nhead": ("num_heads",), "num_key_value_heads": ("num_kv_heads",), "num_layers": ("num_blks",),
+    "dropout_rate": ("dropout",), "rate": ("dropout",), "dim_feedforward": ("ffn_num_hiddens",),
+    "intermediate_dim": ("ffn_num_hiddens",), "num_embeddings": ("vocab_size",), "normalized_shape": ("norm_shape",),
+    "position": ("max_len",), "max_length": ("max_len",),
+}  # fmt: skip
 METHODS = ("hybrid_forward", "forward", "call", "__call__")  # what a framework calls the call
 
 EPSILON = 1e-5  # of every layer norm
@@ -546,8 +557,10 @@ def with_one_batch(weights: Any) -> Any:
 
 
 def describe(module: dict[str, Any], details: Mapping[str, str] = DETAILS) -> None:
-    """Tell, in the docstrings of a framework's layers, what each argument of the layer and of its call is."""
+    """Tell, in the docstrings of a framework's layers, what each argument of the layer and of its call is; and, in an error,
+    what an argument is called here that has another name elsewhere."""
     for layer in (module[name] for name in LAYERS):
+        layer.__init__ = _with_hints(layer.__init__, layer.__name__)
         made = {name: ARGUMENTS[name] for name in inspect.signature(layer).parameters if name not in ("parent", "name")}
         if {"bias", "use_bias"} <= {*made}:
             first, second = (name for name in made if name in ("bias", "use_bias"))
@@ -560,6 +573,22 @@ def describe(module: dict[str, Any], details: Mapping[str, str] = DETAILS) -> No
         docs = [layer.__doc__ or "", *([details[layer.__name__]] if layer.__name__ in details else [])]
         parts = [*map(inspect.cleandoc, docs), f"Args:\n{arguments}", f"A call of the layer takes\n\n{call}"]
         layer.__doc__ = "\n\n".join(parts) + "\n"
+
+
+def _with_hints(make: Callable[..., None], name: str) -> Callable[..., None]:
+    """A layer's __init__ that knows the names of ELSEWHERE."""
+    signature = inspect.signature(make)
+    here = {other: own for other, names in ELSEWHERE.items() for own in names[::-1] if own in signature.parameters}
+
+    @functools.wraps(make)
+    def init(self: Any, *args: Any, **given: Any) -> None:
+        if unknown := [f"{other}, which is called {here[other]} here" for other in given if other in here]:
+            of_all = "; num_hiddens is of all heads together, num_heads * key_dim" if "key_dim" in given else ""
+            raise TypeError(f"{name} has no {', no '.join(unknown)}{of_all}")
+        make(self, *args, **given)
+
+    vars(init)["__signature__"] = signature  # which Keras reads
+    return init
 
 
 def maps(found: Iterable[tuple[str, Any]], run: Callable[[], Any], reshape: Callable[..., Any]) -> dict[str, Any]:

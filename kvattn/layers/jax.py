@@ -44,6 +44,11 @@ def _exact(call: Call) -> Call:
 
     @functools.wraps(call)
     def outer(module, *args, **options):
+        if module.scope is None and not isinstance(module, DotProductAttention):  # which has no weights
+            raise ValueError(
+                f"{type(module).__name__} keeps no weights: variables = layer.init(jax.random.key(0), *inputs) makes them, "
+                "and layer.apply(variables, *inputs) calls it"
+            )
         args, options = jax.tree.map(_array, (args, options))
         wide = not jax.config.jax_enable_x64 and any(_is(np.float64, x) for x in jax.tree.leaves((args, options)))
         if wide and any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(module.variables)):

@@ -196,7 +196,7 @@ class MultiHeadAttention(Layer):
     def build(self, queries_shape, keys_shape, values_shape):
         for part, shape in ((self.W_q, queries_shape), (self.W_k, keys_shape), (self.W_v, values_shape)):
             build_once(part, shape)
-        build_once(self.W_o, (None, self.W_q.units))
+        build_once(self.W_o, (*queries_shape[:-1], self._given["num_hiddens"]))
         if type(self.attention) is DotProductAttention:
             self.attention.built = True  # it has nothing to build, and is not called by Keras
         self.make()
@@ -224,9 +224,9 @@ class MultiHeadAttention(Layer):
         rows = _rows(queries)
         of_keys = rows if keys is queries else _rows(keys)
         of_values = of_keys if values is keys else _rows(values)
-        queries = _split(self.W_q(rows), queries, self.num_heads)  # (batch, heads, n, d)
-        keys = _split(self.W_k(of_keys), keys, self.num_kv_heads)
-        values = _split(self.W_v(of_values), values, self.num_kv_heads)
+        queries = _split(self.W_q(rows if _of_rows(self.W_q) else queries), queries, self.num_heads)  # (batch, heads, n, d)
+        keys = _split(self.W_k(of_keys if _of_rows(self.W_k) else keys), keys, self.num_kv_heads)
+        values = _split(self.W_v(of_values if _of_rows(self.W_v) else values), values, self.num_kv_heads)
         cache = None if cache is None else cache.cache
         norms = (None if x is None else tf.convert_to_tensor(x) for x in (self.q_norm, self.k_norm))
         queries, keys = layers.normed(tab, self.qk_norm, queries, keys, *norms)
@@ -245,13 +245,19 @@ class MultiHeadAttention(Layer):
 
     def _mixed(self, output):
         """(batch, n, heads, d) -> (batch, n, num_hiddens)"""
-        rows = self.W_o(tf.reshape(output, (math.prod(quirks.shape(output)[:-2]), self.num_heads * output.shape[-1])))
-        return tf.reshape(rows, (*quirks.shape(output)[:-2], rows.shape[-1]))
+        lead, features = quirks.shape(output)[:-2], self.num_heads * output.shape[-1]
+        rows = self.W_o(tf.reshape(output, (math.prod(lead), features) if _of_rows(self.W_o) else (*lead, features)))
+        return tf.reshape(rows, (*lead, rows.shape[-1]))
 
 
 def _rows(X):
     """(..., n, features) -> (rows, features), as which Keras's Dense would put them itself, each time, by more operations."""
     return tf.reshape(X, (math.prod(quirks.shape(X)[:-1]), X.shape[-1]))
+
+
+def _of_rows(part):
+    """Whether a projection may be given rows: one of a user's own may need (batch, n, features)."""
+    return type(part) is keras.layers.Dense
 
 
 def _split(rows, X, heads):

@@ -80,21 +80,37 @@ def _tensor(name, x):
     return x
 
 
+class _Layer(nn.Module):
+    """A layer that takes float64 from a file as it is, if it was never called: else its weights would be rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_widen)
+
+
+def _widen(layer, state_dict, prefix, *_):
+    own = [*layer.parameters()]
+    if any(map(is_lazy, own)) and all(x.dtype == torch.float32 for x in own):
+        given = (x for name, x in state_dict.items() if name.startswith(prefix) and isinstance(x, Tensor))
+        if any(x.dtype == torch.float64 for x in given):
+            layer.double()
+
+
 # ---- what type checkers see of a call, which PyTorch leaves open
 
 if TYPE_CHECKING:
 
-    class _Attends(calls.Attends, nn.Module): ...
+    class _Attends(calls.Attends, _Layer): ...
 
-    class _Encodes(calls.Encodes, nn.Module): ...
+    class _Encodes(calls.Encodes, _Layer): ...
 
-    class _Decodes(nn.Module):
+    class _Decodes(_Layer):
         def __call__(self, X: Tensor, state: list[Any], **options: Any) -> tuple[Tensor, list[Any]]: ...
 
-    class _Changes(calls.Changes, nn.Module): ...
+    class _Changes(calls.Changes, _Layer): ...
 
 else:
-    _Attends = _Encodes = _Decodes = _Changes = nn.Module
+    _Attends = _Encodes = _Decodes = _Changes = _Layer
 
 
 # ---- attention
@@ -340,7 +356,7 @@ class TransformerEncoderBlock(_Encodes):
         return Y if cache is None else (Y, cache)
 
 
-class _Stack(nn.Module):
+class _Stack(_Layer):
     """What encoder and decoder share: tokens' embedding * sqrt(h), positional encoding, and blocks, which ``_block`` makes."""
 
     _scores = False  # whether a dense layer gives the scores of the tokens that follow, as a decoder's does
