@@ -63,8 +63,9 @@ class KVCache(NamedTuple):
             checks.same_shape(name, x, (*tuple(old.shape)[:-2], key.shape[-2], old.shape[-1]), "the cache continues")
         length = self.length + _known(key.shape[-2])
         write = registry.offered(tab, "write")
-        kept = (x if tab.is_array(x) else tab.asarray(x, like=key) for x in (self.key, self.value))  # as NumPy may have made it
-        return KVCache(*(write(old, x, self.length) for old, x in zip(kept, (key, value), strict=True)), length)
+        # room that NumPy set aside is filled by any framework
+        old_key, old_value = (x if tab.is_array(x) else tab.asarray(x, like=key) for x in (self.key, self.value))
+        return KVCache(write(old_key, key, self.length), write(old_value, value, self.length), length)
 
     def seen(self) -> tuple[Array, Array]:
         """The filled keys and values; where ``length`` is traced, all: ``causal`` with ``query_offset`` hides the rest."""

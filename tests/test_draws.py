@@ -135,7 +135,7 @@ DROPOUT_FAULTS = {
 
 @pytest.mark.parametrize("fault", DROPOUT_FAULTS)
 def test_a_fault_of_a_layers_dropout_is_found(backend, monkeypatch, fault):
-    tab, options = dispatch.load(backend), {"num_heads": 2, "num_kv_heads": 2, "biases": True, "W_o": True}
+    tab, options = registry.load(backend), {"num_heads": 2, "num_kv_heads": 2, "biases": True, "W_o": True}
     options |= {"dropout": 0.5, "seed": 1}
     made = draws.case(draws.Draw((0, 0), "MultiHeadAttention", lead=(2,), kv=(2,), n=3, m=5, d=2, options=options))
     assert check.run(backend, [made]).ok
