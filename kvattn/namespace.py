@@ -36,6 +36,7 @@ def _cache(backend: str) -> Any:
     """KVCache, whose `allocate` makes arrays of this backend by default."""
     own = {
         "__doc__": api.KVCache.__doc__, "__module__": api.KVCache.__module__, "__slots__": (),
+        "__signature__": inspect.signature(api.KVCache),
         "__new__": lambda _cls, *args, **fields: api.KVCache(*args, **fields),
         "allocate": staticmethod(_bound(api.KVCache.allocate, backend)),
     }  # fmt: skip
