@@ -97,9 +97,8 @@ def _can_be_cut(query: Any, key: Any, value: Any, call: Call) -> bool:
 
 def _of_few_shapes(tab: Any, parts: Sequence[Part] | None) -> Sequence[Part] | None:
     """The parts; None where they have more shapes than the tab makes programs for, one for each."""
-    if parts is None or len({_form(part) for part in parts}) <= getattr(tab, "MOST_SHAPES", len(parts)):
-        return parts
-    return None
+    shapes = {(x.end - x.start, sum(last - first for first, last in x.runs), x.looks) for x in parts or ()}
+    return parts if len(shapes) <= getattr(tab, "MOST_SHAPES", len(shapes)) else None
 
 
 def _compared(query: Any, key: Any, value: Any, call: Call, said: Pairs) -> Call | None:
@@ -111,11 +110,6 @@ def _compared(query: Any, key: Any, value: Any, call: Call, said: Pairs) -> Call
     full = (*pairs.leading(query.shape, key.shape), query.shape[-2], key.shape[-2])
     mask, _ = said._replace(segments=None).arrays(query, key, full, call.query_offset)
     return call._replace(mask=Segments(mask, *said.segments))
-
-
-def _form(part: Part) -> tuple[Any, ...]:
-    """What tells the shapes of a part from another's."""
-    return part.end - part.start, sum(last - first for first, last in part.runs), part.looks
 
 
 def in_window(call: Call, left: int | None, right: int | None, query: Any, key: Any) -> Call:

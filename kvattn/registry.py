@@ -86,11 +86,6 @@ def _plugins() -> dict[str, EntryPoint]:
     return _declared()[0]
 
 
-def _natives() -> dict[str, str]:
-    """The package whose arrays are a plugin's, as its metadata declares it, by the name of its backend."""
-    return _declared()[1]
-
-
 def plugins() -> dict[str, str]:
     """The plugins that are installed, and what each loads, "module" or "module:object". None of them is imported.
 
@@ -203,7 +198,7 @@ def _claims(x: Any) -> tuple[str, ...]:
     of the native package that the plugin declares, or of the plugin's own. Raises what loading raises if no other claims it.
     """
     packages = {base.__module__.partition(".")[0] for base in type(x).__mro__}
-    points, natives = _plugins(), _natives()
+    points, natives = _plugins(), _declared()[1]
     found, failed = [], None
     for name, point in points.items():
         own = natives.get(name, ""), point.value.partition(":")[0].partition(".")[0]

@@ -75,7 +75,8 @@ def import_weights(layer: Any, weights: Mapping[str, Any], layout: str | None = 
     wrong += [
         f"{name} has shape {x.shape}; expected {_show(expected[name])}"
         for name, x in arrays.items()
-        if name in expected and not _fits(x.shape, expected[name])
+        if name in expected
+        and not (len(x.shape) == len(own := expected[name]) and all(b in (None, a) for a, b in zip(x.shape, own, strict=True)))
     ]
     wrong += [f"{name} has dtype {x.dtype}; expected floating point" for name, x in arrays.items() if x.dtype.kind != "f"]
     if wrong:
@@ -126,10 +127,6 @@ def _array(dtype: str, shape: list[int], data: bytearray) -> np.ndarray:
 
 def _plain(x: Any) -> bool:
     return isinstance(x, Mapping) and all(isinstance(y, np.ndarray) for y in x.values())
-
-
-def _fits(found: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    return len(found) == len(expected) and all(b is None or a == b for a, b in zip(found, expected, strict=True))
 
 
 def _safetensors() -> Any:

@@ -449,11 +449,6 @@ class _Function(NamedTuple):
         return made[slice(*self.entries)]
 
 
-def _whole(query: Any, key: Any, call: Call) -> Call:
-    """The call with arrays in place of functions and segments."""
-    return call.mask.whole(query, key, call._replace(mask=call.mask.mask)) if type(call.mask) is Pairs else call
-
-
 def _merge(*parts: Any) -> Any:
     return kvattn.merge_attention(*zip(*parts, strict=True), return_lse=True, backend="numpy")
 
@@ -485,7 +480,8 @@ def _cast(x: Any, dtype: Any) -> Any:
 def _best(query: Any, pair: Any, call: Call, k: int) -> Any:
     """The positions and scores of the k best in one chunk of the keys."""
     query, key = tab._wide(query), tab._wide(pair[0])
-    call = _whole(query, key, call)
+    if type(call.mask) is Pairs:  # arrays in place of functions and segments
+        call = call.mask.whole(query, key, call._replace(mask=call.mask.mask))
     n, m = query.shape[-2], key.shape[-2]
     found = []
     blocks = by_blocks.query_blocks(call.score, query.shape, key.shape) or [(0, n, 0, m)]

@@ -22,7 +22,9 @@ def command(options: argparse.Namespace) -> int:
     """Run a lesson on its tabs, or make a notebook of one of them, or a site of a folder of lessons."""
     try:
         if options.action == "site":
-            return _site(options)
+            with closing(_Site(options)) as made:
+                done = made.make()
+                return _watch(made, options) if options.watch else 0 if done else 1
         given = _lesson(options.file)
         return _run_lesson(given, options) if options.action == "run" else _convert_lesson(given, options)
     except ModuleNotFoundError as error:
@@ -104,12 +106,6 @@ def _tabs(what: Path, tabs: Sequence[str], named: str | None) -> list[str]:
 
 
 SITE = ("sphinx", "myst_parser", "furo", "sphinx_design", "sphinx_copybutton", "sphinx-mathjax-offline")
-
-
-def _site(options: argparse.Namespace) -> int:
-    with closing(_Site(options)) as made:
-        done = made.make()
-        return _watch(made, options) if options.watch else 0 if done else 1
 
 
 def _watch(made: _Site, options: argparse.Namespace) -> int:

@@ -366,13 +366,10 @@ def _run(query, key, value, mask, causal, scale):
             return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
         return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=True)
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    output = _run(*(x if x is None else _four(x, lead) for x in (query, key, value, mask)), causal, scale)
+    arrays = [x if x is None or x.ndim > 2 else x[None] for x in (query, key, value, mask)]
+    arrays = [x if x is None else x.expand(*lead, *x.shape[-3:]).reshape(math.prod(lead), *x.shape[-3:]) for x in arrays]
+    output = _run(*arrays, causal, scale)
     return output.reshape(*lead, *query.shape[-3:-1], value.shape[-1])
-
-
-def _four(x, lead):
-    x = x if x.ndim > 2 else x[None]
-    return x.expand(*lead, *x.shape[-3:]).reshape(math.prod(lead), *x.shape[-3:])
 
 
 class _TwiceDifferentiable(torch.autograd.Function):

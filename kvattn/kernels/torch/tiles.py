@@ -45,19 +45,9 @@ def _far(rows, stride):
 
 @triton.jit
 def _spans(
-    i,
-    entry,
-    Lens,
-    Offsets,
-    n,
-    m,
-    first,
-    last,
-    LENS: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    LEFT: tl.constexpr,
+    i, entry, Lens, Offsets, n, m, first, last, LENS: tl.constexpr, OFFSETS: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
-):
+):  # fmt: skip
     """(begin, end): query i may attend to the keys begin <= j < end, if a mask and a bias allow it."""
     begin = i * 0
     end = begin + m
@@ -98,20 +88,9 @@ def _unit(scale, cap, BIAS: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def _scores(
-    dots,
-    begin,
-    end,
-    cols,
-    bias,
-    mask,
-    scale,
-    cap,
-    CUT: tl.constexpr,
-    CAREFUL: tl.constexpr,
-    MASK: tl.constexpr,
-    BIAS: tl.constexpr,
-    CAP: tl.constexpr,
-):
+    dots, begin, end, cols, bias, mask, scale, cap, CUT: tl.constexpr, CAREFUL: tl.constexpr, MASK: tl.constexpr,
+    BIAS: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
     """(scores over `_unit`, the softcap's tanh, whether each pair may attend).
 
     A bias of -inf makes -inf of a finite score by itself. Where it does not, it is asked for only if CAREFUL: what came out
@@ -392,24 +371,9 @@ def forward(
 
 @triton.jit(do_not_specialize=("heads", "n"))
 def combine(
-    Parts,
-    O,
-    Lse,
-    Sink,
-    o_b,
-    o_h,
-    o_n,
-    sink_b,
-    sink_h,
-    sink_n,
-    heads,
-    n,
-    V_D: tl.constexpr,
-    WIDE_V: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WIDE_SPLIT: tl.constexpr,
-    SINK: tl.constexpr,
-):
+    Parts, O, Lse, Sink, o_b, o_h, o_n, sink_b, sink_h, sink_n, heads, n, V_D: tl.constexpr, WIDE_V: tl.constexpr,
+    SPLIT: tl.constexpr, WIDE_SPLIT: tl.constexpr, SINK: tl.constexpr,
+):  # fmt: skip
     """The output and lse of one query, from the parts of its keys. ``heads``: of the queries."""
     row = tl.program_id(0).to(tl.int64)
     count = tl.num_programs(0).to(tl.int64)
