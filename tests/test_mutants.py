@@ -142,8 +142,8 @@ NUMPY = [
     ),
     (
         "computes in float32 for float64",
-        "    scores = _wide(scores)\n    if scores.size",
-        "    scores = _wide(scores).astype(np.float32)\n    if scores.size",
+        "    scores = _wide(scores)\n    if (near",
+        "    scores = _wide(scores).astype(np.float32)\n    if (near",
     ),
     ("looks one key too far left", "ahead >= -left", "ahead >= -left - 1", "window"),
     ("looks one key too near right", "(ahead <= right)", "(ahead < right)", "window"),

@@ -322,6 +322,19 @@ def _top(scores, where):
     return np.where(top == -math.inf, 0, top).astype(scores.dtype, copy=False)
 
 
+def _near_zero(scores, where):
+    """The scores, if they are few and none of a pair that may attend is far from 0, infinite or NaN; else None.
+
+    What stands at other pairs decides nothing, so that it changes no bit of the results.
+    """
+    if scores.size > FEW:
+        return None
+    if np.vdot(scores, scores) < NEAR * NEAR:
+        return scores
+    scores = identity(scores, where)
+    return scores if where is not None and np.vdot(scores, scores) < NEAR * NEAR else None
+
+
 def _log(total):
     """The logarithm of sums, -inf of 0."""
     with np.errstate(divide="ignore"):
@@ -331,8 +344,8 @@ def _log(total):
 def _softmax_lse(scores, where, with_lse=True):
     """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
     scores = _wide(scores)
-    if scores.size <= FEW and np.vdot(scores, scores) < NEAR * NEAR:  # none is far from 0: no maximum need be taken off
-        weights = np.exp(scores)
+    if (near := _near_zero(scores, where)) is not None:  # no maximum need be taken off
+        weights = np.exp(near)
         weights = weights if where is None else np.multiply(weights, where, out=weights)
         total = weights @ memory.ones(scores.shape[-1], scores.dtype)  # in half the time that its sum takes
         lse = _log(total)[..., 0] if with_lse else None
