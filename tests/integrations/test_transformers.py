@@ -43,6 +43,7 @@ MODELS = {  # one of each way in which an architecture uses attention
     "vit": (transformers.ViTModel, transformers.ViTConfig, WIDTHS | {"image_size": 8, "patch_size": 4}),
     "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, GPT2),
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, GROUPED),
+    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, GROUPED | {"head_dim": 6}),  # norms, wider heads
     "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, GROUPED | {"sliding_window": 3}),
     "gemma2": (transformers.Gemma2ForCausalLM, transformers.Gemma2Config, CAPPED | {"query_pre_attn_scalar": 9}),
     "gemma3": (transformers.Gemma3ForCausalLM, transformers.Gemma3TextConfig, CAPPED | {"sliding_window_pattern": 2}),
