@@ -61,7 +61,7 @@ def backends():
 
 # What takes most of the time is left to tox, and to those who name a file: `pytest tests/test_mutants.py`.
 SLOW = (
-    "docs", "draws", "fuzz", "lesson", "lesson_pages", "lesson_site", "mutants", "processes", "properties", "tiled",
+    "docs", "draws", "fuzz", "howto", "lesson", "lesson_pages", "lesson_site", "mutants", "processes", "properties", "tiled",
     "tiled_mutants", "tiled_numpy",
 )  # fmt: skip
 
