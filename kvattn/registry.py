@@ -218,7 +218,9 @@ def known(cls: type) -> str | None:
 
     Only classes of other packages are remembered: where torch.compile sees `_homes` read, it compiles anew once that grows.
     """
-    package = cls.__module__.partition(".")[0]
+    package = cls.__module__
+    if package not in _PACKAGES:  # which a tensor's and NumPy's array's is by itself
+        package = package.partition(".")[0]
     return _PACKAGES[package] if package in _PACKAGES else _homes[cls]
 
 
