@@ -26,7 +26,7 @@ from kvattn.pairs import Segments
 
 SMALLEST = 2**17  # scores of a head that blocks are worth their own cost for; twice that, if they save no work
 AT_ONCE = 2**24  # scores of a call that may be held all at once
-SCORES, GRAD_SCORES = 2**21, 2**22  # of a block, forward and backward: there each adds to all the keys in its reach
+SCORES, GRAD_SCORES = 2**20, 2**22  # of a block, forward and backward: there each adds to all the keys in its reach
 ROWS, BAND_ROWS, FEWEST = 512, 256, 32  # queries of a block: at most, at most where a window limits it, at least
 IN_FLIGHT = 3  # blocks: one works while another waits for a core
 LOSSLESS = 2.0**-24  # where less than this share of the softmax is left inside the window, small terms may be lost
