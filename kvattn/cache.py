@@ -31,7 +31,7 @@ class KVCache(NamedTuple):
     ) -> KVCache:
         """An empty cache with room for keys of ``shape`` (..., capacity, d) and values (..., capacity, v); v: d by default.
 
-        It lies on the device of ``like``, an array, or where the backend puts new arrays.
+        It lies on the device of ``like``, an array, or where the backend puts new arrays; room in NumPy is filled by any.
 
         >>> KVCache.allocate((2, 8, 100, 16)).key.shape
         (2, 8, 100, 16)

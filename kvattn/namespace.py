@@ -21,26 +21,7 @@ def functions(backend: str) -> dict[str, Any]:
     """
     public = {name: getattr(api, name) for name in api.__all__} | {name: getattr(weights, name) for name in weights.__all__}
     public |= {"attention_maps": maps.attention_maps} | {name: getattr(decoding, name) for name in decoding.__all__}
-    public["KVCache"] = _cache(backend)
     return {name: _bound(x, backend) if _takes_backend(x) else x for name, x in public.items()}
-
-
-class _OfANamespace(type):
-    """Of a namespace's KVCache, which makes those of kvattn, as every call returns them: isinstance knows them."""
-
-    def __instancecheck__(cls, x: Any) -> bool:
-        return isinstance(x, api.KVCache)
-
-
-def _cache(backend: str) -> Any:
-    """KVCache, whose `allocate` makes arrays of this backend by default."""
-    own = {
-        "__doc__": api.KVCache.__doc__, "__module__": api.KVCache.__module__, "__slots__": (),
-        "__signature__": inspect.signature(api.KVCache),
-        "__new__": lambda _cls, *args, **fields: api.KVCache(*args, **fields),
-        "allocate": staticmethod(_bound(api.KVCache.allocate, backend)),
-    }  # fmt: skip
-    return _OfANamespace("KVCache", (api.KVCache,), own)
 
 
 def _takes_backend(x: Any) -> bool:
