@@ -1,6 +1,5 @@
 """KVCache: what it keeps, in every backend, with room set aside and without; what does not continue it is refused."""
 
-
 import numpy as np
 import pytest
 
