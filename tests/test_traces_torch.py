@@ -1,6 +1,8 @@
 """One trace serves every input: PyTorch's tracers, each given one set of sizes and lengths, and run with others."""
 
 import copy
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -417,3 +419,15 @@ def test_a_table_of_rotary_that_an_inference_made_serves_a_differentiated_call()
     leaf = torch.ones(5, 6, requires_grad=True)
     kvattn.rotary(leaf, 12345).sum().backward()
     assert leaf.grad is not None
+
+
+def test_no_compiler_is_loaded_until_one_is_asked_for():
+    # it takes longer to import than all of kvattn, and Triton, which it imports, ends a process that has loaded TensorFlow
+    code = """
+import sys, torch, kvattn.torch as kv
+x = torch.ones(1, 2, 4, 8, requires_grad=True)
+kv.attention(x, x, x, causal=True, valid_lens=[3], sink=0.0, dropout=0.5, rng=0).sum().backward()
+kv.MultiHeadAttention(8, 2)(x[0], x[0], x[0], None)
+print(sorted({"torch._dynamo", "triton"} & {*sys.modules}))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -137,7 +137,6 @@ def _flexible(query, key, value):
     return can_compile(query.device)
 
 
-@torch.compiler.assume_constant_result
 @cache
 def can_compile(device):
     """Whether Triton can compile for the device: not for those before Ampere, and where it is not installed (Windows)."""
@@ -146,6 +145,11 @@ def can_compile(device):
     from kvattn.kernels.torch import flash  # noqa: F401  (its operators are there before a program is recorded)
 
     return True
+
+
+# What torch.compiler.assume_constant_result does (private: read in 2.13). Itself it loads the compiler, and with it Triton, which
+# ends a process that has loaded TensorFlow.
+can_compile._dynamo_marked_constant = True
 
 
 def _read(lens):
