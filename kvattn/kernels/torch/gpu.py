@@ -147,7 +147,7 @@ def can_compile(device):
     return True
 
 
-# What torch.compiler.assume_constant_result does (private: read in 2.13). Itself it loads the compiler, and with it Triton, which
+# What torch.compiler.assume_constant_result does (private: read in 2.13). That loads the compiler, and with it Triton, which
 # ends a process that has loaded TensorFlow.
 can_compile._dynamo_marked_constant = True
 
