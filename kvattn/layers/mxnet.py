@@ -210,13 +210,8 @@ class _Attention(_Layer):
 _traced = WeakValueDictionary()  # layers by the name that their graphs, which are text, have for them
 
 
-OF_THE_LAYER = (
-    "rotary",
-    "qk_norm",
-    "q_norm",
-    "k_norm",
-    "alibi",
-)  # what a graph hands on of the layer's own, and not of the call
+# what a graph hands on of the layer's own, and not of the call
+OF_THE_LAYER = ("rotary", "qk_norm", "q_norm", "k_norm", "alibi")
 
 
 def _attend(query, key, value, *, score=None, valid_lens=None, rate=0.0, layer=None, backend="mxnet", **options):
