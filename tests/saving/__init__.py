@@ -3,6 +3,8 @@
 A file's ``model()`` is a user's own model, which holds every layer, by attribute and in what else the framework looks into.
 """
 
+import os
+
 # (saved, fresh, inputs, path) -> the layer that comes back; fresh() makes one that has other weights, or none yet
 WAYS = {
     "numpy": "npz",
@@ -23,19 +25,23 @@ COPIES = {
 # (saved, inputs, path) -> what gives the outputs and is no layer any more, and how many weights it has
 SERVED = {"tensorflow": "export saved_model", "jax": "nnx", "mxnet": "export"}
 
-# What a framework does not do with layers of its own either, or another way shows: (framework, way, case).
+# What a framework does not do with layers of its own either: (framework, way, case).
 EXCEPT = {
     # a subclassed keras.Model loses the values that wait for its first call, of keras.layers.Dense too
     ("tensorflow", "checkpoint_before_the_first_call", "a model of all layers"),
     # the serving signature that Keras adds to a subclassed model takes one argument
     ("tensorflow", "saved_model", "a model of all layers"),
-    # found as "checkpoint" finds it, which is asked, and by Keras's list of weights, as "configuration"
-    *(("tensorflow", way, "a model of all layers") for way in ("checkpoint_of_a_functional_model", "checkpoint_manager")),
-    ("tensorflow", "lists_of_weights", "a model of all layers"),
     # Keras and flax read what is asked for, and say nothing of the rest
     ("tensorflow", "weights_h5", "a block too many"),
     *(("jax", way, case) for way in ("to_bytes", "msgpack") for case in ("a block too many", "biases")),
 }
+# What takes long and is asked where KVATTN_EVERY is set: TensorFlow finds a model's layers here as in "checkpoint", which is
+# asked each time, and its list of weights as in "configuration".
+WEEKLY = {
+    ("tensorflow", way, "a model of all layers")
+    for way in ("checkpoint_of_a_functional_model", "checkpoint_manager", "lists_of_weights")
+}
+EXCEPT |= set() if "KVATTN_EVERY" in os.environ else WEEKLY
 
 HEADS = {"num_hiddens": 8, "num_heads": 4}
 LAYERS = {
