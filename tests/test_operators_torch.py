@@ -14,7 +14,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch.autograd import forward_ad
 
 import kvattn
-from kvattn.kernels.torch import operators
+from kvattn.kernels.torch import operators, segments  # noqa: F401  (each defines its operators)
 
 NAN, INF = float("nan"), float("inf")
 EMPTY = 7  # a query of the first entry that may attend to nothing
