@@ -87,14 +87,14 @@ def attend(text: str, backend: str, device: str | None = None) -> Any:
 
     import kvattn
     from kvattn import dispatch, registry
-    from kvattn.conformance.check import parts
+    from kvattn.conformance.check import as_promised
 
     x: Any = embed(tokenize(text)[:USED])
     try:
         tab = registry.load(backend)
         with dispatch.on(tab, None if device is None else dispatch.device(tab, device)) as like:
             x = x if device is None else tab.asarray(x, like=like)
-            pair = parts(kvattn.attention(x, x, x, return_weights=True, backend=backend), ("output", "weights"))
+            pair = as_promised(kvattn.attention(x, x, x, return_weights=True, backend=backend), ("output", "weights"))
         found = tuple(np.asarray(tab.to_numpy(each), np.float64) for each in pair)
         for name, each, last in zip(("output", "weights"), found, x.shape[::-1], strict=True):
             if each.shape != (len(x), last):

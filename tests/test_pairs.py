@@ -13,7 +13,7 @@ from paired import past
 
 import kvattn
 from kvattn import conversion, pairs, partition, planning, positions
-from kvattn.conformance import check, native, placed
+from kvattn.conformance import check, native, position_functions
 from kvattn.partition import Part
 
 SMALL = {"FEW": 0, "BLOCK": 2, "LOOK": 12, "WHOLE": 0, "GAP": 1, "SHORT": 2, "BIAS": 24}
@@ -27,7 +27,7 @@ def in_blocks(**more):
 
 
 def test_every_case_of_functions_and_segments_in_small_blocks(backend):
-    cases = [*placed.cases(np.random.default_rng(1))]
+    cases = [*position_functions.cases(np.random.default_rng(1))]
     cases = cases[:: SLOW.get(backend, 1)]
     with in_blocks():
         report = check.run(backend, cases, dtypes=("float64",))
@@ -84,7 +84,7 @@ def test_the_cases_tell_of_a_fault(what):
     name, fault = BROKEN[what]
     where, _, name = name.rpartition(".")
     where = {"pairs": pairs, "pairs.Pairs": pairs.Pairs, "partition": partition}[where]
-    cases = [*placed.cases(np.random.default_rng(1))]
+    cases = [*position_functions.cases(np.random.default_rng(1))]
     with in_blocks(), patch.object(where, name, fault):
         assert check.run("numpy", cases, dtypes=("float64",)).failures
 

@@ -122,7 +122,7 @@ def test_the_command_prints_a_backend_when_it_is_done_and_writes_all(strangers, 
 def test_flags_of_the_users_own_are_kept(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     asked = []
-    monkeypatch.setattr(processes, "_ask", lambda what, quick, *_: asked.append(quick) or {"error": "not asked"})
+    monkeypatch.setattr(processes, "_run_process", lambda what, quick, *_: asked.append(quick) or {"error": "not asked"})
     assert [each.error for each in processes.judge(["jax"], "", 1)] == ["not asked"]
     assert asked == [None]
 

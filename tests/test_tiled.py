@@ -397,7 +397,7 @@ def suite(subject):
     if subject.compiles != "shapes":
         few, many = (2, 7) if subject.compiles and not EVERY else (1, 1)
         return [case for number, case in enumerate(cases) if number % (few if case.group in GROUPS else many) == 0]
-    groups = [[case for case in cases if case.group == group and case.alone] for group in GROUPS]
+    groups = [[case for case in cases if case.group == group and case.output_only] for group in GROUPS]
     rises = [case for case in cases if case.name == "a maximum that rises"]  # which in tiles of the usual size meets one block
     return [case for cases in groups for case in (cases[0], cases[-1])] + rises
 
@@ -434,7 +434,9 @@ def test_the_conformance_suite(subject, sizes):
     with subject.forced(sizes) as served, watched(subject, served, started, reached):
         report = conformance.run(subject.name, cases, subject.thorough, started.append)
     assert not report.failures, "\n".join(result.message for result in report.failures)
-    asked = {case.name for case in cases if subject.passes(case) and (subject.thorough or case.alone or len(case.results) == 1)}
+    asked = {
+        case.name for case in cases if subject.passes(case) and (subject.thorough or case.output_only or len(case.results) == 1)
+    }
     asked -= {case.name for case in cases if known_differences.difference(subject.name, "float32", case.name, case.group)}
     assert asked <= reached
     assert {*served} == set().union(*map(subject.passes, cases))

@@ -22,7 +22,7 @@ import kvattn
 from kvattn import partition
 from kvattn.backends import jax as tab
 from kvattn.call import Call
-from kvattn.conformance import check, placed
+from kvattn.conformance import check, position_functions
 from kvattn.kernels.jax import distances, plans, tiles
 
 SUBJECT = subject("jax")
@@ -195,7 +195,11 @@ def test_one_program_serves_twenty_lengths(given, n):
 
 def test_a_bias_by_distance_is_one_line_in_small_tiles():
     """Of every size of tiles, beside every option, grouped heads and sinks among them."""
-    cases = [case for case in placed.cases(np.random.default_rng(1)) if case.name.startswith(("bias function", "heads: func"))]
+    cases = [
+        case
+        for case in position_functions.cases(np.random.default_rng(1))
+        if case.name.startswith(("bias function", "heads: func"))
+    ]
     lines, original = [], distances.by_distance
 
     def by_distance(*arguments):

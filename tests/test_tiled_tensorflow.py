@@ -24,7 +24,7 @@ import kvattn
 from kvattn import partition
 from kvattn.backends import tensorflow as tab
 from kvattn.call import Call
-from kvattn.conformance import check, placed
+from kvattn.conformance import check, position_functions
 from kvattn.kernels.tensorflow import distances
 from kvattn.kernels.tensorflow import tiles as tiled
 
@@ -336,7 +336,11 @@ def test_a_repeated_call_finds_nothing_of_the_last():
 
 def test_a_bias_by_distance_is_one_line_in_small_blocks():
     """Of every size of blocks, beside every option, grouped heads and sinks among them."""
-    cases = [case for case in placed.cases(np.random.default_rng(1)) if case.name.startswith(("bias function", "heads: func"))]
+    cases = [
+        case
+        for case in position_functions.cases(np.random.default_rng(1))
+        if case.name.startswith(("bias function", "heads: func"))
+    ]
     lines, original = [], distances.by_distance
 
     def by_distance(*arguments):

@@ -1,4 +1,4 @@
-"""One suite that judges any backend, ours or a stranger's: cases are plain data, answers come from an independent oracle.
+"""One suite that judges any backend, ours or a third party's: cases are plain data, answers come from an independent oracle.
 
 >>> from kvattn import conformance
 >>> report = conformance.run("numpy", dtypes=["float64"])

@@ -14,7 +14,7 @@ from kvattn.conformance import oracle
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 WEIGHTS, LSE = ("weights",), ("lse",)
-NOT_FINITE = "not finite"  # the group whose inputs, where they are looked at, and answers hold NaN and inf
+NOT_FINITE = "not finite"  # the group of cases with NaN and inf in pairs that may attend, and so in answers
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Case:
     ``arguments`` holds NumPy arrays by name (``outputs`` and ``lses`` are stacked parts); ``keywords`` plain data, where a
     score or normaliser is a name, or (name, {parameter: array or number}). ``answer`` and ``magnitude`` are by quantity:
     output, weights, lse, grad_query, grad_W_q, ...; see tolerance.py for what magnitude and largest_score are for.
-    ``dtypes`` hold its inputs exactly. Its usual run is in the ``usual`` ones and, if ``alone``, asks for the output alone.
+    ``dtypes`` hold its inputs exactly. Its usual run is in the ``usual`` ones, for the output alone if ``output_only``.
     Where an answer is NaN a result must be NaN, and where it is inf not finite, whichever; ``judged`` may leave entries out.
     """
 
@@ -39,14 +39,14 @@ class Case:
     dtypes: tuple[str, ...] = DTYPES
     results: tuple[str, ...] = ("output",)
     usual: tuple[str, ...] = DTYPES
-    alone: bool = False
+    output_only: bool = False
     judged: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.group != NOT_FINITE and any((np.isnan(x) | (x == np.inf)).any() for x in self.answer.values()):
             raise ValueError(f"{self.name}: an answer that is not finite, outside the group {NOT_FINITE}")
-        bound = [x[-1] for x in self.keywords.values() if isinstance(x, tuple) and isinstance(x[-1], dict)]
-        parameters = [x for named in bound for x in named.values()]
+        bound_parameters = [x[-1] for x in self.keywords.values() if isinstance(x, tuple) and isinstance(x[-1], dict)]
+        parameters = [x for named in bound_parameters for x in named.values()]
         for x in [*(x for name, x in self.arguments.items() if name != "lses"), *parameters]:
             if isinstance(x, np.ndarray):
                 x.setflags(write=False)  # cases may share an array
@@ -86,12 +86,12 @@ def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, 
            by_scores: bool = False, **options: Any) -> Case:  # fmt: skip
     """A case of attention with these options, of which ``seed`` stands for attention's own ``rng``, and with its answer.
 
-    ``grad``: whether it has gradients, too; or the rows (n,) that their loss looks at, where it does not look at all.
-    ``by_scores``: whether their loss looks at the scores that are returned, too.
+    ``asked``: which of weights and lse the call returns beside the output. ``grad``: whether the case has gradients; or the
+    rows (n,) of the output that the loss depends on. ``by_scores``: whether the loss depends on the returned scores, too.
     """
     options |= {"rng": options.pop("seed")} if "seed" in options else {}
     results = ("output", *asked, *(["scores"] if "return_scores" in options else []))
-    how = {n: x for n, x in options.items() if n != "splits"}
+    call_options = {n: x for n, x in options.items() if n != "splits"}
     options |= {f"return_{what}": True for what in asked}
     grad_output = None
     if grad is not False:
@@ -99,15 +99,15 @@ def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, 
         grad_output = np.where(np.reshape(grad, (-1, 1)), grad_output, 0.0)
     if by_scores:
         selected = options["positions"].shape[-1] if "positions" in options else key.shape[-2]
-        how["grad_scores"] = options["grad_scores"] = grid(rng, *oracle.leading(query, key), query.shape[-2], selected)
-    answer = oracle.attention(query, key, value, grad_output, **how)
-    wanted = [what for what in answer.values if what in results or what.startswith("grad_")]
+        call_options["grad_scores"] = options["grad_scores"] = grid(rng, *oracle.leading(query, key), query.shape[-2], selected)
+    answer = oracle.attention(query, key, value, grad_output, **call_options)
+    quantities = [what for what in answer.values if what in results or what.startswith("grad_")]
     arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output}
     arguments |= {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
     return Case(
         name, group, "attention", {n: x for n, x in arguments.items() if x is not None},
         {n: x for n, x in options.items() if not isinstance(x, np.ndarray)},
-        {what: answer.values[what] for what in wanted}, {what: answer.magnitude[what] for what in wanted},
+        {what: answer.values[what] for what in quantities}, {what: answer.magnitude[what] for what in quantities},
         answer.largest_score, dtypes, results,
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ def merged(name: str, outputs: np.ndarray, lses: np.ndarray, group: str = "mergi
 
 def poisoned(rng: np.random.Generator, query: np.ndarray, key: np.ndarray, value: np.ndarray,
              **which: Any) -> Iterator[np.ndarray]:  # fmt: skip
-    """query, key, value and the bias, if there is one, with NaN and inf wherever nothing may look."""
+    """query, key, value and the bias, if there is one, with NaN and inf in all that belongs to no pair that may attend."""
     lead, n, _, found = oracle.pairs(query, key, **which)
     at = tuple(np.array([pair for _, pair in found], int).reshape(-1, len(lead) + 2).T)
 
@@ -135,20 +135,20 @@ def poisoned(rng: np.random.Generator, query: np.ndarray, key: np.ndarray, value
     bias = which.get("bias")
     if isinstance(bias, np.ndarray):
         cells = np.broadcast_to(np.arange(bias.size).reshape(bias.shape), (*lead, n, key.shape[-2]))
-        yield poison(bias, cells[at], bias == -np.inf, [np.nan, np.inf])  # -inf says what is forbidden: it stays
+        yield poison(bias, cells[at], bias == -np.inf, [np.nan, np.inf])  # a bias of -inf forbids its pair, and so stays
 
 
-def kink_free(*inputs, weights_of=oracle.weights, score="scaled_dot_score", normalize="softmax", **how: Any) -> bool:
+def kink_free(*inputs, weights_of=oracle.weights, score="scaled_dot_score", normalize="softmax", **call_options: Any) -> bool:
     """Whether no weight of a sparsemax is so near 0, and no sum so near 0, that rounding could cross the kink."""
     if normalize not in ("sparsemax", "proportional"):
         return True
-    how.pop("seed", None)  # weights are those before dropout
-    weights = weights_of(*inputs, score=score, normalize=normalize, **how)
+    call_options.pop("seed", None)  # weights are those before dropout
+    weights = weights_of(*inputs, score=score, normalize=normalize, **call_options)
     if normalize == "sparsemax":
         eps = 2.0**-9
         if ((weights > 0) & (weights < eps)).any():
             return False
-        nudged = {**how, "scale": (how.get("scale") or 1) * (1 + eps)}
+        nudged = {**call_options, "scale": (call_options.get("scale") or 1) * (1 + eps)}
         support = weights_of(*inputs, score=score, normalize=normalize, **nudged) > 0
         return bool(((weights > 0) == support).all())
     return bool(np.abs(weights).max(initial=0) < 8)
@@ -162,19 +162,19 @@ def written(every: Sequence[Case]) -> str:
     arrays: list[Any] = []
     places: dict[int, int] = {}  # by id, since a case may give one array as query, key and value
 
-    def plain(x: Any) -> Any:
+    def encoded(x: Any) -> Any:
         if isinstance(x, np.ndarray):
             if id(x) not in places:
                 places[id(x)] = len(arrays)
                 arrays.append((x.dtype.str, x.shape, base64.b64encode(x.tobytes()).decode("ascii")))
             return {"#array": places[id(x)]}
         if isinstance(x, tuple):
-            return {"#tuple": [plain(each) for each in x]}
+            return {"#tuple": [encoded(each) for each in x]}
         if isinstance(x, list):
-            return [plain(each) for each in x]
-        return {name: plain(each) for name, each in x.items()} if isinstance(x, dict) else x
+            return [encoded(each) for each in x]
+        return {name: encoded(each) for name, each in x.items()} if isinstance(x, dict) else x
 
-    named = [[plain(getattr(case, field.name)) for field in fields(Case)] for case in every]
+    named = [[encoded(getattr(case, field.name)) for field in fields(Case)] for case in every]
     return json.dumps([arrays, json.dumps(named)])
 
 
@@ -183,9 +183,9 @@ def read(text: str) -> list[Case]:
     arrays, named = json.loads(text)
     made = [np.frombuffer(base64.b64decode(numbers), kind).reshape(shape) for kind, shape, numbers in arrays]
 
-    def whole(x: dict[str, Any]) -> Any:
+    def decoded(x: dict[str, Any]) -> Any:
         if "#array" in x:
             return made[x["#array"]]
         return tuple(x["#tuple"]) if "#tuple" in x else x
 
-    return [Case(*each) for each in json.loads(named, object_hook=whole)]
+    return [Case(*each) for each in json.loads(named, object_hook=decoded)]

@@ -20,10 +20,13 @@ from kvattn.conformance.known_differences import difference
 
 FUNCTIONS = ("score", "normalize", "kernel")  # keywords that name a function of kvattn
 HEADED = ("multi_head_attention", "self_attention", "decoding")
-ALONE = "output alone"  # the output where neither weights nor lse are asked for: a tab may take another path to it
-NOT_OFFERED, REFUSED = "not offered: ", "refused: "  # by a stranger's backend, with which keyword or why: no failure
+OUTPUT_ONLY = "output alone"  # the output of a call that returns neither weights nor lse: a tab may take another path to it
+NOT_OFFERED, REFUSED = (
+    "not offered: ",
+    "refused: ",
+)  # by a third party's backend, followed by the keyword or the reason: no failure
 LACKS = "its asarray makes no {}: cases in that dtype are asked in float32"
-EXPLAINED = 20  # failures of a report whose mistake is looked for, which takes a dozen answers of the oracle for each
+EXPLAINED = 20  # failures of a report that are explained: each explanation takes a dozen answers of the oracle
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Report:
 
     @property
     def refused(self) -> list[Result]:
-        """What a stranger's backend answered with a NotImplementedError, whose words follow in the message."""
+        """What a third party's backend answered with a NotImplementedError, whose text follows in the message."""
         return [r for r in self.results if r.message.startswith(REFUSED)]
 
     @property
@@ -104,7 +107,7 @@ class Wrong(Exception):
 
 def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str] | None = None,
         progress: Callable[[str], None] | None = None, device: str | None = None) -> Report:  # fmt: skip
-    """Run the cases on a backend: a name, or a backend itself (a stranger's too). Raises only if it does not load.
+    """Run the cases on a backend: a name, or a backend itself (a third party's too). Raises only if it does not load.
 
     Given a ``device``, "cpu", "cuda", "cuda:1", the arrays lie there, and so must the results; ValueError, saying what is
     there, if it is not. By default they lie where the backend puts new arrays.
@@ -122,37 +125,45 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
     called = backend if isinstance(backend, str) else getattr(tab, "__name__", type(tab).__name__).rpartition(".")[2]
     name = registry.canonical(called)
     version = card = ""
-    with suppress(Exception):  # of a stranger's: no version is no reason to judge nothing
-        version, card = parts(tab.describe(), ("version", "device"))
+    with suppress(Exception):  # a third party's backend without a version is judged all the same
+        version, card = as_promised(tab.describe(), ("version", "device"))
     if device is not None:
         device = dispatch.device(tab, device)
         card = tab.devices()[device]
     report = Report(name, str(version), str(card), suite=suite.version(cases))
     with dispatch.on(tab, device) as like:
-        place = ""
-        with suppress(Exception):  # of a stranger's asarray each case will say what is wrong
-            place = _place(tab.asarray(np.zeros(()), like=like))
-        _run(tab, name, cases, dtypes, progress, report, like, place, there=device is not None)
+        array_device = ""
+        with suppress(Exception):  # if asarray of a third party's backend fails, each case will say so
+            array_device = _device_of(tab.asarray(np.zeros(()), like=like))
+        _run(tab, name, cases, dtypes, progress, report, like, array_device, must_match=device is not None)
     return report
 
 
 def _run(tab: Any, name: str, cases: Sequence[Case], dtypes: Sequence[str] | None, progress: Callable[[str], None] | None,
-         report: Report, like: Any, place: str, there: bool) -> None:  # fmt: skip
-    """``place``: where arrays lie; ``there``: whether results have to lie there too."""
+         report: Report, like: Any, array_device: str, must_match: bool) -> None:  # fmt: skip
+    """``array_device``: where arrays lie; ``must_match``: whether results must lie there, too."""
     dtypes_asked = () if _is_ours(tab) else (dtype for dtype in DTYPES if dtype != "float32")
     lacks = {dtype: LACKS.format(dtype) for dtype in dtypes_asked if not _makes(tab, dtype, like)}
     for case in cases:
         if progress is not None:
             progress(case.name)
         wanted = case.usual if dtypes is None else [dtype for dtype in dtypes if dtype in case.dtypes]
-        excuses = {dtype: row for dtype in wanted if (row := difference(name, dtype, case.name, case.group, place))}
+        excuses = {dtype: row for dtype in wanted if (row := difference(name, dtype, case.name, case.group, array_device))}
         reasons = {row.reason for row in excuses.values()} | {lacks[dtype] for dtype in wanted if dtype in lacks}
         report.excused += sorted(reasons - {*report.excused})
-        able = [dtype for dtype in wanted if dtype not in excuses and dtype not in lacks]
-        if not able and dtypes is None and "float32" in case.dtypes:  # no case goes unasked for want of bfloat16
-            able = [] if difference(name, "float32", case.name, case.group, place) else ["float32"]
-        for dtype in able:
-            _judge(tab, case, dtype, report, thorough=dtypes is not None, like=like, place=place if there else None)
+        supported = [dtype for dtype in wanted if dtype not in excuses and dtype not in lacks]
+        if not supported and dtypes is None and "float32" in case.dtypes:  # a case whose dtype is missing is run in float32
+            supported = [] if difference(name, "float32", case.name, case.group, array_device) else ["float32"]
+        for dtype in supported:
+            _judge(
+                tab,
+                case,
+                dtype,
+                report,
+                thorough=dtypes is not None,
+                like=like,
+                array_device=array_device if must_match else None,
+            )
 
 
 def pairwise(reports: Sequence[Report]) -> dict[tuple[str, str], Agreement]:
@@ -165,7 +176,7 @@ def _agreement(a: Report, b: Report) -> Agreement:
     shared = [at for at in a.outputs if at in b.outputs]
     for at in shared:
         unit, allowed = a.tolerances[at]
-        error = _distance(a.outputs[at], b.outputs[at], unit)
+        error = _largest_difference(a.outputs[at], b.outputs[at], unit)
         worst = max(worst, (error / (2 * allowed), error, 2 * allowed, " ".join(at)))
     share, error, allowed, where = worst
     return Agreement(error, allowed, share <= 1, len(shared), where if share > 1 else "")
@@ -174,7 +185,7 @@ def _agreement(a: Report, b: Report) -> Agreement:
 # ---- one case in one dtype
 
 
-def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, like: Any, place: str | None) -> None:
+def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, like: Any, array_device: str | None) -> None:
     def result(what: str, error: float, allowed: float, message: str = "") -> None:
         passed = not message and error <= allowed
         report.results.append(Result(case.name, case.group, dtype, what, error, allowed, passed, message))
@@ -183,15 +194,15 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, lik
         result("output", 0.0, 0.0, NOT_OFFERED + ", ".join(missing))
         return
     grad = "multi_head_attention_grad" if case.call in HEADED else "attention_grad"
-    if _wrt(case) and (lacks := _missing_of_gradients(tab, case, grad)):  # what it computes is judged all the same
+    if _wrt(case) and (lacks := _missing_of_gradients(tab, case, grad)):  # the output is judged all the same
         result("gradients", 0.0, 0.0, NOT_OFFERED + lacks)
         case = replace(case, answer={what: x for what, x in case.answer.items() if not what.startswith("grad_")})
     try:
         try:
             got = _call(tab, case, dtype, thorough, like)
-        except Warning as warning:  # what comes with it may tell of a mistake
-            said = f"{type(warning).__name__}: {warning} (every warning is an error here)"
-            result("warnings", np.inf, 0.0, f"{case.name} {dtype}: {said}")
+        except Warning as warning:  # the result is judged, too: it may explain the warning
+            message = f"{type(warning).__name__}: {warning} (every warning is an error here)"
+            result("warnings", np.inf, 0.0, f"{case.name} {dtype}: {message}")
             got = _call(tab, case, dtype, thorough, like, "ignore")
     except Exception as error:
         if isinstance(error, NotImplementedError) and not _is_ours(tab):
@@ -200,34 +211,36 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, lik
             result("output", np.inf, 0.0, f"{case.name} {dtype}: {type(error).__name__}: {error}")
         return
     answer, magnitude = dict(case.answer), dict(case.magnitude)
-    if ALONE in got:
-        answer[ALONE], magnitude[ALONE] = answer["output"], magnitude["output"]
+    if OUTPUT_ONLY in got:
+        answer[OUTPUT_ONLY], magnitude[OUTPUT_ONLY] = answer["output"], magnitude["output"]
     for what in got:
         want = answer[what]
-        due = tolerance.result_dtype(case.call, what, dtype)
-        allowed = tolerance.allowed(what, due, case.largest_score, 1 + len(case.keywords.get("splits", ())))
-        unit = tolerance.unit(due, magnitude[what])
+        promised = tolerance.result_dtype(case.call, what, dtype)
+        allowed = tolerance.allowed(what, promised, case.largest_score, 1 + len(case.keywords.get("splits", ())))
+        unit = tolerance.unit(promised, magnitude[what])
         try:
-            x = _plain(tab, got[what], what, want.shape, due)
-            if place is not None and _place(got[what]) != place:
-                raise Wrong(f"lies on {_place(got[what])}, the arguments on {place}")
+            x = _plain(tab, got[what], what, want.shape, promised)
+            if array_device is not None and _device_of(got[what]) != array_device:
+                raise Wrong(f"lies on {_device_of(got[what])}, the arguments on {array_device}")
         except Exception as error:
             result(what, np.inf, allowed, f"{case.name} {dtype}: {what}: {error}")
             continue
-        x = np.where((want == np.inf) & ~np.isfinite(x), want, x)  # not finite, whichever of them it is
-        x = np.where(case.judged.get("output" if what == ALONE else what, True), x, want)
+        x = np.where(
+            (want == np.inf) & ~np.isfinite(x), want, x
+        )  # where the answer is inf, any number that is not finite is right
+        x = np.where(case.judged.get("output" if what == OUTPUT_ONLY else what, True), x, want)
         report.outputs[case.name, dtype, what] = x
         report.tolerances[case.name, dtype, what] = (unit, allowed)
-        off = _distance(x, want, unit)
+        off = _largest_difference(x, want, unit)
         explained = off > allowed and len(report.failures) < EXPLAINED
-        said = f"{case.name} {dtype}: {what} is off by {off:.4g} eps, {allowed:.4g} allowed" if off > allowed else ""
-        result(what, off, allowed, said + _hint(case, what, dtype, (x, want), unit, allowed) if explained else said)
+        message = f"{case.name} {dtype}: {what} is off by {off:.4g} eps, {allowed:.4g} allowed" if off > allowed else ""
+        result(what, off, allowed, message + _hint(case, what, dtype, (x, want), unit, allowed) if explained else message)
 
 
 def _hint(case: Case, what: str, dtype: str, both: tuple[np.ndarray, np.ndarray], unit: float, allowed: float) -> str:
-    """Where a result is wrong, and what mistake gives the same; of the result and of what was promised."""
-    with suppress(Exception), np.errstate(all="ignore"):  # of no hint the judgement is to fail
-        return "; " + mistakes.words(case, what, dtype, *both, lambda x, y: _apart(x, y, unit) <= allowed)
+    """Where a result is wrong, and which mistake gives the same. ``both``: the result and the answer."""
+    with suppress(Exception), np.errstate(all="ignore"):  # a hint that fails must not change the judgement
+        return "; " + mistakes.words(case, what, dtype, *both, lambda x, y: _differences(x, y, unit) <= allowed)
     return ""
 
 
@@ -243,11 +256,11 @@ def _makes(tab: Any, dtype: str, like: Any) -> bool:
         with suppress(Exception):
             tab.asarray(np.zeros(1), dtype="float32", like=like)
             return False
-    return True  # or nothing is made, which each case will say
+    return True  # or it makes no array at all, as each case will say
 
 
 def _missing(tab: Any, case: Case) -> list[str]:
-    """The functions this case needs and a stranger's backend does not have. Ours have all, or fail."""
+    """The functions that this case needs and a third party's backend lacks. Ours have all of them, or fail."""
     if _is_ours(tab):
         return []
     if case.call in layers.LAYERS:
@@ -270,7 +283,7 @@ def _missing(tab: Any, case: Case) -> list[str]:
 
 
 def _missing_of_gradients(tab: Any, case: Case, name: str) -> str:
-    """What a stranger's backend lacks for the gradients of this case, those of the function of that name; "" for nothing."""
+    """What a third party's backend lacks for the gradients of this case, from the function of that name; "" for nothing."""
     if _is_ours(tab):
         return ""
     if not callable(function := getattr(tab, name, None)):
@@ -286,7 +299,7 @@ def _wrt(case: Case) -> list[str]:
     return [what.removeprefix("grad_") for what in case.answer if what.startswith("grad_")]
 
 
-def _place(x: Any) -> str:
+def _device_of(x: Any) -> str:
     """The device on which an array lies, as its framework calls it."""
     return str(getattr(x, "device", ""))
 
@@ -296,7 +309,7 @@ def _call(
 ) -> dict[str, Any]:
     """Every quantity of the case, by name; arguments are compared before and after, bit by bit.
 
-    ``warned``: what becomes of a warning.
+    ``warned``: whether a warning is an error.
     """
     if case.call in layers.LAYERS:
         return _layer(tab, case, dtype, like, warned)
@@ -307,7 +320,7 @@ def _call(
         if not isinstance(x, np.ndarray):
             return x
         kept = "float32" if name in ("lses", "grad_scores") and dtype in tolerance.HALF else dtype
-        for other, one in given_for:  # one array as query, key and value is one of the backend's too
+        for other, one in given_for:  # one array given as query, key and value becomes one array of the backend's
             if other is x and name in ("query", "key", "value"):
                 return one
         made = tab.asarray(x.copy(), dtype=kept if x.dtype.kind == "f" else None, like=like)
@@ -323,9 +336,9 @@ def _call(
     before = [_bytes(tab, x) for _, x in given]
     with warnings.catch_warnings():
         warnings.simplefilter(warned)
-        warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # PyTorch, once, of a context that it then makes itself
+        warnings.filterwarnings("ignore", "Attempting to run cuBLAS")  # PyTorch warns once that it has to make a context itself
         if case.group == NOT_FINITE:
-            warnings.simplefilter("ignore", RuntimeWarning)  # NumPy may warn of what it meets
+            warnings.simplefilter("ignore", RuntimeWarning)  # NumPy may warn of NaN and inf
         grad_output = arguments.pop("grad_output", None)
         if case.call == "split_attention":
             results = dict(zip(case.results, _split(tab, arguments, keywords, like), strict=True))
@@ -360,14 +373,14 @@ def _plain_call(
     results, through = {}, {}
     if "grad_scores" in arguments:
         through = {"grad_scores": arguments.pop("grad_scores"), "return_scores": keywords["return_scores"]}
-    if thorough or not case.alone:
+    if thorough or not case.output_only:
         got = getattr(kvattn, case.call)(**arguments, **keywords, backend=tab)
-        results = dict(zip(case.results, parts(got, case.results), strict=True))
-    if case.alone or (thorough and case.call == "attention" and len(case.results) > 1):
-        results[ALONE if results else "output"] = kvattn.attention(**arguments, **options, backend=tab)
+        results = dict(zip(case.results, as_promised(got, case.results), strict=True))
+    if case.output_only or (thorough and case.call == "attention" and len(case.results) > 1):
+        results[OUTPUT_ONLY if results else "output"] = kvattn.attention(**arguments, **options, backend=tab)
     if wrt := _wrt(case):
         grads = kvattn.attention_grad(**arguments, grad_output=grad_output, wrt=wrt, **options, **through, backend=tab)
-        results |= zip((f"grad_{name}" for name in wrt), parts(grads, wrt, single=False), strict=True)
+        results |= zip((f"grad_{name}" for name in wrt), as_promised(grads, wrt, single=False), strict=True)
     return results
 
 
@@ -422,12 +435,12 @@ def _headed(
         return {"output": _steps(tab, inputs, params, capacity, options, like)}
     else:
         got = kvattn.multi_head_attention(query, key, value, params, **options, backend=tab)
-    results = dict(zip(case.results, parts(got, case.results), strict=True))
+    results = dict(zip(case.results, as_promised(got, case.results), strict=True))
     if wrt:
         options = {"num_heads": 1} | {name: x for name, x in options.items() if not name.startswith("return_")}
         by = ["query", "key", "value", *names]
         grads = kvattn.multi_head_attention_grad(query, key, value, params, grad_output, wrt=by, **options, backend=tab)
-        found = dict(zip(by, parts(grads, by, single=False), strict=True))
+        found = dict(zip(by, as_promised(grads, by, single=False), strict=True))
         if case.call == "self_attention":
             three = [np.asarray(tab.to_numpy(found[name]), np.float64) for name in ("query", "key", "value")]
             dtype = conversion.dtype_name(found["query"])
@@ -445,15 +458,15 @@ def _steps(
         wide = conversion.dtype_name(inputs[0])
         wide = "float32" if wide in tolerance.HALF else wide
         cache = kvattn.KVCache.allocate(capacity[:-1], capacity[-1], dtype=wide, like=inputs[0], backend=tab)
-    parts, n = [], int(inputs[0].shape[-2])
+    outputs, n = [], int(inputs[0].shape[-2])
     for start, end in [(0, 2), *((i, i + 1) for i in range(2, n))]:
         query, key, value = (x[..., start:end, :] for x in inputs)
         output, cache = kvattn.multi_head_attention(query, key, value, params, **options, causal=True, cache=cache, backend=tab)
-        parts.append(tab.to_numpy(output))
-    return tab.asarray(np.concatenate(parts, axis=-2), dtype=conversion.dtype_name(inputs[0]), like=like)
+        outputs.append(tab.to_numpy(output))
+    return tab.asarray(np.concatenate(outputs, axis=-2), dtype=conversion.dtype_name(inputs[0]), like=like)
 
 
-def parts(got: Any, names: Sequence[str], single: bool = True) -> Sequence[Any]:
+def as_promised(got: Any, names: Sequence[str], single: bool = True) -> Sequence[Any]:
     """What was returned, one for each name; an array that stands where a tuple was promised is not taken apart.
 
     ``single``: one result comes by itself, as attention's does, and not in a tuple. Raises `Wrong` for what is no such tuple.
@@ -484,13 +497,13 @@ def _plain(tab: Any, x: Any, what: str, shape: tuple[int, ...], dtype: str) -> n
     return plain
 
 
-def _distance(x: np.ndarray, y: np.ndarray, unit: float) -> float:
+def _largest_difference(x: np.ndarray, y: np.ndarray, unit: float) -> float:
     """The largest difference in units."""
-    return float(_apart(x, y, unit).max(initial=0.0))
+    return float(_differences(x, y, unit).max(initial=0.0))
 
 
-def _apart(x: np.ndarray, y: np.ndarray, unit: float) -> np.ndarray:
+def _differences(x: np.ndarray, y: np.ndarray, unit: float) -> np.ndarray:
     """The differences in units; infinities must be equal, and NaN is equal to NaN alone."""
     with np.errstate(invalid="ignore", over="ignore"):
-        apart = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y) / unit)
-    return np.where(np.isnan(apart), np.inf, apart)
+        in_units = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y) / unit)
+    return np.where(np.isnan(in_units), np.inf, in_units)

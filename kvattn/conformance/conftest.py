@@ -38,7 +38,7 @@ def chosen(config: pytest.Config) -> list[str]:
     for name in found:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what a framework warns of at its import is its own affair
+                warnings.simplefilter("ignore")  # a framework may warn at its import
                 registry.load(name)
         except (ImportError, ValueError, TypeError) as error:
             raise pytest.UsageError(f"conformance: {error}") from error
@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # modules and cases stay: no collection need look at them again
+    gc.freeze()  # modules and cases stay until the end: the garbage collector need not look at them again
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

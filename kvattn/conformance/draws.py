@@ -39,7 +39,7 @@ HEADED = (*check.HEADED, "MultiHeadAttention", *DEEP, *DECODERS)  # calls of sev
 
 @dataclass(frozen=True)
 class Draw:
-    """A call: ``options`` hold its keywords as plain data, where a shape is told by which of its axes are full, the rest 1."""
+    """A call: ``options`` hold its keywords as plain data, where a shape is which axes are full, not 1."""
 
     seed: tuple[int, ...]
     call: str = "attention"
@@ -52,7 +52,7 @@ class Draw:
     v: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     asked: tuple[str, ...] = ()
-    alone: bool = False
+    output_only: bool = False
     grad: bool = True
     large: bool = False
 
@@ -70,20 +70,20 @@ def cases(count: int, seed: int = 0) -> Iterator[Case]:
 
 
 class _Dice:
-    """What a draw is drawn with. Each throw moves the generator on, so that their order decides what is drawn after."""
+    """The random choices of a draw. Each moves the generator on, so that their order decides what is drawn after."""
 
     def __init__(self, *seed: int) -> None:
         self.rng = np.random.default_rng(seed)
 
-    def one(self, *of: Any) -> Any:
+    def choice(self, *of: Any) -> Any:
         return of[self.rng.integers(len(of))]
 
-    def often(self, share: float) -> bool:
+    def chance(self, share: float) -> bool:
         return bool(self.rng.random() < share)
 
     def axes(self, most: int, least: int = 0) -> tuple[bool, ...]:
         """Which of the last axes, so many at most, are full."""
-        return tuple(self.often(0.7) for _ in range(self.rng.integers(least, most + 1)))
+        return tuple(self.chance(0.7) for _ in range(self.rng.integers(least, most + 1)))
 
 
 def draw(seed: int, number: int) -> Draw:
@@ -92,24 +92,24 @@ def draw(seed: int, number: int) -> Draw:
     made = _sized(dice, (seed, number))
     if made.call in layers.LAYERS:  # of a batch; in half precision each framework's dense layers round as they do
         lead = (int(dice.rng.integers(0, 4)),)
-        made = replace(made, dtype=dice.one("float32", "float64"), lead=lead, kv=lead)
+        made = replace(made, dtype=dice.choice("float32", "float64"), lead=lead, kv=lead)
     if made.call in PLAIN:
         return _plain_layer(dice, made)
     if made.call in HEADED:
         made = _with_heads(dice, made)
     if made.call in DECODERS:
         return _decoder(dice, made)
-    if made.call in (*DEEP, "MultiHeadAttention") and made.n > 1 and dice.often(0.3):
-        options = made.options | {"steps": True} | _given(window=dice.one(None, (1, 0)))
+    if made.call in (*DEEP, "MultiHeadAttention") and made.n > 1 and dice.chance(0.3):
+        options = made.options | {"steps": True} | _given(window=dice.choice(None, (1, 0)))
         return replace(made, options=options, asked=(), grad=False)
     if made.call == "decoding":
         windows = None, None, (1, 0), (2, None)
-        options = _given(window=dice.one(*windows)) | {"capacity": bool(made.lead) and dice.often(0.5)}
+        options = _given(window=dice.choice(*windows)) | {"capacity": bool(made.lead) and dice.chance(0.5)}
         return replace(made, options=made.options | options, asked=(), grad=False)
     if made.call == "split_attention":
         options = {"splits": sorted(int(dice.rng.integers(0, made.m + 1)) for _ in range(dice.rng.integers(1, 4)))}
-        options |= {"softcap": 2.0} if dice.often(0.3) else {}
-        return replace(made, options=options, asked=("lse",), grad=False, alone=False)
+        options |= {"softcap": 2.0} if dice.chance(0.3) else {}
+        return replace(made, options=options, asked=("lse",), grad=False, output_only=False)
     for add in (_restrictions, _formula, _functions_of_positions, _of_the_layer):
         add(dice, made)
     return made
@@ -117,19 +117,19 @@ def draw(seed: int, number: int) -> Draw:
 
 def _sized(dice: _Dice, seed: tuple[int, int]) -> Draw:
     """A call of attention mostly, its sizes, which may be those where kernels cut, and what it returns."""
-    rest = ("multi_head_attention", "self_attention", "decoding", "split_attention")
+    other_functions = ("multi_head_attention", "self_attention", "decoding", "split_attention")
     call = "attention"
-    if not dice.often(0.65):
-        call = dice.one(*rest, *layers.LAYERS) if dice.often(0.5) else dice.one(*rest)
-    lead, kv = dice.one(*LEADS)
-    n, m, d, v = (0 if dice.often(0.05) else dice.one(*SIZES) for _ in range(4))
-    made = Draw(seed, call, dice.one(*DTYPES), lead, kv, n, m, d, v, {}, alone=dice.often(0.5))
-    if large := dice.often(0.02):
-        n, m = (int(dice.one(*EDGES)) if dice.often(0.7) else dice.one(1, 3) for _ in range(2))
-        lead, kv = dice.one(((), ()), ((2,), (2,)), ((1, 2), (1, 1)))
-        sizes = {"lead": lead, "kv": kv, "n": n, "m": m, "d": dice.one(1, 2), "v": 1}
+    if not dice.chance(0.65):
+        call = dice.choice(*other_functions, *layers.LAYERS) if dice.chance(0.5) else dice.choice(*other_functions)
+    lead, kv = dice.choice(*LEADS)
+    n, m, d, v = (0 if dice.chance(0.05) else dice.choice(*SIZES) for _ in range(4))
+    made = Draw(seed, call, dice.choice(*DTYPES), lead, kv, n, m, d, v, {}, output_only=dice.chance(0.5))
+    if large := dice.chance(0.02):
+        n, m = (int(dice.choice(*EDGES)) if dice.chance(0.7) else dice.choice(1, 3) for _ in range(2))
+        lead, kv = dice.choice(((), ()), ((2,), (2,)), ((1, 2), (1, 1)))
+        sizes = {"lead": lead, "kv": kv, "n": n, "m": m, "d": dice.choice(1, 2), "v": 1}
         made = replace(made, call="attention", grad=n * m < 70_000, large=True, **sizes)
-    return replace(made, asked=tuple(what for what in ("weights", "lse") if dice.often(0.2 if large else 0.4)))
+    return replace(made, asked=tuple(what for what in ("weights", "lse") if dice.chance(0.2 if large else 0.4)))
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -138,87 +138,87 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _plain_layer(dice: _Dice, made: Draw) -> Draw:
-    made = replace(made, d=dice.one(1, 2, 3, 8), v=max(made.v, 1), asked=())
+    made = replace(made, d=dice.choice(1, 2, 3, 8), v=max(made.v, 1), asked=())
     if made.call == "PositionWiseFFN":
-        return replace(made, options={"activation": dice.one("relu", "gelu")})
-    return replace(made, options=_dropout(dice) if dice.often(0.5) else {})
+        return replace(made, options={"activation": dice.choice("relu", "gelu")})
+    return replace(made, options=_dropout(dice) if dice.chance(0.5) else {})
 
 
 def _with_heads(dice: _Dice, made: Draw) -> Draw:
     """The same, of so many heads: one batch axis, or none or two where it is no layer."""
     lead = made.lead
     if made.call in check.HEADED:
-        lead = () if dice.often(0.2) else (int(dice.rng.integers(0, 4)),) if dice.often(0.8) else (2, 1)
-    heads, kv_heads = (1, 1) if made.call == "self_attention" else dice.one(*HEADS)
-    options = {"num_heads": heads, "num_kv_heads": kv_heads, "biases": dice.often(0.5), "W_o": dice.often(0.8)}
+        lead = () if dice.chance(0.2) else (int(dice.rng.integers(0, 4)),) if dice.chance(0.8) else (2, 1)
+    heads, kv_heads = (1, 1) if made.call == "self_attention" else dice.choice(*HEADS)
+    options = {"num_heads": heads, "num_kv_heads": kv_heads, "biases": dice.chance(0.5), "W_o": dice.chance(0.8)}
     n = max(made.n, 2) if made.call == "decoding" else made.n
-    made = replace(made, lead=lead, kv=lead, n=n, d=dice.one(1, 2, 3), v=dice.one(1, 2), options=options)
+    made = replace(made, lead=lead, kv=lead, n=n, d=dice.choice(1, 2, 3), v=dice.choice(1, 2), options=options)
     if made.call in (*DEEP, *DECODERS):
-        options["activation"] = dice.one("relu", "gelu")
+        options["activation"] = dice.choice("relu", "gelu")
         made = replace(made, asked=(), grad=False)
     return made
 
 
 def _decoder(dice: _Dice, made: Draw) -> Draw:
     """Its lengths are those of the encoder's outputs; the rest is of the self-attention."""
-    steps = made.n > 1 and dice.often(0.5)
+    steps = made.n > 1 and dice.chance(0.5)
     options = {"steps": True} if steps else {}
-    options |= _given(window=dice.one(None, (1, 0), (2, 0)), softcap=dice.one(None, 2.0))
-    if dice.often(0.6):
-        options["valid_lens"] = dice.often(0.5) and not steps  # whether of each query
-    if not steps and dice.often(0.4):
+    options |= _given(window=dice.choice(None, (1, 0), (2, 0)), softcap=dice.choice(None, 2.0))
+    if dice.chance(0.6):
+        options["valid_lens"] = dice.chance(0.5) and not steps  # whether of each query
+    if not steps and dice.chance(0.4):
         options |= _dropout(dice)
-    # the bounds through three norms say nothing of float32
+    # in float32 the error that three norms allow is too large to show a fault
     return replace(made, options=made.options | options, dtype="float64")
 
 
 def _restrictions(dice: _Dice, made: Draw) -> None:
     """Add what forbids pairs, and a bias."""
     options, axes = made.options, len(made.lead) + 2 + (made.call in HEADED and made.call != "self_attention")
-    if dice.often(0.3):
+    if dice.chance(0.3):
         options["mask"] = dice.axes(axes)
-    if dice.often(0.3):
+    if dice.chance(0.3):
         options["bias"] = dice.axes(axes)
-    if dice.often(0.35):
-        options["valid_lens"] = dice.often(0.5)
-    if dice.often(0.4):
+    if dice.chance(0.35):
+        options["valid_lens"] = dice.chance(0.5)
+    if dice.chance(0.4):
         options["causal"] = True
-    if dice.often(0.3):
-        options["window"] = dice.one(0, 1, (2, 0), (0, None), (None, 1), (None, None))
-    if dice.often(0.4):
-        per_entry = bool(made.lead) and dice.often(0.4)
+    if dice.chance(0.3):
+        options["window"] = dice.choice(0, 1, (2, 0), (0, None), (None, 1), (None, None))
+    if dice.chance(0.4):
+        per_entry = bool(made.lead) and dice.chance(0.4)
         options["query_offset"] = "each" if per_entry else int(dice.rng.integers(-2, made.m + 2))
 
 
 def _formula(dice: _Dice, made: Draw) -> None:
-    """Add how pairs are scored and weighed, and NaN in what is looked at or what is not."""
+    """Add how pairs are scored and weighed, and NaN in arrays, at pairs that may attend or at others."""
     options, headed, layer = made.options, made.call in HEADED, made.call in layers.LAYERS
-    if dice.often(0.3):
-        options["scale"] = dice.one(0.5, 1.0, 0.3, -1.5, 0.0)
-    if dice.often(0.2):
-        options["softcap"] = dice.one(0.5, 2.0)
-    if dice.often(0.15) and not headed:
+    if dice.chance(0.3):
+        options["scale"] = dice.choice(0.5, 1.0, 0.3, -1.5, 0.0)
+    if dice.chance(0.2):
+        options["softcap"] = dice.choice(0.5, 2.0)
+    if dice.chance(0.15) and not headed:
         options["positions"] = dice.axes(len(made.lead) + 1, 1), int(dice.rng.integers(0, 4))
-    if dice.often(0.35) and not made.large and not layer:
-        options["score"] = dice.one(*(SCORES if not headed else pooling.SIMPLE))
-    if dice.often(0.25) and "lse" not in made.asked and not made.large and made.call not in DEEP:
-        options["normalize"] = dice.one(*NORMALISERS)
-    if dice.often(0.4) and not headed:
+    if dice.chance(0.35) and not made.large and not layer:
+        options["score"] = dice.choice(*(SCORES if not headed else pooling.SIMPLE))
+    if dice.chance(0.25) and "lse" not in made.asked and not made.large and made.call not in DEEP:
+        options["normalize"] = dice.choice(*NORMALISERS)
+    if dice.chance(0.4) and not headed:
         options["poisoned"] = True
     finite_only = {options.get("score"), options.get("normalize")} & {*pooling.KERNELS, *NORMALISERS}
-    if dice.often(0.15) and made.call == "attention" and made.v and not finite_only:
-        options["not_finite"] = dice.one("query", "key", "value", "bias" if "bias" in options else "key")
-    if dice.often(0.3) and not {"normalize", "score"} & {*options} and not layer:
+    if dice.chance(0.15) and made.call == "attention" and made.v and not finite_only:
+        options["not_finite"] = dice.choice("query", "key", "value", "bias" if "bias" in options else "key")
+    if dice.chance(0.3) and not {"normalize", "score"} & {*options} and not layer:
         options["sink"] = _sink(dice, made)
-    if dice.often(0.2) and not layer:
-        options["return_scores"] = dice.one("raw", "capped", "biased")
-    if dice.often(0.2) and "not_finite" not in options:
+    if dice.chance(0.2) and not layer:
+        options["return_scores"] = dice.choice("raw", "capped", "biased")
+    if dice.chance(0.2) and "not_finite" not in options:
         options |= _dropout(dice)
 
 
 def _dropout(dice: _Dice) -> dict[str, Any]:
     """The options of a call that drops by a seed; a layer has the rate, and its call the seed."""
-    return {"dropout": dice.one(0.1, 0.5, 0.9), "seed": dice.one(0, 1, 2**64 - 1)}
+    return {"dropout": dice.choice(0.1, 0.5, 0.9), "seed": dice.choice(0, 1, 2**64 - 1)}
 
 
 def _sink(dice: _Dice, made: Draw) -> Any:
@@ -226,8 +226,8 @@ def _sink(dice: _Dice, made: Draw) -> Any:
     if made.call == "self_attention":
         return ()
     if made.call in HEADED:
-        return (dice.often(0.7),)
-    return dice.one("each", dice.axes(len(made.lead) + 2)[:-2])
+        return (dice.chance(0.7),)
+    return dice.choice("each", dice.axes(len(made.lead) + 2)[:-2])
 
 
 def _functions_of_positions(dice: _Dice, made: Draw) -> None:
@@ -235,24 +235,24 @@ def _functions_of_positions(dice: _Dice, made: Draw) -> None:
     options = made.options
     if made.call in layers.LAYERS or made.large:
         return
-    if "mask" not in options and dice.often(0.15):
-        options["mask"] = dice.one(*functions.MASKS)
-    if "bias" not in options and dice.often(0.1):
-        options["bias"] = dice.one(*functions.BIASES)
-    if dice.often(0.15):
-        options["segments"] = dice.one("sorted", "apart")
+    if "mask" not in options and dice.chance(0.15):
+        options["mask"] = dice.choice(*functions.MASKS)
+    if "bias" not in options and dice.chance(0.1):
+        options["bias"] = dice.choice(*functions.BIASES)
+    if dice.chance(0.15):
+        options["segments"] = dice.choice("sorted", "apart")
 
 
 def _of_the_layer(dice: _Dice, made: Draw) -> None:
-    """Add what the layer has of its own, and no call."""
+    """Add what MultiHeadAttention's configuration has and no call of a function."""
     options = made.options
     if made.call != "MultiHeadAttention":
         return
-    if made.d % 2 == 0 and options.get("query_offset") != "each" and dice.often(0.4):
-        options["rotary"] = dice.one({}, {"interleaved": True, "base": 50.0})
-    if dice.often(0.3):
+    if made.d % 2 == 0 and options.get("query_offset") != "each" and dice.chance(0.4):
+        options["rotary"] = dice.choice({}, {"interleaved": True, "base": 50.0})
+    if dice.chance(0.3):
         options["qk_norm"] = 0.0625
-    if "bias" not in options and dice.often(0.4):
+    if "bias" not in options and dice.chance(0.4):
         options["alibi"] = tuple(0.5 * 2.0**-head for head in range(options["num_heads"]))
 
 
@@ -278,26 +278,26 @@ def case(drawn: Draw) -> Case:
         made = _headed(drawn, name, options)
     else:
         made = _of_one_head(drawn, name, options)
-    return replace(made, usual=(drawn.dtype,), alone=drawn.alone and made.call == "attention")
+    return replace(made, usual=(drawn.dtype,), output_only=drawn.output_only and made.call == "attention")
 
 
 def _of_one_head(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
-    """Attention, in parts or not, or a layer that computes it: poisoned where nothing may look, or struck where it may."""
+    """Attention, in parts or not, or a layer that computes it, perhaps with NaN at pairs that may not, or may, attend."""
     q, k, x = (grid(drawn.rng(which), *shape) for which, shape in _shapes(drawn).items())
     if "normalize" in options and not _clear(q, k, x, options=options):
         options.pop("normalize")
-    struck, group = options.pop("not_finite", None), "draws"
+    not_finite_array, group = options.pop("not_finite", None), "draws"
     if options.pop("poisoned", False):
         which = {n: x for n, x in options.items() if n not in ("scale", "softcap", "score", "normalize")}
         q, k, x, *bias = poisoned(drawn.rng("poison"), q, k, x, **which)
         options |= {"bias": bias[0]} if bias else {}
-    if struck is not None:
-        group, at = NOT_FINITE, {"query": q, "key": k, "value": x, **options}[struck]
+    if not_finite_array is not None:
+        group, at = NOT_FINITE, {"query": q, "key": k, "value": x, **options}[not_finite_array]
         at.flat[drawn.rng("not_finite").integers(0, max(at.size, 1), min(at.size, 2))] = np.nan
     rng = drawn.rng("grad_output")
-    how: dict[str, Any] = {"group": group, "rng": rng, "grad": drawn.grad, "asked": drawn.asked}
-    how["by_scores"] = drawn.grad and "return_scores" in options and struck is None
-    made = attend(name, q, k, x, **how, **options)
+    made_with: dict[str, Any] = {"group": group, "rng": rng, "grad": drawn.grad, "asked": drawn.asked}
+    made_with["by_scores"] = drawn.grad and "return_scores" in options and not_finite_array is None
+    made = attend(name, q, k, x, **made_with, **options)
     made = replace(made, call=drawn.call)
     if drawn.call not in SCORED:
         return made
@@ -374,15 +374,18 @@ def _score(drawn: Draw, name: str) -> Any:
 
 def _clear(*inputs: Any, options: dict[str, Any], weights_of: Any = oracle.weights) -> bool:
     """Whether rounding cannot take the normaliser over a kink: only then is there one answer."""
-    how = {name: x for name, x in options.items() if name not in ("poisoned", "not_finite", "seed")}
-    if how["normalize"] == "hardmax":
-        how |= {"normalize": "sparsemax", "scale": 1e3 * how.get("scale", 1)}  # near the best, scores share its weight
-        return bool((weights_of(*inputs, **how) % 1 == 0).all())
-    if how["normalize"] == "proportional":  # terms that cancel exactly do not once they are rounded
-        scores = weights_of(*inputs, **how | {"normalize": "identity"})
+    options_kept = {name: x for name, x in options.items() if name not in ("poisoned", "not_finite", "seed")}
+    if options_kept["normalize"] == "hardmax":
+        options_kept |= {
+            "normalize": "sparsemax",
+            "scale": 1e3 * options_kept.get("scale", 1),
+        }  # near the best, scores share its weight
+        return bool((weights_of(*inputs, **options_kept) % 1 == 0).all())
+    if options_kept["normalize"] == "proportional":  # terms that cancel exactly do not once they are rounded
+        scores = weights_of(*inputs, **options_kept | {"normalize": "identity"})
         if ((np.abs(scores.sum(axis=-1)) < 0.05) & (scores != 0).any(axis=-1)).any():
             return False
-    return kink_free(*inputs, weights_of=weights_of, **how)
+    return kink_free(*inputs, weights_of=weights_of, **options_kept)
 
 
 def _headed(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
@@ -439,13 +442,13 @@ def _projections(drawn: Draw, counts: tuple[int, int], biases: bool, with_output
 
 def _falling(drawn: Draw, slopes: tuple[float, ...], offset: Any) -> np.ndarray:
     """ALiBi's bias, by which a layer is to lower its scores."""
-    far = np.abs(np.arange(drawn.n)[:, None] + np.reshape(offset, (-1, 1, 1, 1)) - np.arange(drawn.m))
-    bias: np.ndarray = -np.array(slopes)[:, None, None] * far
+    distances = np.abs(np.arange(drawn.n)[:, None] + np.reshape(offset, (-1, 1, 1, 1)) - np.arange(drawn.m))
+    bias: np.ndarray = -np.array(slopes)[:, None, None] * distances
     return bias
 
 
 def _over_heads(call: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Masks of self-attention with an axis of heads, which those of multi-head attention have, of which gradients are asked."""
+    """Masks of self-attention with an axis of heads, as those of multi-head attention have."""
     if call != "self_attention":
         return {}
     return {n: x[..., None, :, :] for n, x in options.items() if n in ("mask", "bias") and getattr(x, "ndim", 0) > 2}
@@ -526,8 +529,8 @@ def smaller(drawn: Draw) -> Iterator[Draw]:
     needed = ("num_heads", "num_kv_heads", "biases", "W_o", "splits", "steps", "seed")
     for name in drawn.options:
         if name not in needed:
-            gone = (name, "seed") if name == "dropout" else (name,)  # without a seed there would be no one answer
-            yield replace(drawn, options={n: x for n, x in drawn.options.items() if n not in gone})
+            removed = (name, "seed") if name == "dropout" else (name,)  # without a seed there would be no one answer
+            yield replace(drawn, options={n: x for n, x in drawn.options.items() if n not in removed})
     of_the_batch = {"query_offset", "capacity"} & {*drawn.options} or drawn.call in layers.LAYERS
     if drawn.lead and not of_the_batch:
         yield replace(drawn, lead=(), kv=())
@@ -551,8 +554,8 @@ def smaller(drawn: Draw) -> Iterator[Draw]:
         yield replace(drawn, asked=drawn.asked[1:])
     if drawn.grad:
         yield replace(drawn, grad=False)
-    if drawn.alone:
-        yield replace(drawn, alone=False)
+    if drawn.output_only:
+        yield replace(drawn, output_only=False)
     if drawn.dtype != "float64":
         yield replace(drawn, dtype="float64")
 

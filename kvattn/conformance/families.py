@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvattn.conformance import multihead, notfinite, oracle, placed, places, pooling, together
+from kvattn.conformance import multihead, notfinite, option_pairs, oracle, pooling, position_functions, rotary
 from kvattn.conformance.cases import LSE, WEIGHTS, Case, attend, flags, grid, merged, poisoned, qkv
 from kvattn.conformance.pooling import parametrised
 
@@ -19,11 +19,18 @@ INF, NAN = np.inf, np.nan
 def every(rng: np.random.Generator) -> Iterator[Case]:
     keywords = (plain, masks, biases, lengths, unsigned, causal, windows, caps)
     parts = (groups, shapes, large, padding, positions, pooling.scores, pooling.pooling, pooling.normalisers)
-    combined = (merging, blocks, covariance, multihead.cases, combinations, many_axes, notfinite.cases, lone, places.cases)
-    later = (sinks, notfinite.sinks, placed.cases, scores_out, places.layered, notfinite.scores_out)
-    dropped = (dropout, multihead.dropout, places.falling)
-    # where what is new does not shift the data of the others
-    last = (together.cases, together.plainly, together.edges, through_scores, streamed, multihead.one_head)
+    combined = (merging, blocks, covariance, multihead.cases, combinations, many_axes, notfinite.cases, lone, rotary.cases)
+    later = (sinks, notfinite.sinks, position_functions.cases, scores_out, rotary.layered, notfinite.scores_out)
+    dropped = (dropout, multihead.dropout, rotary.alibi)
+    # New cases stand at the end, where they do not change the random data of the others.
+    last = (
+        option_pairs.cases,
+        option_pairs.restrictions_alone,
+        option_pairs.edges,
+        through_scores,
+        streamed,
+        multihead.one_head,
+    )
     latest = (merged_once, multihead.selected)
     for family in (*keywords, *parts, *combined, *later, *dropped, *last, *latest):
         yield from family(rng)
@@ -211,10 +218,10 @@ def sinks(rng: np.random.Generator) -> Iterator[Case]:
     q, k, v = qkv(rng, n=264, m=560, d=2, v=1, lead=())
     yield make("sink, blocks", q, k, v, window=3, sink=np.array(-0.5), asked=())
     yield make("sink of each query, blocks", q, k, v, window=3, sink=grid(rng, 264, 1), score="distance_score", asked=LSE)
-    looked = np.zeros(300, bool)
-    looked[[0, 130, 299]] = True
+    loss_rows = np.zeros(300, bool)
+    loss_rows[[0, 130, 299]] = True
     q, k, v = qkv(rng, n=300, m=600, d=2, lead=(2,), kv=(1,))
-    yield make("sink, causal, many pairs", q, k, v, causal=True, sink=grid(rng, 2), asked=(), grad=looked)
+    yield make("sink, causal, many pairs", q, k, v, causal=True, sink=grid(rng, 2), asked=(), grad=loss_rows)
 
 
 def scores_out(rng: np.random.Generator) -> Iterator[Case]:
@@ -251,8 +258,8 @@ def scores_out(rng: np.random.Generator) -> Iterator[Case]:
     yield make("scores, blocks", q, k, v, window=3, return_scores="biased", asked=LSE, grad=False)
     inputs, lens = [grid(rng, 2, rows, 3) for rows in (3, 4, 4)], np.array([4, 2])
     params = multihead.params_of(rng, 4, 2)
-    how: dict[str, Any] = {"heads": 4, "kv_heads": 2, "valid_lens": lens, "softcap": 2.0, "return_scores": "capped"}
-    yield multihead.multi_head("heads: scores", inputs, params, rng, asked=WEIGHTS + LSE, group="scores out", **how)
+    options: dict[str, Any] = {"heads": 4, "kv_heads": 2, "valid_lens": lens, "softcap": 2.0, "return_scores": "capped"}
+    yield multihead.multi_head("heads: scores", inputs, params, rng, asked=WEIGHTS + LSE, group="scores out", **options)
 
 
 # ---- shapes
@@ -286,7 +293,7 @@ def shapes(rng: np.random.Generator) -> Iterator[Case]:
     yield make("no keys, 2 axes", *qkv(rng, m=0, lead=()), group="empty rows")
     yield make("no keys, causal and lengths", *qkv(rng, m=0), causal=True, valid_lens=np.array([0, 3]), group="empty rows")
     yield make("no keys, NaN queries", np.full((2, 2, 4, 3), NAN), *qkv(rng, m=0)[1:], group="empty rows")
-    # scores of no features are 0: an average of what may be attended to
+    # Scores of no features are 0: the output is the mean over the keys that may be attended to.
     yield make("no features", *qkv(rng, d=0))
     yield make("no features, causal and lengths", *qkv(rng, d=0), causal=True, valid_lens=np.array([0, 3]))
     yield make("no features, grouped heads, bias", *qkv(rng, d=0, lead=(2, 4), kv=(2, 2)), bias=grid(rng, 4, 1, 5))
@@ -294,7 +301,7 @@ def shapes(rng: np.random.Generator) -> Iterator[Case]:
     yield make("no features, cosine_score", *qkv(rng, d=0), score="cosine_score", mask=flags(rng, 4, 5))
     yield make("no queries", *qkv(rng, n=0))
     yield make("no entries", *qkv(rng, lead=(0, 2)), bias=grid(rng, 4, 5))
-    # of inputs that meet nobody nothing reaches a gradient, by no score and no parameter
+    # Inputs that are in no pair reach no gradient, with any score and by any parameter.
     for score in (*parametrised(rng, 3, 3), "scaled_dot_score", "cosine_score", "distance_score", "triangular_kernel"):
         name = score if isinstance(score, str) else score[0]
         _, k, v = qkv(rng, m=0)
@@ -481,8 +488,8 @@ def merging(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def lone(rng: np.random.Generator) -> Iterator[Case]:
-    """What only one of several looks at, one key alone, and a part of nothing: where `any` and `all`, a count and a half,
-    first and last, part."""
+    """A key that only one of several queries or heads may attend to, rows of one key, and empty parts of a merge: where code
+    that takes `any` for `all`, or the first for the last, gives another answer."""
     make = partial(attend, group="padding", rng=rng)
     first = np.array([True, False, False, True, False, False])
     each = np.stack([first, ~first])
@@ -497,17 +504,17 @@ def lone(rng: np.random.Generator) -> Iterator[Case]:
         for of, lead, kv in (("keys", (2, 2), (1, 2)), ("queries", (1, 2), (2, 2)), ("keys of heads", (2, 2), (2, 1))):
             q, k, v = poisoned(rng, *qkv(rng, n=3, m=6, lead=lead, kv=kv), **which)
             yield make(f"shared {of} seen by some, {name}", q, k, v, **which)
-    alone = np.eye(5, dtype=bool)[[4, 0, 2]]
+    one_key = np.eye(5, dtype=bool)[[4, 0, 2]]
     for name in pooling.NORMALISERS:
         if name != "masked_softmax":
             s = np.abs(grid(rng, 2, 3, 5, top=1)) + 0.5
             yield pooling.normal(f"{name} of one key", "normalisers", name, s[..., :1])
-            yield pooling.normal(f"{name} where one key is allowed", "normalisers", name, s, where=alone)
+            yield pooling.normal(f"{name} where one key is allowed", "normalisers", name, s, where=one_key)
     make = partial(make, group="pooling", normalize="average", asked=WEIGHTS)
-    yield make("average of one key each", *qkv(rng, n=3), mask=alone)
+    yield make("average of one key each", *qkv(rng, n=3), mask=one_key)
     yield make("average of causal keys", *qkv(rng, n=3), causal=True)
     yield make("average of keys that a bias allows", *qkv(rng), bias=np.array([0.5, -INF, 0.0, -1.0, -INF]))
-    make = partial(attend, group="positions", rng=rng)  # two: one of them asks for the weights
+    make = partial(attend, group="positions", rng=rng)  # two of each, since every other case is run without weights
     for name, chosen in (("thrice", [[3, 3, 3, 1]]), ("twice, apart", [[0, 4, 2, 0, 4]])):
         yield make(f"positions {name}", *qkv(rng), positions=np.array(chosen))
     outputs, lses = grid(rng, 3, 2, 4, 2), grid(rng, 3, 2, 4)
@@ -517,16 +524,16 @@ def lone(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def blocks(rng: np.random.Generator) -> Iterator[Case]:
-    """Long enough that a window is worked through in blocks."""
+    """Enough queries that a window is computed in blocks."""
     make = partial(attend, group="blocks", rng=rng)
     n, m = 264, 560
     q, k, v = qkv(rng, n=n, m=m, d=2, v=1, lead=())
     yield make("blocks", q, k, v, window=3, asked=LSE)
     yield make("blocks, causal, offset", q, k, v, window=(2, 5), causal=True, query_offset=297, grad=False, asked=LSE)
-    # dot products may go another way than blocks
+    # a kernel may serve dot products whole, where other scores go in blocks
     offset: dict[str, Any] = {"window": (2, 5), "causal": True, "query_offset": 297}
     yield make("blocks of another score", q, k, v, score="distance_score", **offset, asked=())
-    lens = np.array(200, "uint8")  # less than where the last block's keys begin
+    lens = np.array(200, "uint8")  # so that the last block has no key within the length
     yield make("blocks, uint8 lengths", q, k, v, score="distance_score", window=3, valid_lens=lens, asked=())
     mask, bias = flags(rng, n, m), grid(rng, m)
     which: dict[str, Any] = {"mask": mask, "window": 2, "query_offset": -2, "valid_lens": np.array(258)}
@@ -552,7 +559,7 @@ def covariance(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def combinations(rng: np.random.Generator, count: int = 24) -> Iterator[Case]:
-    """Options drawn together; what nothing may attend to is poisoned half of the time."""
+    """Options drawn together; half of the time there is NaN in what nothing may attend to."""
     make = partial(attend, group="combinations", rng=rng)
     for number in range(count):
         b, h, g = (int(rng.integers(1, 3)) for _ in range(3))
@@ -600,7 +607,7 @@ def combinations(rng: np.random.Generator, count: int = 24) -> Iterator[Case]:
 
 
 def through_scores(rng: np.random.Generator) -> Iterator[Case]:
-    """A loss that looks at the scores that are returned, beside the output."""
+    """A loss that depends on the returned scores as well as on the output."""
     make = partial(attend, group="scores out", rng=rng, by_scores=True, asked=())
     which: dict[str, Any] = {"softcap": 1.5, "scale": 0.75, "causal": True, "query_offset": 1}
     for stage in ("raw", "capped", "biased"):
@@ -618,18 +625,22 @@ def through_scores(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def streamed(rng: np.random.Generator) -> Iterator[Case]:
-    """Scores that rise with the keys for some queries, and fall for others, from 128 to 128: a kernel that goes through tiles
-    of any size up to 512 meets a larger maximum after others, and sums under the one before that still weigh something."""
+    """Scores that rise with the keys for some queries, and fall for others, from 128 to 128: a kernel with tiles
+    of any size up to 512 then finds a larger maximum after others, while the sums it has so far still matter."""
     n, m = 264, 560
     step = np.arange(m) // 128 / 16
     turn = rng.choice([-3, -2, -1, 1, 2, 3], n) / 16
     q, k = np.stack([np.full(n, 2.0), turn], axis=-1), np.stack([np.full(m, 2.0), step], axis=-1)
-    q, k, v = (x[None, None] for x in (q, k, grid(rng, m, 1)))  # kernels for GPUs leave arrays without heads to others
-    looked = np.isin(np.arange(n), [0, 130, 263])
-    which: dict[str, Any] = {"scale": 256.0, "causal": True, "query_offset": np.array([296])}  # of 1024, more than exp holds
-    yield attend("a maximum that rises", q, k, v, group="edges", rng=rng, grad=looked, asked=LSE, **which)
+    q, k, v = (x[None, None] for x in (q, k, grid(rng, m, 1)))  # kernels for GPUs take arrays with heads only
+    loss_rows = np.isin(np.arange(n), [0, 130, 263])
+    which: dict[str, Any] = {
+        "scale": 256.0,
+        "causal": True,
+        "query_offset": np.array([296]),
+    }  # the largest score is 1024, whose exp overflows
+    yield attend("a maximum that rises", q, k, v, group="edges", rng=rng, grad=loss_rows, asked=LSE, **which)
 
 
 def merged_once(rng: np.random.Generator) -> Iterator[Case]:
-    """Parts whose every output has as many digits as the largest, where weights or products that are rounded are seen."""
+    """Parts whose every output has as many digits as the largest: there, rounded weights or products change the result."""
     yield merged("merge: rounded once", 1 + rng.integers(1, 9, (3, 2, 9, 2)) / 16, grid(rng, 3, 2, 9), "half precision")

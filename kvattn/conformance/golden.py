@@ -22,8 +22,8 @@ def stored() -> list[Case]:
     found = []
     for entry in json.loads(FILE.read_text(encoding="utf-8")):
         arguments, keywords, answer = (_decode(entry[part]) for part in ("arguments", "keywords", "answer"))
-        how = {n: x for n, x in keywords.items() if not n.startswith("return_")}
-        size = oracle.attention(**arguments, **how)
+        options = {n: x for n, x in keywords.items() if not n.startswith("return_")}
+        size = oracle.attention(**arguments, **options)
         results = ("output", "weights", *(["lse"] if "lse" in answer else []))
         found.append(Case(entry["name"], "golden", "attention", arguments, keywords, answer,
                           {what: size.magnitude[what] for what in answer}, size.largest_score, results=results))  # fmt: skip

@@ -45,13 +45,13 @@ def multi_head(name: str, inputs: Sequence[np.ndarray], params: Params, rng: np.
     grad_output = grid(rng, *query.shape[:-1], o) if grad else None
     answer = oracle_layers.multi_head_attention(query, key, value, params, heads, kv_heads, grad_output, **options)
     results = ("output", *asked, *(["scores"] if "return_scores" in options else []))
-    kept = [what for what in answer.values if what in results or what.startswith("grad_")]
+    quantities = [what for what in answer.values if what in results or what.startswith("grad_")]
     arrays = {n: x for n, x in options.items() if isinstance(x, np.ndarray)}
     arguments = {"query": query, "key": key, "value": value, "grad_output": grad_output, **params, **arrays}
     keywords = {n: x for n, x in options.items() if n not in arrays} | {f"return_{what}": True for what in asked}
     keywords |= {"num_heads": heads} | ({"num_kv_heads": kv_heads} if kv_heads != heads else {})
     return Case(name, group, "multi_head_attention", {n: x for n, x in arguments.items() if x is not None}, keywords,
-                {what: answer.values[what] for what in kept}, {what: answer.magnitude[what] for what in kept},
+                {what: answer.values[what] for what in quantities}, {what: answer.magnitude[what] for what in quantities},
                 answer.largest_score, results=results)  # fmt: skip
 
 
@@ -61,11 +61,11 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return grid(rng, *batch, n, d_q), grid(rng, *batch, m, d_k), grid(rng, *batch, m, d_v)
 
-    def two() -> Params:
+    def two_heads() -> Params:
         return params_of(rng, 2, 2)
 
     both = ("weights", "lse")
-    yield multi_head("two heads", inputs(), two(), rng, asked=both)
+    yield multi_head("two heads", inputs(), two_heads(), rng, asked=both)
     yield multi_head("heads: without biases", inputs(), params_of(rng, 2, 2, biases=()), rng)
     yield multi_head("one head", inputs(), params_of(rng, 1, 1, d=3), rng, heads=1, asked=("weights",))
     yield multi_head(
@@ -75,25 +75,27 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     yield multi_head("one key head", inputs(), params_of(rng, 3, 1), rng, heads=3, kv_heads=1)
     no_output = {n: x for n, x in params_of(rng, 2, 2).items() if n not in ("W_o", "b_o")}
     yield multi_head("heads: without W_o", inputs(), no_output, rng)
-    yield multi_head("heads: no batch", inputs(batch=()), two(), rng, asked=both)
-    yield multi_head("heads: two batch axes", inputs(batch=(2, 2), n=2, m=2), two(), rng, grad=False)
-    yield multi_head("heads: lengths", inputs(), two(), rng, valid_lens=np.array([4, 2]), asked=both)
-    yield multi_head("heads: lengths of 0", inputs(), two(), rng, valid_lens=np.array([0, 3]), asked=both)
-    yield multi_head("heads: a mask for each head", inputs(), two(), rng, mask=flags(rng, 2, 2, 3, 4))
-    yield multi_head("heads: a bias", inputs(), two(), rng, bias=grid(rng, 2, 1, 4))
-    yield multi_head("heads: causal, scaled", inputs(), two(), rng, causal=True, query_offset=1, scale=0.5)
-    # without a batch axis n, m and the number of heads are the same here, so that no axis passes for another
-    yield multi_head("heads: no batch, lengths ()", inputs((), 2, 2), two(), rng, valid_lens=np.array(1), asked=both)
-    yield multi_head("heads: no batch, lengths (n,)", inputs((), 2, 2), two(), rng, valid_lens=np.array([1, 0]), asked=both)
+    yield multi_head("heads: no batch", inputs(batch=()), two_heads(), rng, asked=both)
+    yield multi_head("heads: two batch axes", inputs(batch=(2, 2), n=2, m=2), two_heads(), rng, grad=False)
+    yield multi_head("heads: lengths", inputs(), two_heads(), rng, valid_lens=np.array([4, 2]), asked=both)
+    yield multi_head("heads: lengths of 0", inputs(), two_heads(), rng, valid_lens=np.array([0, 3]), asked=both)
+    yield multi_head("heads: a mask for each head", inputs(), two_heads(), rng, mask=flags(rng, 2, 2, 3, 4))
+    yield multi_head("heads: a bias", inputs(), two_heads(), rng, bias=grid(rng, 2, 1, 4))
+    yield multi_head("heads: causal, scaled", inputs(), two_heads(), rng, causal=True, query_offset=1, scale=0.5)
+    # Here n, m and the number of heads are equal, so that no axis can be told from another by its size.
+    yield multi_head("heads: no batch, lengths ()", inputs((), 2, 2), two_heads(), rng, valid_lens=np.array(1), asked=both)
+    yield multi_head(
+        "heads: no batch, lengths (n,)", inputs((), 2, 2), two_heads(), rng, valid_lens=np.array([1, 0]), asked=both
+    )
     grouped, offset = params_of(rng, 4, 2), np.array(1)
     each: dict[str, Any] = {"valid_lens": np.array([2, 0, 4]), "causal": True, "query_offset": offset}
     yield multi_head("heads: no batch, lengths, offset ()", inputs(()), grouped, rng, heads=4, kv_heads=2, **each)
     nothing = {"W_q": np.zeros((3, 0)), "W_k": np.zeros((3, 0)), "b_q": np.zeros(0), "b_k": np.zeros(0)}
-    yield multi_head("heads: no features", inputs(), two() | nothing, rng, valid_lens=np.array([4, 2]), asked=both)
-    yield multi_head("heads: no keys", inputs(m=0), two(), rng, grad=False)
+    yield multi_head("heads: no features", inputs(), two_heads() | nothing, rng, valid_lens=np.array([4, 2]), asked=both)
+    yield multi_head("heads: no keys", inputs(m=0), two_heads(), rng, grad=False)
     sparse = params_of(rng, 2, 2)
     yield multi_head("heads: averaged", inputs(), sparse, rng, normalize="average", asked=("weights",))
-    yield multi_head("heads: a sink", inputs(), two() | {"sink": grid(rng, 2)}, rng, asked=both)
+    yield multi_head("heads: a sink", inputs(), two_heads() | {"sink": grid(rng, 2)}, rng, asked=both)
     grouped = params_of(rng, 4, 2) | {"sink": grid(rng, 4)}
     yield multi_head("heads: a sink, grouped, causal", inputs(), grouped, rng, heads=4, kv_heads=2, causal=True)
     yield from self_attention(rng)
@@ -132,52 +134,52 @@ def self_attention(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def padded(rng: np.random.Generator) -> Iterator[Case]:
-    """NaN and inf in rows that no head looks at, which the projections multiply: they reach no gradient of a weight."""
+    """NaN and inf in rows that no head attends to. Projections multiply them, but no gradient of a weight may."""
 
-    hurt = partial(_hurt, rng)
+    with_nan = partial(_with_nan, rng)
 
     def make(name: str, n: int = 3, m: int = 4, kv_heads: int = 2, **options: Any) -> Case:
         inputs = [grid(rng, 2, rows, 3) for rows in (n, m, m)]
         return multi_head(f"heads: NaN {name}", inputs, params_of(rng, 2, kv_heads), rng, kv_heads=kv_heads, **options)
 
     tail, nobody = [[False] * 4, [False, False, True, True]], [[False] * 4, [True] * 4]
-    yield hurt(make("behind lengths", valid_lens=np.array([4, 2])), key=tail, value=tail)
-    yield hurt(
+    yield with_nan(make("behind lengths", valid_lens=np.array([4, 2])), key=tail, value=tail)
+    yield with_nan(
         make("behind lengths of 0", valid_lens=np.array([4, 0])), query=[[False] * 3, [True] * 3], key=nobody, value=nobody
     )
     each: dict[str, Any] = {"valid_lens": np.array([[4, 1, 2], [2, 0, 1]]), "kv_heads": 1}
-    yield hurt(make("behind lengths of each query", **each), query=each["valid_lens"] == 0, key=tail, value=tail)
+    yield with_nan(make("behind lengths of each query", **each), query=each["valid_lens"] == 0, key=tail, value=tail)
     mask = np.ones((2, 2, 3, 4), bool)
-    mask[0, :, :, 1] = mask[1, :, 2] = mask[1, 0, :, 0] = mask[1, 1, :, 3] = False  # a head looks at the last two
-    yield hurt(make("behind a mask", mask=mask), query=~mask.any((1, 3)), key=~mask.any((1, 2)), value=~mask.any((1, 2)))
+    mask[0, :, :, 1] = mask[1, :, 2] = mask[1, 0, :, 0] = mask[1, 1, :, 3] = False  # of the last two, one head attends to each
+    yield with_nan(make("behind a mask", mask=mask), query=~mask.any((1, 3)), key=~mask.any((1, 2)), value=~mask.any((1, 2)))
     bias = np.where(mask[:1, :1], grid(rng, 1, 1, 3, 4), -np.inf)
-    yield hurt(make("behind a bias", bias=bias), key=[False, True, False, False], value=[False, True, False, False])
+    yield with_nan(make("behind a bias", bias=bias), key=[False, True, False, False], value=[False, True, False, False])
     out = [False, False, False, True]
-    yield hurt(make("beyond causal", causal=True), key=out, value=out)
+    yield with_nan(make("beyond causal", causal=True), key=out, value=out)
     rows = [[True] * 3 + [False], [True] + [False] * 3]
     case = make("outside a window", window=(0, 1), query_offset=np.array([3, 1]))
-    yield hurt(case, query=[[False, True, True], [False] * 3], key=rows, value=rows)
+    yield with_nan(case, query=[[False, True, True], [False] * 3], key=rows, value=rows)
     chosen = np.array([[0, 3], [3, -1], [-1, -1]])
     out = [False, True, True, False]
-    yield hurt(make("at no position", positions=chosen), query=[False, False, True], key=out, value=out)
-    yield hurt(make("without keys", m=0), query=[True] * 3)
-    yield hurt(make("without queries", n=0), key=[True] * 4, value=[True] * 4)
+    yield with_nan(make("at no position", positions=chosen), query=[False, False, True], key=out, value=out)
+    yield with_nan(make("without keys", m=0), query=[True] * 3)
+    yield with_nan(make("without queries", n=0), key=[True] * 4, value=[True] * 4)
     x = grid(rng, 2, 4, 3)
     params = {n: y for n, y in params_of(rng, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
     lens = np.array([[4, 1, 2, 3], [2, 1, 0, 0]])
     case = multi_head("self-attention, NaN behind lengths", [x] * 3, params, rng, heads=1, valid_lens=lens)
-    yield hurt(as_self_attention(case, x), x=lens == 0)
+    yield with_nan(as_self_attention(case, x), x=lens == 0)
 
 
 def one_head(rng: np.random.Generator) -> Iterator[Case]:
-    """NaN in rows without keys that nobody looks at, of self-attention without a batch: its lengths are those of one head."""
+    """NaN in rows that no query attends to, in self-attention without a batch, whose lengths are those of its one head."""
     for name, lens in (("(n,)", np.array([2, 1, 0, 0])), ("() of 0", np.array(0))):
         x = grid(rng, 4, 3)
         params = {n: y for n, y in params_of(rng, 1, 1, d=3, v=2, biases=()).items() if n != "W_o"}
         case = multi_head(
             f"self-attention, no batch, NaN behind lengths {name}", [x] * 3, params, rng, heads=1, valid_lens=lens
         )
-        yield _hurt(rng, as_self_attention(case, x), x=np.broadcast_to(lens == 0, 4))
+        yield _with_nan(rng, as_self_attention(case, x), x=np.broadcast_to(lens == 0, 4))
 
 
 def selected(rng: np.random.Generator) -> Iterator[Case]:
@@ -189,13 +191,13 @@ def selected(rng: np.random.Generator) -> Iterator[Case]:
         "heads: NaN at positions, forbidden by a mask", inputs, params_of(rng, 2, 2), rng, positions=chosen, mask=mask
     )
     keys = [[False, True, True, True], [True, True, True, False]]
-    yield _hurt(rng, case, query=[[False, True, True]] * 2, key=keys, value=keys)
+    yield _with_nan(rng, case, query=[[False, True, True]] * 2, key=keys, value=keys)
 
 
-def _hurt(rng: np.random.Generator, case: Case, **unseen: Any) -> Case:
+def _with_nan(rng: np.random.Generator, case: Case, **hidden: Any) -> Case:
     """The case with NaN and inf in these rows of its arguments."""
     arguments = dict(case.arguments)
-    for name, rows in unseen.items():
+    for name, rows in hidden.items():
         bad = rng.choice([np.nan, np.inf, -np.inf], arguments[name].shape)
         arguments[name] = np.where(np.array(rows)[..., None], bad, arguments[name])
     return replace(case, arguments=arguments)
@@ -232,11 +234,11 @@ def decoding(rng: np.random.Generator) -> Iterator[Case]:
         x = grid(rng, *options.pop("batch", (2,)), 5, 3)
         params = params_of(rng, heads, kv_heads)
         params |= {"sink": options.pop("sink")} if "sink" in options else {}
-        how = {n: y for n, y in options.items() if n != "capacity"}
-        case = multi_head(name, [x] * 3, params, rng, heads=heads, kv_heads=kv_heads, grad=False, causal=True, **how)
+        call_options = {n: y for n, y in options.items() if n != "capacity"}
+        case = multi_head(name, [x] * 3, params, rng, heads=heads, kv_heads=kv_heads, grad=False, causal=True, **call_options)
         keywords = {n: y for n, y in case.keywords.items() if n != "causal"} | options
         arguments = dict(case.arguments)
         for hidden in ("key", "value") if "NaN" in name else ():
-            behind = np.arange(5) >= how["valid_lens"][:, None]
+            behind = np.arange(5) >= call_options["valid_lens"][:, None]
             arguments[hidden] = np.where(behind[..., None], np.nan, arguments[hidden])
         yield Case(name, "decoding", "decoding", arguments, keywords, case.answer, case.magnitude, case.largest_score)

@@ -39,27 +39,27 @@ def run(backend: Any, name: str, config: dict[str, Any], weights: dict[str, np.n
             return x
         return tab.asarray(x.copy(), dtype=dtype if x.dtype.kind == "f" else None, like=like)
 
-    def given() -> tuple[list[Any], dict[str, Any]]:
+    def converted() -> tuple[list[Any], dict[str, Any]]:
         return [array(x) for x in inputs], {key: array(x) for key, x in options.items()}
 
-    with _as_users_have_it(framework):
+    with _framework_settings(framework):
         exact = {key: np.asarray(x, dtype) for key, x in weights.items()}
         call, gradients = globals()[f"_{framework}"](kv, name, config, exact, dtype)
         if framework == "torch" and like is not None:  # others make weights where they compute
             call.to(like.device)
-        first, how = given()
+        arrays, options = converted()
         if name.startswith("TransformerDecoder"):
-            return [array(_decoded(tab, call, config.get("num_blks", 1), first, how, steps))], [], {}
+            return [array(_decoded(tab, call, config.get("num_blks", 1), arrays, options, steps))], [], {}
         if steps:
-            return [array(_stepped(tab, call, name, first, how))], [], {}
-        results = _several(call(*first, **how))
+            return [array(_stepped(tab, call, name, arrays, options))], [], {}
+        results = _as_list(call(*arrays, **options))
         if grad_output is None:
             return results, [], {}
-        by_inputs, by_weights = gradients(*given(), array(grad_output))
+        by_inputs, by_weights = gradients(*converted(), array(grad_output))
     return results, [*by_inputs], {key: array(x) for key, x in by_weights.items()}
 
 
-def _several(results: Any) -> list[Any]:
+def _as_list(results: Any) -> list[Any]:
     return [*results] if isinstance(results, (tuple, list)) else [results]
 
 
@@ -87,8 +87,8 @@ def _decoded(tab: Any, call: Any, blocks: int, inputs: list[Any], options: dict[
     return np.concatenate(parts, axis=1)
 
 
-def _as_users_have_it(framework: str) -> Any:
-    """JAX with its 64 bits and MXNet with npx.set_np(), for the call alone."""
+def _framework_settings(framework: str) -> Any:
+    """For the call alone: 64 bits of JAX, and what npx.set_np() sets of MXNet."""
     both = contextlib.ExitStack()
     if framework == "jax":
         both.enter_context(importlib.import_module("kvattn.kernels.jax.programs").x64(True))
@@ -120,10 +120,10 @@ def _torch(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], 
     layer = kv.import_weights(getattr(kv, name)(**config), weights).to(getattr(torch, dtype)).train("dropout" in config)
 
     def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
-        leaves, own = [x.requires_grad_() for x in inputs if x.is_floating_point()], [*layer.parameters()]
-        output = _several(layer(*inputs, **options))[0]
-        grads = torch.autograd.grad(output, [*leaves, *own], grad_output, allow_unused=True, materialize_grads=True)
-        for parameter, grad in zip(own, grads[len(leaves) :], strict=True):
+        leaves, parameters = [x.requires_grad_() for x in inputs if x.is_floating_point()], [*layer.parameters()]
+        output = _as_list(layer(*inputs, **options))[0]
+        grads = torch.autograd.grad(output, [*leaves, *parameters], grad_output, allow_unused=True, materialize_grads=True)
+        for parameter, grad in zip(parameters, grads[len(leaves) :], strict=True):
             parameter.data = grad  # read as a weight is
         return grads[: len(leaves)], kv.export_weights(layer)
 
@@ -137,13 +137,13 @@ def _tensorflow(kv: Any, name: str, config: dict[str, Any], weights: dict[str, A
     call = partial(layer, training="dropout" in config)
 
     def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
-        leaves, own = [x for x in inputs if x.dtype.is_floating], layer.trainable_variables
+        leaves, parameters = [x for x in inputs if x.dtype.is_floating], layer.trainable_variables
         with tf.GradientTape() as tape:
             tape.watch(leaves)
-            output = _several(call(*inputs, **options))[0]
-        sources = [leaves, [x.value for x in own]]
-        by_inputs, by_own = tape.gradient(output, sources, grad_output, unconnected_gradients="zero")
-        for variable, grad in zip(own, by_own, strict=True):
+            output = _as_list(call(*inputs, **options))[0]
+        sources = [leaves, [x.value for x in parameters]]
+        by_inputs, by_parameters = tape.gradient(output, sources, grad_output, unconnected_gradients="zero")
+        for variable, grad in zip(parameters, by_parameters, strict=True):
             variable.assign(grad)  # read as a weight is
         return by_inputs, kv.export_weights(layer)
 
@@ -156,18 +156,18 @@ def _jax(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], dt
 
     layer = getattr(kv, name)(**config)
     variables = jax.tree.map(lambda x: x.astype(dtype), kv.import_weights(layer, weights))
-    how = {} if name in ("PositionalEncoding", "AddNorm", "PositionWiseFFN") else {"return_weights": False}
-    how |= {"training": True} if "dropout" in config else {}
+    always = {} if name in ("PositionalEncoding", "AddNorm", "PositionWiseFFN") else {"return_weights": False}
+    always |= {"training": True} if "dropout" in config else {}
 
     def call(*inputs: Any, **options: Any) -> Any:
-        return layer.apply(variables, *inputs, **how | options)
+        return layer.apply(variables, *inputs, **always | options)
 
     def gradients(inputs: list[Any], options: dict[str, Any], grad_output: Any) -> tuple[Any, Any]:
         floats = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
 
         def output(variables: Any, *leaves: Any) -> Any:
-            given = dict(enumerate(inputs)) | dict(zip(floats, leaves, strict=True))
-            return _several(layer.apply(variables, *given.values(), **how | options))[0]
+            arguments = dict(enumerate(inputs)) | dict(zip(floats, leaves, strict=True))
+            return _as_list(layer.apply(variables, *arguments.values(), **always | options))[0]
 
         # eagerly a program would be compiled for each operation, and for its derivative
         pulled = jax.jit(lambda grad_output, *at: jax.vjp(output, *at)[1](grad_output))
@@ -195,7 +195,7 @@ def _mxnet(kv: Any, name: str, config: dict[str, Any], weights: dict[str, Any], 
         for leaf in leaves:
             leaf.attach_grad()
         with mx.autograd.record(train_mode=training):
-            output = _several(layer(*inputs, **options))[0]
+            output = _as_list(layer(*inputs, **options))[0]
         output.backward(grad_output, train_mode=training)
         for parameter in layer.collect_params().values():
             parameter.set_data(parameter.grad())  # read as a weight is

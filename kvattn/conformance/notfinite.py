@@ -1,4 +1,4 @@
-"""The cases of NaN, inf and overflow where somebody looks: they change the rows that look, and no other."""
+"""The cases of NaN, inf and overflow in pairs that may attend: they change the rows of those pairs, and no other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     yield from others(rng)
     yield from parts(rng)
     yield from large(rng)
-    yield from unseen(rng)
+    yield from at_nothing(rng)
 
 
 def _signed(rng: np.random.Generator, n: int = 5, **sizes: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -50,9 +50,9 @@ def small(rng: np.random.Generator) -> Iterator[Case]:
         "positions": {"positions": chosen},
         "a softcap": {"causal": True, "softcap": 2.0, "scale": 0.5},
     }
-    # one thing alone, so that nothing else tells of it
-    alone = (("plain", ()), ("causal", ()), ("causal", WEIGHTS + LSE), ("lengths (b, n)", LSE), ("a mask", ()))
-    for name, asked in alone:
+    # One NaN only, so that the result shows it alone.
+    single_faults = (("plain", ()), ("causal", ()), ("causal", WEIGHTS + LSE), ("lengths (b, n)", LSE), ("a mask", ()))
+    for name, asked in single_faults:
         label, options = ", ".join([name, *asked]), forms[name]
         q, k, v = _signed(rng)
         q[0, 0, 3, 1] = NAN
@@ -63,11 +63,11 @@ def small(rng: np.random.Generator) -> Iterator[Case]:
         q, k, v = _signed(rng)
         v[0, 1, 2, 1] = NAN
         yield make(f"a NaN value, {label}", q, k, v, asked=asked, **options)
-    # and one of each, in batch entries and heads of their own
+    # Then NaN in query, key and value, each in another batch entry or head.
     for number, (name, options) in enumerate(forms.items()):
         q, k, v = _signed(rng, lead=(2, 4 if number % 2 else 2), kv=(2, 2))
-        far = NAN if name == "a softcap" else INF  # tanh(inf) is 1
-        q[0, 0, 3, 0], k[0, 1, 2, 0], v[1, 0, 2, 0], v[1, 1, 1, 1] = far, far, NAN, INF
+        bad = NAN if name == "a softcap" else INF  # tanh(inf) is 1
+        q[0, 0, 3, 0], k[0, 1, 2, 0], v[1, 0, 2, 0], v[1, 1, 1, 1] = bad, bad, NAN, INF
         label = f"inf and NaN, {name}{', grouped heads' * (number % 2)}"
         yield make(label, q, k, v, **options, asked=() if number % 4 < 2 else LSE)
     q, k, v = _signed(rng, lead=())
@@ -85,11 +85,11 @@ def small(rng: np.random.Generator) -> Iterator[Case]:
     yield make("scores of -inf, causal", q, k[:, :, 2:], v[:, :, 2:], grad=False, causal=True)
 
 
-def unseen(rng: np.random.Generator) -> Iterator[Case]:
-    """What must not be seen where there is nothing to see: at rows without keys, and at scores of -inf."""
+def at_nothing(rng: np.random.Generator) -> Iterator[Case]:
+    """NaN beside rows without keys, and beside scores of -inf, which must stay as they are."""
     make = partial(attend, group=NOT_FINITE, rng=rng)
     mask = np.roll(np.eye(5, dtype=bool), 1, axis=1) | np.eye(5, dtype=bool)
-    mask[1], mask[2, 3] = False, False  # nobody but query 3 sees key 3
+    mask[1], mask[2, 3] = False, False  # only query 3 attends to key 3
     q, k, v = _signed(rng)
     k[0, 1, 3, 1] = NAN
     yield make("a NaN key, a mask with an empty row", q, k, v, mask=mask, asked=())
@@ -99,28 +99,28 @@ def unseen(rng: np.random.Generator) -> Iterator[Case]:
         inputs[0][..., 0] *= -1
         inputs[which][0, 1, 2, 0] = -INF if name == "query" else INF
         case = make(f"scores of -inf of one {name}, causal", *inputs, causal=True, asked=())
-        # of the rows with such a score the gradients are 0 times inf: those of the others are judged
+        # In rows with such a score the gradients are 0 * inf: only those of other rows are judged.
         yield replace(case, judged={what: np.isfinite(x) for what, x in case.answer.items()})
-    short = rng.integers(0, 4, 600)  # keys of 600 queries, long enough for tiles
-    short[[0, 257, 599]] = 0
+    lens = rng.integers(0, 4, 600)  # keys of 600 queries, long enough for tiles
+    lens[[0, 257, 599]] = 0
     empty: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "lengths": ({}, {"valid_lens": np.array([0, 3])}),
         "a mask": ({}, {"mask": np.array([True, False, True, False])[:, None] & flags(rng, 4, 5)}),
         "an offset": ({}, {"causal": True, "query_offset": -2}),
-        "many queries": ({"n": 600, "m": 600, "d": 2, "lead": ()}, {"valid_lens": short}),
+        "many queries": ({"n": 600, "m": 600, "d": 2, "lead": ()}, {"valid_lens": lens}),
     }
     for name, (shape, options) in empty.items():
         case = make(f"a loss of NaN at rows without keys, {name}", *qkv(rng, **shape), asked=LSE, **options)
         sees = np.isfinite(case.answer["lse"])[..., None]
         yield replace(case, arguments={**case.arguments, "grad_output": np.where(sees, case.arguments["grad_output"], NAN)})
-    for n in (5, 20):  # what is computed again for one row's NaN is biased in the others still
+    for n in (5, 20):  # A tab may compute all rows again because of the one with NaN: the others keep their bias.
         q, k, v = _signed(rng, n=n)
         q[0, 0, 3, 1] = NAN
         yield make(f"a NaN query, a bias of {n} keys", q, k, v, bias=grid(rng, 2, 2, n, n), asked=())
 
 
 def overflows(rng: np.random.Generator) -> Iterator[Case]:
-    """Query 3 times key 2 overflows; only query 3 sees that key, for its products with others would be nearly as large."""
+    """Query 3 times key 2 overflows; only query 3 attends to that key, whose other products are nearly as large."""
     mask = flags(rng, 5, 5)
     mask[:, 2], mask[3, 2], mask[3, 0] = False, True, True
     for dtypes in (("float64",), ("float32", "bfloat16")):
@@ -129,9 +129,9 @@ def overflows(rng: np.random.Generator) -> Iterator[Case]:
         q[:, 0, 3, 0] = k[:, 0, 2, 0] = HUGE["float64"]
         case = attend(f"a score that overflows in {dtypes[0]}", q, k, v, mask=mask, group=NOT_FINITE, rng=rng,
                       dtypes=("float64",))  # fmt: skip
-        held = {n: np.where(x == HUGE["float64"], HUGE[dtypes[0]], x) if x.dtype.kind == "f" else x
+        arguments = {n: np.where(x == HUGE["float64"], HUGE[dtypes[0]], x) if x.dtype.kind == "f" else x
                 for n, x in case.arguments.items()}  # fmt: skip
-        yield replace(case, arguments=held, dtypes=dtypes)
+        yield replace(case, arguments=arguments, dtypes=dtypes)
 
 
 def others(rng: np.random.Generator) -> Iterator[Case]:
@@ -172,8 +172,8 @@ def _other_rows(rng: np.random.Generator, options: dict[str, Any]) -> Case:
                   asked=WEIGHTS, **options)  # fmt: skip
     q, k, v = q.copy(), k.copy(), v.copy()
     q[0, 0, 3, 0], k[0, 1, 2, 0], v[1, 0, 2, 0] = NAN, NAN, NAN
-    reached = oracle.attention(q, k, v, case.arguments["grad_output"], causal=True).values
-    judged = {what: np.isfinite(reached[what]) for what in case.answer}
+    with_nan = oracle.attention(q, k, v, case.arguments["grad_output"], causal=True).values
+    judged = {what: np.isfinite(with_nan[what]) for what in case.answer}
     return replace(case, arguments={**case.arguments, "query": q, "key": k, "value": v}, judged=judged)
 
 
@@ -189,7 +189,7 @@ def sinks(rng: np.random.Generator) -> Iterator[Case]:
     yield make("a sink beside inf and NaN, causal", q, k, v, sink=grid(rng, 2), causal=True)
     q, k, v = qkv(rng)
     q[1, 0, 3, 0], v[0, 0, 2, 1] = NAN, NAN
-    none = np.array([-INF, 0.5])  # no score, and so of no gradient whatever a row became
+    none = np.array([-INF, 0.5])  # a sink of -inf is no score, and has no gradient even where the row is NaN
     yield make("a sink of -inf beside NaN", q, k, v, sink=none, asked=())
     yield make("a sink of -inf beside NaN, a softcap", q, k, v, sink=none, softcap=2.0, valid_lens=np.array([4, 5]), asked=())
 
@@ -222,12 +222,12 @@ def parts(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def large(rng: np.random.Generator) -> Iterator[Case]:
-    """Long enough for tiles and blocks, whose edges lie at multiples of 128 or 256; a loss looks at some rows."""
+    """Long enough for tiles and blocks, whose edges lie at multiples of 128 or 256; the loss depends on some rows only."""
 
     def make(name: str, q: np.ndarray, k: np.ndarray, v: np.ndarray, rows: list[int], **options: Any) -> Case:
-        looked = np.zeros(q.shape[-2], bool)
-        looked[rows] = True
-        return attend(name, q, k, v, group=NOT_FINITE, rng=rng, grad=looked, **options)
+        loss_rows = np.zeros(q.shape[-2], bool)
+        loss_rows[rows] = True
+        return attend(name, q, k, v, group=NOT_FINITE, rng=rng, grad=loss_rows, **options)
 
     def inputs(n: int = 600, lead: tuple[int, ...] = (), **sizes: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return qkv(rng, n=n, m=600, d=2, v=2, lead=lead, **sizes)

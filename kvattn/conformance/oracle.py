@@ -91,7 +91,7 @@ def constant_kernel(q: Array, k: Array, width: float = 1.0) -> Array:
     return np.ones(len(q))
 
 
-def bounds(name: str, q: Array, k: Array, **p: Any) -> dict[str, Array]:
+def score_magnitudes(name: str, q: Array, k: Array, **p: Any) -> dict[str, Array]:
     """What rounding a score, and its slope by each input, is relative to: absolute values at every product."""
     width, d = p.get("width", 1.0), q.shape[-1]
     p = {n: np.abs(x) for n, x in p.items() if x is not None}
@@ -174,7 +174,7 @@ def lse(s: Array) -> float:
     return s.max() + np.log(np.exp(s - s.max()).sum())
 
 
-def weight_bounds(name: str, w: Array, s: Array, size: Array) -> Array:
+def weight_magnitudes(name: str, w: Array, s: Array, size: Array) -> Array:
     """What rounding the weights (k,) of one row is relative to."""
     if name == "identity":
         return size
@@ -184,7 +184,7 @@ def weight_bounds(name: str, w: Array, s: Array, size: Array) -> Array:
     return np.ones(len(w)) if name == "sparsemax" else w
 
 
-def slope_bounds(name: str, w: Array, s: Array, size: Array) -> Array:
+def slope_magnitudes(name: str, w: Array, s: Array, size: Array) -> Array:
     """The same of the weights' slopes, d weights / d scores (k, k)."""
     one = np.eye(len(w))
     if name in ("hardmax", "average"):
@@ -373,18 +373,18 @@ class Weighing(NamedTuple):
         return s if self.softcap is None else self.softcap * np.tanh(s / self.softcap)
 
 
-def attention(query: Array, key: Array, value: Array, grad_output: Array | None = None, **how: Any) -> Answer:
+def attention(query: Array, key: Array, value: Array, grad_output: Array | None = None, **options: Any) -> Answer:
     """Output, weights and lse; with grad_output, the gradients of sum(grad_output * output) by every array, and with
     grad_scores those of sum(grad_scores * scores) as well, over the pairs that may attend. m > 0 or not."""
     with np.errstate(invalid="ignore", over="ignore"):
-        values, sizes, largest = Attention(query, key, value, grad_output, how).answer()
-    return Answer(marked(values), largest_finite(sizes), largest)
+        values, sizes, largest = Attention(query, key, value, grad_output, options).answer()
+    return Answer(with_inf(values), largest_finite(sizes), largest)
 
 
-def weights(query: Array, key: Array, value: Array, **how: Any) -> Array:
+def weights(query: Array, key: Array, value: Array, **options: Any) -> Array:
     """The weights alone, in a fraction of the time."""
     with np.errstate(invalid="ignore", over="ignore"):
-        call = Attention(query, key, value, None, how)
+        call = Attention(query, key, value, None, options)
         for at, of in call.rows():
             call.weigh(at, of)
     return call.weights
@@ -398,26 +398,28 @@ class Attention:
     sums themselves. Raises TypeError for what is no option of attention: without it, this would be the answer of another call.
     """
 
-    def __init__(self, query: Array, key: Array, value: Array, grad_output: Array | None, how: dict[str, Any],
+    def __init__(self, query: Array, key: Array, value: Array, grad_output: Array | None, options: dict[str, Any],
                  absolute: list[Any] | None = None) -> None:  # fmt: skip
-        if unknown := how.keys() - {*Limits._fields, *Weighing._fields, "grad_scores"}:
+        if unknown := options.keys() - {*Limits._fields, *Weighing._fields, "grad_scores"}:
             raise TypeError(f"the oracle knows no {', '.join(sorted(unknown))}")
-        self.how: Weighing = among(Weighing, how)
+        self.weighing: Weighing = among(Weighing, options)
         self.grad_output, self.axes, self.m = grad_output, query.ndim, key.shape[-2]
-        lead, n, slots, found = pairs(query, key, **how)
+        lead, n, slots, found = pairs(query, key, **options)
         self.shape = (*lead, n)  # of the rows
         self.at_pair = _columns([pair for _, pair in found], len(lead) + 2)  # places in (*lead, n, m)
         self.at_slot = self.at_pair  # and in (*lead, n, slots)
-        if how.get("positions") is not None:
+        if options.get("positions") is not None:
             self.at_slot = _columns([slot for slot, _ in found], len(lead) + 2)
         at_key = (*self.at_pair[:-2], self.at_pair[-1])
         self.sources = {"query": (query, flat_rows(query, lead)[self.at_pair[:-1]])}  # an array, and which of its rows
         self.sources |= {"key": (key, flat_rows(key, lead)[at_key]), "value": (value, flat_rows(value, lead)[at_key])}
         self.q, self.k, v = (flat(x)[rows] for x, rows in self.sources.values())
-        self.share = survivors(found, lead, self.how.dropout, self.how.rng) if self.how.dropout else np.ones(len(v))
+        self.share = (
+            survivors(found, lead, self.weighing.dropout, self.weighing.rng) if self.weighing.dropout else np.ones(len(v))
+        )
         each = self.share[:, None]
         # the gradient by the scores that are returned, of each pair
-        self.by_scores: Any = 0 if how.get("grad_scores") is None else how["grad_scores"][self.at_slot]
+        self.by_scores: Any = 0 if options.get("grad_scores") is None else options["grad_scores"][self.at_slot]
         self.v, self.v_size = v * each, np.abs(v) * each  # what multiplies a weight may as well multiply its value
         self.g_size: Any = None if grad_output is None else np.abs(grad_output)
         q_size, k_size = self.q, self.k
@@ -427,20 +429,20 @@ class Attention:
             q_size, k_size, v_size = (flat(x)[r] for x, r in zip(inputs, rows, strict=True))
             self.v_size = v_size * each
             k_size = -k_size  # a difference of such sums is rounded relative to the sum of their magnitudes
-        self.bias: Any = how.get("bias")
+        self.bias: Any = options.get("bias")
         self.learned_bias = isinstance(self.bias, np.ndarray)  # else one by a function of positions
         if isinstance(self.bias, tuple):
-            self.bias = functions.bias_of(self.bias, lead, n, self.m, how.get("query_offset", 0))
+            self.bias = functions.bias_of(self.bias, lead, n, self.m, options.get("query_offset", 0))
         self._score(q_size, k_size)
         self._begin_rows(value.shape[-1], slots)
 
     def _score(self, q_size: Array, k_size: Array) -> None:
         """The scores of the pairs, at each of the stages that return_scores names, and what their rounding is relative to."""
-        how, (name, parameters) = self.how, self.how.named()
-        self.bound = bounds(name, q_size, k_size, **parameters)
-        self.factor = 1 if how.scale is None else abs(how.scale)
-        self.s, self.s_size = how.capped(self.q, self.k, parameters), self.bound["size"] * self.factor
-        self.stages = {"raw": how.raw(self.q, self.k, parameters), "capped": self.s}
+        weighing, (name, parameters) = self.weighing, self.weighing.named()
+        self.score_sizes = score_magnitudes(name, q_size, k_size, **parameters)
+        self.factor = 1 if weighing.scale is None else abs(weighing.scale)
+        self.s, self.s_size = weighing.capped(self.q, self.k, parameters), self.score_sizes["size"] * self.factor
+        self.stages = {"raw": weighing.raw(self.q, self.k, parameters), "capped": self.s}
         if self.bias is not None:
             b = np.broadcast_to(self.bias, (*self.shape, self.m))[self.at_pair]
             self.s, self.s_size = self.s + b, self.s_size + np.abs(b)
@@ -450,8 +452,8 @@ class Attention:
         """What the rows fill, as a row with nothing to attend to leaves it."""
         self.output, self.weights = np.zeros((*self.shape, features)), np.zeros((*self.shape, slots))
         self.lse = np.full(self.shape, -np.inf)
-        if self.how.sink is not None:  # one more score in every row, of no pair: it has no value
-            self.lse[...] = _of_rows(np.asarray(self.how.sink), self.axes)
+        if self.weighing.sink is not None:  # one more score in every row, of no pair: it has no value
+            self.lse[...] = _of_rows(np.asarray(self.weighing.sink), self.axes)
         self.sink = self.lse.copy()
         self.grad_sink, self.grad_sink_size = np.zeros(self.shape), np.zeros(self.shape)
         self.grad_s, self.grad_s_size, self.grad_v, self.grad_v_size = (
@@ -469,8 +471,8 @@ class Attention:
 
     def weigh(self, at: Place, of: slice) -> tuple[Array, Array]:
         """The scores of a row, the sink's as the last, and the weights of all of them; those of the pairs are kept."""
-        row = self.s[of] if self.how.sink is None else np.append(self.s[of], self.sink[at])
-        w = globals()[self.how.normalize](row)
+        row = self.s[of] if self.weighing.sink is None else np.append(self.s[of], self.sink[at])
+        w = globals()[self.weighing.normalize](row)
         self.weights[at][self.at_slot[-1][of]] = w[: of.stop - of.start]
         return row, w
 
@@ -478,9 +480,9 @@ class Attention:
         """The results of a row, and the gradients of its pairs."""
         count = of.stop - of.start
         row, w = self.weigh(at, of)
-        row_size = self.s_size[of] if self.how.sink is None else np.append(self.s_size[of], abs(self.sink[at]))
-        of_weights = self.how.normalize, w, row, row_size
-        w, w_size = w[:count], weight_bounds(*of_weights)[:count]
+        row_size = self.s_size[of] if self.weighing.sink is None else np.append(self.s_size[of], abs(self.sink[at]))
+        of_weights = self.weighing.normalize, w, row, row_size
+        w, w_size = w[:count], weight_magnitudes(*of_weights)[:count]
         self.weight_sizes.append(w_size.max())
         self.row_sizes.append((w_size[:, None] * self.v_size[of]).sum(axis=0).max(initial=0))
         self.lse[at] = lse(row)
@@ -492,44 +494,44 @@ class Attention:
         g, g_size, kept = self.grad_output[at], self.g_size[at], self.share[of][:, None]
         finite = np.isfinite(self.s[of]).all() and np.isfinite(self.v[of]).all() and self.sink[at] < np.inf
         if finite and not g.any():
-            return  # no loss looks at this row
+            return  # the loss does not depend on this row
         grad_w, grad_w_size = self.v[of] @ g, self.v_size[of] @ g_size
         self.grad_v[of], self.grad_v_size[of] = kept * w[:, None] * g, kept * w_size[:, None] * g_size
         if not (np.isfinite(w).all() and np.isfinite(grad_w).all()):  # of softmax: it reaches every score of the row
             self.grad_s[of] = self.grad_s_size[of] = np.nan
             self.grad_sink[at] = self.grad_sink_size[at] = 0.0 if self.sink[at] == -np.inf else np.nan  # -inf is no sink
             return
-        grad_row = slopes_of_weights(self.how.normalize, row)[:, :count] @ grad_w  # the sink's as the last
-        grad_row_size = grad_w_size @ slope_bounds(*of_weights)[:count]
+        grad_row = slopes_of_weights(self.weighing.normalize, row)[:, :count] @ grad_w  # the sink's as the last
+        grad_row_size = grad_w_size @ slope_magnitudes(*of_weights)[:count]
         self.grad_s[of], self.grad_s_size[of] = grad_row[:count], grad_row_size[:count]
-        if self.how.sink is not None:
+        if self.weighing.sink is not None:
             self.grad_sink[at], self.grad_sink_size[at] = grad_row[-1], grad_row_size[-1]
 
     def answer(self) -> tuple[dict[str, Array], dict[str, Any], float]:
         """(values, magnitudes element by element or at once, the largest score)."""
         for at, of in self.rows():
             self._attend(at, of)
-        convex = self.how.normalize not in ("identity", "proportional")
+        convex = self.weighing.normalize not in ("identity", "proportional")
         finite = np.abs(self.lse[np.isfinite(self.lse)])
         values = {"output": self.output, "weights": self.weights, "lse": self.lse}
         magnitude = {"output": self.v_size[np.isfinite(self.v_size)].max(initial=0) if convex else max(self.row_sizes)}
         magnitude |= {"weights": 1.0 if convex else max(self.weight_sizes), "lse": finite.max(initial=1)}
-        if self.how.return_scores is not None:
+        if self.weighing.return_scores is not None:
             values["scores"] = np.full(self.weights.shape, -np.inf)  # of no pair
-            values["scores"][self.at_slot] = self.stages[self.how.return_scores]
+            values["scores"][self.at_slot] = self.stages[self.weighing.return_scores]
             magnitude["scores"] = self.s_size[np.isfinite(self.s_size)].max(initial=0)
         size = np.append(self.s_size, np.abs(self.sink))
-        softened = self.how.normalize in ("softmax", "sparsemax")
+        softened = self.weighing.normalize in ("softmax", "sparsemax")
         if self.grad_output is not None:
             self._gradients(values, magnitude)
         return values, magnitude, float(size[np.isfinite(size)].max(initial=0) if softened else 0.0)
 
     def _gradients(self, values: dict[str, Array], magnitude: dict[str, Any]) -> None:
         """The gradients by every array, put among the values: sums over the pairs that look at each of its rows."""
-        _, parameters = self.how.named()
-        ways = [(self.grad_s, self.how.capped)]  # through the weights, and through the scores that are returned
+        _, parameters = self.weighing.named()
+        ways = [(self.grad_s, self.weighing.capped)]  # through the weights, and through the scores that are returned
         if np.ndim(self.by_scores):
-            ways.append((self.by_scores, self.how.raw if self.how.return_scores == "raw" else self.how.capped))
+            ways.append((self.by_scores, self.weighing.raw if self.weighing.return_scores == "raw" else self.weighing.capped))
         size = self.grad_s_size + np.abs(self.by_scores)
         by = {
             "query": (self.q, lambda score, x: score(x, self.k, parameters)),
@@ -541,15 +543,15 @@ class Attention:
                 of_x = partial(of_score, score)
                 slopes = np.stack([np.zeros(len(x)), *(slope(of_x, x, (c,)) for c in range(x.shape[-1]))], axis=-1)[:, 1:]
                 values["grad_" + what] += self._collected(what, grad_s[:, None] * slopes)
-            magnitude["grad_" + what] = self._collected(what, size[:, None] * self.bound[what] * self.factor)
-        by_biased = self.by_scores if self.how.return_scores == "biased" else 0 * self.by_scores
+            magnitude["grad_" + what] = self._collected(what, size[:, None] * self.score_sizes[what] * self.factor)
+        by_biased = self.by_scores if self.weighing.return_scores == "biased" else 0 * self.by_scores
         kinds = (values, self.grad_s + by_biased, self.grad_v), (magnitude, size, self.grad_v_size)
         for kind, grad_s, grad_v in kinds:
             kind["grad_value"] = self._collected("value", grad_v)
             if self.learned_bias:
                 cells = np.broadcast_to(_numbered(self.bias), (*self.shape, self.m))[self.at_pair]
                 kind["grad_bias"] = _summed(cells, grad_s, self.bias.size).reshape(self.bias.shape)
-        if isinstance(sink := self.how.sink, np.ndarray):
+        if isinstance(sink := self.weighing.sink, np.ndarray):
             cells = np.broadcast_to(_of_rows(_numbered(sink), self.axes), self.shape)
             values["grad_sink"] = _summed(cells, self.grad_sink, sink.size).reshape(sink.shape)
             magnitude["grad_sink"] = _summed(cells, self.grad_sink_size, sink.size)
@@ -557,10 +559,10 @@ class Attention:
             if isinstance(x, np.ndarray):
                 values["grad_" + what] = np.zeros(x.shape)
                 for grad_s, score in ways:
-                    of_one = partial(lambda score, what, y: score(self.q, self.k, {**parameters, what: y}), score, what)
-                    by_one = [slope(of_one, x, c) for c in np.ndindex(*x.shape)]
-                    values["grad_" + what] += np.reshape([grad_s @ one for one in by_one], x.shape)
-                of_entry = size @ self.bound[what].reshape(len(self.s), x.size)
+                    scored = partial(lambda score, what, y: score(self.q, self.k, {**parameters, what: y}), score, what)
+                    derivatives = [slope(scored, x, c) for c in np.ndindex(*x.shape)]
+                    values["grad_" + what] += np.reshape([grad_s @ one for one in derivatives], x.shape)
+                of_entry = size @ self.score_sizes[what].reshape(len(self.s), x.size)
                 magnitude["grad_" + what] = of_entry.max(initial=0) * self.factor
 
     def _collected(self, what: str, by_pair: Array) -> Array:
@@ -570,7 +572,7 @@ class Attention:
 
 
 def _summed(cells: Array, terms: Array, count: int) -> Array:
-    """The terms, summed in the one of ``count`` cells that is told for each."""
+    """The sums of ``terms`` by cell, of which there are ``count``; ``cells``: the cell of each term."""
     total = np.zeros((count, *terms.shape[cells.ndim :]))
     np.add.at(total, cells, terms)
     return total
@@ -594,7 +596,7 @@ def scores(name: str, query: Array, key: Array, **parameters: Any) -> Answer:
     shape = (*leading(query, key), query.shape[-2], key.shape[-2])
     q = np.broadcast_to(query[..., :, None, :], (*shape, query.shape[-1])).reshape(-1, query.shape[-1])
     k = np.broadcast_to(key[..., None, :, :], (*shape, key.shape[-1])).reshape(-1, key.shape[-1])
-    size = bounds(name, q, k, **parameters)["size"].max(initial=0)
+    size = score_magnitudes(name, q, k, **parameters)["size"].max(initial=0)
     return Answer({"output": globals()[name](q, k, **parameters).reshape(shape)}, {"output": float(size)}, 0.0)
 
 
@@ -609,7 +611,7 @@ def normalise(name: str, scores: Array, where: Array | None = None, valid_lens: 
         if may.any():
             s = scores[at][may]
             output[at][may] = w = globals()["softmax" if name == "masked_softmax" else name](s)
-            sizes.append(weight_bounds(name, w, s, np.abs(s)).max())
+            sizes.append(weight_magnitudes(name, w, s, np.abs(s)).max())
             largest.append(np.ptp(s[np.isfinite(s)]))  # scores are exact here: what rounds is how far they lie from the top
     softened = name in ("softmax", "masked_softmax", "sparsemax")
     magnitude = {"output": float(1.0 if softened else max(sizes))}
@@ -676,10 +678,10 @@ def merge(outputs: Array, lses: Array) -> Answer:
                 largest.append(np.ptp(s))
             log_sum[at] = lse(s)
     sizes = {"output": np.abs(outputs[lses != -np.inf]), "lse": np.maximum(np.abs(log_sum), 1)}
-    return Answer(marked({"output": output, "lse": log_sum}), largest_finite(sizes), float(max(largest)))
+    return Answer(with_inf({"output": output, "lse": log_sum}), largest_finite(sizes), float(max(largest)))
 
 
-def marked(values: dict[str, Array]) -> dict[str, Array]:
+def with_inf(values: dict[str, Array]) -> dict[str, Array]:
     """inf for every lse, score and gradient that is not finite: which of them it is depends on the order of the operations."""
     for name, x in values.items():
         x[~np.isfinite(x) & (name.startswith("grad_") | ((name in ("lse", "scores")) & (x != -np.inf)))] = np.inf

@@ -17,39 +17,39 @@ from kvattn.conformance.oracle import Array, Pair
 
 def multi_head_attention(query: Array, key: Array, value: Array, params: dict[str, Array], num_heads: int, num_kv_heads: int,
                          grad_output: Array | None = None, rotary: dict[str, Any] | None = None, qk_norm: float | None = None,
-                         **how: Any) -> oracle.Answer:  # fmt: skip
+                         **options: Any) -> oracle.Answer:  # fmt: skip
     """Heads by `attention`; projections and their gradients are sums written out, over values and over absolute values."""
     if "sink" in params:
-        how["sink"] = params["sink"]
+        options["sink"] = params["sink"]
     size = {name: np.abs(x) for name, x in params.items()}
     inputs, heads = {"query": query, "key": key, "value": value}, (num_heads, num_kv_heads, num_kv_heads)
     projected = [split(project(x, params, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
     absolute = [split(project(np.abs(x), size, n[0]), h) for (n, x), h in zip(inputs.items(), heads, strict=True)]
-    steps: list[Any] = []  # what becomes of queries and keys, to go back by
-    for at, first in enumerate((how.get("query_offset", 0), 0)):
-        norm = turn = None
+    steps: list[Any] = []  # the norm and the rotation of queries and keys, for the gradients
+    for at, first in enumerate((options.get("query_offset", 0), 0)):
+        norm = rotation = None
         if qk_norm is not None:
             norm = _RowNorm(params["qk"[at] + "_norm"], projected[at], absolute[at], qk_norm)
             projected[at], absolute[at] = norm.forward()
         if rotary is not None:
-            turn = _Turn(projected[at].shape, int(first), **rotary)
-            projected[at], absolute[at] = turn.values(projected[at]), turn.sizes(absolute[at])
-        steps.append((norm, turn))
-    back: list[Any] = [None, None]  # the gradient of the joined heads' output, and its magnitude
+            rotation = _Rotation(projected[at].shape, int(first), **rotary)
+            projected[at], absolute[at] = rotation.values(projected[at]), rotation.sizes(absolute[at])
+        steps.append((norm, rotation))
+    grad_heads: list[Any] = [None, None]  # the gradient of the joined heads' output, and its magnitude
     if grad_output is not None:
-        back = [grad_output, np.abs(grad_output)]
+        grad_heads = [grad_output, np.abs(grad_output)]
         if "W_o" in params:
-            back = [back[0] @ params["W_o"].T, back[1] @ size["W_o"].T]
-        back = [split(x, num_heads) for x in back]
-    if query.ndim == 2 and (lens := how.get("valid_lens")) is not None:  # no batch axis: every head has these lengths
-        how["valid_lens"] = np.broadcast_to(lens, (num_heads, *np.shape(lens)))
+            grad_heads = [grad_heads[0] @ params["W_o"].T, grad_heads[1] @ size["W_o"].T]
+        grad_heads = [split(x, num_heads) for x in grad_heads]
+    if query.ndim == 2 and (lens := options.get("valid_lens")) is not None:  # no batch axis: every head has these lengths
+        options["valid_lens"] = np.broadcast_to(lens, (num_heads, *np.shape(lens)))
     with np.errstate(invalid="ignore"):
         q, k, v = projected
-        values, sizes, largest = oracle.Attention(q, k, v, back[0], how, [*absolute, back[1]]).answer()
+        values, sizes, largest = oracle.Attention(q, k, v, grad_heads[0], options, [*absolute, grad_heads[1]]).answer()
     joined, top = join(values["output"]), np.max(sizes["output"])
     values["output"], sizes["output"] = project(joined, params, "o"), project(np.full(joined.shape, top), size, "o")
     if grad_output is not None:
-        _back_through(steps, values, sizes)
+        _grad_of_projected(steps, values, sizes)
         _by_projections(values, params, inputs, joined, grad_output)
         absolute_inputs = {name: np.abs(x) for name, x in inputs.items()}
         _by_projections(sizes, size, absolute_inputs, joined * 0 + top, np.abs(grad_output))
@@ -59,7 +59,7 @@ def multi_head_attention(query: Array, key: Array, value: Array, params: dict[st
     values = {name: x for name, x in values.items() if name in kept}
     sizes = oracle.largest_finite({name: sizes[name] for name in values})
     roundings = 3 + 3 * (qk_norm is not None) + (rotary is not None)  # query, key, product: each rounds
-    return oracle.Answer(oracle.marked(values), sizes, roundings * largest)
+    return oracle.Answer(oracle.with_inf(values), sizes, roundings * largest)
 
 
 def split(x: Array, heads: int) -> Array:
@@ -77,12 +77,12 @@ def project(x: Array, params: dict[str, Array], name: str) -> Array:
     return x @ params[f"W_{name}"] + params.get(f"b_{name}", 0.0) if f"W_{name}" in params else x
 
 
-def _back_through(steps: list[Any], values: dict[str, Array], sizes: dict[str, Any]) -> None:
+def _grad_of_projected(steps: list[Any], values: dict[str, Array], sizes: dict[str, Any]) -> None:
     """The gradients by what is projected, of those by what heads attend to: back through rotations and norms."""
-    for name, (norm, turn) in zip(("query", "key"), steps, strict=True):
+    for name, (norm, rotation) in zip(("query", "key"), steps, strict=True):
         by, by_size = values["grad_" + name], sizes["grad_" + name]
-        if turn is not None:
-            by, by_size = turn.values(by, back=True), turn.sizes(by_size)
+        if rotation is not None:
+            by, by_size = rotation.values(by, inverse=True), rotation.sizes(by_size)
         if norm is not None:
             weight = f"grad_{name[0]}_norm"
             by, by_size, values[weight], sizes[weight] = norm.backward(by, by_size)
@@ -126,7 +126,7 @@ class _RowNorm:
         return by_x, by_x_size, by_weight, by_weight_size
 
 
-class _Turn:
+class _Rotation:
     """Rotary embedding of rows (..., n, d) from a position on, as cosines and sines written out; back by the same angles."""
 
     def __init__(self, shape: tuple[int, ...], first: int, base: float = 10000.0, interleaved: bool = False,
@@ -142,8 +142,8 @@ class _Turn:
                 cos, sin = factor * math.cos(angle), factor * math.sin(angle)
                 self.map[i, a, a], self.map[i, a, b], self.map[i, b, a], self.map[i, b, b] = cos, -sin, sin, cos
 
-    def values(self, x: Array, back: bool = False) -> Array:
-        return np.einsum("nij,...ni->...nj" if back else "nij,...nj->...ni", self.map, x)
+    def values(self, x: Array, inverse: bool = False) -> Array:
+        return np.einsum("nij,...ni->...nj" if inverse else "nij,...nj->...ni", self.map, x)
 
     def sizes(self, x: Array) -> Array:
         both = np.maximum(np.abs(self.map), np.abs(self.map).swapaxes(-1, -2))
@@ -153,27 +153,27 @@ class _Turn:
 # ---- the other layers of a transformer, on pairs (value, magnitude)
 
 
-def layer(name: str, weights: dict[str, Array], inputs: list[Array], config: dict[str, Any], **how: Any) -> oracle.Answer:
+def layer(name: str, weights: dict[str, Array], inputs: list[Array], config: dict[str, Any], **options: Any) -> oracle.Answer:
     """The output of a layer of kvattn that is no attention on its own: by weights of kvattn's names.
 
     With a ``dropout`` in its configuration and a seed, ``rng``, it is the output in training.
     """
     X = (inputs[0], np.abs(inputs[0]))
-    seed = how.pop("rng", None)
+    seed = options.pop("rng", None)
     if name == "AddNorm":
         made = _norm(_added(X, _dropped((inputs[1], np.abs(inputs[1])), config, seed)), weights)
     elif name == "PositionWiseFFN":
         made = _feed_forward(X, weights, config["activation"])
     elif name == "PositionalEncoding":
-        made = _dropped(_placed(X, how.get("offset", 0)), config, seed)
+        made = _dropped(_placed(X, options.get("offset", 0)), config, seed)
     elif name == "TransformerEncoderBlock":
-        made = _block(X, weights, config, how, seed)
+        made = _block(X, weights, config, options, seed)
     elif name.startswith("TransformerDecoder"):
-        made = _decoded(name, weights, inputs, config, how, seed)
+        made = _decoded(name, weights, inputs, config, options, seed)
     else:
         made = _embedded(inputs[0], weights, config, seed)
         for i in range(config["num_blks"]):
-            made = _block(made, _under(weights, f"blocks.{i}"), config, how, _part(seed, 1 + i))
+            made = _block(made, _under(weights, f"blocks.{i}"), config, options, _part(seed, 1 + i))
     return oracle.Answer({"output": made[0]}, oracle.largest_finite({"output": made[1]}), 0.0)
 
 
@@ -231,22 +231,22 @@ def _dense(X: Pair, w: dict[str, Array], name: str) -> Pair:
     return X[0] @ W + b, X[1] @ np.abs(W) + np.abs(b)
 
 
-def _block(X: Pair, w: dict[str, Array], config: dict[str, Any], how: dict[str, Any], seed: int | None) -> Pair:
+def _block(X: Pair, w: dict[str, Array], config: dict[str, Any], options: dict[str, Any], seed: int | None) -> Pair:
     seeds = [_part(seed, part) for part in range(3)]
-    Y = _attended(X, X, _under(w, "attention"), config, how, seeds[0])
+    Y = _attended(X, X, _under(w, "attention"), config, options, seeds[0])
     Y = _norm(_added(X, _dropped(Y, config, seeds[1])), _under(w, "addnorm1"))
     Z = _feed_forward(Y, _under(w, "ffn"), config["activation"])
     return _norm(_added(Y, _dropped(Z, config, seeds[2])), _under(w, "addnorm2"))
 
 
-def _decoded(name: str, w: dict[str, Array], inputs: list[Array], config: dict[str, Any], how: dict[str, Any],
+def _decoded(name: str, w: dict[str, Array], inputs: list[Array], config: dict[str, Any], options: dict[str, Any],
              seed: int | None) -> Pair:  # fmt: skip
     """A decoder or its block, of inputs X, the encoder's outputs, and their lengths, if there are three."""
     outputs, lens = (inputs[1], np.abs(inputs[1])), {"valid_lens": inputs[2]} if len(inputs) > 2 else {}
 
     def block(X: Pair, w: dict[str, Array], seed: int | None) -> Pair:
         seeds = [_part(seed, part) for part in range(5)]
-        Y = _attended(X, X, _under(w, "attention1"), config, {**how, "causal": True}, seeds[0])
+        Y = _attended(X, X, _under(w, "attention1"), config, {**options, "causal": True}, seeds[0])
         Y = _norm(_added(X, _dropped(Y, config, seeds[1])), _under(w, "addnorm1"))
         Z = _attended(Y, outputs, _under(w, "attention2"), config, lens, seeds[2])
         Z = _norm(_added(Y, _dropped(Z, config, seeds[3])), _under(w, "addnorm2"))
@@ -265,15 +265,15 @@ def _added(X: Pair, Y: Pair) -> Pair:
     return X[0] + Y[0], X[1] + Y[1]
 
 
-def _attended(Q: Pair, K: Pair, params: dict[str, Array], config: dict[str, Any], how: dict[str, Any],
+def _attended(Q: Pair, K: Pair, params: dict[str, Array], config: dict[str, Any], options: dict[str, Any],
               seed: int | None) -> Pair:  # fmt: skip
     """Multi-head attention of Q to K, whose values are its keys."""
     heads = config["num_heads"], config["num_kv_heads"]
     rate = 0.0 if seed is None else config["dropout"]
-    how = how if seed is None else {**how, "dropout": rate, "rng": seed}
-    attended = multi_head_attention(Q[0], K[0], K[0], params, *heads, **how)
+    options = options if seed is None else {**options, "dropout": rate, "rng": seed}
+    attended = multi_head_attention(Q[0], K[0], K[0], params, *heads, **options)
     rounded = attended.magnitude["output"] * (1 + attended.largest_score / tolerance.CONSTANT)  # see tolerance.py
-    moved = _moved(Q, K, params, config["num_hiddens"] // heads[0], how.get("scale"))
+    moved = _moved(Q, K, params, config["num_hiddens"] // heads[0], options.get("scale"))
     return attended.values["output"], rounded + moved / (1 - rate)  # what is left of the weights is as much larger
 
 
@@ -288,5 +288,5 @@ def _moved(Q: Pair, K: Pair, params: dict[str, Array], d: int, scale: float | No
     return (2 * by_score * top["v"] + error["v"]) * np.abs(params["W_o"]).sum(axis=0)
 
 
-def weights_of_heads(*inputs: Any, **how: Any) -> Array:
-    return multi_head_attention(*inputs, **how).values["weights"]
+def weights_of_heads(*inputs: Any, **options: Any) -> Array:
+    return multi_head_attention(*inputs, **options).values["weights"]

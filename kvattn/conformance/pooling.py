@@ -88,12 +88,12 @@ def pooling(rng: np.random.Generator) -> Iterator[Case]:
         ("proportional", ("triangular_kernel", wider)),
     ):
         for which in ({}, {"mask": rows_of(rng), "scale": 0.5}):
-            how: dict[str, Any] = {"score": score, "normalize": normalize, **which}
+            options: dict[str, Any] = {"score": score, "normalize": normalize, **which}
             q, k, v = qkv(rng)
-            while not kink_free(q, k, v, **how):
+            while not kink_free(q, k, v, **options):
                 q, k, v = qkv(rng)
             label = f"{normalize} of {score[0] if isinstance(score, tuple) else score}"
-            yield make(", ".join([label, *which]), q, k, v, **how, asked=WEIGHTS)
+            yield make(", ".join([label, *which]), q, k, v, **options, asked=WEIGHTS)
     ties = np.repeat(grid(rng, 2, 2, 1, 3), 5, axis=-2)
     yield make("hardmax of equals", grid(rng, 2, 2, 4, 3), ties, grid(rng, 2, 2, 5, 2), normalize="hardmax", asked=WEIGHTS)
     for name in KERNELS:

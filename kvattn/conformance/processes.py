@@ -31,18 +31,18 @@ from kvattn.conformance.check import Report, Result, run
 from kvattn.conformance.suite import cases, version
 from kvattn.quiet import quiet
 
-LAST = {"tensorflow": 1, "jax": 2}  # the slowest last, so that the first rows are soon there
-SHARED = {"jax": 12}  # a backend that takes longer than the rest together: who is free takes so many of its cases at a time
-# Nearly all that JAX's cases cost is compilation. Its operations stay as they are; LLVM spends less on making them fast.
+LAST = {"tensorflow": 1, "jax": 2}  # The slowest backends come last, so that the first rows are there soon.
+SHARED = {"jax": 12}  # of a backend that takes longer than all others: any free process takes so many of its cases at a time
+# JAX spends nearly all its time in compilation. These flags change no operation: LLVM spends less on making them fast.
 QUICK = {
     "jax": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
     "--xla_cpu_parallel_codegen_split_count=1"
 }
-# Several processes have one device between them; and every program goes to JAX's cache, if the user named a folder for it.
+# Several processes share one device. Every program goes to JAX's cache, if the user named a folder for it.
 ENVIRONMENT = {
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "TF_FORCE_GPU_ALLOW_GROWTH": "true",
-    "OMP_WAIT_POLICY": "PASSIVE",  # and the cores: a thread that spins while it waits takes one from the other process
+    "OMP_WAIT_POLICY": "PASSIVE",  # a thread that spins while it waits would take a core from another process
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from kvattn.conformance import processes; processes.answer()"
@@ -65,15 +65,15 @@ def judge(
 ) -> Iterator[Judged]:
     """Run the suite and the text on the backends, ``jobs`` processes at one time; yields each backend as it is done.
 
-    ``progress`` is told the backend and the case that begins.
+    ``progress`` is called with the backend and the case that begins.
     """
     order = sorted(names, key=lambda name: LAST.get(name, 0))
     shares = {name: jobs if name in SHARED else 1 for name in order}
     tasks = deque(_Share(name, share, shares[name], words) for name in order for share in range(shares[name]))
-    deals = {name: _Deal() for name in order}
+    deals = {name: _CaseNumbers() for name in order}
     events: queue.Queue[tuple[str, Any]] = queue.Queue()
     running: set[subprocess.Popen[str]] = set()
-    every: Future[str] = Future()
+    cases_text: Future[str] = Future()
 
     def work() -> None:
         while True:
@@ -82,16 +82,16 @@ def judge(
             except IndexError:
                 return
 
-            def tell(case: str, name: str = share.backend) -> None:
+            def report_case(case: str, name: str = share.backend) -> None:
                 events.put((name, case))
 
-            events.put((share.backend, share.judged(every, deals[share.backend], running, tell)))
+            events.put((share.backend, share.judged(cases_text, deals[share.backend], running, report_case)))
 
     for _ in range(jobs):
         threading.Thread(target=work, daemon=True).start()
     done: dict[str, list[dict[str, Any]]] = {name: [] for name in order}
     try:
-        every.set_result(written(cases()))
+        cases_text.set_result(written(cases()))
         while any(len(done[name]) < shares[name] for name in order):
             name, event = events.get()
             if isinstance(event, str):
@@ -99,21 +99,21 @@ def judge(
                 continue
             done[name].append(event)
             if len(done[name]) == shares[name]:
-                yield _joined(name, sorted(done[name], key=lambda part: part["share"]))
+                yield _combined(name, sorted(done[name], key=lambda part: part["share"]))
     finally:
         tasks.clear()
         for process in list(running):
             process.kill()
 
 
-class _Deal:
+class _CaseNumbers:
     """The numbers of the cases of a backend, which its processes take in turn."""
 
     def __init__(self) -> None:
         self.lock, self.numbers = threading.Lock(), itertools.count()
         self.returned: list[int] = []  # by a process that ended before it was done
 
-    def take(self) -> int:
+    def next(self) -> int:
         with self.lock:
             return self.returned.pop() if self.returned else next(self.numbers)
 
@@ -123,7 +123,7 @@ class _Deal:
 
 
 class _Share(NamedTuple):
-    """What one process is asked: of a backend, which share of how many."""
+    """The task of one process: a backend, and which share of how many of its cases."""
 
     backend: str
     share: int
@@ -131,49 +131,53 @@ class _Share(NamedTuple):
     words: str
 
     def judged(
-        self, every: Future[str], deal: _Deal, running: set[subprocess.Popen[str]], tell: Callable[[str], None]
+        self,
+        cases_text: Future[str],
+        numbers: _CaseNumbers,
+        running: set[subprocess.Popen[str]],
+        report_case: Callable[[str], None],
     ) -> dict[str, Any]:
-        """What a process found; another is asked, with a flag less, where one ended before it began.
+        """What a process answers. Where one ended before its first case, another is started with a flag less.
 
         A release of XLA that does not know a flag aborts; the newest flag is the last.
         """
         start, flags = time.perf_counter(), [] if "XLA_FLAGS" in os.environ else QUICK.get(self.backend, "").split()
         while True:
             begun: list[str] = []
-            dealt: list[int] = []
+            taken: list[int] = []
 
             def announce(case: str, begun: list[str] = begun) -> None:
                 begun.append(case)
-                tell(case)
+                report_case(case)
 
-            def dealing(dealt: list[int] = dealt) -> int:
-                dealt.append(deal.take())
-                return dealt[-1]
+            def take(taken: list[int] = taken) -> int:
+                taken.append(numbers.next())
+                return taken[-1]
 
             quick = " ".join(flags) or None
-            found = _ask(self._asdict(), quick, every, running, announce, dealing)
+            found = _run_process(self._asdict(), quick, cases_text, running, announce, take)
             if found is None and flags and not begun:
                 flags.pop()
-                deal.put_back(dealt)
+                numbers.put_back(taken)
                 continue
             found = {"error": "the process in which it was judged ended by itself"} if found is None else found
             return found | {"quick": quick, "start": start, "share": self.share}
 
 
-def _ask(
-    asked: dict[str, Any],
+def _run_process(
+    task: dict[str, Any],
     quick: str | None,
-    every: Future[str],
+    cases_text: Future[str],
     running: set[subprocess.Popen[str]],
-    tell: Callable[[str], None],
-    deal: Callable[[], int],
+    report_case: Callable[[str], None],
+    next_number: Callable[[], int],
 ) -> dict[str, Any] | None:
-    """The answer of a process to what it is asked; None if it ends without one.
+    """The answer of a process that is given this task; None if it ends without one.
 
-    It asks for the cases, and then which of them are its own, a deal at a time.
+    The process asks for the cases, and then for the numbers of those that it is to judge.
     """
     environment = ENVIRONMENT | os.environ | ({} if quick is None else {"XLA_FLAGS": quick})
-    command = [sys.executable, "-c", _CODE, json.dumps(sys.path), json.dumps(asked)]
+    command = [sys.executable, "-c", _CODE, json.dumps(sys.path), json.dumps(task)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8", env=environment) as process:
         assert process.stdin is not None
@@ -183,12 +187,12 @@ def _ask(
             for line in process.stdout:
                 found = json.loads(line)
                 if "next" in found:
-                    answer = every.result() if found["next"] == "cases" else str(deal())
+                    answer = cases_text.result() if found["next"] == "cases" else str(next_number())
                     with suppress(BrokenPipeError):  # it ended meanwhile
                         process.stdin.write(answer + "\n")
                         process.stdin.flush()
                 elif "case" in found:
-                    tell(found["case"])
+                    report_case(found["case"])
                 else:
                     return dict(found)
         finally:
@@ -198,7 +202,7 @@ def _ask(
     return None
 
 
-def _joined(name: str, parts: list[dict[str, Any]]) -> Judged:
+def _combined(name: str, parts: list[dict[str, Any]]) -> Judged:
     """The report of a backend, from those of its processes."""
     first = parts[0]
     judged = Judged(name, text=first.get("text"), quick=first["quick"])
@@ -221,49 +225,49 @@ def _joined(name: str, parts: list[dict[str, Any]]) -> Judged:
 def answer() -> None:
     """Judge the backend that the command line asks for, and say what came of it."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a framework prints is no answer
+    os.dup2(2, 1)  # so that what a framework prints is not read as an answer
 
-    def say(**found: Any) -> None:
+    def send(**found: Any) -> None:
         answers.write(json.dumps(found) + "\n")
         answers.flush()
 
-    with suppress(BrokenPipeError):  # nobody listens any more
-        say(**_found(json.loads(sys.argv[2]), lambda case: say(case=case), lambda what: say(next=what)))
+    with suppress(BrokenPipeError):  # the process that asked has ended
+        send(**_judge_backend(json.loads(sys.argv[2]), lambda case: send(case=case), lambda what: send(next=what)))
 
 
-def _found(asked: dict[str, Any], tell: Callable[[str], None], ask: Callable[[str], None]) -> dict[str, Any]:
+def _judge_backend(task: dict[str, Any], report_case: Callable[[str], None], request: Callable[[str], None]) -> dict[str, Any]:
     from kvattn import registry, text
 
-    name = asked["backend"]
+    name = task["backend"]
     try:
         with quiet():
             registry.load(name)
-    except (Exception, SystemExit) as error:  # a framework that fails to import is a row, whatever it raises
+    except (Exception, SystemExit) as error:  # a framework that fails to import has a row of the report, whatever it raises
         return {"error": f"it does not import: {type(error).__name__}: {error}"}
     found: dict[str, Any] = {}
-    if asked["share"] == 0:
-        made = text.attend(asked["words"], name)
+    if task["share"] == 0:
+        made = text.attend(task["words"], name)
         found["text"] = made if isinstance(made, str) else [x.tolist() for x in made]
-    ask("cases")
-    every = read(sys.stdin.readline())
+    request("cases")
+    cases = read(sys.stdin.readline())
     gc.collect()
-    gc.freeze()  # modules and cases stay: no collection need look at them again
-    size = SHARED.get(name, len(every)) if asked["of"] > 1 else len(every)
+    gc.freeze()  # modules and cases stay until the end: the garbage collector need not look at them again
+    size = SHARED.get(name, len(cases)) if task["of"] > 1 else len(cases)
     results, outputs, excused = [], [], []
     try:
         report = run(name, cases=[])
         while True:
-            ask("deal")
+            request("deal")
             first = size * int(sys.stdin.readline())
-            if first >= len(every):
+            if first >= len(cases):
                 break
-            report = run(name, cases=every[first : first + size], progress=tell)
+            report = run(name, cases=cases[first : first + size], progress=report_case)
             results += [astuple(each) for each in report.results]
             excused += [reason for reason in report.excused if reason not in excused]
             for at, x in report.outputs.items():
-                numbers = base64.b64encode(x.tobytes()).decode("ascii")
-                outputs.append((at, x.shape, numbers, report.tolerances[at]))
+                encoded = base64.b64encode(x.tobytes()).decode("ascii")
+                outputs.append((at, x.shape, encoded, report.tolerances[at]))
     except (Exception, SystemExit) as error:
         return found | {"error": f"the suite stopped: {type(error).__name__}: {error}"}
-    about = {"suite": version(every), "version": report.version, "device": report.device, "excused": excused}
+    about = {"suite": version(cases), "version": report.version, "device": report.device, "excused": excused}
     return found | about | {"results": results, "outputs": outputs}

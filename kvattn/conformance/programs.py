@@ -15,7 +15,7 @@ def code(made: Case, failure: check.Result, backend: str, device: str | None = N
     """The call of a case as a program, and what it should give."""
     lines = _of_layer(made, failure, backend) if made.call in layers.LAYERS else _of_function(made, failure, backend, device)
     lines += ["# " + line for line in failure.message.strip().splitlines()]
-    answer = made.answer.get("output" if failure.what == check.ALONE else failure.what)
+    answer = made.answer.get("output" if failure.what == check.OUTPUT_ONLY else failure.what)
     if answer is not None and answer.size <= 64:
         lines.append(f"# expected {failure.what}: {answer.tolist()}")
     return "\n".join(lines) + "\n"
@@ -30,14 +30,14 @@ def _of_function(made: Case, failure: check.Result, backend: str, device: str | 
     keywords = {name: _keyword(name, x, backend) for name, x in made.keywords.items()}
     inputs, others = _inputs(made.call, given)
     options = {n: x for n, x in keywords.items() if not n.startswith("return_")} | others
-    keyed = "".join(f", {n}={x}" for n, x in options.items() if n not in ("splits", "capacity"))
-    lines = [*_head(failure.dtype, backend, device, "functions.function(" in keyed)]
+    keywords_code = "".join(f", {n}={x}" for n, x in options.items() if n not in ("splits", "capacity"))
+    lines = [*_head(failure.dtype, backend, device, "functions.function(" in keywords_code)]
     lines += [f"{name} = {_literal(x, 'array')}" for name, x in given.items()]
     if made.call == "split_attention":
-        return [*lines, *_parts(options["splits"], given["key"].shape[-2], keyed, backend)]
+        return [*lines, *_parts(options["splits"], given["key"].shape[-2], keywords_code, backend)]
     if made.call == "decoding":
         cache = _cache(options.get("capacity"), failure.dtype, backend)
-        return [*lines, cache, *_steps(given["query"].shape[-2], inputs, keyed, backend)]
+        return [*lines, cache, *_steps(given["query"].shape[-2], inputs, keywords_code, backend)]
     call, asked = made.call, {n: x for n, x in keywords.items() if n.startswith("return_")}
     if failure.what.startswith("grad_") and call != "self_attention":
         lines.append(f"grad_output = {_literal(grad_output, 'array')}")
@@ -48,10 +48,10 @@ def _of_function(made: Case, failure: check.Result, backend: str, device: str | 
             lines.append(f"grad_scores = {_literal(grad_scores.astype(wide))}")
             through = {"return_scores": keywords["return_scores"], "grad_scores": "grad_scores"}
         asked = {"wrt": repr([failure.what.removeprefix("grad_")])} | through
-    elif failure.what == check.ALONE:
+    elif failure.what == check.OUTPUT_ONLY:
         asked = {}
-    keyed += "".join(f", {n}={x}" for n, x in asked.items())
-    return [*lines, f"print(kvattn.{call}({', '.join(inputs)}{keyed}, backend={backend!r}))"]
+    keywords_code += "".join(f", {n}={x}" for n, x in asked.items())
+    return [*lines, f"print(kvattn.{call}({', '.join(inputs)}{keywords_code}, backend={backend!r}))"]
 
 
 def _head(dtype: str, backend: str, device: str | None, of_positions: bool) -> list[str]:
@@ -71,11 +71,11 @@ def _keyword(name: str, x: Any, backend: str) -> str:
     """A keyword's value: the name of a function, with its parameters, or a literal."""
     if name not in (*check.FUNCTIONS, "mask", "bias"):
         return _literal(x, "array")
-    function, parameters = check._named(x)
-    bound = "".join(f", {n}={_literal(p, 'array')}" for n, p in parameters.items())
+    function, given_parameters = check._named(x)
+    parameters = "".join(f", {n}={_literal(p, 'array')}" for n, p in given_parameters.items())
     if name in ("mask", "bias"):
-        return f"functions.function(kvattn.dispatch.load({backend!r}), {function!r}{bound})"
-    return f"partial(kvattn.{function}{bound})" if bound else f"kvattn.{function}"
+        return f"functions.function(kvattn.dispatch.load({backend!r}), {function!r}{parameters})"
+    return f"partial(kvattn.{function}{parameters})" if parameters else f"kvattn.{function}"
 
 
 def _inputs(call: str, given: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
@@ -91,9 +91,9 @@ def _inputs(call: str, given: dict[str, Any]) -> tuple[list[str], dict[str, str]
     return [*inputs, as_dict] if params else inputs, options
 
 
-def _parts(splits: str, m: int, keyed: str, backend: str) -> list[str]:
+def _parts(splits: str, m: int, keywords_code: str, backend: str) -> list[str]:
     """Attention over parts of the keys, merged."""
-    part = f"query, key[..., i:j, :], value[..., i:j, :]{keyed}, return_lse=True, backend={backend!r}"
+    part = f"query, key[..., i:j, :], value[..., i:j, :]{keywords_code}, return_lse=True, backend={backend!r}"
     return [
         f"ends = [0, *{splits}, {m}]",
         f"parts = [kvattn.attention({part}) for i, j in zip(ends, ends[1:])]",
@@ -108,14 +108,14 @@ def _cache(capacity: str | None, dtype: str, backend: str) -> str:
     return f"cache = kvattn.KVCache.allocate({lead}), {size[:-1]}, dtype={dtype!r}, like=query, backend={backend!r})"
 
 
-def _steps(n: int, inputs: list[str], keyed: str, backend: str) -> list[str]:
+def _steps(n: int, inputs: list[str], keywords_code: str, backend: str) -> list[str]:
     """Multi-head attention with a cache: two positions, then one at a time."""
     *arrays, params = inputs
     step = ", ".join([*(f"{x}[..., i:j, :]" for x in arrays), params])
-    how = f"{keyed}, causal=True, cache=cache, backend={backend!r}"
+    ending = f"{keywords_code}, causal=True, cache=cache, backend={backend!r}"
     return [
         f"for i, j in [(0, 2), *((i, i + 1) for i in range(2, {n}))]:",
-        f"    output, cache = kvattn.multi_head_attention({step}{how})",
+        f"    output, cache = kvattn.multi_head_attention({step}{ending})",
         "    print(output)",
     ]
 
@@ -131,8 +131,8 @@ def _of_layer(made: Case, failure: check.Result, backend: str) -> list[str]:
         arguments.pop("grad_output", None)
     options = {n: _literal(x) for n, x in {**arguments, **keywords}.items()}
     options |= {n: f"kvattn.{x}" for n, x in keywords.items() if n in check.FUNCTIONS}
-    keyed = "".join(f", {n}={x}" for n, x in options.items())
-    call = f"{backend!r}, {made.call!r}, {config}, weights, inputs, dtype={failure.dtype!r}{keyed}"
+    keywords_code = "".join(f", {n}={x}" for n, x in options.items())
+    call = f"{backend!r}, {made.call!r}, {config}, weights, inputs, dtype={failure.dtype!r}{keywords_code}"
     return [
         *("import numpy as np", "from numpy import inf, nan", "", "import kvattn", "from kvattn.conformance import native", ""),
         f"weights = {{{', '.join(f'{n!r}: {_literal(x)}' for n, x in weights.items())}}}",

@@ -65,23 +65,23 @@ def _generated(seed: int) -> tuple[Case, ...]:
 
 
 def _shared_out(made: list[Case]) -> list[Case]:
-    """Give each case its usual run: one dtype, in turn, so that every group meets all; four where numbers are the point;
+    """Give each case its usual run: one dtype, in turn, so that every group is run in all; four where numbers are the point;
     and every other one without weights and lse, since a tab may take another path to the output alone.
 
     Every case in every dtype, both ways, is `run(..., dtypes=DTYPES)`: seconds where each operation runs by itself, many
     minutes where XLA compiles a program for each.
     """
     counts: dict[str, int] = {}
-    shared = []
+    result = []
     for case in made:
         turn = counts[case.group] = counts.get(case.group, -1) + 1
         usual = tuple(TURNS[(turn + step) % len(TURNS)] for step in range(len(TURNS)))
         usual = next((dtype,) for dtype in usual if dtype in case.dtypes)
         usual = case.dtypes if case.group in ("plain", "half precision", "large scores") else usual
         # each dtype both ways, as the turns go on; some groups' cases say what they ask for
-        alone = case.call == "attention" and (turn + turn // len(TURNS)) % 2 == 1 and case.group not in AS_ASKED
-        shared.append(replace(case, usual=usual, alone=alone))
-    return shared
+        output_only = case.call == "attention" and (turn + turn // len(TURNS)) % 2 == 1 and case.group not in AS_ASKED
+        result.append(replace(case, usual=usual, output_only=output_only))
+    return result
 
 
 def version(cases: Iterable[Case]) -> str:

@@ -85,5 +85,5 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     yield projected("heads: segments, causal", [x] * 3, params, segments=packed, causal=True)
     yield projected("heads: no batch, segments", [x[0]] * 3, params, segments=packed[0], asked=WEIGHTS + LSE)
     of_heads: Any = ("alibi", {"slopes": np.array([0.5, 0.25, 0.125, 1.0])[:, None, None]})
-    how: Any = {"heads": 4, "kv_heads": 2, "mask": "prefix", "bias": of_heads, "query_offset": 1}
-    yield projected("heads: functions of positions", (x, keys, keys), grouped, **how)
+    options: Any = {"heads": 4, "kv_heads": 2, "mask": "prefix", "bias": of_heads, "query_offset": 1}
+    yield projected("heads: functions of positions", (x, keys, keys), grouped, **options)

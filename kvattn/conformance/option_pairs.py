@@ -1,8 +1,8 @@
-"""The cases of options that are asked for together: any two of them meet in one call, whatever is asked of it.
+"""The cases of two options and more in one call: any two options stand together in some call of these, whatever it returns.
 
-A fault that shows with two options alone, one that leaves out lengths where there is a mask too, is seen by no case of one
-of them, and by none that goes another way for want of the weights. So each call here is made twice: for the output alone
-and every gradient, and for all that can be returned.
+A fault that shows with two options alone, one that leaves out lengths where there is a mask too, is found by no case of one
+of them. Without the weights a call may take another path, so each call is made twice: for the output alone and every
+gradient, and for all that can be returned.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from kvattn.conformance.pooling import parametrised
 GROUP = "options together"
 LEADS = {"grouped": ((2, 4), (2, 2)), "shared keys": ((2, 2), (1, 2)), "3 axes": ((2,), (2,))}
 STAGES = ("raw", "capped", "biased")
-TRIES = 1000  # of drawing a call in which every option matters: more than a line needs unless it never can
-# any two choices meet in a line, of softmax; with another normaliser each choice does
-PLANS = (
+TRIES = 1000  # at most to draw a call in which every option makes a difference: more than any line needs, unless none can do so
+# Any two choices stand together in some line with softmax; every choice stands in some line with another normaliser.
+LINES = (
     "2 axes, window at -1, mask, lengths per query, scale, sink, dropout, distance",
     "shared keys, offset 1, bias function, lengths per query, segments, positions, softcap, additive",
     "3 axes, offsets, mask function, bias, lengths, segments, dropout",
@@ -53,21 +53,21 @@ PLANS = (
 
 
 def cases(rng: np.random.Generator) -> Iterator[Case]:
-    for number, chosen in enumerate(PLANS):
-        plan = {*chosen.split(", ")}
-        query, key, value, options = _drawn(rng, plan, poison=number % 2 == 1)
+    for number, line in enumerate(LINES):
+        chosen = {*line.split(", ")}
+        query, key, value, options = _drawn(rng, chosen, poison=number % 2 == 1)
         make: dict[str, Any] = {"group": GROUP, "rng": rng}
         stage: dict[str, Any] = {"return_scores": STAGES[number % 3]}
         if "normalize" in options:
-            yield attend(f"together: {chosen}", query, key, value, asked=WEIGHTS, **make, **options, **stage)
+            yield attend(f"together: {line}", query, key, value, asked=WEIGHTS, **make, **options, **stage)
             continue
-        yield attend(f"together: {chosen}", query, key, value, asked=(), **make, **options)
+        yield attend(f"together: {line}", query, key, value, asked=(), **make, **options)
         asked = WEIGHTS + LSE
-        yield attend(f"together, with all: {chosen}", query, key, value, asked=asked, grad=False, **make, **options, **stage)
+        yield attend(f"together, with all: {line}", query, key, value, asked=asked, grad=False, **make, **options, **stage)
 
 
-def plainly(rng: np.random.Generator) -> Iterator[Case]:
-    """Restrictions by twos and all, of calls that ask for nothing else: a backend may have a shorter way for these."""
+def restrictions_alone(rng: np.random.Generator) -> Iterator[Case]:
+    """Any two restrictions, and all of them, with no other option: a backend may have a shorter path for such calls."""
     n, m = 4, 5
     each: dict[str, dict[str, Any]] = {
         "mask": {"mask": (2 * np.arange(n)[:, None] + np.arange(m)) % 5 != 3},
@@ -88,7 +88,7 @@ def plainly(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def edges(rng: np.random.Generator) -> Iterator[Case]:
-    """What implementers got wrong that none of the cases before saw."""
+    """What implementers got wrong that none of the earlier cases found."""
     make: dict[str, Any] = {"group": "edges", "rng": rng}
     yield attend("bias ()", *qkv(rng), bias=np.array(-0.5), mask=flags(rng, 4, 5), **make)
     for offset in (2**40, -(2**40)):
@@ -97,7 +97,7 @@ def edges(rng: np.random.Generator) -> Iterator[Case]:
     yield attend(
         "a window as wide as int32 counts", *qkv(rng), window=(2**31 - 1, 2**31 - 2), query_offset=3, asked=LSE, **make
     )
-    same: dict[str, Any] = {"d": 3, "v": 3}  # with as many features of values as of keys a kernel may give the lse itself
+    same: dict[str, Any] = {"d": 3, "v": 3}  # a kernel may give the lse itself only where values have as many features as keys
     yield attend("scale, lse, as many features", *qkv(rng, **same), scale=0.75, asked=LSE, grad=False, **make)
     yield attend(
         "causal, scale, lse, as many features", *qkv(rng, **same), causal=True, scale=1.5, asked=LSE, grad=False, **make
@@ -108,19 +108,19 @@ def edges(rng: np.random.Generator) -> Iterator[Case]:
     yield attend("keys that entries share, values of each", q, k, v, valid_lens=np.array([3, 5]), asked=(), **make)
     (q, k, _), (_, _, v) = qkv(rng), qkv(rng, kv=(1, 2))
     yield attend("values that entries share, keys of each", q, k, v, mask=flags(rng, 2, 1, 4, 5), asked=(), **make)
-    # where the largest output has as many digits as the largest value, to round twice is seen
+    # Rounding twice shows where the largest output has as many digits as the largest value.
     q, k, _ = qkv(rng, n=9, m=9)
     near = 1 + rng.integers(1, 5, (2, 2, 9, 2)) / 16
     yield attend("sink: rounded once", q, k, near, sink=np.array([-1.5, -2.0]), asked=(), **make | {"group": "half precision"})
 
-    # long enough for tiles, and for calls by lengths
+    # These are long enough for tiles, and for kernels that are called once for each length.
     many: dict[str, Any] = {"n": 68, "m": 484, "d": 2, "lead": (2, 2), "kv": (2, 1)}
-    looked = np.arange(68) == 40
+    loss_rows = np.arange(68) == 40
     each: dict[str, Any] = {"valid_lens": np.array([484, 150]), "query_offset": np.array([416, 60]), "causal": True}
-    yield attend("many pairs, lengths and offsets", *qkv(rng, **many), grad=looked, asked=LSE, **each | make)
+    yield attend("many pairs, lengths and offsets", *qkv(rng, **many), grad=loss_rows, asked=LSE, **each | make)
     arrays = qkv(rng, **many | {"d": 64, "v": 64})
     yield attend("many pairs, lengths", *arrays, valid_lens=np.array([484, 12]), grad=False, asked=(), **make)
-    yield attend("many pairs, large scores", *qkv(rng, **many), scale=256.0, grad=looked, asked=LSE, **make)
+    yield attend("many pairs, large scores", *qkv(rng, **many), scale=256.0, grad=loss_rows, asked=LSE, **make)
     lens = rng.integers(0, 500, 264)
     q, k, v = qkv(rng, n=264, m=560, d=2, v=1, lead=())
     yield attend(
@@ -128,16 +128,16 @@ def edges(rng: np.random.Generator) -> Iterator[Case]:
     )
 
 
-def _drawn(rng: np.random.Generator, plan: set[str], poison: bool) -> Any:
+def _drawn(rng: np.random.Generator, chosen: set[str], poison: bool) -> Any:
     """query, key, value and the options of such a call, each of which makes a difference to its answer."""
     for _ in range(TRIES):
-        query, key, value, options = _arrays(rng, plan)
-        where = [name for name in ("mask", "valid_lens", "segments", "positions", "causal", "window") if name in options]
+        query, key, value, options = _arrays(rng, chosen)
+        restricting = [name for name in ("mask", "valid_lens", "segments", "positions", "causal", "window") if name in options]
         found = _attending(query, key, options)
-        fewer = [{n: x for n, x in options.items() if n != name} for name in where]
-        fewer += [options | {"query_offset": 0}] if "query_offset" in options else []
+        without = [{n: x for n, x in options.items() if n != name} for name in restricting]
+        without += [options | {"query_offset": 0}] if "query_offset" in options else []
         if len(found) < len({pair[:-1] for pair in found}) + 2 or any(
-            _attending(query, key, which) == found for which in fewer
+            _attending(query, key, which) == found for which in without
         ):
             continue
         if not kink_free(query, key, value, **options):
@@ -147,8 +147,8 @@ def _drawn(rng: np.random.Generator, plan: set[str], poison: bool) -> Any:
             options |= {"bias": bias[0]} if bias else {}
         return query, key, value, options
     raise RuntimeError(
-        f"{TRIES} draws of {', '.join(sorted(plan))!r} held none in which each option makes a difference and no score lies"
-        " near a kink: two of these options may say the same; take one of them out of this line of PLANS"
+        f"{TRIES} draws of {', '.join(sorted(chosen))!r} held none in which each option makes a difference and no score lies"
+        " near a kink: two of these options may say the same; take one of them out of this line of LINES"
     )
 
 
@@ -161,9 +161,9 @@ def _attending(query: np.ndarray, key: np.ndarray, options: dict[str, Any]) -> s
     return {pair for _, pair in found}
 
 
-def _arrays(rng: np.random.Generator, plan: set[str]) -> Any:
-    n, m = 5, 8  # so that something is left where all forbid some
-    lead, kv = next((LEADS[name] for name in LEADS if name in plan), ((), ()))
+def _arrays(rng: np.random.Generator, chosen: set[str]) -> Any:
+    n, m = 5, 8  # enough that some pairs may attend even where every option forbids some
+    lead, kv = next((LEADS[name] for name in LEADS if name in chosen), ((), ()))
     batch, heads = lead[:1], lead[-1:]
     offsets = {"offset 1": 1, "window at -1": -1, "offsets": rng.integers(-1, 3, batch)}
     every: dict[str, dict[str, Any]] = {
@@ -188,5 +188,5 @@ def _arrays(rng: np.random.Generator, plan: set[str]) -> Any:
     }
     options: dict[str, Any] = {}
     for name, which in every.items():
-        options |= which if name in plan else {}
+        options |= which if name in chosen else {}
     return *qkv(rng, n, m, lead=lead, kv=kv), options
