@@ -101,7 +101,7 @@ def main():
 
     if args.point:
         backend, kind, n = args.point
-        timing.tell(measure(backend, kind, int(n), args.gradients))
+        timing.print_row(measure(backend, kind, int(n), args.gradients))
         return
 
     from rich.console import Console

@@ -26,7 +26,7 @@ def main(measure, line, rounds, small=False):
     asked = parser.parse_args()
     if asked.here:
         for row in measure(asked.backend, asked.rounds, *([asked.small] if small else [])):
-            timing.tell(row | {"backend": asked.backend})
+            timing.print_row(row | {"backend": asked.backend})
         return
     rows = []
     for backend in asked.backend.split(","):

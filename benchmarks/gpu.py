@@ -458,7 +458,7 @@ def work(framework, device, size, shapes, rounds, deadline):
     """Prints a JSON line for each row as it is measured, the first one the machine."""
     parts = globals()
     name, versions = parts[f"{framework}_machine"](device)
-    timing.tell({"framework": framework, "device": name, "versions": versions})
+    timing.print_row({"framework": framework, "device": name, "versions": versions})
     if name is None:
         return
     clock, known = parts[f"{framework}_clock"](device), {}
@@ -470,7 +470,7 @@ def work(framework, device, size, shapes, rounds, deadline):
         for at, (shape, kind, dtype, grad) in enumerate(asked[start : start + chunk]):
             row = {"framework": framework, "shape": shape, "kind": kind, "dtype": dtype, "grad": grad}
             if time.time() > deadline:
-                timing.tell(row | {"late": True})
+                timing.print_row(row | {"late": True})
                 continue
             made.append((row, at, *parts[f"{framework}_calls"](shape, kind, dtype, grad, size, device)))
 
@@ -489,7 +489,7 @@ def work(framework, device, size, shapes, rounds, deadline):
                 pass
         for row, at, rounded, matrices, options, calls in made:
             if time.time() > deadline:  # compiling took what was left
-                timing.tell(row | {"late": True})
+                timing.print_row(row | {"late": True})
                 continue
             turned_down = {what: why for (of, what), why in refused.items() if of == at}
             calls = {what: call for what, call in calls.items() if what not in turned_down}
@@ -507,7 +507,7 @@ def work(framework, device, size, shapes, rounds, deadline):
                 results = [Looked(x, plain, hasattr(call, "moved")) for x in call()]
                 wrong[what] = error(results, known[key], row["grad"])
             figures = medians(calls, clock, rounds)
-            timing.tell(row | judged(figures, wrong, TOLERANCE[row["dtype"]]) | {"refused": turned_down})
+            timing.print_row(row | judged(figures, wrong, TOLERANCE[row["dtype"]]) | {"refused": turned_down})
 
 
 def judged(figures, wrong, tolerance):

@@ -102,7 +102,7 @@ def main():
     from kvattn import timing
 
     if args.one:
-        timing.tell(measure(args.one, args.rounds))
+        timing.print_row(measure(args.one, args.rounds))
         return
 
     from rich import box

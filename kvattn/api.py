@@ -264,7 +264,7 @@ def attention(
     try:
         return tab.attention(query, key, value, **options)
     except Exception:
-        checks.own_functions(tab, options, query, key)
+        checks.user_functions(tab, options, query, key)
         raise
 
 
@@ -364,7 +364,7 @@ def attention_grad(
     try:
         gradients = registry.offered(tab, "attention_grad")(query, key, value, grad_output, wrt=wrt, **options)
     except Exception:
-        checks.own_functions(tab, options, query, key)
+        checks.user_functions(tab, options, query, key)
         raise
     if plain and (known is None or known.tab is not tab):
         known = prepare.remember(tab, *taken[:3], scores)
@@ -741,7 +741,7 @@ def multi_head_attention_grad(
     grad_output = conversion.array(tab, "grad_output", grad_output, like=query)
     grad_output = conversion.floating("grad_output", grad_output, ("query", query), tab)
     width = params["W_o"].shape[-1] if "W_o" in params else params["W_v"].shape[-1] * num_heads // (num_kv_heads or num_heads)
-    checks.same_shape("grad_output", grad_output, (*checks.joined(query, key, value)[:-1], width), "the output")
+    checks.same_shape("grad_output", grad_output, (*checks.scores_shape(query, key, value)[:-1], width), "the output")
     bindable = {"query", "key", "value", *params}
     wrt = prepare.differentiable(wrt, bindable)
     gradients = registry.offered(tab, "multi_head_attention_grad")(
@@ -797,7 +797,7 @@ def self_attention(x: Array, W_q: Array, W_k: Array, W_v: Array, *, backend: Any
     back = prepare.returned(options)
     features = (params["W_q"].shape[-1], params["W_k"].shape[-1])
     checks.same_projected_features(features, prepare.is_dot_product(options.get("score")))
-    options = prepare.options(tab, x, checks.joined(x, x, x), features, return_lse=back["return_lse"], **options)
+    options = prepare.options(tab, x, checks.scores_shape(x, x, x), features, return_lse=back["return_lse"], **options)
     return registry.offered(tab, "self_attention")(x, *params.values(), **options, **back)
 
 

@@ -179,7 +179,7 @@ def _work(backend: str, settings: Settings) -> None:
     try:
         device = dispatch.device(tab, settings.device)
     except ValueError as error:
-        timing.tell({"backend": backend, "failed": str(error)})
+        timing.print_row({"backend": backend, "failed": str(error)})
         return
     about = {"dtype": settings.dtype, "grad": settings.grad} | ({"layer": True} if settings.layers else {})
     with dispatch.on(tab, device):
@@ -188,7 +188,7 @@ def _work(backend: str, settings: Settings) -> None:
                 given = problem(shape, kind, settings.dtype, settings.grad, device, settings.layers)
                 for row in _measure(backend, given, settings.rounds, timing.wall if settings.quick else timing.looped):
                     first = {"backend": backend, "what": row.pop("what"), "shape": shape, "kind": kind}
-                    timing.tell(first | about | row | {"device": tab.devices()[device]})
+                    timing.print_row(first | about | row | {"device": tab.devices()[device]})
 
 
 def problem(

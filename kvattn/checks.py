@@ -1,4 +1,4 @@
-"""The one place that says no. Framework-neutral: it reads shapes, dtypes and, where they can be seen, values.
+"""The one place that refuses arguments. Framework-neutral: it reads shapes, dtypes and, where they can be read, values.
 
 Every function takes the tab that serves the call, converts neutral data for it, and returns what the tab is given.
 Unknown sizes (None, under tf.function) match anything.
@@ -364,8 +364,8 @@ def projections(query: Any, key: Any, value: Any, params: dict[str, Any], num_he
             raise ValueError(f"W_{name} has shape {_show(found)}: axis -1 is {found[-1]}, no multiple of {which}, {count}")
     if "W_o" in params:
         out, v = _shape(params["W_o"]), _shape(params["W_v"])[-1]
-        joined = None if v is None else v // num_kv_heads * num_heads
-        same_shape("W_o", params["W_o"], (joined, out[-1] if out else 0), "the joined heads need")
+        joined_features = None if v is None else v // num_kv_heads * num_heads
+        same_shape("W_o", params["W_o"], (joined_features, out[-1] if out else 0), "the joined heads need")
     for name in ("q", "k", "v", "o"):
         if f"b_{name}" in params:
             if f"W_{name}" not in params:
@@ -373,7 +373,7 @@ def projections(query: Any, key: Any, value: Any, params: dict[str, Any], num_he
             same_shape(f"b_{name}", params[f"b_{name}"], _shape(params[f"W_{name}"])[-1:], f"W_{name} needs")
 
 
-def joined(query: Any, key: Any, value: Any) -> tuple[Any, ...]:
+def scores_shape(query: Any, key: Any, value: Any) -> tuple[Any, ...]:
     """(..., n, m) for inputs of multi-head attention, which have no heads yet: every leading axis is batch."""
     q, k, v = _shape(query), _shape(key), _shape(value)
     for name, found in (("query", q), ("key", k), ("value", v)):
@@ -433,7 +433,7 @@ def lengths(tab: Any, valid_lens: Any, batch: tuple[Any, ...], n: Any, like: Any
 
 
 def not_negative(tab: Any, valid_lens: Any) -> None:
-    """Raises ValueError for a length below 0, where there are lengths and they can be seen."""
+    """Raises ValueError for a length below 0, where there are lengths whose values can be read."""
     values = None if valid_lens is None else peek(tab, valid_lens)
     if values is not None and values.size and (min(values.ravel().tolist()) if values.size <= 32 else values.min()) < 0:
         raise ValueError(f"valid_lens must not be negative; the smallest is {values.min()}")
@@ -506,7 +506,7 @@ def stage(name: str, x: Any) -> str:
     raise kind(f"{name} must be 'raw', 'capped' or 'biased', or None for no scores; not {x!r}")
 
 
-OURS = {  # what other libraries call an argument, and what it is called here
+NAMES_ELSEWHERE = {  # what other libraries call an argument, and what it is called here
     "is_causal": "causal", "use_causal_mask": "causal", "dropout_p": "dropout", "dropout_rate": "dropout", "attn_bias": "bias",
     "window_size": "window", "local_window_size": "window", "sliding_window": "window", "logits_soft_cap": "softcap",
     "softmax_scale": "scale", "sm_scale": "scale", "s_aux": "sink", "sinks": "sink",
@@ -523,8 +523,9 @@ def unknown(names: Any, known: Any) -> TypeError:
     name = next(iter(names))
     if name in known:  # of a gradient
         return TypeError(f"attention_grad has no argument {name!r}: it returns gradients alone")
-    meant = OURS.get(name) or next((each for each in known if each.startswith(name) or name.startswith(each)), None)
-    cure = f"here it is {meant}" if meant else f"it has {', '.join(known)}"
+    likely = (each for each in known if each.startswith(name) or name.startswith(each))
+    name_here = NAMES_ELSEWHERE.get(name) or next(likely, None)
+    cure = f"here it is {name_here}" if name_here else f"it has {', '.join(known)}"
     return TypeError(f"attention has no argument {name!r}: {cure}")
 
 
@@ -608,7 +609,7 @@ def asked(name: str, function: Any, query: Any, key: Any) -> Any:
     try:
         return function(query, key)
     except Exception as error:
-        _takes(name, function, "(query, key), arrays of positions", 2)
+        _check_parameters(name, function, "(query, key), arrays of positions", 2)
         if any(words in str(error) for words in UNREADABLE):
             raise TypeError(
                 f"{name}, {_called(function)}, asks whether an array is true; it is given integer arrays of query positions "
@@ -644,14 +645,14 @@ SCORES += tuple(f"{x}_kernel" for x in ("gaussian", "boxcar", "triangular", "epa
 NORMALIZERS = ("softmax", "sparsemax", "hardmax", "proportional", "average", "identity")
 
 
-def _meant(name: str, word: Any) -> list[str]:
+def _suggestions(name: str, word: Any) -> list[str]:
     """kvattn's functions that may stand for this argument; of a word, those that it may mean."""
     known = SCORES if name == "score" else NORMALIZERS
     word = str(word).lower() if isinstance(word, str) and word else " "
     return [f"kvattn.{each}" for each in [each for each in known if each.startswith(word)] or known]
 
 
-def bound(tab: Any, function: Any, name: str, own: Any, query: Any, features: tuple[Any, Any]) -> Any:
+def for_backend(tab: Any, function: Any, name: str, own: Any, query: Any, features: tuple[Any, Any]) -> Any:
     """A score or normaliser for ``tab``: kvattn's own become the tab's, parameters of a partial become its arrays."""
     if isinstance(function, partial) and own(function.func):
         given = {
@@ -664,40 +665,40 @@ def bound(tab: Any, function: Any, name: str, own: Any, query: Any, features: tu
             parameters(function.func.__name__, *features, given)
         return partial(registry.offered(tab, function.func.__name__), *function.args, **given)
     if not callable(function):
-        raise TypeError(f"{name} must be a function, not {function!r}: {', '.join(_meant(name, function))}, or your own")
+        raise TypeError(f"{name} must be a function, not {function!r}: {', '.join(_suggestions(name, function))}, or your own")
     return registry.offered(tab, function.__name__) if own(function) else function
 
 
-def own_functions(tab: Any, options: dict[str, Any], query: Any, key: Any) -> None:
+def user_functions(tab: Any, options: dict[str, Any], query: Any, key: Any) -> None:
     """Raises TypeError or ValueError if the caller's own score or normaliser cannot be called, or gives another shape.
 
     Asked where a call with them has failed: `query` and `key` are its arrays, for which the score is tried once more.
     """
     score, normalize = options["score"], options["normalize"]
-    _takes("score", score, "(query, key), its parameters bound by functools.partial", 2)
-    _takes("normalize", normalize, "(scores, where=None)", 1, "where")
+    _check_parameters("score", score, "(query, key), its parameters bound by functools.partial", 2)
+    _check_parameters("normalize", normalize, "(scores, where=None)", 1, "where")
     if score is None or normalize is None:
         return
     scores = _shape(query)[-2:-1] + _shape(key)[-2:-1]
     if len(_shape(query)) > 2:
         query = query[..., : _shape(key)[-3], :, :]  # of grouped heads, as many as there are keys'
     made = score(query, key)
-    _gives(tab, "score", made, scores)
-    _gives(tab, "normalize", normalize(made, where=None), scores)
+    _check_result(tab, "score", made, scores)
+    _check_result(tab, "normalize", normalize(made, where=None), scores)
 
 
-def _takes(name: str, function: Any, promised: str, count: int, *keywords: str) -> None:
-    if function is None:  # a stranger's backend has its own
+def _check_parameters(name: str, function: Any, promised: str, count: int, *keywords: str) -> None:
+    if function is None:  # a third party's backend has its own
         return
     try:
         inspect.signature(function).bind(*range(count), **dict.fromkeys(keywords))
     except TypeError:
         raise TypeError(f"{name}, {_called(function)}, must take {promised}") from None
-    except ValueError:  # a function that tells no signature
+    except ValueError:  # a function without a signature to inspect
         return
 
 
-def _gives(tab: Any, name: str, made: Any, scores: tuple[Any, ...]) -> None:
+def _check_result(tab: Any, name: str, made: Any, scores: tuple[Any, ...]) -> None:
     expected = f"scores (..., n, m), here (..., {scores[0]}, {scores[1]})"
     if not tab.is_array(made):
         raise TypeError(f"{name} gives a {type(made).__name__}; expected an array of {expected}")

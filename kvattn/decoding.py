@@ -49,19 +49,19 @@ def greedy_search(step: Step, tokens: Any, state: Any = None, *, max_steps: int,
     >>> greedy_search(lambda tokens, state: (table[tokens], state), [[0]], max_steps=3).tokens
     array([[1, 2, 0]])
     """
-    max_steps, ask = checks.count("max_steps", max_steps), _Asking(step, tokens, None, backend)
-    scores = ask.first(state, end)
+    max_steps, steps = checks.count("max_steps", max_steps), _Steps(step, tokens, None, backend)
+    scores = steps.first(state, end)
     lengths, log_probs = np.zeros(len(scores), int), np.zeros(len(scores))
-    going, found = np.ones(len(scores), bool), []
+    going, chosen = np.ones(len(scores), bool), []
     while going.any():
         token = np.where(going, scores.argmax(axis=1), end or 0)
         log_probs += np.where(going, np.take_along_axis(scores, token[:, None], axis=1)[:, 0], 0.0)
         lengths += going
-        found.append(token)
-        going &= (end is None or token != end) & (len(found) < max_steps)
+        chosen.append(token)
+        going &= (end is None or token != end) & (len(chosen) < max_steps)
         if going.any():
-            scores = ask.next(token, going)
-    made = np.stack(found, axis=1) if found else np.zeros((0, 0), int)
+            scores = steps.next(token, going)
+    made = np.stack(chosen, axis=1) if chosen else np.zeros((0, 0), int)
     return Found(made, lengths, log_probs, log_probs)
 
 
@@ -105,8 +105,8 @@ def beam_search(step: Step, tokens: Any, state: Any = None, *, max_steps: int, b
     """
     max_steps, beams = checks.count("max_steps", max_steps), checks.count("beams", beams)
     penalties = _penalties(length_penalty, max_steps)
-    ask = _Asking(step, tokens, reorder, backend)
-    scores = ask.first(state, end)
+    steps = _Steps(step, tokens, reorder, backend)
+    scores = steps.first(state, end)
     batch, words = scores.shape
     entry = np.arange(batch)[:, None]
     # beginnings that go on, the best first, of which there is one at first; and the best that are finished, none at first
@@ -127,15 +127,15 @@ def beam_search(step: Step, tokens: Any, state: Any = None, *, max_steps: int, b
         going.tokens[:, :, t] = token
         if t + 1 == max_steps:
             ended = _better(ended, going, penalties)
-        elif end is not None and _settled(ended, going, penalties[t + 1 :], penalties):
+        elif end is not None and _cannot_improve(ended, going, penalties[t + 1 :], penalties):
             break
         else:
             alive = (going.log_probs > -np.inf).reshape(-1)
-            scores = ask.next(token.reshape(-1), alive, row[entry, parent].reshape(-1))
+            scores = steps.next(token.reshape(-1), alive, row[entry, parent].reshape(-1))
             row = np.arange(batch * beams).reshape(batch, beams)
-    there = ended.log_probs > -np.inf
-    lengths = np.where(there, ended.lengths, 0)
-    compared = np.where(there, ended.log_probs, -np.inf) / penalties[lengths - 1]
+    exists = ended.log_probs > -np.inf
+    lengths = np.where(exists, ended.lengths, 0)
+    compared = np.where(exists, ended.log_probs, -np.inf) / penalties[lengths - 1]
     return Found(ended.tokens[..., : lengths.max(initial=0)], lengths, ended.log_probs, compared)
 
 
@@ -147,15 +147,15 @@ class _Beams(NamedTuple):
 
 def _better(ended: _Beams, more: _Beams, penalties: np.ndarray) -> _Beams:
     """The best of the finished ones and of more, as many as there were; of equals the earlier."""
-    both = _Beams(*(np.concatenate(x, axis=1) for x in zip(ended, more, strict=True)))
-    best = _descending(both.log_probs / penalties[both.lengths - 1])[:, : ended.lengths.shape[1]]
-    return _Beams(*(x[np.arange(len(best))[:, None], best] for x in both))
+    candidates = _Beams(*(np.concatenate(x, axis=1) for x in zip(ended, more, strict=True)))
+    best = _descending(candidates.log_probs / penalties[candidates.lengths - 1])[:, : ended.lengths.shape[1]]
+    return _Beams(*(x[np.arange(len(best))[:, None], best] for x in candidates))
 
 
-def _settled(ended: _Beams, going: _Beams, ahead: np.ndarray, penalties: np.ndarray) -> bool:
+def _cannot_improve(ended: _Beams, going: _Beams, penalties_ahead: np.ndarray, penalties: np.ndarray) -> bool:
     """Whether what goes on, whose log-probabilities can only fall, cannot become better than the worst that is finished."""
     worst = ended.log_probs[:, -1] / penalties[ended.lengths[:, -1] - 1]
-    return bool((going.log_probs[:, 0] / ahead.max() <= worst).all())
+    return bool((going.log_probs[:, 0] / penalties_ahead.max() <= worst).all())
 
 
 def _descending(x: np.ndarray) -> np.ndarray:
@@ -172,8 +172,8 @@ def _penalties(given: Any, max_steps: int) -> np.ndarray:
     return found
 
 
-class _Asking:
-    """A step function, its state, and its answers in NumPy."""
+class _Steps:
+    """A step function, its state, and the scores it returns, in NumPy."""
 
     def __init__(self, step: Step, tokens: Any, reorder: Reorder | None, backend: Any) -> None:
         self.step, self.reorder, self.tokens = step, reorder, tokens
@@ -187,7 +187,7 @@ class _Asking:
         if start.dtype.kind not in "iu" and (start.dtype.kind != "f" or (start % 1).any()):  # MXNet's are floats by default
             raise TypeError(f"tokens has dtype {start.dtype}; expected integers")
         self.dtype, self.rows, self.state = start.dtype if start.dtype.kind in "iu" else np.dtype("int32"), len(start), state
-        scores = self._ask(self.tab.asarray(start) if self.like is None else self.tokens)
+        scores = self._scores_of(self.tab.asarray(start) if self.like is None else self.tokens)
         if end is not None and not (conversion.is_integer(end) and 0 <= end < scores.shape[1]):
             raise ValueError(f"end is {end!r}; expected None, or one of the {scores.shape[1]} tokens that step gives scores of")
         if scores.shape[1] - 1 > np.iinfo(self.dtype).max:  # the start's own dtype cannot hold every token
@@ -203,29 +203,29 @@ class _Asking:
             reorder = self.reorder or partial(_reordered, tab=self.tab, count=self.rows)
             self.state = reorder(self.state, rows)
         self.rows = len(tokens)
-        return self._ask(self.tab.asarray(tokens.astype(self.dtype)[:, None], like=self.like), going)
+        return self._scores_of(self.tab.asarray(tokens.astype(self.dtype)[:, None], like=self.like), going)
 
-    def _ask(self, tokens: Any, going: np.ndarray | None = None) -> np.ndarray:
+    def _scores_of(self, tokens: Any, going: np.ndarray | None = None) -> np.ndarray:
         """Log-probabilities (rows, words), float64."""
         results = self.step(tokens, self.state)
         if not (isinstance(results, (tuple, list)) and len(results) == 2):
             raise TypeError(f"step returned {type(results).__name__}; expected (scores, state)")
         scores, self.state = results
-        found = np.asarray(self.tab.to_numpy(scores), np.float64)
-        shape = found.shape
-        found = found[:, -1] if found.ndim == 3 and found.shape[1] else found
-        if found.ndim != 2 or len(found) != self.rows:
+        log_probs = np.asarray(self.tab.to_numpy(scores), np.float64)
+        shape = log_probs.shape
+        log_probs = log_probs[:, -1] if log_probs.ndim == 3 and log_probs.shape[1] else log_probs
+        if log_probs.ndim != 2 or len(log_probs) != self.rows:
             raise ValueError(
                 f"step gave scores of shape {shape}; expected (rows, n, vocabulary) or (rows, vocabulary), for {self.rows} rows"
             )
         if going is not None and not going.all():
-            found = np.where(going[:, None], found, 0.0)
-        top = found.max(axis=1, keepdims=True, initial=-np.inf)
+            log_probs = np.where(going[:, None], log_probs, 0.0)
+        top = log_probs.max(axis=1, keepdims=True, initial=-np.inf)
         if not np.isfinite(top).all():
             raise ValueError(f"step gave scores whose largest is {top[~np.isfinite(top)][0]} in a row: no probabilities follow")
-        found = found - top
-        made: np.ndarray = found - np.log(np.exp(found).sum(axis=1, keepdims=True))
-        return made
+        log_probs = log_probs - top
+        normalised: np.ndarray = log_probs - np.log(np.exp(log_probs).sum(axis=1, keepdims=True))
+        return normalised
 
 
 def _reordered(state: Any, rows: np.ndarray, tab: Any, count: int, where: str = "state") -> Any:

@@ -83,11 +83,11 @@ def device(tab: Any, name: str) -> str:
             f"backend {name_of(tab)!r} cannot be told to run on {name!r}: it lacks devices() and on(device); "
             "see kvattn.backends.Backend"
         )
-    there = tab.devices()
+    devices = tab.devices()
     for found in (name.strip().lower(), f"{name.strip().lower()}:0"):
-        if found in there:
+        if found in devices:
             return found
-    has = ", ".join(key if key == what else f"{key} ({what})" for key, what in there.items())
+    has = ", ".join(key if key == what else f"{key} ({what})" for key, what in devices.items())
     raise ValueError(f"backend {name_of(tab).rpartition('.')[2]!r} has no device {name!r} here; it has {has}")
 
 
@@ -113,9 +113,9 @@ def choose(backend: Any, **arrays: Any) -> Backend:
     Raises TypeError, naming both arguments, where the arrays belong to two frameworks, or to another than ``backend``.
     """
     owner = first = None
-    wanted = canonical(backend) if isinstance(backend, str) else None if backend is None else name_of(backend)
+    named = canonical(backend) if isinstance(backend, str) else None if backend is None else name_of(backend)
     for argument, x in arrays.items():
-        if x is not None and (name := home(x, wanted)) is not None:
+        if x is not None and (name := home(x, named)) is not None:
             if owner is None:
                 owner, first = name, argument
             elif owner != name:
@@ -128,7 +128,7 @@ def choose(backend: Any, **arrays: Any) -> Backend:
     if not isinstance(backend, str):
         tab: Backend = backend
         return tab
-    if owner is not None and owner != wanted:
+    if owner is not None and owner != named:
         raise TypeError(
             f"{first} is an array of {owner} but backend={backend!r}; convert it first: kvattn.convert({first}, {backend!r})"
         )

@@ -1,7 +1,7 @@
-"""What is said of pairs by where they stand: masks and biases that are functions of positions, and segments.
+"""Masks and biases that depend on positions: functions of the positions of query and key, and segments.
 
-What they say of any pairs is asked here, and what can be told of all pairs by asking few: a window, or a bias of each distance.
-What a call becomes then: `kvattn.partition`.
+Here they are evaluated for any pairs; and few pairs are evaluated to find that the function is a window, or a bias of each
+distance. `kvattn.partition` cuts the call by what is found here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SQUARE = 46341  # the first number whose square int32 does not hold
 REMEMBERED = 256  # windows
 
 
-_windows: dict[Any, tuple[int | None, int | None]] = {}  # what mask functions said, by `_name_for_good`
+_windows: dict[Any, tuple[int | None, int | None]] = {}  # the windows that mask functions are, by `_name_for_good`
 
 
 class Segments(NamedTuple):
     """A mask, or None, and the segments of the queries (batch or 1, n) and of the keys (..., m), in the place of a call's mask:
-    for kernels that compare them a block at a time, and leave out blocks that share none, where nobody can read them now."""
+    for kernels that compare them a block at a time and leave out blocks that share none, where their values cannot be read."""
 
     mask: Any
     of_queries: Any
@@ -40,10 +40,10 @@ class Segments(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """What a call says of pairs, in the place of its mask: an array, a function, a function for the bias, segments.
+    """What restricts and biases pairs by position, in the place of a call's mask: an array, functions, segments.
 
     ``tab``: the backend whose arrays the functions take; ``segments``: of the queries (batch or 1, n), of the keys (..., m).
-    ``in_numpy``: the mask function may be asked with NumPy's integers, as far as it is asked in one call.
+    ``in_numpy``: within this call, the mask function may be evaluated on NumPy's integers.
     """
 
     tab: Any
@@ -69,12 +69,12 @@ class Pairs(NamedTuple):
             k = tab.asarray(numbers(runs), dtype=_dtype(tab, key, runs[0][0], runs[-1][1]), like=key)
         if type(offset) is int:
             return _places(tab, query, offset + start, count)[:, None], k[None]
-        far = _dtype(tab, query, 0, SQUARE)  # an offset that is an array may be large
-        q = tab.asarray(_places(tab, query, start, count), dtype=far)[:, None]
+        wide = _dtype(tab, query, 0, SQUARE)  # an offset that is an array may be large
+        q = tab.asarray(_places(tab, query, start, count), dtype=wide)[:, None]
         if len(getattr(offset, "shape", ())) == 0:
-            seen = conversion.peek(tab, offset) if tab.is_array(offset) else None
-            return q + (offset if seen is None else int(seen)), k[None]
-        offset = tab.asarray(offset, dtype=far)
+            numpy_values = conversion.peek(tab, offset) if tab.is_array(offset) else None
+            return q + (offset if numpy_values is None else int(numpy_values)), k[None]
+        offset = tab.asarray(offset, dtype=wide)
         return q + offset[(slice(None), *[None] * (len(query.shape) - 1))], k[None]
 
     def flags(self, query: Any, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None,
@@ -95,7 +95,7 @@ class Pairs(NamedTuple):
         return found
 
     def numpy_flags(self, key: Any, full: Shape, offset: Any, rows: Rows, runs: Sequence[Run] | None) -> Any:
-        """What the mask function says of these pairs, NumPy's bools; None where only arrays of the framework can ask it."""
+        """The mask function at these pairs, NumPy's bools; None where it takes the framework's arrays only."""
         if not self.in_numpy:
             return None
         from kvattn import positions  # here, since importing kvattn loads nothing
@@ -108,9 +108,10 @@ class Pairs(NamedTuple):
 
     def _same_segment(self, query: Any, full: Shape, rows: Rows, runs: Sequence[Run] | None, entries: Run | None) -> Any:
         assert self.segments is not None
-        seen = conversion.peek(self.tab, self.segments[0]), conversion.peek(self.tab, self.segments[1])
-        known = seen[0] is not None and seen[1] is not None  # then NumPy compares: MXNet does not for more than five axes
-        of_queries, of_keys = seen if known else self.segments
+        numpy_values = conversion.peek(self.tab, self.segments[0]), conversion.peek(self.tab, self.segments[1])
+        # NumPy compares where it can read both: MXNet does not for more than five axes.
+        known = numpy_values[0] is not None and numpy_values[1] is not None
+        of_queries, of_keys = numpy_values if known else self.segments
         of_queries, of_keys = (x if entries is None or x.shape[0] == 1 else x[slice(*entries)] for x in (of_queries, of_keys))
         of_queries = of_queries[:, rows[0] : None if rows[1] is None else rows[0] + rows[1]]
         if runs is not None and len(runs) == 1:
@@ -194,45 +195,45 @@ def leading(query: Any, key: Any) -> Shape:
     return (*batch, *query[:-2][-1:])
 
 
-# ---- what the functions let attend, as far as it can be read
+# ---- what the functions allow, as far as values can be read
 
 
-def same_in_numpy(said: Pairs, query: Any, key: Any, offset: Any) -> bool:
-    """Whether the mask function may be asked with NumPy's integers: of the framework's it makes bools that can be read."""
-    if said.mask_function is None or type(offset) is not int:
+def same_in_numpy(spec: Pairs, query: Any, key: Any, offset: Any) -> bool:
+    """Whether the mask function may be evaluated on NumPy's integers: on the framework's it gives the same."""
+    if spec.mask_function is None or type(offset) is not int:
         return False
     import numpy as np
 
-    q, k = said.places(query, key, offset, (0, 1), None)
-    if (seen := conversion.peek(said.tab, q)) is None or seen is q:  # the framework's are NumPy's
+    q, k = spec.places(query, key, offset, (0, 1), None)
+    if (numpy_values := conversion.peek(spec.tab, q)) is None or numpy_values is q:  # the framework's are NumPy's
         return False
     try:
-        made = said.mask_function(q, k)
-    except Exception:  # it is asked again, for all pairs, and its error is for the user then
+        made = spec.mask_function(q, k)
+    except Exception:  # it is evaluated again for all pairs, and the user then gets its error
         return False
-    if not said.tab.is_array(made) or conversion.dtype_name(made) not in ("bool", "bool_"):
+    if not spec.tab.is_array(made) or conversion.dtype_name(made) not in ("bool", "bool_"):
         return False
-    found = said._replace(in_numpy=True).numpy_flags(key, (1, key.shape[-2]), offset, (0, 1), None)
-    return found is not None and np.array_equal(found, conversion.peek(said.tab, made))
+    found = spec._replace(in_numpy=True).numpy_flags(key, (1, key.shape[-2]), offset, (0, 1), None)
+    return found is not None and np.array_equal(found, conversion.peek(spec.tab, made))
 
 
 def _of_distances(function: Any, query: Any, key: Any, call: Call, in_numpy: bool = False) -> Any:
-    """What a function gives for each distance, (..., 1, n + m - 1), the least first; None where it asks for more, or nobody can
-    tell. The first query and the last, asked with arrays, tell of one that looks at the sizes or the class of these.
+    """The function at each distance, (..., 1, n + m - 1), the least first; None where it depends on more or cannot
+    be read. At the first query and the last it is evaluated on arrays, too: it may depend on their sizes or class.
 
-    ``in_numpy``: NumPy's integers may be asked; where they tell, the result is NumPy's bools.
+    ``in_numpy``: it may be evaluated on NumPy's integers; where it depends on no more, the result is NumPy's bools.
     """
     import numpy as np
 
     from kvattn import positions  # here, as above
 
     tab, offset, n, m = call.mask.tab, call.query_offset, query.shape[-2], key.shape[-2]
-    if type(offset) is not int or (seen := conversion.peek(tab, keys := _places(tab, key, 0, None)[None])) is None:
+    if type(offset) is not int or (numpy_values := conversion.peek(tab, keys := _places(tab, key, 0, None)[None])) is None:
         return None
-    near = short(0, m) and short(offset, offset + n)
-    dtype = conversion.dtype_name(keys) if near else _dtype(tab, key, 0, SQUARE)  # the positions' own
+    small = short(0, m) and short(offset, offset + n)
+    dtype = conversion.dtype_name(keys) if small else _dtype(tab, key, 0, SQUARE)  # the positions' own
     ahead, made = np.arange(1 - offset - n, m - offset).astype(dtype)[None], None
-    if in_numpy and seen is not keys:  # else the framework's are NumPy's
+    if in_numpy and numpy_values is not keys:  # else the framework's are NumPy's
         flags = positions.of_distances(function, positions.exact(ahead))
         made = flags.view(np.ndarray) if type(flags) is positions.Exact and flags.dtype.kind == "b" else None
     known = made
@@ -243,7 +244,7 @@ def _of_distances(function: Any, query: Any, key: Any, call: Call, in_numpy: boo
         known = conversion.peek(tab, made)
     try:
         found = function(tab.asarray(np.array([[offset], [offset + n - 1]], dtype), like=query), keys)
-    except Exception:  # it is asked again, and its error is for the user then
+    except Exception:  # it is evaluated again, and the user then gets its error
         return None
     if not tab.is_array(found):
         return None
@@ -259,7 +260,7 @@ def _of_distances(function: Any, query: Any, key: Any, call: Call, in_numpy: boo
 
 
 def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None] | None:
-    """The window that the mask function says, where all it asks for is how far a key is from a query, as can be read."""
+    """The window that the mask function is, where it depends on the distance alone and its values can be read."""
     import numpy as np
 
     from kvattn import positions  # here, as above

@@ -21,18 +21,18 @@ from kvattn.pairs import Pairs, Run, Segments, Shape
 
 BLOCK = 256  # queries that share keys
 FEW = 2**16  # pairs: too few for a look at which of them may attend
-LOOK = 2**18  # pairs whose flags are looked at together: numbers of theirs that a cache holds
-WHOLE = 2**24  # pairs whose mask may be held, where blocks would save little
+FLAGS_AT_ONCE = 2**18  # pairs whose flags are evaluated at one time: as many numbers as a CPU's cache holds
+WHOLE_MASK = 2**24  # pairs whose mask may be kept in memory where blocks would save little
 SAVED = 0.25  # the share of all pairs that is worth blocks, and of a block's keys that is worth picking them
 GAP = 128  # keys: what is left out between two runs, to be worth a copy of both
 RUNS = 8  # of keys that a block puts side by side
-SHORT = 64  # queries: a segment of fewer is served beside its neighbour
+SHORT_SEGMENT = 64  # queries: a segment of fewer is computed together with its neighbour
 BIAS = 2**21  # numbers of a bias that exist at one time
 TRACED = 16  # blocks of a program that is recorded
 
 
 class Part(NamedTuple):
-    """A block of queries and the runs of keys beside it. ``looks``: some of these pairs may not attend, as the functions say.
+    """A block of queries and the runs of keys beside it. ``restricted``: some of these pairs may not attend.
 
     ``entries``: of which entries of the batch it is, the first and the one after the last; None for all.
     """
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     start: int
     end: int
     runs: tuple[Run, ...]
-    looks: bool = True
+    restricted: bool = True
     entries: Run | None = None
 
 
@@ -51,36 +51,36 @@ def resolved(query: Any, key: Any, value: Any, call: Call,
     ``by_distance``: the tab's, (line, query, key, value, call) -> a bias (..., n, m) that is no more than a view of that line,
     (..., n + m - 1), the biases of keys the least ahead first; or None.
     """
-    said: Pairs = call.mask
-    plain = call._replace(mask=said.mask)
+    spec: Pairs = call.mask
+    plain = call._replace(mask=spec.mask)
     n, m = query.shape[-2], key.shape[-2]
-    if not _can_be_cut(query, key, value, call) or (n * m <= FEW and said.segments is None):
-        return said.whole(query, key, plain), ()
+    if not _can_be_cut(query, key, value, call) or (n * m <= FEW and spec.segments is None):
+        return spec.whole(query, key, plain), ()
     parts: Sequence[Part] | None = None
-    if said.segments is not None:
-        parts = _of_few_shapes(said.tab, _of_segments(query, key, value, call))
-        if parts is None and (compared := _compared(query, key, value, plain, said)) is not None:
+    if spec.segments is not None:
+        parts = _of_few_shapes(spec.tab, _of_segments(query, key, value, call))
+        if parts is None and (compared := _compared(query, key, value, plain, spec)) is not None:
             return compared, ()
-    if parts is None and said.restricts:
+    if parts is None and spec.restricts:
         window = pairs.window_of(query, key, call)
         if window is None:
-            said = said._replace(in_numpy=pairs.same_in_numpy(said, query, key, call.query_offset))
-            call = call._replace(mask=said)
+            spec = spec._replace(in_numpy=pairs.same_in_numpy(spec, query, key, call.query_offset))
+            call = call._replace(mask=spec)
         left, right, parts = _looked_at(query, key, call, window)
         if parts is None and (left is not None or right is not None):  # it is a window
             plain = in_window(plain, left, right, query, key)
-            said = said._replace(mask_function=None)
-            call = plain._replace(mask=said)
-    parts = _of_few_shapes(said.tab, parts)
-    if said.bias_function is not None and parts is None and by_distance is not None:
+            spec = spec._replace(mask_function=None)
+            call = plain._replace(mask=spec)
+    parts = _of_few_shapes(spec.tab, parts)
+    if spec.bias_function is not None and parts is None and by_distance is not None:
         line = pairs.line_of(query, key, call)
         bias = None if line is None else by_distance(line, query, key, value, plain)
         if bias is not None:
-            plain, said = plain._replace(bias=bias), said._replace(bias_function=None)
-    if said.bias_function is not None:
+            plain, spec = plain._replace(bias=bias), spec._replace(bias_function=None)
+    if spec.bias_function is not None:
         return call, _of_bias(query, key, call, parts)
     if parts is None:
-        return (said.whole(query, key, plain) if said.restricts else plain), ()
+        return (spec.whole(query, key, plain) if spec.restricts else plain), ()
     if len(parts) == 1 and parts[0] == (0, n, ((0, m),), False, None):
         return plain, ()
     return call, parts
@@ -97,19 +97,19 @@ def _can_be_cut(query: Any, key: Any, value: Any, call: Call) -> bool:
 
 def _of_few_shapes(tab: Any, parts: Sequence[Part] | None) -> Sequence[Part] | None:
     """The parts; None where they have more shapes than the tab makes programs for, one for each."""
-    shapes = {(x.end - x.start, sum(last - first for first, last in x.runs), x.looks) for x in parts or ()}
+    shapes = {(x.end - x.start, sum(last - first for first, last in x.runs), x.restricted) for x in parts or ()}
     return parts if len(shapes) <= getattr(tab, "MOST_SHAPES", len(shapes)) else None
 
 
-def _compared(query: Any, key: Any, value: Any, call: Call, said: Pairs) -> Call | None:
+def _compared(query: Any, key: Any, value: Any, call: Call, spec: Pairs) -> Call | None:
     """The call with its segments as they are, where the kernel that serves it compares them; else None."""
     grouped = len(query.shape) == 3 and query.shape[0] != key.shape[0]  # heads that share keys, of segments of their own
-    if grouped or said.bias_function is not None or not said.tab.choose(query, key, value, call).compares_segments:
+    if grouped or spec.bias_function is not None or not spec.tab.choose(query, key, value, call).compares_segments:
         return None
-    assert said.segments is not None
+    assert spec.segments is not None
     full = (*pairs.leading(query.shape, key.shape), query.shape[-2], key.shape[-2])
-    mask, _ = said._replace(segments=None).arrays(query, key, full, call.query_offset)
-    return call._replace(mask=Segments(mask, *said.segments))
+    mask, _ = spec._replace(segments=None).arrays(query, key, full, call.query_offset)
+    return call._replace(mask=Segments(mask, *spec.segments))
 
 
 def in_window(call: Call, left: int | None, right: int | None, query: Any, key: Any) -> Call:
@@ -119,7 +119,7 @@ def in_window(call: Call, left: int | None, right: int | None, query: Any, key: 
     return call._replace(left=left, right=right)._of_a_block(query, key)
 
 
-def _in_reach(call: Call, start: int, end: int, first: int, last: int) -> Run:
+def _keys_in_window(call: Call, start: int, end: int, first: int, last: int) -> Run:
     """The keys from ``first`` to ``last`` that the window of the call leaves to queries of these rows."""
     if type(call.query_offset) is not int:
         return first, last
@@ -137,8 +137,8 @@ def _of_bias(query: Any, key: Any, call: Call, parts: Sequence[Part] | None) -> 
     """The parts in blocks of queries whose biases are held one at a time; of all pairs, where there are no parts."""
     n, m = query.shape[-2], key.shape[-2]
     if parts is None:
-        looks = call.mask.restricts
-        parts = [Part(0, n, ((0, m),), looks)]
+        restricted = call.mask.restricts
+        parts = [Part(0, n, ((0, m),), restricted)]
     heads = math.prod(planning.lead(query.shape, key.shape))
     found = []
     for part in parts:
@@ -149,7 +149,7 @@ def _of_bias(query: Any, key: Any, call: Call, parts: Sequence[Part] | None) -> 
         alike = len(part.runs) > 1 or (hasattr(call.mask.tab, "MOST_SHAPES") and not recorded)
         for start in range(part.start, part.end, size):
             end = min(start + size, part.end)
-            runs = part.runs if alike else (_in_reach(call, start, end, *part.runs[0]),)
+            runs = part.runs if alike else (_keys_in_window(call, start, end, *part.runs[0]),)
             found.append(part._replace(start=start, end=end, runs=runs))
     return found
 
@@ -171,8 +171,8 @@ def _of_segments(query: Any, key: Any, value: Any, call: Call) -> list[Part] | N
         found = _runs_of_ids(*rows[group[0]])
         if found is None:
             return None
-        looks = call.mask.mask_function is not None
-        parts += [Part(start, end, (run,), several or looks, entries) for start, end, run, several in found]
+        restricted = call.mask.mask_function is not None
+        parts += [Part(start, end, (run,), several or restricted, entries) for start, end, run, several in found]
     return parts
 
 
@@ -198,11 +198,11 @@ def _runs_of_ids(queries: Any, keys: Any) -> list[tuple[int, int, Run, bool]] | 
     found: list[tuple[int, int, Run, bool]] = []
     for name, (start, end) in of_queries.items():
         first, last = of_keys.get(name, (0, 0))
-        if found and found[-1][1] - found[-1][0] < SHORT and end - start < BLOCK:
+        if found and found[-1][1] - found[-1][0] < SHORT_SEGMENT and end - start < BLOCK:
             before, _, (low, high), _ = found.pop()
             runs_of_both = [run for run in ((low, high), (first, last)) if run[0] < run[1]] or [(0, 0)]
-            both_ends = min(run[0] for run in runs_of_both), max(run[1] for run in runs_of_both)
-            found.append((before, end, both_ends, True))
+            range_of_both = min(run[0] for run in runs_of_both), max(run[1] for run in runs_of_both)
+            found.append((before, end, range_of_both, True))
         else:
             found.append((start, end, (first, last), False))
     return found
@@ -225,7 +225,7 @@ def _looked_at(query: Any, key: Any, call: Call,
             flags = conversion.peek(call.mask.tab, call.mask.flags(query, key, full, offset, rows, [(0, m)]))
         return None if flags is None else np.broadcast_to(flags, (*flags.shape[:-2], rows[1], m))
 
-    size = max(1, LOOK // m)
+    size = max(1, FLAGS_AT_ONCE // m)
     flags = look(0, size)
     if flags is None:
         return None, None, None
@@ -234,16 +234,16 @@ def _looked_at(query: Any, key: Any, call: Call,
         for start in range(0, n, size):
             flags = look(start, size) if start else flags
             rows = flags.shape[-2]
-            here = pairs.window_of_flags(flags.reshape(rows, m), offset + start) if flags.size == rows * m else None
-            if here is None:
+            window = pairs.window_of_flags(flags.reshape(rows, m), offset + start) if flags.size == rows * m else None
+            if window is None:
                 break
-            windows.append((offset + start, offset + start + rows - 1, *here))
+            windows.append((offset + start, offset + start + rows - 1, *window))
         else:
             if (window := pairs.one_window(windows, m)) is not None:
                 return (*window, None) if window != (None, None) else (None, None, [Part(0, n, ((0, m),), False)])
     parts = [_narrowed(look(start, BLOCK), start, call) for start in range(0, n, BLOCK)]
     count = sum((part.end - part.start) * sum(last - first for first, last in part.runs) for part in parts)
-    if count > (1 - SAVED) * n * m and n * m <= WHOLE and call.mask.bias_function is None:
+    if count > (1 - SAVED) * n * m and n * m <= WHOLE_MASK and call.mask.bias_function is None:
         return None, None, None
     return None, None, parts
 
@@ -253,22 +253,22 @@ def _narrowed(flags: Any, start: int, call: Call) -> Part:
     import numpy as np
 
     n, m = flags.shape[-2:]
-    first, last = _in_reach(call, start, start + n, 0, m)
+    first, last = _keys_in_window(call, start, start + n, 0, m)
     some = np.zeros(m + 2, bool)
     some[1 + first : 1 + last] = flags[..., first:last].any(axis=tuple(range(flags.ndim - 1)))
-    edges = np.flatnonzero(some[1:] != some[:-1]).tolist()
-    runs = [*zip(edges[::2], edges[1::2], strict=True)] or [(first, first)]
-    joined = [runs[0]]
+    changes = np.flatnonzero(some[1:] != some[:-1]).tolist()
+    runs = [*zip(changes[::2], changes[1::2], strict=True)] or [(first, first)]
+    merged = [runs[0]]
     for low, high in runs[1:]:
-        if low - joined[-1][1] < GAP:
-            joined[-1] = joined[-1][0], high
+        if low - merged[-1][1] < GAP:
+            merged[-1] = merged[-1][0], high
         else:
-            joined.append((low, high))
-    width = joined[-1][1] - joined[0][0]
-    if len(joined) > RUNS or call.dropout or sum(high - low for low, high in joined) > (1 - SAVED) * width:
-        joined = [(joined[0][0], joined[-1][1])]
-    looks = not all(flags[..., low:high].all() for low, high in joined)
-    return Part(start, start + n, tuple(joined), looks)
+            merged.append((low, high))
+    width = merged[-1][1] - merged[0][0]
+    if len(merged) > RUNS or call.dropout or sum(high - low for low, high in merged) > (1 - SAVED) * width:
+        merged = [(merged[0][0], merged[-1][1])]
+    restricted = not all(flags[..., low:high].all() for low, high in merged)
+    return Part(start, start + n, tuple(merged), restricted)
 
 
 # ---- each part of a call, and the results of all
@@ -277,16 +277,16 @@ def _narrowed(flags: Any, start: int, call: Call) -> Part:
 def cut(parts: Sequence[Part], query: Any, key: Any, value: Any, call: Call,
         concatenate: Callable[[Any, int], Any]) -> Iterator[tuple[Any, Any, Any, Call]]:  # fmt: skip
     """Each part's own query, key, value and call, as `Call.cut`; ``concatenate``: the framework's, (arrays, axis) -> array."""
-    said: Pairs = call.mask
+    spec: Pairs = call.mask
     for of_these in _by_entries(parts):
         entries = of_these[0].entries
-        arrays = query, key, value, call._replace(mask=said.mask)
+        arrays = query, key, value, call._replace(mask=spec.mask)
         if entries is not None:
             arrays = _of_entries(entries, *arrays)
         lead, m = pairs.leading(query.shape, key.shape), key.shape[-2]
         blocks = [(part.start, part.end, *(part.runs[0] if len(part.runs) == 1 else (0, m))) for part in of_these]
-        for part, (q, k, v, here) in zip(of_these, arrays[3].cut(blocks, *arrays[:3]), strict=True):
-            yield _with_flags(part, said, q, k, v, here, call.query_offset, lead, concatenate)
+        for part, (q, k, v, part_call) in zip(of_these, arrays[3].cut(blocks, *arrays[:3]), strict=True):
+            yield _with_flags(part, spec, q, k, v, part_call, call.query_offset, lead, concatenate)
 
 
 def _by_entries(parts: Sequence[Part]) -> list[list[Part]]:
@@ -300,13 +300,13 @@ def _by_entries(parts: Sequence[Part]) -> list[list[Part]]:
     return found
 
 
-def _with_flags(part: Part, said: Pairs, query: Any, key: Any, value: Any, call: Call, offset: Any, lead: Shape,
+def _with_flags(part: Part, spec: Pairs, query: Any, key: Any, value: Any, call: Call, offset: Any, lead: Shape,
                 concatenate: Callable[[Any, int], Any]) -> tuple[Any, Any, Any, Call]:  # fmt: skip
     """The part with the mask and the bias of its pairs; and where it has several runs of keys, these alone, side by side.
 
     ``offset`` and ``lead``, the leading axes of the scores, are those of all entries of the batch.
     """
-    tab, several = said.tab, len(part.runs) > 1
+    tab, several = spec.tab, len(part.runs) > 1
     rows = part.start, part.end - part.start
     mask, bias, m = call.mask, call.bias, key.shape[-2]
     if several:
@@ -318,10 +318,10 @@ def _with_flags(part: Part, said: Pairs, query: Any, key: Any, value: Any, call:
         key, value = picked(key, -2), picked(value, -2)
         mask, bias = (x if x is None or tuple(x.shape[-1:]) != (m,) else picked(x, -1) for x in (mask, bias))
     full = (*lead, query.shape[-2], key.shape[-2])
-    if part.looks:
-        mask = pairs.both(said.tab, mask, said.flags(query, key, full, offset, rows, part.runs, part.entries))
-    if said.bias_function is not None:
-        bias = said.bias(query, key, full, offset, rows, part.runs, part.entries)
+    if part.restricted:
+        mask = pairs.both(spec.tab, mask, spec.flags(query, key, full, offset, rows, part.runs, part.entries))
+    if spec.bias_function is not None:
+        bias = spec.bias(query, key, full, offset, rows, part.runs, part.entries)
     if several:  # of which no window and no length tells
         if call.windowed or call.valid_lens is not None:
             places = tab.asarray(pairs.numbers(part.runs), dtype=conversion.dtype_name(tab.places(key, 0, 1)), like=key)
@@ -383,8 +383,8 @@ def choice(query: Any, key: Any, value: Any, call: Call, in_parts: Callable[...,
     if parts:
         why = f"{found.why}; {len(parts)} blocks of queries, each beside the keys that it may attend to"
         return Choice(f"{found.kernel}, in blocks of pairs", why, parts, serve)
-    said = "a window" if plain.windowed and not plain.masked else "arrays"
-    why = f"{found.why}; functions of positions are {said} here"
+    served_as = "a window" if plain.windowed and not plain.masked else "arrays"
+    why = f"{found.why}; functions of positions are {served_as} here"
     if type(plain.mask) is Segments:
         why = f"{found.why}; segments are compared in its blocks, and blocks that share none left out"
     return found._replace(why=why, run=serve, run_grad=None if run_grad is None else derive)
@@ -394,19 +394,19 @@ def _like(query: Any, key: Any, value: Any, call: Call, parts: Sequence[Part]) -
     """A call like that of the largest part, for which no function is run: a kernel is chosen by shapes."""
     import numpy as np
 
-    said: Pairs = call.mask
-    if said.mask_function is not None:
-        said = said._replace(mask_function=lambda q, k: k == k)
-    if said.bias_function is not None:
-        said = said._replace(bias_function=lambda q, k: said.tab.asarray(np.zeros((1, 1), np.float32), like=query))
+    spec: Pairs = call.mask
+    if spec.mask_function is not None:
+        spec = spec._replace(mask_function=lambda q, k: k == k)
+    if spec.bias_function is not None:
+        spec = spec._replace(bias_function=lambda q, k: spec.tab.asarray(np.zeros((1, 1), np.float32), like=query))
     part = max(parts, key=lambda part: (part.end - part.start) * (part.runs[-1][1] - part.runs[0][0]))
     part = part._replace(runs=((part.runs[0][0], part.runs[-1][1]),))
-    return next(cut([part], query, key, value, call._replace(mask=said), lambda arrays, axis: arrays[0]))
+    return next(cut([part], query, key, value, call._replace(mask=spec), lambda arrays, axis: arrays[0]))
 
 
 def of_blocks(tab: Any, blocks: Sequence[planning.Block], call: Call) -> tuple[Call, list[Part]]:
     """A call in blocks of queries as one in parts, for `gradients`."""
-    parts = [Part(start, end, ((first, last),), looks=False) for start, end, first, last in blocks]
+    parts = [Part(start, end, ((first, last),), restricted=False) for start, end, first, last in blocks]
     return call._replace(mask=Pairs(tab, call.mask)), parts
 
 
@@ -435,11 +435,11 @@ def gradients(parts: Sequence[Part], sources: dict[str, Any], grad_output: Any, 
             at[-1 if name == "bias" else -2] = slice(*run)
         return tuple(at)
 
-    for part, (*arrays, here) in zip(parts, cut(parts, query, key, value, call, concatenate), strict=True):
+    for part, (*arrays, part_call) in zip(parts, cut(parts, query, key, value, call, concatenate), strict=True):
         given = (grad_output,) if grad_lse is None else (grad_output, grad_lse)
         grad, *more = given if part.entries is None else (x[slice(*part.entries)] for x in given)
         more = [x[..., part.start : part.end] for x in more]
-        grads = of_part(*arrays, grad[..., part.start : part.end, :], wrt, here, *more)
+        grads = of_part(*arrays, grad[..., part.start : part.end, :], wrt, part_call, *more)
         for name, grad in zip(wrt, grads, strict=True):
             total, begin = found[name], 0
             if name in ("key", "value") or (name == "bias" and tuple(total.shape[-1:]) == (m,)):

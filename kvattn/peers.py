@@ -120,7 +120,7 @@ def naive(*given: Any, allowed: Any = None, bias: Any = None, softmax: Callable[
     """Attention in three lines of NumPy; given the gradient of the output, the gradients by query, key and value."""
     query, key, value, *upstream = given
     weights = naive_weights(query, key, allowed, bias, softmax)
-    return naive_back(query, key, value, weights, *upstream) if upstream else weights @ value
+    return naive_gradients(query, key, value, weights, *upstream) if upstream else weights @ value
 
 
 def naive_weights(query: Any, key: Any, allowed: Any = None, bias: Any = None, softmax: Callable[..., Any] = softmax) -> Any:
@@ -130,7 +130,7 @@ def naive_weights(query: Any, key: Any, allowed: Any = None, bias: Any = None, s
     return softmax(scores, axis=-1)
 
 
-def naive_back(query: Any, key: Any, value: Any, weights: Any, upstream: Any) -> tuple[Any, Any, Any]:
+def naive_gradients(query: Any, key: Any, value: Any, weights: Any, upstream: Any) -> tuple[Any, Any, Any]:
     """The gradients by query, key and value; ``back``: the gradient of the output."""
     slope = upstream @ value.swapaxes(-1, -2)
     slope = weights * (slope - (weights * slope).sum(axis=-1, keepdims=True)) * query.dtype.type(1 / math.sqrt(query.shape[-1]))
@@ -147,7 +147,7 @@ def naive_layer(x: Any, *upstream: Any, matrices: Any, heads: int, allowed: Any)
     if not upstream:
         return output
     flat = x.reshape(-1, x.shape[-1])
-    by = [join(each) for each in naive_back(query, key, value, weights, split(upstream[0] @ W_o.T, heads))]
+    by = [join(each) for each in naive_gradients(query, key, value, weights, split(upstream[0] @ W_o.T, heads))]
     grads = [flat.T @ each.reshape(flat.shape) for each in by]
     grads.append(joined.reshape(flat.shape).T @ upstream[0].reshape(flat.shape))
     return sum(each @ W.T for each, W in zip(by, (W_q, W_k, W_v), strict=True)), *grads, output
@@ -186,7 +186,7 @@ def _numpy_layer(problem: Problem) -> Named:
 # ---- PyTorch
 
 
-def settled(x: Any) -> Any:
+def finished(x: Any) -> Any:
     """A tensor whose work is done: on the CPU its NumPy view, on a GPU itself, as nothing is copied while it is timed."""
     x = x.detach()
     if x.is_cuda:
@@ -223,7 +223,7 @@ def sdpa(problem: Problem, each_call: bool = False) -> Call:
         if each_call:
             keywords["attn_mask"] = given["bias"].masked_fill(~given["mask"], -math.inf)
         output = scaled_dot_product_attention(*leaves, **keywords)
-        return settled(torch.autograd.grad(output, leaves, upstream)[0] if problem.grad else output)
+        return finished(torch.autograd.grad(output, leaves, upstream)[0] if problem.grad else output)
 
     return call
 
@@ -231,7 +231,7 @@ def sdpa(problem: Problem, each_call: bool = False) -> Call:
 def _torch(problem: Problem) -> Named:
     given, options = problem.cast(tensors(problem.device))
     call = ours("torch", options, problem.grad)
-    yield "kvattn torch", lambda: settled(first(call(*given)))
+    yield "kvattn torch", lambda: finished(first(call(*given)))
     if options:
         yield f"torch SDPA, {'causal' if 'causal' in options else 'masked'}", sdpa(problem)
     if {*options} == {"mask", "bias"}:
@@ -248,7 +248,7 @@ def _torch_trained(layer: Any, problem: Problem, x: Any, upstream: Any, **keywor
     def call() -> Any:
         with torch.set_grad_enabled(problem.grad):
             output = first(layer(x, x, x, **keywords))
-        return settled(torch.autograd.grad(output, leaves, upstream)[0] if problem.grad else output)
+        return finished(torch.autograd.grad(output, leaves, upstream)[0] if problem.grad else output)
 
     return call
 

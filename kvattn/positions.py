@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-FAR = 2**20  # added to a position: int32 holds it, and so do the distances
+LIMIT = 2**20  # added to a position: int32 holds it, and so do the distances
 
 # What the operators of Python give, and rounding and overflow cannot change.
 SAME_EVERYWHERE = {"add", "subtract", "multiply", "floor_divide", "remainder", "negative", "absolute", "invert", "less",
@@ -31,16 +31,16 @@ class Position:
     (array([[ True,  True, False]]), array([[2, 1, 0]]))
     """
 
-    __slots__ = ("_ahead", "_is_key", "_moved")
+    __slots__ = ("_ahead", "_is_key", "_shift")
     __hash__ = None  # type: ignore[assignment]
     __array_ufunc__ = None  # so that NumPy's arrays leave it to what stands below
 
-    def __init__(self, ahead: Any, is_key: bool, moved: int = 0) -> None:
-        self._ahead, self._is_key, self._moved = ahead, is_key, moved
+    def __init__(self, ahead: Any, is_key: bool, shift: int = 0) -> None:
+        self._ahead, self._is_key, self._shift = ahead, is_key, shift
 
     def __add__(self, other: Any) -> Any:
-        moved = self._moved + other if type(other) is int else FAR
-        return Position(self._ahead, self._is_key, moved) if abs(moved) < FAR else NotImplemented
+        shift = self._shift + other if type(other) is int else LIMIT
+        return Position(self._ahead, self._is_key, shift) if abs(shift) < LIMIT else NotImplemented
 
     __radd__ = __add__
 
@@ -52,8 +52,8 @@ class Position:
     def _from(self, other: Any) -> Any:
         if type(other) is not Position or other._is_key is self._is_key:
             raise TypeError("only the distance of a key from a query is known")
-        far, moved = self._ahead if self._is_key else -self._ahead, self._moved - other._moved
-        return far + moved if moved else far
+        distance, shift = self._ahead if self._is_key else -self._ahead, self._shift - other._shift
+        return distance + shift if shift else distance
 
     def __lt__(self, other: Any) -> Any:
         return self._from(other) < 0
@@ -82,7 +82,7 @@ class Exact(np.ndarray[Any, Any]):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **more: Any) -> Any:
         kinds = {x.dtype.kind if isinstance(x, Exact) else "" for x in inputs if type(x) is not int}
-        small = all(abs(x) < FAR for x in inputs if type(x) is int)
+        small = all(abs(x) < LIMIT for x in inputs if type(x) is int)
         known = ufunc.__name__ in SAME_EVERYWHERE and method == "__call__" and not more
         if not (known and small and kinds in ({"i"}, {"b"})) or ("b" in kinds and int in map(type, inputs)):
             return NotImplemented

@@ -174,7 +174,7 @@ def multi_head(backend: Any, inputs: tuple[Any, Any, Any], params: Any, counts: 
     query, key, value = arrays(tab, query=query, key=key, value=value)
     num_heads, num_kv_heads = checks.heads(*counts)
     params = projections(tab, query, key, value, params, num_heads, num_kv_heads)
-    *batch, n, m = checks.joined(query, key, value)
+    *batch, n, m = checks.scores_shape(query, key, value)
     if cache is not None:
         m = checks.cached(cache, n, m, given)
     features = (params["W_q"].shape[-1] // num_heads, params["W_k"].shape[-1] // num_kv_heads)
@@ -320,7 +320,7 @@ def is_dot_product(score: Any) -> bool:
 
 
 def _own(tab: Any, what: str, function: Any, query: Any, features: tuple[Any, Any]) -> Any:
-    return checks.bound(tab, function, what, tabbed.__contains__, query, features)
+    return checks.for_backend(tab, function, what, tabbed.__contains__, query, features)
 
 
 # ---- arguments that have passed every check before

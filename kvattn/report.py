@@ -208,9 +208,9 @@ def heat(tokens: list[str], weights: list[list[float]], console: Console) -> Tex
     from rich.text import Text
 
     label = min(12, max(cell_len(token) for token in tokens[: len(weights)]))
-    room = max(console.width - label - 2, 1)
-    width = next((w for w in (3, 2, 1) if w * len(weights) <= room), 1)
-    count = min(len(weights), room // width)
+    available = max(console.width - label - 2, 1)
+    width = next((w for w in (3, 2, 1) if w * len(weights) <= available), 1)
+    count = min(len(weights), available // width)
     hidden = count < len(tokens)
     tokens, weights = tokens[:count], [row[:count] for row in weights[:count]]
     most = _most(weights)
@@ -363,12 +363,12 @@ def _cases(whole: Document) -> str:
     for row in whole["backends"]:
         lines: dict[tuple[str, str], list[str]] = {}
         for each in row["results"]:
-            said = f"{number(each['error'])} of {number(each['allowed'])}{'' if each['passed'] else ' ✗'}"
-            said = each["message"] if each["message"].startswith("not offered") else said
-            lines.setdefault((each["case"], each["dtype"]), []).append(f"{each['what']} {said}")
+            entry = f"{number(each['error'])} of {number(each['allowed'])}{'' if each['passed'] else ' ✗'}"
+            entry = each["message"] if each["message"].startswith("not offered") else entry
+            lines.setdefault((each["case"], each["dtype"]), []).append(f"{each['what']} {entry}")
         body = "".join(
-            f"<tr><td>{_html(case)}</td><td>{_html(dtype)}</td><td>{_html('; '.join(said))}</td></tr>\n"
-            for (case, dtype), said in lines.items()
+            f"<tr><td>{_html(case)}</td><td>{_html(dtype)}</td><td>{_html('; '.join(entry))}</td></tr>\n"
+            for (case, dtype), entry in lines.items()
         )
         head = "".join(f'<th scope="col">{title}</th>' for title in ("case", "dtype", "errors of what is allowed"))
         summary = f"<summary>{_html(row['backend'])}: every case, with its errors</summary>"
@@ -412,18 +412,18 @@ def _matrix_svg(whole: Document, pairs: list[Document]) -> str:
 def _heat_svg(tokens: list[str], weights: list[list[float]]) -> str:
     count, side = len(weights), 22
     names = [token if len(token) <= 14 else token[:13] + "…" for token in tokens[:count]]
-    edge = 16 + 8 * max(map(len, names))
+    margin = 16 + 8 * max(map(len, names))
     most = _most(weights)
     body = []
     for i, name in enumerate(names):
-        at = edge + i * side
-        body.append(f'<text x="{edge - 6}" y="{at + 16}" text-anchor="end">{_html(name)}</text>')
-        body.append(f'<text transform="translate({at + 16} {edge - 6}) rotate(-90)">{_html(name)}</text>')
+        at = margin + i * side
+        body.append(f'<text x="{margin - 6}" y="{at + 16}" text-anchor="end">{_html(name)}</text>')
+        body.append(f'<text transform="translate({at + 16} {margin - 6}) rotate(-90)">{_html(name)}</text>')
         for j, weight in enumerate(weights[i]):
             share = min(max(weight / most, 0.0), 1.0) if math.isfinite(weight) else 0.0
-            where = f'x="{edge + j * side}" y="{at}" width="{side}" height="{side}"'
+            where = f'x="{margin + j * side}" y="{at}" width="{side}" height="{side}"'
             label = f"{_html(name)} to {_html(names[j])}: {weight:.3f}"
             body.append(f'<rect class="cell" fill-opacity="{share:.3f}" {where}><title>{label}</title></rect>')
-    body.append(f'<rect class="frame" x="{edge}" y="{edge}" width="{side * count}" height="{side * count}"/>')
+    body.append(f'<rect class="frame" x="{margin}" y="{margin}" width="{side * count}" height="{side * count}"/>')
     title = f"Heat map of the attention weights among {count} tokens; the largest is {most:.2f}"
-    return _svg(edge + side * count + 1, edge + side * count + 1, title, body)
+    return _svg(margin + side * count + 1, margin + side * count + 1, title, body)

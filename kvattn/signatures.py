@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypedDict, TypeVar
 
 
-class Own(Protocol):
+class ArrayOfAFramework(Protocol):
     """An array of some framework, NumPy's too; lists and numbers are none."""
 
     @property
@@ -15,7 +15,7 @@ class Own(Protocol):
     def dtype(self) -> Any: ...
 
 
-A = TypeVar("A", bound=Own)
+A = TypeVar("A", bound=ArrayOfAFramework)
 Array = Any  # one framework's array, or neutral data
 Score = Callable[..., Array]
 Normalizer = Callable[..., Array]

@@ -65,7 +65,7 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         self.console, self.tasks = console, dict[str, Any]()
-        self.said: dict[str, float] = {}  # when it was last said how far a backend is
+        self.last_message: dict[str, float] = {}  # when it was last said how far a backend is
         columns = (
             TextColumn("{task.description:<10}"),
             BarColumn(30),
@@ -83,7 +83,7 @@ class Progress:
 
     def start(self, name: str, total: int | None, doing: str) -> None:
         self.name = name
-        self.said[name] = time.perf_counter()
+        self.last_message[name] = time.perf_counter()
         self.tasks[name] = self.bars.add_task(name, total=total, doing=doing)
 
     def move(self, completed: int, doing: str, name: str | None = None) -> None:
@@ -92,8 +92,8 @@ class Progress:
 
         doing = clean(doing)[: max(0, self.console.width - 60)]
         self.bars.update(self.tasks[name or self.name], completed=completed, doing=doing)
-        if not self.console.is_terminal and time.perf_counter() - self.said[name or self.name] > SILENT:
-            self.said[name or self.name] = time.perf_counter()
+        if not self.console.is_terminal and time.perf_counter() - self.last_message[name or self.name] > SILENT:
+            self.last_message[name or self.name] = time.perf_counter()
             self.console.print(f"{name or self.name}: {completed} so far", soft_wrap=True)
 
     def done(self, state: str, outcome: str, name: str | None = None) -> None:

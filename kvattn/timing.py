@@ -107,7 +107,7 @@ def in_a_process(command: Sequence[str], env: Mapping[str, str] | None = None) -
             yield {"failed": words.splitlines()[-1] if words else f"exit status {process.returncode}", "words": words}
 
 
-def tell(row: Mapping[str, Any]) -> None:
+def print_row(row: Mapping[str, Any]) -> None:
     """A row to the process that started this one by `in_a_process`."""
     print(json.dumps(row), flush=True)
 

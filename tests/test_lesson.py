@@ -246,7 +246,7 @@ def test_the_frameworks_agree_about_neutral_data_and_their_own(world):
     text += cell("kvattn.attention([[1.0, 2.0]], [[1.0, 2.0], [3.0, 4.0]], [[1.0], [2.0]])")
     got = lesson.run(lesson.parse(text, world / "lesson.md"), names)
     assert got.problems() == []
-    shown = {name: [entry["dtype"] for ran in cells for entry in ran.seen] for name, cells in got.tabs.items()}
+    shown = {name: [entry["dtype"] for ran in cells for entry in ran.shown] for name, cells in got.tabs.items()}
     assert shown == {name: ["float32", "int", "float32", "float64"] for name in names}
     assert len(got.agreements) == (2 if len(names) > 1 else 0)
 

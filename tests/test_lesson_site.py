@@ -116,7 +116,7 @@ def book(world):
 def test_the_lessons_of_a_folder_are_those_of_its_folders_too_but_for_what_is_no_lesson(book, world):
     made = book(**{"b": "# B\n", "a": "# A\n", "two__c": "# C\n", "README": "# No\n", "_build__x": "# No\n", "d_bib": ""})
     (world / "book" / ".hidden.md").write_text("# No")
-    (world / "book" / "out" / site.OWN).mkdir(parents=True)
+    (world / "book" / "out" / site.WORK_FOLDER).mkdir(parents=True)
     (world / "book" / "out" / "x.md").write_text("# No")
     assert cli.main(["lesson", "convert", str(world / "book" / "a.md"), "--backend", "numpy"]) == 0
     assert (world / "book" / "a.numpy.ipynb").is_file()

@@ -16,7 +16,7 @@ from kvattn import conversion, pairs, partition, planning, positions
 from kvattn.conformance import check, native, position_functions
 from kvattn.partition import Part
 
-SMALL = {"FEW": 0, "BLOCK": 2, "LOOK": 12, "WHOLE": 0, "GAP": 1, "SHORT": 2, "BIAS": 24}
+SMALL = {"FEW": 0, "BLOCK": 2, "FLAGS_AT_ONCE": 12, "WHOLE_MASK": 0, "GAP": 1, "SHORT_SEGMENT": 2, "BIAS": 24}
 SLOW = {"jax": 7, "tensorflow": 4, "mxnet": 3}  # of so many cases one: each block is a program, or waits for an engine
 
 
@@ -57,8 +57,8 @@ def _one_further(*arguments, _of=pairs.window_of):
     return window and (window[0] and window[0] + 1, window[1] and window[1] + 1)
 
 
-def _without_looks(parts, *arguments, _of=partition.cut):
-    return _of([part._replace(looks=False) for part in parts], *arguments)
+def _without_restrictions(parts, *arguments, _of=partition.cut):
+    return _of([part._replace(restricted=False) for part in parts], *arguments)
 
 
 def _of_the_first_entry(which, *arrays, _of=partition._of_entries):
@@ -73,7 +73,7 @@ BROKEN = {  # what a block may get wrong
     "a key too few": ("partition._narrowed", _one_less),
     "a window that is wider": ("pairs.one_window", _one_more),
     "a window of distances that is wider": ("pairs.window_of", _one_further),
-    "what looks is not looked at": ("partition.cut", _without_looks),
+    "what is restricted is taken as allowed": ("partition.cut", _without_restrictions),
     "each entry is the first": ("partition._of_entries", _of_the_first_entry),
 }
 
@@ -285,7 +285,7 @@ def test_sorted_segments_cost_the_sum_of_their_squares():
     assert [part.runs for part in parts] == [((500, 524),), ((0, 0),), ((524, 1024),), ((0, 500),)]
     short = np.arange(1024)[None].repeat(2, axis=0) // 10
     _, parts = resolved(1024, 1024, segments=short)
-    assert all(part.looks for part in parts)
+    assert all(part.restricted for part in parts)
     assert all(64 <= part.end - part.start < 80 for part in parts[:-1])
 
 

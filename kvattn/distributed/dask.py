@@ -90,12 +90,12 @@ def attention(query: Array, key: da.Array, value: da.Array, *, return_lse: bool 
     """
     call, cut, query, key, value = _checked(query, key, value, return_lse, options)
     shape, narrow = cut.shape(value.shape[-1]), delayed(_cast)
-    whole = _merged(call, cut, query, _pairs(key, value), value.shape[-1])
-    output = {at: narrow(x[0], query.dtype) for at, x in whole.items()}
+    total = _merged(call, cut, query, _pairs(key, value), value.shape[-1])
+    output = {at: narrow(x[0], query.dtype) for at, x in total.items()}
     output = _assembled(output, shape, query.dtype, cut.batches, cut.rows, -2)
     if not call.return_lse:
         return output
-    lse = {at: x[1] for at, x in whole.items()}
+    lse = {at: x[1] for at, x in total.items()}
     return output, _assembled(lse, shape[:-1], _wide(query.dtype), cut.batches, cut.rows, -1)
 
 
@@ -119,19 +119,19 @@ def attention_grad(query: Array, key: da.Array, value: da.Array, grad_output: Ar
         raise ValueError("output and lse go together: give both or none")
     pairs = _pairs(key, value)
     if output is None:
-        whole = _merged(call, cut, query, pairs, shape[-1])
-        pairs = bind(pairs, [*whole.values()])  # read anew once these are there, not kept in memory until then
+        total = _merged(call, cut, query, pairs, shape[-1])
+        pairs = bind(pairs, [*total.values()])  # read anew once these are there, not kept in memory until then
     else:
         outputs = cut.in_rows(_fitting("output", output, query.dtype, shape), -2)
         lses = cut.in_rows(_fitting("lse", lse, _wide(query.dtype), shape[:-1]), -1)
-        whole = {at: [outputs[at], lses[at]] for at in outputs}
+        total = {at: [outputs[at], lses[at]] for at in outputs}
 
     of = {"query": query, "key": key, "value": value}
     grads: dict[str, dict[At, list[Any]]] = {name: defaultdict(list) for name in wrt}
     part_grad, total, narrow = delayed(_part_grad, nout=len(wrt)), delayed(_total), delayed(_cast)
     for (batch, row), _, blocks in _blocks(call, cut, query, pairs):
         for column, arrays, block in blocks:
-            made = part_grad(*arrays, loss[batch, row], whole[batch, row], block, wrt)
+            made = part_grad(*arrays, loss[batch, row], total[batch, row], block, wrt)
             for name, grad in zip(wrt, made, strict=True):
                 at = 0 if of[name].shape[0] == 1 else batch, row if name == "query" else column
                 grads[name][at].append(grad)
@@ -165,8 +165,8 @@ def topk(query: Array, key: da.Array, k: int, **options: Any) -> tuple[da.Array,
     positions, scores = {}, {}
     for at, _, blocks in _blocks(call, cut, query, _pairs(key, key)):
         parts = [best(*arrays, block, k) for _, arrays, block in blocks]
-        whole = _tree(partial(best_of, k=k), [none(cut.shape(k, at), dtype), *parts])
-        positions[at], scores[at] = whole[0], whole[1]
+        total = _tree(partial(best_of, k=k), [none(cut.shape(k, at), dtype), *parts])
+        positions[at], scores[at] = total[0], total[1]
     return (
         _assembled(positions, shape, np.dtype(np.int64), cut.batches, cut.rows, -2),
         _assembled(scores, shape, dtype, cut.batches, cut.rows, -2),
@@ -286,8 +286,8 @@ class _Cut(NamedTuple):
     def calls(self, call: Call, ndim: int) -> Iterator[tuple[At, list[Call]]]:
         """For each part of the queries the calls of its blocks, which know lengths, offset, mask, ... of their own."""
         axes = {"mask": (ndim,), "bias": (ndim,), "valid_lens": (1, 2), "query_offset": (1,), "sink": (ndim, ndim - 2)}
-        said = call.mask if type(call.mask) is Pairs else None
-        call = call if said is None else call._replace(mask=said.mask)
+        spec = call.mask if type(call.mask) is Pairs else None
+        call = call if spec is None else call._replace(mask=spec.mask)
         query, key = (np.broadcast_to(np.float32(0), (*[1] * (ndim - 2), x[-1][1], 1)) for x in (self.rows, self.columns))
         for batch in range(len(self.batches)):
             given = {name: getattr(call, name) for name in axes}
@@ -296,18 +296,18 @@ class _Cut(NamedTuple):
             for row, (i, j) in enumerate(self.rows):
                 blocks = [(i, j, k, l) for k, l in self.columns]
                 found = [block for *_, block in part.cut(blocks, query, key, key)]
-                if said is not None:
-                    masks = [self.said(said, batch, at, x.mask, call) for at, x in zip(blocks, found, strict=True)]
+                if spec is not None:
+                    masks = [self.spec_of(spec, batch, at, x.mask, call) for at, x in zip(blocks, found, strict=True)]
                     found = [x._replace(mask=mask) for x, mask in zip(found, masks, strict=True)]
                 yield (batch, row), found
 
-    def said(self, said: Pairs, batch: int, at: tuple[int, ...], mask: Any, call: Call) -> Pairs:
+    def spec_of(self, spec: Pairs, batch: int, at: tuple[int, ...], mask: Any, call: Call) -> Pairs:
         """What is said of the pairs of a block, whose positions are counted from its first key."""
         start, end, first, last = at
         entries = self.batches[batch] if len(self.batches) > 1 else None
-        ask = partial(_Function, first=first, entries=entries, offset=call.query_offset, axes=len(self.lead) + 2)
-        functions: list[Any] = [None if x is None else ask(x) for x in (said.mask_function, said.bias_function)]
-        segments = said.segments
+        of_chunk = partial(_Function, first=first, entries=entries, offset=call.query_offset, axes=len(self.lead) + 2)
+        functions: list[Any] = [None if x is None else of_chunk(x) for x in (spec.mask_function, spec.bias_function)]
+        segments = spec.segments
         if segments is not None:
             segments = self.first(segments[0], batch)[:, start:end], self.first(segments[1], batch)[:, first:last]
         return Pairs(tab, mask, functions[0], functions[1], segments)
@@ -329,8 +329,8 @@ def _pairs(key: da.Array, value: da.Array) -> da.Array:
     graph = dict(pairs.dask)
     users = Counter(name for task in graph.values() for name in task.dependencies)
     for at in flatten(pairs.__dask_keys__()):
-        own = [name for name in graph[at].dependencies if users[name] == 1 and name in graph]
-        graph[at] = graph[at].fuse(graph[at], *map(graph.pop, own))
+        unshared = [name for name in graph[at].dependencies if users[name] == 1 and name in graph]
+        graph[at] = graph[at].fuse(graph[at], *map(graph.pop, unshared))
     return da.Array(graph, pairs.name, pairs.chunks, dtype=object)
 
 
@@ -353,13 +353,13 @@ def _attends(n: int, m: int, ndim: int, call: Call) -> bool:
     """Whether some query may attend to some key, as far as can be told before anything is computed."""
     if not (n and m):
         return False
-    said = call.mask if type(call.mask) is Pairs else Pairs(tab, call.mask)
-    for x, none in ((said.mask, False), (call.bias, -math.inf)):
+    spec = call.mask if type(call.mask) is Pairs else Pairs(tab, call.mask)
+    for x, none in ((spec.mask, False), (call.bias, -math.inf)):
         if isinstance(x, (np.ndarray, np.generic)) and not (x != none).any():
             return False
-    if said.segments is not None and all(map(tab.is_array, said.segments)):
-        count = max(map(len, said.segments))
-        both = zip(*(np.broadcast_to(x, (count, x.shape[-1])) for x in said.segments), strict=True)
+    if spec.segments is not None and all(map(tab.is_array, spec.segments)):
+        count = max(map(len, spec.segments))
+        both = zip(*(np.broadcast_to(x, (count, x.shape[-1])) for x in spec.segments), strict=True)
         if not any(np.isin(*ids).any() for ids in both):
             return False
     first, end = 0, m  # of each query's keys
@@ -377,12 +377,12 @@ def _attends(n: int, m: int, ndim: int, call: Call) -> bool:
 
 def _merged(call: Call, cut: _Cut, query: Array, pairs: da.Array, width: int) -> dict[At, Any]:
     """The output and the lse of each part of the queries, wide."""
-    part, none, merge, with_sink, whole = delayed(_part), delayed(_none), delayed(_merge), delayed(_with_sink), {}
+    part, none, merge, with_sink, total = delayed(_part), delayed(_none), delayed(_merge), delayed(_with_sink), {}
     for at, sink, blocks in _blocks(call, cut, query, pairs):
         parts = [part(*arrays, block) for _, arrays, block in blocks]
         parts = parts or [none(cut.shape(width, at), _wide(query.dtype))]
-        whole[at] = _tree(merge, parts) if sink is None else with_sink(_tree(merge, parts), sink)
-    return whole
+        total[at] = _tree(merge, parts) if sink is None else with_sink(_tree(merge, parts), sink)
+    return total
 
 
 def _tree(function: Callable[..., Any], parts: list[Any]) -> Any:
@@ -453,19 +453,19 @@ def _merge(*parts: Any) -> Any:
     return kvattn.merge_attention(*zip(*parts, strict=True), return_lse=True, backend="numpy")
 
 
-def _with_sink(whole: Any, sink: Any) -> Any:
-    output, lse = whole
+def _with_sink(total: Any, sink: Any) -> Any:
+    output, lse = total
     left, lse = tab._left(lse, sink, output.ndim)
     return left * output, lse
 
 
-def _part_grad(query: Any, pair: Any, grad_output: Any, whole: Any, call: Call, wrt: tuple[str, ...]) -> Any:
-    """What one chunk of the keys adds to the gradients; ``whole``: the output and the lse over all keys."""
-    query, key, value, grad_output, output, lse = (tab._wide(x) for x in (query, *pair, grad_output, *whole))
-    own, own_lse = _part(query, (key, value), call)
-    share = np.exp(own_lse - np.where(lse == -math.inf, 0, lse))
-    by_lse = share * ((grad_output * own).sum(axis=-1) - (grad_output * output).sum(axis=-1))
-    known = tiled_grad.Known(own, own_lse, by_lse)
+def _part_grad(query: Any, pair: Any, grad_output: Any, total: Any, call: Call, wrt: tuple[str, ...]) -> Any:
+    """What one chunk of the keys adds to the gradients; ``total``: the output and the lse over all keys."""
+    query, key, value, grad_output, output, lse = (tab._wide(x) for x in (query, *pair, grad_output, *total))
+    part_output, part_lse = _part(query, (key, value), call)
+    share = np.exp(part_lse - np.where(lse == -math.inf, 0, lse))
+    by_lse = share * ((grad_output * part_output).sum(axis=-1) - (grad_output * output).sum(axis=-1))
+    known = tiled_grad.Known(part_output, part_lse, by_lse)
     return by_hand.attention_grad(tab, query, key, value, share[..., None] * grad_output, wrt, call, known)
 
 

@@ -152,10 +152,10 @@ def unshard(x: Any, *, dim: int = -2, group: Any = None, axis: str | int | None 
     ring, dim = _ring(group, axis, timeout, x), dim % x.ndim
     sizes = [size for (size,) in _exchange(ring, [x.shape[dim]])]
     shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
-    whole = x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
+    sequence = x.new_empty((*x.shape[:dim], sum(sizes), *x.shape[dim + 1 :]))
     for rank, part in enumerate(ring.gathered(x, shapes)):
-        whole.index_copy_(dim, _positions(sizes, rank, zigzag).to(x.device), part)
-    return whole
+        sequence.index_copy_(dim, _positions(sizes, rank, zigzag).to(x.device), part)
+    return sequence
 
 
 def _parts(n: int, count: int) -> list[int]:
@@ -222,13 +222,13 @@ def _ring(group: Any, axis: Any, timeout: Any, x: Any = None) -> kernel.Ring:
 
 def _axis(mesh: Any, axis: Any) -> Any:
     names = mesh.mesh_dim_names or ()
-    there = f"{mesh.ndim} axes" + (f", {', '.join(names)}" if names else "")
+    available = f"{mesh.ndim} axes" + (f", {', '.join(names)}" if names else "")
     if axis is None and mesh.ndim > 1:
-        raise ValueError(f"the mesh has {there}: say by axis= over which of them the sequence lies")
+        raise ValueError(f"the mesh has {available}: say by axis= over which of them the sequence lies")
     if axis is None:
         return 0
     if axis not in names and not (conversion.is_integer(axis) and -mesh.ndim <= axis < mesh.ndim):
-        raise ValueError(f"the mesh has no axis {axis!r}; it has {there}")
+        raise ValueError(f"the mesh has no axis {axis!r}; it has {available}")
     return axis if isinstance(axis, str) else int(axis) % mesh.ndim
 
 
@@ -245,9 +245,10 @@ OPTIONS = ("mask", "bias", "valid_lens", "causal", "query_offset", "window", "se
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COUNTS = ("axes", "query heads", "key heads", "features of the query", "features of the value")
-SAME = ("dtype", *(f"number of {x}" for x in COUNTS), "batch axes", "options: causal, query_offset, window, scale, softcap and "
-        "zigzag, and which of mask, bias, valid_lens, segments and sink are given", "need of gradients")  # fmt: skip
-MESSAGE = (*SAME, "n", "m", "columns", "ids", "fine")  # the integers that each process sends to all, in this order
+COMPARED = ("dtype", *(f"number of {x}" for x in COUNTS), "batch axes", "options: causal, query_offset, window, scale, "
+            "softcap and zigzag, and which of mask, bias, valid_lens, segments and sink are given",
+            "need of gradients")  # fmt: skip
+MESSAGE = (*COMPARED, "n", "m", "columns", "ids", "fine")  # the integers that each process sends to all, in this order
 
 
 def _checked(tab: Any, given: dict[str, Any], options: dict[str, Any], zigzag: bool) -> tuple[Any, Any, list[int]]:
@@ -352,14 +353,13 @@ def _plan(tab: Any, ring: kernel.Ring, everyone: list[list[int]], options: dict[
     sent = {name: [numbers[i] for numbers in everyone] for i, name in enumerate(MESSAGE)}
     if 0 in sent["fine"]:
         raise ValueError(f"rank {sent['fine'].index(0)} of the ring refuses its arguments: its own error says why")
-    for name in SAME:
+    for name in COMPARED:
         other = next((rank for rank, x in enumerate(sent[name]) if x != sent[name][0]), None)
         if other is not None:
             both = [str(sent[name][rank]) for rank in (0, other)]
             both = [str(DTYPES[int(x)]) for x in both] if name == "dtype" else both
-            shown = (
-                f": {both[0]} on rank 0, {both[1]} on rank {other}" if name in ("dtype", *SAME[1:6]) else f" as on rank {other}"
-            )
+            numbers = name in COMPARED[:6]
+            shown = f": {both[0]} on rank 0, {both[1]} on rank {other}" if numbers else f" as on rank {other}"
             raise ValueError(f"the processes of the ring differ in their {name}{shown}; expected the same on all")
     total = sum(sent["m"])
     for rank, columns in enumerate(sent["columns"]):

@@ -35,7 +35,7 @@ from transformers.utils import output_capturing
 
 import kvattn
 
-OTHERS = ("numpy", "tensorflow", "jax", "mxnet")
+OTHER_BACKENDS = ("numpy", "tensorflow", "jax", "mxnet")
 REFUSED = {  # arguments of single architectures that change the answer
     "indices": "a sparse indexer's choice of keys, which reaches no mask",
     "block_indices": "a sparse indexer's choice of keys, which reaches no mask",
@@ -46,7 +46,7 @@ REFUSED = {  # arguments of single architectures that change the answer
 
 def register() -> None:
     """Make the names known to transformers. Nothing else is loaded until a model uses one."""
-    for name, backend in {"kvattn": "torch", **{f"kvattn-{other}": other for other in OTHERS}}.items():
+    for name, backend in {"kvattn": "torch", **{f"kvattn-{other}": other for other in OTHER_BACKENDS}}.items():
         AttentionInterface.register(name, partial(forward, backend=backend))
         AttentionMaskInterface.register(name, allowed)
 
@@ -263,30 +263,30 @@ class _Elsewhere(torch.autograd.Function):  # type: ignore[misc]
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value, bias, sink)
         ctx.options, ctx.backend = options, backend
-        arrays, given = _there((query, key, value), {"bias": bias, "sink": sink, **options}, backend)
-        return _back(kvattn.attention(*arrays, **given), query)
+        arrays, given = _to_backend((query, key, value), {"bias": bias, "sink": sink, **options}, backend)
+        return _to_torch(kvattn.attention(*arrays, **given), query)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:
         *tensors, bias, sink = ctx.saved_tensors
-        arrays, given = _there((*tensors, grad_output), {"bias": bias, "sink": sink, **ctx.options}, ctx.backend)
+        arrays, given = _to_backend((*tensors, grad_output), {"bias": bias, "sink": sink, **ctx.options}, ctx.backend)
         names = ("query", "key", "value", "bias", "sink")
         wrt = [name for name, needed in zip(names, ctx.needs_input_grad, strict=False) if needed]
         found = dict(zip(wrt, kvattn.attention_grad(*arrays, **given, wrt=wrt), strict=True))
-        return *(_back(found[x], grad_output) if x in found else None for x in names), None, None
+        return *(_to_torch(found[x], grad_output) if x in found else None for x in names), None, None
 
 
-def _there(tensors: Any, options: dict[str, Any], backend: str) -> tuple[list[Any], dict[str, Any]]:
-    def there(x: torch.Tensor) -> Any:
+def _to_backend(tensors: Any, options: dict[str, Any], backend: str) -> tuple[list[Any], dict[str, Any]]:
+    def convert(x: torch.Tensor) -> Any:
         """NumPy's view of a tensor on the CPU, no copy. bfloat16 goes as float32, in which it would be computed anyway."""
         return kvattn.asarray(kvattn.to_numpy(x), backend=backend)
 
-    given = {name: tree_map_only(torch.Tensor, there, x) for name, x in options.items()}
-    return [there(x) for x in tensors], given
+    given = {name: tree_map_only(torch.Tensor, convert, x) for name, x in options.items()}
+    return [convert(x) for x in tensors], given
 
 
-def _back(x: Any, like: torch.Tensor) -> torch.Tensor:
+def _to_torch(x: Any, like: torch.Tensor) -> torch.Tensor:
     if hasattr(x, "__dlpack__"):
         try:
             return torch.from_dlpack(x).to(like.device, like.dtype)

@@ -42,7 +42,7 @@ class Layer(keras.layers.Layer):
         if found := {name: options.pop(name) for name in ARRAYS if _of_arrays(options.get(name))} | (arrays or {}):
             options["arrays"] = found
         if cache is not None:
-            options["cache"] = Held(cache)
+            options["cache"] = CacheBox(cache)
         return super().__call__(*args, **options)
 
     def get_config(self):
@@ -102,7 +102,7 @@ class Decoding(Layer):
         return output, [outputs, lens, kept] if whole else layers.following(state, self.i, kept)
 
 
-class Held:
+class CacheBox:
     """A cache, in which Keras is not to look for tensors."""
 
     def __init__(self, cache):

@@ -26,7 +26,7 @@ with old_names():
 
 __all__ = [*layers.LAYERS]
 
-TOGETHER = 16  # operators of a small call that MXNet's engine is handed at one time, since waking it for each takes longer
+BULK = 16  # operators of a small call that MXNet's engine is handed at one time, since waking it for each takes longer
 
 # X and queries (batch, n, d), keys (batch, m, d), values (batch, m, v), valid_lens (batch,) or (batch, n); ``options`` are
 # kvattn.attention's: mask, causal, window, ... ``kwargs`` are gluon's: prefix and params.
@@ -66,7 +66,7 @@ class _Layer(nn.HybridBlock):
             for parameter in self._reg_params.values():
                 parameter._finish_deferred_init()
         values = {name: x.data(args[0].ctx) for name, x in self._reg_params.items()}
-        with mx.engine.bulk(TOGETHER) if args[0].size < views.SMALL else nullcontext():
+        with mx.engine.bulk(BULK) if args[0].size < views.SMALL else nullcontext():
             return self.hybrid_forward(mx.ndarray, *args, **values, **options)
 
     def _fits_graph(self, args):

@@ -35,7 +35,7 @@ class Agreement:
     message: str = ""
 
 
-def judge(seen: dict[str, list[Entry]], figures: bool = False) -> Agreement | None:
+def judge(shown: dict[str, list[Entry]], figures: bool = False) -> Agreement | None:
     """The worst disagreement between two tabs about what a cell shows; None where there are no numbers, or one tab.
 
     >>> half, more = ({"dtype": "float32", "shape": [], "values": [x]} for x in (0.5, 0.75))
@@ -44,7 +44,7 @@ def judge(seen: dict[str, list[Entry]], figures: bool = False) -> Agreement | No
     >>> judge({"torch": [half], "jax": [more]}).message
     'torch 0.5, jax 0.75: 0.25 apart, 4e-06 allowed'
     """
-    numbers = {name: [entry for each in entries for entry in _numbers(each, figures)] for name, entries in seen.items()}
+    numbers = {name: [entry for each in entries for entry in _numbers(each, figures)] for name, entries in shown.items()}
     if len(numbers) < 2 or not any(numbers.values()):
         return None
     return max((_pair(*pair) for pair in combinations(numbers.items(), 2)), key=lambda pair: pair.share)

@@ -146,13 +146,14 @@ class _Site:
             raise Refused(f"{options.folder!r} is no folder; for one lesson: kvattn lesson run")
         if self.folder.resolve().is_relative_to(self.out.resolve()):
             raise Refused(f"{options.output!r} has the lessons in it: --output names a folder of its own for the site")
-        if self.out.exists() and not (self.out / site.OWN).is_dir() and (not self.out.is_dir() or any(self.out.iterdir())):
+        is_site = (self.out / site.WORK_FOLDER).is_dir()
+        if self.out.exists() and not is_site and (not self.out.is_dir() or any(self.out.iterdir())):
             raise Refused(f"{options.output!r} holds something else than a site of lessons: --output names a new folder")
         try:
-            (self.out / site.OWN).mkdir(parents=True, exist_ok=True)
+            (self.out / site.WORK_FOLDER).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Refused(f"cannot write {options.output!r}: {error.strerror or error}") from error
-        self.source, self.cache = self.out / site.OWN / "source", self.out / site.OWN / "outputs"
+        self.source, self.cache = self.out / site.WORK_FOLDER / "source", self.out / site.WORK_FOLDER / "outputs"
         self.warm: dict[tuple[str, str], runner.Tab] = {}  # of --watch, by page and tab
         self.forks = Forks()
         self.ran = 0

@@ -98,11 +98,11 @@ def changes(folder: Path, pause: Callable[[], object] = lambda: time.sleep(PAUSE
 
 def _state(folder: Path) -> dict[Path, tuple[int, int]]:
     state = {}
-    for here, folders, files in os.walk(folder):
-        folders[:] = [each for each in folders if _goes_into(Path(here, each))]
+    for root, folders, files in os.walk(folder):
+        folders[:] = [each for each in folders if _goes_into(Path(root, each))]
         for each in files:
             try:
-                found = os.stat(path := Path(here, each))
+                found = os.stat(path := Path(root, each))
             except OSError:  # gone meanwhile
                 continue
             if each[0] != ".":

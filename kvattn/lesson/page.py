@@ -116,7 +116,7 @@ class _Page:
         pieces: list[_Shown] = []
         if (ran := self.ran.get((cell, name))) is None:
             return pieces
-        figures = iter([entry for entry in ran.seen if "figure" in entry])
+        figures = iter([entry for entry in ran.shown if "figure" in entry])
         for output in ran.outputs:
             data = output.get("data", {})
             kind = next((kind for kind in _IMAGES if kind in data), None)

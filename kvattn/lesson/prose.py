@@ -27,7 +27,7 @@ TABLE = re.compile(
 )
 EQUATION = re.compile(r"\$\$((?:(?!\$\$).)+)\$\$[ \t]*\n?\s*?\n?:eqlabel:`([^`]*)`[ \t]*$", re.MULTILINE | re.DOTALL)
 ATTRIBUTE = re.compile(r":(width|height|label):`([^`\n]*)`")
-ALONE = re.compile(r"^:(label|bibliography|width|height):`([^`]*)`[ \t]*$", re.MULTILINE)
+DIRECTIVE = re.compile(r"^:(label|bibliography|width|height):`([^`]*)`[ \t]*$", re.MULTILINE)
 ROLE = re.compile(r"(?<![\w`:]):(numref|ref|eqref|citet|cite):`([^`]+)`")
 
 _ROLES = {"ref": "ref", "eqref": "eq", "cite": "cite:p", "citet": "cite:t"}
@@ -87,7 +87,7 @@ def cited(text: str, references: References) -> str:
     """Prose whose citations are words: [Bahdanau et al., 2014]."""
 
     def words(part: str) -> str:
-        part = ALONE.sub(lambda found: "" if found[1] == "bibliography" else found[0], part)
+        part = DIRECTIVE.sub(lambda found: "" if found[1] == "bibliography" else found[0], part)
         return ROLE.sub(lambda found: references.cited(found[1], found[2]) if found[1].startswith("cite") else found[0], part)
 
     return _outside_fences(text, words, lambda info, block: block)
@@ -169,7 +169,7 @@ def _myst(text: str, numbered: bool) -> str:
     text = FIGURE.sub(lambda found: _figure(found, role), text)
     text = TABLE.sub(_table, text)
     text = EQUATION.sub(lambda found: f"$$\n{found[1].strip()}\n$$ ({found[2]})", text)
-    text = ALONE.sub(_alone, text)
+    text = DIRECTIVE.sub(_directive, text)
     return ROLE.sub(role, text)
 
 
@@ -188,7 +188,7 @@ def _table(found: re.Match[str]) -> str:
     return directive("table", caption.strip(), {"name": label} if label else {}, rows) + "\n"
 
 
-def _alone(found: re.Match[str]) -> str:
+def _directive(found: re.Match[str]) -> str:
     kind, value = found.groups()
     return {"label": f"({value})=", "bibliography": directive("bibliography", value, {}, "")}.get(kind, "")
 
@@ -206,7 +206,7 @@ def _plain(text: str, references: References) -> str:
         text = FIGURE.sub(lambda found: _captioned(found, references), text)
         text = TABLE.sub(lambda found: _headed(found, references), text)
         text = EQUATION.sub(lambda found: _tagged(found, references), text)
-    text = ALONE.sub(lambda found: _anchor(found[2]) if found[1] == "label" else "", text)
+    text = DIRECTIVE.sub(lambda found: _anchor(found[2]) if found[1] == "label" else "", text)
     text = re.sub(r"^:eqlabel:`([^`]*)`[ \t]*$", lambda found: _anchor(found[1]), text, flags=re.MULTILINE)
     return ROLE.sub(lambda found: _link(found, references), text)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from kvattn.lesson import prose
 from kvattn.lesson.reader import MARKDOWN, Lesson, Prose
 
-WHAT = "heading, figure, table or equation"  # what a label may stand at: Sphinx finds no other
+LABELLED = "heading, figure, table or equation"  # what a label may stand at: Sphinx finds no other
 _ENTRY = re.compile(r"@(\w++)\s*+\{\s*+([^,\s{}]++)\s*+,")
 _FIELD = re.compile(r"\s*+,?\s*+(\w++)\s*+=\s*+")
 _ACCENTS = {"`": "\u0300", "'": "\u0301", "^": "\u0302", "~": "\u0303", '"': "\u0308", "c": "\u0327", "v": "\u030c"}
@@ -58,8 +58,8 @@ class References:
     @cached_property
     def entries(self) -> dict[str, dict[str, str]]:
         """The entries of the .bib files of the folder, and of those that :bibliography: names, by key."""
-        alone = [found for text in self._texts for found in prose.ALONE.findall(text)]
-        named = [self.folder / name for kind, name in alone if kind == "bibliography"]
+        directives = [found for text in self._texts for found in prose.DIRECTIVE.findall(text)]
+        named = [self.folder / name for kind, name in directives if kind == "bibliography"]
         paths = [path for path in [*(each for each in self.files if each.suffix == ".bib"), *named] if path.is_file()]
         texts = [path.read_text(encoding="utf-8-sig", errors="replace") for path in paths]
         return {key: fields for text in texts for key, fields in _entries(text).items()}
@@ -75,7 +75,7 @@ class References:
         for line, kind, name in self._used():
             if not kind.startswith("cite") and self.target(name) is None:
                 lost.append(
-                    f"{self.lesson.at(line)}: :{kind}:`{name}` leads nowhere: no {WHAT} of this folder's lessons has it"
+                    f"{self.lesson.at(line)}: :{kind}:`{name}` leads nowhere: no {LABELLED} of this folder's lessons has it"
                 )
             elif kind.startswith("cite") and name not in self.entries:
                 bib = "the .bib files here have no such entry" if self.entries else "there is no .bib file beside the lesson"

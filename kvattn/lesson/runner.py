@@ -39,7 +39,7 @@ class Ran:
     cell: Cell
     seconds: float
     outputs: list[Output]
-    seen: list[dict[str, Any]]
+    shown: list[dict[str, Any]]
     error: str | None  # with the lines of the lesson that led to it
 
 
@@ -100,8 +100,8 @@ def compare(lesson: Lesson, ran: dict[str, list[Ran]], figures: bool = False) ->
     """
     agreements = {}
     for cell in lesson.cells:
-        seen = {name: each.seen for name, cells in ran.items() for each in cells if each.cell is cell and not each.error}
-        if cell.compared and (found := agree.judge(seen, figures)):
+        shown = {name: each.shown for name, cells in ran.items() for each in cells if each.cell is cell and not each.error}
+        if cell.compared and (found := agree.judge(shown, figures)):
             agreements[cell] = found
     return agreements
 
@@ -271,8 +271,8 @@ class _Kernel:
         if importlib.util.find_spec("ipykernel") is None:
             raise ModuleNotFoundError("No module named 'ipykernel'", name="ipykernel")
         self.timeout, self.dead = timeout, False
-        self.held = ExitStack()
-        scratch = self.held.enter_context(tempfile.TemporaryDirectory(prefix="kvattn-", ignore_cleanup_errors=True))
+        self.resources = ExitStack()
+        scratch = self.resources.enter_context(tempfile.TemporaryDirectory(prefix="kvattn-", ignore_cleanup_errors=True))
         manager = AsyncKernelManager(
             kernel_name="python3",
             kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # this Python, whatever the user registered as python3
@@ -295,9 +295,9 @@ class _Kernel:
             "MPLBACKEND": "module://matplotlib_inline.backend_inline",
             "PYTHONDONTWRITEBYTECODE": "1",  # nothing is written beside a lesson that imports a module of its folder
         }
-        self.words = self.held.enter_context(open(Path(scratch, "stderr"), "w+", errors="replace"))  # noqa: SIM115
+        self.words = self.resources.enter_context(open(Path(scratch, "stderr"), "w+", errors="replace"))  # noqa: SIM115
         try:
-            self.held.enter_context(
+            self.resources.enter_context(
                 self.client.setup_kernel(env=environment, cwd=str(folder), stderr=self.words, cleanup_kc=True)
             )
             # kvattn as this process has it, wherever the kernel's folder is
@@ -307,7 +307,7 @@ class _Kernel:
             )
             self.refused = self._execute(nbformat.v4.new_code_cell(start))
         except BaseException:
-            self.held.close()
+            self.resources.close()
             raise
 
     def run(self, cell: Any) -> bool:
@@ -337,7 +337,7 @@ class _Kernel:
         return None
 
     def close(self) -> None:
-        self.held.close()
+        self.resources.close()
 
 
 def _results(lesson: Lesson, cells: list[Cell], executed_cells: list[Any]) -> list[Ran]:
@@ -346,7 +346,7 @@ def _results(lesson: Lesson, cells: list[Cell], executed_cells: list[Any]) -> li
     results = []
     for cell, executed in zip(cells, executed_cells, strict=False):
         about = executed.metadata["kvattn"]
-        notes: dict[str, Any] = {"seen": [], "trace": []}
+        notes: dict[str, Any] = {"shown": [], "trace": []}
         for output in executed.outputs:
             notes |= output.get("data", {}).get(MIME, {})
         outputs = [output for output in executed.outputs if MIME not in output.get("data", {})]
@@ -356,7 +356,7 @@ def _results(lesson: Lesson, cells: list[Cell], executed_cells: list[Any]) -> li
         elif error:
             trace = _trace(lesson, lines, notes["trace"]) or [f"{lesson.at(cell.line)}:"]
             error = "\n".join([*trace, textwrap.indent(_ANSI.sub("", error), "  ")])
-        results.append(Ran(cell, about["seconds"], outputs, notes["seen"], error))
+        results.append(Ran(cell, about["seconds"], outputs, notes["shown"], error))
     return results
 
 

@@ -18,7 +18,7 @@ from kvattn.lesson.reader import MARKDOWN, Lesson, Prose, read
 from kvattn.lesson.runner import Ran, Result, compare, run_tab
 from kvattn.lesson.writer import notebook
 
-OWN = ".kvattn"  # in the folder of a site: what it is made of
+WORK_FOLDER = ".kvattn"  # in the folder of a site: what it is made of
 UNUSED = 7 * 24 * 3600  # seconds
 _SKIPPED = ("_build", "node_modules", "__pycache__")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -48,9 +48,9 @@ def find(folder: str | Path) -> Book:
     """
     folder = Path(folder).absolute()
     paths: list[Path] = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = sorted(each for each in folders if _goes_into(Path(here, each)))
-        paths += [Path(here, each) for each in sorted(files) if each[0] != "."]
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(each for each in folders if _goes_into(Path(root, each)))
+        paths += [Path(root, each) for each in sorted(files) if each[0] != "."]
     lessons: dict[str, Lesson] = {}
     for path in paths:
         name = path.relative_to(folder).with_suffix("").as_posix()
@@ -65,7 +65,7 @@ def find(folder: str | Path) -> Book:
 
 
 def _goes_into(folder: Path) -> bool:
-    site = (folder / OWN).is_dir() or (folder / "pyvenv.cfg").is_file()
+    site = (folder / WORK_FOLDER).is_dir() or (folder / "pyvenv.cfg").is_file()
     return folder.name[0] != "." and folder.name not in _SKIPPED and not site
 
 
@@ -191,10 +191,10 @@ def html(source: Path, out: Path, title: str, say: Callable[[str], None]) -> Non
     }
     changed(source / "conf.py", "".join(f"{name} = {value!r}\n" for name, value in settings.items()))
     with patch_docutils(source), docutils_namespace():
-        app = Sphinx(source, source, out, out / OWN / "doctrees", "html", status=None, warning=_Warnings(say))
+        app = Sphinx(source, source, out, out / WORK_FOLDER / "doctrees", "html", status=None, warning=_Warnings(say))
         app.build()
     pages = {path.relative_to(source).with_suffix(".html") for path in source.rglob("*.md")}
-    for page in [path for path in out.rglob("*.html") if OWN not in path.parts and "_static" not in path.parts]:
+    for page in [path for path in out.rglob("*.html") if WORK_FOLDER not in path.parts and "_static" not in path.parts]:
         if page.relative_to(out) not in pages | {Path("search.html"), Path("genindex.html")}:
             page.unlink()
 

@@ -1,7 +1,7 @@
 """In the kernel of a lesson that is run: notes the numbers that its cells show, in full precision, for the runner to compare.
 
 What a cell prints, displays or ends with is noted as it is shown; nothing of the author's code is changed. After each
-cell one message of the private type MIME carries the notes, JSON: {"seen": [entry, ...], "trace": [[file or In[n], line,
+cell one message of the private type MIME carries the notes, JSON: {"shown": [entry, ...], "trace": [[file or In[n], line,
 function, source], ...], "files": [a file or folder that the cell read, ...]}. An entry is {"text": a printed string},
 {"dtype", "shape", "values"} for numbers and arrays, or {"figure": [entry, ...], "alt": words} for what a Matplotlib figure
 draws.
@@ -47,13 +47,13 @@ class _Watch:
     def __init__(self, shell: Any) -> None:
         from IPython.core.formatters import JSONFormatter
 
-        self.shell, self.seen, self.print, self.files = shell, list[dict[str, Any]](), print, Files()
+        self.shell, self.shown, self.print, self.files = shell, list[dict[str, Any]](), print, Files()
         shell.config.InlineBackend.figure_formats = {"svg"}  # sharp on every screen; a lesson may choose otherwise
         builtins.print = self._print
         looker = JSONFormatter(parent=shell.display_formatter, format_type=MIME)
         looker.for_type(object, self._note)  # asked about every object, it adds nothing to what is displayed
         shell.display_formatter.formatters[MIME] = looker
-        shell.events.register("pre_run_cell", lambda info: self.seen.clear())
+        shell.events.register("pre_run_cell", lambda info: self.shown.clear())
         shell.events.register("post_run_cell", self._publish)
 
     def _print(self, *args: Any, file: Any = None, **options: Any) -> None:
@@ -62,15 +62,15 @@ class _Watch:
             for arg in args:
                 self._note(arg)
 
-    def _note(self, shown: Any) -> None:
+    def _note(self, value: Any) -> None:
         try:
-            self.seen += islice(entries(shown), MOST - len(self.seen))
+            self.shown += islice(entries(value), MOST - len(self.shown))
         except Exception:  # a list that holds itself, an object that answers oddly: never the author's trouble
             return
 
     def _publish(self, result: Any) -> None:
         error = result.error_before_exec or result.error_in_exec
-        notes = {"seen": self.seen, "trace": self._trace(error) if error else [], "files": self.files.read()}
+        notes = {"shown": self.shown, "trace": self._trace(error) if error else [], "files": self.files.read()}
         self.shell.display_pub.publish({MIME: notes})
 
     def _trace(self, error: BaseException) -> list[list[Any]]:
@@ -88,8 +88,8 @@ class _Watch:
 
 def _caller() -> str:
     """The file whose code raised an audit event, seen from its hook."""
-    here = inspect.currentframe()
-    caller = here.f_back.f_back if here and here.f_back else None
+    frame = inspect.currentframe()
+    caller = frame.f_back.f_back if frame and frame.f_back else None
     return caller.f_code.co_filename if caller else ""
 
 
@@ -101,7 +101,7 @@ class Files:
         places = [sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), os.path.dirname(kvattn.__file__)]
         places += [os.environ.get("IPYTHONDIR", ""), "/proc", "/sys", "/dev", "/etc"]
         # what is installed, and the system's
-        self.others = tuple(f"{os.path.abspath(place)}{os.sep}" for place in places if place)
+        self.installed = tuple(f"{os.path.abspath(place)}{os.sep}" for place in places if place)
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, args: Any) -> None:
@@ -125,13 +125,13 @@ class Files:
         """Those since the last time that are the author's own: not what the lesson itself wrote, nor hidden files."""
         opened = [importlib.util.source_from_cache(path) if path.endswith(".pyc") else path for path in self.opened]
         self.opened.clear()
-        return [path for path in dict.fromkeys(opened) if self._own(path)]
+        return [path for path in dict.fromkeys(opened) if self._is_the_authors(path)]
 
-    def _own(self, path: str) -> bool:
+    def _is_the_authors(self, path: str) -> bool:
         parts = os.path.relpath(path).split(os.sep)
         hidden = any(part[:1] == "." and part not in (".", "..") for part in parts)
-        installed = f"{path}{os.sep}".startswith(self.others) or "site-packages" in parts
-        return not hidden and not installed and path not in self.written and os.path.exists(path)
+        is_installed = f"{path}{os.sep}".startswith(self.installed) or "site-packages" in parts
+        return not hidden and not is_installed and path not in self.written and os.path.exists(path)
 
 
 def entries(x: Any) -> Iterator[dict[str, Any]]:
