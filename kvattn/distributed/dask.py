@@ -90,12 +90,12 @@ def attention(query: Array, key: da.Array, value: da.Array, *, return_lse: bool 
     """
     call, cut, query, key, value = _checked(query, key, value, return_lse, options)
     shape, narrow = cut.shape(value.shape[-1]), delayed(_cast)
-    total = _merged(call, cut, query, _pairs(key, value), value.shape[-1])
-    output = {at: narrow(x[0], query.dtype) for at, x in total.items()}
+    complete = _merged(call, cut, query, _pairs(key, value), value.shape[-1])
+    output = {at: narrow(x[0], query.dtype) for at, x in complete.items()}
     output = _assembled(output, shape, query.dtype, cut.batches, cut.rows, -2)
     if not call.return_lse:
         return output
-    lse = {at: x[1] for at, x in total.items()}
+    lse = {at: x[1] for at, x in complete.items()}
     return output, _assembled(lse, shape[:-1], _wide(query.dtype), cut.batches, cut.rows, -1)
 
 
@@ -119,19 +119,19 @@ def attention_grad(query: Array, key: da.Array, value: da.Array, grad_output: Ar
         raise ValueError("output and lse go together: give both or none")
     pairs = _pairs(key, value)
     if output is None:
-        total = _merged(call, cut, query, pairs, shape[-1])
-        pairs = bind(pairs, [*total.values()])  # read anew once these are there, not kept in memory until then
+        complete = _merged(call, cut, query, pairs, shape[-1])
+        pairs = bind(pairs, [*complete.values()])  # read anew once these are there, not kept in memory until then
     else:
         outputs = cut.in_rows(_fitting("output", output, query.dtype, shape), -2)
         lses = cut.in_rows(_fitting("lse", lse, _wide(query.dtype), shape[:-1]), -1)
-        total = {at: [outputs[at], lses[at]] for at in outputs}
+        complete = {at: [outputs[at], lses[at]] for at in outputs}
 
     of = {"query": query, "key": key, "value": value}
     grads: dict[str, dict[At, list[Any]]] = {name: defaultdict(list) for name in wrt}
     part_grad, total, narrow = delayed(_part_grad, nout=len(wrt)), delayed(_total), delayed(_cast)
     for (batch, row), _, blocks in _blocks(call, cut, query, pairs):
         for column, arrays, block in blocks:
-            made = part_grad(*arrays, loss[batch, row], total[batch, row], block, wrt)
+            made = part_grad(*arrays, loss[batch, row], complete[batch, row], block, wrt)
             for name, grad in zip(wrt, made, strict=True):
                 at = 0 if of[name].shape[0] == 1 else batch, row if name == "query" else column
                 grads[name][at].append(grad)
@@ -165,8 +165,8 @@ def topk(query: Array, key: da.Array, k: int, **options: Any) -> tuple[da.Array,
     positions, scores = {}, {}
     for at, _, blocks in _blocks(call, cut, query, _pairs(key, key)):
         parts = [best(*arrays, block, k) for _, arrays, block in blocks]
-        total = _tree(partial(best_of, k=k), [none(cut.shape(k, at), dtype), *parts])
-        positions[at], scores[at] = total[0], total[1]
+        complete = _tree(partial(best_of, k=k), [none(cut.shape(k, at), dtype), *parts])
+        positions[at], scores[at] = complete[0], complete[1]
     return (
         _assembled(positions, shape, np.dtype(np.int64), cut.batches, cut.rows, -2),
         _assembled(scores, shape, dtype, cut.batches, cut.rows, -2),
@@ -377,12 +377,12 @@ def _attends(n: int, m: int, ndim: int, call: Call) -> bool:
 
 def _merged(call: Call, cut: _Cut, query: Array, pairs: da.Array, width: int) -> dict[At, Any]:
     """The output and the lse of each part of the queries, wide."""
-    part, none, merge, with_sink, total = delayed(_part), delayed(_none), delayed(_merge), delayed(_with_sink), {}
+    part, none, merge, with_sink, complete = delayed(_part), delayed(_none), delayed(_merge), delayed(_with_sink), {}
     for at, sink, blocks in _blocks(call, cut, query, pairs):
         parts = [part(*arrays, block) for _, arrays, block in blocks]
         parts = parts or [none(cut.shape(width, at), _wide(query.dtype))]
-        total[at] = _tree(merge, parts) if sink is None else with_sink(_tree(merge, parts), sink)
-    return total
+        complete[at] = _tree(merge, parts) if sink is None else with_sink(_tree(merge, parts), sink)
+    return complete
 
 
 def _tree(function: Callable[..., Any], parts: list[Any]) -> Any:
@@ -453,15 +453,15 @@ def _merge(*parts: Any) -> Any:
     return kvattn.merge_attention(*zip(*parts, strict=True), return_lse=True, backend="numpy")
 
 
-def _with_sink(total: Any, sink: Any) -> Any:
-    output, lse = total
+def _with_sink(complete: Any, sink: Any) -> Any:
+    output, lse = complete
     left, lse = tab._left(lse, sink, output.ndim)
     return left * output, lse
 
 
-def _part_grad(query: Any, pair: Any, grad_output: Any, total: Any, call: Call, wrt: tuple[str, ...]) -> Any:
-    """What one chunk of the keys adds to the gradients; ``total``: the output and the lse over all keys."""
-    query, key, value, grad_output, output, lse = (tab._wide(x) for x in (query, *pair, grad_output, *total))
+def _part_grad(query: Any, pair: Any, grad_output: Any, complete: Any, call: Call, wrt: tuple[str, ...]) -> Any:
+    """What one chunk of the keys adds to the gradients; ``complete``: the output and the lse over all keys."""
+    query, key, value, grad_output, output, lse = (tab._wide(x) for x in (query, *pair, grad_output, *complete))
     part_output, part_lse = _part(query, (key, value), call)
     share = np.exp(part_lse - np.where(lse == -math.inf, 0, lse))
     by_lse = share * ((grad_output * part_output).sum(axis=-1) - (grad_output * output).sum(axis=-1))

@@ -21,7 +21,7 @@ from kvattn.maps import attention_maps
 
 integration.register()
 torch.set_num_threads(1)  # of models as small as these a second thread only waits
-NAMES = ["kvattn", *(f"kvattn-{name}" for name in chosen() if name in integration.OTHERS)]
+NAMES = ["kvattn", *(f"kvattn-{name}" for name in chosen() if name in integration.OTHER_BACKENDS)]
 TOKENS = torch.tensor([[5, 9, 2, 7, 3, 1, 6], [4, 8, 6, 2, 9, 3, 5]])
 FULL, RIGHT, LEFT = torch.ones(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
 RIGHT[1, 4:] = 0
@@ -507,7 +507,7 @@ def test_what_kvattn_has_not_is_refused():
 
 def test_each_name_goes_to_its_backend():
     known = transformers.AttentionInterface()
-    for other in integration.OTHERS:
+    for other in integration.OTHER_BACKENDS:
         assert known[f"kvattn-{other}"].keywords == {"backend": other}
     assert known["kvattn"].keywords == {"backend": "torch"}
     x = torch.zeros(1, 2, 3, 4)
