@@ -234,10 +234,10 @@ def _looked_at(query: Any, key: Any, call: Call,
         for start in range(0, n, size):
             flags = look(start, size) if start else flags
             rows = flags.shape[-2]
-            window = pairs.window_of_flags(flags.reshape(rows, m), offset + start) if flags.size == rows * m else None
-            if window is None:
+            found_window = pairs.window_of_flags(flags.reshape(rows, m), offset + start) if flags.size == rows * m else None
+            if found_window is None:
                 break
-            windows.append((offset + start, offset + start + rows - 1, *window))
+            windows.append((offset + start, offset + start + rows - 1, *found_window))
         else:
             if (window := pairs.one_window(windows, m)) is not None:
                 return (*window, None) if window != (None, None) else (None, None, [Part(0, n, ((0, m),), False)])

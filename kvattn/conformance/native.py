@@ -47,12 +47,12 @@ def run(backend: Any, name: str, config: dict[str, Any], weights: dict[str, np.n
         call, gradients = globals()[f"_{framework}"](kv, name, config, exact, dtype)
         if framework == "torch" and like is not None:  # others make weights where they compute
             call.to(like.device)
-        arrays, options = converted()
+        arrays, call_options = converted()
         if name.startswith("TransformerDecoder"):
-            return [array(_decoded(tab, call, config.get("num_blks", 1), arrays, options, steps))], [], {}
+            return [array(_decoded(tab, call, config.get("num_blks", 1), arrays, call_options, steps))], [], {}
         if steps:
-            return [array(_stepped(tab, call, name, arrays, options))], [], {}
-        results = _as_list(call(*arrays, **options))
+            return [array(_stepped(tab, call, name, arrays, call_options))], [], {}
+        results = _as_list(call(*arrays, **call_options))
         if grad_output is None:
             return results, [], {}
         by_inputs, by_weights = gradients(*converted(), array(grad_output))
