@@ -83,7 +83,7 @@ def lacking(backends: list[str], device: str) -> dict[str, str]:
     found = {}
     for backend in backends if device.strip().lower() != "cpu" else ():
         for row in _in_its_process(backend, Settings([], [], device=device)):
-            if "words" not in row:  # a backend that cannot be imported is told when it is to be timed
+            if "words" not in row:  # a backend that cannot be imported is reported when it is to be timed
                 found[backend] = row["failed"]
     return found
 

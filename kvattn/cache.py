@@ -47,7 +47,7 @@ class KVCache(NamedTuple):
         """The cache with (..., n, d) keys and (..., n, v) values added; this one is used up: its arrays may be reused.
 
         Raises ValueError for shapes that do not continue the cache, TypeError for another dtype. Where ``length`` is a
-        traced array, running past the capacity cannot be seen: allocate enough.
+        traced array, running past the capacity cannot be noticed: allocate enough.
         """
         tab = dispatch.choose(backend, cache=self.key, key=key, value=value)
         key, value = conversion.array(tab, "key", key, self.key), conversion.array(tab, "value", value, self.value)
@@ -75,7 +75,7 @@ class KVCache(NamedTuple):
 
 
 def _known(n: Any) -> Any:
-    """How many keys a step adds, as its shape tells: a number, or where a program is recorded what stands for one."""
+    """How many keys a step adds, by its shape: a number, or where a program is recorded what stands for one."""
     if n is None:
         raise ValueError("key has an axis -2 of unknown size; a cache counts its keys: give the step a size (tf.ensure_shape)")
     return n

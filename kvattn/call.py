@@ -45,7 +45,7 @@ class Call(NamedTuple):
            return_scores: str | None = None) -> Call:  # fmt: skip
         """The description of a tab's call with these keywords of `attention`.
 
-        What causal and the window forbid to nobody, as in decoding, is left out: then there is no mask to build.
+        Where causal and the window forbid no pair, as in decoding, they are left out: then there is no mask to build.
         """
         left, right = window or (None, None)
         right = 0 if causal else right
@@ -125,7 +125,7 @@ class Call(NamedTuple):
     def cut(self, blocks: list[planning.Block], query: Any, key: Any, value: Any) -> Iterator[tuple[Any, Any, Any, Call]]:
         """Each block's own query, key, value and call: slices, with lengths and offset counted from its first key.
 
-        A query by itself meets just the keys in its window: there is no mask to build then.
+        A query by itself is given the keys in its window only: there is no mask to build then.
         """
         where = {name: getattr(self, name) for name in ("mask", "bias", "valid_lens", "query_offset", "sink")}
         cuts = planning.cut(blocks, query, key, value, **where)

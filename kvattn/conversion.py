@@ -1,6 +1,6 @@
 """Arrays from elsewhere: what any framework's array is, and how what a caller gives becomes one of the tab that serves.
 
-Framework-neutral: it reads shapes, dtypes and, where they can be seen, values. Says no to what is no array, or has another
+Framework-neutral: it reads shapes, dtypes and, where they can be read, values. Refuses what is no array, or has another
 dtype, or lies on another device; what an option of a call may be, `checks` says.
 """
 
@@ -22,7 +22,7 @@ def dtype_name(x: Any) -> str:
     """The dtype of any framework's array, spelled as NumPy spells it."""
     dtype = x.dtype
     kind = type(dtype)
-    if not hasattr(kind, "name"):  # PyTorch's, which it tells quickly: torch.compile would compile anew when a table grew
+    if not hasattr(kind, "name"):  # PyTorch's, whose name is quick to find: torch.compile would compile anew when a table grew
         return getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
     names = _names.setdefault(kind, {})
     if dtype not in names:
@@ -100,7 +100,7 @@ def neutral(tab: Any, name: str, x: Any) -> Any:
         return x
     if hasattr(x, "mask") and hasattr(x, "filled"):
         raise TypeError(
-            f"{name} is a masked array, and nobody looks at its mask here: give {name}.filled(0.0), and say who may attend to "
+            f"{name} is a masked array, whose mask is not read here: give {name}.filled(0.0), and say who may attend to "
             "what by mask= or valid_lens="
         )
     try:
@@ -192,12 +192,12 @@ def is_integer(x: Any) -> bool:
 
 
 def peek(tab: Any, x: Any) -> Any:
-    """The values of ``x`` as a NumPy array where they can be seen, else None; backends need not offer it."""
+    """The values of ``x`` as a NumPy array where they can be read, else None; backends need not offer it."""
     return tab.peek(x) if hasattr(tab, "peek") else None
 
 
 def converted(tab: Any, name: str, x: Any, dtype: Any) -> Any:
-    """``x`` as an array of ``tab``. Raises TypeError for a dtype that nobody has, or this backend not."""
+    """``x`` as an array of ``tab``. Raises TypeError for a dtype that does not exist, or that this backend lacks."""
     if isinstance(dtype, str) and dtype not in (*FLOATS, *INTEGERS, "bool", "complex64", "complex128"):
         raise TypeError(f"dtype must be one of {', '.join(FLOATS)}, an integer dtype or bool, not {dtype!r}")
     try:

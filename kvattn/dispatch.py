@@ -101,7 +101,7 @@ def on(tab: Any, name: str | None) -> AbstractContextManager[Any]:
 
 
 def loaded(cls: type, backend: Any) -> Backend:
-    """The backend that serves arrays of a class that was met before; a KeyError if it is new, or no backend is loaded."""
+    """The backend that serves arrays of a class whose backend is known; a KeyError if it is new, or no backend is loaded."""
     name: Any = (known(cls) or get_backend()) if backend is None else backend
     tab: Backend = registry.loaded[name] if type(name) is str else name
     return tab
@@ -160,7 +160,7 @@ def get_backend() -> str:
 
 
 def _of_environment() -> str | None:
-    """The environment variable as it is now. os.environ raises two errors within to tell that one is not set, in every call."""
+    """The environment variable as it is now. os.environ raises and catches two errors for one that is not set."""
     kept = getattr(os.environ, "_data", None)
     return None if kept is not None and _KEY not in kept else os.environ.get(ENVIRONMENT)
 

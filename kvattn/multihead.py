@@ -18,7 +18,7 @@ def multi_head_attention(tab: Any, query: Any, key: Any, value: Any, params: dic
     """``counts``: how many heads the query has, and the key and the value."""
     (num_heads, num_kv_heads), like = counts, query
     options = widened(tab, options, params.get("sink"))
-    if cache is None:  # else a later call may look at what is nobody's now
+    if cache is None:  # else a later call may attend to keys that no query attends to now
         query, key, value = hidden(tab, query, key, value, options)
     else:  # whose keys and values are wide
         query, key, value = tab._wide(query), tab._wide(key), tab._wide(value)
@@ -47,11 +47,11 @@ def self_attention(tab: Any, x: Any, params: dict[str, Any], options: dict[str, 
 
 
 def hidden(tab: Any, query: Any, key: Any, value: Any, options: dict[str, Any]) -> Any:
-    """The inputs with zeros in rows that meet nobody in any head, where NaN may be: it would reach the matrices' gradients."""
+    """The inputs with zeros in rows of no pair in any head: NaN in them would reach the matrices' gradients."""
     free = options["mask"] is options["bias"] is options["valid_lens"] is options["window"] is options["positions"] is None
     if (options["causal"] or not free) and tab._may_leak(query, key, value):
         return tab._hide_unused_rows(query, key, value, Call.of(query, key, **options))
-    return tab._hide_padding(None, query, key, value)  # as if all met each other, if there is anybody
+    return tab._hide_padding(None, query, key, value)  # hides all keys if there is no query, and all queries if there is no key
 
 
 def widened(tab: Any, options: dict[str, Any], sink: Any = None) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None]
 
 
 def _name_for_good(query: Any, key: Any, call: Call) -> tuple[Any, ...] | None:
-    """What tells a call's mask function, and the positions, from others that may say otherwise; None where nothing does.
+    """What identifies a call's mask function and the positions, so that equal ones have equal windows; None where nothing does.
 
     It does where the function reads no name and no attribute, and closes over integers alone: then its code and these are all
     that it knows. To ask it anew costs a framework a few of its operations, and a short call a tenth of its time.
@@ -346,7 +346,7 @@ def one_window(windows: list[tuple[int, int, int | None, int | None]], m: int) -
     if len(lefts) > 1 or len(rights) > 1:
         return None
     left, right = next(iter(lefts), None), next(iter(rights), None)
-    for first, last, here, there in windows:  # what limits nobody in one block may limit others
+    for first, last, here, there in windows:  # a side without a limit in one block may have one in another
         if here is None and left is not None and last - left > 0:
             return None
         if there is None and right is not None and first + right < m - 1:

@@ -20,7 +20,7 @@ from kvattn.call import Call, Choice
 from kvattn.pairs import Pairs, Run, Segments, Shape
 
 BLOCK = 256  # queries that share keys
-FEW = 2**16  # pairs: too few for a look at which of them may attend
+FEW = 2**16  # pairs: so few that finding which of them may attend costs more than it saves
 FLAGS_AT_ONCE = 2**18  # pairs whose flags are evaluated at one time: as many numbers as a CPU's cache holds
 WHOLE_MASK = 2**24  # pairs whose mask may be kept in memory where blocks would save little
 SAVED = 0.25  # the share of all pairs that is worth blocks, and of a block's keys that is worth picking them
@@ -134,7 +134,7 @@ def _keys_in_window(call: Call, start: int, end: int, first: int, last: int) -> 
 
 
 def _of_bias(query: Any, key: Any, call: Call, parts: Sequence[Part] | None) -> Sequence[Part]:
-    """The parts in blocks of queries whose biases are held one at a time; of all pairs, where there are no parts."""
+    """The parts in blocks of queries whose biases are in memory one at a time; of all pairs, where there are no parts."""
     n, m = query.shape[-2], key.shape[-2]
     if parts is None:
         restricted = call.mask.restricts
@@ -322,7 +322,7 @@ def _with_flags(part: Part, spec: Pairs, query: Any, key: Any, value: Any, call:
         mask = pairs.both(spec.tab, mask, spec.flags(query, key, full, offset, rows, part.runs, part.entries))
     if spec.bias_function is not None:
         bias = spec.bias(query, key, full, offset, rows, part.runs, part.entries)
-    if several:  # of which no window and no length tells
+    if several:  # which no window and no length can express
         if call.windowed or call.valid_lens is not None:
             places = tab.asarray(pairs.numbers(part.runs), dtype=conversion.dtype_name(tab.places(key, 0, 1)), like=key)
             mask = tab._allowed(rows[1], places, len(query.shape), call._replace(mask=mask, bias=None))

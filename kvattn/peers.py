@@ -204,7 +204,7 @@ def tensors(device: str) -> Callable[[np.ndarray, str], Any]:
 
 
 def sdpa(problem: Problem, each_call: bool = False) -> Call:
-    """PyTorch's own kernel, told as its users tell it what is allowed; a mask and a bias are one before, or in each_call."""
+    """PyTorch's own kernel, called as its users call it; a mask and a bias are added before, or in each_call."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -254,7 +254,7 @@ def _torch_trained(layer: Any, problem: Problem, x: Any, upstream: Any, **keywor
 
 
 def mha(problem: Problem) -> Call:
-    """nn.MultiheadAttention, which is told what padding is by a mask of it."""
+    """nn.MultiheadAttention, which takes padding as a mask."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -72,7 +72,7 @@ def allows_all(n: Any, m: Any, offset: Any, left: int | None, right: int | None)
 def leaves_none_out(n: Any, m: Any, offset: Any, left: int | None, right: int | None) -> bool:
     """Whether the window leaves each query a key and each key a query; False where a size or the offset is unknown.
 
-    >>> leaves_none_out(4, 4, 0, None, 0), leaves_none_out(3, 4, 0, None, 0)  # nobody sees the fourth key
+    >>> leaves_none_out(4, 4, 0, None, 0), leaves_none_out(3, 4, 0, None, 0)  # no query attends to the fourth key
     (True, False)
     """
     if not (type(n) is type(m) is type(offset) is int and n and m):

@@ -1,4 +1,4 @@
-"""What a function of positions is asked with instead of all pairs of them, where that tells as much and costs less.
+"""What a function of positions is evaluated on instead of all pairs, where that gives as much and costs less.
 
     f(q, k) for all pairs = g(k - q) for n + m - 1 distances          where f asks for nothing but k - q
 
@@ -99,7 +99,7 @@ def exact(x: Any) -> Any:
 
 
 def of_distances(function: Any, ahead: Any) -> Any:
-    """What the function gives for pairs whose keys are this far ahead, (..., 1, count); None where that does not tell."""
+    """What the function gives for pairs whose keys are this far ahead, (..., 1, count); None where it depends on more."""
     try:
         made = function(Position(ahead, False), Position(ahead, True))
         return made if tuple(made.shape[-2:]) == tuple(ahead.shape) else None

@@ -1,7 +1,7 @@
 """Which backends there are, loading one, and which class of arrays belongs to which.
 
-Imports no framework: a class is told by its package's name, a tab is loaded when asked. Kernels and conversion ask here, and
-`dispatch`, which chooses by it and enters kvattn's own tabs, so that this room imports none of them.
+Imports no framework: a class is recognised by its package's name, a tab is loaded when asked for. Kernels and conversion
+ask here, and `dispatch`, which chooses by it and enters kvattn's own tabs, so that this module imports none of them.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def load(name: str) -> Backend:
         except Exception as error:
             raise ImportError(f"backend {name!r}: the plugin {plugins[name].value} fails to load: {error}") from error
         verify(tab, name)
-        _homes.clear()  # classes that were met before may be its own, or claimed by two now
+        _homes.clear()  # classes whose backend was looked up before may be its own, or claimed by two now
     else:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(known_backends())} (pytorch = torch, tf = tensorflow)")
     if not (hasattr(tab, "tracing") and tab.tracing()):  # torch.compile would compile anew at the next call
@@ -158,12 +158,12 @@ def verify(tab: Any, name: str) -> None:
 
 
 def lacking(tab: Any) -> list[str]:
-    """The keywords of `kvattn.attention` that the attention of ``tab`` does not take; none if it tells no signature."""
+    """The keywords of `kvattn.attention` that the attention of ``tab`` does not take; none if it has no signature."""
     return not_taken(tab.attention, list(inspect.signature(Call.of).parameters)[2:])
 
 
 def not_taken(function: Any, keywords: Sequence[str]) -> list[str]:
-    """Those of the keywords that a function does not take; none if it tells no signature."""
+    """Those of the keywords that a function does not take; none if it has no signature."""
     try:
         takes = inspect.signature(function).parameters
     except (TypeError, ValueError):
@@ -182,7 +182,7 @@ def offered(tab: Any, name: str) -> Any:
 
 
 def _home(x: Any) -> tuple[str | None, ...]:
-    """The backend an array belongs to, (None,) for neutral data; found by walking its class's MRO. () if that tells nothing."""
+    """The backend an array belongs to, (None,) for neutral data; found by walking its class's MRO, () if not."""
     if isinstance(x, (int, float)):  # torch.compile's symbolic numbers have no MRO to walk
         return (None,)
     for base in type(x).__mro__:
@@ -214,7 +214,7 @@ def _claims(x: Any) -> tuple[str, ...]:
 
 
 def known(cls: type) -> str | None:
-    """The backend of a class, None for NumPy's; a KeyError for one of another package that was not met before.
+    """The backend of a class, None for NumPy's; a KeyError for one of another package that was not looked up before.
 
     Only classes of other packages are remembered: where torch.compile sees `_homes` read, it compiles anew once that grows.
     """

@@ -90,7 +90,7 @@ def gated_score(query: Array, key: Array, w_g: Array, *, backend: Any = None) ->
 def gated_score(query: Array, key: Array, w_g: Array, *, backend: Any = None) -> Array:
     """sigmoid(w_g . [q; k]) (q . k)
 
-    w_g (2 d,): its first half meets the query, its second the key; the pairs are never concatenated.
+    w_g (2 d,): its first half multiplies the query, its second the key; the pairs are never concatenated.
 
     >>> gated_score([[1.0, 2.0]], [[3.0, 4.0]], [0.0, 0.0, 0.0, 0.0])
     array([[5.5]])

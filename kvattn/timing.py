@@ -1,7 +1,7 @@
 """How calls are timed, for ``kvattn bench`` and for the scripts of benchmarks/: in turn, over many rounds.
 
 What is compared is called in the same round, so that whatever else the machine does slows all alike; ratios are taken within
-a round. A turn is either `looped`, as in a loop of a user's own, or `queued`: as many calls as are told, one after another.
+a round. A turn is either `looped`, as in a loop of a user's own, or `queued`: a given number of calls, one after another.
 
 Looped, a call is made over and over for WARM seconds, and then for TIMED by the clock. After another's call the threads of that
 one would go on spinning for some milliseconds; after a pause the system may wake several threads on one core, where they stay
@@ -132,7 +132,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name, where Linux tells it."""
+    """The processor's name, where Linux gives it."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

@@ -45,14 +45,14 @@ DIFFERENCES = (
     Difference(
         "torch",
         "NaN and inf in padding of a layer on a GPU",
-        "a MultiHeadAttention that runs eagerly on a GPU leaves NaN that nobody looks at where it is, and so in the gradients "
-        "by its W_q, W_k and W_v: hiding it takes 5 to 15 % of a step; compiled, and as a function, it is hidden",
+        "a MultiHeadAttention that runs eagerly on a GPU leaves NaN that no query attends to where it is, and so in the "
+        "gradients by its W_q, W_k and W_v: hiding it takes 5 to 15 % of a step; compiled, and as a function, it is hidden",
     ),
     Difference(
         "mxnet",
         "NaN and inf in padding of a hybridized layer",
-        "a graph projects before its one operator of attention sees lengths and masks: NaN that nobody looks at reaches the "
-        "gradients by W_q, W_k and W_v",
+        "a graph projects before its one operator of attention sees lengths and masks: NaN that no query attends to reaches "
+        "the gradients by W_q, W_k and W_v",
     ),
     Difference(
         "mxnet",

@@ -142,10 +142,13 @@ def padded(rng: np.random.Generator) -> Iterator[Case]:
         inputs = [grid(rng, 2, rows, 3) for rows in (n, m, m)]
         return multi_head(f"heads: NaN {name}", inputs, params_of(rng, 2, kv_heads), rng, kv_heads=kv_heads, **options)
 
-    tail, nobody = [[False] * 4, [False, False, True, True]], [[False] * 4, [True] * 4]
+    tail, second = [[False] * 4, [False, False, True, True]], [[False] * 4, [True] * 4]
     yield with_nan(make("behind lengths", valid_lens=np.array([4, 2])), key=tail, value=tail)
     yield with_nan(
-        make("behind lengths of 0", valid_lens=np.array([4, 0])), query=[[False] * 3, [True] * 3], key=nobody, value=nobody
+        make("behind lengths of 0", valid_lens=np.array([4, 0])),
+        query=[[False] * 3, [True] * 3],
+        key=second,
+        value=second,
     )
     each: dict[str, Any] = {"valid_lens": np.array([[4, 1, 2], [2, 0, 1]]), "kv_heads": 1}
     yield with_nan(make("behind lengths of each query", **each), query=each["valid_lens"] == 0, key=tail, value=tail)

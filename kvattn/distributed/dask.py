@@ -58,7 +58,7 @@ REFUSED = {
     "return_scores": "they are as many as the keys; topk gives the largest",
 }
 
-# what kvattn's checks ask of a backend, where an array may also be one of Dask, whose values cannot be seen yet
+# what kvattn's checks ask of a backend, where an array may also be one of Dask, whose values are not computed yet
 _lazy = types.SimpleNamespace(**vars(numpy))
 _lazy.is_array = lambda x: isinstance(x, da.Array) or tab.is_array(x)
 _lazy.peek = lambda x: None if isinstance(x, da.Array) else tab.peek(x)
@@ -350,7 +350,7 @@ def _blocks(call: Call, cut: _Cut, query: Array, pairs: da.Array) -> Iterator[tu
 
 
 def _attends(n: int, m: int, ndim: int, call: Call) -> bool:
-    """Whether some query may attend to some key, as far as can be told before anything is computed."""
+    """Whether some query may attend to some key, as far as is known before anything is computed."""
     if not (n and m):
         return False
     spec = call.mask if type(call.mask) is Pairs else Pairs(tab, call.mask)

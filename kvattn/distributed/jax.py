@@ -114,7 +114,7 @@ def ring_attention(
     given = {"query": query, "key": key, "value": value}
     given |= {name: x for name in ("mask", "bias", "valid_lens", "sink") if (x := getattr(call, name)) is not None}
     if not call.windowed:
-        call = call._replace(query_offset=0)  # nobody asks where the queries stand
+        call = call._replace(query_offset=0)  # no option depends on the queries' positions
     elif type(call.query_offset) is not int:
         given["query_offset"] = call.query_offset
     if isinstance(call.score, partial):

@@ -9,7 +9,7 @@ PyTorch's own, torch.distributed.tensor.experimental.context_parallel, serves no
 - It is for CUDA's kernels: on a CPU it raises NotImplementedError.
 - It takes plain and causal calls of parts of one size, and gives no lse: no lengths, masks, segments, soft caps.
 - NaN reaches rows that may not see it, as in CUDA's kernels themselves.
-- It gathers the keys of all processes in each, unless told otherwise, and waits as long as the group does.
+- It gathers the keys of all processes in each, unless its options say otherwise, and waits as long as the group does.
 - While it is on, F.scaled_dot_product_attention is another function in the whole process.
 """
 
@@ -81,7 +81,7 @@ def ring_attention(
 
     Query, key and value get the gradients of the process's own rows; bias and sink, which processes share, those of its own
     queries: their sum over the processes is the whole gradient. Every process has to run backward. There are no second
-    derivatives. Before the first step the processes tell each other sizes and options, in one short message to each.
+    derivatives. Before the first step the processes send each other sizes and options, in one short message to each.
 
     Raises:
         RuntimeError: no process group is initialised.
@@ -238,7 +238,7 @@ def _exchange(ring: kernel.Ring, numbers: Sequence[int]) -> list[list[int]]:
     return [x.tolist() for x in ring.gathered(mine, [mine.shape] * ring.size)]
 
 
-# ---- what processes tell each other
+# ---- the message that processes send each other
 
 OPTIONS = ("mask", "bias", "valid_lens", "causal", "query_offset", "window", "segments", "scale", "softcap", "sink",
            "return_lse")  # fmt: skip

@@ -380,7 +380,7 @@ LIMITS = ("mask", "bias", "causal", "query_offset", "window", "segments", "posit
 def hide_unseen(
     tab: Any, queries: Any, keys: Any, values: Any, num_heads: int, /, valid_lens: Any = None, **options: Any
 ) -> Any:
-    """queries, keys and values (..., n, features) with zeros in rows that meet nobody in any head, where NaN may be: it would
+    """queries, keys and values (..., n, features) with zeros in rows that are in no pair in any head: NaN in them would
     reach the gradients of the matrices that project them. Raises what attention would."""
     free = valid_lens is None and not options.keys() - {"rng"} and 0 not in (*queries.shape[:-1], *keys.shape[:-1])
     if free or not tab._may_leak(queries, keys, values):
@@ -508,7 +508,7 @@ class KeepsState:
         return [[getattr(block, name).attention.attention_weights for block in self.blks] for name in ATTENTIONS]
 
 
-# Before the / is what no option can have the name of. ``training`` is TensorFlow's alone, whose layers tell their parts.
+# No option may have a name that stands before the /. ``training`` is TensorFlow's alone, whose layers pass it to their parts.
 
 
 def encoded(

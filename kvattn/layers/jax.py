@@ -318,7 +318,7 @@ class MultiHeadAttention(_Layer):
     @_attends
     def __call__(self, queries, keys, values, valid_lens=None, training=False, *, cache=None, **options):
         queries, keys, values = prepare.arrays(tab, queries=queries, keys=keys, values=values)
-        if cache is None:  # else a later call may look at what is nobody's now
+        if cache is None:  # else a later call may attend to keys that no query attends to now
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self._kv_heads), tab._split(self.W_v(values), self._kv_heads)

@@ -331,7 +331,7 @@ class MultiHeadAttention(_Layer):
 
     def hybrid_forward(self, F, queries, keys, values, valid_lens=None, *, cache=None, sink=None, q_norm=None, k_norm=None,
                        **options):  # fmt: skip
-        if cache is None and tab.is_array(queries):  # a later call may look at what is nobody's now; a Symbol has no values
+        if cache is None and tab.is_array(queries):  # a later call may attend to more keys; a Symbol has no values
             valid_lens = whole_lengths(valid_lens)
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = _split(self.W_q(queries), self.num_heads, self.width)  # (batch, heads, n, d)

@@ -195,7 +195,7 @@ class MultiHeadAttention(_Attends):
         self.W_o = Dense(num_hiddens, bias, seed=seed, rng=rng, name="W_o")
 
     def forward(self, queries, keys, values, valid_lens=None, *, cache=None, **options):
-        if cache is None:  # else a later call may look at what is nobody's now
+        if cache is None:  # else a later call may attend to keys that no query attends to now
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, valid_lens, **options)
         queries = tab._split(self.W_q(queries), self.num_heads)  # (batch, heads, n, d)
         keys, values = tab._split(self.W_k(keys), self.num_kv_heads), tab._split(self.W_v(values), self.num_kv_heads)

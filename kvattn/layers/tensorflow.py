@@ -219,7 +219,7 @@ class MultiHeadAttention(Layer):
             hide_padding(options, queries, keys, scores, queries_mask, keys_mask, values_mask)
             queries, keys, values = layers.hide_unseen(tab, queries, keys, values, self.num_heads, **options)
             valid_lens = options.pop("valid_lens")
-        else:  # a later call may look at what is nobody's now
+        else:  # a later call may attend to keys that no query attends to now
             options |= {"queries_mask": queries_mask, "keys_mask": keys_mask, "values_mask": values_mask}
         rows = _rows(queries)
         of_keys = rows if keys is queries else _rows(keys)

@@ -74,7 +74,7 @@ def _lessons(app: Any) -> None:
         )
     except ValueError as error:
         raise ExtensionError(str(error)) from None
-    if problems:  # told without Sphinx's own traceback
+    if problems:  # reported without Sphinx's own traceback
         raise ExtensionError("\n".join(problems))
 
 

@@ -68,7 +68,7 @@ class Forks:
 
 
 class _Parent:
-    """A process that has imported a tab, seen from here: it is asked by lines of JSON."""
+    """A process that has imported a tab, as its parent uses it: requests are lines of JSON."""
 
     def __init__(self, name: str, options: Sequence[str], env: dict[str, str]) -> None:
         place = str(Path(kvattn.__file__).parents[1])  # kvattn as this process has it

@@ -145,7 +145,7 @@ def _notebook(path: Path) -> Lesson:
             raise ValueError("a cell holds something other than text")
     except OSError:
         raise
-    except Exception as error:  # an ending that jupytext does not know, and whatever it meets in a file that is no notebook
+    except Exception as error:  # an ending that jupytext does not know, and whatever it raises of a file that is no notebook
         raise ValueError(f"{path} is no Markdown, and no notebook that can be read: {type(error).__name__}: {error}") from None
     parts: list[Prose | Cell] = []
     names: list[str] = []

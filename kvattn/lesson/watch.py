@@ -87,14 +87,14 @@ class _Watch:
 
 
 def _caller() -> str:
-    """The file whose code raised an audit event, seen from its hook."""
+    """The file whose code raised an audit event; called in the event's hook."""
     frame = inspect.currentframe()
     caller = frame.f_back.f_back if frame and frame.f_back else None
     return caller.f_code.co_filename if caller else ""
 
 
 class Files:
-    """The files and folders that Python opens, as its audit events tell: not what a library reads without Python."""
+    """The files and folders that Python opens, by its audit events: not what a library reads without Python."""
 
     def __init__(self) -> None:
         self.opened, self.written = dict[str, None](), set[str]()
