@@ -229,7 +229,8 @@ def attention(
             if bare and not (causal or return_weights or return_lse or window is not None):  # nothing is left to check
                 return known.tab.attention(query, key, value)
             if bare or known.fits(query, mask, bias, valid_lens):
-                checks.not_negative(known.tab, valid_lens)
+                if valid_lens is not None:
+                    checks.not_negative(known.tab, valid_lens)
                 return known.tab.attention(
                     query, key, value, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal, query_offset=query_offset,
                     window=None if window is None else checks.window(window), return_weights=return_weights,

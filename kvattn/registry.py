@@ -221,7 +221,9 @@ def known(cls: type) -> str | None:
     package = cls.__module__
     if package not in _PACKAGES:  # which a tensor's and NumPy's array's is by itself
         package = package.partition(".")[0]
-    return _PACKAGES[package] if package in _PACKAGES else _homes[cls]
+        if package not in _PACKAGES:
+            return _homes[cls]
+    return _PACKAGES[package]
 
 
 def home(x: Any, wanted: str | None = None) -> str | None:

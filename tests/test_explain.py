@@ -88,14 +88,25 @@ def test_the_words_tell_what_was_chosen(backend, tab, shapes):
             assert (len(choice.blocks) > 1) == (f"{len(choice.blocks)} blocks of queries" in said.why), what
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"scale": 0.5}], ids=str)
-def test_what_is_answered_before_a_kernel_is_chosen_is_said_too(backend, tab, options):
-    """PyTorch's tab looks first whether a call is one of the commonest."""
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_what_is_answered_before_a_kernel_is_chosen_is_said_too(backend, tab, shapes):
+    """PyTorch's tab looks first whether a call is one of the commonest or small, and `choose` asks the same function."""
     if backend == "torch":
-        x = tab.asarray(np.ones((1, 1, 8, 8), "float32"))
-        with patch.object(tab, "choose", side_effect=AssertionError):
-            kvattn.attention(x, x, x, **options)
-        assert kvattn.explain(x, x, x, **options).kernel == "SDPA"
+        query, key, value = SHAPES[shapes]
+        inputs, found, at_once = [tab.asarray(np.ones(shape, "float32")) for shape in SHAPES[shapes]], [], tab._at_once
+        for what, options in OPTIONS.items():
+            options = options if isinstance(options, dict) else options((*value[:-3], *query[-3:]), key)
+            with patch.object(tab, "_at_once", lambda *call: found.append(at_once(*call)) or found[-1]):
+                kvattn.attention(*inputs, **options)
+                ran = found[0]
+                found.clear()
+                said = kvattn.explain(*inputs, **options)
+            if ran is None and {"valid_lens", "window", "causal"}.isdisjoint(options):
+                assert found[0] is None, what
+            elif ran is not None:
+                assert found == [ran], what
+                assert said.kernel == "SDPA", what
+            found.clear()
 
 
 def test_a_mask_of_unknown_sizes_is_not_cut(backend, tab):

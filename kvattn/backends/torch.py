@@ -51,7 +51,12 @@ def to_numpy(x):
 
 
 def peek(x):
-    return to_numpy(x) if traces.readable(x) else None
+    if not traces.readable(x):
+        return None
+    try:
+        return x.numpy()  # with force=True it takes five times as long
+    except (RuntimeError, TypeError):  # it has a gradient, or a dtype that NumPy has not
+        return to_numpy(x)
 
 
 def signed(x):
@@ -127,8 +132,10 @@ def _mask_and_bias(query, key, mask, bias, valid_lens, query_offset, left, right
     """The mask and the bias of a small call, with what the valid lengths and the window forbid in them."""
     n, m = query.shape[-2], key.shape[-2]
     if valid_lens is not None:
-        keys = sdpa.constant((m,), lambda: torch.arange(m, device="cpu"))
-        inside = keys < _lengths(valid_lens, query.ndim).to(keys)
+        each = (valid_lens.shape[1], 1) if valid_lens.ndim > 1 else [1] * min(2, query.ndim - 1)
+        lengths = valid_lens.reshape(-1, *[1] * (query.ndim - 3), *each)  # indices would take twice as long
+        keys = sdpa.constant(m, lambda: torch.arange(m, device="cpu"))
+        inside = keys < (lengths if lengths.is_cpu else lengths.cpu())
         mask = inside if mask is None else mask & inside
     if left is not None or right is not None:
         place = query_offset, left, right, n, m
@@ -365,24 +372,14 @@ def _softmax_lse(scores, where):
 def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, mask=None, bias=None, valid_lens=None,
               causal=False, query_offset=0, window=None, positions=None, scale=None, softcap=None, sink=None, dropout=0.0,
               rng=None, return_weights=False, return_lse=False, return_scores=None):  # fmt: skip
-    # first, what `choose` would give to SDPA too: calls so small that to describe them would take longer
-    plain = score is scaled_dot_score and normalize is softmax and positions is None and sink is None
-    plain = plain and not (dropout or softcap or return_weights or return_lse or return_scores)
-    if plain and (type(query) is torch.Tensor or not sharded.spread(query)):
-        left, right = window or (None, None)
-        right = 0 if causal else right
-        bare = mask is None and bias is None and valid_lens is None and left is None
-        only_causal = bare and right == 0 and type(query_offset) is int  # from the first key
-        only_causal = only_causal and traces.known(query_offset == 0)
-        bare = bare and (right is None or (only_causal and traces.known(query.shape[-2] == key.shape[-2])))
-        small = not (bare or only_causal) and sdpa.small(query, key, mask, valid_lens, query_offset, left, right)
-        if (bare or small) and not sdpa.obstacle(query, key, value, bias, scale):
-            if small:
-                mask, bias = _mask_and_bias(query, key, mask, bias, valid_lens, query_offset, left, right)
-                output = sdpa.masked(query, key, value, mask, bias, scale, _hide_padding)
-            else:
-                output = sdpa.fused(query, key, value, None, only_causal, scale)
-            return output if output.dtype == query.dtype else output.to(query.dtype)  # autocast's is another
+    left, right = window or (None, None)
+    right = 0 if causal else right
+    at_once = _at_once(
+        query, key, value, score, normalize, mask, bias, valid_lens, query_offset, left, right, positions, scale, softcap, sink,
+        dropout, rng, return_weights, return_lse, return_scores,
+    )  # fmt: skip
+    if at_once:  # to describe so small a call would take longer
+        return at_once(query, key, value, mask, bias, valid_lens, query_offset, left, right, scale)
     call = Call.of(
         query, key, score=score, normalize=normalize, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
         query_offset=query_offset, window=window, positions=positions, scale=scale, softcap=softcap, sink=sink,
@@ -391,8 +388,44 @@ def attention(query, key, value, *, score=scaled_dot_score, normalize=softmax, m
     return _attend(query, key, value, call)
 
 
+def _at_once(query, key, value, score, normalize, mask, bias, valid_lens, query_offset, left, right, positions, scale, softcap,
+             sink, dropout, rng, return_weights, return_lse, return_scores, *_):  # fmt: skip
+    """The way of a call that asks SDPA for all keys, or is small and asks it for one mask; None for all others. The options
+    are a `Call`'s: `attention` asks before it has made one, and `choose` does."""
+    if score is not scaled_dot_score or normalize is not softmax or not positions is sink is return_scores is None:
+        return None
+    if dropout or softcap or return_weights or return_lse or (type(query) is not torch.Tensor and sharded.spread(query)):
+        return None
+    if mask is bias is valid_lens is left is None and (right is None or (right == 0 and type(query_offset) is int)):
+        if right is None or (traces.known(query_offset == 0) and traces.known(query.shape[-2] == key.shape[-2])):
+            return None if sdpa.obstacle(query, key, value, None, scale) else _whole
+        if traces.known(query_offset == 0):  # all keys up to the last query's
+            return None
+    small = sdpa.small(query, key, value, mask, bias, valid_lens, query_offset, left, right, scale)
+    return _beside_one_mask if small else None
+
+
+def _described(at_once, query, key, value, call, blocks=()):
+    place = call.query_offset, call.left, call.right
+    return at_once(query, key, value, call.mask, call.bias, call.valid_lens, *place, call.scale)
+
+
+def _whole(query, key, value, mask, bias, valid_lens, query_offset, left, right, scale):
+    output = sdpa.fused(query, key, value, None, right == 0, scale)
+    return output if output.dtype is query.dtype else output.to(query.dtype)  # autocast's is another
+
+
+def _beside_one_mask(query, key, value, mask, bias, valid_lens, query_offset, left, right, scale):
+    if valid_lens is not None or left is not None or right is not None:
+        mask, bias = _mask_and_bias(query, key, mask, bias, valid_lens, query_offset, left, right)
+    output = sdpa.masked(query, key, value, mask, bias, scale, _hide_padding, None, True)
+    return output if output.dtype is query.dtype else output.to(query.dtype)  # as above
+
+
 def choose(query, key, value, call):
     """The kernel that serves a call."""
+    if at_once := _at_once(query, key, value, *call):
+        return Choice("SDPA", "softmax of scaled dot products", (), partial(_described, at_once))
     if type(query) is not torch.Tensor and sharded.spread(query):
         return sharded.choose(query, _attend)
     if call.return_scores:

@@ -40,18 +40,25 @@ CONSTANTS = 256  # arrays that are kept
 
 def few(query, key):
     """Whether a call is so small that its time is what Python takes, and its values can be looked at."""
-    return readable(query) and 0 < math.prod(query.shape) * key.shape[-2] <= plan.FEW * query.shape[-1]
+    return readable(query) and 0 < query.numel() * key.shape[-2] <= plan.FEW * query.shape[-1]
 
 
-def small(query, key, mask, valid_lens, query_offset, left, right):
-    """Whether a small call asks for what `choose` gives to SDPA with one mask."""
+def small(query, key, value, mask, bias, valid_lens, query_offset, left, right, scale):
+    """Whether a small call is SDPA's, with one mask."""
     if not few(query, key) or type(mask) is Pairs or type(query_offset) is not int:
         return False
-    n, m = query.shape[-2], key.shape[-2]
-    windowed, large = left is not None or right is not None, n > planning.BLOCK or m > planning.FEW
-    if windowed and (large or planning.allows_all(n, m, query_offset, left, right)):  # in blocks, or no window at all
+    if _of_options(bias, scale) or dual(query, key, value):  # of `obstacle` the rest cannot be: values can be looked at
         return False
+    if left is right is valid_lens is None:
+        return True
+    n, m = query.shape[-2], key.shape[-2]
+    if left is not None or right is not None:
+        large = n > planning.BLOCK or m > planning.FEW
+        if large or planning.allows_all(n, m, query_offset, left, right):  # in blocks, or no window at all
+            return False
     if valid_lens is None or valid_lens.ndim != 1 or mask is not None:
+        return True
+    if (n + plan.READ) * (key.numel() + value.numel()) <= plan.CALL:  # nothing that calls apart could save
         return True
     most = m if right is None else min(n, m)
     return readable(valid_lens) and plan.differ(valid_lens.tolist(), most)  # else by lengths
@@ -61,14 +68,21 @@ def obstacle(query, key, value, bias, scale):
     """Why the fused kernels cannot serve softmax of scaled dot products; "" where they can."""
     if key.shape[-2] == 0:
         return "SDPA gives NaN, not zeros, where there is no key and a query is NaN"
+    if words := _of_options(bias, scale):
+        return words
+    compiling = is_compiling()
+    if (compiling or _is_tracing()) and not fusible():
+        return "ONNX's SDPA takes neither every mask nor a size of 0"
+    if not compiling and _transformed(query, key, value):
+        return "SDPA has no forward derivatives, and no rules for torch.func"
+    return ""
+
+
+def _of_options(bias, scale):
     if bias is not None and bias.requires_grad:
         return "SDPA has no gradient by the bias"
     if scale is not None and scale <= 0:
         return "SDPA takes no scale of 0 or less: CUDA's kernel takes the row maximum before it scales"
-    if (is_compiling() or _is_tracing()) and not fusible():
-        return "ONNX's SDPA takes neither every mask nor a size of 0"
-    if not is_compiling() and _transformed(query, key, value):
-        return "SDPA has no forward derivatives, and no rules for torch.func"
     return ""
 
 
@@ -199,37 +213,40 @@ def window_bias(offset, left, right, n, m, like):
     return torch.zeros(n, m, dtype=like.dtype, device=like.device).masked_fill_(beyond, -math.inf)
 
 
-def masked(query, key, value, mask, bias, scale, hide, sink=None):
+def masked(query, key, value, mask, bias, scale, hide, sink=None, seen=False):
     """softmax(scale * query @ key.T + bias) @ value over the pairs that ``mask`` (None: all) and a bias above -inf allow.
 
     A query with nothing to attend to gets zeros. ``hide``: a function (allowed, query, key, value) -> the last three with zeros
     for what meets nobody. It copies them, and so is called only where the output tells that NaN or inf came through, or where
-    nobody may look at it.
+    nobody may look at it. ``seen``: whether the caller has asked, and has heard that values may be looked at.
     """
     mask, bias = _of_axes(mask, query.ndim), _of_axes(bias, query.ndim)
-    pair_by_pair = partial(nonfinite.attention, allowed=mask, bias=bias, scale=scale)
-
-    def hidden(query, key, value):
-        allowed = mask
-        if bias is not None and forbids(bias):
-            allowed = bias != -math.inf if mask is None else mask & (bias != -math.inf)
-        query, key, value = hide(allowed, query, key, value)
-        if allowed is None:
-            return fused(query, key, value, bias, False, scale, pair_by_pair)
-        # an empty row attends to all and is dropped after: the kernels of GPUs, and older ones, have given NaN for it
-        some = allowed.any(dim=-1, keepdim=True)
-        added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
-        return torch.where(some, fused(query, key, value, added, False, scale, pair_by_pair), 0)
-
-    if sink is None and not (EMPTY_ROWS and query.numel() and readable(query)):
+    if sink is None and not (EMPTY_ROWS and (seen or (query.numel() and readable(query)))):
         if not operators.obstacle(query, key, value, scale):
             return operators.masked(query, key, value, mask, bias, scale)
-        return hidden(query, key, value)
+        return _hidden(query, key, value, mask, bias, scale, hide)
     added = bias if mask is None else mask
-    if mask is not None and bias is not None:  # a sum, since torch.where of two shapes takes several times as long
-        numbers = constant(bias.dtype, lambda: torch.tensor([0.0, -math.inf], dtype=bias.dtype, device="cpu").unbind())
-        added = bias + torch.where(mask, *numbers)
-    return fused(query, key, value, added, False, scale, pair_by_pair, hidden, sink)
+    if mask is not None and (seen or bias is not None):
+        dtype = query.dtype if bias is None else bias.dtype
+        zero, none = constant(dtype, lambda: torch.tensor([0.0, -math.inf], dtype=dtype, device="cpu").unbind())
+        bias = zero if bias is None else bias
+        # a sum of large ones, since torch.where of two shapes takes several times as long
+        added = torch.where(mask, bias, none) if seen else bias + torch.where(mask, zero, none)
+    return fused(query, key, value, added, False, scale, (mask, bias, hide), sink, seen)
+
+
+def _hidden(query, key, value, mask, bias, scale, hide):
+    """What `masked` gives, of arrays without what nobody may attend to."""
+    allowed = mask
+    if bias is not None and forbids(bias):
+        allowed = bias != -math.inf if mask is None else mask & (bias != -math.inf)
+    query, key, value = hide(allowed, query, key, value)
+    if allowed is None:
+        return fused(query, key, value, bias, False, scale, (mask, bias, None))
+    # an empty row attends to all and is dropped after: the kernels of GPUs, and older ones, have given NaN for it
+    some = allowed.any(dim=-1, keepdim=True)
+    added = allowed | ~some if bias is None else torch.where(allowed, bias, torch.where(some, -math.inf, 0).to(bias.dtype))
+    return torch.where(some, fused(query, key, value, added, False, scale, (mask, bias, None)), 0)
 
 
 _constants = {}
@@ -311,11 +328,11 @@ def with_lse(otherwise, query, key, value, call, blocks=()):
     return output, lse
 
 
-def fused(query, key, value, mask, causal, scale, pair_by_pair=None, otherwise=None, sink=None):
-    """scaled_dot_product_attention; what ``otherwise`` gives where NaN or inf reached, or may have, what it may not.
+def fused(query, key, value, mask, causal, scale, made_of=None, sink=None, seen=False):
+    """scaled_dot_product_attention; where NaN or inf reached, or may have, what it may not, an answer pair by pair, whose
+    derivatives serve as second ones, and where something is not finite.
 
-    ``pair_by_pair``: a function (query, key, value) -> output that takes each pair by itself; by default that of the mask.
-    Its derivatives serve where something is not finite, and as second ones. ``otherwise``: by default the same.
+    ``made_of``: (mask, bias, hide) that the mask stands for, by default itself; with ``hide`` the answer is `_hidden`'s.
     """
     if sink is not None:
         output = sinks.fused(query, key, value, mask, causal, scale, sink)
@@ -323,13 +340,18 @@ def fused(query, key, value, mask, causal, scale, pair_by_pair=None, otherwise=N
         lost = few_keys and not nonfinite.sound(output, query, key, False, False)
         return torch.full_like(output, math.nan) if lost else output
     output = _run(query, key, value, mask, causal, scale)
-    differentiable = wants_gradients(query, key, value) and not tracing()
-    sound = nonfinite.sound(output, query, key, mask is not None, causal)
-    if sound and not differentiable:
+    sound = nonfinite.sound(output, query, key, mask is not None, causal, seen)
+    if sound and (not wants_gradients(query, key, value) or tracing()):
         return output
-    pair_by_pair = pair_by_pair or partial(_pair_by_pair, mask=mask, causal=causal, scale=scale)
+    if made_of is None:
+        pair_by_pair = partial(_pair_by_pair, mask=mask, causal=causal, scale=scale)
+    else:
+        allowed, bias, hide = made_of
+        pair_by_pair = partial(nonfinite.attention, allowed=allowed, bias=bias, scale=scale)
+        if not sound and hide is not None:
+            return _hidden(query, key, value, *made_of[:2], scale, hide)
     if not sound:
-        return (otherwise or pair_by_pair)(query, key, value)
+        return pair_by_pair(query, key, value)
     harmless = mask is None and not causal  # all may attend to all, and 0 * NaN is nobody else's
     return _TwiceDifferentiable.apply(output, pair_by_pair, mask, harmless, query, key, value)
 
@@ -362,9 +384,10 @@ def _run(query, key, value, mask, causal, scale):
     """scaled_dot_product_attention on (batch, h, r, c): with another number of axes the CPU's is not the fused one."""
     shape, of_keys = query.shape, key.shape
     if len(shape) == 4 and shape[0] == of_keys[0] == value.shape[0]:
-        if shape[1] == of_keys[1]:
-            return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale)
-        return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=True)
+        if shape[1] == of_keys[1] and not causal and scale is None:  # what is not given saves a microsecond
+            return scaled_dot_product_attention(query, key, value, mask)
+        grouped = {"enable_gqa": True} if shape[1] != of_keys[1] else {}
+        return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, **grouped)
     lead = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     arrays = [x if x is None or x.ndim > 2 else x[None] for x in (query, key, value, mask)]
     arrays = [x if x is None else x.expand(*lead, *x.shape[-3:]).reshape(math.prod(lead), *x.shape[-3:]) for x in arrays]

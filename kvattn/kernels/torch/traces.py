@@ -6,6 +6,7 @@ PyTorch has no public question for most of it: the names with an underscore are 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 # by their names: this is asked more than once in every call, and half of what it costs would be looking for them
 from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
@@ -48,7 +49,7 @@ def dual(*inputs):
 
 def readable(x):
     """Whether the values of ``x`` may be looked at: they exist, on the CPU, and no program is recorded."""
-    return not tracing() and x.is_cpu and type(x).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return not tracing() and x.is_cpu and (type(x) is Tensor or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__)
 
 
 def fusible():
