@@ -339,7 +339,7 @@ def attention_grad(
         gradients = registry.offered(known.tab, "attention_grad")(
             query, key, value, grad_output, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
             query_offset=query_offset, window=None if window is None else checks.window(window),
-            rng=None if rng is None else checks.seed(known.tab, rng), wrt=wrt, **prepare.defaults(known.tab),
+            rng=None if rng is None else checks.seed(known.tab, rng), wrt=wrt, **known.defaults,
         )  # fmt: skip
         return prepare.given_back(known.tab, {"query": query, "key": key, "value": value}, wrt, gradients)
     tab = dispatch.choose(

@@ -53,7 +53,7 @@ class Call(NamedTuple):
             score, normalize, mask, bias, valid_lens, query_offset, left, right, positions, scale, softcap, sink, dropout,
             rng, return_weights, return_lse, return_scores,
         )  # fmt: skip
-        return call._of_a_block(query, key)
+        return call if left is right is None else call._of_a_block(query, key)
 
     def _of_a_block(self, query: Any, key: Any) -> Call:
         """The same, without a window that forbids none of these queries any of these keys."""
@@ -85,7 +85,7 @@ class Call(NamedTuple):
     @property
     def restricted(self) -> bool:
         """Whether some pairs may be forbidden; a bias counts, since it may hold -inf."""
-        return self.windowed or self.masked
+        return not (self.mask is self.bias is self.valid_lens is self.left is self.right is None)
 
     @property
     def from_the_first(self) -> bool:

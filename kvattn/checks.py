@@ -468,6 +468,8 @@ def offset(tab: Any, query_offset: Any, batch: tuple[Any, ...], like: Any) -> An
 
 def window(x: Any) -> tuple[int | None, int | None]:
     """(left, right), each an int >= 0 or None for no limit."""
+    if type(x) is int and x >= 0:
+        return x, x
     sides = tuple(x) if isinstance(x, (tuple, list)) else (x, x)
     if len(sides) != 2:
         raise ValueError(f"window must be an int or a pair (left, right), not {x!r}")

@@ -144,6 +144,8 @@ def given_back(tab: Any, given: dict[str, Any], wrt: Any, gradients: Any) -> tup
     """The gradients, each in the dtype of its argument, which is another's where a framework converts them itself."""
     if not isinstance(gradients, (tuple, list)) or len(gradients) != len(wrt):  # a stranger's backend
         raise TypeError(f"backend {registry.name_of(tab)!r} returned no tuple of {len(wrt)} gradients, by {', '.join(wrt)}")
+    if all([getattr(given[name], "dtype", None) is x.dtype for name, x in zip(wrt, gradients, strict=True)]):
+        return tuple(gradients)
     return tuple(
         tab.asarray(x, dtype=conversion.dtype_name(given[name]))
         if tab.is_array(given[name]) and given[name].dtype != x.dtype
@@ -331,12 +333,14 @@ class Remembered(NamedTuple):
 
     ``layout``: how the numbers lie, where the class, shape and dtype of an array do not tell, as PyTorch's sparse tensors
     have those of dense ones; else None. ``options``: what the checks looked at of options that passed beside them.
+    ``defaults``: what `options` makes of those that a remembered call does not give.
     """
 
     tab: Backend
     scores: tuple[Any, ...]
     layout: Any
     options: set[Any]
+    defaults: dict[str, Any]
 
     def fits(self, query: Any, *options: Any) -> bool:
         """Whether options like these, arrays or None, have passed every check beside such arguments but those of values."""
@@ -380,7 +384,7 @@ def remember(tab: Backend, query: Any, key: Any, value: Any, scores: tuple[Any, 
         return None
     if not query.dtype == key.dtype == value.dtype:  # it was their framework that let them pass, here
         return None
-    known = Remembered(tab, scores, query.layout if hasattr(query, "is_sparse") else None, set())
+    known = Remembered(tab, scores, query.layout if hasattr(query, "is_sparse") else None, set(), defaults(tab))
     if len(_remembered) >= REMEMBERED:
         _remembered.clear()
     with suppress(TypeError):  # sizes that are symbols have no hash

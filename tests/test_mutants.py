@@ -89,8 +89,8 @@ NUMPY = [
         "large scores",
     ),
     ("gives all pairs weight where scores are small", "np.multiply(weights, where, out=weights)", "weights", "masks"),
-    ("divides by the sum of an empty row", "else np.maximum(total, SMALL, out=total)", "else total", "empty rows"),
-    ("takes no maximum off large scores", "NEAR = 44", "NEAR = 1e9", "large scores"),
+    ("divides by the sum of an empty row", "else np.maximum(total, LEAST, out=total)", "else total", "empty rows"),
+    ("takes no maximum off large scores", "NEAR = 80", "NEAR = 1e9", "large scores"),
     ("lets rows far below the largest lose digits", "SMALL = 2.0**-64", "SMALL = 0", "large scores"),
     ("forgets the maximum in lse", "np.log(total) + top", "np.log(total)", "plain"),
     ("leaks NaN from keys", "np.where(_flags_of_rows(has_query, key.shape), key, 0)", "key", "padding"),
@@ -142,8 +142,8 @@ NUMPY = [
     ),
     (
         "computes in float32 for float64",
-        "    scores = _wide(scores)\n    if (near",
-        "    scores = _wide(scores).astype(np.float32)\n    if (near",
+        "    scores = _wide(scores)\n    few_scores",
+        "    scores = _wide(scores).astype(np.float32)\n    few_scores",
     ),
     ("looks one key too far left", "ahead >= -left", "ahead >= -left - 1", "window"),
     ("looks one key too near right", "(ahead <= right)", "(ahead < right)", "window"),
@@ -232,6 +232,25 @@ ELSEWHERE = [
     ("kernels/numpy/gradients.py", "forgets the scale in gradients", "grad_scores = grad_scores * scale", "pass"),
     ("kernels/numpy/gradients.py", "forgets the sink in gradients", "left * weights", "weights"),
     ("kernels/numpy/gradients.py", "turns the gradient by the sink round", "0, -weight * delta)", "0, weight * delta)"),
+    ("kernels/numpy/few.py", "lets NaN of few numbers leak", "if not tiles.small(x)", "if False"),
+    ("kernels/numpy/few.py", "lets NaN of a bias leak", "not tiles.small(slope)", "False"),
+    ("kernels/numpy/few.py", "ignores the scale of few scores", "scores *= call.scale", "pass"),
+    (
+        "kernels/numpy/few.py",
+        "ignores the softcap of few scores",
+        "scores = call.softcap * np.tanh(scores / call.softcap)",
+        "pass",
+    ),
+    ("kernels/numpy/few.py", "ignores the bias of few scores", "scores += call.bias", "pass"),
+    ("kernels/numpy/few.py", "forgets the scale in gradients of few scores", "slope * call.scale", "slope"),
+    (
+        "kernels/numpy/few.py",
+        "forgets the sum in gradients of few scores",
+        "slope -= (weights * slope)",
+        "slope -= (0 * slope)",
+    ),
+    ("kernels/numpy/few.py", "gives the bias of few scores no gradient", '"bias": slope}', '"bias": 0 * slope}'),
+    ("kernels/numpy/few.py", "caps few scores in gradients", "call.softcap is not None or value", "value"),
     ("planning.py", "gives each block the sinks of all queries", "sink[..., start:end, :]", "sink[..., : end - start, :]"),
     ("planning.py", "cuts a block too short", "offset + end + right", "offset + end - 1 + right"),
     ("planning.py", "counts a block's offset from 0", "query_offset + start - first", "query_offset - first"),
@@ -268,9 +287,20 @@ def mutant(backend, old, new):
     tab = altered(f"backends/{backend}.py", f"kvattn_mutants.{backend}", old, new)
     if backend == "mxnet":
         tab.views = types.SimpleNamespace(**{**vars(tab.views), "obstacle": lambda *_: "it is a mutant"})  # NumPy would answer
+    if backend == "numpy":  # few scores would go another way
+        beside(
+            tab, "gradients", altered("kernels/numpy/gradients.py", "kvattn_mutants.gradients", "import math", "import math")
+        )
+        beside(tab, "few", types.SimpleNamespace(serves=lambda *_: False))
     if backend == "tensorflow":
         tab.few_pairs = types.SimpleNamespace(allowed=lambda *_: None)  # the same
     return tab
+
+
+def beside(tab, name, module):
+    """Puts a module of the kernels in its place in NumPy's tab, and in the gradients beside it."""
+    setattr(tab, name, module)
+    tab.gradients.few = tab.few
 
 
 @cache
@@ -316,7 +346,7 @@ def test_a_numpy_tab_beside_which(file, wrong, old, new):
         call.planning = altered(file, "kvattn_mutants.planning", old, new)
         tab.Call = call.Call
     else:
-        tab.gradients = altered(file, "kvattn_mutants.gradients", old, new)
+        beside(tab, Path(file).stem, altered(file, f"kvattn_mutants.{Path(file).stem}", old, new))
     assert notices(tab, "blocks" if file == "planning.py" else "plain")
 
 
@@ -357,7 +387,7 @@ def test_a_tab_that_lets_no_gradient_through_scores(backend):
     tab = mutant(backend, "import math", "import math")
     if backend == "numpy":
         through = "grad_scores = grad_scores + by_scores", "pass"
-        tab.gradients = altered("kernels/numpy/gradients.py", "kvattn_mutants.gradients", *through)
+        beside(tab, "gradients", altered("kernels/numpy/gradients.py", "kvattn_mutants.gradients", *through))
     else:
         returned = "(results,)), scores)", f"(results,)), {DETACHED[backend]})"
         module = altered("call.py", "kvattn_mutants.call", *returned)

@@ -11,13 +11,14 @@ import numpy as np
 
 from kvattn import multihead, pairs, partition, patterns, planning, rotation
 from kvattn.call import Call, Choice
-from kvattn.kernels.numpy import dropout, gradients, memory, tiled, tiled_grad, tiles
+from kvattn.kernels.numpy import dropout, few, gradients, memory, tiled, tiled_grad, tiles
 from kvattn.pairs import Pairs
 
 HALF = ("float16", "bfloat16")
 GENERATORS = (np.random.Generator, np.random.RandomState)  # what rng may be beside an int and an array
 SMALL = 2.0**-64  # a sum of exp(scores) above this has lost no term that float32 could add to it
-NEAR = 44  # exp of a score that is no further from 0 than this is above SMALL, and a sum of many is finite
+NEAR = 80  # exp of a score that is no further from 0 than this is a normal number of float32, and a sum of FEW is finite
+LEAST = 2.0**-120  # less than any of these
 FEW = 2**12  # scores of which one look at all takes less time than what it may save
 
 
@@ -98,8 +99,8 @@ def _lengths(valid_lens, ndim):
     """valid_lens as (batch, 1, ..., 1 or n, 1) of ndim axes."""
     if ndim == 2:
         return valid_lens.reshape(-1, 1)
-    batch, *per_query = valid_lens.shape
-    return valid_lens.reshape(batch, *[1] * (ndim - 3), *(per_query or [1]), 1)
+    shape = valid_lens.shape
+    return valid_lens.reshape(shape[:1] + (1,) * (ndim - 3) + (shape[1:] or (1,)) + (1,))
 
 
 def _positions(query_offset, n, ndim):
@@ -322,19 +323,6 @@ def _top(scores, where):
     return np.where(top == -math.inf, 0, top).astype(scores.dtype, copy=False)
 
 
-def _near_zero(scores, where):
-    """The scores, if they are few and none of a pair that may attend is far from 0, infinite or NaN; else None.
-
-    What stands at other pairs decides nothing, so that it changes no bit of the results.
-    """
-    if scores.size > FEW:
-        return None
-    if np.vdot(scores, scores) < NEAR * NEAR:
-        return scores
-    scores = identity(scores, where)
-    return scores if where is not None and np.vdot(scores, scores) < NEAR * NEAR else None
-
-
 def _log(total):
     """The logarithm of sums, -inf of 0."""
     with np.errstate(divide="ignore"):
@@ -344,12 +332,17 @@ def _log(total):
 def _softmax_lse(scores, where, with_lse=True):
     """(weights, log-sum-exp); a row with nothing to attend to has weights 0 and lse -inf."""
     scores = _wide(scores)
-    if (near := _near_zero(scores, where)) is not None:  # no maximum need be taken off
-        weights = np.exp(near)
+    few_scores = scores.size <= FEW
+    near = few_scores and np.vdot(scores, scores) < NEAR * NEAR
+    if few_scores and not near and where is not None:  # what stands at other pairs decides nothing, so that it changes no bit
+        scores = identity(scores, where)
+        near = np.vdot(scores, scores) < NEAR * NEAR
+    if near:  # no maximum need be taken off
+        weights = np.exp(scores)
         weights = weights if where is None else np.multiply(weights, where, out=weights)
         total = weights @ memory.ones(scores.shape[-1], scores.dtype)  # in half the time that its sum takes
         lse = _log(total)[..., 0] if with_lse else None
-        total = total if where is None else np.maximum(total, SMALL, out=total)  # 0 where a row is empty
+        total = total if where is None else np.maximum(total, LEAST, out=total)  # 0 where a row is empty
         return np.divide(weights, total, out=weights), lse
     shifted = scores if where is None else np.where(where, scores, -math.inf)
     top = shifted.max(initial=-math.inf)  # of all rows: found four times as fast as each row's own
@@ -360,7 +353,8 @@ def _softmax_lse(scores, where, with_lse=True):
             lse = (np.log(total) + top)[..., 0] if with_lse else None
             return np.divide(shifted, total, out=shifted), lse
     top = _top(scores, where)
-    shifted = np.exp((scores if where is None else np.where(where, scores, -math.inf)) - top)
+    with np.errstate(over="ignore", invalid="ignore"):  # inf - inf is NaN
+        shifted = np.exp((scores if where is None else np.where(where, scores, -math.inf)) - top)
     total = shifted.sum(axis=-1, keepdims=True)
     empty = total == 0  # and others may be NaN
     total = np.where(empty, 1, total).astype(scores.dtype, copy=False)
@@ -403,15 +397,17 @@ def choose(query, key, value, call):
 
 def _choose(query, key, call, wrt=()):
     """The kernel for arrays of these shapes, where no positions are given; ``wrt``: for the gradients by these."""
-    few = tiled.tiny(query, key)  # then nothing is gained by looking further
-    why = tiled.FEW if few else tiled.obstacle(sys.modules[__name__], query, key, call, wrt)
+    if few.serves(sys.modules[__name__], query, key, call):
+        return FEW_SCORES
+    small = tiled.tiny(query, key)  # then nothing is gained by looking further
+    why = tiled.FEW if small else tiled.obstacle(sys.modules[__name__], query, key, call, wrt)
     if not why:
         why = "softmax of dot products, so many that all at once would fill the memory, not the cache"
         return Choice("tiles", why, (), tiled.attention)
     blocks = [] if call.return_weights else call.window_blocks(query[-2], key[-2])
     if blocks:
         return Choice("the formula", why).in_window(blocks, _in_blocks)
-    if not few and (blocks := memory.query_blocks(call.score, query, key)):
+    if not small and (blocks := memory.query_blocks(call.score, query, key)):
         return Choice("the formula", why).in_blocks(blocks, _in_blocks)
     return Choice("the formula", why, (), _formula)
 
@@ -428,6 +424,15 @@ def _formula(query, key, value, call, blocks=()):
         return _weighted(query, key, value, allowed, call)
     with np.errstate(over="ignore", invalid="ignore"):  # of pairs that may not attend, which softmax leaves out
         return _weighted(query, key, value, allowed, call)
+
+
+def _of_few(query, key, value, call, blocks=()):
+    """The formula in as few steps as a small call needs, where its numbers let it."""
+    results = few.attention(sys.modules[__name__], query, key, value, call)
+    return _formula(query, key, value, call) if results is None else results
+
+
+FEW_SCORES = Choice("the formula", tiled.FEW, (), _of_few)
 
 
 def _weighted(query, key, value, allowed, call):

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvattn import multihead, partition, planning
 from kvattn.call import Call
-from kvattn.kernels.numpy import memory, threads, tiled, tiled_grad, tiles
+from kvattn.kernels.numpy import few, memory, threads, tiled, tiled_grad, tiles
 from kvattn.pairs import Pairs
 
 
@@ -207,6 +207,12 @@ def attention_grad(tab, query, key, value, grad_output, wrt, call, known=tiled_g
     With a gradient by the lse or by the scores among what is ``known`` they are those of sum(grad_lse * lse) or of
     sum(grad_scores * scores) as well.
     """
+    if known.grad_lse is known.grad_scores is None and few.serves(tab, query.shape, key.shape, call):
+        found = few.attention_grad(tab, query, key, value, grad_output, call)
+        if found is not None:
+            if call.bias is not None:
+                found["bias"] = sum_to(found["bias"], call.bias.shape)
+            return tuple([found[name] for name in wrt])
     asked, call = call, call._replace(return_scores=None) if call.return_scores else call
     sources = {"query": query, "key": key, "value": value, "bias": call.bias, "sink": call.sink, **_parameters(call.score)}
     selected = () if call.positions is None else call.positions.shape

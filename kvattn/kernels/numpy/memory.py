@@ -50,6 +50,14 @@ def ones(size, dtype):
     return np.ones((size, 1), dtype)
 
 
+@lru_cache(maxsize=64)
+def places(size):
+    """The positions of keys."""
+    found = np.arange(size)
+    found.flags.writeable = False
+    return found
+
+
 def scores(score, query, key):
     """score(query, key), in blocks of keys."""
     parts = key_blocks(score, query.shape, key.shape)
