@@ -144,12 +144,10 @@ def given_back(tab: Any, given: dict[str, Any], wrt: Any, gradients: Any) -> tup
     """The gradients, each in the dtype of its argument, which is another's where a framework converts them itself."""
     if not isinstance(gradients, (tuple, list)) or len(gradients) != len(wrt):  # a stranger's backend
         raise TypeError(f"backend {registry.name_of(tab)!r} returned no tuple of {len(wrt)} gradients, by {', '.join(wrt)}")
-    if all([getattr(given[name], "dtype", None) is x.dtype for name, x in zip(wrt, gradients, strict=True)]):
-        return tuple(gradients)
     return tuple(
-        tab.asarray(x, dtype=conversion.dtype_name(given[name]))
-        if tab.is_array(given[name]) and given[name].dtype != x.dtype
-        else x
+        x
+        if getattr(given[name], "dtype", None) is x.dtype or not tab.is_array(given[name]) or given[name].dtype == x.dtype
+        else tab.asarray(x, dtype=conversion.dtype_name(given[name]))
         for name, x in zip(wrt, gradients, strict=True)
     )
 
