@@ -417,7 +417,7 @@ def test_compiled_programs_are_forgotten_before_they_fill_memory():
         patch.object(torch.cuda, "current_device", lambda: 0), patch.object(flash.Launch, "_first", lambda *_: MagicMock()),
     ):  # fmt: skip
         for n in range(8):  # each length has strides of its own
-            launch = flash.Launch(tiles.forward, device, (), 1, (n,), (), (), 4, 1)
+            launch = flash.Launch(tiles.forward, device, (), 1, (n,), (), (), (4, 1))
             launch(torch.empty(4))
             assert launch.run is not None
             assert 1 <= len(flash._compiled) <= 3

@@ -6,7 +6,7 @@ import base64
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -82,12 +82,12 @@ def flags(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, group: str, rng: np.random.Generator,
-           grad: bool | np.ndarray = True, asked: tuple[str, ...] = WEIGHTS + LSE, dtypes: tuple[str, ...] = DTYPES,
-           by_scores: bool = False, **options: Any) -> Case:  # fmt: skip
+           grad: bool | Literal["scores"] | np.ndarray = True, asked: tuple[str, ...] = WEIGHTS + LSE,
+           dtypes: tuple[str, ...] = DTYPES, **options: Any) -> Case:  # fmt: skip
     """A case of attention with these options, of which ``seed`` stands for attention's own ``rng``, and with its answer.
 
-    ``asked``: which of weights and lse the call returns beside the output. ``grad``: whether the case has gradients; or the
-    rows (n,) of the output that the loss depends on. ``by_scores``: whether the loss depends on the returned scores, too.
+    ``asked``: which of weights and lse the call returns beside the output. ``grad``: whether the case has gradients; the
+    rows (n,) of the output that the loss depends on; or "scores", where it depends on the returned scores, too.
     """
     options |= {"rng": options.pop("seed")} if "seed" in options else {}
     results = ("output", *asked, *(["scores"] if "return_scores" in options else []))
@@ -96,8 +96,8 @@ def attend(name: str, query: np.ndarray, key: np.ndarray, value: np.ndarray, *, 
     grad_output = None
     if grad is not False:
         grad_output = grid(rng, *oracle.leading(query, key), query.shape[-2], value.shape[-1])
-        grad_output = np.where(np.reshape(grad, (-1, 1)), grad_output, 0.0)
-    if by_scores:
+        grad_output = np.where(np.reshape(isinstance(grad, str) or grad, (-1, 1)), grad_output, 0.0)
+    if isinstance(grad, str):
         selected = options["positions"].shape[-1] if "positions" in options else key.shape[-2]
         call_options["grad_scores"] = options["grad_scores"] = grid(rng, *oracle.leading(query, key), query.shape[-2], selected)
     answer = oracle.attention(query, key, value, grad_output, **call_options)

@@ -296,7 +296,8 @@ def _of_one_head(drawn: Draw, name: str, options: dict[str, Any]) -> Case:
         at.flat[drawn.rng("not_finite").integers(0, max(at.size, 1), min(at.size, 2))] = np.nan
     rng = drawn.rng("grad_output")
     made_with: dict[str, Any] = {"group": group, "rng": rng, "grad": drawn.grad, "asked": drawn.asked}
-    made_with["by_scores"] = drawn.grad and "return_scores" in options and not_finite_array is None
+    if drawn.grad and "return_scores" in options and not_finite_array is None:
+        made_with["grad"] = "scores"
     made = attend(name, q, k, x, **made_with, **options)
     made = replace(made, call=drawn.call)
     if drawn.call not in SCORED:

@@ -608,7 +608,7 @@ def combinations(rng: np.random.Generator, count: int = 24) -> Iterator[Case]:
 
 def through_scores(rng: np.random.Generator) -> Iterator[Case]:
     """A loss that depends on the returned scores as well as on the output."""
-    make = partial(attend, group="scores out", rng=rng, by_scores=True, asked=())
+    make = partial(attend, group="scores out", rng=rng, grad="scores", asked=())
     which: dict[str, Any] = {"softcap": 1.5, "scale": 0.75, "causal": True, "query_offset": 1}
     for stage in ("raw", "capped", "biased"):
         bias, mask = np.where(flags(rng, 4, 5), grid(rng, 2, 1, 4, 5), -INF), flags(rng, 4, 1, 5)

@@ -87,14 +87,14 @@ class _Attention(_Attends):
         if keeps:  # so that vjp need not compute them again
             at = 1 if options.get("return_weights", False) else 0
             known = tiled_grad.Known(output, rest[at] if asked else rest.pop(at))
-        self.keep(queries, keys, values, score, computing, rate, seed, known)
+        self.keep(queries, keys, values, score, computing, (rate, seed), known)
         rest = [layers.last_weights(self._last, "numpy"), *rest] if apart else rest
         return (output, *rest) if rest else output
 
-    def vjp(self, grad, queries, keys, values, score, computing, rate, seed, known):
+    def vjp(self, grad, queries, keys, values, score, computing, dropped_by, known):
         sinks = ("sink",) if isinstance(computing.get("sink"), np.ndarray) else ()
         wrt = ("query", "key", "value", *self._state.declared, *sinks)
-        options = {**computing, **_drawn(rate, seed), "score": score}
+        options = {**computing, **_drawn(*dropped_by), "score": score}
         if known is tiled_grad.NOTHING:
             grads = api.attention_grad(queries, keys, values, grad, wrt=wrt, **options)
         else:

@@ -85,7 +85,7 @@ class Prepared:
         self.as_given = all(x is y for x, y in zip(arrays, given, strict=True))
         self.headless = query.ndim == 3
         self.rest = _rest(query, call)
-        self.plan = _planned(*arrays, self.rest, sink=_rows_of(call.sink, query.shape[:-1]))
+        self.plan = _planned(arrays, self.rest, sink=_rows_of(call.sink, query.shape[:-1]))
         self.backward_plans = {}
 
     def __call__(self, query, key, value, call, blocks=()):
@@ -99,7 +99,7 @@ class Prepared:
         if differentiated and torch.is_grad_enabled():
             output, lse = _Attention.apply(*arrays, sink, self)
         else:
-            output, lse = _forward(self.plan, *arrays, sink)
+            output, lse = _forward(self.plan, arrays, sink)
         return _returned(output, lse, self.headless, call) if self.headless or call.return_lse else output
 
     def backward(self, arrays, output, lse, grad, grad_lse):
@@ -109,8 +109,8 @@ class Prepared:
         like = (*of_grad, *(None if x is None else x.stride() for x in arrays))
         plan = self.backward_plans.get(like)
         if plan is None:
-            plan = self.backward_plans[like] = _planned(*arrays, self.rest, *of_grad)
-        return _backward(plan, *arrays, output, lse, grad, grad_lse)
+            plan = self.backward_plans[like] = _planned(arrays, self.rest, *of_grad)
+        return _backward(plan, arrays, output, lse, grad, grad_lse)
 
 
 class _Attention(torch.autograd.Function):
@@ -118,8 +118,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask, bias, lens, offsets, sink, prepared):
-        output, lse = _forward(prepared.plan, query, key, value, mask, bias, lens, offsets, sink)
-        ctx.save_for_backward(query, key, value, mask, bias, lens, offsets, sink, output, lse)
+        arrays = query, key, value, mask, bias, lens, offsets
+        output, lse = _forward(prepared.plan, arrays, sink)
+        ctx.save_for_backward(*arrays, sink, output, lse)
         ctx.prepared = prepared
         ctx.set_materialize_grads(False)
         return output, lse
@@ -195,11 +196,11 @@ _library.define(f"attention_backward({_ARRAYS}, {_REST}, {_results}) -> (Tensor,
 
 
 def _operator(*given):
-    return forward(*given[:7], Rest(*given[7:]))
+    return forward(given[:7], Rest(*given[7:]))
 
 
 def _operator_backward(*given):
-    return backward(*given[:7], Rest(*given[7:11]), *given[11:])
+    return backward(given[:7], Rest(*given[7:11]), *given[11:])
 
 
 for _device in ("CUDA", "CPU"):  # on the CPU Triton's interpreter runs it
@@ -236,36 +237,36 @@ torch.library.register_autograd("kvattn::attention", _operator_gradients, setup_
 # ---- the kernels
 
 
-def forward(query, key, value, mask, bias, lens, offsets, rest):
-    """(output, lse)."""
-    arrays = query, key, value, mask, bias, lens, offsets
-    return _forward(_planned(*arrays, rest), *arrays)
+def forward(arrays, rest):
+    """(output, lse); ``arrays``: as of `_arrays`, here and below."""
+    return _forward(_planned(arrays, rest), arrays)
 
 
-def _forward(plan, query, key, value, mask, bias, lens, offsets, sink=None):
+def _forward(plan, arrays, sink=None):
+    query, key, value, *restrictions = arrays
     output = _empty(query, plan.output)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     parts = lse if plan.partial is None else query.new_empty(plan.partial, dtype=torch.float32)
     sink = lse if sink is None else _rows_of(sink, lse.shape)
-    plan.forward(query, key, value, output, lse, parts, *_given(lse, mask, bias, lens, offsets), sink)
+    plan.forward(query, key, value, output, lse, parts, *_given(lse, *restrictions), sink)
     if plan.partial is not None:
         plan.combine(parts, output, lse, sink)
     return output, lse
 
 
-def backward(query, key, value, mask, bias, lens, offsets, rest, output, lse, grad, grad_lse):
+def backward(arrays, rest, output, lse, grad, grad_lse):
     """The gradients by query, key and value."""
-    arrays = query, key, value, mask, bias, lens, offsets
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    plan = _planned(*arrays, rest, grad.stride(), grad_lse is not None)
-    return _backward(plan, *arrays, _as_made(output, query), lse, grad, grad_lse)[:3]
+    plan = _planned(arrays, rest, grad.stride(), grad_lse is not None)
+    return _backward(plan, arrays, _as_made(output, arrays[0]), lse, grad, grad_lse)[:3]
 
 
-def _backward(plan, query, key, value, mask, bias, lens, offsets, output, lse, grad, grad_lse):
+def _backward(plan, arrays, output, lse, grad, grad_lse):
+    query, key, value, *restrictions = arrays
     delta, by_query = torch.empty_like(lse), _empty(query, plan.output)
     by_key, by_value = key.new_empty(key.shape), value.new_empty(value.shape)
     grad_lse = lse if grad_lse is None else grad_lse.contiguous()
-    given = _given(lse, mask, bias, lens, offsets)
+    given = _given(lse, *restrictions)
     plan.by_query(query, key, value, output, lse, grad, grad_lse, delta, by_query, *given)
     plan.by_key(query, key, value, lse, grad, delta, by_key, by_value, *given)
     return by_query, by_key, by_value, delta
@@ -308,11 +309,12 @@ def _heads_last(shape, strides):
 # ---- what is the same for all calls of some shapes
 
 
-def _planned(query, key, value, mask, bias, lens, offsets, rest, grad_strides=None, by_lse=False, sink=None):
-    shapes = query.shape, key.shape, value.shape[-1], query.stride(), key.stride(), value.stride()
-    masks = [None if x is None else (x.dtype, x.shape, x.stride()) for x in (mask, bias, lens, offsets)]
+def _planned(arrays, rest, grad_strides=None, by_lse=False, sink=None):
+    query, key, value, *restrictions = arrays
+    layout = query.shape, key.shape, value.shape[-1], query.stride(), key.stride(), value.stride()
+    described = tuple(None if x is None else (x.dtype, x.shape, x.stride()) for x in restrictions)
     of_sink = None if sink is None else (sink.dtype, sink.stride())
-    return _plan(query.device, query.dtype, *shapes, *masks, rest, grad_strides, by_lse, of_sink)
+    return _plan(query.device, query.dtype, layout, described, rest, grad_strides, by_lse, of_sink)
 
 
 class _Plan(NamedTuple):
@@ -325,8 +327,9 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(device, dtype, shape, of_keys, v, q_strides, k_strides, v_strides, mask, bias, lens, offsets, rest, grad_strides,
-          by_lse, sink):  # fmt: skip
+def _plan(device, dtype, layout, restrictions, rest, grad_strides, by_lse, sink):
+    shape, of_keys, v, q_strides, k_strides, v_strides = layout
+    mask, bias, lens, offsets = restrictions
     (batch, heads, n, d), (_, kv_heads, m, _) = shape, of_keys
     group, width = heads // kv_heads, max(d, v)
     first, last, scale, softcap = rest
@@ -347,7 +350,7 @@ def _plan(device, dtype, shape, of_keys, v, q_strides, k_strides, v_strides, mas
     outputs = _rows(shape, q_strides, v)
     masks = (*steps[0], *steps[1])
     sizes = (d, v, _wide(d), _wide(v))
-    types = (dtype, *(None if x is None else x[0] for x in (mask, bias, lens, offsets)))
+    types = (dtype, *(None if x is None else x[0] for x in restrictions))
     if grad_strides is None:
         rows, cols, *launch = forward_tiles(dtype, width, group * n, light, kinds != [0, 0])
         programs = -(-group * n // rows) * batch * kv_heads
@@ -356,22 +359,22 @@ def _plan(device, dtype, shape, of_keys, v, q_strides, k_strides, v_strides, mas
         kind_of_sink, of_sink = sink or (None, (0, 0, 0))
         types = (*types, kind_of_sink)
         strides = (*inputs, *outputs, *masks, *of_sink)
-        forward = Launch(tiles.forward, device, types, programs * parts, strides, numbers, constants, *launch)
+        forward = Launch(tiles.forward, device, types, programs * parts, strides, numbers, constants, launch)
         output = _laid_out(shape, q_strides, v)
         if parts == 1:
             return _Plan(forward, None, None, None, None, output)
         constants = (v, _wide(v), parts, parts, sink is not None)
-        combine = Launch(tiles.combine, device, types, batch * heads * n, (*outputs, *of_sink), (heads, n), constants, 4, 1)
+        combine = Launch(tiles.combine, device, types, batch * heads * n, (*outputs, *of_sink), (heads, n), constants, (4, 1))
         return _Plan(forward, combine, None, None, parts * batch * heads * n * (v + 2), output)
     rows, cols, *launch = query_tiles(dtype, width, light, narrow)
     strides = (*inputs, *outputs, *grad_strides[:3], *_rows(shape, q_strides, d), *masks)
     programs = -(-group * n // rows) * batch * kv_heads
     constants = (*sizes, rows, cols, by_lse, *flags)
-    by_query = Launch(tiles.backward_query, device, types, programs, strides, numbers, constants, *launch)
+    by_query = Launch(tiles.backward_query, device, types, programs, strides, numbers, constants, launch)
     rows, cols, *launch = key_tiles(dtype, width, narrow)
     programs = -(-m // cols) * batch * kv_heads
     strides = (*inputs, *grad_strides[:3], *masks)
-    by_key = Launch(tiles.backward_key, device, types, programs, strides, numbers, (*sizes, rows, cols, *flags), *launch)
+    by_key = Launch(tiles.backward_key, device, types, programs, strides, numbers, (*sizes, rows, cols, *flags), launch)
     return _Plan(None, None, by_query, by_key, None, _laid_out(shape, q_strides, d))
 
 
@@ -400,10 +403,12 @@ class Launch:
 
     Triton looks at every argument of every call to find the program that was compiled for its like, which takes longer than
     a small attention. That program depends on nothing but what ``self.like`` holds, if all arrays begin at a multiple of 16
-    bytes; ``numbers`` are those arguments that tiles.py does not let it depend on, and floats.
+    bytes; ``numbers`` are those arguments that tiles.py does not let it depend on, and floats. ``options``: how many warps and
+    stages, and, perhaps, registers of a thread at most.
     """
 
-    def __init__(self, kernel, device, types, programs, strides, numbers, constants, warps, stages, registers=None):
+    def __init__(self, kernel, device, types, programs, strides, numbers, constants, options):
+        warps, stages, registers = (*options, None)[:3]
         self.kernel, self.device, self.grid = kernel, device, (programs, 1, 1)
         self.arguments = (*strides, *numbers, *constants)
         self.options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
