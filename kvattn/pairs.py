@@ -228,12 +228,12 @@ def _of_distances(function: Any, query: Any, key: Any, call: Call, in_numpy: boo
     from kvattn import positions  # here, as above
 
     tab, offset, n, m = call.mask.tab, call.query_offset, query.shape[-2], key.shape[-2]
-    if type(offset) is not int or (numpy_values := conversion.peek(tab, keys := _places(tab, key, 0, None)[None])) is None:
+    if type(offset) is not int or (numpy_values := conversion.peek(tab, place := _places(tab, key, 0, 1))) is None:
         return None
     small = short(0, m) and short(offset, offset + n)
-    dtype = conversion.dtype_name(keys) if small else _dtype(tab, key, 0, SQUARE)  # the positions' own
+    dtype = conversion.dtype_name(place) if small else _dtype(tab, key, 0, SQUARE)  # the positions' own
     ahead, made = np.arange(1 - offset - n, m - offset).astype(dtype)[None], None
-    if in_numpy and numpy_values is not keys:  # else the framework's are NumPy's
+    if in_numpy and numpy_values is not place:  # else the framework's are NumPy's
         flags = positions.of_distances(function, positions.exact(ahead))
         made = flags.view(np.ndarray) if type(flags) is positions.Exact and flags.dtype.kind == "b" else None
     known = made
@@ -243,7 +243,8 @@ def _of_distances(function: Any, query: Any, key: Any, call: Call, in_numpy: boo
             return None
         known = conversion.peek(tab, made)
     try:
-        found = function(tab.asarray(np.array([[offset], [offset + n - 1]], dtype), like=query), keys)
+        ends = tab.asarray(np.array([[offset], [offset + n - 1]], dtype), like=query)
+        found = function(ends, tab.asarray(np.arange(m, dtype=dtype)[None], like=key))
     except Exception:  # it is evaluated again, and the user then gets its error
         return None
     if not tab.is_array(found):

@@ -390,6 +390,19 @@ def test_derivatives_beside_a_bias_by_distance():
     assert "_backward" in served
 
 
+@pytest.mark.parametrize("everywhere", [800.0, -800.0])
+def test_a_bias_by_distance_beyond_the_range_of_exp(everywhere):
+    """exp(800) is inf and exp(-800) is 0, in float64 too: the sums that take no maximum are not used then."""
+    arrays = draw(lead=(2, 2))
+    bias = lambda q, k: everywhere - 0.5 * tf.cast(abs(q - k), tf.float64)  # noqa: E731
+    with in_blocks() as served, patch.multiple(partition, FEW=0):
+        got = kvattn.attention(*map(tf.constant, arrays[:3]), bias=bias)
+    ahead = np.arange(arrays[1].shape[-2]) - np.arange(arrays[0].shape[-2])[:, None]
+    want = kvattn.attention(*arrays[:3], bias=everywhere - 0.5 * abs(ahead))
+    assert served == ["_forward", "_forward"]  # again, with a maximum
+    assert_near(got, want)
+
+
 def test_nan_beside_a_bias_by_distance_stays_with_its_pairs():
     rng, ahead = np.random.default_rng(0), np.arange(520) - np.arange(520)[:, None]
     query, key, value = rng.standard_normal((3, 1, 2, 520, 4)).astype("float32")

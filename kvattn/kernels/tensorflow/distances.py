@@ -39,4 +39,4 @@ def by_distance(serves, line, query, key, value, call):
     bias = Line(line)
     if not serves(query, key, value, call._replace(bias=bias, sink=None)):
         return None
-    return bias if bool(tf.reduce_all(tf.math.is_finite(line))) else None
+    return bias if np.isfinite(line.numpy()).all() else None  # TensorFlow's own operation takes ten times as long

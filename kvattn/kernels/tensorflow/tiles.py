@@ -102,7 +102,7 @@ def attention(tab, query, key, value, call, _blocks):
 
     if call.mask is not None or segments or call.lengths_per_query(len(query.shape)):
         query, key, value = _without_padding(tab, query, key, value, of_all._replace(bias=None))
-    elif call.return_lse and value.shape[-1] and tf.executing_eagerly():  # `_served` looks at the output
+    elif (call.return_lse or kind.biased) and value.shape[-1] and tf.executing_eagerly():  # `_served` looks at the output
         kind = kind._replace(unshifted=True)
 
     @tf.custom_gradient
@@ -147,7 +147,7 @@ def _described(tab, query, key, value, call, segments=()):
     rest += segments
     biased = call.bias is not None
     if biased:
-        rest.append(tab._wide(call.bias.values)[..., None, :])
+        rest.append(tf.expand_dims(tab._wide(call.bias.values), -2))
     given = call.valid_lens is not None, call.mask is not None
     most = BAND_ROWS if call.windowed else ROWS
     kind = Kind(scale, call.softcap, left, right, *given, call.return_lse, SCORES, most, FEWEST, bool(segments), biased)
