@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvattn import __version__, dispatch, install, registry
-from kvattn.terminal import Progress, Refused, named_backends, new_console, writable
+from kvattn.terminal import Progress, Refused, named_backends, new_console, number_of, writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -419,9 +419,11 @@ def _notes(result: Report) -> list[str]:
     """What a backend was not asked, and why."""
     notes = [f"known difference: {reason}" for reason in result.excused]
     if absent := {each.case for each in result.not_offered}:
-        notes.append(f"{len(absent)} cases use functions that it does not offer: {_counted(result.not_offered, ', ')}")
+        notes.append(
+            f"{number_of(len(absent), 'case')} for functions that it does not offer: {_counted(result.not_offered, ', ')}"
+        )
     if refused := {each.case for each in result.refused}:
-        notes.append(f"{len(refused)} cases it refuses: {_counted(result.refused)}")
+        notes.append(f"{number_of(len(refused), 'case')} refused: {_counted(result.refused)}")
     return notes
 
 
@@ -474,7 +476,7 @@ def bench(options: argparse.Namespace) -> int:
 
         given = {name: getattr(options, name) for name in ("dtype", "grad", "device", "rounds", "layers", "quick")}
         rows = bench.run(names, bench.Settings(shapes, kinds, **given), advance)
-        progress.done("done", f"{len(rows)} measurements")
+        progress.done("done", number_of(len(rows), "measurement"))
     console.print(*bench.tables(rows, console.width))
     for row in rows:
         if "failed" in row:

@@ -58,6 +58,14 @@ def writable(path: str | None) -> None:
         raise Refused(f"cannot write {path!r}: permission denied")
 
 
+def number_of(count: int, noun: str) -> str:
+    """
+    >>> number_of(1, "cell"), number_of(2, "cell")
+    ('1 cell', '2 cells')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class Progress:
     """A bar per backend on a terminal; elsewhere a line per backend when it is done, and now and then one that it goes on."""
 

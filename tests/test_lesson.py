@@ -102,7 +102,7 @@ def test_tabs_that_agree_exit_0_and_each_cell_is_reported(command, world):
     text = TWINS + cell("x = 3", "numpy") + cell("x = 1 + 2", "twin") + cell("print(x, f'{x:.2f}')\nx / 7") + "prose\n"
     got = command(text + "```{.python .input}\n'no numbers'\n```", "run", "--backend", "all")
     assert (got.status, got.err) == (0, "")
-    assert got.last == "6 cells run on 2 tabs, 0 errors; 1 common cells compared, 0 disagree"
+    assert got.last == "6 cells run on 2 tabs, 0 errors; 1 common cell compared, 0 disagreements"
     rows = [[word.strip() for word in line.split("│")[1:-1]] for line in got.out.splitlines() if "│" in line]
     assert [(row[0], row[1], bool(row[2]), bool(row[3]), row[4]) for row in rows] == [
         ("7", "x = 3", True, False, ""),
@@ -133,7 +133,7 @@ def test_what_jupytext_reads_is_run_and_converted(world, capsys, kind):
     assert "3 cells run" in out
     file.write_text(text.replace("y - 1", "y + 1"))
     assert cli.main(["lesson", "run", str(file), "--backend", "numpy"]) == 0
-    assert "3 cells run on 1 tabs, 0 errors" in capsys.readouterr().out
+    assert "3 cells run on 1 tab, 0 errors" in capsys.readouterr().out
     assert cli.main(["lesson", "convert", str(file), "--backend", "numpy", "--output", str(world / "new.ipynb")]) == 0
     made = nbformat.read(world / "new.ipynb", as_version=4)
     assert [each.source.strip() for each in made.cells if each.cell_type == "code"] == ["x = 6", "y = 7", "y = 1\nx / (y + 1)"]
@@ -159,7 +159,7 @@ def test_tabs_that_disagree_exit_1(command):
     got = command(text, "run")
     assert got.status == 1
     assert "FILE:11: the tabs disagree: result 1 of 2: numpy 0.5, twin 0.50001: 1e-05 apart, 2e-06 allowed" in got.out
-    assert got.last.endswith("1 common cells compared, 1 disagree")
+    assert got.last.endswith("1 common cell compared, 1 disagreement")
     assert command(text, "run", "--no-compare").status == 0
     assert command(text.replace("1\n[", "1  #@differs\n["), "run").status == 0
 
@@ -171,7 +171,7 @@ def test_an_error_exits_1_and_leads_to_the_lines_of_the_lesson(command):
     said = "twin: FILE:17: broken(1)\nFILE:8: return x.nothing\n  AttributeError: 'int' object has no attribute 'nothing'"
     assert said in got.out
     assert "not run" in got.out
-    assert got.last == "5 cells run on 2 tabs, 1 errors; 0 common cells compared, 0 disagree"
+    assert got.last == "5 cells run on 2 tabs, 1 error; 0 common cells compared, 0 disagreements"
 
 
 def test_errors_of_syntax_of_libraries_and_of_kernels_are_told(command):
@@ -196,7 +196,7 @@ def test_the_progress_bar_shows_code_as_it_is():
 
 def test_a_cell_is_the_notebooks_own(command):
     got = command(TWINS + cell("import asyncio\nawait asyncio.sleep(0, 3)") + cell("tab.selected('twin');"), "run")
-    assert got.last == "4 cells run on 2 tabs, 0 errors; 1 common cells compared, 0 disagree"
+    assert got.last == "4 cells run on 2 tabs, 0 errors; 1 common cell compared, 0 disagreements"
 
 
 @pytest.mark.parametrize(

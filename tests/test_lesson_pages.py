@@ -190,7 +190,7 @@ def test_what_leads_nowhere_fails_a_run_and_a_conversion(folder, command):
     got = command(text, "run", "--backend", "numpy")
     assert got.status == 1
     assert [line for line in got.out.splitlines() if line.startswith("FILE")] == said
-    assert got.last.endswith("2 references lead nowhere")
+    assert got.last.endswith("2 references without a target")
     assert command(text, "run", "--backend", "numpy", "--no-references").status == 0
     got = command(text, "convert", "--backend", "numpy")
     assert (got.status, got.out) == (2, "")

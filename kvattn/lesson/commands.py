@@ -13,7 +13,7 @@ from pathlib import Path
 from kvattn import install, lesson, registry
 from kvattn.lesson import Lesson, Ran, live, runner, site
 from kvattn.lesson.forks import Forks
-from kvattn.terminal import Progress, Refused, named_backends, new_console, writable
+from kvattn.terminal import Progress, Refused, named_backends, new_console, number_of, writable
 
 CELLS = "a cell is fenced as ```{.python .input}, ```{code-cell} or ```python, or is a code cell of a notebook"
 
@@ -181,7 +181,9 @@ class _Site:
         for problem in problems:
             self.console.print(problem, soft_wrap=True)
         if problems:
-            self.console.print(f"\n{len(problems)} errors, so the site was not made", style="bold red", soft_wrap=True)
+            self.console.print(
+                f"\n{number_of(len(problems), 'error')}, so the site was not made", style="bold red", soft_wrap=True
+            )
             return False
 
         def say(line: str) -> None:
@@ -190,8 +192,8 @@ class _Site:
             self.console.print(line, soft_wrap=True)
 
         site.html(self.source, self.out, title, say)
-        lessons = f"{len(book.lessons)} lessons on {', '.join(names)}"
-        ran = f"{self.ran} cells run, the others as they were" if self.ran else "nothing had to be run"
+        lessons = f"{number_of(len(book.lessons), 'lesson')} on {', '.join(names)}"
+        ran = f"{number_of(self.ran, 'cell')} run, the others as they were" if self.ran else "nothing had to be run"
         words = f"{lessons}: {ran}, {time.perf_counter() - begun:.1f} s. Written: {self.out / 'index.html'}"
         self.console.print(words, style="bold green", soft_wrap=True)
         return True

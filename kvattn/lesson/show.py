@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvattn.lesson.reader import Cell
 from kvattn.lesson.runner import Ran, Result
 from kvattn.report import clean
+from kvattn.terminal import number_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,12 +51,14 @@ def outcome(cells: Sequence[Ran]) -> str:
     """How a tab went, in a line."""
     failed = sum(each.error is not None for each in cells)
     ok = len(cells) - failed
-    return f"{ok} cells run, {'stopped by an error' if failed else 'no error'}, {sum(each.seconds for each in cells):.1f} s"
+    seconds = sum(each.seconds for each in cells)
+    return f"{number_of(ok, 'cell')} run, {'stopped by an error' if failed else 'no error'}, {seconds:.1f} s"
 
 
 def summary(result: Result) -> str:
     """The closing line."""
     cells = sum(len(ran) for ran in result.tabs.values())
-    compared = f"{len(result.agreements)} common cells compared, {len(result.apart)} disagree"
-    lost = f"; {len(result.lost)} references lead nowhere" if result.lost else ""
-    return f"{cells} cells run on {len(result.tabs)} tabs, {len(result.errors)} errors; {compared}{lost}"
+    compared = f"{number_of(len(result.agreements), 'common cell')} compared, {number_of(len(result.apart), 'disagreement')}"
+    lost = f"; {number_of(len(result.lost), 'reference')} without a target" if result.lost else ""
+    ran = f"{number_of(cells, 'cell')} run on {number_of(len(result.tabs), 'tab')}"
+    return f"{ran}, {number_of(len(result.errors), 'error')}; {compared}{lost}"
