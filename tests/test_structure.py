@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import kvattn
-from kvattn import decoding, maps, namespace, signatures
+from kvattn import checks, decoding, maps, namespace, prepare, signatures
 
 PACKAGE = Path(kvattn.__file__).parent
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "mxnet", "flax", "numpy"}
@@ -170,9 +170,15 @@ def test_importing_kvattn_loads_no_framework():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_every_public_name_has_a_promise():
+def test_every_public_name_has_a_promise_and_a_place_in_the_reference():
+    reference = (PACKAGE.parent / "docs" / "reference" / "api.md").read_text()
     for name in kvattn.__all__:
         assert getattr(kvattn, name).__doc__, name
+        assert re.search(rf"\b{name}\b", reference), name
+
+
+def test_errors_name_every_score_and_normaliser():
+    assert {*checks.SCORES, *checks.NORMALIZERS, "masked_softmax"} == {each.__name__ for each in prepare.tabbed}
 
 
 def test_a_kernel_begins_with_the_formula_that_it_computes_and_where_that_is_from():
@@ -183,6 +189,12 @@ def test_a_kernel_begins_with_the_formula_that_it_computes_and_where_that_is_fro
             begins = ast.get_docstring(tree)
             assert " = " in begins or "softmax(" in begins, path
             assert "Source" in begins or "source" in begins or "0 * NaN" in begins, path
+
+
+def test_a_folder_of_kernels_says_what_each_of_its_files_computes():
+    for folder in (PACKAGE / "kernels").glob("*/__init__.py"):
+        words = {*re.findall(r"\w+", ast.get_docstring(parsed(folder)))}
+        assert {path.stem for path in folder.parent.glob("*.py")} - {"__init__"} <= words, folder
 
 
 def private_names(path, own):

@@ -1,1 +1,5 @@
-"""MXNet: NumPy's kernels on views of its arrays, attention on Symbols, and what is put right in its operators."""
+"""MXNet's kernels. The tab's `choose` says which serves a call.
+
+- views: NumPy's kernels on views of arrays on the CPU. dropout: the pairs that a seed keeps.
+- quirks: what MXNet's own operators do otherwise than NumPy's, put right.
+"""
