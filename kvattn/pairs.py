@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -217,6 +218,12 @@ def same_in_numpy(spec: Pairs, query: Any, key: Any, offset: Any) -> bool:
     return found is not None and np.array_equal(found, conversion.peek(spec.tab, made))
 
 
+def _at_once(tab: Any) -> AbstractContextManager[Any]:
+    """In which the tab's operations on numbers that are known give numbers, though what surrounds them may be traced."""
+    context: AbstractContextManager[Any] = getattr(tab, "AT_ONCE", nullcontext)()
+    return context
+
+
 def _of_distances(function: Any, query: Any, key: Any, call: Call, in_numpy: bool = False) -> Any:
     """The function at each distance, (..., 1, n + m - 1), the least first; None where it depends on more or cannot
     be read. At the first query and the last it is evaluated on arrays, too: it may depend on their sizes or class.
@@ -273,7 +280,8 @@ def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None]
     remembered = None if name is None else _windows.get(name)  # at once: another thread may forget it in between
     if remembered is not None:
         return remembered
-    made = _of_distances(call.mask.mask_function, query, key, call, in_numpy=True)
+    with _at_once(tab):
+        made = _of_distances(call.mask.mask_function, query, key, call, in_numpy=True)
     if made is None or conversion.dtype_name(made) not in ("bool", "bool_"):
         return None
     flags = made if type(made) is np.ndarray else conversion.peek(tab, made)
@@ -311,13 +319,14 @@ def _name_for_good(query: Any, key: Any, call: Call) -> tuple[Any, ...] | None:
 
 def line_of(query: Any, key: Any, call: Call) -> Any:
     """The bias of each distance, (..., n + m - 1), the least first, where the bias function asks for no more; or None."""
-    tab, made = call.mask.tab, _of_distances(call.mask.bias_function, query, key, call)
-    if made is None or conversion.dtype_name(made) not in conversion.FLOATS:
-        return None
-    lead, given = leading(query.shape, key.shape), tuple(made.shape[:-2])
-    if len(given) > len(lead) or any(x not in (1, full) for x, full in zip(reversed(given), reversed(lead), strict=False)):
-        return None
-    return tab.asarray(made[..., 0, :], dtype=conversion.dtype_name(query))
+    with _at_once(tab := call.mask.tab):
+        made = _of_distances(call.mask.bias_function, query, key, call)
+        if made is None or conversion.dtype_name(made) not in conversion.FLOATS:
+            return None
+        lead, given = leading(query.shape, key.shape), tuple(made.shape[:-2])
+        if len(given) > len(lead) or any(x not in (1, full) for x, full in zip(reversed(given), reversed(lead), strict=False)):
+            return None
+        return tab.asarray(made[..., 0, :], dtype=conversion.dtype_name(query))
 
 
 def window_of_flags(flags: Any, position: int) -> tuple[int | None, int | None] | None:

@@ -222,3 +222,47 @@ def test_nan_beside_a_bias_by_distance_stays_with_its_pairs():
     want = kvattn.attention(query, key, value, bias=-np.asarray(own) * abs(ahead).astype("float32"), causal=True)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.isfinite(want[..., :200, :]).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["at once", "jitted"])
+def test_gradients_beside_a_bias_by_distance(compiled):
+    """In blocks of one line, of heads that share keys, beside a window; a line that is learned has its gradient too."""
+    query, key, value, grad = (jnp.asarray(x, "float32") for x in draw(lead=(2, 4), kv=(2, 2)))
+    slopes, lines, original = jnp.asarray(0.5 ** np.arange(1, 5)[:, None, None], "float32"), [], distances.by_distance
+
+    def by_distance(*arguments):
+        lines.append(original(*arguments))
+        return lines[-1]
+
+    def bias(own):
+        return lambda q, k: own * jnp.minimum(abs(k - q), 4).astype("float32")
+
+    def loss(query, key, value, own, given=slopes, **options):
+        output = kvattn.attention(query, key, value, bias=bias(given if own is None else own), **options)
+        return (output * grad).sum()
+
+    run = jax.jit if compiled else lambda x: x
+    ahead = np.arange(7) - np.arange(9)[:, None]
+    for options in ({}, {"window": (4, 1), "query_offset": 1}, {"softcap": 1.0, "valid_lens": np.array([3, 7])}):
+        array = np.asarray(slopes) * np.minimum(abs(ahead - options.get("query_offset", 0)), 4)
+        wrt, given = ("query", "key", "value", "bias"), {**options, "bias": array.astype("float32")}
+        *want, by_bias = kvattn.attention_grad(*map(np.asarray, (query, key, value, grad)), wrt=wrt, **given, backend="numpy")
+        with in_tiles() as served, patch.multiple(partition, FEW=0), patch.object(distances, "by_distance", by_distance):
+            found = run(jax.grad(partial(loss, **options), argnums=(0, 1, 2)))(query, key, value, None)
+            assert type(lines[-1]) is distances.Line
+            learned = run(jax.grad(partial(loss, **options), argnums=3))(query, key, value, slopes)
+        assert served
+        for x, y in zip(found, want, strict=True):
+            assert_near(x, y)
+        assert_near(learned, (by_bias * array / np.asarray(slopes)).sum(axis=(-2, -1), keepdims=True))
+
+
+def test_no_array_of_all_pairs_is_held_for_a_bias_by_distance_in_a_trace():
+    x, slopes = jax.ShapeDtypeStruct((1, 2, 8192, 8), jnp.float32), jnp.asarray([0.5, 0.25])[:, None, None]
+
+    def attend(*arrays):
+        return kvattn.attention(*arrays, bias=lambda q, k: -slopes * abs(q - k).astype("float32"))
+
+    for function in (attend, lambda *arrays: jax.vjp(attend, *arrays)[1](arrays[0])):
+        held = jax.jit(function).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+        assert held < 60e6  # the bias of all pairs is 512 MB

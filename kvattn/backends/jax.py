@@ -21,6 +21,7 @@ from kvattn.pairs import Pairs
 
 HALF = ("float16", "bfloat16")
 GENERATORS = (patterns.Wide,)  # what rng may be beside an int and an array: a seed of a layer's part; keys are arrays
+AT_ONCE = programs.evaluated  # where functions are asked of all distances: known numbers stay known under jit
 MOST_SHAPES = 4  # of the parts of a call that runs at once: each is a program of its own
 
 
@@ -82,7 +83,8 @@ def converts(x, y):
 
 
 def places(x, first=0, count=None):
-    return first + jnp.arange(x.shape[-2] if count is None else count)
+    found = jnp.arange(x.shape[-2] if count is None else count)
+    return found if type(first) is int and first == 0 else first + found
 
 
 # ---- shapes and masks
@@ -598,7 +600,7 @@ def attention_grad(query, key, value, grad_output, *, wrt=("query", "key", "valu
 
 @programs.exact
 def _grad_of_pairs(query, key, value, grad_output, call, *, wrt):
-    call, parts = partition.resolved(query, key, value, call)
+    call, parts = partition.resolved(query, key, value, call, partial(distances.by_distance, _in_tiles))
     if not parts:
         return _attend_grad(query, key, value, grad_output, call, wrt=wrt)
     return _by_vjp(partial(_in_parts, parts=parts), query, key, value, grad_output, call, wrt)

@@ -34,7 +34,6 @@ def block(line, rows):
 
 def by_distance(serves, line, query, key, value, call):
     """The Line of a call, where its numbers can be read and forbid nothing; else None. ``serves``: whether tiles do."""
-    arrays = query, key, value, line
-    if any(isinstance(x, jax.core.Tracer) for x in arrays) or not serves(query, key, value, call._replace(sink=None)):
+    if isinstance(line, jax.core.Tracer) or not serves(query, key, value, call._replace(sink=None)):
         return None
     return Line(line) if np.isfinite(np.asarray(line)).all() else None

@@ -375,6 +375,7 @@ def _entry(plan, arrays, limits):
     pairs = {name: _wide(x) for name, x in arrays.items() if name in PAIR}
     for axis, size in ((1, n), (2, m)):
         pairs = {name: x if x.shape[axis] == 1 else _fill(x, axis, size) for name, x in pairs.items()}
+    line = None if "line" not in arrays else jnp.pad(arrays["line"], [(0, 0), (n - plan.n, m - plan.m)])
     keys = {name: _fill(_wide(x), 0, m) for name, x in arrays.items() if name in KEY}
     rows = {name: _wide(x) for name, x in arrays.items() if name in ROW}
     if n != plan.n:
@@ -385,10 +386,16 @@ def _entry(plan, arrays, limits):
     @partial(jax.checkpoint, prevent_cse=False)
     def tile(given):
         number, rows = given
-        mine = {
-            name: _cut(_cut(x, 0, number // tiles, 1)[0], 0, number % tiles * plan.tile, plan.tile) for name, x in pairs.items()
-        }
-        return _tile(plan, rows, keys, mine, limits)
+        head, first = number // tiles, number % tiles * plan.tile
+        mine = {name: _cut(_cut(x, 0, head, 1)[0], 0, first, plan.tile) for name, x in pairs.items()}
+
+        def by_distance(start):
+            if line is None:
+                return {}
+            here = _cut(_cut(line, 0, head, 1)[0], 0, start - first + n - plan.tile, plan.tile + plan.cut_block)
+            return {"line": distances.block(here, plan.tile)}
+
+        return _tile(plan, rows, keys, mine, by_distance, limits)
 
     if group * tiles == 1:
         results = [x[None] for x in tile((0, {name: x[0] for name, x in rows.items()}))]
@@ -411,7 +418,7 @@ def _cut(x, axis, start, size):
     return x if x.shape[axis] == 1 else lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _tile(plan, rows, keys, pairs, limits):
+def _tile(plan, rows, keys, pairs, by_distance, limits):
     limited = "low" in rows or "high" in rows
     rows, low, high = _bounded(rows, limits, plan.m)
     lowest, inner_lowest, inner_highest, highest = low.min(), low.max(), high.min(), high.max()
@@ -428,10 +435,10 @@ def _tile(plan, rows, keys, pairs, limits):
         end = start + plan.cut_block
 
         def inside():
-            return _along(carry, rows, keys, {}, limits, None)
+            return _along(carry, rows, keys, by_distance(start), limits, None)
 
         def cut():
-            here = {name: _cut(x, 1, start, plan.cut_block) for name, x in pairs.items()}
+            here = {name: _cut(x, 1, start, plan.cut_block) for name, x in pairs.items()} | by_distance(start)
             return _masked_step(_along, carry, rows, keys, here, limits, low, high, start, start, plan.gaps)
 
         if not limited:
