@@ -83,4 +83,4 @@ def _stacked(x, axis, count, size):
 def _side_by_side(x, axis):
     """The inverse of _stacked."""
     axis = x.ndim + axis
-    return jnp.moveaxis(x, 0, axis - 1).reshape(*x.shape[1:axis], -1, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, 0, axis - 1).reshape(*x.shape[1:axis], x.shape[0] * x.shape[axis], *x.shape[axis + 1 :])
