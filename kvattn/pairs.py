@@ -218,9 +218,9 @@ def same_in_numpy(spec: Pairs, query: Any, key: Any, offset: Any) -> bool:
     return found is not None and np.array_equal(found, conversion.peek(spec.tab, made))
 
 
-def _at_once(tab: Any) -> AbstractContextManager[Any]:
+def _evaluated(tab: Any) -> AbstractContextManager[Any]:
     """In which the tab's operations on numbers that are known give numbers, though what surrounds them may be traced."""
-    context: AbstractContextManager[Any] = getattr(tab, "AT_ONCE", nullcontext)()
+    context: AbstractContextManager[Any] = getattr(tab, "EVALUATED", nullcontext)()
     return context
 
 
@@ -280,7 +280,7 @@ def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None]
     remembered = None if name is None else _windows.get(name)  # at once: another thread may forget it in between
     if remembered is not None:
         return remembered
-    with _at_once(tab):
+    with _evaluated(tab):
         made = _of_distances(call.mask.mask_function, query, key, call, in_numpy=True)
     if made is None or conversion.dtype_name(made) not in ("bool", "bool_"):
         return None
@@ -319,7 +319,7 @@ def _name_for_good(query: Any, key: Any, call: Call) -> tuple[Any, ...] | None:
 
 def line_of(query: Any, key: Any, call: Call) -> Any:
     """The bias of each distance, (..., n + m - 1), the least first, where the bias function asks for no more; or None."""
-    with _at_once(tab := call.mask.tab):
+    with _evaluated(tab := call.mask.tab):
         made = _of_distances(call.mask.bias_function, query, key, call)
         if made is None or conversion.dtype_name(made) not in conversion.FLOATS:
             return None

@@ -21,7 +21,7 @@ from kvattn.pairs import Pairs
 
 HALF = ("float16", "bfloat16")
 GENERATORS = (patterns.Wide,)  # what rng may be beside an int and an array: a seed of a layer's part; keys are arrays
-AT_ONCE = programs.evaluated  # where functions are asked of all distances: known numbers stay known under jit
+EVALUATED = programs.evaluated  # the context of functions of all distances: known numbers stay known under jit
 MOST_SHAPES = 4  # of the parts of a call that runs at once: each is a program of its own
 
 
