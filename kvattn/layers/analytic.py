@@ -94,12 +94,14 @@ class Layer:
             raise NotImplementedError(f"{type(self).__name__} has no vjp, so no gradients")
 
     def __call__(self, *inputs: Any, training: bool | None = None, record: bool | None = None, **options: Any) -> Any:
-        outer, state = _mode.get(), self._state
-        if training is None:
-            training = outer is not None and outer.training
-        if record is None:
-            record = training if outer is None else outer.record
-        mode = _Mode(checks.flag("training", training), checks.flag("record", record))
+        mode, state = _mode.get(), self._state
+        outer = mode
+        if outer is None or training is not None or record is not None:
+            if training is None:
+                training = outer is not None and outer.training
+            if record is None:
+                record = training if outer is None else outer.record
+            mode = _Mode(checks.flag("training", training), checks.flag("record", record))
         if not mode.record:
             state.calls.clear()
         elif outer is None:
@@ -108,11 +110,14 @@ class Layer:
 
         inputs, options, floats = self._arguments([*inputs], options)
         half = floats[0] if floats and floats[0].itemsize == 2 else None
-        state.kept, token = (), _mode.set(mode)
+        if self._takes_training:
+            options["training"] = mode.training
+        state.kept, token = (), None if mode is outer else _mode.set(mode)
         try:
-            results = self.forward(*inputs, **options, **({"training": mode.training} if self._takes_training else {}))
+            results = self.forward(*inputs, **options)
         finally:
-            _mode.reset(token)
+            if token is not None:
+                _mode.reset(token)
         if half is not None:
             results = _halved(results, half, self._results + bool(options.get("return_weights")))
         if mode.record:
@@ -127,6 +132,8 @@ class Layer:
             if name not in options:
                 break
             inputs.append(options.pop(name))
+        if (plain := _dtypes_of_plain(inputs)) and not any(map(_floats, options.values())):
+            return inputs, options, plain
         like = next((x for x in inputs if _floats(x)), None)
         names = [*self._inputs, *(f"input {i}" for i in range(len(self._inputs), len(inputs)))]
         named = {name: _array(name, x, like) for name, x in zip(names, inputs, strict=False)}
@@ -205,7 +212,8 @@ class Layer:
                 raise ValueError(f"{type(self).__name__}'s {name} was declared {declared}; these inputs need {tuple(shape)}")
             self._state.arrays[key] = layers.initial(seed, name, tuple(shape)).astype(dtype or np.float32)
         array = self._state.arrays[key]
-        checks.same_shape(f"{type(self).__name__}'s {name}", array, tuple(shape), "these inputs need")
+        if array.shape != tuple(shape):
+            checks.same_shape(f"{type(self).__name__}'s {name}", array, tuple(shape), "these inputs need")
         return array if dtype is None else array.astype(dtype, copy=False)
 
     def gradient(self, key: str, grad: Any) -> None:
@@ -224,6 +232,21 @@ def _array(name, x, like):
     while isinstance(leaf, list) and leaf:
         leaf = leaf[0]
     return conversion.array(tab, name, x, like) if isinstance(x, list) and isinstance(leaf, (int, float)) else x
+
+
+def _dtypes_of_plain(inputs):
+    """The dtypes of the floating inputs, where all inputs are NumPy's arrays or None and those of floats are of one dtype,
+    single or double precision: what a layer gives its parts. Else None."""
+    dtypes = []
+    for x in inputs:
+        if type(x) is np.ndarray:
+            if x.dtype.char in "fd":
+                dtypes.append(x.dtype)
+            elif x.dtype.kind not in "biu":
+                return None
+        elif x is not None:
+            return None
+    return dtypes if dtypes and all(dtype is dtypes[0] for dtype in dtypes) else None
 
 
 def _floats(x):

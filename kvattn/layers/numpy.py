@@ -73,7 +73,7 @@ class _Attention(_Attends):
         computing = {name: x for name, x in options.items() if not name.startswith("return_")}
         self._last = (queries, keys, {**computing, "score": _copied(score)})
         rate, seed = self.dropout.rate if self.training else 0.0, None
-        pattern = patterns.is_seed(rng := checks.seed(tab, rng))
+        pattern = rng is not None and patterns.is_seed(rng := checks.seed(tab, rng))
         if rate:  # vjp draws the same again
             own = self.dropout.rng if rng is None or pattern else np.random.default_rng(rng)
             seed = rng if pattern else np.random.SeedSequence(int(own.integers(2**63)))
