@@ -1,10 +1,13 @@
 """Sinks beside dropout, in the programs that frameworks make of calls, and given in two ways."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from conftest import chosen
 
 import kvattn
+from kvattn.kernels.numpy import tiled
 
 rng = np.random.default_rng(0)
 QUERY, KEY, VALUE, GRAD = (rng.normal(size=(2, 4, size, 6)).astype("float32") for size in (5, 7, 7, 5))
@@ -47,6 +50,36 @@ def test_dropout_drops_keys_and_never_the_sink(backend):
     expected = -((1 - share) * GRAD * output).sum(axis=(0, 2, 3))
     np.testing.assert_allclose(by_sink, expected, rtol=1e-3, atol=1e-4)
     assert by_sink[3] == 0
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, of a product with -inf
+@pytest.mark.parametrize(
+    "least", [{}, {"TINY": 0, "SMALLEST": 0, "SMALLEST_ENTRY": 0}], ids=["as it comes", "in NumPy's tiles"]
+)
+@pytest.mark.parametrize("keys", [7, 28])
+def test_a_query_of_inf_whose_scores_are_all_minus_inf_leaves_all_to_the_sink(backend, keys, least):
+    key, value = (np.tile(x, (1, 1, keys // 7, 1)) for x in (KEY, VALUE))
+    key[..., 0] = abs(key[..., 0]) + 0.5
+    query, grad = QUERY.copy(), GRAD.copy()
+    grad[:, :, 1] = 0  # what the other rows give keys, values and sinks
+
+    def results(query, grad):
+        *arrays, grad, sink = (kvattn.asarray(x, backend=backend) for x in (query, key, value, grad, SINK))
+        output, lse = kvattn.attention(*arrays, sink=sink, return_lse=True)
+        grads = kvattn.attention_grad(*arrays, grad, sink=sink, wrt=("query", "key", "value", "sink"))
+        return [np.array(kvattn.to_numpy(x)) for x in (kvattn.attention(*arrays, sink=sink), output, lse, *grads)]
+
+    expected = results(query, grad)
+    query[:, :, 1, 0] = -np.inf
+    with patch.multiple(tiled, **least) if least else patch.multiple(tiled, TINY=tiled.TINY):
+        found = results(query, GRAD)
+    for x in expected[:2]:
+        x[:, :, 1] = 0
+    expected[2][:, :, 1] = SINK[:, None].T
+    expected[3][:, :, 1] = 0
+    expected[4][..., 0] = np.nan  # a weight of 0, and of -inf what is summed with it
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("framework", [name for name in ("torch", "tensorflow", "jax") if name in chosen()])

@@ -88,12 +88,14 @@ def _add(tiling, tile, known, grad_output, grads, buffers):
         scored, grad_output = (np.where(empty[..., None], 0, x).astype(tiling.dtype) for x in (query, grad_output))
         finite = np.isfinite(query).all()
     finite = finite and np.isfinite(lse).all() and np.isfinite(delta).all()  # else a row of NaN is among them
+    # beside a sink a row of scores of -inf has weights of 0, not nearly: times a query of -inf they are NaN for its keys
+    lowest = tiling.lowest if tiling.sink is None or tiles.small(query) else -math.inf
     total = take(buffers, "total", query.shape, tiling.dtype)
     total[...] = 0
     for block in blocks(tiling, tile, scored, buffers):
         rows, weights = block.rows, block.scores
         weights -= lse[:, :, rows, None]
-        np.maximum(weights, tiling.lowest, out=weights)
+        np.maximum(weights, lowest, out=weights)
         EXP(weights, out=weights)
         if block.limits:
             tiles.clear_forbidden(block)

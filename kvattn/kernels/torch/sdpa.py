@@ -298,7 +298,8 @@ def with_sink(run, otherwise, query, key, value, call, blocks=()):
     """What ``run``, a way above, gives of a call with a sink; ``otherwise``, a way to serve any, where something is not finite
     and for second derivatives."""
     output = run(query, key, value, call, blocks)
-    if not nonfinite.sound(output, query, key, False, call.restricted) or not (call.sink.detach() < math.inf).all():
+    looked_at = call.restricted or key.shape[-2] < nonfinite.VECTOR  # `fused` says by NaN what few keys may have lost
+    if not nonfinite.sound(output, query, key, False, looked_at) or not (call.sink.detach() < math.inf).all():
         return otherwise(query, key, value, call)
     if not (torch.is_grad_enabled() and output.requires_grad):
         return output
