@@ -101,7 +101,18 @@ def test_one_number_that_is_not_finite_reaches_what_may_see_it(name, odd):
     arrays[1][0, 0, :, 2] = -1  # beside which the query that sees nothing has scores of -inf by itself
     ODD[odd](*arrays)
     bias = torch.where(torch.arange(60) < how["valid_lens"][:, None, None, None], how.get("bias", 0.0), -INF).double()
-    same(derived(lambda *given: torch.ops.kvattn.masked(*given, bias, None)[0], arrays), wanted(arrays, how))
+    same(derived(lambda *given: torch.ops.kvattn.masked(*given, bias, None, None)[0], arrays), wanted(arrays, how))
+
+
+def test_a_bias_that_is_not_finite_where_the_mask_forbids_reaches_nobody():
+    """The operator adds the two itself, and NaN or inf in a bias less inf is NaN."""
+    arrays = drawn(60)
+    mask = torch.arange(60) < torch.tensor([40, 50])[:, None, None, None]
+    bias = drawn(60)[0].sum(dim=-1, keepdim=True) + torch.zeros(60).double()
+    how = {"mask": mask, "bias": torch.where(mask, bias, torch.where(torch.arange(60) % 2 == 0, NAN, INF))}
+    found = derived(lambda *given: torch.ops.kvattn.masked(*given, how["bias"], mask, None)[0], arrays)
+    assert all(x.isfinite().all() for x in found)
+    same(found, wanted(arrays, {"mask": mask, "bias": bias}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -136,11 +147,12 @@ def test_few_numbers_and_other_machines_have_no_operator_of_masks():
 def test_an_operator_takes_arrays_whose_rows_lie_in_pieces():
     query, key, value = (x.mT.contiguous().mT for x in drawn(60)[:3])
     bias = options(60)["a bias"]["bias"]
-    given = query, key, value, bias, None
-    torch.library.opcheck(torch.ops.kvattn.masked, (*(x.requires_grad_() for x in given[:3]), bias, None))
-    found = operators._masked(*(x.detach() for x in given[:3]), bias, None)[0]
+    given, mask = (query, key, value), torch.arange(60) < torch.tensor([40, 50])[:, None, None, None]
+    torch.library.opcheck(torch.ops.kvattn.masked, (*(x.requires_grad_() for x in given), bias, None, None))
+    torch.library.opcheck(torch.ops.kvattn.masked, (*given, bias, mask, None))
+    found = operators._masked(*(x.detach() for x in given), bias, mask, None)[0]
     with kvattn.use_backend("numpy"):
-        want = kvattn.attention(*(x.detach().numpy() for x in given[:3]), bias=bias.numpy())
+        want = kvattn.attention(*(x.detach().numpy() for x in given), bias=bias.numpy(), mask=mask.numpy())
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-12)
 
 
@@ -236,7 +248,7 @@ def test_derivatives_of_a_compiled_program(name, derive):
         torch.testing.assert_close(run(query, grad), _formula(derive, formula, query, grad), rtol=0, atol=1e-10)
 
 
-REST = {"segments": (torch.zeros(1, 300, dtype=torch.int64),) * 2 + (None, None, 0, None), "masked": (None, None)}
+REST = {"segments": (torch.zeros(1, 300, dtype=torch.int64),) * 2 + (None, None, 0, None), "masked": (None, None, None)}
 
 
 @pytest.mark.parametrize("derive", [_by_dual, _by_jvp])

@@ -111,42 +111,48 @@ def obstacle(query, key, value, scale):
 
 def masked(query, key, value, mask, bias, scale):
     """softmax(scale * query @ key.T + bias) @ value over the pairs that ``mask`` (None: all) and a bias above -inf allow."""
-    if mask is not None:  # here, where torch.compile makes one loop of it and of what the mask is made of
-        bias = torch.where(mask, 0.0 if bias is None else bias, -math.inf).to(query.dtype)
-    return torch.ops.kvattn.masked(query, key, value, bias, None if scale is None else float(scale))[0]
+    if mask is not None and bias is None:  # here, where torch.compile makes one loop of it and of what the mask is made of
+        mask, bias = None, torch.where(mask, 0.0, -math.inf).to(query.dtype)
+    return torch.ops.kvattn.masked(query, key, value, bias, mask, None if scale is None else float(scale))[0]
 
 
-def _masked(query, key, value, bias, scale):
-    """The output, and the lse of each row that has a key."""
+def _masked(query, key, value, bias, mask, scale):
+    """The output, the lse of each row that has a key, and the bias with what the mask forbids, where both are given."""
     query, key, value = map(_in_rows, (query, key, value))
-    output, lse = sinks.ATTEND(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
+    added = bias
+    if mask is not None:  # a sum, here: the loop that torch.compile makes of the two takes longer
+        added = bias + torch.where(mask, bias.new_zeros(()), -math.inf)
+    output, lse = sinks.ATTEND(query, key, value, 0.0, False, attn_mask=added, scale=scale)
     if not nonfinite.sound(output, query, key, True, False):
-        output = torch.empty_like(output).copy_(_formula(query, key, value, bias, scale))
-    return output, lse
+        output = torch.empty_like(output).copy_(_formula(query, key, value, bias, mask, scale))
+    return output, lse, query.new_empty(0) if mask is None else added
 
 
-def _masked_backward(query, key, value, bias, scale, output, lse, grad):
+def _masked_backward(query, key, value, bias, mask, scale, output, lse, added, grad):
     query, key, value, grad = map(_in_rows, (query, key, value, grad))
-    grads = sinks.DERIVE(grad, query, key, value, output, lse, 0.0, False, attn_mask=bias, scale=scale)
+    added = bias if mask is None else added
+    grads = sinks.DERIVE(grad, query, key, value, output, lse, 0.0, False, attn_mask=added, scale=scale)
     # what was not finite, and met a zero, is in the gradient by the query: of keys, values and grad; or by the key: of queries
     if all(map(nonfinite.finite, grads[:2])):
         return tuple(map(_heads_last, grads))
-    return differentiated(lambda *given: _formula(*given, bias, scale), query, key, value, grad)
+    return differentiated(lambda *given: _formula(*given, bias, mask, scale), query, key, value, grad)
 
 
 def _in_rows(x):
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _formula(query, key, value, bias, scale):
-    return nonfinite.attention(query, key, value, None, bias, scale)
+def _formula(query, key, value, bias, mask, scale):
+    return nonfinite.attention(query, key, value, mask, bias, scale)
 
 
-def _like(query, key, value, bias, scale):
-    return sinks.ATTEND(_in_rows(query), key, value, 0.0, False, attn_mask=None, scale=scale)
+def _like(query, key, value, bias, mask, scale):
+    output, lse = sinks.ATTEND(_in_rows(query), key, value, 0.0, False, attn_mask=None, scale=scale)
+    return output, lse, query.new_empty(0) if mask is None else bias.new_empty(torch.broadcast_shapes(bias.shape, mask.shape))
 
 
 define(
-    "masked", ("Tensor query", "Tensor key", "Tensor value", "Tensor? bias"), ("float? scale",), ("output", "lse"),
+    "masked", ("Tensor query", "Tensor key", "Tensor value", "Tensor? bias", "Tensor? mask"), ("float? scale",),
+    ("output", "lse", "added"),
     _masked, _masked_backward, _formula, _like,
 )  # fmt: skip
