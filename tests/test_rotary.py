@@ -149,6 +149,14 @@ def test_unsigned_positions_beyond_those_of_valid_lens_are_not_clipped(backend):
     assert np.abs(found - kvattn.rotary(X, places)).max() < 1e-6
 
 
+@pytest.mark.parametrize("how", [{}, {"rotary_dim": 6}], ids=str)
+def test_pairs_whose_numbers_do_not_lie_together_are_turned(backend, how):
+    """PyTorch's are turned as complex numbers where they do."""
+    x = kvattn.asarray(np.concatenate([X[..., :1], X], -1), backend=backend)[..., 1:]
+    found = kvattn.to_numpy(kvattn.rotary(x, PLACES, interleaved=True, **how))
+    assert np.abs(found - kvattn.rotary(X, PLACES, interleaved=True, **how)).max() < 1e-6
+
+
 def test_a_models_rope_parameters_say_everything():
     given = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0, "partial_rotary_factor": 0.5, "attention_factor": None}
     expected = kvattn.rotary(X, base=500.0, rotary_dim=4, scaling={"type": "linear", "factor": 2.0})

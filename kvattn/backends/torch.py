@@ -701,9 +701,13 @@ def merge_attention(outputs, lses, return_lse=False):
 
 def rotary(x, positions, frequencies, *, factor=1.0, interleaved=False):
     width, wide = 2 * len(frequencies), _wide(x)
-    cos, sin = _turns(positions, frequencies, factor, interleaved, wide)  # (..., n, width)
     pairs, rest = wide[..., :width], wide[..., width:]
-    turned = torch.addcmul(pairs * cos, _swapped(pairs, interleaved), sin)  # (a, b) -> (a cos - b sin, b cos + a sin)
+    numbers = _as_complex(pairs) if interleaved else None
+    if numbers is not None:  # one product, in a third of the time
+        turned = torch.view_as_real(numbers * _turns(positions, frequencies, factor, complex, wide)).flatten(-2)
+    else:
+        cos, sin = _turns(positions, frequencies, factor, interleaved, wide)  # (..., n, width)
+        turned = torch.addcmul(pairs * cos, _swapped(pairs, interleaved), sin)  # (a, b) -> (a cos - b sin, b cos + a sin)
     turned = torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
     return turned.to(x.dtype)
 
@@ -711,9 +715,19 @@ def rotary(x, positions, frequencies, *, factor=1.0, interleaved=False):
 _tables = {}
 
 
+def _as_complex(x):
+    """Pairs (a, b) side by side as the numbers a + bi; None where they do not lie so, and while a program is recorded."""
+    if not traces.readable(x):
+        return None
+    try:
+        return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    except RuntimeError:  # its strides are odd
+        return None
+
+
 def _turns(positions, frequencies, factor, interleaved, x):
     """Each row's cosines and sines, of its position times the frequencies, as they lie beside x; the first sine of a pair
-    negative. In float64, since a large angle leaves float32 no digits."""
+    negative; or, where ``interleaved`` is complex, cos + sin i. In float64, since a large angle leaves float32 no digits."""
     n = x.shape[-2]
 
     def make():
@@ -721,6 +735,8 @@ def _turns(positions, frequencies, factor, interleaved, x):
         places = positions + torch.arange(n, device=x.device) if first else positions.to(x.device)
         angles = places[..., None] * torch.tensor(frequencies, dtype=torch.float64, device=x.device)
         cos, sin = (factor * angles.cos()).to(x.dtype), (factor * angles.sin()).to(x.dtype)
+        if interleaved is complex:
+            return torch.complex(cos, sin)
         if torch.compiler.is_dynamo_compiling():  # made first, since inductor would make them anew for each batch and head
             cos, sin = (table.as_strided(table.shape, table.stride()) for table in (cos, sin))
         axis = -1 if interleaved else -2

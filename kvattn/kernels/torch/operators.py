@@ -58,6 +58,13 @@ def define(name, arrays, options, results, attend, derive, formula, like):
                 found = iter(torch.autograd.grad(formula(*inputs, *given[3:]), wanted, grad, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), *nothing
 
+    def recorded(*given):
+        inputs = [x for x in given if isinstance(x, torch.Tensor)]
+        if (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)) or traces.transformed():
+            return Recorded.apply(*given)
+        with torch._C._AutoDispatchBelowAutograd():  # as above; what is kept for nobody takes a twentieth of a call's time
+            return run(*given)
+
     def refusing(*given):
         of_values = *given[:3], given[-1]
         if (torch.is_grad_enabled() and any(x.requires_grad for x in of_values)) or traces.dual(*of_values):
@@ -67,7 +74,7 @@ def define(name, arrays, options, results, attend, derive, formula, like):
 
     _library.impl(name, attend, "CPU")
     _library.impl(f"{name}_backward", refusing, "CPU")
-    _library.impl(name, Recorded.apply, "Autograd")
+    _library.impl(name, recorded, "Autograd")
     torch.library.register_fake(f"kvattn::{name}", like, lib=_library)
     torch.library.register_fake(f"kvattn::{name}_backward", _gradients_like, lib=_library)
 
