@@ -27,7 +27,7 @@ LAYERS = {
     "AdditiveAttention": (lambda: kv.AdditiveAttention(num_hiddens=6, seed=1, dtype="float64"), 3),
     "TransformerEncoder": (
         lambda: kv.TransformerEncoder(
-            20, num_hiddens=WIDTH, norm_shape=[2], ffn_num_hiddens=16, num_heads=2, num_blks=2, seed=1, dtype="float64"
+            20, num_hiddens=WIDTH, norm_shape=[2], ffn_num_hiddens=16, num_heads=2, num_blks=1, seed=1, dtype="float64"
         ),
         1,
     ),

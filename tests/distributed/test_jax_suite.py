@@ -1,4 +1,4 @@
-"""The conformance suite, asked of JAX's ring of devices: every third case, over one of 1, 2, 3 and 4, or each over all of them.
+"""The conformance suite, asked of JAX's ring of devices: every sixth case, over one of 1, 2, 3 and 4, or each over all of them.
 
 In a file of its own, so that another process may have it: XLA compiles two programs for each case.
 """
@@ -74,15 +74,15 @@ CASES = [case for case in adapter.cases() if case.group != NOT_FINITE]
 
 @pytest.mark.parametrize("parts", adapter.PARTS)
 def test_the_suite_judges_a_ring(parts):
-    """Every third case, by one ring, the next by the next; each by all of them where KVATTN_EVERY is set, once a week.
+    """Every sixth case, by one ring, the next by the next; each by all of them where KVATTN_EVERY is set, once a week.
 
     The last chunks are uneven, and empty where there are few keys. Not of those whose NaN is looked at, which
     known_differences.py excuses where devices share arrays.
     """
-    asked = CASES if os.environ.get("KVATTN_EVERY") else CASES[3 * (parts - 1) :: 3 * len(adapter.PARTS)]
+    asked = CASES if os.environ.get("KVATTN_EVERY") else CASES[6 * (parts - 1) :: 6 * len(adapter.PARTS)]
     wrt = {what.removeprefix("grad_") for case in asked for what in case.answer if what.startswith("grad_")}
     form = Form(parts, "explicit" if parts == 3 else "auto")
     judged = adapter.backend(tab, programs.exact(form.attention), programs.exact(form.attention_grad), functions=True)
     counts = adapter.judge(judged, REFUSES, tuple(wrt), asked)
     assert sum(counts.values()) == len(asked)
-    assert counts[adapter.JUDGED] > 20
+    assert counts[adapter.JUDGED] > 12
