@@ -218,7 +218,7 @@ def attention(
         raise checks.unknown(unknown, prepare.OPTIONS)
     score = None if score is scaled_dot_score else score  # the default by its name, as layers give it
     known = prepare.remembered(query, key, value, backend)
-    plain = score is normalize is segments is positions is scale is softcap is sink is return_scores is None
+    plain = score is normalize is segments is positions is sink is return_scores is None
     plain = plain and type(causal) is type(return_weights) is type(return_lse) is bool and type(query_offset) is int
     plain = plain and not dropout
     if plain and known is not None:
@@ -226,15 +226,17 @@ def attention(
             checks.seed(known.tab, rng)
         try:
             bare = mask is bias is valid_lens is None
-            if bare and not (causal or return_weights or return_lse or window is not None):  # nothing is left to check
+            if bare and scale is softcap is window is None and not (causal or return_weights or return_lse):
                 return known.tab.attention(query, key, value)
             if bare or known.fits(query, mask, bias, valid_lens):
                 if valid_lens is not None:
                     checks.not_negative(known.tab, valid_lens)
                 return known.tab.attention(
                     query, key, value, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal, query_offset=query_offset,
-                    window=None if window is None else checks.window(window), return_weights=return_weights,
-                    return_lse=return_lse,
+                    window=None if window is None else checks.window(window),
+                    scale=None if scale is None else checks.number("scale", scale),
+                    softcap=None if softcap is None else checks.number("softcap", softcap, positive=True),
+                    return_weights=return_weights, return_lse=return_lse,
                 )  # fmt: skip
         except RuntimeError:
             conversion.same_device("key", key, query)
@@ -328,7 +330,7 @@ def attention_grad(
         raise checks.unknown(unknown, prepare.OPTIONS)
     score = None if score is scaled_dot_score else score
     known = prepare.remembered(query, key, value, backend)
-    plain = score is normalize is segments is positions is scale is softcap is sink is return_scores is None
+    plain = score is normalize is segments is positions is sink is return_scores is None
     plain = plain and grad_scores is None and not dropout and type(wrt) is tuple and wrt == ("query", "key", "value")
     plain = plain and type(causal) is bool and type(query_offset) is int
     if plain and known is not None and known.fits(query, mask, bias, valid_lens, grad_output):
@@ -339,6 +341,8 @@ def attention_grad(
         gradients = registry.offered(known.tab, "attention_grad")(
             query, key, value, grad_output, mask=mask, bias=bias, valid_lens=valid_lens, causal=causal,
             query_offset=query_offset, window=None if window is None else checks.window(window),
+            scale=None if scale is None else checks.number("scale", scale),
+            softcap=None if softcap is None else checks.number("softcap", softcap, positive=True),
             rng=None if rng is None else checks.seed(known.tab, rng), wrt=wrt, **known.defaults,
         )  # fmt: skip
         return prepare.given_back(known.tab, {"query": query, "key": key, "value": value}, wrt, gradients)

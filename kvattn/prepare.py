@@ -99,7 +99,7 @@ def _said_of_pairs(tab: Any, query: Any, scores: tuple[Any, ...], mask: Any, bia
 def defaults(tab: Any) -> dict[str, Any]:
     """What `options` makes of those that are not given, where such a call is remembered."""
     own = {"score": getattr(tab, "scaled_dot_score", None), "normalize": getattr(tab, "softmax", None)}
-    return own | {"positions": None, "scale": None, "softcap": None, "dropout": 0.0}
+    return own | {"positions": None, "dropout": 0.0}
 
 
 def returned(options: dict[str, Any]) -> dict[str, Any]:
