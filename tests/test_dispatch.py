@@ -352,10 +352,11 @@ def test_after_a_good_call_a_gradient_of_another_kind_is_refused_as_before(tab, 
         assert known.fits(checked["query"], *(given.get(name) for name in OPTIONS), back), "else there is nothing to test"
         for found, first in zip(kvattn.attention_grad(*checked.values(), back, **given), expected, strict=True):
             np.testing.assert_array_equal(kvattn.to_numpy(found), kvattn.to_numpy(first))
-    for window in (-1, (1, 2, 3), 1.5, "2"):
+    others = {"window": (-1, (1, 2, 3), 1.5, "2"), "scale": (float("inf"), "2"), "softcap": (0, -1.0, "2")}
+    for name, wrong in ((name, x) for name, each in others.items() for x in each):
         for call, extra in ((kvattn.attention, ()), (kvattn.attention_grad, (back,))):
-            with pytest.raises((TypeError, ValueError), match="window"):
-                call(*checked.values(), *extra, window=window)
+            with pytest.raises((TypeError, ValueError), match=name):
+                call(*checked.values(), *extra, **{name: wrong})
 
 
 def test_after_a_good_call_an_rng_that_is_none_is_refused_as_before(tab, checked):
