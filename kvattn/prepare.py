@@ -142,7 +142,7 @@ def differentiable(wrt: Any, names: set[str]) -> tuple[str, ...]:
 
 def given_back(tab: Any, given: dict[str, Any], wrt: Any, gradients: Any) -> tuple[Any, ...]:
     """The gradients, each in the dtype of its argument, which is another's where a framework converts them itself."""
-    if not isinstance(gradients, (tuple, list)) or len(gradients) != len(wrt):  # a stranger's backend
+    if not isinstance(gradients, (tuple, list)) or len(gradients) != len(wrt):  # a third party's backend
         raise TypeError(f"backend {registry.name_of(tab)!r} returned no tuple of {len(wrt)} gradients, by {', '.join(wrt)}")
     return tuple(
         x

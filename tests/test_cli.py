@@ -27,7 +27,7 @@ class Plugin:
     """What importlib.metadata says of an installed plugin."""
 
     def __init__(self, load):
-        self.load, self.value = load, "stranger:tab"
+        self.load, self.value = load, "third_party:tab"
 
 
 def breaks():
@@ -473,13 +473,13 @@ def test_the_doctor_says_what_works_and_what_to_install(capsys, world):
 
 def test_plugins_are_listed_and_loaded_where_they_are_named(capsys, world, monkeypatch):
     loaded = []
-    plugin = SimpleNamespace(load=lambda: loaded.append("twin") or SimpleNamespace(**vars(tab)), value="[red]stranger:tab")
+    plugin = SimpleNamespace(load=lambda: loaded.append("twin") or SimpleNamespace(**vars(tab)), value="[red]third_party:tab")
     monkeypatch.setattr(registry, "_plugins", lambda: {"twin": plugin})
     for command, said in (("doctor", "Plugins that are loaded where --backend names them: "), ("conform", "Not asked, since ")):
         status, out, _ = run(capsys, command)
         assert status == 0
         assert said in out
-        assert "twin (the plugin [red]stranger:tab)" in out
+        assert "twin (the plugin [red]third_party:tab)" in out
         assert not loaded
     assert "twin" in kvattn.available_backends()
     assert not loaded

@@ -38,7 +38,7 @@ def several(x):
     return x if isinstance(x, tuple) else (x,)
 
 
-def stranger(**changed):
+def third_party(**changed):
     """NumPy's tab with arrays that lie on one of two devices, and refuses to compute with those of both."""
 
     def asarray(x, dtype=None, like=None):
@@ -63,13 +63,17 @@ def stranger(**changed):
     offered = {name: wrapped(getattr(tab, name)) for name in PARTS}
     parts = {"is_array": lambda x: isinstance(x, Array), "asarray": asarray, "to_numpy": np.asarray, **offered}
     parts |= {name: getattr(tab, name) for name in ("scaled_dot_score", "softmax")}
-    parts |= {"devices": lambda: {"cpu": "cpu", "card:0": "Card 3000", "card:1": "Card 4000"}, "on": on, "__name__": "stranger"}
+    parts |= {
+        "devices": lambda: {"cpu": "cpu", "card:0": "Card 3000", "card:1": "Card 4000"},
+        "on": on,
+        "__name__": "third_party",
+    }
     return SimpleNamespace(seen=seen, **parts | changed)
 
 
 def test_the_arrays_of_the_suite_lie_on_the_device():
     for asked, place, named in (("card", "card:0", "Card 3000"), ("CARD:1", "card:1", "Card 4000"), (None, "cpu", "")):
-        backend = stranger()
+        backend = third_party()
         report = conformance.run(backend, FEW, dtypes=["float64"], device=asked)
         assert not report.failures, report.failures[0].message
         assert set(backend.seen) == {place}
@@ -78,18 +82,18 @@ def test_the_arrays_of_the_suite_lie_on_the_device():
 
 def test_a_result_that_lies_elsewhere_is_wrong():
     def attention(*args, **options):
-        found = stranger().attention(*args, **options)
+        found = third_party().attention(*args, **options)
         return tuple(laid(x, "cpu") for x in found) if isinstance(found, tuple) else laid(found, "cpu")
 
-    report = conformance.run(stranger(attention=attention), FEW[:1], dtypes=["float64"], device="card")
+    report = conformance.run(third_party(attention=attention), FEW[:1], dtypes=["float64"], device="card")
     assert "lies on cpu, the arguments on card:0" in report.failures[0].message
 
 
 def test_a_device_that_is_not_there_is_an_error_that_says_what_is():
     with pytest.raises(ValueError, match=r"has no device 'card:2' here; it has cpu, card:0 \(Card 3000\), card:1"):
-        conformance.run(stranger(), FEW, device="card:2")
+        conformance.run(third_party(), FEW, device="card:2")
     with pytest.raises(ValueError, match=r"cannot be told to run on 'cpu': it lacks devices\(\) and on\(device\)"):
-        conformance.run(stranger(devices=None), FEW, device="cpu")
+        conformance.run(third_party(devices=None), FEW, device="cpu")
 
 
 def test_the_notice_of_cublas_about_its_context_fails_no_case_and_another_warning_does():
@@ -97,17 +101,17 @@ def test_the_notice_of_cublas_about_its_context_fails_no_case_and_another_warnin
 
         def attention(*args, message=message, **options):
             warnings.warn(message, stacklevel=2)
-            return stranger().attention(*args, **options)
+            return third_party().attention(*args, **options)
 
-        report = conformance.run(stranger(attention=attention), FEW[:1], dtypes=["float64"])
+        report = conformance.run(third_party(attention=attention), FEW[:1], dtypes=["float64"])
         assert bool(report.failures) != fine
 
 
 def test_a_difference_that_is_known_of_one_device_excuses_nothing_on_another(monkeypatch):
-    row = known_differences.Difference("stranger", "*", "on this card nothing works", device="card")
+    row = known_differences.Difference("other", "*", "on this card nothing works", device="card")
     monkeypatch.setattr(known_differences, "DIFFERENCES", (row,))
     for device, excused in (("card:1", [row.reason]), ("cpu", []), (None, [])):
-        report = conformance.run(stranger(), FEW[:1], dtypes=["float64"], device=device)
+        report = conformance.run(third_party(), FEW[:1], dtypes=["float64"], device=device)
         assert (report.excused, bool(report.results)) == (excused, not excused)
 
 
@@ -124,7 +128,7 @@ def test_every_backend_runs_where_it_is_told_to(backend, tab):
 
 
 def test_a_cache_lies_where_an_array_lies():
-    backend = stranger()
+    backend = third_party()
     cache = kvattn.KVCache.allocate((1, 4, 2), like=laid(0.0, "card:1"), backend=backend)
     assert (cache.key.device, cache.value.device) == ("card:1", "card:1")
 

@@ -79,14 +79,14 @@ def test_aliases():
 
 
 def test_arrays_of_two_frameworks_are_refused_by_name(backend, tab):
-    """One backend is enough: a stranger's class stands for the second framework."""
-    stranger = type("Tensor", (), {"__module__": "torch.fake" if backend != "torch" else "mxnet.fake"})()
+    """One backend is enough: a third party's class stands for the second framework."""
+    third_party = type("Tensor", (), {"__module__": "torch.fake" if backend != "torch" else "mxnet.fake"})()
     if backend == "numpy":
         with pytest.raises(TypeError, match="query is an array of torch but backend='numpy'"):
-            kvattn.attention(stranger, X, X, backend="numpy")
+            kvattn.attention(third_party, X, X, backend="numpy")
     else:
         with pytest.raises(TypeError, match=rf"query is an array of {backend} and key of \w+; convert one of them"):
-            kvattn.attention(tab.asarray(X), stranger, X)
+            kvattn.attention(tab.asarray(X), third_party, X)
 
 
 def test_an_unknown_backend_lists_the_known():

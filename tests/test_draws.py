@@ -148,9 +148,9 @@ def test_a_fault_of_a_layers_dropout_is_found(backend, monkeypatch, fault):
 
 
 def test_a_backend_without_layers_is_asked_for_none():
-    stranger = types.SimpleNamespace(**{**vars(dispatch.load("numpy")), "__name__": "stranger"})
+    third_party = types.SimpleNamespace(**{**vars(dispatch.load("numpy")), "__name__": "third_party"})
     drawn = [case for case in draws.cases(300) if case.call in layers.LAYERS]
-    report = check.run(stranger, drawn)
+    report = check.run(third_party, drawn)
     assert drawn
     assert not report.failures
     assert {result.message for result in report.not_offered} <= {f"not offered: {name}" for name in layers.LAYERS}

@@ -145,7 +145,7 @@ def test_the_test_of_the_page_passes(command):
     assert int(re.search(r"(\d+) passed", said)[1]) > 600
 
 
-# ---- judging a stranger's backend never raises
+# ---- judging a third party's backend never raises
 
 
 def hostile(**changed):
@@ -155,7 +155,7 @@ def hostile(**changed):
 
 @pytest.fixture(scope="module")
 def few():
-    """But not in bfloat16, which strangers made of NumPy's tab lack as it does, and do not all say."""
+    """But not in bfloat16, which third parties made of NumPy's tab lack as it does, and do not all say."""
     few = conformance.cases()[::20]
     return [dataclasses.replace(case, dtypes=tuple(name for name in case.dtypes if name != "bfloat16")) for case in few]
 
@@ -172,7 +172,7 @@ def refuses(*args, **options):
     raise NotImplementedError("[red] everything")
 
 
-STRANGERS = {
+THIRD_PARTIES = {
     "ignores what is asked for": hostile(attention=alone),
     "gives lists": hostile(attention=lambda *args, **options: [alone(*args), 1]),
     "gives nothing": hostile(attention=lambda *args, **options: None),
@@ -193,10 +193,10 @@ STRANGERS = {
 }
 
 
-@pytest.mark.parametrize("stranger", STRANGERS.values(), ids=STRANGERS)
-def test_judging_a_strangers_backend_never_raises(stranger, few, monkeypatch, tmp_path, capsys):
-    good = stranger in (STRANGERS["does not describe itself"], STRANGERS["describes itself in a word"])
-    plugin = types.SimpleNamespace(load=lambda: stranger, value="hostile")
+@pytest.mark.parametrize("third_party", THIRD_PARTIES.values(), ids=THIRD_PARTIES)
+def test_judging_a_third_partys_backend_never_raises(third_party, few, monkeypatch, tmp_path, capsys):
+    good = third_party in (THIRD_PARTIES["does not describe itself"], THIRD_PARTIES["describes itself in a word"])
+    plugin = types.SimpleNamespace(load=lambda: third_party, value="hostile")
     monkeypatch.setattr(registry, "_plugins", lambda: {"hostile": plugin})
     monkeypatch.setattr(registry, "loaded", {"numpy": numpy})
     monkeypatch.setattr(conformance, "cases", lambda seed=0: few)

@@ -40,7 +40,7 @@ def judged(name, dtype, changed):
         return tuple((results | changed(results)).values())
 
     own = {name: getattr(by_numpy, name) for name in dir(by_numpy) if not name.startswith("__")}
-    tab = SimpleNamespace(**own | {"__name__": "a.stranger", "attention": attention})
+    tab = SimpleNamespace(**own | {"__name__": "a.third_party", "attention": attention})
     return conformance.run(tab, [case], [dtype]).failures
 
 
@@ -83,15 +83,15 @@ def test_a_report_says_which_cases_were_asked():
         assert conformance.version(changed) != version
 
 
-def stranger(changed):
-    """NumPy's tab as a stranger's, whose call of attention ``changed`` changes: (query, key, options) -> options."""
+def third_party(changed):
+    """NumPy's tab as a third party's, whose call of attention ``changed`` changes: (query, key, options) -> options."""
     own = {name: getattr(by_numpy, name) for name in dir(by_numpy) if not name.startswith("__")}
     del own["choose"], own["places"]
 
     def attention(query, key, value, **options):
         return by_numpy.attention(query, key, value, **changed(query, key, options))
 
-    return SimpleNamespace(**own | {"__name__": "a.stranger", "attention": attention})
+    return SimpleNamespace(**own | {"__name__": "a.third_party", "attention": attention})
 
 
 MISTAKES = {
@@ -125,7 +125,7 @@ def _narrower(window):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_report_names_the_mistake_that_gives_the_same(mistake):
     name, words, changed = MISTAKES[mistake]
-    failures = conformance.run(stranger(changed), [CASES[name]], ["float64"]).failures
+    failures = conformance.run(third_party(changed), [CASES[name]], ["float64"]).failures
     assert any(words in failure.message for failure in failures)
 
 
@@ -162,7 +162,7 @@ def _naive(query, key, value, *, mask=None, valid_lens=None, return_weights=Fals
 )
 def test_a_report_names_the_mistake_behind_a_warning(name, words):
     own = {each: getattr(by_numpy, each) for each in ("is_array", "asarray", "to_numpy", "scaled_dot_score", "softmax")}
-    tab = SimpleNamespace(**own, __name__="a.stranger", attention=_naive)
+    tab = SimpleNamespace(**own, __name__="a.third_party", attention=_naive)
     failures = conformance.run(tab, [CASES[name]], ["float64"]).failures
     assert [failure.what for failure in failures][:2] == ["warnings", "output"]
     assert "every warning is an error here" in failures[0].message

@@ -126,7 +126,7 @@ def judged(change):
 
     own = {name: getattr(by_numpy, name) for name in dir(by_numpy) if not name.startswith("__")}
     own |= {name: changed(own[name]) for name in ("attention", "attention_grad")}
-    tab = SimpleNamespace(__name__="a.stranger", **own)
+    tab = SimpleNamespace(__name__="a.third_party", **own)
     asked = [case for case in CASES if case.group == NOT_FINITE and case.call == "attention"]
     return conformance.run(tab, asked, ["float64", "float32"]).failures
 
@@ -152,7 +152,7 @@ def test_the_judge_takes_nan_for_no_answer_that_is_a_number():
     (case,) = [case for case in CASES if case.name == "plain"]
     nowhere = SimpleNamespace(**{name: getattr(by_numpy, name) for name in dir(by_numpy) if not name.startswith("__")})
     nowhere.attention = lambda *args, **options: tuple(np.full_like(x, NAN) for x in by_numpy.attention(*args, **options))
-    nowhere.__name__ = "a.stranger"
+    nowhere.__name__ = "a.third_party"
     assert {failure.what for failure in conformance.run(nowhere, [case], ["float64"]).failures} >= {"output", "weights", "lse"}
 
 

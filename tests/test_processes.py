@@ -11,7 +11,7 @@ from kvattn import cli, conformance, text
 from kvattn.conformance import processes, suite
 from kvattn.conformance.cases import read, written
 
-STRANGERS = """
+THIRD_PARTIES = """
 import os, sys
 from kvattn.backends.numpy import *
 print("a framework that talks")
@@ -28,15 +28,15 @@ if __name__ == "aborts" and "no_such" in os.environ.get("XLA_FLAGS", ""):
 
 
 @pytest.fixture
-def strangers(tmp_path, monkeypatch):
+def third_parties(tmp_path, monkeypatch):
     """Plugins that are installed: one whose process dies, one that does not import, one that does not know the flags."""
-    info = tmp_path / "strangers-1.0.dist-info"
+    info = tmp_path / "third_parties-1.0.dist-info"
     info.mkdir()
     names = ("dies", "breaks", "aborts")
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strangers\nVersion: 1.0\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-parties\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[kvattn.backends]\n" + "".join(f"{name} = {name}\n" for name in names))
     for name in names:
-        (tmp_path / f"{name}.py").write_text(STRANGERS)
+        (tmp_path / f"{name}.py").write_text(THIRD_PARTIES)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     return names
@@ -82,16 +82,16 @@ def _equal(x, y):
     return x == y or (x != x and y != y)
 
 
-def test_what_comes_back_is_what_one_process_finds(strangers, monkeypatch):
+def test_what_comes_back_is_what_one_process_finds(third_parties, monkeypatch):
     monkeypatch.setitem(processes.SHARED, "numpy", 16)  # dealt out to two processes
     monkeypatch.setitem(processes.SHARED, "aborts", 16)
     monkeypatch.setitem(processes.QUICK, "aborts", "--xla_known --no_such_flag")
     seen = set()
     found = {
         each.name: each
-        for each in processes.judge(["numpy", *strangers], text.SENTENCE, 2, lambda name, case: seen.add((name, case)))
+        for each in processes.judge(["numpy", *third_parties], text.SENTENCE, 2, lambda name, case: seen.add((name, case)))
     }
-    assert sorted(found) == sorted(["numpy", *strangers])
+    assert sorted(found) == sorted(["numpy", *third_parties])
     whole, got = conformance.run("numpy"), found["numpy"].report
     key = lambda each: (each.case, each.dtype, each.what)  # noqa: E731
     assert sorted(got.results, key=key) == sorted(whole.results, key=key)
@@ -108,7 +108,7 @@ def test_what_comes_back_is_what_one_process_finds(strangers, monkeypatch):
     assert found["aborts"].quick == "--xla_known"  # and it was asked again, without the flag that it does not know
 
 
-def test_the_command_prints_a_backend_when_it_is_done_and_writes_all(strangers, tmp_path, capsys):
+def test_the_command_prints_a_backend_when_it_is_done_and_writes_all(third_parties, tmp_path, capsys):
     path = tmp_path / "report.json"
     assert cli.main(["conform", "--backend", "breaks,numpy", "--jobs", "2", "--json", str(path)]) == 1
     out = capsys.readouterr().out

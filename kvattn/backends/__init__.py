@@ -1,6 +1,6 @@
 """What a backend is: a module, or any object, with these functions.
 
-The tabs beside this file are kvattn's own five, and each is a `Tab`, which the type checker confirms. A stranger's backend is
+The tabs beside this file are kvattn's own five, and each is a `Tab`, which the type checker confirms. A third party's is
 named by an entry point in the group ``kvattn.backends``; the package whose arrays it takes by one of the same name in the group
 ``kvattn.native_packages``, so that an array finds its backend and no other is loaded to ask. `Backend` is what it must have.
 Everything else is optional, and offered by having it:

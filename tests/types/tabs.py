@@ -1,4 +1,4 @@
-"""For the type checker alone: each of kvattn's tabs, and the example of a stranger's, is what kvattn.backends says it is."""
+"""For the type checker alone: each of kvattn's tabs, and the example of a third party's, is what kvattn.backends says it is."""
 
 import kvattn_mlx
 
