@@ -108,7 +108,7 @@ def test_the_notice_of_cublas_about_its_context_fails_no_case_and_another_warnin
 
 
 def test_a_difference_that_is_known_of_one_device_excuses_nothing_on_another(monkeypatch):
-    row = known_differences.Difference("other", "*", "on this card nothing works", device="card")
+    row = known_differences.Difference("third_party", "*", "on this card nothing works", device="card")
     monkeypatch.setattr(known_differences, "DIFFERENCES", (row,))
     for device, excused in (("card:1", [row.reason]), ("cpu", []), (None, [])):
         report = conformance.run(third_party(), FEW[:1], dtypes=["float64"], device=device)

@@ -254,3 +254,30 @@ def test_every_text_that_a_mutant_replaces_stands_in_its_file():
             assert second in source("layers/numpy.py"), second
             count += 1
     assert count > 100
+
+
+# Functions outside layers with ten parameters or more: those that have attention's signature, or one that a framework asks for;
+# and PyTorch's, which are asked before a call is described, since to describe a small one takes longer than to serve it.
+MANY_PARAMETERS = {
+    "api.attention", "api.attention_grad", "prepare.options", "call.Call.of", "plot.plot", "backends.Backend.attention",
+    "backends.jax.attention", "backends.mxnet.attention", "backends.numpy.attention", "backends.tensorflow.attention",
+    "backends.torch.attention", "distributed.jax.ring_attention", "distributed.torch.ring_attention",
+    "integrations.transformers.forward", "kernels.torch.flash._Attention.forward", "kernels.jax.decoding._part",
+    "backends.torch._at_once", "backends.torch._whole", "backends.torch._beside_one_mask", "kernels.torch.sdpa.small",
+}  # fmt: skip
+
+
+def test_no_other_function_has_ten_parameters():
+    """A private function is given the call's description, or its arrays in one tuple. Layers have d2l's constructors."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        holders = [(module(path), parsed(path))]
+        holders += [(f"{module(path)}.{node.name}", node) for node in ast.walk(parsed(path)) if isinstance(node, ast.ClassDef)]
+        for holder, node in holders:
+            for function in node.body:
+                if isinstance(function, ast.FunctionDef) and "layers" not in path.parts:
+                    takes, decorators = function.args, " ".join(map(ast.unparse, function.decorator_list))
+                    count = len(takes.posonlyargs) + len(takes.args) + len(takes.kwonlyargs)
+                    if count >= 10 and not re.search(r"overload|triton\.jit", decorators):
+                        found.add(f"{holder}.{function.name}".removeprefix("kvattn."))
+    assert found == MANY_PARAMETERS

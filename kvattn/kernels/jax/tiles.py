@@ -151,8 +151,9 @@ def _dot(x, y):
     return jnp.matmul(x, y, precision="highest")
 
 
-def _masked_step(step, carry, rows, keys, pairs, limits, low, high, start, at, forbids):
-    """``step`` with the keys from ``start`` on, of which those before ``at`` are left out."""
+def _masked_step(step, carry, rows, keys, pairs, limits, span, forbids):
+    """``step`` with the keys from ``start`` on, of which those before ``at`` are left out; ``span``: (low, high, start, at)."""
+    low, high, start, at = span
     position = start + jnp.arange(keys["key"].shape[-2], dtype=jnp.int32)
     low = jnp.maximum(low, at)
     allowed = (position >= low[:, None]) & (position < high[:, None])
@@ -315,7 +316,7 @@ def _forward(plan, inputs, limits):
             here |= line(start, plan.cut_block)
             there = keys(start, plan.cut_block)
             there |= {name: part(name, (start, plan.cut_block))[0] for name in ("segment_of_key",) if name in parts}
-            return _masked_step(_absorb, carry, rows, there, here, limits, low, high, start, at, plan.gaps)
+            return _masked_step(_absorb, carry, rows, there, here, limits, (low, high, start, at), plan.gaps)
 
         def walk(carry, at, count, size, step):  # as far as the data say: no derivative goes through here
             count = jnp.maximum(0, count)
@@ -439,7 +440,7 @@ def _tile(plan, rows, keys, pairs, by_distance, limits):
 
         def cut():
             here = {name: _cut(x, 1, start, plan.cut_block) for name, x in pairs.items()} | by_distance(start)
-            return _masked_step(_along, carry, rows, keys, here, limits, low, high, start, start, plan.gaps)
+            return _masked_step(_along, carry, rows, keys, here, limits, (low, high, start, start), plan.gaps)
 
         if not limited:
             return (cut() if pairs else inside()), None
