@@ -264,6 +264,7 @@ MANY_PARAMETERS = {
     "backends.torch.attention", "distributed.jax.ring_attention", "distributed.torch.ring_attention",
     "integrations.transformers.forward", "kernels.torch.flash._Attention.forward", "kernels.jax.decoding._part",
     "backends.torch._at_once", "backends.torch._whole", "backends.torch._beside_one_mask", "kernels.torch.sdpa.small",
+    "kernels.torch.operators._masked_backward",
 }  # fmt: skip
 
 
@@ -280,4 +281,4 @@ def test_no_other_function_has_ten_parameters():
                     count = len(takes.posonlyargs) + len(takes.args) + len(takes.kwonlyargs)
                     if count >= 10 and not re.search(r"overload|triton\.jit", decorators):
                         found.add(f"{holder}.{function.name}".removeprefix("kvattn."))
-    assert found == MANY_PARAMETERS
+    assert found == MANY_PARAMETERS, "give it the call, or its arrays in one tuple; else name it in MANY_PARAMETERS"
