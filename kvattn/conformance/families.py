@@ -31,7 +31,7 @@ def every(rng: np.random.Generator) -> Iterator[Case]:
         streamed,
         multihead.one_head,
     )
-    latest = (merged_once, multihead.selected)
+    latest = (merged_once, multihead.selected, far_above)
     for family in (*keywords, *parts, *combined, *later, *dropped, *last, *latest):
         yield from family(rng)
 
@@ -644,3 +644,12 @@ def streamed(rng: np.random.Generator) -> Iterator[Case]:
 def merged_once(rng: np.random.Generator) -> Iterator[Case]:
     """Parts whose every output has as many digits as the largest: there, rounded weights or products change the result."""
     yield merged("merge: rounded once", 1 + rng.integers(1, 9, (3, 2, 9, 2)) / 16, grid(rng, 3, 2, 9), "half precision")
+
+
+def far_above(rng: np.random.Generator) -> Iterator[Case]:
+    """Scores all about 800, of which exp is inf in float64 too, in a window of more queries than a block of it holds: a kernel
+    that takes the exponentials of scores as they are has to begin again, and the lse then counts the keys in the window alone."""
+    q, k, v = qkv(rng, n=264, m=560, d=2, v=1, lead=())
+    q[:, 0] = k[:, 0] = 34.0
+    which: dict[str, Any] = {"window": 3, "grad": False, "group": "options together"}
+    yield attend("many pairs, a window, scores of 800", q, k, v, rng=rng, asked=LSE, **which)
