@@ -647,8 +647,10 @@ def merged_once(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def far_above(rng: np.random.Generator) -> Iterator[Case]:
-    """Scores all about 800, of which exp is inf in float64 too, in a window of more queries than a block of it holds: a kernel
-    that takes the exponentials of scores as they are has to begin again, and the lse then counts the keys in the window alone."""
+    """Scores all about 800, of which exp is inf in float64 too, in a window of more queries than a block of it holds.
+
+    A kernel that takes the exponentials of scores as they are has to begin again; its lse then counts the window's keys alone.
+    """
     q, k, v = qkv(rng, n=264, m=560, d=2, v=1, lead=())
     q[:, 0] = k[:, 0] = 34.0
     which: dict[str, Any] = {"window": 3, "grad": False, "group": "options together"}
