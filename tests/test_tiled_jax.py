@@ -266,3 +266,21 @@ def test_no_array_of_all_pairs_is_held_for_a_bias_by_distance_in_a_trace():
     for function in (attend, lambda *arrays: jax.vjp(attend, *arrays)[1](arrays[0])):
         held = jax.jit(function).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
         assert held < 60e6  # the bias of all pairs is 512 MB
+
+
+def test_keys_between_those_that_a_tile_sees_reach_nothing():
+    """The first of two queries in a tile has the length 0: nobody sees the key at which its window begins."""
+    query, key, value, grad = (x.astype("float32") for x in draw(n=9, m=12))
+    lens = np.tile(np.where(np.isin(np.arange(9), [1, 2, 3, 4]), 0, 11), (2, 1))  # query 5 sees keys 6 to 9
+
+    @jax.jit  # at once, a call with NaN is computed again, pair by pair
+    def found(*arrays):
+        output, back = jax.vjp(partial(kvattn.attention, window=(1, 2), query_offset=2, valid_lens=lens), *arrays)
+        return output, *back(grad)
+
+    with in_tiles() as served:
+        clean = found(query, key, value)
+        key[:, 5], value[:, 5] = np.nan, np.inf
+        for x, y in zip(found(query, key, value), clean, strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert served
