@@ -246,3 +246,21 @@ def test_lengths_by_themselves_take_one_number_as_a_bias_and_any_default_device(
         assert torch.equal(kvattn.attention(query, key, value, mask=mask), expected)
     biased = kvattn.attention(query, key, value, mask=mask, bias=torch.tensor(0.5))
     assert (biased - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("what", ["mask", "bias", "causal"])
+def test_rows_beside_one_that_sees_nan_keep_their_scale(what):
+    """They are computed again, pair by pair, which has to be told of a scale that is given."""
+    rng = np.random.default_rng(3)
+    query, key, value = (rng.standard_normal((1, 2, 5, 8)) for _ in range(3))
+    key[0, :, 2] = np.nan
+    allowed = np.tri(5, dtype=bool) if what == "causal" else np.arange(5)[:, None] != [[9, 9, 1, 9, 3]]
+    allowed[:2, 2] = False  # who does not see it
+    bias = np.where(allowed, rng.standard_normal((5, 5)) if what == "bias" else 0.0, -np.inf)
+    scores = 0.9 * np.nan_to_num(query @ key.swapaxes(-1, -2)) + bias
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    expected = (weights / weights.sum(axis=-1, keepdims=True)) @ value
+    how = {"mask": {"mask": torch.tensor(allowed)}, "bias": {"bias": torch.tensor(bias)}, "causal": {"causal": True}}[what]
+    found = kvattn.attention(*(torch.tensor(x) for x in (query, key, value)), scale=0.9, **how)
+    assert found[:, :, allowed[:, 2]].isnan().all()
+    np.testing.assert_allclose(found[:, :, ~allowed[:, 2]], expected[:, :, ~allowed[:, 2]], rtol=1e-12)
