@@ -264,3 +264,15 @@ def test_rows_beside_one_that_sees_nan_keep_their_scale(what):
     found = kvattn.attention(*(torch.tensor(x) for x in (query, key, value)), scale=0.9, **how)
     assert found[:, :, allowed[:, 2]].isnan().all()
     np.testing.assert_allclose(found[:, :, ~allowed[:, 2]], expected[:, :, ~allowed[:, 2]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("m", [1, 2, 5])
+def test_a_query_of_nan_beside_few_keys_is_nan(m, causal, dtype):
+    """PyTorch's kernel takes the largest of nothing but NaN for -inf there, and gives zeros."""
+    query, key = draw(1, 2, 5, 8, dtype=dtype), draw(1, 2, m, 8, seed=1, dtype=dtype)
+    query[0, 0, 3] = NAN
+    found = kvattn.attention(query, key, key, causal=causal)
+    assert found[0, 0, 3].isnan().all()
+    assert found.isfinite().sum() == found.numel() - 8
