@@ -539,6 +539,8 @@ def blocks(rng: np.random.Generator) -> Iterator[Case]:
     which: dict[str, Any] = {"mask": mask, "window": 2, "query_offset": -2, "valid_lens": np.array(258)}
     q, k, v, bias = poisoned(rng, q, k, v, bias=bias, **which)
     yield make("blocks, everything", q, k, v, bias=bias, **which, softcap=2.0, asked=())
+    q, k, v = qkv(rng, n=n, m=300, d=2, v=1, lead=(6,), kv=(2,))
+    yield make("blocks, grouped heads", q, k, v, window=3, asked=())
 
 
 def covariance(rng: np.random.Generator) -> Iterator[Case]:
