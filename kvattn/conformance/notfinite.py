@@ -117,6 +117,9 @@ def at_nothing(rng: np.random.Generator) -> Iterator[Case]:
         q, k, v = _signed(rng, n=n)
         q[0, 0, 3, 1] = NAN
         yield make(f"a NaN query, a bias of {n} keys", q, k, v, bias=grid(rng, 2, 2, n, n), asked=())
+    q, k, v = _signed(rng)
+    k[0, 1, 3, 1] = NAN
+    yield make("a NaN key, causal, scaled", q, k, v, causal=True, scale=0.5, asked=())  # some rows see it, and some do not
 
 
 def overflows(rng: np.random.Generator) -> Iterator[Case]:

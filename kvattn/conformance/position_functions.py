@@ -78,6 +78,9 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
     yield make("segments: what is not finite stays in its own", query, key, value, segments=sorted_, asked=(), group=NOT_FINITE)
     yield make("mask function: what is not finite stays with its pairs", query, key, value, mask="window", asked=(),
                group=NOT_FINITE)  # fmt: skip
+    steep: Any = ("alibi", {"slopes": np.array([[0.125]])})  # so many pairs that a kernel may take it as one line of distances
+    yield make("bias function, many pairs", *qkv(rng, n=264, m=300, d=2, lead=()), bias=steep, query_offset=50, asked=(),
+               group="functions of positions")  # fmt: skip
 
     projected: Any = partial(multihead.multi_head, rng=rng)
     x, keys, packed = grid(rng, 2, 3, 3), grid(rng, 2, 4, 3), np.array([[0, 0, 4], [1, 2, 2]])
