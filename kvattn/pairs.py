@@ -16,14 +16,14 @@ from kvattn import checks, conversion
 from kvattn.call import Call
 
 Run = tuple[int, int]  # keys: the first, and the one after the last
-Rows = tuple[int, "int | None"]  # queries: the first, and how many; None for all
+Rows = tuple[int, "int | None"]  # queries: the first, and their number; None for all
 Shape = tuple[Any, ...]
 
 SQUARE = 46341  # the first number whose square int32 does not hold
 REMEMBERED = 256  # windows
 
 
-_windows: dict[Any, tuple[int | None, int | None]] = {}  # the windows that mask functions are, by `_name_for_good`
+_windows: dict[Any, tuple[int | None, int | None]] = {}  # the windows that mask functions are, by `_cache_key`
 
 
 class Segments(NamedTuple):
@@ -67,7 +67,7 @@ class Pairs(NamedTuple):
         elif len(runs) == 1:
             k = _places(tab, key, runs[0][0], runs[0][1] - runs[0][0])
         else:
-            k = tab.asarray(numbers(runs), dtype=_dtype(tab, key, runs[0][0], runs[-1][1]), like=key)
+            k = tab.asarray(positions_of_runs(runs), dtype=_dtype(tab, key, runs[0][0], runs[-1][1]), like=key)
         if type(offset) is int:
             return _places(tab, query, offset + start, count)[:, None], k[None]
         wide = _dtype(tab, query, 0, SQUARE)  # an offset that is an array may be large
@@ -82,7 +82,8 @@ class Pairs(NamedTuple):
               entries: Run | None = None) -> Any:  # fmt: skip
         """Which of these pairs the function and the segments let attend: bool, broadcastable to ``full``, or None for all.
 
-        ``entries``: those of the batch that are asked for; ``full`` and ``offset`` are of all, since a function may know them.
+        ``entries``: those of the batch that are asked for; ``full`` and ``offset`` are of all, since a function
+        may close over arrays of the whole batch.
         """
         found = None
         if self.mask_function is not None:
@@ -103,9 +104,9 @@ class Pairs(NamedTuple):
 
         keys, start = runs or [(0, full[-1])], offset + rows[0]
         of_queries = _dtype(self.tab, key, start, start + full[-2])
-        q = numbers([(start, start + full[-2])]).astype(of_queries)[:, None]
+        q = positions_of_runs([(start, start + full[-2])]).astype(of_queries)[:, None]
         of_keys = _dtype(self.tab, key, keys[0][0], keys[-1][1])
-        return positions.of_pairs(self.mask_function, q, numbers(keys).astype(of_keys)[None])
+        return positions.of_pairs(self.mask_function, q, positions_of_runs(keys).astype(of_keys)[None])
 
     def _same_segment(self, query: Any, full: Shape, rows: Rows, runs: Sequence[Run] | None, entries: Run | None) -> Any:
         assert self.segments is not None
@@ -118,7 +119,7 @@ class Pairs(NamedTuple):
         if runs is not None and len(runs) == 1:
             of_keys = of_keys[:, slice(*runs[0])]
         elif runs is not None:
-            of_keys = of_keys[:, numbers(runs)]
+            of_keys = of_keys[:, positions_of_runs(runs)]
         found = same(of_queries, of_keys, len(full))
         return self.tab.asarray(found, like=query) if known else found
 
@@ -139,7 +140,7 @@ class Pairs(NamedTuple):
     def whole(self, query: Any, key: Any, call: Call, heads: bool = True) -> Call:
         """The same call, with arrays of all pairs in place of what this says.
 
-        ``heads``: whether query and key have theirs; else they are (..., 1, n, c), before how many there are is known.
+        ``heads``: whether query and key have an axis of all heads; else theirs is 1, where their number is not known yet.
         """
         lead = leading(query.shape, key.shape)
         full = (*(lead if heads else (*lead[:-1], None)), query.shape[-2], key.shape[-2])
@@ -167,8 +168,8 @@ def same(of_queries: Any, of_keys: Any, axes: int) -> Any:
     return of_queries[(slice(None), *between, slice(None), None)] == of_keys[(slice(None), *between, None, slice(None))]
 
 
-def numbers(runs: Sequence[Run]) -> Any:
-    """The positions of these keys, NumPy's."""
+def positions_of_runs(runs: Sequence[Run]) -> Any:
+    """The positions in these runs of keys or of queries, NumPy's."""
     import numpy as np  # here, since importing kvattn loads nothing
 
     return np.concatenate([np.arange(*run) for run in runs])
@@ -176,7 +177,9 @@ def numbers(runs: Sequence[Run]) -> Any:
 
 def _places(tab: Any, x: Any, first: Any, count: Any) -> Any:
     """The tab's `places`; of another's backend, which may have none, an array of NumPy's."""
-    return tab.places(x, first, count) if hasattr(tab, "places") else tab.asarray(numbers([(first, first + count)]), like=x)
+    if hasattr(tab, "places"):
+        return tab.places(x, first, count)
+    return tab.asarray(positions_of_runs([(first, first + count)]), like=x)
 
 
 def _dtype(tab: Any, x: Any, first: int, end: int) -> str:
@@ -219,7 +222,7 @@ def same_in_numpy(spec: Pairs, query: Any, key: Any, offset: Any) -> bool:
 
 
 def _evaluated(tab: Any) -> AbstractContextManager[Any]:
-    """In which the tab's operations on numbers that are known give numbers, though what surrounds them may be traced."""
+    """A context in which the tab's operations on known numbers run at once, inside of a trace too."""
     context: AbstractContextManager[Any] = getattr(tab, "EVALUATED", nullcontext)()
     return context
 
@@ -276,7 +279,7 @@ def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None]
     tab, count = call.mask.tab, query.shape[-2] + key.shape[-2] - 1
     if call.mask.segments is not None:
         return None
-    name = _name_for_good(query, key, call)
+    name = _cache_key(query, key, call)
     remembered = None if name is None else _windows.get(name)  # at once: another thread may forget it in between
     if remembered is not None:
         return remembered
@@ -294,7 +297,7 @@ def window_of(query: Any, key: Any, call: Call) -> tuple[int | None, int | None]
     return window
 
 
-def _name_for_good(query: Any, key: Any, call: Call) -> tuple[Any, ...] | None:
+def _cache_key(query: Any, key: Any, call: Call) -> tuple[Any, ...] | None:
     """What identifies a call's mask function and the positions, so that equal ones have equal windows; None where nothing does.
 
     It does where the function reads no name and no attribute, and closes over integers alone: then its code and these are all
@@ -330,7 +333,8 @@ def line_of(query: Any, key: Any, call: Call) -> Any:
 
 
 def window_of_flags(flags: Any, position: int) -> tuple[int | None, int | None] | None:
-    """(left, right) of the window that gives these flags to queries from ``position`` on, None for no limit; None for none.
+    """(left, right) of the window that gives these flags to queries from ``position`` on; None where it is no window. A side
+    without a limit is None.
 
     >>> import numpy as np
     >>> window_of_flags(np.tri(3, dtype=bool), 0)

@@ -324,7 +324,9 @@ def _with_flags(part: Part, spec: Pairs, query: Any, key: Any, value: Any, call:
         bias = spec.bias(query, key, full, offset, rows, part.runs, part.entries)
     if several:  # which no window and no length can express
         if call.windowed or call.valid_lens is not None:
-            places = tab.asarray(pairs.numbers(part.runs), dtype=conversion.dtype_name(tab.places(key, 0, 1)), like=key)
+            places = tab.asarray(
+                pairs.positions_of_runs(part.runs), dtype=conversion.dtype_name(tab.places(key, 0, 1)), like=key
+            )
             mask = tab._allowed(rows[1], places, len(query.shape), call._replace(mask=mask, bias=None))
         call = call._replace(valid_lens=None, left=None, right=None, query_offset=0)
     return query, key, value, call._replace(mask=mask, bias=bias)

@@ -41,7 +41,7 @@ def test_draws_reach_every_option_and_every_edge():
     options = {name for each in drawn for name in each.options}
     signature = set(kvattn.attention.__kwdefaults__) - {"rng", "backend", "return_weights", "return_lse"}
     assert signature <= options
-    assert {each.call for each in drawn} == {"attention", "split_attention", *check.HEADED, *layers.LAYERS}
+    assert {each.call for each in drawn} == {"attention", "split_attention", *check.PROJECTED, *layers.LAYERS}
     stepped = {each.call for each in drawn if "steps" in each.options}
     assert stepped == {"MultiHeadAttention", *draws.DEEP, *draws.DECODERS}
     assert {"rotary", "qk_norm", "alibi"} <= {
@@ -157,7 +157,7 @@ def test_a_backend_without_layers_is_asked_for_none():
     assert len(report.not_offered) == len(drawn)
 
 
-@pytest.mark.parametrize("call", ["attention", "split_attention", *check.HEADED, *layers.LAYERS])
+@pytest.mark.parametrize("call", ["attention", "split_attention", *check.PROJECTED, *layers.LAYERS])
 def test_every_kind_of_call_can_be_printed_as_code(call):
     drawn = next(each for each in (draws.draw(3, i) for i in range(500)) if each.call == call and each.n and each.lead)
     for what in ("output", "grad_query"):

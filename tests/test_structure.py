@@ -282,3 +282,20 @@ def test_no_other_function_has_ten_parameters():
                     if count >= 10 and not re.search(r"overload|triton\.jit", decorators):
                         found.add(f"{holder}.{function.name}".removeprefix("kvattn."))
     assert found == MANY_PARAMETERS, "give it the call, or its arrays in one tuple; else name it in MANY_PARAMETERS"
+
+
+def test_a_call_like_one_before_drops_no_option():
+    """`attention` and its gradients serve arrays like ones before at once: an option is passed on there, or asked about first,
+    else it would be forgotten from the second call on."""
+    for function in parsed(PACKAGE / "api.py").body:
+        if isinstance(function, ast.FunctionDef) and function.name in ("attention", "attention_grad"):
+            if any("overload" in ast.unparse(x) for x in function.decorator_list):
+                continue
+            told = set()
+            for node in ast.walk(function):
+                asked = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "plain"
+                if asked or (isinstance(node, ast.If) and "plain and known" in ast.unparse(node.test)):
+                    told |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+            options = {x.arg for x in function.args.kwonlyargs}
+            assert len(options) > 10
+            assert options - told == {"backend"}, "pass it on where a call is remembered, or ask for it in `plain`"

@@ -19,12 +19,10 @@ from kvattn.conformance.cases import DTYPES, NOT_FINITE, Case
 from kvattn.conformance.known_differences import difference
 
 FUNCTIONS = ("score", "normalize", "kernel")  # keywords that name a function of kvattn
-HEADED = ("multi_head_attention", "self_attention", "decoding")
+PROJECTED = ("multi_head_attention", "self_attention", "decoding")
 OUTPUT_ONLY = "output alone"  # the output of a call that returns neither weights nor lse: a tab may take another path to it
-NOT_OFFERED, REFUSED = (
-    "not offered: ",
-    "refused: ",
-)  # by a third party's backend, followed by the keyword or the reason: no failure
+# A message that begins so, with the keyword or the reason after it, is no failure of a third party's backend.
+NOT_OFFERED, REFUSED = "not offered: ", "refused: "
 LACKS = "its asarray makes no {}: cases in that dtype are asked in float32"
 EXPLAINED = 20  # failures of a report that are explained: each explanation takes a dozen answers of the oracle
 
@@ -124,13 +122,13 @@ def run(backend: Any, cases: Sequence[Case] | None = None, dtypes: Sequence[str]
     tab: Any = registry.load(backend) if isinstance(backend, str) else backend
     called = backend if isinstance(backend, str) else getattr(tab, "__name__", type(tab).__name__).rpartition(".")[2]
     name = registry.canonical(called)
-    version = card = ""
+    version = device_name = ""
     with suppress(Exception):  # a third party's backend without a version is judged all the same
-        version, card = as_promised(tab.describe(), ("version", "device"))
+        version, device_name = as_promised(tab.describe(), ("version", "device"))
     if device is not None:
         device = dispatch.device(tab, device)
-        card = tab.devices()[device]
-    report = Report(name, str(version), str(card), suite=suite.version(cases))
+        device_name = tab.devices()[device]
+    report = Report(name, str(version), str(device_name), suite=suite.version(cases))
     with dispatch.on(tab, device) as like:
         array_device = ""
         with suppress(Exception):  # if asarray of a third party's backend fails, each case will say so
@@ -193,7 +191,7 @@ def _judge(tab: Any, case: Case, dtype: str, report: Report, thorough: bool, lik
     if missing := _missing(tab, case):
         result("output", 0.0, 0.0, NOT_OFFERED + ", ".join(missing))
         return
-    grad = "multi_head_attention_grad" if case.call in HEADED else "attention_grad"
+    grad = "multi_head_attention_grad" if case.call in PROJECTED else "attention_grad"
     if _wrt(case) and (lacks := _missing_of_gradients(tab, case, grad)):  # the output is judged all the same
         result("gradients", 0.0, 0.0, NOT_OFFERED + lacks)
         case = replace(case, answer={what: x for what, x in case.answer.items() if not what.startswith("grad_")})
@@ -256,7 +254,7 @@ def _makes(tab: Any, dtype: str, like: Any) -> bool:
         with suppress(Exception):
             tab.asarray(np.zeros(1), dtype="float32", like=like)
             return False
-    return True  # or it makes no array at all, as each case will say
+    return True  # where float32 fails as well, every case will say so
 
 
 def _missing(tab: Any, case: Case) -> list[str]:
@@ -266,7 +264,7 @@ def _missing(tab: Any, case: Case) -> list[str]:
     if case.call in layers.LAYERS:
         return [case.call]
     needed = {case.call.removeprefix("split_")}
-    if case.call in HEADED:
+    if case.call in PROJECTED:
         needed = {"self_attention" if case.call == "self_attention" else "multi_head_attention"}
         return sorted(
             name
@@ -342,10 +340,10 @@ def _call(
         grad_output = arguments.pop("grad_output", None)
         if case.call == "split_attention":
             results = dict(zip(case.results, _split(tab, arguments, keywords, like), strict=True))
-        elif case.call in HEADED:
+        elif case.call in PROJECTED:
             results = _headed(tab, case, arguments, keywords, grad_output, like)
         else:
-            results = _plain_call(tab, case, arguments, keywords, grad_output, thorough)
+            results = _call_without_heads(tab, case, arguments, keywords, grad_output, thorough)
     for (name, x), bits in zip(given, before, strict=True):
         if _bytes(tab, x) != bits:
             raise Wrong(f"the argument {name} was written to")
@@ -365,21 +363,21 @@ def _keyword(tab: Any, name: str, x: Any, convert: Callable[[str, Any], Any]) ->
     return partial(getattr(kvattn, function), **parameters) if parameters else getattr(kvattn, function)
 
 
-def _plain_call(
+def _call_without_heads(
     tab: Any, case: Case, arguments: dict[str, Any], keywords: dict[str, Any], grad_output: Any, thorough: bool
 ) -> dict[str, Any]:
     """The quantities of a case of attention, or of another function of the public API without heads of its own."""
     options = {n: x for n, x in keywords.items() if not n.startswith("return_")}
-    results, through = {}, {}
+    results, by_scores = {}, {}
     if "grad_scores" in arguments:
-        through = {"grad_scores": arguments.pop("grad_scores"), "return_scores": keywords["return_scores"]}
+        by_scores = {"grad_scores": arguments.pop("grad_scores"), "return_scores": keywords["return_scores"]}
     if thorough or not case.output_only:
         got = getattr(kvattn, case.call)(**arguments, **keywords, backend=tab)
         results = dict(zip(case.results, as_promised(got, case.results), strict=True))
     if case.output_only or (thorough and case.call == "attention" and len(case.results) > 1):
         results[OUTPUT_ONLY if results else "output"] = kvattn.attention(**arguments, **options, backend=tab)
     if wrt := _wrt(case):
-        grads = kvattn.attention_grad(**arguments, grad_output=grad_output, wrt=wrt, **options, **through, backend=tab)
+        grads = kvattn.attention_grad(**arguments, grad_output=grad_output, wrt=wrt, **options, **by_scores, backend=tab)
         results |= zip((f"grad_{name}" for name in wrt), as_promised(grads, wrt, single=False), strict=True)
     return results
 

@@ -34,7 +34,7 @@ SCORED = {  # layers of one head, and their scores
 PLAIN = ("PositionalEncoding", "AddNorm", "PositionWiseFFN")  # layers without attention
 DEEP = ("TransformerEncoderBlock", "TransformerEncoder")
 DECODERS = ("TransformerDecoderBlock", "TransformerDecoder")
-HEADED = (*check.HEADED, "MultiHeadAttention", *DEEP, *DECODERS)  # calls of several heads
+HEADED = (*check.PROJECTED, "MultiHeadAttention", *DEEP, *DECODERS)  # calls of several heads
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _plain_layer(dice: _Dice, made: Draw) -> Draw:
 def _with_heads(dice: _Dice, made: Draw) -> Draw:
     """The same, of so many heads: one batch axis, or none or two where it is no layer."""
     lead = made.lead
-    if made.call in check.HEADED:
+    if made.call in check.PROJECTED:
         lead = () if dice.chance(0.2) else (int(dice.rng.integers(0, 4)),) if dice.chance(0.8) else (2, 1)
     heads, kv_heads = (1, 1) if made.call == "self_attention" else dice.choice(*HEADS)
     options = {"num_heads": heads, "num_kv_heads": kv_heads, "biases": dice.chance(0.5), "W_o": dice.chance(0.8)}
@@ -274,7 +274,7 @@ def case(drawn: Draw) -> Case:
     name = f"draw {drawn.seed[-1]} of seed {drawn.seed[0]}: " + ", ".join([drawn.call, *drawn.options])
     if drawn.call in (*PLAIN, *DEEP, *DECODERS):
         made = _transformers(drawn, name, options)
-    elif drawn.call in (*check.HEADED, "MultiHeadAttention"):
+    elif drawn.call in (*check.PROJECTED, "MultiHeadAttention"):
         made = _headed(drawn, name, options)
     else:
         made = _of_one_head(drawn, name, options)

@@ -80,7 +80,7 @@ def _keyword(name: str, x: Any, backend: str) -> str:
 
 def _inputs(call: str, given: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
     """The arguments that stand by place, params among them, and by name the arrays that are options."""
-    params = [name for name in checks.PARAMS if name in given and call in check.HEADED]
+    params = [name for name in checks.PARAMS if name in given and call in check.PROJECTED]
     if call == "self_attention":  # whose sink is an option
         params = [name for name in params if name != "sink"]
     inputs: list[str] = [name for name in ("query", "key", "value", "x") if name in given]

@@ -27,19 +27,19 @@ def finite(x):
     return math.isfinite(x.sum().item()) or (x.dtype in HALF and math.isfinite(x.sum(dtype=torch.float32).item()))
 
 
-def sound(output, query, key, masked, causal, seen=False):
+def sound(output, query, key, masked, causal, known_readable=False):
     """Whether nothing reached a row of the fused kernel's output that it may not see, and no NaN was lost on the way.
 
-    ``seen``: whether the caller knows that there are values, which may be looked at.
+    ``known_readable``: the caller has asked already whether there are values, which may be looked at.
     """
-    if not seen and (not readable(output) or not output.numel()):
+    if not known_readable and (not readable(output) or not output.numel()):
         return True
     if query.dtype in HALF:  # their kernel gives zeros where a score is inf
         return finite(query) and finite(key) and not ((masked or causal) and not finite(output))
     if masked or key.shape[-2] >= VECTOR:  # with a mask, no NaN is lost
         return not (masked or causal) or finite(output)
-    seen = output.detach() if output.requires_grad else output
-    zeros = output.numel() > seen.count_nonzero().item()  # what was lost left a row of them
+    values = output.detach() if output.requires_grad else output
+    zeros = output.numel() > values.count_nonzero().item()  # what was lost left a row of them
     return not (zeros or (causal and not finite(output))) or all(map(finite, (output, query, key)))
 
 

@@ -213,26 +213,26 @@ def window_bias(offset, left, right, n, m, like):
     return torch.zeros(n, m, dtype=like.dtype, device=like.device).masked_fill_(beyond, -math.inf)
 
 
-def masked(query, key, value, mask, bias, scale, hide, sink=None, seen=False):
+def masked(query, key, value, mask, bias, scale, hide, sink=None, known_readable=False):
     """softmax(scale * query @ key.T + bias) @ value over the pairs that ``mask`` (None: all) and a bias above -inf allow.
 
     A query with nothing to attend to gets zeros. ``hide``: a function (allowed, query, key, value) -> the last three with zeros
     for what meets nobody. It copies them, and so is called only where the output tells that NaN or inf came through, or where
-    nobody may look at it. ``seen``: whether the caller has asked, and has heard that values may be looked at.
+    nobody may look at it. ``known_readable``: the caller has asked already whether values may be looked at.
     """
     mask, bias = _of_axes(mask, query.ndim), _of_axes(bias, query.ndim)
-    if sink is None and not (EMPTY_ROWS and (seen or (query.numel() and readable(query)))):
+    if sink is None and not (EMPTY_ROWS and (known_readable or (query.numel() and readable(query)))):
         if not operators.obstacle(query, key, value, scale):
             return operators.masked(query, key, value, mask, bias, scale)
         return _hidden(query, key, value, mask, bias, scale, hide)
     added = bias if mask is None else mask
-    if mask is not None and (seen or bias is not None):
+    if mask is not None and (known_readable or bias is not None):
         dtype = query.dtype if bias is None else bias.dtype
         zero, none = constant(dtype, lambda: torch.tensor([0.0, -math.inf], dtype=dtype, device="cpu").unbind())
         bias = zero if bias is None else bias
         # a sum of large ones, since torch.where of two shapes takes several times as long
-        added = torch.where(mask, bias, none) if seen else bias + torch.where(mask, zero, none)
-    return fused(query, key, value, added, False, scale, (mask, bias, hide), sink, seen)
+        added = torch.where(mask, bias, none) if known_readable else bias + torch.where(mask, zero, none)
+    return fused(query, key, value, added, False, scale, (mask, bias, hide), sink, known_readable)
 
 
 def _hidden(query, key, value, mask, bias, scale, hide):
@@ -329,11 +329,11 @@ def with_lse(otherwise, query, key, value, call, blocks=()):
     return output, lse
 
 
-def fused(query, key, value, mask, causal, scale, made_of=None, sink=None, seen=False):
-    """scaled_dot_product_attention; where NaN or inf reached, or may have, what it may not, an answer pair by pair, whose
-    derivatives serve as second ones, and where something is not finite.
+def fused(query, key, value, mask, causal, scale, mask_parts=None, sink=None, known_readable=False):
+    """scaled_dot_product_attention. Where NaN or inf may have reached rows that see none, all is computed again pair by pair;
+    that formula gives second derivatives too.
 
-    ``made_of``: (mask, bias, hide) that the mask stands for, by default itself; with ``hide`` the answer is `_hidden`'s.
+    ``mask_parts``: (mask, bias, hide), from which ``mask`` was made, by default itself; ``hide`` is `masked`'s.
     """
     if sink is not None:
         output = sinks.fused(query, key, value, mask, causal, scale, sink)
@@ -341,16 +341,16 @@ def fused(query, key, value, mask, causal, scale, made_of=None, sink=None, seen=
         lost = few_keys and not nonfinite.sound(output, query, key, False, False)
         return torch.full_like(output, math.nan) if lost else output
     output = _run(query, key, value, mask, causal, scale)
-    sound = nonfinite.sound(output, query, key, mask is not None, causal, seen)
+    sound = nonfinite.sound(output, query, key, mask is not None, causal, known_readable)
     if sound and (not wants_gradients(query, key, value) or tracing()):
         return output
-    if made_of is None:
+    if mask_parts is None:
         pair_by_pair = partial(_pair_by_pair, mask=mask, causal=causal, scale=scale)
     else:
-        allowed, bias, hide = made_of
+        allowed, bias, hide = mask_parts
         pair_by_pair = partial(nonfinite.attention, allowed=allowed, bias=bias, scale=scale)
         if not sound and hide is not None:
-            return _hidden(query, key, value, *made_of[:2], scale, hide)
+            return _hidden(query, key, value, *mask_parts[:2], scale, hide)
     if not sound:
         return pair_by_pair(query, key, value)
     harmless = mask is None and not causal  # all may attend to all, and 0 * NaN is nobody else's
@@ -411,7 +411,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
     def backward(ctx, grad_output):
         *inputs, _ = ctx.saved_tensors
         twice = torch.is_grad_enabled()
-        # with a value that is not finite, neither were the output, nor is this its backward
+        # a value need not be looked at: were it not finite, the output would not be, and not of this class
         if not twice and (ctx.harmless or not readable(grad_output) or all(map(nonfinite.finite, (grad_output, *inputs[:2])))):
             return grad_output, *[None] * (3 + len(inputs))
         wanted = ctx.needs_input_grad[4:]
