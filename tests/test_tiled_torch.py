@@ -274,7 +274,7 @@ def test_which_calls_are_cut_into_blocks():
         return [*tab.choose(query, key, value, Call.of(query, key, **usual | options)).blocks]
 
     formula, distance = {"normalize": tab.sparsemax}, {"score": tab.distance_score}
-    with patch.multiple(plan, PAIRS=600, ROWS=16):
+    with patch.multiple(plan, FEW=0, PAIRS=600, ROWS=16):  # no call is small
         assert blocks(**formula) == [(i, i + 10, 0, 30) for i in range(0, 40, 10)]  # two entries
         assert blocks(**distance) == [(i, i + 3, 0, 30) for i in range(0, 39, 3)] + [(39, 40, 0, 30)]
         assert blocks() == []
