@@ -85,4 +85,4 @@ def test_the_suite_judges_a_ring(parts):
     judged = adapter.backend(tab, programs.exact(form.attention), programs.exact(form.attention_grad), functions=True)
     counts = adapter.judge(judged, REFUSES, tuple(wrt), asked)
     assert sum(counts.values()) == len(asked)
-    assert counts[adapter.JUDGED] > 12
+    assert counts[adapter.JUDGED] > 10
