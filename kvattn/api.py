@@ -419,7 +419,7 @@ def merge_attention(outputs: Sequence[Array], lses: Sequence[Array], *, return_l
 
     Args:
         outputs: a sequence of (..., n, v), each from ``attention(..., return_lse=True)`` on one part of the keys.
-        lses: a sequence of as many (..., n).
+        lses: a sequence of as many (..., n). One of inf, as beside a sink of inf, makes NaN of its row.
         return_lse: also return the whole's lse, so that merges nest.
 
     Raises ValueError for sequences that are empty, of different lengths or of shapes that do not fit.

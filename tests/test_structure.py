@@ -193,8 +193,9 @@ def test_a_kernel_begins_with_the_formula_that_it_computes_and_where_that_is_fro
 
 def test_a_folder_of_kernels_says_what_each_of_its_files_computes():
     for folder in (PACKAGE / "kernels").glob("*/__init__.py"):
-        words = {*re.findall(r"\w+", ast.get_docstring(parsed(folder)))}
-        assert {path.stem for path in folder.parent.glob("*.py")} - {"__init__"} <= words, folder
+        heads = re.findall(r"(?:- |[;.] )((?:\w+, )*\w+):", ast.get_docstring(parsed(folder)))
+        named = {name for head in heads for name in head.split(", ")}
+        assert {path.stem for path in folder.parent.glob("*.py")} - {"__init__"} == named, folder
 
 
 def private_names(path, own):

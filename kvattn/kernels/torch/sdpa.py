@@ -213,26 +213,26 @@ def window_bias(offset, left, right, n, m, like):
     return torch.zeros(n, m, dtype=like.dtype, device=like.device).masked_fill_(beyond, -math.inf)
 
 
-def masked(query, key, value, mask, bias, scale, hide, sink=None, known_readable=False):
+def masked(query, key, value, mask, bias, scale, hide, sink=None, small=False):
     """softmax(scale * query @ key.T + bias) @ value over the pairs that ``mask`` (None: all) and a bias above -inf allow.
 
     A query with nothing to attend to gets zeros. ``hide``: a function (allowed, query, key, value) -> the last three with zeros
     for what meets nobody. It copies them, and so is called only where the output tells that NaN or inf came through, or where
-    nobody may look at it. ``known_readable``: the caller has asked already whether values may be looked at.
+    nobody may look at it. ``small``: the call is small, and the caller has asked whether values may be looked at.
     """
     mask, bias = _of_axes(mask, query.ndim), _of_axes(bias, query.ndim)
-    if sink is None and not (EMPTY_ROWS and (known_readable or (query.numel() and readable(query)))):
+    if sink is None and not (EMPTY_ROWS and (small or (query.numel() and readable(query)))):
         if not operators.obstacle(query, key, value, scale):
             return operators.masked(query, key, value, mask, bias, scale)
         return _hidden(query, key, value, mask, bias, scale, hide)
     added = bias if mask is None else mask
-    if mask is not None and (known_readable or bias is not None):
+    if mask is not None and (small or bias is not None):
         dtype = query.dtype if bias is None else bias.dtype
         zero, none = constant(dtype, lambda: torch.tensor([0.0, -math.inf], dtype=dtype, device="cpu").unbind())
         bias = zero if bias is None else bias
         # a sum of large ones, since torch.where of two shapes takes several times as long
-        added = torch.where(mask, bias, none) if known_readable else bias + torch.where(mask, zero, none)
-    return fused(query, key, value, added, False, scale, (mask, bias, hide), sink, known_readable)
+        added = torch.where(mask, bias, none) if small else bias + torch.where(mask, zero, none)
+    return fused(query, key, value, added, False, scale, (mask, bias, hide), sink, small)
 
 
 def _hidden(query, key, value, mask, bias, scale, hide):
